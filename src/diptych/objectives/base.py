@@ -1,0 +1,29 @@
+"""What the training loop knows of an objective."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from diptych.data.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """``total`` is differentiated; ``terms`` (its unweighted parts and whatever else is worth a curve) is logged."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """An ``nn.Module`` whose ``forward(batch, step)`` returns :class:`Losses`.
+
+    ``streams`` says how many rows of each stream it wants for every row of the configured batch size,
+    e.g. ``{"pairs": 2, "texts": 1}``. Every loss is a mean over rows, so that it is the same for any split of the
+    rows over processes or micro-batches.
+    """
+
+    streams: dict[str, int]
+
+    def __call__(self, batch: Batch, step: int) -> Losses: ...
