@@ -1,0 +1,118 @@
+"""The built-in world as a source of captioned pictures: ``scenes:?level=1&split=train&count=20000&seed=0``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+from urllib.parse import parse_qsl
+
+import numpy as np
+from jaxtyping import UInt8
+
+from diptych.data.batch import derive_seed
+from diptych.data.scenes import world
+from diptych.data.scenes.grammar import caption, phrasings
+from diptych.data.scenes.render import render
+from diptych.data.scenes.world import Level, Scene, Split
+from diptych.errors import UserError
+
+ENDLESS = 2**31
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesSource:
+    """Pictures and captions that are pure functions of their index; nothing is stored, nothing is downloaded."""
+
+    has_images: ClassVar[bool] = True
+    has_captions: ClassVar[bool] = True
+
+    level: Level = 1
+    """1: one thing at a place. 2: two things and how they stand to each other."""
+    split: Split = "train"
+    """train, or test: combinations of attributes that never occur in train."""
+    count: int = ENDLESS
+    """How many pictures there are."""
+    seed: int = 0
+    """Another seed is another world of the same kind."""
+    size: int = 32
+    """Pixels a side of a picture when the caller does not say."""
+    captions_each: int = 1
+    """How many captions, in different words, every picture has."""
+
+    def __post_init__(self) -> None:
+        for option, value, allowed in (
+            ("level", self.level, (1, 2)),
+            ("split", self.split, ("train", "test")),
+            ("count", self.count, range(1, ENDLESS + 1)),
+            ("size", self.size, range(16, 1025)),
+            ("seed", self.seed, range(ENDLESS)),
+            ("captions", self.captions_each, range(1, phrasings(2) + 1)),
+        ):
+            if value not in allowed:
+                choice = (
+                    f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else " or ".join(map(str, allowed))
+                )
+                raise UserError(f"scenes: {option}={value} is not possible; choose {choice}")
+
+    @classmethod
+    def from_spec(cls, spec: str) -> Self:
+        """Reads ``scenes:`` or ``scenes:?option=value&option=value``. Raises UserError for what it does not know."""
+        head, _, query = spec.partition("?")
+        if head != "scenes:":
+            raise UserError(f"{spec}: not a source of scenes; write scenes: or scenes:?level=1&split=train&count=20000")
+        options: dict[str, str] = {}
+        known = ("level", "split", "count", "seed", "size", "captions")
+        for name, text in parse_qsl(query, keep_blank_values=True):
+            if name not in known:
+                raise UserError(f"{spec}: no option {name!r}; options are {', '.join(known)}")
+            if name in options:
+                raise UserError(f"{spec}: {name} is given twice; give it once")
+            if name != "split" and not text.isdecimal():
+                raise UserError(f"{spec}: {name}={text} is not a whole number; write for example {name}=1")
+            options[name] = text
+        values = {name: text if name == "split" else int(text) for name, text in options.items()}
+        if "captions" in values:
+            values["captions_each"] = values.pop("captions")
+        return cls(**values)  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        return f"scenes:?level={self.level}&split={self.split}&seed={self.seed}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def key(self, index: int) -> str:
+        return f"scenes/{self.level}/{self.split}/{self.seed}/{self._checked([index])[0]}"
+
+    def scene(self, index: int) -> Scene:
+        return self.scenes([index])[0]
+
+    def scenes(self, indices: Sequence[int] | np.ndarray) -> list[Scene]:
+        return world.scenes(self._checked(indices), split=self.split, level=self.level, seed=self.seed)
+
+    def captions(self, index: int) -> list[str]:
+        """``captions_each`` different phrasings, or as many as the level has; which ones depends on the index."""
+        scene = self.scene(index)
+        total = phrasings(self.level)
+        first = derive_seed(self.seed, "phrasing", self.level, self.split, index) % total
+        # A step coprime to 16 and to 28 visits every phrasing once and mixes styles early.
+        return [caption(scene, (first + 5 * k) % total) for k in range(min(self.captions_each, total))]
+
+    def label(self, index: int) -> str | None:
+        """The shape at level 1; two things have no one label."""
+        return self.scene(index).things[0].shape if self.level == 1 else None
+
+    def image(self, index: int, size: int | None = None) -> UInt8[np.ndarray, "S S 3"]:
+        return self.images([index], size)[0]
+
+    def images(self, indices: Sequence[int] | np.ndarray, size: int | None = None) -> UInt8[np.ndarray, "n S S 3"]:
+        """Many pictures at once: about a hundred times faster than one by one."""
+        checked = self._checked(indices)
+        jitter = world.jitter(checked, split=self.split, level=self.level, seed=self.seed)
+        return render(self.scenes(checked), size=size or self.size, jitter=jitter)
+
+    def _checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        checked = np.asarray(indices, np.int64)
+        if checked.size and not (checked.min() >= 0 and checked.max() < self.count):
+            raise IndexError(f"{self.name} has pictures 0 to {self.count - 1}, not {checked.min()} to {checked.max()}")
+        return checked
