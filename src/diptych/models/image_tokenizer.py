@@ -1,0 +1,215 @@
+"""Pictures to tokens and back: a VQGAN, which is `diffusers.VQModel` with an interface of whole uint8 pictures.
+
+Shapes: B pictures, H and W pixels, h and w tokens down and across, N = h·w tokens, K codes, E width of a code,
+P side of the pixel patch that the network takes as one position (1: plain pixels).
+
+A saved tokenizer is a plain diffusers folder. Conventions on top of the format:
+- pictures are in [0, 1] where `lookup_from_codebook` is set, as in aMUSEd and in everything saved here, and in
+  [-1, 1] elsewhere, as in latent diffusion: the format itself does not record it;
+- `in_channels` = 3·P² says that pixels go in as P x P patches. P > 1 skips the stages at full resolution, which cost
+  most of the time on a CPU.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vq_model import VQModel
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from diptych.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class ImageTokenizerConfig:
+    size: int = 256
+    """Height and width of the pictures in pixels."""
+    codes: int = 8192
+    """Number of codes K, the image vocabulary."""
+    code_dim: int = 256
+    """Width of a code. Narrow codes (8 to 32) keep more of a small codebook in use."""
+    widths: tuple[int, ...] = (128, 128, 256, 256, 512)
+    """Channels of each resolution, finest first; every one after the first halves the resolution."""
+    blocks: int = 2
+    """Residual blocks per resolution in the encoder; the decoder has one more."""
+    groups: int = 32
+    """Groups of the group norms; divides every width."""
+    patch: int = 1
+    """Pixels of a patch x patch square enter the network as one position; 1 is the usual VQGAN."""
+    attention: bool = False
+    """Self-attention at the coarsest resolution."""
+
+
+def nearest_codes(latents_ME: Float[Tensor, "M E"], codebook_KE: Float[Tensor, "K E"]) -> Int[Tensor, "M"]:
+    """Index of the code with the smallest Euclidean distance; |z|² is the same for all codes and left out.
+
+    Always in fp32: distances of neighbouring codes differ by less than bf16 resolves.
+    """
+    with torch.autocast(latents_ME.device.type, enabled=False):
+        codebook_KE = codebook_KE.float()
+        half_norms_K = codebook_KE.square().sum(1) / 2
+        return torch.addmm(half_norms_K, latents_ME.float(), codebook_KE.T, beta=-1).argmax(1)
+
+
+class ImageTokenizer(nn.Module):
+    """`size` x `size` pictures to `tokens` = (size / factor)² tokens out of `codes`."""
+
+    def __init__(self, network: VQModel, *, size: int):
+        super().__init__()
+        self.network = network
+        self.size = size
+        self.codes: int = network.config.num_vq_embeddings
+        self.patch = math.isqrt(network.config.in_channels // 3)
+        self.factor = self.patch * 2 ** (len(network.config.block_out_channels) - 1)
+        self.unit_range = bool(network.config.lookup_from_codebook)
+        if network.config.in_channels != 3 * self.patch**2 or network.config.norm_type != "group":
+            raise UserError("this VQModel does not take RGB pictures with group norms; choose another tokenizer")
+        if size % self.factor:
+            raise UserError(f"pictures of {size} pixels do not divide into tokens of {self.factor}; change the size")
+
+    @classmethod
+    def from_config(cls, config: ImageTokenizerConfig, *, seed: int = 0) -> "ImageTokenizer":
+        """A new tokenizer; the weights (PyTorch's defaults; codes uniform in ±1/K) follow from ``seed`` alone."""
+        stages = len(config.widths)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = VQModel(
+                in_channels=3 * config.patch**2,
+                out_channels=3 * config.patch**2,
+                down_block_types=("DownEncoderBlock2D",) * stages,
+                up_block_types=("UpDecoderBlock2D",) * stages,
+                block_out_channels=tuple(config.widths),
+                layers_per_block=config.blocks,
+                latent_channels=config.code_dim,
+                vq_embed_dim=config.code_dim,
+                num_vq_embeddings=config.codes,
+                norm_num_groups=config.groups,
+                mid_block_add_attention=config.attention,
+                lookup_from_codebook=True,
+                sample_size=config.size,
+            )
+        return cls(network, size=config.size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a picture."""
+        return (self.size // self.factor) ** 2
+
+    @property
+    def codebook(self) -> nn.Parameter:
+        return self.network.quantize.embedding.weight
+
+    # The differentiable halves, for training
+
+    def pixels_to_input(self, pixels_B3HW: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """Bytes to the range the network was trained on."""
+        unit_B3HW = pixels_B3HW.to(self.codebook.dtype) / 255
+        return unit_B3HW if self.unit_range else unit_B3HW * 2 - 1
+
+    def latents(self, input_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B E h w"]:
+        return self.network.quant_conv(self.network.encoder(F.pixel_unshuffle(input_B3HW, self.patch)))
+
+    def reconstruct(self, quantised_BEhw: Float[Tensor, "B E h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Codes to a picture in the input's range, not clipped."""
+        return F.pixel_shuffle(self.network.decoder(self.network.post_quant_conv(quantised_BEhw)), self.patch)
+
+    # Inference
+
+    @torch.no_grad()
+    def encode(self, pixels_B3HW: UInt8[Tensor, "B 3 H W"], *, rows: int = 64) -> Int[Tensor, "B N"]:
+        """Tokens in raster order, int64, on the tokenizer's device; ``rows`` pictures at a time."""
+        if pixels_B3HW.shape[-2:] != (self.size, self.size):
+            height, width = pixels_B3HW.shape[-2:]
+            raise UserError(f"the tokenizer takes {self.size}x{self.size} pictures, got {height}x{width}; resize them")
+        device = self.codebook.device
+
+        def encode_rows(pixels: Tensor) -> Tensor:
+            latents_BEhw = self.latents(self.pixels_to_input(pixels.to(device)))
+            latents_ME = latents_BEhw.permute(0, 2, 3, 1).flatten(0, 2)
+            return nearest_codes(latents_ME, self.codebook).view(len(pixels), self.tokens)
+
+        with torch.autocast(device.type, enabled=False):
+            return _in_pieces(encode_rows, pixels_B3HW, rows)
+
+    @torch.no_grad()
+    def decode(self, tokens_BN: Int[Tensor, "B N"], *, rows: int = 64) -> UInt8[Tensor, "B 3 H W"]:
+        """The inverse; ids must lie in [0, codes)."""
+        if tokens_BN.shape[1] != self.tokens:
+            raise UserError(f"a picture has {self.tokens} tokens, got {tokens_BN.shape[1]}; was the tokenizer changed?")
+        side, device = self.size // self.factor, self.codebook.device
+
+        def decode_rows(tokens: Tensor) -> Tensor:
+            codes_BNE = F.embedding(tokens.to(device), self.codebook)
+            picture_B3HW = self.reconstruct(codes_BNE.transpose(1, 2).unflatten(2, (side, side)))
+            return self.output_to_pixels(picture_B3HW)
+
+        with torch.autocast(device.type, enabled=False):
+            return _in_pieces(decode_rows, tokens_BN, rows)
+
+    def output_to_pixels(self, picture_B3HW: Float[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B 3 H W"]:
+        """Back to bytes, clipped and rounded."""
+        unit_B3HW = picture_B3HW.float() if self.unit_range else (picture_B3HW.float() + 1) / 2
+        return unit_B3HW.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+    # Files
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and safetensors that ``VQModel.from_pretrained`` reads. Each file appears whole."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.network.register_to_config(sample_size=self.size)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            self.network.save_pretrained(temporary)
+            # The configuration comes last: a folder that has one is complete.
+            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, folder / file.name)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, size: int | None = None) -> "ImageTokenizer":
+        """Any diffusers VQModel: a folder or a hub name, the model itself or a pipeline with one in ``vqvae``.
+
+        ``size`` overrides the recorded picture size. Where that gives fewer than 4 x 4 tokens it is taken for
+        diffusers' unset default (32, as in aMUSEd's) and 16 x 16 tokens are assumed instead.
+        """
+        config, place = _find_config(name)
+        try:
+            network, loading = VQModel.from_pretrained(name, output_loading_info=True, use_safetensors=True, **place)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{name}: the tokenizer's weights cannot be read; copy or train it again") from error
+        if loading["missing_keys"] or loading["unexpected_keys"]:
+            odd = next(iter(loading["missing_keys"] or loading["unexpected_keys"]))
+            raise UserError(f"{name}: the tokenizer's weights do not fit its config.json ({odd}); copy it again")
+        if size is None:
+            factor = math.isqrt(network.config.in_channels // 3) * 2 ** (len(network.config.block_out_channels) - 1)
+            size = config["sample_size"] if config.get("sample_size", 0) >= 4 * factor else 16 * factor
+        return cls(network, size=size)
+
+
+def _find_config(name: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration and where it lies, as arguments of diffusers' loaders. A folder needs no network."""
+    local = Path(name).is_dir()
+    for subfolder in (None, "vqvae"):
+        place = {"subfolder": subfolder, "local_files_only": local}
+        try:
+            config = VQModel.load_config(name, **place)
+        except (OSError, ValueError):
+            continue
+        if config.get("_class_name") == "VQModel":
+            return config, place
+    raise UserError(f"{name}: no diffusers VQModel here; give a folder or hub name with a config.json of one")
+
+
+def _in_pieces(function: Callable[[Tensor], Tensor], rows_tensor: Tensor, rows: int) -> Tensor:
+    return torch.cat([function(piece) for piece in rows_tensor.split(rows)])
+
+
+SIZES: dict[str, ImageTokenizerConfig] = {
+    "paper": ImageTokenizerConfig(),
+}
