@@ -1,0 +1,137 @@
+"""Tables that carry their images: parquet files and data sets of the hub, through the `datasets` library.
+
+`datasets` keeps a memory-mapped copy of what it reads in its cache folder (HF_HOME), checks it against the files'
+times and sizes, and so reads any row without holding the others.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diptych.data.columns import Columns, Found, captions_of, find_columns
+from diptych.data.images import ImageLimits, decode
+from diptych.data.tables import TableSource, from_rows, sample_columns, select_split, unknown_split
+from diptych.errors import UserError
+
+
+def open_parquet(
+    paths: Sequence[Path], *, name: str, columns: Columns, split: str | None, limits: ImageLimits
+) -> "ArrowSource | TableSource":
+    import datasets
+
+    try:
+        with _quietly():
+            data = datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        raise UserError(f"{name}: is not readable as parquet ({_reason(error)})") from None
+    return _from_dataset(data, name=name, folder=paths[0].parent, columns=columns, split=split, limits=limits)
+
+
+def open_hub(
+    repository: str,
+    *,
+    config: str | None,
+    revision: str | None,
+    columns: Columns,
+    split: str | None,
+    limits: ImageLimits,
+) -> "ArrowSource | TableSource":
+    """A data set of the hub; the one kind of source that may use the network."""
+    import datasets
+
+    name = f"hub:{repository}"
+    try:
+        with _quietly():
+            found = datasets.load_dataset(repository, config, revision=revision)
+    # Offline, not found, gated, a script that is no longer run: each has its own class, and all have a clear message.
+    except Exception as error:
+        raise UserError(f"{name}: cannot be loaded ({_reason(error)})") from None
+    if split is None and len(found) > 1:
+        raise UserError(f"{name}: has the splits {', '.join(found)}; choose one, e.g. {name}:{next(iter(found))}")
+    if split is not None and split not in found:
+        raise unknown_split(split, found, source=name)
+    data = found[split or next(iter(found))]
+    return _from_dataset(data, name=name, folder=Path(), columns=columns, split=None, limits=limits)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bars of `datasets` meanwhile."""
+    import datasets
+
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return " ".join(str(cause).split())[:300] or type(cause).__name__
+
+
+def _from_dataset(
+    data: Any, *, name: str, folder: Path, columns: Columns, split: str | None, limits: ImageLimits
+) -> "ArrowSource | TableSource":
+    import datasets
+
+    for column, feature in data.features.items():
+        if isinstance(feature, datasets.Image):  # bytes, so that our own limits hold
+            data = data.cast_column(column, datasets.Image(decode=False))
+    if not len(data):
+        raise UserError(f"{name}: holds no rows")
+    rows = data.select(range(min(len(data), 8))).to_list()
+    found = find_columns(sample_columns(rows), wanted=columns, source=name)
+    if not found.embedded:
+        kept = [column for column in (found.image, *found.captions, found.label, found.split) if column]
+        rows = data.select_columns(kept).to_list()
+        wanted = Columns(image=found.image, caption=",".join(found.captions) or None, label=found.label)
+        return from_rows(rows, folders=[folder] * len(rows), name=name, columns=wanted, split=split, limits=limits)
+    if split is not None:
+        values = data[found.split][:] if found.split else [None] * len(data)
+        data = data.select(select_split(values, split, source=name))
+    return ArrowSource(data, name=name, found=found, limits=limits)
+
+
+class ArrowSource:
+    """Rows with embedded images, read from the memory-mapped copy one by one."""
+
+    def __init__(self, data: Any, *, name: str, found: Found, limits: ImageLimits):
+        self.name = name
+        self.has_images, self.has_captions = True, bool(found.captions)
+        self._found, self._limits = found, limits
+        self._images = data.select_columns([found.image])
+        # Apart from the images: a row read together with its image would copy the image's bytes.
+        self._captions = data.select_columns(list(found.captions)) if found.captions else None
+        self._labels = data.select_columns([found.label]) if found.label else None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def key(self, i: int) -> str:
+        return f"row {range(len(self))[i]}"
+
+    def captions(self, i: int) -> list[str]:
+        row = self._captions[i] if self._captions is not None else {}
+        return [text for column in self._found.captions for text in captions_of(row[column])]
+
+    def image(self, i: int, size: int) -> np.ndarray:
+        value = self._images[i][self._found.image]
+        data = value["bytes"] if isinstance(value, dict) else value
+        if data is None and isinstance(value, dict) and value.get("path"):
+            return decode(Path(value["path"]), size, limits=self._limits)
+        return decode(bytes(data or b""), size, name=f"{self.name}: {self.key(i)}", limits=self._limits)
+
+    def label(self, i: int) -> str | None:
+        if self._labels is None:
+            return None
+        value = self._labels[i][self._found.label]
+        feature = self._labels.features[self._found.label]
+        named = value is not None and hasattr(feature, "int2str") and value >= 0
+        return feature.int2str(value) if named else None if value is None else str(value)

@@ -1,0 +1,101 @@
+"""Text files: strict UTF-8, one text a line, and what is done to every caption."""
+
+import gzip
+import re
+import zlib
+from array import array
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from diptych.errors import UserError
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """Control characters to spaces, runs of white space to one; half of a surrogate pair, which JSON can hold and
+    UTF-8 cannot, to U+FFFD."""
+    text = _CONTROL.sub(" ", text)
+    return " ".join(_SURROGATE.sub("\ufffd", text).split())
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file, unpacked when its name ends in .gz."""
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: is not a complete gzip file ({error}); copy or make it again") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_text(path: Path) -> str:
+    """The file as text with `\\n` line ends. Raises UserError that names the line and byte that is not UTF-8."""
+    return decode_text(read_bytes(path), name=str(path))
+
+
+def decode_text(data: bytes, *, name: str) -> str:
+    if data[:4096].count(0) > len(data[:4096]) // 4:
+        raise UserError(f"{name}: looks like UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        _not_utf8(data, name=name, offset=error.start)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _not_utf8(data: bytes, *, name: str, offset: int) -> NoReturn:
+    offset += 3 * data.startswith(b"\xef\xbb\xbf")  # the codec counts from behind the byte order mark
+    line = data.count(b"\n", 0, offset) + 1
+    coding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+    raise UserError(
+        f"{name}: line {line}, byte {offset} (0x{data[offset]:02x}) is not UTF-8; "
+        f"convert it, e.g. iconv -f {coding} -t UTF-8 FILE > NEW"
+    )
+
+
+class TextSource:
+    """Loose texts, one a line; empty lines are left out. Texts lie end to end in one buffer: ten million lines of
+    Python strings would cost a gigabyte more."""
+
+    has_images = False
+    has_captions = True
+
+    def __init__(self, paths: list[Path], *, name: str):
+        self.name = name
+        pieces, ends, keys = [], array("q", [0]), array("q")
+        self._files = [path.name for path in paths]
+        for number, path in enumerate(paths):
+            for line, text in enumerate(read_text(path).split("\n"), start=1):
+                if text := clean(text):
+                    piece = text.encode()
+                    pieces.append(piece)
+                    ends.append(ends[-1] + len(piece))
+                    keys.append(number << 40 | line)
+        if not keys:
+            raise UserError(f"{name}: holds no text; a text file has one text per line")
+        self._buffer = b"".join(pieces)
+        self._ends, self._keys = np.array(ends), np.array(keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def key(self, i: int) -> str:
+        number, line = divmod(int(self._keys[i]), 1 << 40)
+        return f"{self._files[number]}:{line}"
+
+    def captions(self, i: int) -> list[str]:
+        i = range(len(self))[i]
+        return [self._buffer[self._ends[i] : self._ends[i + 1]].decode()]
+
+    def image(self, i: int, size: int) -> np.ndarray:
+        raise UserError(f"{self.name}: holds texts, not images")
+
+    def label(self, i: int) -> str | None:
+        return None
