@@ -1,0 +1,101 @@
+"""Processes, devices and precision: the only file that knows accelerate."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor, nn
+
+from diptych.errors import UserError
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Devices:
+    """This process among those that train, and the device it trains on."""
+
+    def __init__(self, *, device: Device, precision: Precision) -> None:
+        kind = _resolve(device)
+        if PartialState._shared_state and PartialState().device.type != kind:
+            AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run here was on another device
+        handlers = [
+            # Terms may be switched on late or off for a step, so a step may leave parameters without a gradient.
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            # The others wait while the first process evaluates.
+            InitProcessGroupKwargs(timeout=timedelta(hours=4)),
+        ]
+        # Mixed precision is ours (below): accelerate fixes its own for the life of the process.
+        self._accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no", kwargs_handlers=handlers)
+        self.device: torch.device = self._accelerator.device
+        self.rank: int = self._accelerator.process_index
+        self.world: int = self._accelerator.num_processes
+        self.first: bool = self._accelerator.is_main_process
+        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.bf16 = precision == "bf16" or (precision == "auto" and able)
+        self.waits = self.device.type != "cpu"
+        """Whether reading a number from the device stops the queue of kernels."""
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """``module`` on the device and, among several processes, with averaged gradients."""
+        return self._accelerator.prepare_model(module)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The one dtype policy: fp32 weights; under bf16, what autocast lists as safe is computed in bf16."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def keep_local(self, module: nn.Module) -> AbstractContextManager[object]:
+        """Gradients of a micro-batch before the last are not exchanged."""
+        return self._accelerator.no_sync(module) if self.world > 1 else nullcontext()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over processes."""
+        return self._accelerator.reduce(values, "mean") if self.world > 1 else values
+
+    def agree(self, code: int) -> int:
+        """The largest code of all processes: what one has noticed, all act on."""
+        if self.world == 1:
+            return code
+        codes = self._accelerator.gather(torch.tensor([code], device=self.device))
+        return int(codes.max())
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            self._accelerator.wait_for_everyone()
+
+    def seed(self, number: int) -> None:
+        """Seed the global generators, which dropout draws from.
+
+        `torch.manual_seed` would record a stack trace for every back end that is not in use, 0.3 ms at each step.
+        """
+        torch.default_generator.manual_seed(number)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(number)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(number)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; afterwards every submodule has the mode it had."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _resolve(device: Device) -> str:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name, available in there.items() if available) if device == "auto" else device
+    if not there[kind]:
+        raise UserError(f"train.device is {device!r}, but torch finds no such device here; set it to auto or cpu.")
+    return kind

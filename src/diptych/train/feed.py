@@ -1,0 +1,86 @@
+"""Batches ahead of time, and batches cut into micro-batches."""
+
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from itertools import islice
+
+import torch
+
+from diptych.data.batch import Batch, Items
+from diptych.errors import UserError
+
+Batches = Callable[[int, int, int], Batch]
+"""(step, rank, world) to this process's rows of that step: a pure function, so that any step can be made again."""
+
+
+def feed(
+    batches: Batches, steps: range, *, rank: int, world: int, device: torch.device, workers: int
+) -> Generator[Batch]:
+    """The batches of ``steps`` in order, on ``device``, the next ones being prepared by ``workers`` threads.
+
+    Close it (``contextlib.closing``) to drop what was prepared in vain. An exception of ``batches`` is raised here at
+    its step.
+    """
+
+    def prepare(step: int) -> Batch:
+        return batches(step, rank, world).to(device)
+
+    if workers == 0:
+        yield from map(prepare, steps)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="batches")
+    try:
+        rest = iter(steps)
+        ahead = deque(pool.submit(prepare, step) for step in islice(rest, workers + 1))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(pool.submit(prepare, step) for step in islice(rest, 1))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def count_rows(batch: Batch) -> int:
+    """Rows of all streams together."""
+    return sum(len(items) for items in _streams(batch).values())
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """Cut every stream of ``batch`` into ``parts`` equal runs of rows.
+
+    A micro-batch draws its random numbers as one more process would: part i of rank r in a world of w is rank
+    r * parts + i in a world of w * parts. Draws are made for all rows and cut, so every row keeps its numbers.
+
+    Raises:
+        UserError: a stream's rows do not divide by ``parts``.
+    """
+    if parts == 1:
+        return [batch]
+    streams = _streams(batch)
+    for name, items in streams.items():
+        if len(items) % parts:
+            raise UserError(
+                f"train.accumulate is {parts}, but a process gets {len(items)} rows of {name}, "
+                "which do not divide by it; change train.accumulate or train.batch_size."
+            )
+    draws = batch.draws
+    return [
+        replace(
+            batch,
+            draws=replace(draws, rank=draws.rank * parts + part, world=draws.world * parts),
+            **{name: _part(items, part, parts) for name, items in streams.items()},
+        )
+        for part in range(parts)
+    ]
+
+
+def _part(items: Items, part: int, parts: int) -> Items:
+    rows = len(items) // parts
+    return items[part * rows : (part + 1) * rows]
+
+
+def _streams(batch: Batch) -> dict[str, Items]:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, Items)}

@@ -1,0 +1,58 @@
+"""A small objective and its data: enough to exercise everything the loop does."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from diptych.data.batch import Batch, Draws, Items, derive_seed
+from diptych.objectives.base import Losses
+
+ROWS = 8  # per step, over all processes
+CODES = 16
+TOKENS = 6
+
+
+class Toy(nn.Module):
+    """Predicts tokens from noisy embeddings, with dropout; a term that starts late leaves parameters unused at first."""
+
+    streams = {"images": 1}  # noqa: RUF012 - as the interface has it
+
+    def __init__(self, *, seed: int = 0, dropout: float = 0.0, late_from: int = 0, width: int = 8) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.embedding = nn.Embedding(CODES, width)
+            self.middle = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Dropout(dropout))
+            self.head = nn.Linear(width, CODES)
+            self.late = nn.Linear(width, CODES)
+            self.frozen = nn.Linear(width, width).requires_grad_(False)
+        self.late_from = late_from
+        self.explode_at: dict[int, float] = {}
+        self.on_step: Callable[[int], None] | None = None
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        if self.on_step:
+            self.on_step(step)
+        assert batch.images is not None
+        assert batch.images.tokens_BN is not None
+        tokens_BN = batch.images.tokens_BN
+        noise_BND = batch.draws.uniform("noise", len(tokens_BN), tokens_BN.shape[1], self.head.in_features)
+        hidden_BND = self.middle(self.frozen(self.embedding(tokens_BN) + noise_BND.to(tokens_BN.device)))
+        terms = {"main": _cross_entropy(self.head(hidden_BND), tokens_BN)}
+        if step >= self.late_from:
+            terms["late"] = _cross_entropy(self.late(hidden_BND), tokens_BN)
+        total = torch.stack(list(terms.values())).sum() * self.explode_at.get(step, 1.0)
+        return Losses(total, terms)
+
+
+def toy_batches(step: int, rank: int, world: int, *, seed: int = 7) -> Batch:
+    generator = torch.Generator().manual_seed(derive_seed(seed, "tokens", step))
+    tokens_BN = torch.randint(0, CODES, (ROWS, TOKENS), generator=generator)
+    rows = ROWS // world
+    items = Items(tokens_BN=tokens_BN[rank * rows : (rank + 1) * rows])
+    return Batch(draws=Draws(seed, step, rank, world), images=items)
+
+
+def _cross_entropy(logits_BNK: torch.Tensor, tokens_BN: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits_BNK.flatten(0, 1), tokens_BN.flatten())
