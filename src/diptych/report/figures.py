@@ -1,0 +1,153 @@
+"""Learning curves from ``metrics.jsonl``, as SVG.
+
+The ink of the SVG is ``currentColor`` and its rules are ``var(--rule)``, so that a page can set both for a dark
+background; a viewer that knows neither shows them on white as they are meant.
+"""
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, RULE = "#1d2129", "#dfe3e8"  # replaced in the finished SVG
+SERIES = ("#3b7be0", "#e0722b", "#1f9d76", "#b04fc4", "#c2983a", "#d1495b")
+"""Told apart with any colour vision, and legible on white and on near-black."""
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": INK,
+    "text.parse_math": False,  # a dollar or an underscore in a name is just that
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": RULE,
+    "xtick.labelcolor": INK,
+    "ytick.color": RULE,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "svg.hashsalt": "diptych",  # the same curves give the same bytes
+}
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """One small figure: some keys of the records over another key."""
+
+    title: str
+    keys: Sequence[str]
+    """A key that no run has is left out."""
+    label: str = ""
+    """Of the y axis."""
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
+    """The records of a ``metrics.jsonl``. A last line that a kill cut short is left out; no file, no records."""
+    path = Path(path)
+    records: list[Record] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def curves(
+    runs: Mapping[str, Sequence[Record]], *, panels: Sequence[Panel], over: str = "step", smooth: float = 0.0
+) -> list[bytes]:
+    """One SVG per panel with all runs in it, ``over`` ("step", "seconds") along the x axis.
+
+    ``smooth`` in [0, 1) is the weight of the past in a running mean; the raw values stay behind it, faint. Panels for
+    which no run has a number are left out. Colours tell runs apart, or keys where there is only one run.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    shown = [panel for panel in panels if any(points(run, key, over)[0] for run in runs.values() for key in panel.keys)]
+    images = []
+    for panel in shown:
+        with mpl.rc_context(STYLE):
+            figure = Figure(figsize=(4.8, 2.8), layout="constrained")  # no pyplot: nothing global to leak
+            _draw(figure.add_subplot(), panel, runs, over=over, smooth=smooth)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        images.append(_themed(buffer.getvalue()))
+    return images
+
+
+def points(records: Sequence[Record], key: str, over: str) -> tuple[list[float], list[float]]:
+    """x and y of the records that have a finite number for both."""
+    pairs: list[tuple[Any, Any]] = [(record.get(over), record.get(key)) for record in records]
+    finite = [(float(x), float(y)) for x, y in pairs if _is_number(x) and _is_number(y)]
+    return [x for x, _ in finite], [y for _, y in finite]
+
+
+def running_mean(values: Sequence[float], weight: float) -> list[float]:
+    """Exponential, without the pull of its start: y_n = sum_k w^(n-k) v_k / sum_k w^(n-k)."""
+    means, total, mass = [], 0.0, 0.0
+    for value in values:
+        total, mass = weight * total + value, weight * mass + 1.0
+        means.append(total / mass)
+    return means
+
+
+def _draw(axes: "Axes", panel: Panel, runs: Mapping[str, Sequence[Record]], *, over: str, smooth: float) -> None:
+    lines = [(name, key, *points(run, key, over)) for name, run in runs.items() for key in panel.keys]
+    by_run = len(runs) > 1
+    for name, key, x, y in lines:
+        if not x:
+            continue
+        colour = SERIES[(list(runs).index(name) if by_run else list(panel.keys).index(key)) % len(SERIES)]
+        dash = "-" if not by_run else ("-", (0, (4, 2)), (0, (1, 1.5)))[list(panel.keys).index(key) % 3]
+        parts = [name] * by_run + [key.removeprefix("loss/")] * (len(panel.keys) > 1 or not by_run)
+        marker = "o" if len(x) < 25 else None  # a single measurement must be visible too
+        if smooth and marker is None:
+            axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.25)
+            y = running_mean(y, smooth)
+        axes.plot(
+            x, y, color=colour, linestyle=dash, linewidth=1.7, marker=marker, markersize=3.5, label=", ".join(parts)
+        )
+    axes.set_title(panel.title)
+    axes.set_xlabel(over)
+    axes.set_ylabel(panel.label)
+    axes.tick_params(length=0)
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_formatter(_short)
+    axes.locator_params(axis="x", nbins=6)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(fontsize=8.5)
+
+
+def _short(value: float, _: float) -> str:
+    """10000 -> 10k: long step counts run into each other."""
+    if abs(value) >= 1_000_000:
+        return f"{value / 1_000_000:g}M"
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _themed(svg: bytes) -> bytes:
+    return svg.replace(INK.encode(), b"currentColor").replace(RULE.encode(), f"var(--rule, {RULE})".encode())
