@@ -13,11 +13,21 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers.activations import NewGELUActivation
 
 from diptych.errors import UserError
 
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _SENTINEL = re.compile(r"<extra_id_\d+>")
+
+
+def fuse_gelu(t5: PreTrainedModel) -> PreTrainedModel:
+    """Replaces T5 v1.1's GELU, seven small operations in `transformers`, by the one kernel that computes the same."""
+    for module in t5.modules():
+        if isinstance(getattr(module, "act", None), NewGELUActivation):
+            module.act = nn.GELU(approximate="tanh")
+    return t5
 
 
 class TextEncoder(nn.Module):
@@ -32,7 +42,8 @@ class TextEncoder(nn.Module):
 
     def __init__(self, t5: T5EncoderModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
-        self.t5 = t5.requires_grad_(False).eval()
+        t5.set_attn_implementation("sdpa")
+        self.t5 = fuse_gelu(t5).requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.width: int = t5.config.d_model
         self.vocab_rows: int = self.embedding.weight.shape[0]
@@ -52,7 +63,7 @@ class TextEncoder(nn.Module):
         if self.vocab_real > self.vocab_rows:
             raise UserError(f"the tokenizer has {self.vocab_real} ids but the model {self.vocab_rows}: use its own one")
         if self.vocab_real - len(self.tokenizer.all_special_ids) < 2:
-            raise UserError("the tokenizer files are missing: expected tokenizer.json or spiece.model")
+            raise UserError("the tokenizer has no words: tokenizer.json or spiece.model is missing")
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -74,11 +85,10 @@ class TextEncoder(nn.Module):
         """
         if length < 1:
             raise UserError(f"length={length} leaves no room for the end of a text: use 1 or more")
-        ids_BL = torch.full((len(texts), length), self.pad_id, dtype=torch.int64)
         rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        for row, found in enumerate(rows):
-            kept = [i for i in found if i not in self._controls][: length - 1]
-            ids_BL[row, : len(kept) + 1] = torch.tensor([*kept, self.eos_id])
+        kept = ([i for i in row if i not in self._controls][: length - 1] for row in rows)
+        padded = [[*row, self.eos_id, *[self.pad_id] * (length - 1 - len(row))] for row in kept]
+        ids_BL = torch.tensor(padded, dtype=torch.int64).view(len(texts), length)
         return ids_BL, ids_BL != self.pad_id
 
     def detokenize(self, ids_BL: Int[Tensor, "B L"]) -> list[str]:
@@ -104,8 +114,8 @@ class TextEncoder(nn.Module):
         """As :meth:`features`, from rows of (or mixtures over) ``embedding``; differentiable in ``embeds_BLF``."""
         # A row without any valid token would have nothing to attend to and give NaN; its features are zeroed below.
         attend_BL = valid_BL | ~valid_BL.any(dim=1, keepdim=True)
-        attend_B1LL = attend_BL[:, None, None, :].expand(-1, 1, attend_BL.shape[1], -1)
-        features_BLF = self.t5(inputs_embeds=embeds_BLF, attention_mask=attend_B1LL).last_hidden_state
+        # Four dimensions, so that transformers takes it as it is: its own check of a flat one waits for the device.
+        features_BLF = self.t5(inputs_embeds=embeds_BLF, attention_mask=attend_BL[:, None, None]).last_hidden_state
         return features_BLF.masked_fill(~valid_BL[:, :, None], 0.0)
 
     # Files
@@ -119,21 +129,29 @@ class TextEncoder(nn.Module):
         folder = Path(name)
         if not folder.is_dir() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2):
             raise UserError(f"text encoder {name}: no such folder")
-        options: dict[str, Any] = {"local_files_only": folder.is_dir()}
+        where: dict[str, Any] = {"local_files_only": folder.is_dir()}
+        part = "config.json"
         try:
-            config = AutoConfig.from_pretrained(name, **options)
+            config = AutoConfig.from_pretrained(name, **where)
             if config.model_type != "t5":
-                raise UserError(f"it is a {config.model_type!r} model, not a T5")
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
-            options |= {"dtype": dtype or "auto", "attn_implementation": "sdpa", "output_loading_info": True}
-            loaded: Any = T5EncoderModel.from_pretrained(name, **options)  # its annotation knows no second result
+                raise UserError(f"a {config.model_type!r} model, not a T5")
+            part = "tokenizer"
+            if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+                raise UserError(f"none of {', '.join(_TOKENIZER_FILES)} is there")
+            tokenizer = AutoTokenizer.from_pretrained(name, **where)
+            part = "weights"
+            options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+            loaded: Any = T5EncoderModel.from_pretrained(
+                name, **options, **where
+            )  # its annotation knows no second result
             t5, report = loaded
             if report["missing_keys"]:
-                raise UserError(f"its weights lack {sorted(report['missing_keys'])[0]}")
+                raise UserError(f"{sorted(report['missing_keys'])[0]} is missing")
+            part = "tokenizer"
             return cls(t5, tokenizer)
         except Exception as error:  # every library below has its own idea of what a broken file raises
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            raise UserError(f"text encoder {name} cannot be loaded: {reason}") from error
+            raise UserError(f"text encoder {name}, {part}: {reason}; give the folder or hub name of a T5") from error
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """A plain folder for `T5EncoderModel` and `AutoTokenizer`; an older one of that name is replaced whole."""
