@@ -42,8 +42,8 @@ class Draws:
 
     def gumbel(self, name: str, rows: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
         """Standard Gumbel numbers, fp32: lower precisions have too few distinct values."""
-        uniform = self.uniform(name, rows, *shape, device=device)
-        return -torch.log(-torch.log(uniform.clamp_min(1e-20)).clamp_min(1e-20))
+        exponential = -torch.log(self.uniform(name, rows, *shape, device=device).clamp_min(1e-20))
+        return -torch.log(exponential.clamp_min(1e-20))  # neither end of [0, 1) may give infinity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

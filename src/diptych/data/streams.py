@@ -1,0 +1,98 @@
+"""Endless shuffled streams whose batches are pure functions of (seed, step, rank).
+
+Resuming needs no loader state, and any batch can be prepared ahead by any thread.
+
+Shapes: B rows of this process.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from diptych.data.batch import Batch, Draws, Items, derive_seed
+from diptych.errors import UserError
+
+_ROUNDS = 4
+
+
+def shuffled(position: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Item and epoch at each ``position`` (int64) of an endless stream that shows all ``size`` items once an epoch.
+
+    The order of an epoch is a keyed permutation computed position by position (a Feistel network over the next power
+    of four, walked until it lands below ``size``), so that 400 million items need no table.
+    """
+    epoch = position // size
+    keys = [_hash(epoch.astype(np.uint64) ^ np.uint64(derive_seed(seed, "order", r))) for r in range(_ROUNDS)]
+    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    item = (position % size).astype(np.uint64)
+    outside = np.ones(item.shape, bool)
+    while outside.any():
+        left, right = item[outside] >> half, item[outside] & low
+        for key in keys:
+            left, right = right, left ^ (_hash(right ^ key[outside]) & low)
+        item[outside] = left << half | right
+        outside = item >= np.uint64(size)
+    return item.astype(np.int64), epoch
+
+
+def _hash(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: every bit of the input moves every bit of the output."""
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def choose(count: np.ndarray, item: np.ndarray, epoch: np.ndarray, seed: int) -> np.ndarray:
+    """A number below ``count`` for each (item, epoch): which of an image's captions to show this time."""
+    key = np.uint64(derive_seed(seed, "choose"))
+    return (_hash(_hash(item.astype(np.uint64) ^ key) ^ epoch.astype(np.uint64)) % count.astype(np.uint64)).astype(int)
+
+
+Take = Callable[[np.ndarray, np.ndarray], Items]
+"""Items of the given (item, epoch) arrays [B]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    size: int
+    """Items of an epoch."""
+    take: Take
+    """Reads them."""
+
+
+class Batches:
+    """The batch of every step, for every process.
+
+    Call it with (step, rank, world). A process's rows are a contiguous part of the step's; an objective that takes
+    several rows of a stream for each row of the batch finds those of one batch row side by side.
+    """
+
+    def __init__(
+        self, streams: dict[str, Stream], *, multiples: dict[str, int], batch_size: int, seed: int
+    ) -> None:
+        """``multiples`` is the objective's ``streams``: rows of each stream per row of the global ``batch_size``."""
+        for name in multiples:
+            if name not in streams:
+                raise UserError(f"the objective learns from {name}, but there are none: give --data.{name}")
+            if streams[name].size == 0:
+                raise UserError(f"--data.{name}: no item is left to learn from")
+        self.streams, self.multiples = streams, multiples
+        self.batch_size, self.seed = batch_size, seed
+
+    def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        if self.batch_size % world:
+            raise UserError(
+                f"a batch of {self.batch_size} rows cannot be shared by {world} processes: "
+                "change --train.batch-size"
+            )
+        items = {name: self._rows(name, step, rank, world) for name in self.multiples}
+        return Batch(draws=Draws(self.seed, step, rank, world), **items)
+
+    def _rows(self, name: str, step: int, rank: int, world: int) -> Items:
+        stream = self.streams[name]
+        local = self.batch_size // world * self.multiples[name]
+        position = (step * world + rank) * local + np.arange(local, dtype=np.int64)
+        return stream.take(*shuffled(position, stream.size, derive_seed(self.seed, name)))

@@ -1,0 +1,227 @@
+"""The ITIT network: one encoder of images and texts, an image decoder and a text decoder.
+
+Li et al., "Leveraging Unpaired Data for Vision-Language Generative Models via Cycle Consistency", section 3.1 and
+appendix B.
+
+Shapes: B rows, N image tokens, K image tokens kept for the encoder, C codebook entries, L text tokens, P positions of
+the text decoder's image prefix, F width of the frozen text features, V vocabulary, D encoder width, W text decoder
+width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from diptych.nn.transformer import Blocks, LayerCache, init_weights, prefix_causal
+
+
+@dataclass(kw_only=True, slots=True)
+class ItitConfig:
+    """The defaults are ITIT-B of the paper (221M parameters)."""
+
+    image_tokens: int = 256
+    """Tokens of an image (N)."""
+    codebook: int = 8192
+    """Entries of the image tokenizer's codebook (C)."""
+    text_tokens: int = 64
+    """Most tokens of a text, `</s>` included (L)."""
+    text_features: int = 4096
+    """Width of the frozen text encoder's features (F)."""
+    vocabulary: int = 32128
+    """Rows of the text encoder's embedding (V)."""
+    width: int = 768
+    """Width of the encoder and the image decoder (D)."""
+    depth: int = 12
+    """Blocks of the encoder."""
+    heads: int = 12
+    """Attention heads of the encoder and the image decoder."""
+    image_decoder_depth: int = 8
+    """Blocks of the image decoder."""
+    text_decoder_width: int = 768
+    """Width of the text decoder (W)."""
+    text_decoder_depth: int = 6
+    """Blocks of the text decoder."""
+    text_decoder_heads: int = 12
+    """Attention heads of the text decoder."""
+    dropout: float = 0.1
+    """Dropout of attention, of both branches of a block and of the input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the encoder makes of an image and a text."""
+
+    image_BKD: Tensor
+    keep_BK: Tensor
+    """Which of the N positions the K features belong to."""
+    text_BLD: Tensor
+    """Features of the text; of the null text (L = 1) where none was given."""
+    valid_BL: Tensor
+
+    def detach(self) -> "Encoded":
+        return Encoded(self.image_BKD.detach(), self.keep_BK, self.text_BLD.detach(), self.valid_BL)
+
+
+class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"]):
+    """Generates text from images and images from text with one set of weights."""
+
+    def __init__(self, config: ItitConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.token_embedding = nn.Embedding(c.codebook, c.width)
+        self.image_hidden = nn.Parameter(torch.empty(c.width))
+        self.image_position = nn.Embedding(c.image_tokens, c.width)
+        self.text_projection = nn.Linear(c.text_features, c.width)
+        self.text_position = nn.Embedding(c.text_tokens, c.width)
+        self.text_null = nn.Parameter(torch.empty(c.width))
+        self.input_norm = nn.LayerNorm(c.width)
+        self.input_dropout = nn.Dropout(c.dropout)
+        self.encoder = Blocks(c.depth, c.width, heads=c.heads, dropout=c.dropout)
+
+        self.decoder_hidden = nn.Parameter(torch.empty(c.width))
+        self.decoder_position = nn.Embedding(c.image_tokens + c.text_tokens, c.width)
+        self.image_decoder = Blocks(c.image_decoder_depth, c.width, heads=c.heads, dropout=c.dropout)
+        self.image_head = nn.Sequential(nn.Linear(c.width, c.width), nn.GELU(), nn.LayerNorm(c.width))
+        self.image_bias = nn.Parameter(torch.empty(c.codebook))
+
+        width = c.text_decoder_width
+        self.prefix_projection = nn.Sequential(nn.Linear(c.width, width), nn.LayerNorm(width))
+        self.word_embedding = nn.Embedding(c.vocabulary, width)
+        self.word_position = nn.Embedding(c.text_tokens, width)
+        self.text_decoder = Blocks(c.text_decoder_depth, width, heads=c.text_decoder_heads, dropout=c.dropout)
+
+        self.apply(init_weights)
+        for vector in (self.image_hidden, self.text_null, self.decoder_hidden):
+            nn.init.normal_(vector, std=0.02)
+        nn.init.zeros_(self.image_bias)
+
+    def embed_image(self, tokens_BN: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
+        return self.token_embedding(tokens_BN)
+
+    def encode(
+        self,
+        image_BND: Float[Tensor, "B N D"],
+        *,
+        hidden_BN: Bool[Tensor, "B N"] | None = None,
+        keep_BK: Int[Tensor, "B K"] | None = None,
+        features_BLF: Float[Tensor, "B L F"] | None = None,
+        valid_BL: Bool[Tensor, "B L"] | None = None,
+    ) -> Encoded:
+        """Encode the embedded tokens that are not hidden, together with a text or with the learned null text.
+
+        Args:
+            hidden_BN: positions to be predicted: their embedding is replaced by a learned vector. None: all visible.
+            keep_BK: positions that enter the encoder. It must hold every visible one; the rest are dropped to save
+                computation. None: all enter.
+            features_BLF: frozen features of the text; None stands for the empty text.
+            valid_BL: which of the L are real; needed with ``features_BLF``.
+        """
+        rows, positions = image_BND.shape[:2]
+        if hidden_BN is not None:
+            image_BND = torch.where(hidden_BN[..., None], self.image_hidden.to(image_BND.dtype), image_BND)
+        image = image_BND + self.image_position.weight
+        if keep_BK is None:
+            keep_BK = torch.arange(positions, device=image.device).expand(rows, -1)
+        else:
+            image = image.gather(1, keep_BK[..., None].expand(-1, -1, image.shape[-1]))
+        if features_BLF is None:
+            text = self.text_null.expand(rows, 1, -1)
+            valid_BL = torch.ones(rows, 1, dtype=torch.bool, device=image.device)
+            attend = None
+        else:
+            assert valid_BL is not None
+            text = self.text_projection(features_BLF) + self.text_position.weight[: features_BLF.shape[1]]
+            attend = _look_at_valid(valid_BL, image.shape[1])
+        x = self.input_dropout(self.input_norm(torch.cat([image, text.to(image.dtype)], dim=1)))
+        x = self.encoder(x, attend=attend)
+        kept = keep_BK.shape[1]
+        return Encoded(x[:, :kept], keep_BK, x[:, kept:], valid_BL)
+
+    def image_logits(self, encoded: Encoded, hidden_BN: Bool[Tensor, "B N"]) -> Float[Tensor, "B N C"]:
+        """Logits of every image token, in parallel. Hidden positions, dropped or kept, enter as a learned vector."""
+        positions = hidden_BN.shape[1]
+        features = encoded.image_BKD
+        image = features.new_zeros(len(features), positions, features.shape[-1])
+        image = image.scatter(1, encoded.keep_BK[..., None].expand_as(features), features)
+        image = torch.where(hidden_BN[..., None], self.decoder_hidden.to(features.dtype), image)
+        x = torch.cat([image, encoded.text_BLD], dim=1) + self.decoder_position.weight[
+            : positions + encoded.text_BLD.shape[1]
+        ].to(features.dtype)
+        is_null = encoded.text_BLD.shape[1] == 1
+        x = self.image_decoder(x, attend=None if is_null else _look_at_valid(encoded.valid_BL, positions))
+        return self.image_head(x[:, :positions]) @ self.token_embedding.weight.T + self.image_bias
+
+    def text_logits(
+        self, prefix_BPD: Float[Tensor, "B P D"] | None, inputs_BL: Int[Tensor, "B L"]
+    ) -> Float[Tensor, "B L V"]:
+        """Logits of the token after each of ``inputs_BL`` (which starts with the id that begins a text).
+
+        The prefix, image features of the encoder, sees itself; text sees the prefix and the text before it. None
+        leaves the image out (the T2T ablation).
+        """
+        length = inputs_BL.shape[1]
+        text = self.word_embedding(inputs_BL) + self.word_position.weight[:length]
+        prefix = text[:, :0] if prefix_BPD is None else self.prefix_projection(prefix_BPD)
+        attend = prefix_causal(prefix.shape[1], length, device=text.device)
+        x = self.text_decoder(torch.cat([prefix.to(text.dtype), text], dim=1), attend=attend)
+        return x[:, prefix.shape[1] :] @ self.word_embedding.weight.T
+
+    def start_text(self, prefix_BPD: Float[Tensor, "B P D"], *, beams: int = 1) -> "TextDecoding":
+        """Begin to write one token at a time, each prefix repeated for ``beams`` neighbouring rows."""
+        return TextDecoding(self, prefix_BPD, beams=beams)
+
+
+class TextDecoding:
+    """The text decoder with its past cached: the same logits as :meth:`ITIT.text_logits`, a position at a time."""
+
+    def __init__(self, model: ITIT, prefix_BPD: Tensor, *, beams: int) -> None:
+        self.model = model
+        prefix = model.prefix_projection(prefix_BPD)
+        self.prefix = prefix.shape[1]
+        positions = self.prefix + model.config.text_tokens
+        # The prefix never sees the text, so it runs once and without the text; and once for all beams of a row.
+        self.cache: list[LayerCache] = model.text_decoder.empty_cache(prefix, positions=positions)
+        model.text_decoder(prefix, cache=self.cache)
+        if beams > 1:
+            for layer in self.cache:
+                layer.keys_BHTE = layer.keys_BHTE.repeat_interleave(beams, 0)
+                layer.values_BHTE = layer.values_BHTE.repeat_interleave(beams, 0)
+        self.rows = len(prefix) * beams
+
+    def step(self, ids_B: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+        """Logits of the token that follows ``ids_B``, the next token of each row."""
+        model = self.model
+        position = self.cache[0].length - self.prefix
+        text = model.word_embedding(ids_B[:, None]) + model.word_position.weight[position]
+        x = model.text_decoder(text, cache=self.cache)
+        return x[:, 0] @ model.word_embedding.weight.T
+
+    def reorder(self, rows_B: Int[Tensor, "B"]) -> None:
+        """Row b goes on from what row ``rows_B[b]`` has written; both must have the same prefix."""
+        for layer in self.cache:
+            layer.reorder(rows_B, start=self.prefix)
+
+
+def _look_at_valid(valid_BL: Tensor, images: int) -> Bool[Tensor, "B 1 1 S"]:
+    """Every position may look at all image positions and at real text."""
+    always = valid_BL.new_ones(len(valid_BL), images)
+    return torch.cat([always, valid_BL], dim=1)[:, None, None]
+
+
+SIZES: dict[str, ItitConfig] = {
+    "tiny": ItitConfig(
+        width=128, depth=3, heads=4, image_decoder_depth=2, text_decoder_width=128, text_decoder_depth=2,
+        text_decoder_heads=4,
+    ),
+    "small": ItitConfig(
+        width=384, depth=8, heads=6, image_decoder_depth=4, text_decoder_width=384, text_decoder_depth=4,
+        text_decoder_heads=6,
+    ),
+    "base": ItitConfig(),
+    "large": ItitConfig(width=1024, depth=24, heads=16),
+    "huge": ItitConfig(width=1280, depth=32, heads=16),
+}  # fmt: skip
+"""Named sizes. Base, large and huge are the paper's; tiny and small are for one or two CPU cores and one small GPU."""

@@ -1,0 +1,47 @@
+"""Where the paper bends gradients: the straight-through embedding and the gradient scale.
+
+Shapes: ... any leading axes, V entries of a table (codes or words), D its width.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def scale_gradient(z: Tensor, factor: float) -> Tensor:
+    """z <- factor z + sg((1 - factor) z): the value of z, ``factor`` of its gradient (ITIT, implementation details)."""
+    return factor * z + ((1 - factor) * z).detach()
+
+
+def straight_through_embedding(logits: Float[Tensor, "... V"], table: Float[Tensor, "V D"]) -> Float[Tensor, "... D"]:
+    """Embed the likeliest entry; differentiate as if the softmax had been embedded.
+
+    Equals ``(hard + (soft - soft.detach())) @ table`` with ``soft = softmax(logits)`` and ``hard`` its one-hot argmax,
+    but gathers rows instead of multiplying by a dense one-hot ([64, 256, 8192] in fp32 would take half a gigabyte).
+    Add Gumbel noise to ``logits`` for a straight-through Gumbel-softmax.
+    """
+    return _StraightThroughEmbedding.apply(logits.float(), table)
+
+
+class _StraightThroughEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, table: Tensor) -> Tensor:
+        best = logits.argmax(-1)
+        ctx.save_for_backward(logits, table, best)
+        return table[best]
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,) = outputs
+        logits, table, best = ctx.saved_tensors
+        grad_logits = grad_table = None
+        if ctx.needs_input_grad[0]:
+            soft = logits.softmax(-1)
+            grad_soft = (grad.to(table.dtype) @ table.T).to(soft.dtype)
+            grad_logits = soft * (grad_soft - (soft * grad_soft).sum(-1, keepdim=True))
+        if ctx.needs_input_grad[1]:
+            flat = grad.reshape(-1, grad.shape[-1]).to(table.dtype)
+            grad_table = torch.zeros_like(table).index_add_(0, best.reshape(-1), flat)
+        return grad_logits, grad_table

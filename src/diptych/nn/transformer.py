@@ -1,0 +1,122 @@
+"""The pre-norm transformer block that every network of Diptych is made of, and its key-value cache.
+
+Shapes: B rows, S positions, D width, H heads, E width of one head, T positions that may be looked at.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+
+@dataclass(slots=True)
+class LayerCache:
+    """Keys and values of one layer, [B H T E], allocated once for ``T`` positions and filled from the left."""
+
+    keys_BHTE: Tensor
+    values_BHTE: Tensor
+    length: int = 0
+
+    @classmethod
+    def empty(cls, like: Tensor, *, heads: int, positions: int) -> "LayerCache":
+        shape = (len(like), heads, positions, like.shape[-1] // heads)
+        return cls(like.new_empty(shape), like.new_empty(shape))
+
+    def append(self, keys_BHSE: Tensor, values_BHSE: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new positions; return all that are filled."""
+        end = self.length + keys_BHSE.shape[2]
+        self.keys_BHTE[:, :, self.length : end] = keys_BHSE
+        self.values_BHTE[:, :, self.length : end] = values_BHSE
+        self.length = end
+        return self.keys_BHTE[:, :, :end], self.values_BHTE[:, :, :end]
+
+    def reorder(self, rows_B: Int[Tensor, "B"], *, start: int) -> None:
+        """Let row b continue what row ``rows_B[b]`` held, from position ``start`` on (before it, all must agree)."""
+        for cached in (self.keys_BHTE, self.values_BHTE):
+            cached[:, :, start : self.length] = cached[rows_B, :, start : self.length]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al., 2017)."""
+
+    def __init__(self, width: int, *, heads: int, dropout: float) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"a width of {width} cannot be cut into {heads} heads: make it a multiple")
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BSD: Tensor, *, attend: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+        q, k, v = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        dropout = self.dropout if self.training else 0.0
+        mixed_BHSE = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
+        return self.out(mixed_BHSE.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with GELU and dropout on both branches."""
+
+    def __init__(self, width: int, *, heads: int, dropout: float = 0.0, mlp_ratio: int = 4) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = Attention(width, heads=heads, dropout=dropout)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x_BSD: Float[Tensor, "B S D"],
+        *,
+        attend: Bool[Tensor, "*#broadcast S T"] | Bool[Tensor, "*#broadcast 1 T"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """``attend`` is True where a position may look; None lets it look everywhere."""
+        x_BSD = x_BSD + self.dropout(self.attention(self.norm_attention(x_BSD), attend=attend, cache=cache))
+        return x_BSD + self.dropout(self.mlp(self.norm_mlp(x_BSD)))
+
+
+class Blocks(nn.Module):
+    """A stack of blocks and the closing LayerNorm."""
+
+    def __init__(self, depth: int, width: int, *, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.layers = nn.ModuleList(Block(width, heads=heads, dropout=dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(
+        self, x_BSD: Tensor, *, attend: Tensor | None = None, cache: list[LayerCache] | None = None
+    ) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            x_BSD = layer(x_BSD, attend=attend, cache=None if cache is None else cache[index])
+        return self.norm(x_BSD)
+
+    def empty_cache(self, like: Tensor, *, positions: int) -> list[LayerCache]:
+        """One cache a layer for rows and dtype ``like`` [B ... D]."""
+        return [LayerCache.empty(like, heads=self.heads, positions=positions) for _ in self.layers]
+
+
+def prefix_causal(prefix: int, length: int, *, device: torch.device | None = None) -> Bool[Tensor, "S S"]:
+    """GIT's attention: the prefix sees itself, each later position sees the prefix and what is not after it."""
+    total = prefix + length
+    attend_SS = torch.ones(total, total, dtype=torch.bool, device=device).tril()
+    attend_SS[:prefix, :prefix] = True
+    return attend_SS
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linear and embedding weights: normal, std 0.02, cut at two std. Biases 0, LayerNorm 1 and 0."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

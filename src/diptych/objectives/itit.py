@@ -1,0 +1,207 @@
+"""The ITIT objective: paired losses and cycles, summed.
+
+Shapes: B rows, N image tokens, L text tokens, F width of the frozen text features.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diptych.data.batch import Batch, Draws, Items
+from diptych.models.itit import ITIT
+from diptych.models.text_encoder import TextEncoder
+from diptych.objectives.base import Losses
+from diptych.objectives.cycles import i2t2i_loss, reimagined, rewritten, t2i2t_loss
+from diptych.objectives.hiding import HideConfig, Hiding, hide
+from diptych.objectives.paired import i2i_loss, i2t_loss, t2i_loss, t2t_loss, without_text
+from diptych.sampling.itit import DrawConfig, WriteConfig, draw, write
+
+
+@dataclass(kw_only=True, slots=True)
+class LossWeights:
+    """The paper sums its losses with equal weight; that of I2I is not stated."""
+
+    t2i: float = 1.0
+    i2t: float = 1.0
+    i2i: float = 1.0
+    t2i2t: float = 1.0
+    i2t2i: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class ItitObjectiveConfig:
+    """The defaults are the paper's, except for the synthesis inside the cycles (see ``draw``)."""
+
+    texts: Literal["off", "t2t", "half", "full"] = "full"
+    """What loose texts train: nothing, a language model without images (control), the half or the full T2I2T cycle."""
+    images: Literal["off", "i2i", "half", "full"] = "full"
+    """What bare images train: nothing, masked modelling without text (control), the half or the full I2T2I cycle."""
+    cycles_from: int = 25_000
+    """Step at which the losses on unpaired data begin; before it, synthesised data would be noise (Table 5)."""
+    hide_for_image: HideConfig = field(default_factory=HideConfig)
+    """Share of image tokens hidden where an image is predicted (T2I, I2I, I2T2I)."""
+    hide_for_text: HideConfig = field(default_factory=lambda: HideConfig(high=0.75))
+    """Share of image tokens hidden where a text is predicted (I2T, T2I2T). I2I shares its pass, and so its share."""
+    smoothing: float = 0.1
+    """Label smoothing of every loss."""
+    encoder_gradient: float = 0.1
+    """Share of the text decoder's gradient that reaches the encoder."""
+    gumbel: float = 1.0
+    """Strength of the Gumbel noise in T2I2T's straight-through estimate; 0 is a plain softmax."""
+    draw: DrawConfig = field(default_factory=lambda: DrawConfig(steps=8, guidance=0.0, temperature=4.0))
+    """How T2I2T synthesises pictures. Ours: fewer steps and no guidance; docs/results.md shows what they cost."""
+    teacher: Literal["self", "ema"] = "self"
+    """Who synthesises: the network itself (the paper), or an exponential average of it (as DoraCycle)."""
+    teacher_decay: float = 0.999
+    """Decay of the average, per step."""
+    weights: LossWeights = field(default_factory=LossWeights)
+    """Weight of each loss."""
+
+
+class ItitObjective(nn.Module):
+    """L = L_T2I + L_I2T + L_I2I on pairs, + L_T2I2T on texts, + L_I2T2I on images."""
+
+    def __init__(self, model: ITIT, text_encoder: TextEncoder, config: ItitObjectiveConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.text_encoder = text_encoder
+        self.config = config
+        self.streams = {"pairs": 2}  # every other row for T2I, the rest for I2T and I2I: separate pairs, as in the paper
+        if config.images != "off":
+            self.streams["images"] = 1
+        if config.texts != "off":
+            self.streams["texts"] = 1
+        self.teacher = copy.deepcopy(model).requires_grad_(False) if config.teacher == "ema" else None
+        self._teacher_step: int | None = None
+        banned_V = torch.zeros(text_encoder.vocab_rows, dtype=torch.bool)
+        banned_V[list(text_encoder.banned_ids)] = True
+        self.register_buffer("banned_V", banned_V, persistent=False)
+
+    def state_dict(self, *args, **kwargs):
+        """Without the frozen text encoder, which has its own folder."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for name in [name for name in state if name.startswith(f"{prefix}text_encoder.")]:
+            del state[name]
+        return state
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        terms = self._paired(batch)
+        if step >= self.config.cycles_from:
+            self._update_teacher(step)
+            if self.config.texts != "off":
+                terms |= self._texts(batch)
+            if self.config.images != "off":
+                terms |= self._images(batch)
+        weights = self.config.weights
+        weighted = [getattr(weights, _WEIGHT_OF.get(name, name)) * loss for name, loss in terms.items() if "/" not in name]
+        return Losses(torch.stack(weighted).sum(), {name: term.detach() for name, term in terms.items()})
+
+    def _paired(self, batch: Batch) -> dict[str, Tensor]:
+        c, draws = self.config, batch.draws
+        assert batch.pairs is not None
+        for_image, for_text = batch.pairs[0::2], batch.pairs[1::2]  # so any even run of rows holds as many of each
+
+        hiding = self._hide(c.hide_for_image, for_image, draws, "t2i")
+        tokens, features, valid = for_image.tokens_BN, self._features(for_image), for_image.valid_BL
+        t2i = t2i_loss(self.model, tokens, features, valid, hiding, smoothing=c.smoothing)
+
+        hiding = self._hide(c.hide_for_text, for_text, draws, "i2t")
+        encoded = without_text(self.model, for_text.tokens_BN, hiding)
+        i2i = i2i_loss(self.model, encoded, for_text.tokens_BN, hiding, smoothing=c.smoothing)
+        i2t = i2t_loss(
+            self.model, encoded, for_text.ids_BL, for_text.valid_BL,
+            smoothing=c.smoothing, encoder_gradient=c.encoder_gradient,
+        )  # fmt: skip
+        return {"t2i": t2i, "i2t": i2t, "i2i": i2i}
+
+    def _texts(self, batch: Batch) -> dict[str, Tensor]:
+        c, draws, texts = self.config, batch.draws, batch.texts
+        assert texts is not None
+        if c.texts == "t2t":
+            return {"t2t": t2t_loss(self.model, texts.ids_BL, texts.valid_BL, smoothing=c.smoothing)}
+        features = self._features(texts)
+        with _evaluating(self._synthesiser()) as synthesiser:
+            pseudo_BN = draw(synthesiser, features, texts.valid_BL, c.draw, draws=draws)
+        if c.texts == "full":
+            hiding = self._hide(c.hide_for_image, texts, draws, "t2i2t/first")
+            image_BND = reimagined(
+                self.model, pseudo_BN, features, texts.valid_BL, hiding, gumbel=c.gumbel, draws=draws
+            )
+        else:
+            image_BND = self.model.embed_image(pseudo_BN)
+        hiding = self._hide(c.hide_for_text, texts, draws, "t2i2t/second")
+        loss = t2i2t_loss(
+            self.model, image_BND, texts.ids_BL, texts.valid_BL, hiding,
+            smoothing=c.smoothing, encoder_gradient=c.encoder_gradient,
+        )  # fmt: skip
+        return {"t2i2t": loss}
+
+    def _images(self, batch: Batch) -> dict[str, Tensor]:
+        c, draws, images = self.config, batch.draws, batch.images
+        assert images is not None
+        if c.images == "i2i":
+            hiding = self._hide(c.hide_for_image, images, draws, "unpaired_i2i")
+            encoded = without_text(self.model, images.tokens_BN, hiding)
+            return {"unpaired_i2i": i2i_loss(self.model, encoded, images.tokens_BN, hiding, smoothing=c.smoothing)}
+        with _evaluating(self._synthesiser()) as synthesiser:
+            length = self.model.config.text_tokens
+            pseudo_BL, _ = write(
+                synthesiser, images.tokens_BN, WriteConfig(beams=1), banned_V=self.banned_V, length=length
+            )
+        pseudo_BL = pseudo_BL[:, : int((pseudo_BL != self.text_encoder.pad_id).sum(1).max())]
+        valid_BL = pseudo_BL != self.text_encoder.pad_id
+        if c.images == "full":
+            hiding = self._hide(c.hide_for_text, images, draws, "i2t2i/first")
+            features = rewritten(
+                self.model, self.text_encoder, images.tokens_BN, pseudo_BL, valid_BL, hiding, banned_V=self.banned_V
+            )
+        else:
+            features = self.text_encoder.features(pseudo_BL, valid_BL)
+        hiding = self._hide(c.hide_for_image, images, draws, "i2t2i/second")
+        loss = i2t2i_loss(self.model, images.tokens_BN, features, valid_BL, hiding, smoothing=c.smoothing)
+        distinct = torch.tensor(len(pseudo_BL.unique(dim=0)) / len(pseudo_BL), device=loss.device)
+        # Cycles can agree on captions that are consistent but say nothing; their variety is the first thing to fall.
+        return {"i2t2i": loss, "i2t2i/distinct_captions": distinct}
+
+    def _features(self, items: Items) -> Tensor:
+        return items.features_BLF if items.features_BLF is not None else self.text_encoder.features(
+            items.ids_BL, items.valid_BL
+        )
+
+    def _hide(self, config: HideConfig, items: Items, draws: Draws, name: str) -> Hiding:
+        positions = self.model.config.image_tokens
+        return hide(config, len(items), positions, draws=draws, name=name, device=self.banned_V.device)
+
+    def _synthesiser(self) -> ITIT:
+        return self.model if self.teacher is None else self.teacher
+
+    @torch.no_grad()
+    def _update_teacher(self, step: int) -> None:
+        """Once a step, before its first forward pass: by then the optimiser has made the step before."""
+        if self.teacher is None or self._teacher_step == step or not self.training:
+            return
+        first = step == self.config.cycles_from
+        self._teacher_step = step
+        ours, theirs = list(self.model.parameters()), list(self.teacher.parameters())
+        torch._foreach_lerp_(theirs, ours, 1.0 if first else 1 - self.config.teacher_decay)
+
+
+_WEIGHT_OF = {"t2t": "t2i2t", "unpaired_i2i": "i2t2i"}
+"""The controls take the weight of the cycle that they stand in for. Names with a slash are measurements, not losses."""
+
+
+@contextmanager
+def _evaluating(model: ITIT) -> Iterator[ITIT]:
+    """Inference: without dropout."""
+    was = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was)

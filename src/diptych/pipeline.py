@@ -1,0 +1,245 @@
+"""A trained run as one object: caption, imagine, cycle.
+
+Shapes: B rows, H and W pixels, N image tokens, L text tokens, V vocabulary.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from diptych.data.batch import Draws
+from diptych.data.encode import Coders
+from diptych.data.images import decode
+from diptych.errors import UserError
+from diptych.models.image_tokenizer import ImageTokenizer
+from diptych.models.itit import ITIT
+from diptych.models.text_encoder import TextEncoder
+from diptych.sampling.itit import DrawConfig, WriteConfig, draw, write
+
+Picture = str | Path | Image.Image | np.ndarray
+"""A path, a PIL image, or uint8 [H W 3]."""
+
+_ROWS = 64
+"""Rows generated at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caption:
+    """A written caption."""
+
+    text: str
+    score: float | None
+    """Length-normalised log-probability of the beam search; None for greedy writing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CycleStep:
+    """One link of a cycle: a text, or a picture uint8 [S S 3]."""
+
+    text: str | None = None
+    picture: np.ndarray | None = None
+
+
+class Diptych:
+    """A captioner and image generator: tokenizer, frozen text encoder and ITIT network.
+
+    >>> diptych = Diptych.from_pretrained("runs/demo/itit")
+    >>> diptych.caption(["photo.jpg"])
+    >>> diptych.imagine(["a small red circle in the top left on a white background"], seed=0)
+    """
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        text_encoder: TextEncoder,
+        model: ITIT,
+        *,
+        draw: DrawConfig | None = None,
+        write: WriteConfig | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.tokenizer = tokenizer.to(self.device).eval()
+        self.text_encoder = text_encoder.to(self.device)
+        self.model = model.to(self.device).eval()
+        self.draw_config = draw or DrawConfig()
+        self.write_config = write or WriteConfig()
+        self.banned_V = torch.zeros(text_encoder.vocab_rows, dtype=torch.bool, device=self.device)
+        self.banned_V[list(text_encoder.banned_ids)] = True
+
+    @classmethod
+    def from_pretrained(cls, run: str | Path, *, device: str = "auto") -> "Diptych":
+        """Load a run folder. Nothing outside it is read.
+
+        Args:
+            run: folder with ``tokenizer/``, ``text_encoder/`` and ``model/``.
+            device: ``auto`` takes CUDA, then MPS, then the CPU.
+
+        Raises:
+            UserError: the folder is no finished run, or a file in it is damaged.
+        """
+        run = Path(run)
+        if not run.is_dir():
+            raise UserError(f"{run}: no such run folder")
+        for part in ("tokenizer", "text_encoder", "model"):
+            if not (run / part).is_dir():
+                raise UserError(f"{run}: has no {part}/, so it is no finished ITIT run: let `diptych fit` finish it")
+        generation = _generation(run)
+        return cls(
+            ImageTokenizer.from_pretrained(run / "tokenizer"),
+            TextEncoder.from_pretrained(run / "text_encoder"),
+            load_model(run / "model"),
+            draw=DrawConfig(**generation.get("draw", {})),
+            write=WriteConfig(**generation.get("write", {})),
+            device=pick_device(device),
+        )
+
+    @property
+    def coders(self) -> Coders:
+        """What `encode` needs to prepare data for this run."""
+        return coders(self.tokenizer, self.text_encoder, length=self.model.config.text_tokens)
+
+    # Generation
+
+    def caption(self, pictures: Sequence[Picture], *, beams: int | None = None) -> list[str]:
+        """One caption per picture."""
+        return [caption.text for caption in self.captions(pictures, beams=beams)]
+
+    def captions(self, pictures: Sequence[Picture], *, beams: int | None = None) -> list[Caption]:
+        """One caption per picture, with its score."""
+        found: list[Caption] = []
+        for start in range(0, len(pictures), _ROWS):
+            pixels = np.stack([self.read(picture) for picture in pictures[start : start + _ROWS]])
+            pixels_B3HW = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+            found += self.caption_tokens(self.tokenizer.encode(pixels_B3HW.to(self.device)), beams=beams)
+        return found
+
+    def caption_tokens(self, tokens_BN: Tensor, *, beams: int | None = None) -> list[Caption]:
+        """As :meth:`captions`, from image tokens."""
+        config = self.write_config if beams is None else replace(self.write_config, beams=beams)
+        found: list[Caption] = []
+        for piece in tokens_BN.to(self.device).split(_ROWS):
+            length = self.model.config.text_tokens
+            ids_BL, score_B = write(self.model, piece, config, banned_V=self.banned_V, length=length)
+            scores = [None] * len(piece) if score_B is None else score_B.tolist()
+            texts = self.text_encoder.detokenize(ids_BL)
+            found += [Caption(text=text, score=score) for text, score in zip(texts, scores, strict=True)]
+        return found
+
+    def imagine(
+        self, texts: Sequence[str], *, seed: int = 0, draw: DrawConfig | None = None
+    ) -> UInt8[np.ndarray, "B S S 3"]:
+        """One picture per text, uint8. The same seed draws the same pictures."""
+        tokens_BN = self.imagine_tokens(texts, seed=seed, config=draw)
+        return self.tokenizer.decode(tokens_BN).permute(0, 2, 3, 1).cpu().numpy()
+
+    def imagine_tokens(self, texts: Sequence[str], *, seed: int = 0, config: DrawConfig | None = None) -> Tensor:
+        """As :meth:`imagine`, before the tokenizer makes pixels of it: [B N]."""
+        if not texts:
+            raise UserError("no text to imagine")
+        found = []
+        for start in range(0, len(texts), _ROWS):
+            ids_BL, valid_BL = self.text_encoder.tokenize(
+                list(texts[start : start + _ROWS]), length=self.model.config.text_tokens
+            )
+            ids_BL, valid_BL = ids_BL.to(self.device), valid_BL.to(self.device)
+            features_BLF = self.text_encoder.features(ids_BL, valid_BL)
+            draws = Draws(seed, start)
+            found.append(draw(self.model, features_BLF, valid_BL, config or self.draw_config, draws=draws))
+        return torch.cat(found)
+
+    def cycle(
+        self, *, text: str | None = None, image: Picture | None = None, rounds: int = 3, seed: int = 0
+    ) -> list[CycleStep]:
+        """From a text to a picture to a text, or from a picture to a text to a picture, ``rounds`` times over."""
+        if (text is None) == (image is None):
+            raise UserError("a cycle starts from a text or from an image: give one of them")
+        if rounds < 1:
+            raise UserError(f"{rounds} rounds: at least one is needed")
+        steps = [CycleStep(text=text) if image is None else CycleStep(picture=self.read(image))]
+        for turn in range(2 * rounds):
+            last = steps[-1]
+            if last.picture is None:
+                assert last.text is not None
+                steps.append(CycleStep(picture=self.imagine([last.text], seed=seed + turn)[0]))
+            else:
+                steps.append(CycleStep(text=self.caption([last.picture])[0]))
+        return steps
+
+    def read(self, picture: Picture) -> UInt8[np.ndarray, "S S 3"]:
+        """A picture at the tokenizer's size: its centre square, resized."""
+        if isinstance(picture, np.ndarray):
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+                raise UserError(f"a picture of {picture.dtype} {picture.shape}: give uint8 [height, width, 3]")
+            if picture.shape[:2] == (self.tokenizer.size, self.tokenizer.size):
+                return picture
+            picture = Image.fromarray(picture)
+        if isinstance(picture, Image.Image):
+            lossless = io.BytesIO()
+            picture.save(lossless, "PNG")
+            return decode(lossless.getvalue(), self.tokenizer.size)
+        return decode(Path(picture), self.tokenizer.size)
+
+
+def coders(tokenizer: ImageTokenizer, text_encoder: TextEncoder, *, length: int, features: bool = False) -> Coders:
+    """Pixels to tokens and texts to ids (and, if wanted, to frozen features)."""
+    device = text_encoder.embedding.weight.device
+
+    def to_features(ids_BL: Tensor) -> Tensor:
+        pieces = [text_encoder.features(piece, piece != text_encoder.pad_id) for piece in ids_BL.to(device).split(256)]
+        return torch.cat(pieces)
+
+    return Coders(
+        image_size=tokenizer.size,
+        tokens=lambda pixels_B3HW: tokenizer.encode(pixels_B3HW.to(device)),
+        ids=lambda texts: text_encoder.tokenize(texts, length=length)[0],
+        features=to_features if features else None,
+        fingerprint=f"{weights_digest(tokenizer)}-{weights_digest(text_encoder)}-{length}-{features}",
+    )
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """Tells one set of weights from another."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_model(folder: Path) -> ITIT:
+    """The network saved by ``ITIT.save_pretrained``; UserError when a file is missing or damaged."""
+    try:
+        return ITIT.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder}: the network cannot be read ({reason}): copy or train it again") from error
+
+
+def pick_device(name: str) -> str:
+    """``auto``: CUDA, then MPS, then the CPU."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _generation(run: Path) -> dict[str, Any]:
+    """The run's own settings for drawing and writing."""
+    try:
+        return json.loads((run / "config.json").read_text()).get("generation", {})
+    except FileNotFoundError:
+        return {}
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{run}/config.json: not readable ({error}): copy it again") from error

@@ -1,0 +1,215 @@
+"""Training ITIT: the stages of a run, from the sources to a folder that captions and draws."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from diptych.data.encode import Coders
+from diptych.data.streams import Batches
+from diptych.errors import UserError
+from diptych.models.image_tokenizer import ImageTokenizer
+from diptych.models.itit import ITIT, ItitConfig
+from diptych.models.text_encoder import TextEncoder
+from diptych.objectives.itit import ItitObjective, ItitObjectiveConfig
+from diptych.pipeline import Diptych, coders, pick_device
+from diptych.recipes.data import DataConfig, Part, Parts, encode_part, open_parts
+from diptych.recipes.folders import part_of, write_config
+from diptych.recipes.samples import Samples
+from diptych.recipes.text_encoder import TextEncoderStage
+from diptych.recipes.tokenizer import TokenizerStage
+from diptych.sampling.itit import DrawConfig, WriteConfig
+from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.loop import Hook, TrainResult, train
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerationConfig:
+    """How the trained run draws and writes unless told otherwise."""
+
+    draw: DrawConfig = field(default_factory=DrawConfig)
+    """Pictures from texts."""
+    write: WriteConfig = field(default_factory=WriteConfig)
+    """Texts from pictures."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ItitRun:
+    """`diptych fit itit-*`: a network that captions and draws."""
+
+    data: DataConfig
+    """What it learns from."""
+    tokenizer: str | None = None
+    """Image tokenizer: a diffusers VQModel folder, an earlier run or a hub name. Not given: one is trained first."""
+    text_encoder: str | None = None
+    """Text encoder: a T5 folder, an earlier run or a hub name. Not given: one is trained first."""
+    tokenizer_stage: TokenizerStage = field(default_factory=TokenizerStage)
+    """How the image tokenizer is trained, if it is."""
+    text_encoder_stage: TextEncoderStage = field(default_factory=TextEncoderStage)
+    """How the text encoder is trained, if it is."""
+    model: ItitConfig = field(default_factory=ItitConfig)
+    """The network. Image tokens, codebook, text features and vocabulary follow from the two above."""
+    objective: ItitObjectiveConfig = field(default_factory=ItitObjectiveConfig)
+    """Its losses."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimiser."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """How the result draws and writes."""
+
+    def fit(self, out: Path, *, recipe: str) -> TrainResult:
+        """All stages, each resumed or skipped if it has been done before. Leaves a self-contained run folder."""
+        parts = open_parts(self.data)
+        write_config(out, recipe=recipe, run=self, generation=asdict(self.generation))
+        tokenizer = self._tokenizer(parts, out)
+        text_encoder = self._text_encoder(parts, out)
+        encoded = self._encode(parts, tokenizer, text_encoder, out)
+        objective = self.build(tokenizer, text_encoder)
+        samples = Samples(self._diptych(objective, tokenizer, text_encoder), encoded, self.data, out / "samples")
+        result = self.train_on(encoded, objective, out, hooks=[Hook(every=self.train.eval_every, run=samples.run)])
+        if result.finished:
+            samples.report(out, recipe=recipe)
+        return result
+
+    def build(self, tokenizer: ImageTokenizer, text_encoder: TextEncoder) -> ItitObjective:
+        """The network with its objective; its initial weights follow from ``train.seed`` alone."""
+        config = replace(
+            self.model,
+            image_tokens=tokenizer.tokens,
+            codebook=tokenizer.codes,
+            text_features=text_encoder.width,
+            vocabulary=text_encoder.vocab_rows,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.train.seed)
+            return ItitObjective(ITIT(config), text_encoder, self.objective)
+
+    def train_on(
+        self, encoded: Parts, objective: ItitObjective, out: Path, *, hooks: list[Hook], title: str = "ITIT"
+    ) -> TrainResult:
+        """The last stage: train on encoded data and save ``out/model``."""
+        stores = {name: getattr(encoded, name) for name in ("pairs", "images", "texts")}
+        pairs, images, texts = stores["pairs"], stores["images"], stores["texts"]
+        batches = Batches(
+            {
+                "pairs": pairs.source.pairs(pairs.items, seed=self.train.seed),
+                "images": images.source.images(images.items),
+                "texts": texts.source.texts(texts.items),
+            },
+            multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed,
+        )  # fmt: skip
+        identity = {
+            "model": asdict(objective.model.config),
+            "objective": asdict(self.objective),
+            "data": {name: [len(part.items), part.source.manifest["made_by"]] for name, part in stores.items()},
+        }
+        result = train(
+            objective, batches, out=out, train=self.train, optim=self.optim, hooks=hooks, title=title, identity=identity
+        )
+        with result.evaluating(objective):
+            if PartialState().is_main_process:
+                save_model(objective.model, out / "model")
+        return result
+
+    # Stages
+
+    def _tokenizer(self, parts: Parts, out: Path) -> ImageTokenizer:
+        def make() -> ImageTokenizer:
+            if self.tokenizer is not None:
+                return ImageTokenizer.from_pretrained(part_of(self.tokenizer, "tokenizer"))
+            return self.tokenizer_stage.fit(parts.raw_images(), out / "stages" / "tokenizer", title="1/3 tokenizer")
+
+        return _once(out / "tokenizer", make, ImageTokenizer.from_pretrained)
+
+    def _text_encoder(self, parts: Parts, out: Path) -> TextEncoder:
+        def make() -> TextEncoder:
+            if self.text_encoder is not None:
+                return TextEncoder.from_pretrained(part_of(self.text_encoder, "text_encoder"))
+            folder = out / "stages" / "text_encoder"
+            return self.text_encoder_stage.fit(parts.raw_texts(), folder, title="2/3 text encoder")
+
+        return _once(out / "text_encoder", make, TextEncoder.from_pretrained)
+
+    def _encode(self, parts: Parts, tokenizer: ImageTokenizer, text_encoder: TextEncoder, out: Path) -> Parts:
+        device = pick_device(self.train.device)
+        tokenizer, text_encoder = tokenizer.to(device), text_encoder.to(device)
+        both = coders(tokenizer, text_encoder, length=self.model.text_tokens)
+        features_mb = _captions(parts.texts) * self.model.text_tokens * text_encoder.width * 2 / 2**20
+        cached = features_mb <= self.data.feature_cache_mb
+        with_features = coders(tokenizer, text_encoder, length=self.model.text_tokens, features=cached)
+
+        def one(name: str, what: Coders) -> Part:
+            part = getattr(parts, name)
+            with PartialState().main_process_first():
+                return encode_part(part, out / "encoded" / name, what, data=self.data, advance=_say(name))
+
+        pairs = one("pairs", with_features)
+        return Parts(
+            pairs=pairs,
+            images=pairs if parts.images is parts.pairs else one("images", replace(both, ids=None)),
+            texts=pairs if parts.texts is parts.pairs else one("texts", replace(with_features, tokens=None)),
+        )
+
+    def _diptych(self, objective: ItitObjective, tokenizer: ImageTokenizer, text_encoder: TextEncoder) -> Diptych:
+        draw, write = self.generation.draw, self.generation.write
+        device = pick_device(self.train.device)
+        return Diptych(tokenizer, text_encoder, objective.model, draw=draw, write=write, device=device)
+
+
+def save_model(model: ITIT, folder: Path) -> None:
+    """``ITIT.from_pretrained`` reads it. The folder appears whole."""
+    fresh = folder.with_name(f".{folder.name}.fresh")
+    model.save_pretrained(fresh)
+    _replace(fresh, folder)
+
+
+def _replace(fresh: Path, folder: Path) -> None:
+    import shutil
+
+    if folder.exists():
+        shutil.rmtree(folder)
+    fresh.rename(folder)
+
+
+def _once(folder: Path, make: Callable[[], Any], load: Callable[[Path], Any]) -> Any:
+    """What ``folder`` holds; if it does not exist yet, make and save it. Every process reads the same files."""
+    if not folder.is_dir():
+        made = make()
+        if PartialState().is_main_process:
+            fresh = folder.with_name(f".{folder.name}.fresh")
+            made.save_pretrained(fresh)
+            _replace(fresh, folder)
+        PartialState().wait_for_everyone()
+    loaded = load(folder)
+    assert isinstance(loaded, nn.Module)
+    return loaded
+
+
+def _captions(part: Part) -> int:
+    if hasattr(part.source, "starts"):
+        return 0  # encoded already, with or without features
+    sample = part.items[:: max(1, len(part.items) // 256)]
+    mean = sum(len(part.source.captions(int(item))) for item in sample) / max(1, len(sample))
+    return int(mean * len(part.items))
+
+
+def _say(name: str) -> Callable[[int, int], None]:
+    def advance(done: int, total: int) -> None:
+        end = "\n" if done == total else ""
+        print(f"\r3/3 encoding {name}: {done:,} of {total:,}", end=end, flush=True)
+
+    return advance
+
+
+def check_sizes(run: ItitRun) -> None:
+    """Raise UserError for combinations of fields that no stage would notice early."""
+    if run.objective.cycles_from >= run.train.steps and (run.objective.texts, run.objective.images) != ("off", "off"):
+        raise UserError(
+            f"--objective.cycles-from {run.objective.cycles_from} is not before --train.steps {run.train.steps}: "
+            "the cycles would never begin"
+        )

@@ -1,0 +1,75 @@
+"""Training an image tokenizer, on its own or as the first stage of ITIT."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from diptych.data.columns import Columns
+from diptych.data.pixels import Chosen, pixel_stream
+from diptych.data.skips import Skips
+from diptych.data.sources import open_source
+from diptych.data.streams import Batches
+from diptych.errors import UserError
+from diptych.models.image_tokenizer import SIZES, ImageTokenizer, ImageTokenizerConfig
+from diptych.objectives.vqgan import VQGAN, VQGANConfig
+from diptych.recipes.folders import write_config
+from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.devices import evaluating
+from diptych.train.loop import train
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerStage:
+    """How an image tokenizer is trained, wherever its pictures come from."""
+
+    model: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    """The network."""
+    objective: VQGANConfig = field(default_factory=VQGANConfig)
+    """Its losses."""
+    flip: bool = True
+    """Mirror every other picture."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.99), weight_decay=0.0))
+    """The optimiser."""
+
+    def fit(self, chosen: Chosen, out: Path, *, title: str = "tokenizer") -> ImageTokenizer:
+        """Train on the chosen pictures in the folder ``out`` (resuming what is there)."""
+        tokenizer = ImageTokenizer.from_config(self.model, seed=self.train.seed)
+        objective = VQGAN(tokenizer, self.objective, seed=self.train.seed)
+        skips = Skips()
+        stream = pixel_stream(
+            chosen, size=self.model.size, skips=skips, flip=self.flip, seed=self.train.seed
+        )
+        batches = Batches(
+            {"images": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
+        )
+        identity = {"model": asdict(self.model), "objective": asdict(self.objective)}
+        result = train(
+            objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity
+        )
+        if len(skips):
+            skips.write(out / "skipped.jsonl")
+        with result.evaluating(objective):
+            return ImageTokenizer(tokenizer.network, size=tokenizer.size).cpu()
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerRun:
+    """`diptych fit vqgan-*`: an image tokenizer from a source of images."""
+
+    images: str
+    """Images to learn from: any source."""
+    columns: Columns = field(default_factory=Columns)
+    """Names of columns that cannot be guessed."""
+    stage: TokenizerStage = field(default_factory=TokenizerStage)
+    """How it is trained."""
+
+    def fit(self, out: Path, *, recipe: str) -> None:
+        """Leaves ``out/tokenizer``, a plain diffusers folder."""
+        source = open_source(self.images, columns=self.columns)
+        if not source.has_images:
+            raise UserError(f"{self.images}: has no images to train a tokenizer on")
+        write_config(out, recipe=recipe, run=self)
+        self.stage.fit([(source, np.arange(len(source)))], out).save_pretrained(out / "tokenizer")
