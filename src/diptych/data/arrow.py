@@ -4,6 +4,7 @@
 times and sizes, and so reads any row without holding the others.
 """
 
+import glob
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +23,28 @@ def open_parquet(
 ) -> "ArrowSource | TableSource":
     import datasets
 
+    for path in paths:
+        _check(path)
+    files = [glob.escape(str(path)) for path in paths]  # `datasets` takes every name for a pattern
     try:
         with _quietly():
-            data = datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
+            data = datasets.load_dataset("parquet", data_files=files, split="train")
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise UserError(f"{name}: is not readable as parquet ({_reason(error)})") from None
     return _from_dataset(data, name=name, folder=paths[0].parent, columns=columns, split=split, limits=limits)
+
+
+def _check(path: Path) -> None:
+    """Reads the footer, which says more plainly than `datasets` what is wrong with a file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_metadata(path).num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: is not readable as parquet ({_reason(error)})") from None
+    if not rows:
+        raise UserError(f"{path}: holds no rows")
 
 
 def open_hub(
@@ -59,15 +76,17 @@ def open_hub(
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """No progress bars of `datasets` meanwhile."""
+    """No progress bars and log lines of `datasets` meanwhile: errors come as exceptions too."""
     import datasets
 
-    shown = datasets.are_progress_bars_disabled()
+    disabled, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
-        if not shown:
+        datasets.logging.set_verbosity(verbosity)
+        if not disabled:
             datasets.enable_progress_bars()
 
 
@@ -91,6 +110,8 @@ def _from_dataset(
     if not found.embedded:
         kept = [column for column in (found.image, *found.captions, found.label, found.split) if column]
         rows = data.select_columns(kept).to_list()
+        for row in rows if found.label else ():
+            row[found.label] = _class_name(data.features[found.label], row[found.label])
         wanted = Columns(image=found.image, caption=",".join(found.captions) or None, label=found.label)
         return from_rows(rows, folders=[folder] * len(rows), name=name, columns=wanted, split=split, limits=limits)
     if split is not None:
@@ -131,7 +152,11 @@ class ArrowSource:
     def label(self, i: int) -> str | None:
         if self._labels is None:
             return None
-        value = self._labels[i][self._found.label]
-        feature = self._labels.features[self._found.label]
-        named = value is not None and hasattr(feature, "int2str") and value >= 0
-        return feature.int2str(value) if named else None if value is None else str(value)
+        return _class_name(self._labels.features[self._found.label], self._labels[i][self._found.label])
+
+
+def _class_name(feature: Any, value: Any) -> str | None:
+    """A ClassLabel's name for its number; -1 means unlabelled."""
+    if value is None or not hasattr(feature, "int2str"):
+        return None if value is None else str(value)
+    return feature.int2str(value) if value >= 0 else None

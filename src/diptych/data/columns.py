@@ -11,47 +11,17 @@ from diptych.data.texts import clean
 from diptych.errors import UserError
 
 Role = Literal["image", "caption", "label"]
+Table = Mapping[str, Sequence[Any]]
 
 IMAGE_NAMES = frozenset(
-    [
-        "image",
-        "img",
-        "picture",
-        "photo",
-        "jpg",
-        "png",
-        "file",
-        "file_name",
-        "filename",
-        "path",
-        "filepath",
-        "file_path",
-        "image_path",
-        "image_file",
-        "image_name",
-        "img_path",
-    ]
+    {"image", "img", "picture", "photo", "jpg", "png", "file", "path"}
+    | {"file_name", "filename", "filepath", "file_path", "image_path", "image_file", "image_name", "img_path"}
 )
 CAPTION_NAMES = frozenset(
-    [
-        "caption",
-        "captions",
-        "text",
-        "texts",
-        "txt",
-        "sentence",
-        "sentences",
-        "description",
-        "descriptions",
-        "prompt",
-        "prompts",
-        "raw",
-        "alt",
-        "alt_text",
-        "alttext",
-    ]
+    {"caption", "text", "sentence", "description", "prompt", "raw", "txt", "alt", "alt_text", "alttext"}
+    | {"captions", "texts", "sentences", "descriptions", "prompts"}
 )
-LABEL_NAMES = frozenset(["label", "labels", "class", "classes", "cls", "class_name", "classname", "category"])
+LABEL_NAMES = frozenset({"label", "labels", "class", "classes", "cls", "class_name", "classname", "category"})
 SPLIT_NAMES = frozenset({"split", "partition"})
 _NUMBERED = re.compile(r"(caption|text|sentence|description)s?_?\d+", re.IGNORECASE)
 _INNER = ("raw", "caption", "text", "sentence")
@@ -60,7 +30,7 @@ _INNER = ("raw", "caption", "text", "sentence")
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Columns:
-    """Names of the columns (or fields) of a table; what is not named is guessed."""
+    """Names of the columns (or fields) of a table; what is not named is guessed, an empty name means none."""
 
     image: str | None = None
     """Holds the image: a path relative to the table, or the image's bytes."""
@@ -82,21 +52,28 @@ class Found:
     """True where the image column holds the images themselves, not paths."""
 
 
-def find_columns(table: Mapping[str, Sequence[Any]], *, wanted: Columns, source: str) -> Found:
+def find_columns(table: Table, *, wanted: Columns, source: str) -> Found:
     """``table`` maps every column name to a few of its values. Raises UserError that lists the columns."""
     image = _find_image(table, wanted.image, source)
-    captions = _find_captions(table, wanted.caption, image, source)
-    label = _named(table, wanted.label, "label", source) or _one(
-        [name for name in table if _usual(name, LABEL_NAMES) and name not in captions], "label", table, source
-    )
-    split = next((name for name in table if _usual(name, SPLIT_NAMES)), None)
-    if image is None and not captions:
+    found = find_fields(table, wanted=wanted, source=source, image=image)
+    if image is None and not found.captions:
         for name in table:
             _refuse_addresses(table, name, source)
         raise UserError(
             f"{source}: no column of images or captions among {_listed(table)}; "
             "name one with --data.columns.image NAME or --data.columns.caption NAME"
         )
+    return found
+
+
+def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None = None) -> Found:
+    """The columns of captions, label and split, given the one of the image, if any."""
+    captions = _find_captions(table, wanted.caption, image, source)
+    label = _named(table, wanted.label, "label", source) if wanted.label else None
+    if wanted.label is None:
+        usual = [name for name in table if _usual(name, LABEL_NAMES) and name not in captions]
+        label = _one(usual, "label", table, source)
+    split = next((name for name in table if _usual(name, SPLIT_NAMES)), None)
     embedded = image is not None and _embedded(table[image])
     return Found(image=image, captions=captions, label=label, split=split, embedded=embedded)
 
@@ -120,7 +97,9 @@ def is_embedded(value: Any) -> bool:
     return isinstance(value, bytes | bytearray) or (isinstance(value, Mapping) and "bytes" in value)
 
 
-def _find_image(table: Mapping[str, Sequence[Any]], wanted: str | None, source: str) -> str | None:
+def _find_image(table: Table, wanted: str | None, source: str) -> str | None:
+    if wanted == "":
+        return None
     if wanted is not None:
         _refuse_addresses(table, _named(table, wanted, "image", source), source)
         return wanted
@@ -138,7 +117,7 @@ def _find_image(table: Mapping[str, Sequence[Any]], wanted: str | None, source: 
     return None
 
 
-def _refuse_addresses(table: Mapping[str, Sequence[Any]], name: str | None, source: str) -> None:
+def _refuse_addresses(table: Table, name: str | None, source: str) -> None:
     if name is not None and _all(table[name], _is_address):
         raise UserError(
             f"{source}: column {name!r} holds web addresses, which are not fetched; download the images first "
@@ -146,9 +125,9 @@ def _refuse_addresses(table: Mapping[str, Sequence[Any]], name: str | None, sour
         )
 
 
-def _find_captions(
-    table: Mapping[str, Sequence[Any]], wanted: str | None, image: str | None, source: str
-) -> tuple[str, ...]:
+def _find_captions(table: Table, wanted: str | None, image: str | None, source: str) -> tuple[str, ...]:
+    if wanted == "":
+        return ()
     if wanted is not None:
         names = (wanted,) if wanted in table else tuple(part.strip() for part in wanted.split(","))
         return tuple(str(_named(table, name, "caption", source)) for name in names)
@@ -164,13 +143,13 @@ def _find_captions(
     return (found,) if found is not None else ()
 
 
-def _named(table: Mapping[str, Any], name: str | None, role: Role, source: str) -> str | None:
+def _named(table: Table, name: str | None, role: Role, source: str) -> str | None:
     if name is not None and name not in table:
         raise UserError(f"{source}: no column {name!r} among {_listed(table)}; check --data.columns.{role}")
     return name
 
 
-def _one(names: list[str], role: Role, table: Mapping[str, Any], source: str) -> str | None:
+def _one(names: list[str], role: Role, table: Table, source: str) -> str | None:
     if len(names) > 1:
         raise UserError(
             f"{source}: {', '.join(names)} may each be the {role} column (columns: {_listed(table)}); "
@@ -179,7 +158,7 @@ def _one(names: list[str], role: Role, table: Mapping[str, Any], source: str) ->
     return names[0] if names else None
 
 
-def _listed(table: Mapping[str, Any]) -> str:
+def _listed(table: Table) -> str:
     names = [str(name) for name in table]
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 

@@ -25,8 +25,6 @@ def open_folder(
     tables = [file for file in files if PurePosixPath(file).name in _METADATA]
     if tables:
         return _open_metadata(root, tables, name=name, columns=columns, split=split, limits=limits)
-    if columns != Columns():
-        raise UserError(f"{name}: has no {' or '.join(_METADATA)}, so no columns can be named")
     return FolderSource(root, _of_split(files, split, source=name), name=name, limits=limits)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -32,23 +31,8 @@ from diptych.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".avif",
-        ".heic",
-        ".heif",
-    ]
+    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".avif", ".heic", ".heif"}
 )
 """File names that are taken for images. HEIC is among them so that it is reported, not overlooked."""
 
@@ -99,7 +83,7 @@ def decode(
 
 
 @contextmanager
-def _stream(data: bytes | Path) -> Iterator[BinaryIO]:
+def _stream(data: bytes | Path) -> Iterator[io.BytesIO | io.BufferedReader]:
     if isinstance(data, bytes):
         if not data:
             raise UnreadableImage("is empty (0 bytes); replace or remove it")
@@ -119,7 +103,7 @@ def _stream(data: bytes | Path) -> Iterator[BinaryIO]:
         raise UnreadableImage("may not be read; check its permissions") from None
 
 
-def _decode(stream: BinaryIO, size: int, limits: ImageLimits) -> np.ndarray:
+def _decode(stream: io.BytesIO | io.BufferedReader, size: int, limits: ImageLimits) -> np.ndarray:
     image = _open(stream)
     width, height = image.size
     if width * height > limits.max_pixels:
@@ -135,7 +119,7 @@ def _decode(stream: BinaryIO, size: int, limits: ImageLimits) -> np.ndarray:
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
 
 
-def _open(stream: BinaryIO) -> Image.Image:
+def _open(stream: io.BytesIO | io.BufferedReader) -> Image.Image:
     """`Image.open` without its own size check, which would warn or raise before the size can be named."""
     prefix = stream.read(16)
     for name in FORMATS:
@@ -161,6 +145,8 @@ def _orientation(image: Image.Image) -> int:
 def _centre_square(image: Image.Image) -> Image.Image:
     width, height = image.size
     side = min(width, height)
+    if width == height:
+        return image
     left, top = (width - side) // 2, (height - side) // 2
     return image.crop((left, top, left + side, top + side))
 

@@ -29,10 +29,10 @@ class Skips:
     def check(self, total: int) -> None:
         """Raises UserError when more than the tolerated share of ``total`` items is skipped, or every one of them.
 
-        With the total known, it may be called at any time: the share only grows. One item may always be skipped.
+        With the total known, it may be called at any time: the share only grows.
         """
         count = len(self)
-        if count == 0 or (count < total and count <= max(1, self.max_skipped_share * total)):
+        if count == 0 or (count < total and count <= self.max_skipped_share * total):
             return
         first = "; ".join(sorted(self.reasons.values())[:3])
         more = f"; and {count - 3} more" if count > 3 else ""

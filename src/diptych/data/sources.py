@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -24,6 +24,7 @@ from jaxtyping import UInt8
 from diptych.data.columns import Columns
 from diptych.data.images import SUFFIXES, ImageLimits
 from diptych.data.tables import SUFFIXES as TABLES
+from diptych.data.tables import open_tables, unknown_split
 from diptych.errors import UserError
 
 _OPTIONS = ("split", "image", "caption", "label")
@@ -31,6 +32,7 @@ _HUB_OPTIONS = (*_OPTIONS, "config", "revision")
 _LIMITS = ImageLimits()
 
 
+@runtime_checkable
 class Source(Protocol):
     """Items that can be read in any order, from any thread. Pixels are decoded when asked for and never kept."""
 
@@ -103,6 +105,8 @@ def open_source(
     if spec.startswith("hub:"):
         return _open_hub(parsed, columns=columns, split=split, limits=limits)
     paths = find_files(parsed.place)
+    if _kind(paths[0]) == "text" and options:
+        raise UserError(f"{spec}: a text file has no columns and no splits")
     return _open_files(paths, name=parsed.place, columns=columns, split=split, limits=limits)
 
 
@@ -125,16 +129,16 @@ def _open_hub(spec: Spec, *, columns: Columns, split: str | None, limits: ImageL
 def _open_files(
     paths: Sequence[Path], *, name: str, columns: Columns, split: str | None, limits: ImageLimits
 ) -> Source:
-    if paths[0].is_dir():
-        from diptych.data.folders import open_folder
-
-        if len(paths) > 1:
-            raise UserError(f"{name}: {len(paths)} folders; give the one folder that holds them")
-        return open_folder(paths[0], name=name, columns=columns, split=split, limits=limits)
     kinds = {_kind(path) for path in paths}
     if len(kinds) > 1:
         raise UserError(f"{name}: files of different kinds ({', '.join(sorted(kinds))}) cannot be one source")
     match kinds.pop():
+        case "folder":
+            from diptych.data.folders import open_folder
+
+            if len(paths) > 1:
+                raise UserError(f"{name}: {len(paths)} folders; give the one folder that holds them")
+            return open_folder(paths[0], name=name, columns=columns, split=split, limits=limits)
         case "tar":
             from diptych.data.webdataset import WebDatasetSource
 
@@ -144,17 +148,17 @@ def _open_files(
 
             return open_parquet(paths, name=name, columns=columns, split=split, limits=limits)
         case "table":
-            from diptych.data.tables import open_tables
-
             return open_tables(paths, name=name, columns=columns, split=split, limits=limits)
     from diptych.data.texts import TextSource
 
-    if columns != Columns() or split is not None:
-        raise UserError(f"{name}: a text file has no columns and no splits")
+    if split is not None:
+        raise unknown_split(split, (), source=name)
     return TextSource(list(paths), name=name)
 
 
 def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "folder"
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz")).suffix
     if suffix in TABLES:
@@ -208,7 +212,8 @@ def expand_braces(pattern: str) -> list[str]:
         width = len(first) if first.startswith("0") else 0
         if abs(int(last) - int(first)) > 1_000_000:
             raise UserError(f"{pattern}: stands for more than a million files")
-        choices = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
+        step = 1 if int(first) <= int(last) else -1
+        choices = [f"{n:0{width}d}" for n in range(int(first), int(last) + step, step)]
     elif "," in body:
         choices = body.split(",")
     else:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from diptych.data.columns import Columns, Found, captions_of, find_columns
+from diptych.data.images import SUFFIXES as IMAGE_SUFFIXES
 from diptych.data.images import ImageLimits, decode
 from diptych.data.texts import read_text
 from diptych.errors import UserError
@@ -41,16 +42,25 @@ def _read_delimited(text: str, path: Path, delimiter: str) -> list[dict[str, Any
     first = text.split("\n", 1)[0]
     if delimiter not in first:  # spreadsheets write ; in half of the world
         delimiter = next((other for other in ";\t," if other in first), delimiter)
-    # A quote inside a tab-separated field is a plain character more often than not.
-    plain = delimiter == "\t" and text.count('"') % 2
-    quoting: Literal[0, 3] = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+    try:
+        return _read_cells(text, path, delimiter, csv.QUOTE_MINIMAL)
+    except UserError:
+        if delimiter != "\t":
+            raise
+        # Many tab-separated files hold quotes as plain characters.
+        return _read_cells(text, path, delimiter, csv.QUOTE_NONE)
+
+
+def _read_cells(text: str, path: Path, delimiter: str, quoting: Literal[0, 3]) -> list[dict[str, Any]]:
+    # Strict: an unclosed quote would otherwise swallow the rest of the file.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     rows: list[dict[str, Any]] = []
+    start = 2
     try:
         header = [name.strip() for name in next(reader, [])]
-        if len(set(header)) < len(header) or not all(header):
-            raise UserError(f"{path}: the first line must name every column, each once; it is {first[:200]!r}")
-        start = 2
+        if len(set(header)) < len(header) or not all(map(_is_name, header)):
+            shown = ", ".join(header)[:100]
+            raise UserError(f"{path}: the first line must name every column, each once; it is {shown!r}")
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise UserError(
@@ -61,8 +71,13 @@ def _read_delimited(text: str, path: Path, delimiter: str) -> list[dict[str, Any
                 rows.append(dict(zip(header, cells, strict=True)))
             start = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num}: {error}") from None
+        raise UserError(f"{path}: the row at line {start}: {error}; look for a quote that is not closed") from None
     return rows
+
+
+def _is_name(cell: str) -> bool:
+    """False for a cell that must be data: the first line of a table without a header."""
+    return 0 < len(cell) <= 100 and Path(cell).suffix.lower() not in IMAGE_SUFFIXES
 
 
 def _read_json_lines(text: str, path: Path) -> list[dict[str, Any]]:
@@ -77,7 +92,7 @@ def _read_json_lines(text: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _read_json(text: str, path: Path) -> list[dict[str, Any]]:
-    """A list of objects, an object that holds one such list, COCO captions, or (often misnamed) JSON lines."""
+    """A list of objects or texts, an object that holds one such list, COCO captions, or (often misnamed) JSON lines."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -89,6 +104,8 @@ def _read_json(text: str, path: Path) -> list[dict[str, Any]]:
         if {"images", "annotations"} <= lists.keys():
             return _join_coco(lists["images"], lists["annotations"], path)
         document = next(iter(lists.values())) if len(lists) == 1 else document
+    if isinstance(document, list) and document and all(isinstance(item, str) for item in document):
+        return [{"text": text} for text in document]
     if not _is_rows(document):
         raise UserError(f'{path}: must be a list of objects, e.g. [{{"file_name": ..., "caption": ...}}, ...]')
     return document
@@ -176,11 +193,11 @@ class TableSource:
         self._captions: list[tuple[str, ...]] = []
         self._labels: list[str | None] = []
         at: dict[str, int] = {}
-        for folder, row in rows:
+        for number, (folder, row) in enumerate(rows):
             captions = tuple(text for column in found.captions for text in captions_of(row.get(column)))
             if found.image is None and not captions:
                 continue
-            key = f"row {len(self._keys)}" if found.image is None else self._path(folder, row.get(found.image))
+            key = f"row {number}" if found.image is None else self._path(folder, row.get(found.image), number)
             i = at.setdefault(key, len(self._keys))
             if i < len(self._keys):
                 self._captions[i] += captions
@@ -191,15 +208,15 @@ class TableSource:
             self._labels.append(None if label is None or label == "" else str(label))
         self._check_files()
 
-    def _path(self, folder: Path, value: Any) -> str:
+    def _path(self, folder: Path, value: Any, number: int) -> str:
         if not isinstance(value, str) or not value:
-            raise UserError(f"{self.name}: a row has no image path ({value!r})")
+            raise UserError(f"{self.name}: row {number} (counted from 0) has no image path, but {value!r}")
         return os.path.join(folder, value)
 
     def _check_files(self) -> None:
         """A wrong base folder is found now, not after one error per image."""
         first = self._keys[:8]
-        if not self._keys or (self.has_captions and not self.has_images and not any(self._captions)):
+        if not self._keys:
             raise UserError(f"{self.name}: holds no captions")
         if self.has_images and not any(os.path.exists(path) for path in first):
             raise UserError(f"{first[0]}: does not exist; image paths in {self.name} are relative to its folder")

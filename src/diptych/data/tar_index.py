@@ -35,11 +35,14 @@ def members(path: Path) -> Iterator[Member]:
 
 def read(path: Path, offset: int, size: int) -> bytes:
     """A member's bytes. Opens the file anew: safe in any thread or process, and no limit on the number of shards."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        return os.pread(descriptor, size, offset)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            return os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UserError(f"{path}: can no longer be read ({error.strerror})") from None
 
 
 def _members(descriptor: int, path: Path, end: int) -> Iterator[Member]:

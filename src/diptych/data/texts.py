@@ -18,6 +18,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def clean(text: str) -> str:
     """Control characters to spaces, runs of white space to one; half of a surrogate pair, which JSON can hold and
     UTF-8 cannot, to U+FFFD."""
+    if text.isprintable() and "  " not in text:  # nearly every caption, and ten times quicker
+        return text.strip()
     text = _CONTROL.sub(" ", text)
     return " ".join(_SURROGATE.sub("\ufffd", text).split())
 

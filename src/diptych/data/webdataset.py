@@ -2,15 +2,17 @@
 
 import json
 import os
+from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diptych.data import tar_index
-from diptych.data.columns import Columns, Found, captions_of, find_columns
-from diptych.data.images import SUFFIXES, ImageLimits, decode
+from diptych.data.columns import Columns, Found, captions_of, find_fields
+from diptych.data.images import SUFFIXES, ImageLimits, UnreadableImage, decode
 from diptych.data.tables import sample_columns, select_split
 from diptych.data.texts import clean, decode_text
 from diptych.errors import UserError
@@ -27,9 +29,8 @@ class WebDatasetSource:
         self.name = name
         self._paths, self._limits = list(paths), limits
         self._keys: list[str] = []
-        self._samples = np.array(_index(self._paths, self._keys, columns, source=name), dtype=np.int64).reshape(
-            -1, 4, 3
-        )
+        index = _index(self._paths, self._keys, columns, source=name)
+        self._samples = np.frombuffer(index, dtype=np.int64).reshape(-1, 4, 3)
         if not self._keys:
             raise UserError(
                 f"{name}: holds no images (key.jpg, key.png, key.webp ...) and no texts (key.txt, key.json)"
@@ -37,24 +38,24 @@ class WebDatasetSource:
         self._found = self._fields(columns)
         if split is not None:
             self._keep(split)
-        held = {kind: bool(np.any(self._samples[:, kind, 0] >= 0)) for kind in (_IMAGE, _TEXT)}
-        self.has_images = held[_IMAGE]
-        self.has_captions = held[_TEXT] or bool(self._found and self._found.captions)
+        self.has_images = self._any(_IMAGE)
+        self.has_captions = self._any(_TEXT) or bool(self._found and self._found.captions)
         if not self.has_images and not self.has_captions:
             raise UserError(f"{name}: holds no images and no captions")
 
+    def _any(self, kind: int) -> bool:
+        return bool(np.any(self._samples[:, kind, 0] >= 0))
+
     def _fields(self, columns: Columns) -> Found | None:
-        """The json fields that hold captions, label and split."""
+        """The json fields that hold captions, label and split. A text member goes before a field that is not asked
+        for: key.json often repeats key.txt."""
+        if self._any(_TEXT) and columns.caption in (None, *_TEXTS):
+            columns = replace(columns, caption="")
         having = np.flatnonzero(self._samples[:, _JSON, 0] >= 0)
-        if not len(having):
+        if not len(having) and not columns.caption:
             return None
         table = sample_columns([self._json(int(i)) for i in having[:: max(1, len(having) // 64)]])
-        if "txt" not in table and columns.caption in _TEXTS:
-            columns = Columns(label=columns.label)
-        # The image is a member, never a field; a stand-in keeps fields such as {"file": "a.jpg"} out of it.
-        table = {key: values for key, values in table.items() if key != _STAND_IN} | {_STAND_IN: [b""]}
-        wanted = Columns(image=_STAND_IN, caption=columns.caption, label=columns.label)
-        return find_columns(table, wanted=wanted, source=f"{self.name} (fields of its .json members)")
+        return find_fields(table, wanted=columns, source=f"{self.name} (fields of its .json members)")
 
     def _keep(self, split: str) -> None:
         field = self._found.split if self._found else None
@@ -99,7 +100,10 @@ class WebDatasetSource:
         if not self.has_images:
             raise UserError(f"{self.name}: holds no images")
         name = f"{self.name}: {self._keys[i]}"
-        return decode(self._read(i, _IMAGE) or b"", size, name=name, limits=self._limits)
+        data = self._read(i, _IMAGE)
+        if data is None:
+            raise UnreadableImage(f"{name}: has no image, only texts")
+        return decode(data, size, name=name, limits=self._limits)
 
     def label(self, i: int) -> str | None:
         """`key.cls`, else the json field of the label, else the folder of the key."""
@@ -110,12 +114,9 @@ class WebDatasetSource:
         return os.path.basename(os.path.dirname(self._keys[i])) or None
 
 
-_STAND_IN = "<image>"
-
-
-def _index(paths: Sequence[Path], keys: list[str], columns: Columns, *, source: str) -> list[tuple]:
-    """One row per sample, four (shard, offset, size) each; fills ``keys``. Samples never span shards."""
-    rows: list[tuple] = []
+def _index(paths: Sequence[Path], keys: list[str], columns: Columns, *, source: str) -> array:
+    """Four (shard, offset, size) per sample, end to end; fills ``keys``. Samples never span shards."""
+    index = array("q")
     for shard, path in enumerate(paths):
         samples: dict[str, list[tuple[int, int, int]]] = {}
         for member in tar_index.members(path):
@@ -134,12 +135,12 @@ def _index(paths: Sequence[Path], keys: list[str], columns: Columns, *, source: 
             sample[kind] = (shard, member.offset, member.size)
         shown = f"{path.stem}/" if len(paths) > 1 else ""
         keys.extend(shown + key for key in samples)
-        rows.extend(tuple(sample) for sample in samples.values())
-    return rows
+        index.extend(number for sample in samples.values() for member in sample for number in member)
+    return index
 
 
 def _kind(extension: str, columns: Columns) -> int | None:
-    if columns.image is not None:
+    if columns.image:
         if extension == columns.image.lower().removeprefix("."):
             return _IMAGE
     elif os.path.splitext(f".{extension}" if "." in extension else f"x.{extension}")[1] in SUFFIXES:
