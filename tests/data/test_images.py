@@ -192,3 +192,21 @@ def test_random_damage_never_raises_anything_else(format):
             data[place] = draw.integers(0, 256)
         with contextlib.suppress(UnreadableImage):
             assert decode(bytes(data), 8).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "RGBA", "I;16", "1"])
+@pytest.mark.parametrize("shape", [(7, 12), (13, 8), (9, 9)])
+def test_the_crop_is_exact(mode, shape):
+    image = noise(shape[1], shape[0]).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    side, left, top = min(shape), (shape[1] - min(shape)) // 2, (shape[0] - min(shape)) // 2
+    whole = decode(encoded(image.crop((left, top, left + side, top + side))), side)
+    np.testing.assert_array_equal(decode(encoded(image), side), whole)
+
+
+def test_only_our_own_limit_counts(monkeypatch):
+    """Pillow's limit would warn, in `open` and again in `crop`, before ours is asked; warnings are errors here."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert decode(encoded(Image.new("RGB", (13, 12))), 4).shape == (4, 4, 3)
+    assert Image.MAX_IMAGE_PIXELS == 100
