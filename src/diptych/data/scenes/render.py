@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 
 from diptych.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene
 
-CHUNK_PIXELS = 2**18
+CHUNK_PIXELS = 2**16
 """Pixels drawn at once: small enough for the processor's cache, large enough to forget Python's overhead."""
 
 

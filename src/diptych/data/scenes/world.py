@@ -20,13 +20,14 @@ Split = Literal["train", "test"]
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = {
     "red": (215, 30, 40),
-    "yellow": (250, 215, 30),
-    "green": (35, 155, 65),
+    "orange": (250, 140, 20),
+    "green": (15, 120, 45),
     "blue": (35, 75, 215),
-    "pink": (245, 105, 190),
-    "cyan": (40, 205, 230),
+    "pink": (250, 110, 195),
+    "cyan": (45, 205, 235),
 }
-BACKGROUNDS = {"white": (250, 250, 250), "black": (18, 18, 20), "grey": (132, 132, 136), "beige": (236, 216, 182)}
+BACKGROUNDS = {"white": (250, 250, 250), "black": (18, 18, 20), "grey": (122, 122, 126), "beige": (228, 200, 150)}
+"""Every thing is lighter or darker than its background, not just another hue: lossy codecs blur hue the most."""
 SIZES = {"small": 0.14, "large": 0.22}
 """Radius as a share of the picture's side."""
 PLACES = {
