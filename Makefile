@@ -14,7 +14,8 @@ OUT ?= runs/demo
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+# --no-compile: compiling every file of every package takes longer than importing the ones that are used.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_FLAGS)
 
 .PHONY: demo test check clean
 .DELETE_ON_ERROR:
