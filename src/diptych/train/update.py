@@ -64,7 +64,7 @@ class Updater:
                 (total / self.train.accumulate).backward()
             names = list(terms)
             parts.append(torch.stack([value.float() for value in (total.detach(), *terms.values())]))
-        return names, self.devices.mean(torch.stack(parts).mean(0))
+        return names, self.devices.mean(torch.stack(parts).mean(0) if len(parts) > 1 else parts[0])
 
 
 class _UnderPolicy(nn.Module):

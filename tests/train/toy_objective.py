@@ -1,12 +1,16 @@
 """A small objective and its data: enough to exercise everything the loop does."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from diptych.data.batch import Batch, Draws, Items, derive_seed
 from diptych.objectives.base import Losses
+from diptych.train.config import OptimConfig, TrainConfig
 
 ROWS = 8  # per step, over all processes
 CODES = 16
@@ -56,3 +60,33 @@ def toy_batches(step: int, rank: int, world: int, *, seed: int = 7) -> Batch:
 
 def _cross_entropy(logits_BNK: torch.Tensor, tokens_BN: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits_BNK.flatten(0, 1), tokens_BN.flatten())
+
+
+def config(**changes: Any) -> TrainConfig:
+    """Settings of a short quiet run."""
+    usual: dict[str, Any] = {"steps": 12, "batch_size": ROWS, "checkpoint_every": 4, "device": "cpu", "workers": 0}
+    return TrainConfig(**usual | {"tensorboard": False, "quiet": True} | changes)
+
+
+def optim(**changes: Any) -> OptimConfig:
+    # A constant rate, so that runs of different lengths agree on the steps they share.
+    usual: dict[str, Any] = {"lr": 0.01, "warmup_steps": 2, "schedule": "constant"}
+    return OptimConfig(**usual | changes)
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(out: Path) -> list[tuple[int, float]]:
+    """(step, loss) of the training lines, in order."""
+    return [(line["step"], line["loss"]) for line in read_metrics(out) if "loss" in line]
+
+
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Equal names and bits."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
