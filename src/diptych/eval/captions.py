@@ -1,0 +1,191 @@
+"""Scores of captions against references (CIDEr-D, BLEU, ROUGE-L) and how varied the captions are.
+
+Source: the pure-Python scorers of `pycocoevalcap` 1.2, on the tokens of `diptych.eval.ptb`; no Java.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from diptych.errors import UserError
+from diptych.eval.ptb import tokenize
+
+FEW_IMAGES = 100
+
+
+@dataclass(kw_only=True, slots=True)
+class Diversity:
+    """How varied the candidates are, counted over PTB tokens. A captioner that always says the same shows here."""
+
+    distinct_captions: float
+    """Different captions / captions."""
+    distinct_1: float
+    """Different words / words, over all candidates. Falls as the number of candidates grows: compare equal numbers."""
+    distinct_2: float
+    """Different pairs of neighbouring words / such pairs."""
+    mean_length: float
+    """Words in a caption."""
+    vocabulary: int
+    """Different words."""
+    most_common: str
+    """The commonest caption, as tokens."""
+    most_common_share: float
+    """Its share of all captions."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CaptionScores:
+    """Corpus scores, the same per image, and diversity.
+
+    CIDEr weighs words by how rare they are *among the evaluated references*. So a subset's CIDEr is not comparable with
+    the whole set's, and one image gives 0 whatever its caption. `warnings` says so when it matters.
+    """
+
+    cider: float
+    """CIDEr-D x 100, as papers print it (`pycocoevalcap` returns it without the 100). The mean over images."""
+    bleu: tuple[float, float, float, float]
+    """BLEU-1 to BLEU-4 of the corpus, 0 to 1. Not the mean of the images' BLEU."""
+    rouge_l: float
+    """ROUGE-L (beta 1.2), 0 to 1. The mean over images."""
+    images: int
+    """Images scored."""
+    keys: list[Hashable]
+    """The images' keys, in the order of the three lists below."""
+    cider_per_image: list[float]
+    """x 100, depends on the other images' references."""
+    bleu_per_image: list[tuple[float, float, float, float]]
+    """BLEU-1 to BLEU-4 of each image."""
+    rouge_l_per_image: list[float]
+    """ROUGE-L of each image."""
+    diversity: Diversity
+    """Of the candidates alone; uses no reference."""
+    warnings: list[str]
+    """What a reader of the scores must know; empty when there is nothing."""
+
+    def table(self) -> dict[str, float]:
+        """The corpus numbers under the names that go into `metrics.json`."""
+        scores = {"cider": self.cider, "rouge_l": self.rouge_l}
+        scores |= {f"bleu_{n}": value for n, value in enumerate(self.bleu, start=1)}
+        names = ("distinct_captions", "distinct_1", "distinct_2", "mean_length", "vocabulary", "most_common_share")
+        return scores | {name: float(getattr(self.diversity, name)) for name in names}
+
+
+Candidates = Mapping[Any, str | Sequence[str]] | Sequence[str | Sequence[str]]
+References = Mapping[Any, str | Sequence[str]] | Sequence[str | Sequence[str]]
+
+
+def score_captions(candidates: Candidates, references: References) -> CaptionScores:
+    """Scores one plain-text candidate per image against one or more plain-text references.
+
+    Both are dicts with the same keys, or lists in the same order. One image gives CIDEr 0, and a subset's CIDEr is not
+    comparable with the whole set's: see `CaptionScores`.
+
+    Raises `UserError`: nothing to score, keys or lengths that differ, no reference or several candidates for an image.
+    """
+    candidates, references = _keyed(candidates, "candidates"), _keyed(references, "references")
+    return score_tokens(
+        {key: tokenize(_only(texts, key)) for key, texts in candidates.items()},
+        {key: [tokenize(text) for text in texts] for key, texts in references.items()},
+    )
+
+
+def score_tokens(candidates: Candidates, references: References) -> CaptionScores:
+    """`score_captions` for texts that are PTB tokens joined by blanks already."""
+    references = _keyed(references, "references")
+    texts = {key: _only(value, key) for key, value in _keyed(candidates, "candidates").items()}
+    _check(texts, references)
+    # Imported here: numpy-only, but nobody who does not score captions needs them. The scorer classes rather than
+    # `Bleu`, whose default prints to stdout.
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    cider, bleu, rouge = CiderScorer(n=4, sigma=6.0), BleuScorer(n=4), Rouge()
+    rouge_per_image = []
+    for key, text in texts.items():
+        cider += (text, references[key])
+        bleu += (text, references[key])
+        rouge_per_image.append(float(rouge.calc_score([text], references[key])))
+    cider_corpus, cider_per_image = cider.compute_score()
+    bleu_corpus, bleu_per_image = bleu.compute_score(option="closest", verbose=0)
+    return CaptionScores(
+        cider=100 * float(cider_corpus),
+        bleu=tuple(bleu_corpus),
+        rouge_l=sum(rouge_per_image) / len(texts),
+        images=len(texts),
+        keys=list(texts),
+        cider_per_image=[100 * float(score) for score in cider_per_image],
+        bleu_per_image=list(zip(*bleu_per_image, strict=True)),
+        rouge_l_per_image=rouge_per_image,
+        diversity=measure_diversity(list(texts.values())),
+        warnings=_warnings(texts),
+    )
+
+
+def measure_diversity(captions: Sequence[str]) -> Diversity:
+    """Diversity of captions given as tokens joined by blanks. Raises `UserError` for an empty list."""
+    if not captions:
+        raise UserError("No captions to measure: give at least one.")
+    words = [caption.split() for caption in captions]
+    singles = [word for sentence in words for word in sentence]
+    pairs = [pair for sentence in words for pair in pairwise(sentence)]
+    [(most_common, count)] = Counter(captions).most_common(1)
+    return Diversity(
+        distinct_captions=len(set(captions)) / len(captions),
+        distinct_1=len(set(singles)) / max(len(singles), 1),
+        distinct_2=len(set(pairs)) / max(len(pairs), 1),
+        mean_length=len(singles) / len(captions),
+        vocabulary=len(set(singles)),
+        most_common=most_common,
+        most_common_share=count / len(captions),
+    )
+
+
+def _keyed(texts: Mapping | Sequence, role: str) -> dict[Hashable, list[str]]:
+    """Texts by key, always as lists; a list's keys are its positions."""
+    if isinstance(texts, str) or not isinstance(texts, Mapping | Sequence):
+        raise UserError(f"The {role} are a {type(texts).__name__}: give a dict or a list with one entry per image.")
+    items = texts.items() if isinstance(texts, Mapping) else enumerate(texts)
+    keyed = {key: [value] if isinstance(value, str) else list(value) for key, value in items}
+    for key, values in keyed.items():
+        if not all(isinstance(value, str) for value in values):
+            raise UserError(f"The {role} of image {key!r} are not all text: {values!r:.80}. Give strings.")
+    return keyed
+
+
+def _only(texts: list[str], key: Hashable) -> str:
+    if len(texts) != 1:
+        raise UserError(f"Image {key!r} has {len(texts)} candidate captions: give exactly one.")
+    return texts[0]
+
+
+def _check(texts: Mapping[Hashable, str], references: Mapping[Hashable, list[str]]) -> None:
+    if not texts:
+        raise UserError("No candidate captions to score: give at least one image with its references.")
+    for missing, role, other in (
+        (texts.keys() - references.keys(), "references", "a candidate"),
+        (references.keys() - texts.keys(), "candidate", "references"),
+    ):
+        if missing:
+            example = min(missing, key=str)
+            raise UserError(
+                f"{len(missing)} images have {other} but no {role}, e.g. {example!r}: give the same images."
+            )
+    empty = [key for key, sentences in references.items() if not any(sentence.strip() for sentence in sentences)]
+    if empty:
+        raise UserError(
+            f"{len(empty)} images have no reference with a word in it, e.g. {empty[0]!r}: drop or fill them."
+        )
+
+
+def _warnings(texts: Mapping[Hashable, str]) -> list[str]:
+    found = []
+    if len(texts) == 1:
+        found.append("CIDEr of one image is always 0: it weighs words by how rare they are among the images.")
+    elif len(texts) < FEW_IMAGES:
+        found.append(f"CIDEr over {len(texts)} images is not comparable with CIDEr over a whole set.")
+    if empty := sum(not text for text in texts.values()):
+        found.append(f"{empty} of {len(texts)} candidate captions are empty; they score 0.")
+    return found
