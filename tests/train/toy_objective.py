@@ -18,7 +18,7 @@ TOKENS = 6
 
 
 class Toy(nn.Module):
-    """Predicts tokens from noisy embeddings, with dropout; a term that starts late leaves parameters unused at first."""
+    """Predicts tokens from noisy embeddings, with dropout. A term that starts late leaves weights unused at first."""
 
     streams = {"images": 1}  # noqa: RUF012 - as the interface has it
 

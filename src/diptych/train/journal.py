@@ -95,7 +95,7 @@ class Journal:
         if self._display:
             self._display.update(self.at.step, rows=sum(finished.rows for finished in unread), loss=self._loss)
 
-    def evaluation(self, numbers: Mapping[str, float], *, seconds: float) -> None:
+    def evaluation(self, numbers: Mapping[str, float | int], *, seconds: float) -> None:
         """One line for all hooks of a step: either all of its evaluation is there or nothing."""
         if self._log:
             self._log.write(self.at.step, {**numbers, "evaluation_seconds": round(seconds, 3)})

@@ -29,7 +29,7 @@ class Hook:
     """Something to do every so many steps and after the last: an evaluation, sample pictures."""
 
     every: int
-    run: Callable[[int, nn.Module], Mapping[str, float]]
+    run: Callable[[int, nn.Module], Mapping[str, float | int]]
     """(finished steps, objective) to numbers for metrics.jsonl. The objective is unwrapped, in evaluation mode and, if
     the run keeps a moving average, computes with it. Called on the first process only, without gradients."""
 
@@ -141,9 +141,8 @@ class _Run:
     def _train(self, batches: Batches, signals: SignalWatch) -> int:
         """Step until the end or a reason to stop before it; return the reason, 0 at the end."""
         self.began, before = time.monotonic(), self.at.seconds
-        if self.at.step and not self.journal.evaluated:
+        if self.devices.agree(int(self.at.step > 0 and not self.journal.evaluated)):
             self._run_hooks()
-        self.devices.wait()
         devices, workers = self.devices, self.train.workers
         steps = range(self.at.step, self.train.steps)
         supply = feed(batches, steps, rank=devices.rank, world=devices.world, device=devices.device, workers=workers)
@@ -201,7 +200,7 @@ class _Run:
         self.journal.read()
         if self.devices.first:
             began = time.monotonic()
-            numbers: dict[str, float] = {}
+            numbers: dict[str, float | int] = {}
             with self._result().evaluating(self.objective):
                 for hook in due:
                     numbers |= hook.run(self.at.step, self.objective)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,17 @@ class MetricsLog:
 
     def write(self, step: int, numbers: Mapping[str, Any]) -> None:
         """One line: ``step`` and ``numbers``."""
-        line = json.dumps({"step": step} | {name: _plain(value) for name, value in numbers.items()}, allow_nan=False)
+        numbers = {name: _plain(value) for name, value in numbers.items()}
+        line = json.dumps({"step": step} | numbers, allow_nan=False)
         try:
             self._file.write(line + "\n")
+            # A point costs TensorBoard about 0.1 ms: training curves are thinned, evaluations are not.
+            if self._board and ("loss" not in numbers or step % self.every == 0):
+                for name, value in numbers.items():
+                    if isinstance(value, float | int):
+                        self._board.add_scalar(name, value, step)
         except OSError as error:
             raise self._refused(error) from error
-        # A point costs TensorBoard about 0.1 ms: training curves are thinned, evaluations are not.
-        if self._board and ("loss" not in numbers or step % self.every == 0):
-            for name, value in numbers.items():
-                if isinstance(value, float | int):
-                    self._board.add_scalar(name, value, step)
 
     def flush(self, *, to_disk: bool = False) -> None:
         """Hand the lines to the operating system and, before a checkpoint counts on them, to the disk."""
@@ -49,9 +51,12 @@ class MetricsLog:
             raise self._refused(error) from error
 
     def close(self) -> None:
-        self._file.close()
+        """All that counts was flushed before: a disk that refuses the rest has already been reported."""
+        with suppress(OSError):
+            self._file.close()
         if self._board:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
 
     def _refused(self, error: OSError) -> UserError:
         return UserError(f"{self.path} could not be written ({error.strerror}); make room and run the command again.")
@@ -80,6 +85,8 @@ def truncate(path: Path, start: int) -> bool:
 
 
 def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):  # a 0-d array or tensor: no reason to lose an evaluation
+        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

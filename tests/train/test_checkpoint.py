@@ -1,0 +1,107 @@
+import resource
+import subprocess
+
+import pytest
+import torch
+
+from diptych.errors import UserError
+from diptych.train import checkpoint
+
+TENSORS = {"model": {"a": torch.arange(6.0).view(2, 3).T}, "optimizer": {"m/a": torch.ones(2)}}
+
+
+def save(folder, step, *, keep=2, tensors=TENSORS):
+    return checkpoint.save(folder, step=step, tensors=tensors, state={"loss": 0.5}, keep=keep)
+
+
+def steps_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_saved_is_found(tmp_path):
+    save(tmp_path / "c", 3)
+    found, warnings = checkpoint.newest(tmp_path / "c")
+    assert (found.step, found.state["loss"], warnings) == (3, 0.5, [])
+    torch.testing.assert_close(found.tensors("model"), TENSORS["model"], rtol=0, atol=0)
+    assert found.tensors("ema") == {}
+
+
+def test_no_folder_is_no_checkpoint(tmp_path):
+    assert checkpoint.newest(tmp_path / "none") == (None, [])
+
+
+def test_the_newest_are_kept_in_order_of_steps(tmp_path):
+    for step in (5, 9, 10, 100_000_000):
+        save(tmp_path, step)
+    assert steps_in(tmp_path) == ["step-00000010", "step-100000000"]
+    assert checkpoint.newest(tmp_path)[0].step == 100_000_000
+
+
+def test_the_sums_are_those_of_sha256sum(tmp_path):
+    path = save(tmp_path, 1)
+    subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=path, check=True)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
+def test_any_damage_is_noticed(tmp_path, file, harm):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / file
+    content = bytearray(path.read_bytes())
+    if harm == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    elif harm == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    found, warnings = checkpoint.newest(tmp_path)
+    assert found.step == 1
+    assert len(warnings) == 1
+    assert "step-00000002 is damaged" in warnings[0]
+
+
+def test_nothing_but_damage_is_refused(tmp_path):
+    (save(tmp_path, 1) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        checkpoint.newest(tmp_path)
+
+
+def test_damaged_ones_are_set_aside(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    checkpoint.forget_after(tmp_path, 1)
+    assert steps_in(tmp_path) == ["damaged-step-00000002", "step-00000001"]
+
+
+def test_a_step_saved_again_replaces_the_old(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 1, tensors={"model": {"b": torch.zeros(1)}})
+    assert checkpoint.newest(tmp_path)[0].tensors("model").keys() == {"b"}
+    assert steps_in(tmp_path) == ["step-00000001"]
+
+
+def test_a_refusing_disk_leaves_the_older_one(tmp_path):
+    """The system refuses files over 4 KB, as a full disk would."""
+    save(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"step-00000002: the checkpoint could not be written \(.*\); older"):
+            save(tmp_path, 2, tensors={"model": {"a": torch.zeros(100_000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps_in(tmp_path) == ["step-00000001"]
+    assert checkpoint.newest(tmp_path)[0].step == 1
+
+
+def test_drafts_of_killed_writers_are_cleared(tmp_path):
+    (tmp_path / ".draft-00000007").mkdir()
+    save(tmp_path, 8)
+    assert steps_in(tmp_path) == ["step-00000008"]
+
+
+@pytest.mark.parametrize("saved", [{}, {"a": torch.ones(3)}, {"a": torch.ones(2), "b": torch.ones(1)}])
+def test_weights_of_another_model_are_refused(tmp_path, saved):
+    with pytest.raises(UserError, match="holds another model"):
+        checkpoint.load_into({"a": torch.zeros(2)}, saved, where=tmp_path)

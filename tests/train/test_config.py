@@ -1,0 +1,36 @@
+import pytest
+
+from diptych.errors import UserError
+from diptych.train.config import MAY_CHANGE, OptimConfig, TrainConfig, check_same, describe
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "workers"])
+def test_counts_below_their_least_are_refused(name):
+    with pytest.raises(UserError, match=rf"train\.{name} is -1; it must be"):
+        TrainConfig(**{name: -1}).check()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lr": 0.0}, {"betas": (0.9, 1.0)}, {"weight_decay": -0.1}, {"clip": 0.0}, {"final_lr": 2.0}]
+)
+def test_impossible_optimisers_are_refused(changes):
+    with pytest.raises(UserError, match=rf"optim\.{next(iter(changes))} is"):
+        OptimConfig(**changes).check()
+
+
+def test_defaults_are_possible():
+    TrainConfig().check()
+    OptimConfig().check()
+
+
+def test_fields_that_may_change_exist():
+    assert MAY_CHANGE["train"] <= describe(TrainConfig(), OptimConfig(), {})["train"].keys()
+
+
+def test_all_differences_are_named_and_unknown_fields_ignored():
+    then = {"train": {"seed": 0, "gone": 1, "steps": 5}, "optim": {"lr": 0.1}, "identity": {"model.width": 8}}
+    now = {"train": {"seed": 1, "new": 1, "steps": 9}, "optim": {"lr": 0.2}, "identity": {"model.width": 9}}
+    with pytest.raises(UserError, match=r"RUN was .*train\.seed.*optim\.lr.*model\.width") as caught:
+        check_same(now, then, where="RUN")
+    assert "steps" not in str(caught.value)
+    check_same(then, then, where="RUN")
