@@ -192,7 +192,7 @@ def row_mean_cross_entropy(
     logits_BTV: Float[Tensor, "B T V"], target_BT: Int[Tensor, "B T"], valid_BT: Bool[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
     """The mean over each row's valid tokens, then over rows: long texts count no more than short ones."""
-    loss_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), target_BT, reduction="none")
+    loss_BT = F.cross_entropy(logits_BTV.float().flatten(0, 1), target_BT.flatten(), reduction="none").view_as(valid_BT)
     return ((loss_BT * valid_BT).sum(1) / valid_BT.sum(1).clamp(min=1)).mean()
 
 
