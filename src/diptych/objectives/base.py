@@ -1,7 +1,7 @@
 """What the training loop knows of an objective."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ class Losses:
     terms: dict[str, Tensor]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """An ``nn.Module`` whose ``forward(batch, step)`` returns :class:`Losses`.
 

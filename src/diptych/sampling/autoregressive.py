@@ -3,7 +3,7 @@
 Shapes: B rows, W beams of a row, L text tokens, V vocabulary.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,7 @@ PAD, EOS = 0, 1
 """T5's ids. As T5 has no id to begin a text with, its pad id begins one."""
 
 
+@runtime_checkable
 class Decoding(Protocol):
     """A text decoder in the middle of a text."""
 
@@ -27,9 +28,7 @@ class Decoding(Protocol):
         ...
 
 
-def greedy(
-    decoding: Decoding, rows: int, *, length: int, banned_V: Bool[Tensor, "V"]
-) -> Int[Tensor, "B L"]:
+def greedy(decoding: Decoding, rows: int, *, length: int, banned_V: Bool[Tensor, "V"]) -> Int[Tensor, "B L"]:
     """The likeliest token at each step. Rows end in `</s>` (also when cut at ``length``) and are padded with 0."""
     newest_B = torch.full((rows,), PAD, device=banned_V.device)
     finished_B = torch.zeros(rows, dtype=torch.bool, device=banned_V.device)

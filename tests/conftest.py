@@ -1,0 +1,67 @@
+"""The smallest complete Diptych: a tokenizer, a text encoder and a network, with random weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diptych.data.batch import Batch, Draws, Items
+from diptych.data.scenes.source import ScenesSource
+from diptych.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from diptych.models.itit import ITIT, ItitConfig
+from diptych.models.text_encoder import TextEncoder
+from diptych.models.text_tokenizer import train_tokenizer
+from diptych.objectives.span_corruption import SpanCorruption, TextEncoderConfig
+
+
+@pytest.fixture(scope="session")
+def scene_texts() -> list[str]:
+    source = ScenesSource(count=200)
+    return [source.captions(item)[0] for item in range(200)]
+
+
+@pytest.fixture(scope="session")
+def text_encoder(scene_texts) -> TextEncoder:
+    config = replace(TextEncoderConfig.tiny(), width=16, layers=1, heads=2, feed_forward=16)
+    tokenizer = train_tokenizer(scene_texts, vocab_size=config.vocab_size, sentinels=config.sentinels)
+    return SpanCorruption(tokenizer, config=config, seed=0).text_encoder()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> ImageTokenizer:
+    config = ImageTokenizerConfig(size=32, codes=20, code_dim=4, widths=(8, 8), blocks=1, groups=4, patch=4)
+    return ImageTokenizer.from_config(config, seed=0).eval()
+
+
+@pytest.fixture
+def model(text_encoder, tokenizer) -> ITIT:
+    """Two blocks everywhere, width 16, without dropout."""
+    torch.manual_seed(0)
+    config = ItitConfig(
+        image_tokens=tokenizer.tokens, codebook=tokenizer.codes, text_tokens=24,
+        text_features=text_encoder.width, vocabulary=text_encoder.vocab_rows,
+        width=16, depth=2, heads=2, image_decoder_depth=2,
+        text_decoder_width=16, text_decoder_depth=2, text_decoder_heads=2, dropout=0.0,
+    )  # fmt: skip
+    return ITIT(config)
+
+
+@pytest.fixture
+def batch(text_encoder, tokenizer, scene_texts) -> Batch:
+    """Eight pairs, four bare images and four loose texts."""
+    generator = torch.Generator().manual_seed(1)
+
+    def items(rows: int, start: int, *, image: bool, text: bool) -> Items:
+        ids = valid = tokens = None
+        if text:
+            ids, valid = text_encoder.tokenize(scene_texts[start : start + rows], length=20)
+        if image:
+            tokens = torch.randint(tokenizer.codes, (rows, tokenizer.tokens), generator=generator)
+        return Items(tokens_BN=tokens, ids_BL=ids, valid_BL=valid)
+
+    return Batch(
+        draws=Draws(0, 0),
+        pairs=items(8, 0, image=True, text=True),
+        images=items(4, 0, image=True, text=False),
+        texts=items(4, 8, image=False, text=True),
+    )

@@ -1,0 +1,47 @@
+import torch
+
+from diptych.data.batch import Batch, Draws, Items, derive_seed
+
+
+def test_derive_seed_tells_everything_apart():
+    seeds = {derive_seed(0), derive_seed(1), derive_seed(0, "a"), derive_seed(0, "b"), derive_seed("0"), derive_seed(0, 0)}
+    assert len(seeds) == 6
+    assert derive_seed(3, "x") == derive_seed(3, "x")
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_draws_depend_on_seed_step_and_name_alone():
+    base = Draws(0, 5).uniform("a", 4, 3)
+    assert torch.equal(base, Draws(0, 5).uniform("a", 4, 3))
+    for other in (Draws(1, 5).uniform("a", 4, 3), Draws(0, 6).uniform("a", 4, 3), Draws(0, 5).uniform("b", 4, 3)):
+        assert not torch.equal(base, other)
+
+
+def test_rows_keep_their_numbers_on_any_number_of_processes():
+    whole = Draws(0, 0).gumbel("g", 6, 2)
+    for world in (2, 3):
+        parts = [Draws(0, 0, rank, world).gumbel("g", 6 // world, 2) for rank in range(world)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_gumbel_is_standard_and_finite():
+    noise = Draws(0, 0).gumbel("g", 1000, 1000)
+    assert noise.isfinite().all()
+    assert abs(noise.mean().item() - 0.5772) < 0.01
+    assert abs(noise.var().item() - 1.6449) < 0.02
+
+
+def test_gumbel_stays_finite_at_the_ends_of_its_uniform(monkeypatch):
+    edge = torch.tensor([[0.0, 1.0 - 2**-24]])
+    monkeypatch.setattr(Draws, "uniform", lambda *_, **__: edge)
+    assert Draws(0, 0).gumbel("g", 1, 2).isfinite().all()
+
+
+def test_items_are_cut_and_moved_together():
+    items = Items(tokens_BN=torch.arange(8).view(4, 2), ids_BL=torch.arange(4).view(4, 1))
+    assert len(items) == 4
+    assert items[1::2].tokens_BN.tolist() == [[2, 3], [6, 7]]
+    assert items[1::2].labels_B is None
+    moved = Batch(draws=Draws(0, 0), pairs=items).to("cpu")
+    assert torch.equal(moved.pairs.ids_BL, items.ids_BL)
+    assert moved.texts is None

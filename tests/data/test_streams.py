@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+import torch
+
+from diptych.data.batch import Items
+from diptych.data.streams import Batches, Stream, choose, shuffled
+from diptych.errors import UserError
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 65, 1000])
+def test_every_epoch_shows_every_item_once(size):
+    item, epoch = shuffled(np.arange(3 * size), size, seed=1)
+    for number in range(3):
+        assert sorted(item[epoch == number]) == list(range(size))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    item, _ = shuffled(np.arange(2000), 1000, seed=1)
+    other, _ = shuffled(np.arange(1000), 1000, seed=2)
+    assert (item[:1000] == item[1000:]).mean() < 0.02
+    assert (item[:1000] == other).mean() < 0.02
+    assert abs(np.corrcoef(np.arange(1000), item[:1000])[0, 1]) < 0.1
+
+
+def test_large_numbers_need_no_table():
+    item, _ = shuffled(np.arange(10**12, 10**12 + 1000), 400_000_000, seed=0)
+    assert len(set(item)) == 1000
+    assert item.min() >= 0
+    assert item.max() < 400_000_000
+
+
+def test_choose_is_even_and_differs_from_epoch_to_epoch():
+    count, items = np.full(5000, 5), np.arange(5000)
+    first, second = (choose(count, items, np.full(5000, epoch), seed=0) for epoch in (0, 1))
+    assert np.abs(np.bincount(first, minlength=5) / 5000 - 0.2).max() < 0.02
+    assert 0.15 < (first == second).mean() < 0.25
+
+
+def batches(size=10, multiple=1, batch_size=4, seed=0):
+    stream = Stream(size=size, take=lambda index, epoch: Items(labels_B=torch.from_numpy(index)))
+    return Batches({"pairs": stream}, multiples={"pairs": multiple}, batch_size=batch_size, seed=seed)
+
+
+def labels(batch):
+    return batch.pairs.labels_B.tolist()
+
+
+def test_a_batch_is_a_pure_function_of_its_step():
+    one, two = batches(), batches()
+    assert labels(one(7)) == labels(two(7))
+    assert [labels(one(s)) for s in (3, 1, 2)] == [labels(two(s)) for s in (3, 1, 2)]
+    assert one(7).draws.step == 7
+
+
+def test_steps_follow_each_other_without_gap_or_repetition():
+    shown = [label for step in range(5) for label in labels(batches()(step))]
+    assert sorted(shown[:10]) == list(range(10))
+    assert sorted(shown[10:]) == list(range(10))
+
+
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_processes_share_the_rows_of_one(multiple):
+    whole = batches(multiple=multiple)(3)
+    parts = [batches(multiple=multiple)(3, rank, 2) for rank in (0, 1)]
+    assert labels(parts[0]) + labels(parts[1]) == labels(whole)
+    assert (parts[1].draws.rank, parts[1].draws.world) == (1, 2)
+
+
+def test_what_cannot_be():
+    with pytest.raises(UserError, match="4 rows cannot be shared by 3 processes"):
+        batches()(0, 0, 3)
+    with pytest.raises(UserError, match=r"give --data\.texts"):
+        Batches({}, multiples={"texts": 1}, batch_size=4, seed=0)
+    with pytest.raises(UserError, match="no item is left"):
+        batches(size=0)

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from diptych.nn.transformer import Blocks, LayerCache, init_weights, prefix_causal
+
+
+@pytest.fixture
+def blocks():
+    torch.manual_seed(0)
+    return Blocks(3, 12, heads=3).apply(init_weights)
+
+
+def test_prefix_causal():
+    attend = prefix_causal(2, 3)
+    assert attend.int().tolist() == [
+        [1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1],
+    ]
+
+
+def test_a_later_position_moves_no_earlier_one(blocks):
+    x = torch.randn(1, 6, 12)
+    moved = x.clone()
+    moved[:, 4] = torch.randn(12)
+    attend = prefix_causal(2, 4)
+    changed = (blocks(x, attend=attend) - blocks(moved, attend=attend)).abs().amax(-1)[0] > 1e-6
+    assert changed.tolist() == [False] * 4 + [True, True]
+
+
+def test_cached_equals_uncached(blocks):
+    x = torch.randn(2, 7, 12)
+    expected = blocks(x, attend=prefix_causal(3, 4))
+    cache = blocks.empty_cache(x, positions=7)
+    found = [blocks(x[:, :3], cache=cache)] + [blocks(x[:, s : s + 1], cache=cache) for s in range(3, 7)]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_reorder_moves_only_what_follows_the_start():
+    cache = LayerCache(torch.arange(8.0).view(2, 1, 4, 1), torch.arange(8.0).view(2, 1, 4, 1), length=3)
+    cache.reorder(torch.tensor([1, 1]), start=1)
+    assert cache.keys_BHTE.flatten().tolist() == [0, 5, 6, 3, 4, 5, 6, 7]
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="10 cannot be cut into 3"):
+        Blocks(1, 10, heads=3)
