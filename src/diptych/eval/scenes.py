@@ -181,9 +181,9 @@ def _explain(pixels_B3SS: np.ndarray, templates: _Templates) -> _Explanation:
     part_B3HW = pixels_B3SS[:, :, *templates.view]
     mean_B3 = part_B3HW.mean((2, 3))
     rest_B3HW = part_B3HW - mean_B3[..., None, None]
-    seen_B3P = rest_B3HW[:, :, *templates.window].reshape(*mean_B3.shape, -1)
-    along_B3T = seen_B3P @ templates.unit_TP.T
-    gain_BT = (along_B3T**2).sum(1) + LUMA_WEIGHT * np.einsum("bct,c->bt", along_B3T, LUMA) ** 2
+    seen_RP = rest_B3HW[:, :, *templates.window].reshape(mean_B3.size, -1)  # one product of two matrices, R = 3 B
+    along_B3T = (seen_RP @ templates.unit_TP.T).reshape(*mean_B3.shape, -1)
+    gain_BT = (along_B3T**2).sum(1) + LUMA_WEIGHT * (LUMA @ along_B3T) ** 2
     best_B = gain_BT.argmax(1)
     cover_BHW = templates.cover_THW[best_B]
     contrast_B3 = along_B3T[np.arange(len(best_B)), :, best_B] / _lengths(cover_BHW)[:, None]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -16,6 +16,22 @@ from diptych.data.scenes.world import Level, Scene, Split
 from diptych.errors import UserError
 
 ENDLESS = 2**31
+ALLOWED: dict[str, tuple[int | str, ...] | range] = {
+    "level": (1, 2),
+    "split": ("train", "test"),
+    "count": range(1, ENDLESS + 1),
+    "seed": range(ENDLESS),
+    "size": range(16, 1025),
+    "captions": range(1, phrasings(2) + 1),
+}
+"""Options of a spec and the values they may have."""
+
+
+def _check(option: str, value: int | str) -> None:
+    allowed = ALLOWED[option]
+    if value not in allowed:
+        choice = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else " or ".join(map(str, allowed))
+        raise UserError(f"scenes: {option}={value} is not possible; choose {choice}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +55,8 @@ class ScenesSource:
     """How many captions, in different words, every picture has."""
 
     def __post_init__(self) -> None:
-        for option, value, allowed in (
-            ("level", self.level, (1, 2)),
-            ("split", self.split, ("train", "test")),
-            ("count", self.count, range(1, ENDLESS + 1)),
-            ("size", self.size, range(16, 1025)),
-            ("seed", self.seed, range(ENDLESS)),
-            ("captions", self.captions_each, range(1, phrasings(2) + 1)),
-        ):
-            if value not in allowed:
-                choice = (
-                    f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else " or ".join(map(str, allowed))
-                )
-                raise UserError(f"scenes: {option}={value} is not possible; choose {choice}")
+        for option in ALLOWED:
+            _check(option, self.captions_each if option == "captions" else getattr(self, option))
 
     @classmethod
     def from_spec(cls, spec: str) -> Self:
@@ -59,20 +64,17 @@ class ScenesSource:
         head, _, query = spec.partition("?")
         if head != "scenes:":
             raise UserError(f"{spec}: not a source of scenes; write scenes: or scenes:?level=1&split=train&count=20000")
-        options: dict[str, str] = {}
-        known = ("level", "split", "count", "seed", "size", "captions")
-        for name, text in parse_qsl(query, keep_blank_values=True):
-            if name not in known:
-                raise UserError(f"{spec}: no option {name!r}; options are {', '.join(known)}")
-            if name in options:
-                raise UserError(f"{spec}: {name} is given twice; give it once")
-            if name != "split" and not text.isdecimal():
-                raise UserError(f"{spec}: {name}={text} is not a whole number; write for example {name}=1")
-            options[name] = text
-        values = {name: text if name == "split" else int(text) for name, text in options.items()}
-        if "captions" in values:
-            values["captions_each"] = values.pop("captions")
-        return cls(**values)  # type: ignore[arg-type]
+        values: dict[str, Any] = {}
+        for option, text in parse_qsl(query, keep_blank_values=True):
+            if option not in ALLOWED:
+                raise UserError(f"{spec}: no option {option!r}; options are {', '.join(ALLOWED)}")
+            if option in values:
+                raise UserError(f"{spec}: {option} is given twice; give it once")
+            if option != "split" and not text.isdecimal():
+                raise UserError(f"{spec}: {option}={text} is not a whole number; write for example {option}=1")
+            values[option] = text if option == "split" else int(text)
+            _check(option, values[option])
+        return cls(**{"captions_each" if option == "captions" else option: value for option, value in values.items()})
 
     @property
     def name(self) -> str:
