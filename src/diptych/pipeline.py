@@ -49,6 +49,13 @@ class CycleStep:
     text: str | None = None
     picture: np.ndarray | None = None
 
+    @property
+    def shown(self) -> str | np.ndarray:
+        """Whichever it is."""
+        found = self.text if self.picture is None else self.picture
+        assert found is not None
+        return found
+
 
 class Diptych:
     """A captioner and image generator: tokenizer, frozen text encoder and ITIT network.

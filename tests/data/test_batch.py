@@ -4,7 +4,14 @@ from diptych.data.batch import Batch, Draws, Items, derive_seed
 
 
 def test_derive_seed_tells_everything_apart():
-    seeds = {derive_seed(0), derive_seed(1), derive_seed(0, "a"), derive_seed(0, "b"), derive_seed("0"), derive_seed(0, 0)}
+    seeds = {
+        derive_seed(0),
+        derive_seed(1),
+        derive_seed(0, "a"),
+        derive_seed(0, "b"),
+        derive_seed("0"),
+        derive_seed(0, 0),
+    }
     assert len(seeds) == 6
     assert derive_seed(3, "x") == derive_seed(3, "x")
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -17,7 +17,9 @@ def test_parameter_counts_are_the_papers(size):
 
 @pytest.fixture
 def tokens(model):
-    return torch.randint(model.config.codebook, (3, model.config.image_tokens), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        model.config.codebook, (3, model.config.image_tokens), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def text(model, rows=3, length=6, valid=4):
@@ -54,7 +56,8 @@ def test_text_padding_changes_nothing(model, tokens):
     hidden = torch.ones_like(tokens, dtype=torch.bool)
     logits = [
         model.image_logits(
-            model.encode(model.embed_image(tokens), hidden_BN=hidden, features_BLF=f[:, :n], valid_BL=valid[:, :n]), hidden
+            model.encode(model.embed_image(tokens), hidden_BN=hidden, features_BLF=f[:, :n], valid_BL=valid[:, :n]),
+            hidden,
         )
         for f, n in ((features, 6), (moved, 6))
     ]

@@ -50,9 +50,7 @@ def test_t2i2t_equals_the_dense_definition(model, text_encoder, batch):
     noisy = logits + draws.gumbel("gumbel", *logits.shape)
     pseudo_hot = torch.nn.functional.one_hot(pseudo, model.config.codebook).float()
     one_hot = torch.where(first.hidden_BN[..., None], dense_one_hot(noisy), pseudo_hot)
-    dense = t2i2t_loss(
-        model, one_hot @ model.token_embedding.weight, texts.ids_BL, texts.valid_BL, second, **options
-    )
+    dense = t2i2t_loss(model, one_hot @ model.token_embedding.weight, texts.ids_BL, texts.valid_BL, second, **options)
     assert_same(model, ours, dense)
 
 

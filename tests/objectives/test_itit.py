@@ -45,7 +45,9 @@ def test_each_loss_trains_its_own_part(model, text_encoder, batch, name, image_d
     assert ("text_null" in names) == (name in ("i2i", "i2t", "t2i2t"))
 
 
-@pytest.mark.parametrize(("stream", "name", "decoder"), [("texts", "t2i2t", IMAGE_DECODER), ("images", "i2t2i", TEXT_DECODER)])
+@pytest.mark.parametrize(
+    ("stream", "name", "decoder"), [("texts", "t2i2t", IMAGE_DECODER), ("images", "i2t2i", TEXT_DECODER)]
+)
 def test_a_half_cycle_stops_at_the_pseudo_data(model, text_encoder, batch, stream, name, decoder):
     assert not has(trained_by(model, text_encoder, batch, name, **{stream: "half"}), decoder)
 

@@ -46,9 +46,7 @@ def test_beam_search_with_enough_beams_is_brute_force(power, seed):
     beams = V**L
     decoding = Markov(beams, seed)
     ids, found = beam_search(decoding, 1, beams=beams, length=L, banned_V=NONE_BANNED, length_power=power)
-    texts = [
-        (*body, EOS) for n in range(L) for body in product([t for t in range(V) if t != EOS], repeat=n)
-    ]
+    texts = [(*body, EOS) for n in range(L) for body in product([t for t in range(V) if t != EOS], repeat=n)]
     best = max(texts, key=lambda text: score(decoding.table, text, power))
     assert tuple(ids[0].tolist()) == best + (PAD,) * (L - len(best))
     assert found[0].item() == pytest.approx(score(decoding.table, best, power), abs=1e-5)

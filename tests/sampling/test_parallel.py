@@ -115,7 +115,9 @@ def test_tokens_are_sampled_from_the_distribution():
     torch.testing.assert_close(share, logits.softmax(-1), atol=0.01, rtol=0)
     torch.testing.assert_close(log_p, logits.log_softmax(-1)[sampled])
     hot, _ = sample_tokens(logits.expand(1, 20_000, 4), chance, temperature=0.5)
-    torch.testing.assert_close(torch.bincount(hot[0], minlength=4) / 20_000, (logits / 0.5).softmax(-1), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        torch.bincount(hot[0], minlength=4) / 20_000, (logits / 0.5).softmax(-1), atol=0.01, rtol=0
+    )
     assert (sample_tokens(logits.expand(1, 9, 4), chance[:, :9], temperature=0)[0] == 2).all()
 
 

@@ -59,6 +59,23 @@ class Items:
     """Cached features of the frozen text encoder; None means: compute them."""
     labels_B: Int[Tensor, "B"] | None = None
 
+    # The same fields for an objective that cannot do without them.
+
+    @property
+    def tokens(self) -> Int[Tensor, "B N"]:
+        assert self.tokens_BN is not None
+        return self.tokens_BN
+
+    @property
+    def ids(self) -> Int[Tensor, "B L"]:
+        assert self.ids_BL is not None
+        return self.ids_BL
+
+    @property
+    def valid(self) -> Bool[Tensor, "B L"]:
+        assert self.valid_BL is not None
+        return self.valid_BL
+
     def __len__(self) -> int:
         return next(len(value) for value in self._present().values())
 

@@ -70,9 +70,7 @@ class Batches:
     several rows of a stream for each row of the batch finds those of one batch row side by side.
     """
 
-    def __init__(
-        self, streams: dict[str, Stream], *, multiples: dict[str, int], batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, streams: dict[str, Stream], *, multiples: dict[str, int], batch_size: int, seed: int) -> None:
         """``multiples`` is the objective's ``streams``: rows of each stream per row of the global ``batch_size``."""
         for name in multiples:
             if name not in streams:
@@ -85,8 +83,7 @@ class Batches:
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         if self.batch_size % world:
             raise UserError(
-                f"a batch of {self.batch_size} rows cannot be shared by {world} processes: "
-                "change --train.batch-size"
+                f"a batch of {self.batch_size} rows cannot be shared by {world} processes: change --train.batch-size"
             )
         items = {name: self._rows(name, step, rank, world) for name in self.multiples}
         return Batch(draws=Draws(self.seed, step, rank, world), **items)

@@ -91,9 +91,7 @@ class Blocks(nn.Module):
         self.layers = nn.ModuleList(Block(width, heads=heads, dropout=dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def forward(
-        self, x_BSD: Tensor, *, attend: Tensor | None = None, cache: list[LayerCache] | None = None
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, *, attend: Tensor | None = None, cache: list[LayerCache] | None = None) -> Tensor:
         for index, layer in enumerate(self.layers):
             x_BSD = layer(x_BSD, attend=attend, cache=None if cache is None else cache[index])
         return self.norm(x_BSD)

@@ -6,8 +6,6 @@ one, take the likeliest tokens *straight through*, and ask the other direction t
 Shapes: B rows, N image tokens, L text tokens, F width of the frozen text features, D encoder width, V vocabulary.
 """
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor

@@ -66,12 +66,16 @@ class ItitObjectiveConfig:
 class ItitObjective(nn.Module):
     """L = L_T2I + L_I2T + L_I2I on pairs, + L_T2I2T on texts, + L_I2T2I on images."""
 
+    banned_V: Tensor
+
     def __init__(self, model: ITIT, text_encoder: TextEncoder, config: ItitObjectiveConfig) -> None:
         super().__init__()
         self.model = model
         self.text_encoder = text_encoder
         self.config = config
-        self.streams = {"pairs": 2}  # every other row for T2I, the rest for I2T and I2I: separate pairs, as in the paper
+        self.streams = {
+            "pairs": 2
+        }  # every other row for T2I, the rest for I2T and I2I: separate pairs, as in the paper
         if config.images != "off":
             self.streams["images"] = 1
         if config.texts != "off":
@@ -99,7 +103,9 @@ class ItitObjective(nn.Module):
             if self.config.images != "off":
                 terms |= self._images(batch)
         weights = self.config.weights
-        weighted = [getattr(weights, _WEIGHT_OF.get(name, name)) * loss for name, loss in terms.items() if "/" not in name]
+        weighted = [
+            getattr(weights, _WEIGHT_OF.get(name, name)) * loss for name, loss in terms.items() if "/" not in name
+        ]
         return Losses(torch.stack(weighted).sum(), {name: term.detach() for name, term in terms.items()})
 
     def _paired(self, batch: Batch) -> dict[str, Tensor]:
@@ -108,14 +114,14 @@ class ItitObjective(nn.Module):
         for_image, for_text = batch.pairs[0::2], batch.pairs[1::2]  # so any even run of rows holds as many of each
 
         hiding = self._hide(c.hide_for_image, for_image, draws, "t2i")
-        tokens, features, valid = for_image.tokens_BN, self._features(for_image), for_image.valid_BL
+        tokens, features, valid = for_image.tokens, self._features(for_image), for_image.valid
         t2i = t2i_loss(self.model, tokens, features, valid, hiding, smoothing=c.smoothing)
 
         hiding = self._hide(c.hide_for_text, for_text, draws, "i2t")
-        encoded = without_text(self.model, for_text.tokens_BN, hiding)
-        i2i = i2i_loss(self.model, encoded, for_text.tokens_BN, hiding, smoothing=c.smoothing)
+        encoded = without_text(self.model, for_text.tokens, hiding)
+        i2i = i2i_loss(self.model, encoded, for_text.tokens, hiding, smoothing=c.smoothing)
         i2t = i2t_loss(
-            self.model, encoded, for_text.ids_BL, for_text.valid_BL,
+            self.model, encoded, for_text.ids, for_text.valid,
             smoothing=c.smoothing, encoder_gradient=c.encoder_gradient,
         )  # fmt: skip
         return {"t2i": t2i, "i2t": i2t, "i2i": i2i}
@@ -124,20 +130,18 @@ class ItitObjective(nn.Module):
         c, draws, texts = self.config, batch.draws, batch.texts
         assert texts is not None
         if c.texts == "t2t":
-            return {"t2t": t2t_loss(self.model, texts.ids_BL, texts.valid_BL, smoothing=c.smoothing)}
+            return {"t2t": t2t_loss(self.model, texts.ids, texts.valid, smoothing=c.smoothing)}
         features = self._features(texts)
         with _evaluating(self._synthesiser()) as synthesiser:
-            pseudo_BN = draw(synthesiser, features, texts.valid_BL, c.draw, draws=draws)
+            pseudo_BN = draw(synthesiser, features, texts.valid, c.draw, draws=draws)
         if c.texts == "full":
             hiding = self._hide(c.hide_for_image, texts, draws, "t2i2t/first")
-            image_BND = reimagined(
-                self.model, pseudo_BN, features, texts.valid_BL, hiding, gumbel=c.gumbel, draws=draws
-            )
+            image_BND = reimagined(self.model, pseudo_BN, features, texts.valid, hiding, gumbel=c.gumbel, draws=draws)
         else:
             image_BND = self.model.embed_image(pseudo_BN)
         hiding = self._hide(c.hide_for_text, texts, draws, "t2i2t/second")
         loss = t2i2t_loss(
-            self.model, image_BND, texts.ids_BL, texts.valid_BL, hiding,
+            self.model, image_BND, texts.ids, texts.valid, hiding,
             smoothing=c.smoothing, encoder_gradient=c.encoder_gradient,
         )  # fmt: skip
         return {"t2i2t": loss}
@@ -147,31 +151,31 @@ class ItitObjective(nn.Module):
         assert images is not None
         if c.images == "i2i":
             hiding = self._hide(c.hide_for_image, images, draws, "unpaired_i2i")
-            encoded = without_text(self.model, images.tokens_BN, hiding)
-            return {"unpaired_i2i": i2i_loss(self.model, encoded, images.tokens_BN, hiding, smoothing=c.smoothing)}
+            encoded = without_text(self.model, images.tokens, hiding)
+            return {"unpaired_i2i": i2i_loss(self.model, encoded, images.tokens, hiding, smoothing=c.smoothing)}
         with _evaluating(self._synthesiser()) as synthesiser:
             length = self.model.config.text_tokens
             pseudo_BL, _ = write(
-                synthesiser, images.tokens_BN, WriteConfig(beams=1), banned_V=self.banned_V, length=length
+                synthesiser, images.tokens, WriteConfig(beams=1), banned_V=self.banned_V, length=length
             )
         pseudo_BL = pseudo_BL[:, : int((pseudo_BL != self.text_encoder.pad_id).sum(1).max())]
         valid_BL = pseudo_BL != self.text_encoder.pad_id
         if c.images == "full":
             hiding = self._hide(c.hide_for_text, images, draws, "i2t2i/first")
             features = rewritten(
-                self.model, self.text_encoder, images.tokens_BN, pseudo_BL, valid_BL, hiding, banned_V=self.banned_V
+                self.model, self.text_encoder, images.tokens, pseudo_BL, valid_BL, hiding, banned_V=self.banned_V
             )
         else:
             features = self.text_encoder.features(pseudo_BL, valid_BL)
         hiding = self._hide(c.hide_for_image, images, draws, "i2t2i/second")
-        loss = i2t2i_loss(self.model, images.tokens_BN, features, valid_BL, hiding, smoothing=c.smoothing)
+        loss = i2t2i_loss(self.model, images.tokens, features, valid_BL, hiding, smoothing=c.smoothing)
         distinct = torch.tensor(len(pseudo_BL.unique(dim=0)) / len(pseudo_BL), device=loss.device)
         # Cycles can agree on captions that are consistent but say nothing; their variety is the first thing to fall.
         return {"i2t2i": loss, "i2t2i/distinct_captions": distinct}
 
     def _features(self, items: Items) -> Tensor:
-        return items.features_BLF if items.features_BLF is not None else self.text_encoder.features(
-            items.ids_BL, items.valid_BL
+        return (
+            items.features_BLF if items.features_BLF is not None else self.text_encoder.features(items.ids, items.valid)
         )
 
     def _hide(self, config: HideConfig, items: Items, draws: Draws, name: str) -> Hiding:
@@ -188,7 +192,8 @@ class ItitObjective(nn.Module):
             return
         first = step == self.config.cycles_from
         self._teacher_step = step
-        ours, theirs = list(self.model.parameters()), list(self.teacher.parameters())
+        ours: list[Tensor] = list(self.model.parameters())
+        theirs: list[Tensor] = list(self.teacher.parameters())
         torch._foreach_lerp_(theirs, ours, 1.0 if first else 1 - self.config.teacher_decay)
 
 

@@ -1,1 +1,28 @@
+"""What can be trained. A recipe is a function that returns a complete run; variants call one another."""
 
+from collections.abc import Callable
+from typing import Protocol
+
+from diptych.recipes import itit_recipes as itit
+from diptych.recipes import stage_recipes as stages
+
+
+class Run(Protocol):
+    """A complete description of a training run: all its fields, and the way to carry it out."""
+
+    def fit(self, out, *, recipe: str): ...
+
+
+RECIPES: dict[str, Callable[[], Run]] = {
+    "itit-tiny": itit.itit_tiny,
+    "itit-small": itit.itit_small,
+    "itit-base": itit.itit_base,
+    "itit-large": itit.itit_large,
+    "itit-huge": itit.itit_huge,
+    "vqgan-tiny": stages.vqgan_tiny,
+    "vqgan-small": stages.vqgan_small,
+    "vqgan-paper": stages.vqgan_paper,
+    "text-encoder-tiny": stages.text_encoder_tiny,
+    "text-encoder-small": stages.text_encoder_small,
+}
+"""Recipes by the name that `diptych fit` takes. The docstring of each gives command, hardware, time and result."""

@@ -1,6 +1,7 @@
 """Training ITIT: the stages of a run, from the sources to a folder that captions and draws."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,36 +65,51 @@ class ItitRun:
 
     def fit(self, out: Path, *, recipe: str) -> TrainResult:
         """All stages, each resumed or skipped if it has been done before. Leaves a self-contained run folder."""
-        parts = open_parts(self.data)
+        self.check()
         write_config(out, recipe=recipe, run=self, generation=asdict(self.generation))
-        tokenizer = self._tokenizer(parts, out)
-        text_encoder = self._text_encoder(parts, out)
-        encoded = self._encode(parts, tokenizer, text_encoder, out)
-        objective = self.build(tokenizer, text_encoder)
-        samples = Samples(self._diptych(objective, tokenizer, text_encoder), encoded, self.data, out / "samples")
-        result = self.train_on(encoded, objective, out, hooks=[Hook(every=self.train.eval_every, run=samples.run)])
-        if result.finished:
-            samples.report(out, recipe=recipe)
+        ready = self.prepare(out)
+        objective = self.build(ready)
+        samples = Samples(self.diptych(objective, ready), ready.encoded, self.data, out / "samples")
+        result = self.train_on(ready, objective, out, hooks=[Hook(every=self.train.eval_every, run=samples.run)])
+        if result.finished and PartialState().is_main_process:
+            with result.evaluating(objective):
+                samples.report(out, recipe=recipe)
         return result
 
-    def build(self, tokenizer: ImageTokenizer, text_encoder: TextEncoder) -> ItitObjective:
+    def check(self) -> None:
+        """Raise UserError for combinations of fields that no stage would notice early."""
+        unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
+        if unpaired and self.objective.cycles_from >= self.train.steps:
+            raise UserError(
+                f"--objective.cycles-from {self.objective.cycles_from} is not before --train.steps {self.train.steps}, "
+                "so unpaired data would never be used: lower it, or switch --objective.texts and .images off"
+            )
+
+    def prepare(self, out: Path) -> "Prepared":
+        """Tokenizer, text encoder and encoded data, made in ``out`` or found there."""
+        parts = open_parts(self.data)
+        tokenizer = self._tokenizer(parts, out)
+        text_encoder = self._text_encoder(parts, out)
+        return Prepared(tokenizer, text_encoder, self._encode(parts, tokenizer, text_encoder, out))
+
+    def build(self, ready: "Prepared") -> ItitObjective:
         """The network with its objective; its initial weights follow from ``train.seed`` alone."""
         config = replace(
             self.model,
-            image_tokens=tokenizer.tokens,
-            codebook=tokenizer.codes,
-            text_features=text_encoder.width,
-            vocabulary=text_encoder.vocab_rows,
+            image_tokens=ready.tokenizer.tokens,
+            codebook=ready.tokenizer.codes,
+            text_features=ready.text_encoder.width,
+            vocabulary=ready.text_encoder.vocab_rows,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
-            return ItitObjective(ITIT(config), text_encoder, self.objective)
+            return ItitObjective(ITIT(config), ready.text_encoder, self.objective)
 
     def train_on(
-        self, encoded: Parts, objective: ItitObjective, out: Path, *, hooks: list[Hook], title: str = "ITIT"
+        self, ready: "Prepared", objective: ItitObjective, out: Path, *, hooks: Sequence[Hook] = (), title: str = "ITIT"
     ) -> TrainResult:
         """The last stage: train on encoded data and save ``out/model``."""
-        stores = {name: getattr(encoded, name) for name in ("pairs", "images", "texts")}
+        stores = {name: getattr(ready.encoded, name) for name in ("pairs", "images", "texts")}
         pairs, images, texts = stores["pairs"], stores["images"], stores["texts"]
         batches = Batches(
             {
@@ -155,10 +171,20 @@ class ItitRun:
             texts=pairs if parts.texts is parts.pairs else one("texts", replace(with_features, tokens=None)),
         )
 
-    def _diptych(self, objective: ItitObjective, tokenizer: ImageTokenizer, text_encoder: TextEncoder) -> Diptych:
-        draw, write = self.generation.draw, self.generation.write
+    def diptych(self, objective: ItitObjective, ready: "Prepared") -> Diptych:
+        """The network in training as something that captions and draws."""
         device = pick_device(self.train.device)
-        return Diptych(tokenizer, text_encoder, objective.model, draw=draw, write=write, device=device)
+        draw, write = self.generation.draw, self.generation.write
+        return Diptych(ready.tokenizer, ready.text_encoder, objective.model, draw=draw, write=write, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that ITIT trains with."""
+
+    tokenizer: ImageTokenizer
+    text_encoder: TextEncoder
+    encoded: Parts
 
 
 def save_model(model: ITIT, folder: Path) -> None:
@@ -169,8 +195,6 @@ def save_model(model: ITIT, folder: Path) -> None:
 
 
 def _replace(fresh: Path, folder: Path) -> None:
-    import shutil
-
     if folder.exists():
         shutil.rmtree(folder)
     fresh.rename(folder)
@@ -204,12 +228,3 @@ def _say(name: str) -> Callable[[int, int], None]:
         print(f"\r3/3 encoding {name}: {done:,} of {total:,}", end=end, flush=True)
 
     return advance
-
-
-def check_sizes(run: ItitRun) -> None:
-    """Raise UserError for combinations of fields that no stage would notice early."""
-    if run.objective.cycles_from >= run.train.steps and (run.objective.texts, run.objective.images) != ("off", "off"):
-        raise UserError(
-            f"--objective.cycles-from {run.objective.cycles_from} is not before --train.steps {run.train.steps}: "
-            "the cycles would never begin"
-        )

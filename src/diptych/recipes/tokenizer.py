@@ -11,11 +11,10 @@ from diptych.data.skips import Skips
 from diptych.data.sources import open_source
 from diptych.data.streams import Batches
 from diptych.errors import UserError
-from diptych.models.image_tokenizer import SIZES, ImageTokenizer, ImageTokenizerConfig
+from diptych.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from diptych.objectives.vqgan import VQGAN, VQGANConfig
 from diptych.recipes.folders import write_config
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.train.devices import evaluating
 from diptych.train.loop import train
 
 
@@ -39,16 +38,12 @@ class TokenizerStage:
         tokenizer = ImageTokenizer.from_config(self.model, seed=self.train.seed)
         objective = VQGAN(tokenizer, self.objective, seed=self.train.seed)
         skips = Skips()
-        stream = pixel_stream(
-            chosen, size=self.model.size, skips=skips, flip=self.flip, seed=self.train.seed
-        )
+        stream = pixel_stream(chosen, size=self.model.size, skips=skips, flip=self.flip, seed=self.train.seed)
         batches = Batches(
             {"images": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
         )
         identity = {"model": asdict(self.model), "objective": asdict(self.objective)}
-        result = train(
-            objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity
-        )
+        result = train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
         if len(skips):
             skips.write(out / "skipped.jsonl")
         with result.evaluating(objective):

@@ -1,0 +1,103 @@
+"""Recipes for the two stages that ITIT stands on: image tokenizers and text encoders."""
+
+import tyro
+
+from diptych.models.image_tokenizer import ImageTokenizerConfig
+from diptych.objectives.span_corruption import TextEncoderConfig
+from diptych.objectives.vqgan import VQGANConfig
+from diptych.recipes.text_encoder import TextEncoderRun, TextEncoderStage
+from diptych.recipes.tokenizer import TokenizerRun, TokenizerStage
+from diptych.train.config import OptimConfig, TrainConfig
+
+
+def vqgan_tiny() -> TokenizerRun:
+    """Image tokenizer for pictures of 32 pixels: 16 tokens out of 512.
+
+    Command: diptych fit vqgan-tiny --images scenes: --out runs/vqgan
+    Cost: a minute on two CPU cores.
+    """
+    return TokenizerRun(images=tyro.MISSING, stage=tokenizer_tiny())
+
+
+def vqgan_small() -> TokenizerRun:
+    """Image tokenizer for photos of 96 pixels.
+
+    Command: diptych fit vqgan-small --images photos/ --out runs/vqgan
+    Cost: half an hour on two CPU cores.
+    """
+    return TokenizerRun(images=tyro.MISSING, stage=tokenizer_small())
+
+
+def vqgan_paper() -> TokenizerRun:
+    """The paper's image tokenizer: 256 pixels to 16 x 16 tokens out of 8192.
+
+    Command: torchrun --nproc-per-node 8 -m diptych fit vqgan-paper --images 'photos-{000..099}.tar' --out runs/vqgan
+    Cost: days on eight GPUs. Not measured by us.
+    """
+    return TokenizerRun(images=tyro.MISSING, stage=tokenizer_paper())
+
+
+def text_encoder_tiny() -> TextEncoderRun:
+    """Text encoder for a language of a hundred words.
+
+    Command: diptych fit text-encoder-tiny --texts scenes:?count=20000 --out runs/text
+    Cost: twenty seconds on two CPU cores.
+    """
+    return TextEncoderRun(texts=tyro.MISSING, stage=encoder_tiny())
+
+
+def text_encoder_small() -> TextEncoderRun:
+    """Text encoder for captions of photos.
+
+    Command: diptych fit text-encoder-small --texts captions.txt --out runs/text
+    Cost: ten minutes on two CPU cores.
+    """
+    return TextEncoderRun(texts=tyro.MISSING, stage=encoder_small())
+
+
+def tokenizer_tiny() -> TokenizerStage:
+    return TokenizerStage(
+        model=ImageTokenizerConfig(size=32, codes=512, code_dim=16, widths=(64, 128), blocks=1, groups=8, patch=4),
+        objective=VQGANConfig(adversarial_weight=0.0),
+        flip=False,
+        train=TrainConfig(steps=1000, batch_size=64, checkpoint_every=500, tensorboard=False, precision="bf16"),
+        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=50),
+    )
+
+
+def tokenizer_small() -> TokenizerStage:
+    return TokenizerStage(
+        model=ImageTokenizerConfig(
+            size=96, codes=1024, code_dim=16, widths=(64, 128, 192), blocks=1, groups=16, patch=2
+        ),
+        objective=VQGANConfig(adversarial_start=4000, discriminator_width=32, discriminator_layers=2),
+        train=TrainConfig(steps=8000, batch_size=32, precision="bf16"),
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=200),
+    )
+
+
+def tokenizer_paper() -> TokenizerStage:
+    return TokenizerStage(
+        model=ImageTokenizerConfig(),
+        objective=VQGANConfig(adversarial_balance="adaptive", adversarial_start=50_000),
+        train=TrainConfig(steps=500_000, batch_size=256, checkpoint_every=5000, ema=0.9999, workers=16),
+        optim=OptimConfig(lr=1e-4, betas=(0.5, 0.9), weight_decay=0.0, warmup_steps=5000),
+    )
+
+
+def encoder_tiny() -> TextEncoderStage:
+    return TextEncoderStage(
+        model=TextEncoderConfig.tiny(),
+        length=24,
+        train=TrainConfig(steps=300, batch_size=64, checkpoint_every=300, tensorboard=False),
+        optim=OptimConfig(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=30),
+    )
+
+
+def encoder_small() -> TextEncoderStage:
+    return TextEncoderStage(
+        model=TextEncoderConfig.small(),
+        length=32,
+        train=TrainConfig(steps=4000, batch_size=128, precision="bf16"),
+        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=200),
+    )
