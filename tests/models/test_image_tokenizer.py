@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 from diffusers import VQModel
-from torch import nn
 
 from diptych.errors import UserError
 from diptych.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, nearest_codes
@@ -78,12 +77,29 @@ def test_the_seed_alone_decides_the_weights():
     assert not torch.equal(first.codebook, other.codebook)
 
 
-def test_no_weight_is_left_uninitialised():
-    tokenizer = ImageTokenizer.from_config(SMALL)
+@pytest.mark.parametrize("attention", [False, True])
+def test_no_weight_is_left_uninitialised(attention):
+    config = ImageTokenizerConfig(
+        size=16, codes=32, code_dim=4, widths=(8, 16), blocks=1, groups=4, attention=attention
+    )
+    tokenizer = ImageTokenizer.from_config(config)
+    with torch.no_grad():
+        for weight in tokenizer.parameters():
+            weight.fill_(float("nan"))
+    tokenizer.init_weights()
     for name, weight in tokenizer.named_parameters():
         assert weight.isfinite().all(), name
-        norm = any(weight is w for m in tokenizer.modules() if isinstance(m, nn.GroupNorm) for w in m.parameters())
-        assert norm or weight.numel() == 1 or weight.std() > 0, name
+        if weight.ndim == 4 and "conv2" not in name:
+            assert weight.std().item() == pytest.approx(weight[0].numel() ** -0.5, rel=0.3), name
+
+
+def test_a_new_tokenizer_passes_the_signal_on():
+    tokenizer = ImageTokenizer.from_config(SMALL)
+    with torch.no_grad():
+        latents_BEhw = tokenizer.latents(tokenizer.pixels_to_input(pictures()))
+        picture_B3HW = tokenizer.reconstruct(latents_BEhw)
+    assert 0.3 < latents_BEhw.std() < 3
+    assert 0.3 < picture_B3HW.std() < 3
 
 
 def test_save_and_load_give_equal_tokens_and_a_plain_diffusers_folder(tmp_path):

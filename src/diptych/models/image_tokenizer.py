@@ -63,20 +63,20 @@ class ImageTokenizer(nn.Module):
 
     def __init__(self, network: VQModel, *, size: int):
         super().__init__()
+        config = network.config
         self.network = network
         self.size = size
-        self.codes: int = network.config.num_vq_embeddings
-        self.patch = math.isqrt(network.config.in_channels // 3)
-        self.factor = self.patch * 2 ** (len(network.config.block_out_channels) - 1)
-        self.unit_range = bool(network.config.lookup_from_codebook)
-        if network.config.in_channels != 3 * self.patch**2 or network.config.norm_type != "group":
+        self.codes: int = config["num_vq_embeddings"]
+        self.patch, self.factor = _patch_and_factor(config)
+        self.unit_range = bool(config["lookup_from_codebook"])
+        if config["in_channels"] != 3 * self.patch**2 or config["norm_type"] != "group":
             raise UserError("this VQModel does not take RGB pictures with group norms; choose another tokenizer")
         if size % self.factor:
             raise UserError(f"pictures of {size} pixels do not divide into tokens of {self.factor}; change the size")
 
     @classmethod
     def from_config(cls, config: ImageTokenizerConfig, *, seed: int = 0) -> "ImageTokenizer":
-        """A new tokenizer; the weights (PyTorch's defaults; codes uniform in ±1/K) follow from ``seed`` alone."""
+        """A new tokenizer; its weights follow from ``seed`` alone."""
         stages = len(config.widths)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -95,7 +95,33 @@ class ImageTokenizer(nn.Module):
                 lookup_from_codebook=True,
                 sample_size=config.size,
             )
-        return cls(network, size=config.size)
+            tokenizer = cls(network, size=config.size)
+            tokenizer.init_weights()
+        return tokenizer
+
+    def init_weights(self) -> None:
+        """Matrices N(0, 1 / inputs), biases 0, norms 1 and 0, codes uniform in ±1/K; residual branches end in 0.
+
+        PyTorch's defaults lose half of the signal at each of the linear layers around the codebook, which start a run
+        with hundreds of steps that reconstruct nothing but a mean colour.
+        """
+        for name, module in self.network.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                branch_end = name.endswith(("conv2", "to_out.0"))
+                nn.init.normal_(module.weight, std=0.0 if branch_end else module.weight[0].numel() ** -0.5)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.GroupNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.uniform_(self.codebook, -1 / self.codes, 1 / self.codes)
+        encoder_in, decoder_out = self.network.encoder.conv_in, self.network.decoder.conv_out
+        assert encoder_in.bias is not None
+        assert decoder_out.bias is not None
+        grey = 0.5 if self.unit_range else 0.0
+        with torch.no_grad():  # a grey picture goes in as zeros and comes out of zeros
+            encoder_in.bias.copy_(-grey * encoder_in.weight.sum((1, 2, 3)))
+            decoder_out.bias.fill_(grey)
 
     @property
     def tokens(self) -> int:
@@ -103,7 +129,7 @@ class ImageTokenizer(nn.Module):
         return (self.size // self.factor) ** 2
 
     @property
-    def codebook(self) -> nn.Parameter:
+    def codebook(self) -> Tensor:
         return self.network.quantize.embedding.weight
 
     # The differentiable halves, for training
@@ -187,7 +213,7 @@ class ImageTokenizer(nn.Module):
             odd = next(iter(loading["missing_keys"] or loading["unexpected_keys"]))
             raise UserError(f"{name}: the tokenizer's weights do not fit its config.json ({odd}); copy it again")
         if size is None:
-            factor = math.isqrt(network.config.in_channels // 3) * 2 ** (len(network.config.block_out_channels) - 1)
+            factor = _patch_and_factor(config)[1]
             size = config["sample_size"] if config.get("sample_size", 0) >= 4 * factor else 16 * factor
         return cls(network, size=size)
 
@@ -204,6 +230,11 @@ def _find_config(name: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if config.get("_class_name") == "VQModel":
             return config, place
     raise UserError(f"{name}: no diffusers VQModel here; give a folder or hub name with a config.json of one")
+
+
+def _patch_and_factor(config: dict[str, Any]) -> tuple[int, int]:
+    patch = math.isqrt(config["in_channels"] // 3)
+    return patch, patch * 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def _in_pieces(function: Callable[[Tensor], Tensor], rows_tensor: Tensor, rows: int) -> Tensor:
