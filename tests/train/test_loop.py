@@ -186,6 +186,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, caps
     told = capsys.readouterr().err
     assert "step-00000012 is damaged (model.safetensors does not match its digest)" in told
     assert "continuing after step 8" in told
+    assert (tmp_path / "checkpoints/damaged-step-00000012").exists()
     assert losses_of(tmp_path) == before
 
 
