@@ -43,10 +43,10 @@ def pixel_stream(chosen: Chosen, *, size: int, skips: Skips, flip: bool, seed: i
     def take(index: np.ndarray, epoch: np.ndarray) -> Items:
         together = getattr(chosen[0][0], "images", None) if len(chosen) == 1 else None
         pixels = together(chosen[0][1][index], size) if together else np.stack([read(int(i)) for i in index])
-        pixels_B3HW = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        # NumPy throughout: torch would start a team of OpenMP threads in each preparing thread, which then spin.
         if flip:
-            mirrored_B = torch.from_numpy(choose(np.full(len(index), 2), index, epoch, seed) == 1)
-            pixels_B3HW = torch.where(mirrored_B[:, None, None, None], pixels_B3HW.flip(3), pixels_B3HW)
-        return Items(pixels_B3HW=pixels_B3HW.contiguous())
+            mirrored = choose(np.full(len(index), 2), index, epoch, seed) == 1
+            pixels[mirrored] = pixels[mirrored, :, ::-1]
+        return Items(pixels_B3HW=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))))
 
     return Stream(size=total, take=take)

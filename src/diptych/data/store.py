@@ -121,15 +121,16 @@ class Store:
             tokens = _to_torch(self._tokens[items])
         if captions is not None:
             assert self._ids is not None
-            ids = _to_torch(self._ids[captions])
-            longest = int((ids != 0).sum(1).max())
-            length = min(ids.shape[1], -(-longest // _TRIM) * _TRIM)
-            ids = ids[:, :length].contiguous()
+            found = self._ids[captions]
+            longest = int((found != 0).sum(1).max())
+            length = min(found.shape[1], -(-longest // _TRIM) * _TRIM)
+            ids = _to_torch(found[:, :length])
             valid = ids != 0
             if self._features is not None:
-                features = torch.from_numpy(self._features[captions, :length]).float()
+                features = torch.from_numpy(self._features[captions, :length].astype(np.float32))
         return Items(tokens_BN=tokens, ids_BL=ids, valid_BL=valid, features_BLF=features)
 
 
 def _to_torch(array: np.ndarray) -> Tensor:
+    # Converted by NumPy: torch would start a team of OpenMP threads in each preparing thread, which then spin.
     return torch.from_numpy(array.astype(np.int64))

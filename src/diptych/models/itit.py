@@ -213,7 +213,7 @@ def _look_at_valid(valid_BL: Tensor, images: int) -> Bool[Tensor, "B 1 1 S"]:
 
 SIZES: dict[str, ItitConfig] = {
     "tiny": ItitConfig(
-        width=128, depth=3, heads=4, image_decoder_depth=2, text_decoder_width=128, text_decoder_depth=2,
+        width=128, depth=2, heads=4, image_decoder_depth=1, text_decoder_width=128, text_decoder_depth=1,
         text_decoder_heads=4,
     ),
     "small": ItitConfig(

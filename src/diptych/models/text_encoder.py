@@ -115,7 +115,10 @@ class TextEncoder(nn.Module):
         # A row without any valid token would have nothing to attend to and give NaN; its features are zeroed below.
         attend_BL = valid_BL | ~valid_BL.any(dim=1, keepdim=True)
         # Four dimensions, so that transformers takes it as it is: its own check of a flat one waits for the device.
-        features_BLF = self.t5(inputs_embeds=embeds_BLF, attention_mask=attend_BL[:, None, None]).last_hidden_state
+        # In the precision of its own weights whatever the training's, so that features are the same cached or not.
+        with torch.autocast(embeds_BLF.device.type, enabled=False):
+            embeds_BLF = embeds_BLF.to(self.embedding.weight.dtype)
+            features_BLF = self.t5(inputs_embeds=embeds_BLF, attention_mask=attend_BL[:, None, None]).last_hidden_state
         return features_BLF.masked_fill(~valid_BL[:, :, None], 0.0)
 
     # Files

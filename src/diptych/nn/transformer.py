@@ -38,6 +38,23 @@ class LayerCache:
             cached[:, :, start : self.length] = cached[rows_B, :, start : self.length]
 
 
+def attention(
+    q_BHSE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, *, attend: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q k' / sqrt(E)) v. ``attend`` is True where a position may look.
+
+    In bf16 on a CPU the products are written out: torch's fused kernel has a backward pass there that takes 4 (170
+    positions) to 10 times (20 positions) as long; `benchmarks/attention_cpu.py` shows it.
+    """
+    if q_BHSE.device.type != "cpu" or q_BHSE.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q_BHSE, k_BHTE, v_BHTE, attn_mask=attend, dropout_p=dropout)
+    scores_BHST = (q_BHSE * q_BHSE.shape[-1] ** -0.5) @ k_BHTE.transpose(-1, -2)
+    if attend is not None:
+        scores_BHST = scores_BHST.masked_fill(~attend, -torch.inf)
+    weights_BHST = scores_BHST.softmax(-1, dtype=torch.float32).to(q_BHSE.dtype)
+    return F.dropout(weights_BHST, dropout, training=dropout > 0) @ v_BHTE
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al., 2017)."""
 
@@ -54,8 +71,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.append(k, v)
-        dropout = self.dropout if self.training else 0.0
-        mixed_BHSE = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
+        mixed_BHSE = attention(q, k, v, attend=attend, dropout=self.dropout if self.training else 0.0)
         return self.out(mixed_BHSE.transpose(1, 2).flatten(2))
 
 

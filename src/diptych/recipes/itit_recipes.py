@@ -24,14 +24,14 @@ def itit_tiny() -> ItitRun:
         data=DataConfig(pairs=tyro.MISSING),
         tokenizer_stage=tokenizer_tiny(),
         text_encoder_stage=encoder_tiny(),
-        model=replace(SIZES["tiny"], text_tokens=24),
+        model=replace(SIZES["tiny"], text_tokens=24, dropout=0.0),
         objective=ItitObjectiveConfig(
-            cycles_from=300,
+            cycles_from=200,
             hide_for_text=HideConfig(low=0.25, high=0.75, mode=0.5),
             draw=DrawConfig(steps=6, guidance=0.0, temperature=4.0),
         ),
-        train=TrainConfig(steps=1200, batch_size=64, checkpoint_every=300, eval_every=300, precision="bf16"),
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.96), warmup_steps=50),
+        train=TrainConfig(steps=700, batch_size=32, checkpoint_every=350, eval_every=175, ema=0.99),
+        optim=OptimConfig(lr=1e-3, warmup_steps=50, schedule="constant"),
         generation=GenerationConfig(draw=DrawConfig(steps=16, guidance=1.0, temperature=4.0)),
     )
 
@@ -49,7 +49,7 @@ def itit_small() -> ItitRun:
         text_encoder_stage=encoder_small(),
         model=replace(SIZES["small"], text_tokens=32),
         objective=ItitObjectiveConfig(cycles_from=1000),
-        train=TrainConfig(steps=10_000, batch_size=32, precision="bf16"),
+        train=TrainConfig(steps=10_000, batch_size=32),
         optim=OptimConfig(lr=3e-4, warmup_steps=500),
         generation=GenerationConfig(draw=DrawConfig(temperature=8.0)),
     )

@@ -4,6 +4,7 @@ import tyro
 
 from diptych.models.image_tokenizer import ImageTokenizerConfig
 from diptych.objectives.span_corruption import TextEncoderConfig
+from diptych.objectives.codebook import CodebookConfig
 from diptych.objectives.vqgan import VQGANConfig
 from diptych.recipes.text_encoder import TextEncoderRun, TextEncoderStage
 from diptych.recipes.tokenizer import TokenizerRun, TokenizerStage
@@ -11,7 +12,7 @@ from diptych.train.config import OptimConfig, TrainConfig
 
 
 def vqgan_tiny() -> TokenizerRun:
-    """Image tokenizer for pictures of 32 pixels: 16 tokens out of 512.
+    """Image tokenizer for pictures of 32 pixels: 8 x 8 tokens out of 512.
 
     Command: diptych fit vqgan-tiny --images scenes: --out runs/vqgan
     Cost: a minute on two CPU cores.
@@ -57,11 +58,13 @@ def text_encoder_small() -> TextEncoderRun:
 
 def tokenizer_tiny() -> TokenizerStage:
     return TokenizerStage(
-        model=ImageTokenizerConfig(size=32, codes=512, code_dim=16, widths=(64, 128), blocks=1, groups=8, patch=4),
-        objective=VQGANConfig(adversarial_weight=0.0),
+        model=ImageTokenizerConfig(size=32, codes=512, code_dim=8, widths=(48,), blocks=1, groups=8, patch=4),
+        objective=VQGANConfig(
+            adversarial_weight=0.0, squared_weight=40.0, codebook=CodebookConfig(start=300, reset_until=1900)
+        ),
         flip=False,
-        train=TrainConfig(steps=1000, batch_size=64, checkpoint_every=500, tensorboard=False, precision="bf16"),
-        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=50),
+        train=TrainConfig(steps=2600, batch_size=16, checkpoint_every=1300, tensorboard=False),
+        optim=OptimConfig(lr=3e-3, betas=(0.9, 0.96), weight_decay=0.0, warmup_steps=20),
     )
 
 
@@ -71,7 +74,7 @@ def tokenizer_small() -> TokenizerStage:
             size=96, codes=1024, code_dim=16, widths=(64, 128, 192), blocks=1, groups=16, patch=2
         ),
         objective=VQGANConfig(adversarial_start=4000, discriminator_width=32, discriminator_layers=2),
-        train=TrainConfig(steps=8000, batch_size=32, precision="bf16"),
+        train=TrainConfig(steps=8000, batch_size=32),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=200),
     )
 
@@ -98,6 +101,6 @@ def encoder_small() -> TextEncoderStage:
     return TextEncoderStage(
         model=TextEncoderConfig.small(),
         length=32,
-        train=TrainConfig(steps=4000, batch_size=128, precision="bf16"),
+        train=TrainConfig(steps=4000, batch_size=128),
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=200),
     )

@@ -28,7 +28,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes CUDA, then MPS, then the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 is mixed precision: fp32 weights, bf16 matrix products. auto is bf16 on GPUs that compute it, else fp32."""
+    """bf16 is mixed precision: fp32 weights, bf16 matrix products. auto is bf16 where the GPU or CPU
+    has instructions for it, else fp32."""
     compile: bool = False
     """Compile the objective: minutes at the start, faster steps afterwards."""
     ema: float | None = None

@@ -35,8 +35,7 @@ class Devices:
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.first: bool = self._accelerator.is_main_process
-        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.bf16 = precision == "bf16" or (precision == "auto" and able)
+        self.bf16 = precision == "bf16" or (precision == "auto" and _multiplies_bf16(self.device))
         self.waits = self.device.type != "cpu"
         """Whether reading a number from the device stops the queue of kernels."""
 
@@ -78,6 +77,14 @@ class Devices:
             torch.cuda.manual_seed(number)
         elif self.device.type == "mps":
             torch.mps.manual_seed(number)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16 products; elsewhere they are emulated, and slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 @contextmanager
