@@ -3,6 +3,7 @@
 Shapes: B rows, N image tokens, L text tokens, F width of the text features.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -54,11 +55,13 @@ def encode(
     """Encode ``indices`` (default: all) of a source into the folder ``out``, which appears when it is complete.
 
     An interrupted call with the same arguments goes on where it stopped. Unreadable images are left out, counted and
-    listed in ``skipped.jsonl``; more than ``max_skipped_share`` of them raise UserError.
+    listed in ``skipped.jsonl``; more than ``max_skipped_share`` of them raise UserError. So does an ``out`` that holds
+    anything but encoded data, which alone is replaced.
     """
+    if out.exists() and not Store.is_one(out) and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already and holds no encoded data: choose another folder")
     chosen = np.arange(len(source)) if indices is None else indices
-    made_by = {"source": source.name, "coders": coders.fingerprint, "chosen": _digest(chosen)}
-    writer = _Writer(out.with_name(f".{out.name}.partial"), made_by)
+    writer = _Writer(out.with_name(f".{out.name}.partial"), origin(source, coders, chosen))
     skips = Skips(max_skipped_share=max_skipped_share, reasons=writer.skipped)
     with ThreadPoolExecutor(max(1, workers)) as threads:
         for begin in range(writer.done, len(chosen), _CHUNK):
@@ -70,6 +73,12 @@ def encode(
     if writer.items == 0:
         raise UserError(f"{source.name}: nothing to encode")
     return writer.finish(out)
+
+
+def origin(source: Source, coders: Coders, indices: np.ndarray) -> dict[str, str]:
+    """What a store is made of, as its manifest tells it under ``made_by``."""
+    digest = hashlib.sha256(np.ascontiguousarray(indices, "<i8").tobytes()).hexdigest()[:16]
+    return {"source": source.name, "coders": coders.fingerprint, "chosen": digest}
 
 
 def _encode_chunk(
@@ -119,7 +128,8 @@ class _Writer:
 
     def __init__(self, folder: Path, made_by: dict[str, str]) -> None:
         self.folder = folder
-        self.state: dict[str, Any] = {"made_by": made_by, "done": 0, "items": 0, "arrays": {}, "skipped": {}}
+        self.state: dict[str, Any] = {"made_by": made_by, "arrays": {}, "skipped": {}}
+        self.state |= {"done": 0, "items": 0, "key_bytes": 0}
         progress = folder / "progress.json"
         if progress.is_file():
             found = json.loads(progress.read_text())
@@ -128,9 +138,12 @@ class _Writer:
         if self.state["done"] == 0:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, size in self._sizes():
-            with (folder / name).open("ab") as file:
-                file.truncate(size)
+        sizes = dict(self._sizes())
+        for file in folder.glob("*.bin"):  # an array may have begun in the chunk that was interrupted
+            if file.name not in sizes:
+                file.unlink()
+        for name, size in sizes.items():
+            os.truncate(folder / name, size)
 
     @property
     def done(self) -> int:
@@ -147,17 +160,19 @@ class _Writer:
     def _sizes(self) -> Iterator[tuple[str, int]]:
         for name, array in self.state["arrays"].items():
             yield f"{name}.bin", int(np.prod(array["shape"])) * np.dtype(array["dtype"]).itemsize
-        yield "keys.txt", self.state.get("key_bytes", 0)
+        if self.done:
+            yield "keys.txt", self.state["key_bytes"]
 
     def append(self, arrays: dict[str, Any], *, done: int) -> None:
-        keys = "".join(f"{key}\n" for key in arrays.pop("keys")).encode()
+        names = [" ".join(key.splitlines()) for key in arrays.pop("keys")]
+        keys = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")  # file names may be any bytes
         with (self.folder / "keys.txt").open("ab") as file:
             file.write(keys)
-        self.state["key_bytes"] = self.state.get("key_bytes", 0) + len(keys)
-        self.state["items"] += keys.count(b"\n")
+        self.state["key_bytes"] += len(keys)
+        self.state["items"] += len(names)
         for name, array in arrays.items():
             known = self.state["arrays"].setdefault(
-                name, {"shape": [0, *array.shape[1:]], "dtype": _small(name, array)}
+                name, {"shape": [0, *array.shape[1:]], "dtype": _small(array)}
             )
             with (self.folder / f"{name}.bin").open("ab") as file:
                 file.write(np.ascontiguousarray(array, known["dtype"]).tobytes())
@@ -178,7 +193,7 @@ class _Writer:
         return Store.open(out)
 
 
-def _small(name: str, array: np.ndarray) -> str:
+def _small(array: np.ndarray) -> str:
     """Ids and tokens fit 4 bytes; features come in half precision."""
     return "<i4" if np.issubdtype(array.dtype, np.integer) else array.dtype.newbyteorder("<").str
 
@@ -188,8 +203,3 @@ def _write_json(path: Path, value: Any) -> None:
     fresh.write_text(json.dumps(value))
     os.replace(fresh, path)
 
-
-def _digest(indices: np.ndarray) -> str:
-    import hashlib
-
-    return hashlib.sha256(np.ascontiguousarray(indices, "<i8").tobytes()).hexdigest()[:16]

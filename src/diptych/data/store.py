@@ -46,7 +46,7 @@ class Store:
                 found = (folder / f"{name}.bin").stat().st_size
                 if found != expected:
                     raise UserError(f"{folder / name}.bin has {found} bytes, not {expected}: encode it again")
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: not a folder of encoded data ({error}): encode it again") from error
         return cls(folder, manifest)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from diptych.data.columns import Columns
-from diptych.data.encode import Coders, encode
+from diptych.data.encode import Coders, encode, origin
 from diptych.data.pixels import Chosen
 from diptych.data.sources import Source, open_source
 from diptych.data.splits import Rest, hold_back
@@ -120,8 +120,14 @@ def encode_part(part: Part, out: Path, coders: Coders, *, data: DataConfig, adva
         return part
     if Store.is_one(out):
         store = Store.open(out)
-        if store.manifest["made_by"]["coders"] == coders.fingerprint:
+        made_by, wanted = store.manifest["made_by"], origin(part.source, coders, part.items)
+        if made_by == wanted:
             return Part(store, np.arange(len(store)))
+        if made_by["coders"] == wanted["coders"]:
+            raise UserError(
+                f"{out}: encoded from other items ({made_by['source']} then, {part.source.name} now): "
+                "give the same data to continue, or train into another folder"
+            )
     store = encode(
         part.source, out, coders, indices=part.items, workers=data.workers,
         max_skipped_share=data.max_skipped_share, advance=advance,

@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+import torch
+
+from diptych.data.images import UnreadableImage
+from diptych.data.pixels import pixel_stream
+from diptych.data.scenes.source import ScenesSource
+from diptych.data.skips import Skips
+from diptych.errors import UserError
+
+SIZE = 4
+
+
+class Ramps:
+    """Item i is a picture whose left half is ``first + i`` and whose right half is 100 more."""
+
+    has_images, has_captions = True, False
+
+    def __init__(self, count: int, *, first: int = 0, broken: tuple[int, ...] = ()) -> None:
+        self.count, self.first, self.broken = count, first, broken
+        self.name = f"ramps from {first}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def key(self, i: int) -> str:
+        return f"{self.first}/{i}"
+
+    def captions(self, i: int) -> list[str]:
+        return []
+
+    def label(self, i: int) -> str | None:
+        return None
+
+    def image(self, i: int, size: int) -> np.ndarray:
+        if i in self.broken:
+            raise UnreadableImage(f"{self.key(i)}: cannot be decoded")
+        picture = np.full((size, size, 3), self.first + i, np.uint8)
+        picture[:, size // 2 :] += 100
+        return picture
+
+
+def stream_of(*sources, skips=None, flip=False, seed=0):
+    chosen = [(source, np.arange(len(source))) for source in sources]
+    return pixel_stream(chosen, size=SIZE, skips=Skips() if skips is None else skips, flip=flip, seed=seed)
+
+
+def taken(stream, rows, epoch=0) -> torch.Tensor:
+    return stream.take(np.array(rows), np.full(len(rows), epoch)).pixels_B3HW
+
+
+def left(pixels_B3HW) -> list[int]:
+    return pixels_B3HW[:, 0, 0, 0].tolist()
+
+
+def test_pictures_as_bytes_channels_first():
+    stream = stream_of(Ramps(5))
+    pixels = taken(stream, [3, 0])
+    assert stream.size == 5
+    assert (pixels.shape, pixels.dtype) == ((2, 3, SIZE, SIZE), torch.uint8)
+    assert left(pixels) == [3, 0]
+    assert pixels[0, 0, 0].tolist() == [3, 3, 103, 103]
+
+
+def test_several_sources_and_chosen_items_are_one_stream():
+    chosen = [(Ramps(9), np.array([8, 2])), (Ramps(3, first=50), np.array([1])), (Ramps(9, first=20), np.arange(3))]
+    stream = pixel_stream(chosen, size=SIZE, skips=Skips(), flip=False, seed=0)
+    assert stream.size == 6
+    assert left(taken(stream, range(6))) == [8, 2, 51, 20, 21, 22]
+
+
+def test_about_half_are_mirrored_as_item_and_epoch_say():
+    stream = stream_of(Ramps(90), flip=True)
+    rows = list(range(90))
+    first, again, later = taken(stream, rows), taken(stream, rows), taken(stream, rows, epoch=1)
+    mirrored = first[:, 0, 0, 0] >= 100
+    assert 30 < mirrored.sum() < 60
+    assert torch.equal(first, again)
+    assert 25 < (mirrored != (later[:, 0, 0, 0] >= 100)).sum() < 65
+    plain = taken(stream_of(Ramps(90)), rows)
+    assert torch.equal(first, torch.where(mirrored[:, None, None, None], plain.flip(-1), plain))
+    assert torch.equal(taken(stream, [7]), first[7:8])  # whatever else is in the batch
+    assert not torch.equal(taken(stream_of(Ramps(90), flip=True, seed=1), rows), first)
+
+
+def test_the_next_picture_stands_in_for_an_unreadable_one():
+    skips = Skips(max_skipped_share=0.7)
+    stream = stream_of(Ramps(3, broken=(1, 2)), Ramps(2, first=50, broken=(1,)), skips=skips)
+    assert left(taken(stream, range(5))) == [0, 50, 50, 50, 0]
+    assert sorted(skips.reasons) == ["0/1", "0/2", "50/1"]
+    assert left(taken(stream, [1, 4])) == [50, 0]
+
+
+def test_too_many_unreadable_pictures_stop():
+    with pytest.raises(UserError, match=r"1 of 3 items are unreadable.*0/1"):
+        taken(stream_of(Ramps(3, broken=(1,))), [1])
+    with pytest.raises(UserError, match="2 of 2 items are unreadable"):
+        taken(stream_of(Ramps(2, broken=(0, 1)), skips=Skips(max_skipped_share=1.0)), [0])
+
+
+def test_a_source_that_draws_many_at_once_gives_the_same_pictures():
+    scenes = ScenesSource(count=20)
+    pixels = pixel_stream([(scenes, np.arange(5, 20))], size=32, skips=Skips(), flip=False, seed=0)
+    expected = np.stack([scenes.image(5 + i, 32) for i in (0, 3, 14)])
+    found = taken(pixels, [0, 3, 14]).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(found, expected)
+    both = [(scenes, np.arange(5, 20)), (ScenesSource(count=3, seed=1), np.arange(3))]
+    one_by_one = pixel_stream(both, size=32, skips=Skips(), flip=False, seed=0)
+    assert one_by_one.size == 18
+    np.testing.assert_array_equal(taken(one_by_one, [0, 3, 14]).permute(0, 2, 3, 1).numpy(), expected)
