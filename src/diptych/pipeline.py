@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -101,13 +100,13 @@ class Diptych:
         for part in ("tokenizer", "text_encoder", "model"):
             if not (run / part).is_dir():
                 raise UserError(f"{run}: has no {part}/, so it is no finished ITIT run: let `diptych fit` finish it")
-        generation = _generation(run)
+        draw, write = _generation(run)
         return cls(
             ImageTokenizer.from_pretrained(run / "tokenizer"),
             TextEncoder.from_pretrained(run / "text_encoder"),
             load_model(run / "model"),
-            draw=DrawConfig(**generation.get("draw", {})),
-            write=WriteConfig(**generation.get("write", {})),
+            draw=draw,
+            write=write,
             device=pick_device(device),
         )
 
@@ -152,8 +151,8 @@ class Diptych:
 
     def imagine_tokens(self, texts: Sequence[str], *, seed: int = 0, config: DrawConfig | None = None) -> Tensor:
         """As :meth:`imagine`, before the tokenizer makes pixels of it: [B N]."""
-        if not texts:
-            raise UserError("no text to imagine")
+        if not texts or isinstance(texts, str):
+            raise UserError("no text to imagine" if not texts else f"one text, {texts!r:.60}: give a list of texts")
         found = []
         for start in range(0, len(texts), _ROWS):
             ids_BL, valid_BL = self.text_encoder.tokenize(
@@ -193,7 +192,9 @@ class Diptych:
             picture = Image.fromarray(picture)
         if isinstance(picture, Image.Image):
             lossless = io.BytesIO()
-            picture.save(lossless, "PNG")
+            exif = picture.getexif()  # tells which side is up
+            # PNG and TIFF hold all modes between them.
+            picture.save(lossless, "TIFF" if picture.mode in ("CMYK", "LAB", "YCbCr", "F", "I") else "PNG", exif=exif)
             return decode(lossless.getvalue(), self.tokenizer.size)
         return decode(Path(picture), self.tokenizer.size)
 
@@ -227,7 +228,7 @@ def weights_digest(module: torch.nn.Module) -> str:
 def load_model(folder: Path) -> ITIT:
     """The network saved by ``ITIT.save_pretrained``; UserError when a file is missing or damaged."""
     try:
-        return ITIT.from_pretrained(str(folder), local_files_only=True)
+        return ITIT.from_pretrained(str(folder), local_files_only=True, strict=True)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{folder}: the network cannot be read ({reason}): copy or train it again") from error
@@ -242,11 +243,12 @@ def pick_device(name: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _generation(run: Path) -> dict[str, Any]:
+def _generation(run: Path) -> tuple[DrawConfig, WriteConfig]:
     """The run's own settings for drawing and writing."""
     try:
-        return json.loads((run / "config.json").read_text()).get("generation", {})
+        found = json.loads((run / "config.json").read_text())["generation"]
+        return DrawConfig(**found["draw"]), WriteConfig(**found["write"])
     except FileNotFoundError:
-        return {}
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{run}/config.json: not readable ({error}): copy it again") from error
+        return DrawConfig(), WriteConfig()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run}/config.json: cannot be used ({error}): copy it again") from error

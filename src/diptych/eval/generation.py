@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from diptych.data.images import UnreadableImage
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes.source import ENDLESS, ScenesSource
 from diptych.data.skips import Skips
 from diptych.data.sources import Source
 from diptych.errors import UserError
@@ -24,7 +24,8 @@ from diptych.pipeline import Diptych
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
     limit: int | None = None
-    """Images to score, the first of the source; None: all. Scores of different subsets are not comparable."""
+    """Images to score, the first of the source; None: all (of `scenes:` without a count, 1000). Scores of different
+    subsets are not comparable."""
     beams: int | None = None
     """Beams for the captions; None: the run's own."""
     seed: int = 0
@@ -57,9 +58,7 @@ def evaluate(
     On ``scenes:`` also the exact accuracies. Real pictures are cut to their centre square and resized to the
     tokenizer's size, without any compression. Raises UserError for a source without images or captions.
     """
-    if not (source.has_images and source.has_captions):
-        raise UserError(f"{source.name}: scores need images and captions, and it does not have both")
-    items, pixels = _read(source, config.limit, diptych.tokenizer.size)
+    items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.size)
     references = [source.captions(item) for item in items]
     metrics: dict[str, float] = {"images": len(items)}
     notes: list[str] = []
@@ -87,10 +86,17 @@ def evaluate(
     )  # fmt: skip
 
 
-def _read(source: Source, limit: int | None, size: int) -> tuple[list[int], np.ndarray]:
-    """The first ``limit`` readable items that have a caption, and their pixels [B S S 3]."""
+def read_captioned(source: Source, *, limit: int | None, size: int) -> tuple[list[int], np.ndarray]:
+    """The first ``limit`` readable items that have a caption, and their pixels [B S S 3].
+
+    Raises UserError for a source without images or captions, and when too many images are unreadable.
+    """
+    if not (source.has_images and source.has_captions):
+        raise UserError(f"{source.name}: scores need images and captions, and it does not have both")
+    if limit is not None and limit < 1:
+        raise UserError(f"a limit of {limit} images: at least one is needed")
     if isinstance(source, ScenesSource):
-        items = list(range(min(len(source), limit or 1000)))
+        items = list(range(min(len(source), limit or (1000 if len(source) == ENDLESS else len(source)))))
         return items, source.images(items, size)
     skips, items, pixels = Skips(), [], []
     for item in range(len(source)):
@@ -103,7 +109,7 @@ def _read(source: Source, limit: int | None, size: int) -> tuple[list[int], np.n
             items.append(item)
         except UnreadableImage as error:
             skips.record(source.key(item), error)
-    skips.check(len(items) + len(skips))
+            skips.check(len(source))
     if not items:
         raise UserError(f"{source.name}: no captioned image to score")
     return items, np.stack(pixels)

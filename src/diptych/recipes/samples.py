@@ -8,7 +8,7 @@ from torch import nn
 
 from diptych.data.sources import open_source
 from diptych.data.store import Store
-from diptych.eval.generation import EvaluateConfig, evaluate
+from diptych.eval.generation import EvaluateConfig, evaluate, read_captioned
 from diptych.pipeline import Diptych
 from diptych.recipes.data import DataConfig, Parts
 from diptych.recipes.folders import read_config
@@ -33,21 +33,21 @@ class Samples:
         self.diptych, self.folder = diptych, folder
         self.valid = open_source(data.valid, columns=data.columns) if data.valid else None
         if self.valid is not None:
-            size = diptych.tokenizer.size
-            self.pixels = [self.valid.image(item, size) for item in range(min(_SHOWN, len(self.valid)))]
-            self.texts = [self.valid.captions(item)[0] for item in range(len(self.pixels))]
+            items, pixels = read_captioned(self.valid, limit=_SHOWN, size=diptych.tokenizer.size)
+            self.pixels = list(pixels)
+            self.texts = [self.valid.captions(item)[0] for item in items]
         else:
             assert isinstance(parts.pairs.source, Store)
-            rows = parts.pairs.source.pairs(parts.pairs.items[:_SHOWN], seed=0)
-            shown = rows.take(np.arange(rows.size), np.zeros(rows.size, np.int64))
+            pairs = parts.pairs.source.pairs(parts.pairs.items, seed=0)
+            rows = np.arange(min(_SHOWN, pairs.size))
+            shown = pairs.take(rows, np.zeros_like(rows))
             self.pixels = list(diptych.tokenizer.decode(shown.tokens).permute(0, 2, 3, 1).cpu().numpy())
             self.texts = diptych.text_encoder.detokenize(shown.ids)
 
     @torch.no_grad()
     def run(self, step: int, objective: nn.Module) -> dict[str, float]:
         """Write ``samples/step-N.png`` and return the quick scores."""
-        self.captions = self.diptych.caption(self.pixels)
-        self.drawn = list(self.diptych.imagine(self.texts))
+        self._generate()
         sheet = comparison(
             {
                 "photo": [Cell(picture=p, caption=t) for p, t in zip(self.pixels, self.texts, strict=True)],
@@ -63,8 +63,13 @@ class Samples:
         scores = evaluate(self.diptych, self.valid, EvaluateConfig(limit=_SCORED, beams=1)).metrics
         return {f"valid/{name}": value for name, value in scores.items() if name != "images"}
 
+    def _generate(self) -> None:
+        self.captions = self.diptych.caption(self.pixels)
+        self.drawn = list(self.diptych.imagine(self.texts))
+
     def report(self, run: Path, *, recipe: str) -> None:
         """``report.html``: curves, samples, a cycle and the settings."""
+        self._generate()  # nothing has been yet if the run was finished before
         records = read_metrics(run / "metrics.jsonl")
         losses = [Panel(title=name, keys=[f"loss/{name}"]) for name in LOSSES]
         scores = sorted({key for record in records for key in record if key.startswith("valid/")})
