@@ -3,10 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-from beartype import BeartypeConf, beartype
+import tyro
+from beartype import BeartypeConf, FrozenDict, beartype
 from beartype.roar import BeartypeDecorHintPep673Exception
 
-_check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int will do for a float, as for mypy
+_check = beartype(
+    conf=BeartypeConf(
+        is_pep484_tower=True,  # an int will do for a float, as for mypy
+        # What a recipe leaves to the command line to ask for, sources so far.
+        hint_overrides=FrozenDict({str: str | type(tyro.MISSING)}),
+    )
+)
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import tyro
 from tyro.conf import Positional
 
 from diptych.errors import UserError
+from diptych.train.interrupt import Interrupted
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 _Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
@@ -87,10 +88,11 @@ def caption(
     """
     import json as json_format
 
-    from diptych.pipeline import Diptych
-
     if not images:
         raise UserError("no image given: diptych caption RUN IMAGE...")
+
+    from diptych.pipeline import Diptych
+
     diptych = Diptych.from_pretrained(run, device=device)
     pictures = [diptych.read(image) for image in images]
     for image, found in zip(images, diptych.captions(pictures, beams=beams), strict=True):
@@ -123,11 +125,12 @@ def imagine(
     """
     from dataclasses import replace
 
+    if not texts:
+        raise UserError("no text given: diptych imagine RUN TEXT... --out DIR")
+
     from diptych.pipeline import Diptych
     from diptych.report.sheet import contact_sheet, save_png
 
-    if not texts:
-        raise UserError("no text given: diptych imagine RUN TEXT... --out DIR")
     diptych = Diptych.from_pretrained(run, device=device)
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
     draw = replace(diptych.draw_config, **{name: value for name, value in given.items() if value is not None})
@@ -234,7 +237,9 @@ def fit(arguments: list[str]) -> None:
 
 
 def _parse_fit(kind: type, default: Any, arguments: list[str], *, prog: str, about: str | None) -> tuple[Path, Any]:
-    def parse(*, out: Annotated[Path, tyro.conf.arg(metavar="RUN")], run: tyro.conf.OmitArgPrefixes[kind] = default):
+    fields = Annotated[kind, tyro.conf.arg(name="")]  # --train.steps, not --run.train.steps
+
+    def parse(*, out: Annotated[Path, tyro.conf.arg(metavar="RUN", help="Run folder.")], run: fields = default):
         return out, run
 
     return tyro.cli(parse, prog=prog, description=about, args=arguments)
@@ -254,6 +259,9 @@ COMMANDS = {
 def main() -> None:
     """Entry point. Mistakes of the user end in one line and status 2."""
     arguments = sys.argv[1:]
+    # Read by the libraries when they are imported: loading three small files needs no progress bars.
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
     try:
         if arguments[:1] == ["fit"]:
             fit(arguments[1:])
@@ -265,6 +273,9 @@ def main() -> None:
     except UserError as error:
         print(f"diptych: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stopped:
+        print(f"diptych: {stopped}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

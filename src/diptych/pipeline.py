@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -228,7 +229,8 @@ def weights_digest(module: torch.nn.Module) -> str:
 def load_model(folder: Path) -> ITIT:
     """The network saved by ``ITIT.save_pretrained``; UserError when a file is missing or damaged."""
     try:
-        return ITIT.from_pretrained(str(folder), local_files_only=True, strict=True)
+        with redirect_stdout(io.StringIO()):  # huggingface_hub prints that it reads a folder
+            return ITIT.from_pretrained(str(folder), local_files_only=True, strict=True)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{folder}: the network cannot be read ({reason}): copy or train it again") from error
