@@ -385,7 +385,7 @@ def an_empty_file(folder):
 
 
 def cycles_that_never_begin(folder):
-    return ["--data.pairs", "scenes:?count=40", "--train.steps", 200], "--objective.cycles-from 200"
+    return ["--data.pairs", "scenes:?count=40", "--train.steps", 2], "is not before --train.steps 2"
 
 
 def an_unknown_option_of_scenes(folder):

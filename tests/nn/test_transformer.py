@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diptych.nn.transformer import Blocks, LayerCache, init_weights, prefix_causal
+from diptych.nn.transformer import Blocks, LayerCache, attention, init_weights, prefix_causal
 
 
 @pytest.fixture
@@ -47,3 +47,19 @@ def test_reorder_moves_only_what_follows_the_start():
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="10 cannot be cut into 3"):
         Blocks(1, 10, heads=3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_for_bf16_equals_the_fused_one(masked):
+    torch.manual_seed(0)
+    fp32 = [torch.randn(2, 3, 5, 8) for _ in range(3)]
+    attend = prefix_causal(2, 3) if masked else None
+    ours = [x.bfloat16().requires_grad_() for x in fp32]
+    plain = [x.detach().float().requires_grad_() for x in ours]
+    found, expected = attention(*ours, attend=attend), attention(*plain, attend=attend)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+    found.sum().backward()
+    expected.sum().backward()
+    for one, two in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one.grad.float(), two.grad, atol=0.03, rtol=0.05)

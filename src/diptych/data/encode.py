@@ -171,9 +171,7 @@ class _Writer:
         self.state["key_bytes"] += len(keys)
         self.state["items"] += len(names)
         for name, array in arrays.items():
-            known = self.state["arrays"].setdefault(
-                name, {"shape": [0, *array.shape[1:]], "dtype": _small(array)}
-            )
+            known = self.state["arrays"].setdefault(name, {"shape": [0, *array.shape[1:]], "dtype": _small(array)})
             with (self.folder / f"{name}.bin").open("ab") as file:
                 file.write(np.ascontiguousarray(array, known["dtype"]).tobytes())
             known["shape"][0] += len(array)
@@ -202,4 +200,3 @@ def _write_json(path: Path, value: Any) -> None:
     fresh = path.with_name(f"{path.name}.new")
     fresh.write_text(json.dumps(value))
     os.replace(fresh, path)
-

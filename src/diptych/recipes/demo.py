@@ -1,8 +1,12 @@
 """`diptych demo`: what unpaired data is worth, shown on the built-in scenes in a few minutes of CPU."""
 
+import multiprocessing
+import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from diptych.data.scenes.source import ScenesSource
-from diptych.eval.generation import EvaluateConfig, Evaluation, evaluate
+from diptych.eval.generation import EvaluateConfig, evaluate
 from diptych.eval.scenes import image_accuracy
 from diptych.pipeline import Diptych
 from diptych.recipes.data import DataConfig
@@ -21,18 +25,14 @@ from diptych.recipes.demo_report import Contender, write_demo_report
 from diptych.recipes.folders import write_config, write_json
 from diptych.recipes.itit import ItitRun, Prepared
 from diptych.recipes.itit_recipes import itit_tiny
+from diptych.report.figures import read_metrics
+from diptych.train.interrupt import Interrupted
 from diptych.train.loop import Hook
 
 PAIRS, UNPAIRED = 60, 18_000
 """Captioned pictures; and bare pictures, and as many loose texts, none of which belong together."""
-_SCORED, _WATCHED = 1000, 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Trained:
-    diptych: Diptych
-    seconds: float
-    steps: int
+_SCORED, _WATCHED = 500, 100
+_TITLES = {"paired_only": "pairs only", "paired_only_longer": "pairs only, same time", "itit": "ITIT"}
 
 
 def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
@@ -40,33 +40,29 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
 
     Leaves ``paired_only/`` and ``itit/``, ordinary run folders with the same initial weights and number of steps;
     ``paired_only_longer/``, the first one trained on for as many seconds as the second took; and ``metrics.json``.
+    The two train side by side, each on half of the cores: networks this small do not fill more.
     """
     began = time.monotonic()
     say = Console(highlight=False).print
     run = demo_recipe(quick=quick, seed=seed)
-    test = ScenesSource(split="test", seed=seed + 1, count=100 if quick else _SCORED)
-    say(f"[bold]{PAIRS}[/bold] captioned pictures, {UNPAIRED:,} bare pictures, {UNPAIRED:,} loose texts")
+    test = ScenesSource(split="test", seed=seed + 1, count=50 if quick else _SCORED)
+    unpaired = (len(ScenesSource.from_spec(run.data.pairs)) - PAIRS) // 2
+    say(f"[bold]{PAIRS}[/bold] captioned pictures, {unpaired:,} bare pictures, {unpaired:,} loose texts")
     ready = run.prepare(out / "itit")
     ceiling = _ceiling(ready, test)
     say(f"tokenizer: {ceiling:.1%} of {len(test):,} unseen pictures are recognised after encoding and decoding")
 
-    itit = _train(run, ready, out / "itit", test, title="ITIT")
-    alone = paired_only(run)
     _share(out / "itit", out / "paired_only")
-    paired = _train(alone, ready, out / "paired_only", test, title="pairs only")
-    contenders = [
-        _score("paired_only", "pairs only", paired, test),
-        _score("itit", "ITIT", itit, test),
-    ]
-    if paired.seconds < itit.seconds:
-        longer = _train_longer(alone, ready, out, test, seconds=itit.seconds - paired.seconds)
-        contenders.insert(1, _score("paired_only_longer", "pairs only, same time", longer, test))
-
+    with _trained_beside(paired_only(run), out, test), _threads(_half_the_cores()):
+        say("training ITIT, and beside it the same network on pairs only")
+        _train(run, ready, out / "itit", test, title="ITIT")
+    say("scoring")
+    contenders = [_score(out / name, title, test) for name, title in _TITLES.items() if (out / name / "model").is_dir()]
     metrics: dict[str, Any] = {contender.name: contender.metrics for contender in contenders}
     metrics |= {"tokenizer": {"image_accuracy": ceiling}, "seconds": round(time.monotonic() - began, 1), "quick": quick}
     write_json(out / "metrics.json", metrics)
     _print_table(contenders)
-    report = write_demo_report(out, contenders, metrics=metrics, pairs=PAIRS, unpaired=UNPAIRED)
+    report = write_demo_report(out, contenders, metrics=metrics, pairs=PAIRS, unpaired=unpaired)
     say(f"{time.monotonic() - began:.0f} s in all. Open [bold]{report}[/bold] to see what was learned.")
     return metrics
 
@@ -97,7 +93,7 @@ def paired_only(run: ItitRun) -> ItitRun:
     return replace(run, objective=replace(run.objective, texts="off", images="off"))
 
 
-def _train(run: ItitRun, ready: Prepared, out: Path, test: ScenesSource, *, title: str) -> _Trained:
+def _train(run: ItitRun, ready: Prepared, out: Path, test: ScenesSource, *, title: str) -> None:
     write_config(out, recipe="itit-tiny", run=run, generation=asdict(run.generation))
     objective = run.build(ready)
     diptych = run.diptych(objective, ready)
@@ -107,18 +103,57 @@ def _train(run: ItitRun, ready: Prepared, out: Path, test: ScenesSource, *, titl
         found = evaluate(diptych, watched, EvaluateConfig(beams=1)).metrics
         return {name: found[name] for name in ("caption_accuracy", "image_accuracy")}
 
-    hook = Hook(every=run.train.eval_every, run=watch)
-    result = run.train_on(ready, objective, out, hooks=[hook], title=title)
-    return _Trained(diptych=Diptych.from_pretrained(out), seconds=result.seconds, steps=result.step)
+    run.train_on(ready, objective, out, hooks=[Hook(every=run.train.eval_every, run=watch)], title=title)
 
 
-def _train_longer(alone: ItitRun, ready: Prepared, out: Path, test: ScenesSource, *, seconds: float) -> _Trained:
-    """Go on with a copy of the paired-only run until it has had as much time."""
+@contextmanager
+def _trained_beside(alone: ItitRun, out: Path, test: ScenesSource) -> Iterator[None]:
+    """The control trains in a process of its own; when the body is done it is told to stop."""
+    if (out / "paired_only_longer" / "model").is_dir():
+        yield  # an earlier call has done it
+        return
+    child = multiprocessing.get_context("spawn").Process(target=_train_control, args=(alone, out, test))
+    child.start()
+    try:
+        yield
+        while child.is_alive() and not (out / "paired_only" / "model").is_dir():
+            time.sleep(0.2)  # its own number of steps comes first, should it be the slower one
+    finally:
+        child.terminate()
+        child.join()
+
+
+def _train_control(alone: ItitRun, out: Path, test: ScenesSource) -> None:
+    """The same number of steps, and then on with a copy until SIGTERM."""
+    torch.set_num_threads(_half_the_cores())
+    alone = replace(alone, train=replace(alone.train, quiet=True))
+    ready = alone.prepare(out / "itit")
+    _train(alone, ready, out / "paired_only", test, title=_TITLES["paired_only"])
     folder = out / "paired_only_longer"
     if not folder.exists():
-        shutil.copytree(out / "paired_only", folder)
-    longer = replace(alone, train=replace(alone.train, steps=1_000_000, max_seconds=seconds))
-    return _train(longer, ready, folder, test, title="pairs only, same time")
+        shutil.copytree(out / "paired_only", folder, ignore=shutil.ignore_patterns("model"))
+    try:
+        _train(_until(alone, 1_000_000), ready, folder, test, title=_TITLES["paired_only_longer"])
+    except Interrupted as stopped:
+        _train(_until(alone, stopped.step), ready, folder, test, title=_TITLES["paired_only_longer"])
+
+
+def _until(run: ItitRun, steps: int) -> ItitRun:
+    return replace(run, train=replace(run.train, steps=steps))
+
+
+def _half_the_cores() -> int:
+    return max(1, (os.cpu_count() or 1) // 2)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _share(source: Path, out: Path) -> None:
@@ -135,10 +170,12 @@ def _ceiling(ready: Prepared, test: ScenesSource) -> float:
     return image_accuracy(decoded, test.scenes(items)).exact
 
 
-def _score(name: str, title: str, trained: _Trained, test: ScenesSource) -> Contender:
-    found: Evaluation = evaluate(trained.diptych, test, EvaluateConfig())
-    metrics = {**found.metrics, "seconds": round(trained.seconds, 1), "steps": trained.steps}
-    return Contender(name=name, title=title, metrics=metrics, evaluation=found, diptych=trained.diptych)
+def _score(folder: Path, title: str, test: ScenesSource) -> Contender:
+    diptych = Diptych.from_pretrained(folder)
+    found = evaluate(diptych, test, EvaluateConfig())
+    last = [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record][-1]
+    metrics = {**found.metrics, "seconds": round(last["seconds"], 1), "steps": last["step"]}
+    return Contender(name=folder.name, title=title, metrics=metrics, evaluation=found, diptych=diptych)
 
 
 def _print_table(contenders: list[Contender]) -> None:

@@ -1,5 +1,6 @@
 """The report of `diptych demo`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def _learned(contenders: list[Contender], metrics: dict[str, Any]) -> list[Any]:
         for c in contenders
         for side, kind in (("captions", "caption"), ("pictures", "image"))
     ]
-    best = dict.fromkeys(head[1:4], "high")
+    best: Mapping[str, Literal[high, low]] = {name: "high" for name in head[1:4]}  # noqa: C420
     digits = {"CIDEr": 0, "steps": 0, "seconds": 0}
     scored = contenders[0].metrics["images"]
     return [

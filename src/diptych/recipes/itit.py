@@ -1,6 +1,7 @@
 """Training ITIT: the stages of a run, from the sources to a folder that captions and draws."""
 
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -223,8 +224,10 @@ def _captions(part: Part) -> int:
 
 
 def _say(name: str) -> Callable[[int, int], None]:
+    """One line that counts in a terminal; elsewhere only its end."""
+
     def advance(done: int, total: int) -> None:
-        end = "\n" if done == total else ""
-        print(f"\r3/3 encoding {name}: {done:,} of {total:,}", end=end, flush=True)
+        if done == total or sys.stdout.isatty():
+            print(f"\r3/3 encoding {name}: {done:,} of {total:,}", end="\n" if done == total else "", flush=True)
 
     return advance

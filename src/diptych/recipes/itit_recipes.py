@@ -26,11 +26,11 @@ def itit_tiny() -> ItitRun:
         text_encoder_stage=encoder_tiny(),
         model=replace(SIZES["tiny"], text_tokens=24, dropout=0.0),
         objective=ItitObjectiveConfig(
-            cycles_from=200,
-            hide_for_text=HideConfig(low=0.25, high=0.75, mode=0.5),
+            cycles_from=250,
+            hide_for_text=HideConfig(low=0.0, high=0.5, mode=0.25),
             draw=DrawConfig(steps=6, guidance=0.0, temperature=4.0),
         ),
-        train=TrainConfig(steps=700, batch_size=32, checkpoint_every=350, eval_every=175, ema=0.99),
+        train=TrainConfig(steps=800, batch_size=64, checkpoint_every=400, eval_every=200, ema=0.99, workers=1),
         optim=OptimConfig(lr=1e-3, warmup_steps=50, schedule="constant"),
         generation=GenerationConfig(draw=DrawConfig(steps=16, guidance=1.0, temperature=4.0)),
     )

@@ -3,8 +3,8 @@
 import tyro
 
 from diptych.models.image_tokenizer import ImageTokenizerConfig
-from diptych.objectives.span_corruption import TextEncoderConfig
 from diptych.objectives.codebook import CodebookConfig
+from diptych.objectives.span_corruption import TextEncoderConfig
 from diptych.objectives.vqgan import VQGANConfig
 from diptych.recipes.text_encoder import TextEncoderRun, TextEncoderStage
 from diptych.recipes.tokenizer import TokenizerRun, TokenizerStage
@@ -12,7 +12,7 @@ from diptych.train.config import OptimConfig, TrainConfig
 
 
 def vqgan_tiny() -> TokenizerRun:
-    """Image tokenizer for pictures of 32 pixels: 8 x 8 tokens out of 512.
+    """Image tokenizer for pictures of 32 pixels: 4 x 4 tokens out of 512.
 
     Command: diptych fit vqgan-tiny --images scenes: --out runs/vqgan
     Cost: a minute on two CPU cores.
@@ -58,12 +58,12 @@ def text_encoder_small() -> TextEncoderRun:
 
 def tokenizer_tiny() -> TokenizerStage:
     return TokenizerStage(
-        model=ImageTokenizerConfig(size=32, codes=512, code_dim=8, widths=(48,), blocks=1, groups=8, patch=4),
+        model=ImageTokenizerConfig(size=32, codes=512, code_dim=8, widths=(32, 32), blocks=1, groups=8, patch=4),
         objective=VQGANConfig(
-            adversarial_weight=0.0, squared_weight=40.0, codebook=CodebookConfig(start=300, reset_until=1900)
+            adversarial_weight=0.0, squared_weight=100.0, codebook=CodebookConfig(start=350, reset_until=1900)
         ),
         flip=False,
-        train=TrainConfig(steps=2600, batch_size=16, checkpoint_every=1300, tensorboard=False),
+        train=TrainConfig(steps=2600, batch_size=24, checkpoint_every=1300, tensorboard=False, workers=1),
         optim=OptimConfig(lr=3e-3, betas=(0.9, 0.96), weight_decay=0.0, warmup_steps=20),
     )
 

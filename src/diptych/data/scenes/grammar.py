@@ -9,9 +9,7 @@ TEMPLATES: dict[Level, tuple[str, ...]] = {
         "a {size} {colour} {shape} in the {place} on a {background} background",
         "there is a {size} {colour} {shape} at the {place} of a {background} picture",
         "a {background} picture with a {size} {colour} {shape} in the {place}",
-        "in the {place} there is a {size} {colour} {shape} on {background}",
         "{size} {colour} {shape}, {place}, {background} background",
-        "this picture shows a {size} {colour} {shape} in the {place} on {background}",
         "on a {background} background, a {size} {colour} {shape} sits in the {place}",
         "the {shape} in the {place} is {size} and {colour}, the background is {background}",
     ),
@@ -45,13 +43,13 @@ FORWARD = {"left of": ("to the left of", "left of"), "above": ("above", "over")}
 BACKWARD = {"left of": ("to the right of", "right of"), "above": ("below", "under")}
 """How the second thing stands to the first."""
 
-STYLES = 2
-"""Whether a caption uses the first word for everything, or the second where there is one."""
+STYLES: dict[Level, int] = {1: 1, 2: 2}
+"""1: captions use the first word for everything. 2: or the second one, throughout, where there is one."""
 
 
 def phrasings(level: Level) -> int:
     """How many captions one scene of this level has: templates, times styles, times tellers at level 2."""
-    return len(TEMPLATES[level]) * STYLES * level
+    return len(TEMPLATES[level]) * STYLES[level] * level
 
 
 def caption(scene: Scene, phrasing: int = 0) -> str:
@@ -60,7 +58,7 @@ def caption(scene: Scene, phrasing: int = 0) -> str:
         raise ValueError(f"no phrasing {phrasing}; level {scene.level} has 0 to {phrasings(scene.level) - 1}")
     templates = TEMPLATES[scene.level]
     choice, template = divmod(phrasing, len(templates))
-    style, teller = choice % STYLES, choice // STYLES
+    style, teller = choice % STYLES[scene.level], choice // STYLES[scene.level]
 
     def say(value: str) -> str:
         return SYNONYMS.get(value, value) if style else value

@@ -97,7 +97,7 @@ class ScenesSource:
         scene = self.scene(index)
         total = phrasings(self.level)
         first = derive_seed(self.seed, "phrasing", self.level, self.split, index) % total
-        # A step coprime to 16 and to 28 visits every phrasing once and mixes styles early.
+        # A step coprime to 6 and to 28 visits every phrasing once and mixes styles early.
         return [caption(scene, (first + 5 * k) % total) for k in range(min(self.captions_each, total))]
 
     def label(self, index: int) -> str | None:

@@ -1,0 +1,108 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import tyro
+
+from diptych.models.image_tokenizer import ImageTokenizer
+from diptych.models.itit import ITIT
+from diptych.recipes import RECIPES
+from diptych.recipes.itit import ItitRun
+from diptych.recipes.text_encoder import TextEncoderRun
+from diptych.recipes.tokenizer import TokenizerRun
+
+ITIT_RECIPES = [name for name in RECIPES if name.startswith("itit-")]
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_docstring_gives_command_and_cost(name):
+    text = RECIPES[name].__doc__ or ""
+    assert text.splitlines()[0].strip().endswith(".")
+    if "as itit-base" not in text:
+        assert f"diptych fit {name} " in text
+        assert "Cost: " in text
+        assert "--out runs/" in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_settings_are_possible_and_a_source_is_asked_for(name):
+    run = RECIPES[name]()
+    assert RECIPES[name]() == run
+    stages = [run, run.tokenizer_stage, run.text_encoder_stage] if isinstance(run, ItitRun) else [run.stage]
+    for stage in stages:
+        stage.train.check()
+        stage.optim.check()
+        assert stage.optim.warmup_steps < stage.train.steps
+        assert stage.train.checkpoint_every <= stage.train.steps
+    if isinstance(run, ItitRun):
+        run.check()
+        assert run.data.pairs is tyro.MISSING
+    else:
+        assert (run.images if isinstance(run, TokenizerRun) else run.texts) is tyro.MISSING
+
+
+@pytest.mark.parametrize(("name", "millions"), [("itit-base", 221), ("itit-large", 487), ("itit-huge", 868)])
+def test_the_networks_are_as_large_as_the_papers(name, millions):
+    assert f"{millions}M parameters" in (RECIPES[name].__doc__ or "")
+    with torch.device("meta"):
+        network = ITIT(RECIPES[name]().model)
+    assert parameters(network) == pytest.approx(millions * 1e6, rel=0.015)
+
+
+@pytest.mark.parametrize("name", ITIT_RECIPES)
+def test_networks_build_for_the_tokenizers_that_are_trained_first(name):
+    run = RECIPES[name]()
+    with torch.device("meta"):
+        tokenizer = ImageTokenizer.from_config(run.tokenizer_stage.model)
+        stages = {"image_tokens": tokenizer.tokens, "codebook": tokenizer.codes}
+        network = ITIT(replace(run.model, **stages, text_features=run.text_encoder_stage.model.width))
+    assert network.image_bias.shape == (tokenizer.codes,)
+
+
+@pytest.mark.parametrize("name", ["vqgan-tiny", "vqgan-small", "vqgan-paper"])
+def test_tokenizers_are_as_their_docstring_says(name):
+    stage = RECIPES[name]().stage
+    with torch.device("meta"):
+        tokenizer = ImageTokenizer.from_config(stage.model)
+    side = math.isqrt(tokenizer.tokens)
+    about = RECIPES[name].__doc__ or ""
+    assert f"{tokenizer.size} pixels" in about
+    if "tokens" in about:
+        assert f"{side} x {side} tokens out of {tokenizer.codes}" in about
+
+
+@pytest.mark.parametrize("name", ["text-encoder-tiny", "text-encoder-small"])
+def test_text_encoders_build(name):
+    run = RECIPES[name]()
+    assert isinstance(run, TextEncoderRun)
+    config = run.stage.model.t5(vocab_real=run.stage.model.vocab_size)
+    assert config.d_model == run.stage.model.width
+
+
+def test_variants_of_base_change_the_network_only():
+    base = RECIPES["itit-base"]()
+    for name in ("itit-large", "itit-huge"):
+        assert replace(RECIPES[name](), model=base.model) == base
+
+
+def test_itit_trains_the_tokenizers_of_the_same_size():
+    for size in ("tiny", "small"):
+        run = RECIPES[f"itit-{size}"]()
+        assert run.tokenizer_stage == RECIPES[f"vqgan-{size}"]().stage
+        assert run.text_encoder_stage == RECIPES[f"text-encoder-{size}"]().stage
+
+
+@pytest.mark.parametrize("name", ITIT_RECIPES)
+def test_unpaired_data_that_would_never_be_used_is_noticed(name):
+    run = RECIPES[name]()
+    late = replace(run, objective=replace(run.objective, cycles_from=run.train.steps))
+    with pytest.raises(ValueError, match="unpaired data would never be used"):
+        late.check()
+    replace(late, objective=replace(late.objective, texts="off", images="off")).check()
+    with pytest.raises(ValueError, match="never be used"):
+        replace(late, objective=replace(late.objective, texts="off")).check()
