@@ -1,7 +1,7 @@
 """From the sources a user names to what each stage learns from."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from diptych.data.columns import Columns
 from diptych.data.encode import Coders, encode, origin
 from diptych.data.pixels import Chosen
+from diptych.data.scenes.source import ENDLESS, ScenesSource
 from diptych.data.sources import Source, open_source
 from diptych.data.splits import Rest, hold_back
 from diptych.data.store import Store
@@ -101,7 +102,15 @@ def _unpaired(data: DataConfig, name: str, held_back: Part, pairs: Part) -> Part
 
 
 def _open(spec: str, data: DataConfig) -> Source | Store:
-    return Store.open(Path(spec)) if Store.is_one(spec) else open_source(spec, columns=data.columns)
+    return Store.open(Path(spec)) if Store.is_one(spec) else open_finite(spec, data.columns)
+
+
+def open_finite(spec: str, columns: Columns) -> Source:
+    """A source to go through from end to end: of the endless built-in scenes, the first 20,000 if no count is given."""
+    source = open_source(spec, columns=columns)
+    if isinstance(source, ScenesSource) and source.count == ENDLESS:
+        return replace(source, count=20_000)
+    return source
 
 
 def _raw(parts: tuple[Part, ...], what: str) -> list[tuple[Source, np.ndarray]]:

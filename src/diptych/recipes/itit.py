@@ -1,5 +1,6 @@
 """Training ITIT: the stages of a run, from the sources to a folder that captions and draws."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from diptych.models.text_encoder import TextEncoder
 from diptych.objectives.itit import ItitObjective, ItitObjectiveConfig
 from diptych.pipeline import Diptych, coders, pick_device
 from diptych.recipes.data import DataConfig, Part, Parts, encode_part, open_parts
-from diptych.recipes.folders import part_of, write_config
+from diptych.recipes.folders import part_of, read_config, write_config
 from diptych.recipes.samples import Samples
 from diptych.recipes.text_encoder import TextEncoderStage
 from diptych.recipes.tokenizer import TokenizerStage
@@ -67,6 +68,7 @@ class ItitRun:
     def fit(self, out: Path, *, recipe: str) -> TrainResult:
         """All stages, each resumed or skipped if it has been done before. Leaves a self-contained run folder."""
         self.check()
+        self._check_stages(out)
         write_config(out, recipe=recipe, run=self, generation=asdict(self.generation))
         ready = self.prepare(out)
         objective = self.build(ready)
@@ -85,6 +87,16 @@ class ItitRun:
                 f"--objective.cycles-from {self.objective.cycles_from} is not before --train.steps {self.train.steps}, "
                 "so unpaired data would never be used: lower it, or switch --objective.texts and .images off"
             )
+
+    def _check_stages(self, out: Path) -> None:
+        """What a run was begun with it keeps: its tokenizers are not trained or copied again."""
+        if not (out / "tokenizer").is_dir():
+            return
+        before = read_config(out)["run"]
+        now = json.loads(json.dumps(asdict(self)))
+        for given, stage in (("tokenizer", "tokenizer_stage"), ("text_encoder", "text_encoder_stage")):
+            if (before[given], before[stage]["model"]) != (now[given], now[stage]["model"]):
+                raise UserError(f"{out}: begun with another {given}: give the same one, or train into another folder")
 
     def prepare(self, out: Path) -> "Prepared":
         """Tokenizer, text encoder and encoded data, made in ``out`` or found there."""
@@ -139,7 +151,8 @@ class ItitRun:
         def make() -> ImageTokenizer:
             if self.tokenizer is not None:
                 return ImageTokenizer.from_pretrained(part_of(self.tokenizer, "tokenizer"))
-            return self.tokenizer_stage.fit(parts.raw_images(), out / "stages" / "tokenizer", title="1/3 tokenizer")
+            folder, share = out / "stages" / "tokenizer", self.data.max_skipped_share
+            return self.tokenizer_stage.fit(parts.raw_images(), folder, title="1/3 tokenizer", max_skipped_share=share)
 
         return _once(out / "tokenizer", make, ImageTokenizer.from_pretrained)
 
@@ -156,7 +169,8 @@ class ItitRun:
         device = pick_device(self.train.device)
         tokenizer, text_encoder = tokenizer.to(device), text_encoder.to(device)
         both = coders(tokenizer, text_encoder, length=self.model.text_tokens)
-        features_mb = _captions(parts.texts) * self.model.text_tokens * text_encoder.width * 2 / 2**20
+        captions = _captions(parts.texts) + (0 if parts.texts is parts.pairs else _captions(parts.pairs))
+        features_mb = captions * self.model.text_tokens * text_encoder.width * 2 / 2**20
         cached = features_mb <= self.data.feature_cache_mb
         with_features = coders(tokenizer, text_encoder, length=self.model.text_tokens, features=cached)
 

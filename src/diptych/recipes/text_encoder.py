@@ -8,12 +8,12 @@ import numpy as np
 
 from diptych.data.batch import Items
 from diptych.data.columns import Columns
-from diptych.data.sources import open_source
 from diptych.data.streams import Batches, Stream
 from diptych.errors import UserError
 from diptych.models.text_encoder import TextEncoder
 from diptych.models.text_tokenizer import train_tokenizer
 from diptych.objectives.span_corruption import SpanCorruption, TextEncoderConfig
+from diptych.recipes.data import open_finite
 from diptych.recipes.folders import write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.loop import train
@@ -68,7 +68,7 @@ class TextEncoderRun:
 
     def fit(self, out: Path, *, recipe: str) -> None:
         """Leaves ``out/text_encoder``, a plain transformers folder with its tokenizer."""
-        source = open_source(self.texts, columns=self.columns)
+        source = open_finite(self.texts, self.columns)
         if not source.has_captions:
             raise UserError(f"{self.texts}: has no texts to train a text encoder on")
         write_config(out, recipe=recipe, run=self)

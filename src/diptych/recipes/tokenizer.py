@@ -8,11 +8,11 @@ import numpy as np
 from diptych.data.columns import Columns
 from diptych.data.pixels import Chosen, pixel_stream
 from diptych.data.skips import Skips
-from diptych.data.sources import open_source
 from diptych.data.streams import Batches
 from diptych.errors import UserError
 from diptych.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from diptych.objectives.vqgan import VQGAN, VQGANConfig
+from diptych.recipes.data import open_finite
 from diptych.recipes.folders import write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.loop import train
@@ -33,16 +33,18 @@ class TokenizerStage:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.99), weight_decay=0.0))
     """The optimiser."""
 
-    def fit(self, chosen: Chosen, out: Path, *, title: str = "tokenizer") -> ImageTokenizer:
+    def fit(
+        self, chosen: Chosen, out: Path, *, title: str = "tokenizer", max_skipped_share: float = 0.01
+    ) -> ImageTokenizer:
         """Train on the chosen pictures in the folder ``out`` (resuming what is there)."""
         tokenizer = ImageTokenizer.from_config(self.model, seed=self.train.seed)
         objective = VQGAN(tokenizer, self.objective, seed=self.train.seed)
-        skips = Skips()
+        skips = Skips(max_skipped_share=max_skipped_share)
         stream = pixel_stream(chosen, size=self.model.size, skips=skips, flip=self.flip, seed=self.train.seed)
         batches = Batches(
             {"images": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
         )
-        identity = {"model": asdict(self.model), "objective": asdict(self.objective)}
+        identity = {"model": asdict(self.model), "objective": asdict(self.objective), "flip": self.flip}
         result = train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
         if len(skips):
             skips.write(out / "skipped.jsonl")
@@ -63,7 +65,7 @@ class TokenizerRun:
 
     def fit(self, out: Path, *, recipe: str) -> None:
         """Leaves ``out/tokenizer``, a plain diffusers folder."""
-        source = open_source(self.images, columns=self.columns)
+        source = open_finite(self.images, self.columns)
         if not source.has_images:
             raise UserError(f"{self.images}: has no images to train a tokenizer on")
         write_config(out, recipe=recipe, run=self)
