@@ -187,6 +187,7 @@ def test_caption(call, run, photo):
     assert json.loads(out)["score"] is None
 
 
+@pytest.mark.slow
 def test_a_caption_in_a_process_of_its_own(run, photo, tmp_path):
     """Nothing but captions on stdout, and nothing on stderr."""
     command = [sys.executable, "-m", "diptych", "caption", str(run), str(photo), "--json"]

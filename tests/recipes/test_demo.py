@@ -1,5 +1,6 @@
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -30,13 +31,27 @@ def shrunk(run):
     )
 
 
+@contextmanager
+def trained_before(alone, out, test):
+    """The control in this process: another one takes seconds to start."""
+    demo._train(alone, alone.prepare(out / "itit"), out / "paired_only", test, title="pairs only")
+    yield
+
+
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    out = tmp_path_factory.mktemp("demo") / "out"
+def patch():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "demo_recipe", lambda **options: shrunk(demo_recipe(**options)))
         patch.setattr(demo, "_SCORED", 8)
         patch.setattr(demo, "_WATCHED", 4)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory, patch):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    with patch.context() as inner:
+        inner.setattr(demo, "_trained_beside", trained_before)
         return out, run_demo(out)
 
 
@@ -94,3 +109,12 @@ def test_the_demo_can_be_trained(quick):
     assert run.data.max_pairs == demo.PAIRS
     assert run.data.pairs.startswith("scenes:?split=train")
     assert run.optim.schedule == "constant"  # it may be stopped anywhere
+
+
+@pytest.mark.slow
+def test_the_control_trains_beside_in_a_process_of_its_own(patch, shown, tmp_path):
+    """And has learned the same as in this one."""
+    run_demo(tmp_path)
+    for name in ("paired_only", "itit"):
+        weights = [(out / name / "model/model.safetensors").read_bytes() for out in (tmp_path, shown[0])]
+        assert weights[0] == weights[1]

@@ -86,6 +86,7 @@ def started(done, tmp_path):
     """The finished run's tokenizers and encoded data in a folder that has no network yet."""
     for part in ("tokenizer", "text_encoder", "encoded"):
         shutil.copytree(done / part, tmp_path / "run" / part)
+    shutil.copy(done / "config.json", tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -177,6 +178,18 @@ def test_other_settings_are_refused(done, started):
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="encoded from other items"):
         tiny_run(max_pairs=11).fit(started, recipe="itit-tiny")
+
+
+def test_a_run_keeps_the_tokenizers_it_began_with(started):
+    before = (started / "config.json").read_bytes()
+    borrowed, retrained = tiny_run(), tiny_run()
+    borrowed.tokenizer = "elsewhere"
+    stage = retrained.text_encoder_stage
+    retrained.text_encoder_stage = replace(stage, model=replace(stage.model, width=32))
+    for other, part in ((borrowed, "tokenizer"), (retrained, "text_encoder")):
+        with pytest.raises(UserError, match=f"begun with another {part}"):
+            other.fit(started, recipe="itit-tiny")
+    assert (started / "config.json").read_bytes() == before
 
 
 def test_only_the_seed_decides_the_first_weights(done):
