@@ -21,12 +21,13 @@ def test_whatever_is_said_is_read_back(level, every):
 def test_all_phrasings_of_a_scene_differ_and_are_read_back(scene):
     told = [caption(scene, k) for k in range(phrasings(scene.level))]
     assert [parse(text) for text in told] == [scene] * len(told)
-    assert len({*told}) == len(told) == (16 if scene is ONE else 28)
+    assert len({*told}) == len(told) == (6 if scene is ONE else 28)
 
 
 def test_some_captions_word_for_word():
     assert caption(ONE) == "a small red circle in the top left on a white background"
-    assert caption(ONE, 12) == "little red disc, upper left, plain white background"
+    assert caption(ONE, 3) == "small red circle, top left, white background"
+    assert parse("little red disc, upper left, plain white background") == ONE
     assert caption(TWO) == "a large blue cross to the left of a small pink ring on a black background"
     assert parse("a small pink ring to the right of a large blue cross on a black background") == TWO
 
@@ -59,7 +60,7 @@ def test_one_wrong_word_is_another_scene():
     assert parse(caption(TWO).replace("left", "right")) != TWO
 
 
-@pytest.mark.parametrize("phrasing", [-1, 16])
+@pytest.mark.parametrize("phrasing", [-1, 6])
 def test_unknown_phrasing_is_refused(phrasing):
-    with pytest.raises(ValueError, match="0 to 15"):
+    with pytest.raises(ValueError, match="0 to 5"):
         caption(ONE, phrasing)
