@@ -62,10 +62,10 @@ def test_a_spoiled_picture_is_not_read():
 def test_every_wrong_attribute_is_counted_and_only_that_one():
     wrong = {
         "shape": Scene((Thing("square", "red", "small"),), "top left", "white"),
-        "colour": Scene((Thing("circle", "orange", "small"),), "top left", "white"),
+        "colour": Scene((Thing("circle", "green", "small"),), "top left", "white"),
         "size": Scene((Thing("circle", "red", "large"),), "top left", "white"),
         "place": Scene((Thing("circle", "red", "small"),), "centre", "white"),
-        "background": Scene((Thing("circle", "red", "small"),), "top left", "beige"),
+        "background": Scene((Thing("circle", "red", "small"),), "top left", "grey"),
     }
     for name, scene in wrong.items():
         for score in (
@@ -78,7 +78,7 @@ def test_every_wrong_attribute_is_counted_and_only_that_one():
 
 
 def test_swapped_things_are_wrong():
-    things = (Thing("circle", "red", "small"), Thing("ring", "blue", "large"))
+    things = (Thing("circle", "red", "small"), Thing("square", "blue", "large"))
     scene, swapped = (Scene(order, "above", "black") for order in (things, things[::-1]))
     assert image_accuracy(render([scene], size=32), [swapped]).exact == 0
     assert caption_accuracy([caption(scene)], [swapped]).exact == 0

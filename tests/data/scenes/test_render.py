@@ -4,7 +4,7 @@ import pytest
 from diptych.data.scenes.render import coverage, render
 from diptych.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, all_scenes
 
-AREAS = {"circle": np.pi, "ring": np.pi * 0.75, "square": 1.72**2, "cross": 4 * 0.7 - 0.49, "triangle": 0.6**2 * 3**1.5}
+AREAS = {"circle": np.pi, "square": 1.72**2, "cross": 4 * 0.7 - 0.49, "triangle": 0.6**2 * 3**1.5}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -27,9 +27,9 @@ def test_edges_match_super_sampling():
 
 
 def test_colours_and_order():
-    scene = Scene((Thing("circle", "red", "large"), Thing("square", "cyan", "small")), "above", "beige")
+    scene = Scene((Thing("circle", "red", "large"), Thing("square", "cyan", "small")), "above", "grey")
     picture = render([scene], size=64)[0]
-    assert tuple(picture[0, 0]) == BACKGROUNDS["beige"]
+    assert tuple(picture[0, 0]) == BACKGROUNDS["grey"]
     assert tuple(picture[16, 32]) == COLOURS["red"]
     assert tuple(picture[47, 32]) == COLOURS["cyan"]
 
@@ -53,5 +53,5 @@ def test_a_batch_equals_its_rows():
 
 
 def test_every_scene_looks_different():
-    pictures = render(all_scenes(1), size=32).reshape(1200, -1)
-    assert len(np.unique(pictures, axis=0)) == 1200
+    pictures = render(all_scenes(1), size=32).reshape(600, -1)
+    assert len(np.unique(pictures, axis=0)) == 600

@@ -37,7 +37,6 @@ SYNONYMS = {
     "white": "plain white",
     "black": "plain black",
     "grey": "plain grey",
-    "beige": "plain beige",
 }
 FORWARD = {"left of": ("to the left of", "left of"), "above": ("above", "over")}
 BACKWARD = {"left of": ("to the right of", "right of"), "above": ("below", "under")}

@@ -62,8 +62,6 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Signed distance to the outline of the shape of radius 1 around the origin, negative inside."""
     if shape == "circle":
         return np.sqrt(x**2 + y**2) - 1
-    if shape == "ring":
-        return np.abs(np.sqrt(x**2 + y**2) - 0.75) - 0.25
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.86
     if shape == "cross":

@@ -17,16 +17,15 @@ from diptych.data.batch import derive_seed
 Level = Literal[1, 2]
 Split = Literal["train", "test"]
 
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
+SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
     "red": (215, 30, 40),
-    "orange": (250, 140, 20),
     "green": (15, 120, 45),
     "blue": (35, 75, 215),
     "pink": (250, 110, 195),
     "cyan": (45, 205, 235),
 }
-BACKGROUNDS = {"white": (250, 250, 250), "black": (18, 18, 20), "grey": (122, 122, 126), "beige": (228, 200, 150)}
+BACKGROUNDS = {"white": (250, 250, 250), "black": (18, 18, 20), "grey": (122, 122, 126)}
 """Every thing is lighter or darker than its background, not just another hue: lossy codecs blur hue the most."""
 SIZES = {"small": 0.165, "large": 0.24}
 """Radius as a share of the picture's side."""
