@@ -69,8 +69,8 @@ class ItitRun:
         """All stages, each resumed or skipped if it has been done before. Leaves a self-contained run folder."""
         self.check()
         self._check_stages(out)
-        write_config(out, recipe=recipe, run=self, generation=asdict(self.generation))
         ready = self.prepare(out)
+        write_config(out, recipe=recipe, run=self, generation=asdict(self.generation))
         objective = self.build(ready)
         samples = Samples(self.diptych(objective, ready), ready.encoded, self.data, out / "samples")
         result = self.train_on(ready, objective, out, hooks=[Hook(every=self.train.eval_every, run=samples.run)])
@@ -90,7 +90,7 @@ class ItitRun:
 
     def _check_stages(self, out: Path) -> None:
         """What a run was begun with it keeps: its tokenizers are not trained or copied again."""
-        if not (out / "tokenizer").is_dir():
+        if not (out / "config.json").is_file():
             return
         before = read_config(out)["run"]
         now = json.loads(json.dumps(asdict(self)))

@@ -39,7 +39,7 @@ PLACES = {
 """Centre of the thing, (x to the right, y downwards), as shares of the picture's side."""
 RELATIONS = {"left of": ((0.25, 0.5), (0.75, 0.5)), "above": ((0.5, 0.25), (0.5, 0.75))}
 """Where the two things of level 2 are. Right of and below are the same pictures, told from the other thing."""
-JITTER = (0.002, 0.002, 0.008)
+JITTER = (0.0005, 0.0005, 0.002)
 """Largest change of x, of y (shares of the side) and of the radius (share of itself)."""
 
 
