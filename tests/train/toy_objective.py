@@ -65,7 +65,7 @@ def _cross_entropy(logits_BNK: torch.Tensor, tokens_BN: torch.Tensor) -> torch.T
 def config(**changes: Any) -> TrainConfig:
     """Settings of a short quiet run."""
     usual: dict[str, Any] = {"steps": 12, "batch_size": ROWS, "checkpoint_every": 4, "device": "cpu", "workers": 0}
-    return TrainConfig(**usual | {"tensorboard": False, "quiet": True} | changes)
+    return TrainConfig(**usual | {"tensorboard": False, "quiet": True, "precision": "fp32"} | changes)
 
 
 def optim(**changes: Any) -> OptimConfig:

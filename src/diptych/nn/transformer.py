@@ -43,8 +43,8 @@ def attention(
 ) -> Tensor:
     """softmax(q k' / sqrt(E)) v. ``attend`` is True where a position may look.
 
-    In bf16 on a CPU the products are written out: torch's fused kernel has a backward pass there that takes 4 (170
-    positions) to 10 times (20 positions) as long; `benchmarks/attention_cpu.py` shows it.
+    In bf16 on a CPU the products are written out: torch's fused kernel has a slow backward pass there; in all it takes
+    1.6 (170 positions) to 5 times (20 positions) as long, as `benchmarks/attention_cpu.py` shows.
     """
     if q_BHSE.device.type != "cpu" or q_BHSE.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q_BHSE, k_BHTE, v_BHTE, attn_mask=attend, dropout_p=dropout)

@@ -98,7 +98,9 @@ class Journal:
     def evaluation(self, numbers: Mapping[str, float | int], *, seconds: float) -> None:
         """One line for all hooks of a step: either all of its evaluation is there or nothing."""
         if self._log:
-            self._log.write(self.at.step, {**numbers, "evaluation_seconds": round(seconds, 3)})
+            self._log.write(
+                self.at.step, {"seconds": round(self.at.seconds, 3), **numbers, "evaluation_seconds": round(seconds, 3)}
+            )
             self._log.flush()
 
     def flush(self, *, to_disk: bool = False) -> None:
