@@ -15,8 +15,7 @@ from diptych.models.itit import ITIT
 from diptych.models.text_encoder import TextEncoder
 from diptych.nn.gradients import straight_through_embedding
 from diptych.objectives.hiding import Hiding
-from diptych.objectives.losses import image_loss
-from diptych.objectives.paired import i2t_loss, shift, without_text
+from diptych.objectives.paired import i2t_loss, shift, t2i_loss, without_text
 
 
 def reimagined(
@@ -103,13 +102,6 @@ def i2t2i_loss(
 ) -> Float[Tensor, ""]:
     """L_I2T2I = - E sum over hidden k of log p(i_k | I_M, ~T), equation (4).
 
-    Features: full cycle: of :func:`rewritten`; half cycle: of T'.
+    It is equation (2) with ~T for T: features of :func:`rewritten` (full cycle) or of T' (half cycle).
     """
-    encoded = model.encode(
-        model.embed_image(tokens_BN),
-        hidden_BN=hiding.hidden_BN,
-        keep_BK=hiding.keep_BK,
-        features_BLF=features_BLF,
-        valid_BL=valid_BL,
-    )
-    return image_loss(model.image_logits(encoded, hiding.hidden_BN), tokens_BN, hiding.hidden_BN, smoothing=smoothing)
+    return t2i_loss(model, tokens_BN, features_BLF, valid_BL, hiding, smoothing=smoothing)
