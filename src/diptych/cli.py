@@ -2,7 +2,6 @@
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -208,23 +207,10 @@ def evaluate(
     evaluate_run(run, open_source(data), config, features=features, out=out or run / "evaluation", device=device)
 
 
-@dataclass
-class _Fit:
-    """Train a recipe, or go on where the same command stopped.
-
-    Every field of the recipe is an option: `diptych fit RECIPE --help` lists them.
-    """
-
-    recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """See `diptych recipes`."""
-    out: Path
-    """Run folder."""
-
-
 def fit(arguments: list[str]) -> None:
     """`diptych fit RECIPE --out RUN [any field]`: the options depend on the recipe, so they are parsed here."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        tyro.cli(_Fit, prog="diptych fit", args=arguments or ["--help"])
+        tyro.cli(_fit_for_help, prog="diptych fit", args=["--help"])
         return
     name, rest = arguments[0], arguments[1:]
     from diptych.recipes import RECIPES
@@ -284,6 +270,8 @@ def main() -> None:
 
 def _fit_for_help(recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIPE")], *, out: Path) -> None:
     """Train a recipe, or go on where the same command stopped.
+
+    Every field of the recipe is an option: `diptych fit RECIPE --help` lists them.
 
     Args:
         recipe: See `diptych recipes`.

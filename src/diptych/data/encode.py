@@ -22,6 +22,7 @@ from diptych.data.skips import Skips
 from diptych.data.sources import Source
 from diptych.data.store import MANIFEST, Store
 from diptych.errors import UserError
+from diptych.report.files import write_bytes
 
 _CHUNK = 512
 """Items encoded between two points to which an interrupted run returns."""
@@ -197,6 +198,4 @@ def _small(array: np.ndarray) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(json.dumps(value))
-    os.replace(fresh, path)
+    write_bytes(path, json.dumps(value).encode())

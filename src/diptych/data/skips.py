@@ -1,12 +1,12 @@
 """What was left out and why: one unreadable image among thousands must not stop a run, nor vanish in silence."""
 
 import json
-import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from diptych.errors import UserError
+from diptych.report.files import write_bytes
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,8 +43,5 @@ class Skips:
 
     def write(self, path: Path) -> None:
         """One JSON object {key, reason} per line, in the order of the keys, atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"key": key, "reason": self.reasons[key]}) + "\n" for key in sorted(self.reasons)]
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, path)
+        write_bytes(path, "".join(lines).encode())

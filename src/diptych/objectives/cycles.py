@@ -15,7 +15,7 @@ from diptych.models.itit import ITIT
 from diptych.models.text_encoder import TextEncoder
 from diptych.nn.gradients import straight_through_embedding
 from diptych.objectives.hiding import Hiding
-from diptych.objectives.paired import i2t_loss, shift, t2i_loss, without_text
+from diptych.objectives.paired import i2t_loss, shift, t2i_loss, with_text, without_text
 
 
 def reimagined(
@@ -35,13 +35,7 @@ def reimagined(
     Where I'_M was visible ~I keeps I'.
     """
     with torch.no_grad():
-        first = model.encode(
-            model.embed_image(pseudo_BN),
-            hidden_BN=hiding.hidden_BN,
-            keep_BK=hiding.keep_BK,
-            features_BLF=features_BLF,
-            valid_BL=valid_BL,
-        )
+        first = with_text(model, pseudo_BN, features_BLF, valid_BL, hiding)
     logits_BNC = model.image_logits(first.detach(), hiding.hidden_BN).float()
     if gumbel:
         logits_BNC = logits_BNC + gumbel * draws.gumbel("gumbel", *logits_BNC.shape, device=logits_BNC.device)

@@ -23,14 +23,25 @@ def t2i_loss(
     smoothing: float,
 ) -> Float[Tensor, ""]:
     """L_T2I = - E sum over hidden k of log p(i_k | I_M, T), equation (2)."""
-    encoded = model.encode(
+    encoded = with_text(model, tokens_BN, features_BLF, valid_BL, hiding)
+    return image_loss(model.image_logits(encoded, hiding.hidden_BN), tokens_BN, hiding.hidden_BN, smoothing=smoothing)
+
+
+def with_text(
+    model: ITIT,
+    tokens_BN: Int[Tensor, "B N"],
+    features_BLF: Float[Tensor, "B L F"],
+    valid_BL: Bool[Tensor, "B L"],
+    hiding: Hiding,
+) -> Encoded:
+    """The encoder's pass over I_M and T, which T2I and the first half of T2I2T share."""
+    return model.encode(
         model.embed_image(tokens_BN),
         hidden_BN=hiding.hidden_BN,
         keep_BK=hiding.keep_BK,
         features_BLF=features_BLF,
         valid_BL=valid_BL,
     )
-    return image_loss(model.image_logits(encoded, hiding.hidden_BN), tokens_BN, hiding.hidden_BN, smoothing=smoothing)
 
 
 def without_text(model: ITIT, tokens_BN: Int[Tensor, "B N"], hiding: Hiding) -> Encoded:

@@ -1,7 +1,6 @@
 """The run folder: what a run was told, and what is kept of it."""
 
 import json
-import os
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.errors import UserError
+from diptych.report.files import write_bytes
 
 _LIBRARIES = ("diptych", "torch", "accelerate", "transformers", "diffusers", "datasets")
 
@@ -38,9 +38,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """The file appears whole or not at all."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    os.replace(fresh, path)
+    write_bytes(path, (json.dumps(value, indent=1, default=str) + "\n").encode())
 
 
 def _commit() -> str | None:
