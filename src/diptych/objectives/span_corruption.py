@@ -65,7 +65,7 @@ class TextEncoderConfig:
     @classmethod
     def small(cls) -> "TextEncoderConfig":
         """For captions of photos."""
-        return cls()
+        return cls(vocab_size=4096, lowercase=True)
 
     def t5(self, *, vocab_real: int) -> T5Config:
         """The `transformers` configuration. No dropout: it would draw from the global generator."""

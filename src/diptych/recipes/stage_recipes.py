@@ -21,7 +21,7 @@ def vqgan_tiny() -> TokenizerRun:
 
 
 def vqgan_small() -> TokenizerRun:
-    """Image tokenizer for photos of 96 pixels.
+    """Image tokenizer for photos of 64 pixels: 8 x 8 tokens out of 512.
 
     Command: diptych fit vqgan-small --images photos/ --out runs/vqgan
     Cost: not measured by us yet.
@@ -70,12 +70,17 @@ def tokenizer_tiny() -> TokenizerStage:
 
 def tokenizer_small() -> TokenizerStage:
     return TokenizerStage(
-        model=ImageTokenizerConfig(
-            size=96, codes=1024, code_dim=16, widths=(64, 128, 192), blocks=1, groups=16, patch=2
+        model=ImageTokenizerConfig(size=64, codes=512, code_dim=8, widths=(64, 128), blocks=1, groups=8, patch=4),
+        objective=VQGANConfig(
+            squared_weight=10.0,
+            adversarial_weight=0.03,
+            adversarial_start=5000,
+            discriminator_width=32,
+            discriminator_layers=2,
+            codebook=CodebookConfig(start=500, reset_until=5000),
         ),
-        objective=VQGANConfig(adversarial_start=4000, discriminator_width=32, discriminator_layers=2),
-        train=TrainConfig(steps=8000, batch_size=32),
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=200),
+        train=TrainConfig(steps=7000, batch_size=32, eval_every=7000),
+        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0, warmup_steps=100),
     )
 
 
@@ -101,6 +106,6 @@ def encoder_small() -> TextEncoderStage:
     return TextEncoderStage(
         model=TextEncoderConfig.small(),
         length=32,
-        train=TrainConfig(steps=4000, batch_size=128),
-        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=200),
+        train=TrainConfig(steps=1500, batch_size=64, eval_every=1500),
+        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=100),
     )
