@@ -236,15 +236,6 @@ def load_model(folder: Path) -> ITIT:
         raise UserError(f"{folder}: the network cannot be read ({reason}): copy or train it again") from error
 
 
-def pick_device(name: str) -> str:
-    """``auto``: CUDA, then MPS, then the CPU."""
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def _generation(run: Path) -> tuple[DrawConfig, WriteConfig]:
     """The run's own settings for drawing and writing."""
     try:

@@ -5,7 +5,7 @@ import torch
 from diffusers import VQModel
 
 from diptych.errors import UserError
-from diptych.models.image_tokenizer import SIZES, ImageTokenizer, ImageTokenizerConfig, nearest_codes
+from diptych.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, nearest_codes
 
 SMALL = ImageTokenizerConfig(size=16, codes=32, code_dim=4, widths=(8, 16), blocks=1, groups=4)
 
@@ -190,13 +190,3 @@ def test_wrong_sizes_are_user_errors():
         tokenizer.decode(torch.zeros(1, 16, dtype=torch.int64))
     with pytest.raises(UserError, match="15"):
         ImageTokenizer(tokenizer.network, size=15)
-
-
-@pytest.mark.parametrize(
-    ("name", "tokens", "codes", "factor"),
-    [("tiny", 64, 512, 4), ("photo64", 64, 1024, 8), ("photo96", 144, 1024, 8), ("paper", 256, 8192, 16)],
-)
-def test_named_sizes(name, tokens, codes, factor):
-    with torch.device("meta"):
-        tokenizer = ImageTokenizer.from_config(SIZES[name])
-    assert (tokenizer.tokens, tokenizer.codes, tokenizer.factor) == (tokens, codes, factor)

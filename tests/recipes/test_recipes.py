@@ -9,6 +9,7 @@ from diptych.models.image_tokenizer import ImageTokenizer
 from diptych.models.itit import ITIT
 from diptych.recipes import RECIPES
 from diptych.recipes.itit import ItitRun
+from diptych.recipes.stage_recipes import tokenizer_paper, tokenizer_small, tokenizer_tiny
 from diptych.recipes.text_encoder import TextEncoderRun
 from diptych.recipes.tokenizer import TokenizerRun
 
@@ -106,3 +107,13 @@ def test_unpaired_data_that_would_never_be_used_is_noticed(name):
     replace(late, objective=replace(late.objective, texts="off", images="off")).check()
     with pytest.raises(ValueError, match="never be used"):
         replace(late, objective=replace(late.objective, texts="off")).check()
+
+
+@pytest.mark.parametrize(
+    ("stage", "tokens", "codes", "factor"),
+    [(tokenizer_tiny, 16, 512, 8), (tokenizer_small, 64, 512, 8), (tokenizer_paper, 256, 8192, 16)],
+)
+def test_tokenizers_give_as_many_tokens_as_their_recipes_say(stage, tokens, codes, factor):
+    with torch.device("meta"):
+        tokenizer = ImageTokenizer.from_config(stage().model)
+    assert (tokenizer.tokens, tokenizer.codes, tokenizer.factor) == (tokens, codes, factor)

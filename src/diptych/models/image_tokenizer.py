@@ -239,13 +239,3 @@ def _patch_and_factor(config: dict[str, Any]) -> tuple[int, int]:
 
 def _in_pieces(function: Callable[[Tensor], Tensor], rows_tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([function(piece) for piece in rows_tensor.split(rows)])
-
-
-SIZES: dict[str, ImageTokenizerConfig] = {
-    # Narrow and shallow: within a minute on a CPU, more steps beat more channels.
-    "tiny": ImageTokenizerConfig(size=32, codes=512, code_dim=8, widths=(48,), blocks=1, groups=8, patch=4),
-    "photo64": ImageTokenizerConfig(size=64, codes=1024, code_dim=16, widths=(64, 128), blocks=1, groups=8, patch=4),
-    "photo96": ImageTokenizerConfig(size=96, codes=1024, code_dim=16, widths=(64, 128), blocks=1, groups=8, patch=4),
-    "paper": ImageTokenizerConfig(),
-}
-"""Named sizes: 64 tokens at f4 (tiny), 64 and 144 at f8 (photo64, photo96), 256 at f16 (paper)."""

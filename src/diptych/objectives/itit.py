@@ -4,8 +4,6 @@ Shapes: B rows, N image tokens, L text tokens, F width of the frozen text featur
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from diptych.data.batch import Batch, Draws, Items
 from diptych.models.itit import ITIT
 from diptych.models.text_encoder import TextEncoder
+from diptych.nn.inference import evaluating
 from diptych.objectives.base import Losses
 from diptych.objectives.cycles import i2t2i_loss, reimagined, rewritten, t2i2t_loss
 from diptych.objectives.hiding import HideConfig, Hiding, hide
@@ -132,7 +131,7 @@ class ItitObjective(nn.Module):
         if c.texts == "t2t":
             return {"t2t": t2t_loss(self.model, texts.ids, texts.valid, smoothing=c.smoothing)}
         features = self._features(texts)
-        with _evaluating(self._synthesiser()) as synthesiser:
+        with evaluating(synthesiser := self._synthesiser()):
             pseudo_BN = draw(synthesiser, features, texts.valid, c.draw, draws=draws)
         if c.texts == "full":
             hiding = self._hide(c.hide_for_image, texts, draws, "t2i2t/first")
@@ -153,7 +152,7 @@ class ItitObjective(nn.Module):
             hiding = self._hide(c.hide_for_image, images, draws, "unpaired_i2i")
             encoded = without_text(self.model, images.tokens, hiding)
             return {"unpaired_i2i": i2i_loss(self.model, encoded, images.tokens, hiding, smoothing=c.smoothing)}
-        with _evaluating(self._synthesiser()) as synthesiser:
+        with evaluating(synthesiser := self._synthesiser()):
             length = self.model.config.text_tokens
             pseudo_BL, _ = write(
                 synthesiser, images.tokens, WriteConfig(beams=1), banned_V=self.banned_V, length=length
@@ -199,14 +198,3 @@ class ItitObjective(nn.Module):
 
 _WEIGHT_OF = {"t2t": "t2i2t", "unpaired_i2i": "i2t2i"}
 """The controls take the weight of the cycle that they stand in for. Names with a slash are measurements, not losses."""
-
-
-@contextmanager
-def _evaluating(model: ITIT) -> Iterator[ITIT]:
-    """Inference: without dropout."""
-    was = model.training
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train(was)

@@ -26,6 +26,7 @@ from diptych.data.batch import Batch, Draws, derive_seed
 from diptych.errors import UserError
 from diptych.models.text_encoder import TextEncoder, fuse_gelu
 from diptych.objectives.base import Losses
+from diptych.objectives.losses import text_loss
 
 PAD, EOS = TextEncoder.pad_id, TextEncoder.eos_id
 _ROW_MULTIPLE = 64
@@ -188,14 +189,6 @@ def _scatter(to: Tensor, values: Tensor, *, width: int) -> Tensor:
     return values.new_full((len(to), width + 1), PAD).scatter_(1, to, values)[:, :width]
 
 
-def row_mean_cross_entropy(
-    logits_BTV: Float[Tensor, "B T V"], target_BT: Int[Tensor, "B T"], valid_BT: Bool[Tensor, "B T"]
-) -> Float[Tensor, ""]:
-    """The mean over each row's valid tokens, then over rows: long texts count no more than short ones."""
-    loss_BT = F.cross_entropy(logits_BTV.float().flatten(0, 1), target_BT.flatten(), reduction="none").view_as(valid_BT)
-    return ((loss_BT * valid_BT).sum(1) / valid_BT.sum(1).clamp(min=1)).mean()
-
-
 class SpanCorruption(nn.Module):
     """Trains a T5 from scratch; :meth:`text_encoder` takes the frozen encoder out of it."""
 
@@ -226,7 +219,7 @@ class SpanCorruption(nn.Module):
             decoder_input_ids=spoken_BT,
             use_cache=False,
         ).logits
-        loss = row_mean_cross_entropy(logits_BTV, corrupted.target_BT, corrupted.target_valid_BT)
+        loss = text_loss(logits_BTV, corrupted.target_BT, corrupted.target_valid_BT, smoothing=0.0)
         return Losses(loss, {"spans": loss.detach()})
 
     def corrupt(self, ids_BL: Tensor, valid_BL: Tensor, *, draws: Draws) -> Corrupted:

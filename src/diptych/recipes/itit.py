@@ -18,8 +18,9 @@ from diptych.errors import UserError
 from diptych.models.image_tokenizer import ImageTokenizer
 from diptych.models.itit import ITIT, ItitConfig
 from diptych.models.text_encoder import TextEncoder
+from diptych.nn.inference import pick_device
 from diptych.objectives.itit import ItitObjective, ItitObjectiveConfig
-from diptych.pipeline import Diptych, coders, pick_device
+from diptych.pipeline import Diptych, coders
 from diptych.recipes.data import DataConfig, Part, Parts, encode_part, open_parts
 from diptych.recipes.folders import part_of, read_config, write_config
 from diptych.recipes.samples import Samples

@@ -11,7 +11,8 @@ from diptych.eval.generation import EvaluateConfig, Evaluation
 from diptych.eval.generation import evaluate as score
 from diptych.models.image_tokenizer import ImageTokenizer
 from diptych.models.text_encoder import TextEncoder
-from diptych.pipeline import Diptych, coders, pick_device
+from diptych.nn.inference import pick_device
+from diptych.pipeline import Diptych, coders
 from diptych.recipes.folders import read_config, write_json
 from diptych.report.files import write_bytes
 from diptych.report.sheet import Cell, comparison, save_png

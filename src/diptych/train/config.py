@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from diptych.errors import UserError
+from diptych.nn.inference import Device
 
 MAY_CHANGE = {
     # Bookkeeping: no loss depends on these, so a run may be resumed with other values. `steps` moves the end of the
@@ -25,7 +26,7 @@ class TrainConfig:
     """Micro-batches a process cuts its rows into, to save memory. The gradient stays that of the whole batch."""
     seed: int = 0
     """Everything random follows from it."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to train; auto takes CUDA, then MPS, then the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 is mixed precision: fp32 weights, bf16 matrix products. auto is bf16 where the GPU or CPU

@@ -1,7 +1,6 @@
 """Processes, devices and precision: the only file that knows accelerate."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Literal
 
@@ -10,9 +9,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
-from diptych.errors import UserError
+from diptych.nn.inference import Device, pick_device
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -20,7 +18,7 @@ class Devices:
     """This process among those that train, and the device it trains on."""
 
     def __init__(self, *, device: Device, precision: Precision) -> None:
-        kind = _resolve(device)
+        kind = pick_device(device)
         if PartialState._shared_state and PartialState().device.type != kind:
             AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run here was on another device
         handlers = [
@@ -85,24 +83,3 @@ def _multiplies_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
     return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; afterwards every submodule has the mode it had."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
-def _resolve(device: Device) -> str:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(name for name, available in there.items() if available) if device == "auto" else device
-    if not there[kind]:
-        raise UserError(f"train.device is {device!r}, but torch finds no such device here; set it to auto or cpu.")
-    return kind

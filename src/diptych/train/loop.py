@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from diptych.errors import UserError
+from diptych.nn.inference import evaluating
 from diptych.train import checkpoint
 from diptych.train.config import OptimConfig, TrainConfig, check_same, describe
-from diptych.train.devices import Devices, evaluating
+from diptych.train.devices import Devices
 from diptych.train.ema import Ema
 from diptych.train.feed import Batches, count_rows, feed
 from diptych.train.interrupt import Interrupted, SignalWatch
