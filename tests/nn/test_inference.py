@@ -1,0 +1,33 @@
+import pytest
+import torch
+from torch import nn
+
+from diptych.errors import UserError
+from diptych.nn.inference import evaluating, pick_device
+
+
+def test_evaluating_restores_each_mode():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
+    module[0].eval()
+    with evaluating(module):
+        assert not any(part.training for part in module.modules())
+        assert not module(torch.ones(1, 2)).requires_grad
+    assert module.training
+    assert module[1].training
+    assert not module[0].training
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_auto_takes_the_fastest_there_is(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert pick_device("auto") == expected
+    assert pick_device("cpu") == "cpu"
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device 'cuda': torch finds no such device"):
+        pick_device("cuda")
