@@ -1,10 +1,12 @@
 """Processes, devices and precision: the only file that knows accelerate."""
 
+import atexit
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
@@ -34,6 +36,8 @@ class Devices:
         self.world: int = self._accelerator.num_processes
         self.first: bool = self._accelerator.is_main_process
         self.bf16 = precision == "bf16" or (precision == "auto" and _multiplies_bf16(self.device))
+        if self.world > 1:  # an exit with the group's threads still running aborts now and then
+            atexit.register(_leave)
         self.waits = self.device.type != "cpu"
         """Whether reading a number from the device stops the queue of kernels."""
 
@@ -75,6 +79,12 @@ class Devices:
             torch.cuda.manual_seed(number)
         elif self.device.type == "mps":
             torch.mps.manual_seed(number)
+
+
+def _leave() -> None:
+    """The end of this process among many. Registered again by each run, so the group may be gone already."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
