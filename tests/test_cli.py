@@ -13,6 +13,7 @@ from diptych.data.store import Store
 from diptych.recipes import RECIPES
 from diptych.recipes.folders import write_config
 from diptych.recipes.itit_recipes import itit_tiny
+from diptych.recipes.stage_recipes import vqgan_tiny
 from diptych.train.interrupt import Interrupted
 
 TEST = "scenes:?split=test&count=8"
@@ -269,6 +270,24 @@ def test_evaluate(call, run, tmp_path):
     assert len((folder / "captions.jsonl").read_text().splitlines()) == 8
     call("evaluate", run, "--data", TEST, "--limit", 3, "--out", tmp_path / "three")
     assert json.loads((tmp_path / "three/metrics.json").read_text())["images"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:Covariance")
+def test_evaluate_a_tokenizer(call, tokenizer, photo, tmp_path):
+    run = tmp_path / "vqgan"
+    tokenizer.save_pretrained(run / "tokenizer")
+    write_config(run, recipe="vqgan-tiny", run=vqgan_tiny())
+    status, out, err = call("evaluate", run, "--data", TEST, "--limit", 4)
+    assert (status, err) == (0, "")
+    assert "PSNR" in out
+    assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["metrics.json", "sheet.png"]
+    metrics = json.loads((run / "evaluation/metrics.json").read_text())
+    assert metrics["images"] == 4
+    assert {"psnr", "used", "perplexity", "rfd"} <= metrics.keys()
+    write_config(run, recipe="text-encoder-tiny", run=vqgan_tiny())
+    mistaken(call("evaluate", run, "--data", TEST), run, "text encoder")
+    write_config(run, recipe="newer-than-this", run=vqgan_tiny())
+    mistaken(call("evaluate", run, "--data", TEST), run, "newer-than-this")
 
 
 # What goes wrong

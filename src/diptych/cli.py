@@ -186,14 +186,16 @@ def evaluate(
     out: Path | None = None,
     device: Device = "auto",
 ) -> None:
-    """Score captions and pictures on captioned images: a table and metrics.json.
+    """Score a run on data it has not seen: a table, metrics.json and a sheet.
+
+    ITIT: captions and pictures, on captioned images. An image tokenizer: what it keeps of images.
 
     Args:
         run: Run folder.
-        data: Captioned images that the run has not seen: any source.
+        data: Images, captioned for ITIT, that the run has not seen: any source.
         limit: Score the first so many only. Scores of different subsets are not comparable.
-        beams: Beams for the captions. Default: the run's own.
-        seed: Of the drawn pictures.
+        beams: ITIT: beams for the captions. Default: the run's own.
+        seed: ITIT: of the drawn pictures.
         features: For the Frechet distance: folder or hub name of a vision model of transformers, or a TorchScript file
             (an Inception network gives FID). Default: a random network, which needs no download.
         out: Folder for metrics.json, captions.jsonl and a sheet. Default: RUN/evaluation.
@@ -201,10 +203,17 @@ def evaluate(
     """
     from diptych.data.sources import open_source
     from diptych.eval.generation import EvaluateConfig
-    from diptych.recipes.runs import evaluate_run
+    from diptych.recipes.folders import kind_of
+    from diptych.recipes.runs import evaluate_run, evaluate_tokenizer_run
 
+    out, source, kind = out or run / "evaluation", open_source(data), kind_of(run)
+    if kind == "tokenizer":
+        evaluate_tokenizer_run(run, source, limit=limit, features=features, out=out, device=device)
+        return
+    if kind != "itit":
+        raise UserError(f"{run}: a {kind} has no scores of its own: evaluate the run that uses it")
     config = EvaluateConfig(limit=limit, beams=beams, seed=seed)
-    evaluate_run(run, open_source(data), config, features=features, out=out or run / "evaluation", device=device)
+    evaluate_run(run, source, config, features=features, out=out, device=device)
 
 
 def fit(arguments: list[str]) -> None:

@@ -24,6 +24,7 @@ from diptych.errors import UserError
 from diptych.models.image_tokenizer import ImageTokenizer
 from diptych.models.itit import ITIT
 from diptych.models.text_encoder import TextEncoder
+from diptych.nn.inference import Device, pick_device
 from diptych.sampling.itit import DrawConfig, WriteConfig, draw, write
 
 Picture = str | Path | Image.Image | np.ndarray
@@ -85,7 +86,7 @@ class Diptych:
         self.banned_V[list(text_encoder.banned_ids)] = True
 
     @classmethod
-    def from_pretrained(cls, run: str | Path, *, device: str = "auto") -> "Diptych":
+    def from_pretrained(cls, run: str | Path, *, device: Device = "auto") -> "Diptych":
         """Load a run folder. Nothing outside it is read.
 
         Args:

@@ -21,15 +21,16 @@ def clock(monkeypatch):
     return clock
 
 
-def test_a_line_every_ten_seconds_with_the_rates_of_this_invocation(clock, capsys):
+def test_a_line_at_once_and_every_ten_seconds_with_the_rates_of_this_invocation(clock, capsys):
     display = ProgressDisplay("toy", start=100, steps=300, quiet=False)
     for step in range(101, 151):
         clock.now += 0.5
         display.update(step, rows=8, loss=1.23456)
     told = capsys.readouterr().err.splitlines()
     assert told == [
-        "toy: step 120/300  2 steps/s  16 rows/s  loss 1.235  0:01:30 left",
-        "toy: step 140/300  2 steps/s  16 rows/s  loss 1.235  0:01:20 left",
+        "toy: step 101/300  2 steps/s  16 rows/s  loss 1.235  0:01:40 left",
+        "toy: step 121/300  2 steps/s  16 rows/s  loss 1.235  0:01:30 left",
+        "toy: step 141/300  2 steps/s  16 rows/s  loss 1.235  0:01:20 left",
     ]
     display.close(150, loss=1.0)
     assert capsys.readouterr().err == "toy: step 150/300  2 steps/s  16 rows/s  loss 1  0:01:15 left\n"

@@ -3,6 +3,7 @@
 Shapes: B images, S pixels a side.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +94,15 @@ def read_captioned(source: Source, *, limit: int | None, size: int) -> tuple[lis
     """
     if not (source.has_images and source.has_captions):
         raise UserError(f"{source.name}: scores need images and captions, and it does not have both")
+    return read_images(source, limit=limit, size=size, wanted=lambda item: bool(source.captions(item)))
+
+
+def read_images(
+    source: Source, *, limit: int | None, size: int, wanted: Callable[[int], bool] = lambda item: True
+) -> tuple[list[int], np.ndarray]:
+    """The first ``limit`` readable items that are ``wanted``, and their pixels [B S S 3]. Raises as above."""
+    if not source.has_images:
+        raise UserError(f"{source.name}: has no images")
     if limit is not None and limit < 1:
         raise UserError(f"a limit of {limit} images: at least one is needed")
     if isinstance(source, ScenesSource):
@@ -102,7 +112,7 @@ def read_captioned(source: Source, *, limit: int | None, size: int) -> tuple[lis
     for item in range(len(source)):
         if limit is not None and len(items) == limit:
             break
-        if not source.captions(item):
+        if not wanted(item):
             continue
         try:
             pixels.append(source.image(item, size))
@@ -111,7 +121,7 @@ def read_captioned(source: Source, *, limit: int | None, size: int) -> tuple[lis
             skips.record(source.key(item), error)
             skips.check(len(source))
     if not items:
-        raise UserError(f"{source.name}: no captioned image to score")
+        raise UserError(f"{source.name}: no image to score")
     return items, np.stack(pixels)
 
 

@@ -31,6 +31,10 @@ class TokenizerScore:
     rfd_features: str | None
     """Which features: only FID's own network makes this the rFID of papers."""
 
+    def __str__(self) -> str:
+        line = f"PSNR {self.psnr:.1f} dB, {self.used:.0%} of the codes in use, {self.perplexity:.0f} in effective use"
+        return line if self.rfd is None else f"{line}, rFD {self.rfd:.2f} ({self.rfd_features})"
+
 
 def evaluate_tokenizer(
     tokenizer: ImageTokenizer,

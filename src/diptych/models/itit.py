@@ -217,8 +217,8 @@ SIZES: dict[str, ItitConfig] = {
         text_decoder_heads=4,
     ),
     "small": ItitConfig(
-        width=384, depth=8, heads=6, image_decoder_depth=4, text_decoder_width=384, text_decoder_depth=4,
-        text_decoder_heads=6,
+        width=192, depth=4, heads=4, image_decoder_depth=2, text_decoder_width=192, text_decoder_depth=2,
+        text_decoder_heads=4,
     ),
     "base": ItitConfig(),
     "large": ItitConfig(width=1024, depth=24, heads=16),

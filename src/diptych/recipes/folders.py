@@ -5,7 +5,7 @@ import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diptych.errors import UserError
 from diptych.report.files import write_bytes
@@ -34,6 +34,20 @@ def read_config(run: Path) -> dict[str, Any]:
         raise UserError(f"{run}: no run folder (it has no config.json)") from None
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{run}/config.json: not readable ({error}): copy it again") from error
+
+
+Kind = Literal["itit", "dual", "classifier", "tokenizer", "text encoder"]
+_KINDS: dict[str, Kind] = {"vqgan": "tokenizer", "text": "text encoder", "itit": "itit", "uml": "classifier"}
+_KINDS |= dict.fromkeys(("clip", "siglip", "slip", "ito"), "dual")
+
+
+def kind_of(run: Path) -> Kind:
+    """What a run folder holds, by the family its recipe belongs to. Raises UserError when it is no run folder."""
+    recipe = str(read_config(run).get("recipe"))
+    kind = _KINDS.get(recipe.split("-")[0])
+    if kind is None:
+        raise UserError(f"{run}: made by the unknown recipe {recipe!r}: use the version of Diptych that made it")
+    return kind
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,17 +1,21 @@
 """Commands on finished runs."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from diptych.data.encode import Coders
 from diptych.data.sources import Source
 from diptych.errors import UserError
 from diptych.eval.features import FeatureExtractor, HubExtractor, RandomFeatures, TorchScriptExtractor
-from diptych.eval.generation import EvaluateConfig, Evaluation
+from diptych.eval.generation import EvaluateConfig, Evaluation, read_images
 from diptych.eval.generation import evaluate as score
+from diptych.eval.tokenizer import evaluate_tokenizer
 from diptych.models.image_tokenizer import ImageTokenizer
 from diptych.models.text_encoder import TextEncoder
-from diptych.nn.inference import pick_device
+from diptych.nn.inference import Device, pick_device
 from diptych.pipeline import Diptych, coders
 from diptych.recipes.folders import read_config, write_json
 from diptych.report.files import write_bytes
@@ -33,7 +37,7 @@ def run_coders(run: Path, *, features: bool) -> Coders:
 
 
 def evaluate_run(
-    run: Path, source: Source, config: EvaluateConfig, *, features: str | None, out: Path, device: str
+    run: Path, source: Source, config: EvaluateConfig, *, features: str | None, out: Path, device: Device
 ) -> None:
     """Score a run; print a table, write ``metrics.json``, ``captions.jsonl`` and ``sheet.png`` into ``out``."""
     from rich.console import Console
@@ -58,6 +62,21 @@ def evaluate_run(
         write_bytes(out / "captions.jsonl", ("\n".join(lines) + "\n").encode())
     save_png(out / "sheet.png", sheet(found))
     console.print(f"written to {out}", highlight=False)
+
+
+def evaluate_tokenizer_run(
+    run: Path, source: Source, *, limit: int | None, features: str | None, out: Path, device: Device
+) -> None:
+    """Score the image tokenizer of a run: a line, ``metrics.json`` and a sheet of pictures before and after."""
+    tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(pick_device(device))
+    pixels_BSS3 = read_images(source, limit=limit, size=tokenizer.size)[1]
+    pixels_B3SS = torch.from_numpy(pixels_BSS3).permute(0, 3, 1, 2).contiguous()
+    score = evaluate_tokenizer(tokenizer, pixels_B3SS.split(64), extractor=_extractor(features))
+    after = tokenizer.decode(tokenizer.encode(pixels_B3SS[:_SHOWN])).permute(0, 2, 3, 1).cpu().numpy()
+    write_json(out / "metrics.json", {**asdict(score), "source": source.name})
+    rows = {"image": [Cell(picture=p) for p in pixels_BSS3[:_SHOWN]], "after": [Cell(picture=p) for p in after]}
+    save_png(out / "sheet.png", comparison(rows, title=f"{run.name}: what the tokens keep"))
+    print(f"{score}, on {score.images:,} images of {source.name}\nwritten to {out}")
 
 
 def sheet(found: Evaluation, *, shown: int = _SHOWN, title: str = ""):

@@ -1,21 +1,29 @@
 """Training an image tokenizer, on its own or as the first stage of ITIT."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
+from torch import Tensor
 
 from diptych.data.columns import Columns
 from diptych.data.pixels import Chosen, pixel_stream
 from diptych.data.skips import Skips
-from diptych.data.streams import Batches
+from diptych.data.streams import Batches, Stream
 from diptych.errors import UserError
+from diptych.eval.features import RandomFeatures
+from diptych.eval.tokenizer import evaluate_tokenizer
 from diptych.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from diptych.objectives.vqgan import VQGAN, VQGANConfig
 from diptych.recipes.data import open_finite
-from diptych.recipes.folders import write_config
+from diptych.recipes.folders import write_config, write_json
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.loop import train
+
+_SCORED = 512
+"""Pictures of the training set that a finished tokenizer is scored on; `diptych evaluate` scores it on others."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,7 +57,19 @@ class TokenizerStage:
         if len(skips):
             skips.write(out / "skipped.jsonl")
         with result.evaluating(objective):
+            if PartialState().is_main_process:
+                score = evaluate_tokenizer(tokenizer, _first(stream, _SCORED), extractor=RandomFeatures())
+                print(f"{title}: {score}, on {score.images:,} of its own pictures", flush=True)
+                write_json(out / "tokenizer.json", asdict(score))
             return ImageTokenizer(tokenizer.network, size=tokenizer.size).cpu()
+
+
+def _first(stream: Stream, count: int) -> Iterator[Tensor]:
+    """The first pictures of a stream, in batches."""
+    for rows in np.array_split(np.arange(min(count, stream.size)), -(-min(count, stream.size) // 64)):
+        pixels_B3HW = stream.take(rows, np.zeros_like(rows)).pixels_B3HW
+        assert pixels_B3HW is not None
+        yield pixels_B3HW
 
 
 @dataclass(kw_only=True, slots=True)

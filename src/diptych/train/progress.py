@@ -1,4 +1,7 @@
-"""What a person sees while a run trains: a bar in a terminal, else a line every ten seconds. All on stderr."""
+"""What a person sees while a run trains: a bar in a terminal, else a line for the first step and every ten seconds.
+
+All on stderr.
+"""
 
 import math
 import sys
@@ -13,7 +16,8 @@ class ProgressDisplay:
 
     def __init__(self, title: str, *, start: int, steps: int, quiet: bool) -> None:
         self.title, self.start, self.steps, self.quiet = title, start, steps, quiet
-        self._began = self._shown = time.monotonic()
+        self._began = time.monotonic()
+        self._shown = -math.inf
         self._rows = 0
         self._bar: Progress | None = None
         if not quiet and sys.stderr.isatty():
