@@ -1,7 +1,10 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +62,12 @@ def tiny_run(*, steps: int = 4, **data) -> ItitRun:
     )  # fmt: skip
 
 
+def tiny_run_without_dropout(tokenizers: str) -> ItitRun:
+    run = tiny_run()
+    model = replace(run.model, dropout=0.0)
+    return replace(run, tokenizer=tokenizers, text_encoder=tokenizers, model=model)
+
+
 def lines_of(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -100,6 +109,20 @@ def test_a_run_folder_is_complete(done):
     assert config["generation"]["write"]["beams"] == 2
     assert {"diptych", "torch"} <= config["versions"].keys()
     assert [path.name for path in (done / "samples").iterdir()] == ["step-00000004.png"]
+
+
+def test_two_processes_with_given_tokenizers_train_as_one(done, tmp_path):
+    """Rank and world must be known before the first stage that has nothing to train."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    launch += ["--rdzv-endpoint=localhost:0", str(Path(__file__).with_name("run_itit.py"))]
+    ended = subprocess.run([*launch, str(tmp_path / "two"), str(done)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    tiny_run_without_dropout(str(done)).fit(tmp_path / "one", recipe="itit-tiny")
+    two, one = losses_of(tmp_path / "two"), losses_of(tmp_path / "one")
+    assert [line["step"] for line in two] == [1, 2, 3, 4]
+    for ours, alone in zip(two, one, strict=True):
+        for name in alone.keys() - {"loss/i2t2i/distinct_captions"}:  # of the captions of one process
+            assert ours[name] == pytest.approx(alone[name], rel=1e-4), name
 
 
 def test_metrics_have_a_line_for_each_step_and_its_losses(done):

@@ -28,6 +28,7 @@ from diptych.recipes.text_encoder import TextEncoderStage
 from diptych.recipes.tokenizer import TokenizerStage
 from diptych.sampling.itit import DrawConfig, WriteConfig
 from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.devices import join_processes
 from diptych.train.loop import Hook, TrainResult, train
 
 
@@ -101,6 +102,7 @@ class ItitRun:
 
     def prepare(self, out: Path) -> "Prepared":
         """Tokenizer, text encoder and encoded data, made in ``out`` or found there."""
+        join_processes(self.train.device)
         parts = open_parts(self.data)
         tokenizer = self._tokenizer(parts, out)
         text_encoder = self._text_encoder(parts, out)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
@@ -20,15 +20,9 @@ class Devices:
     """This process among those that train, and the device it trains on."""
 
     def __init__(self, *, device: Device, precision: Precision) -> None:
-        kind = pick_device(device)
-        if PartialState._shared_state and PartialState().device.type != kind:
-            AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run here was on another device
-        handlers = [
-            # Terms may be switched on late or off for a step, so a step may leave parameters without a gradient.
-            DistributedDataParallelKwargs(find_unused_parameters=True),
-            # The others wait while the first process evaluates.
-            InitProcessGroupKwargs(timeout=timedelta(hours=4)),
-        ]
+        kind = join_processes(device).device.type
+        # Terms may be switched on late or off for a step, so a step may leave parameters without a gradient.
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
         # Mixed precision is ours (below): accelerate fixes its own for the life of the process.
         self._accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no", kwargs_handlers=handlers)
         self.device: torch.device = self._accelerator.device
@@ -36,8 +30,6 @@ class Devices:
         self.world: int = self._accelerator.num_processes
         self.first: bool = self._accelerator.is_main_process
         self.bf16 = precision == "bf16" or (precision == "auto" and _multiplies_bf16(self.device))
-        if self.world > 1:  # an exit with the group's threads still running aborts now and then
-            atexit.register(_leave)
         self.waits = self.device.type != "cpu"
         """Whether reading a number from the device stops the queue of kernels."""
 
@@ -81,8 +73,21 @@ class Devices:
             torch.mps.manual_seed(number)
 
 
+def join_processes(device: Device) -> PartialState:
+    """This process among those that torchrun started, or alone. To be called before anything asks for its rank: a
+    ``PartialState`` made without the device takes each process on a CPU for the only one."""
+    kind = pick_device(device)
+    if PartialState._shared_state and PartialState().device.type != kind:
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run here was on another device
+    if not PartialState._shared_state:
+        # The others wait while the first process evaluates, which may take long.
+        PartialState(cpu=kind == "cpu", timeout=timedelta(hours=4))
+        atexit.register(_leave)
+    return PartialState()
+
+
 def _leave() -> None:
-    """The end of this process among many. Registered again by each run, so the group may be gone already."""
+    """An exit with the group's threads still running aborts now and then."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
