@@ -1,6 +1,5 @@
 """The report of `diptych demo`."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +55,10 @@ def _learned(contenders: list[Contender], metrics: dict[str, Any]) -> list[Any]:
         for c in contenders
         for side, kind in (("captions", "caption"), ("pictures", "image"))
     ]
-    best: Mapping[str, Literal[high, low]] = {name: "high" for name in head[1:4]}  # noqa: C420
     digits = {"CIDEr": 0, "steps": 0, "seconds": 0}
     scored = contenders[0].metrics["images"]
     return [
-        Table(head=head, rows=rows, digits=digits, best=best, caption=(
+        Table(head=head, rows=rows, digits=digits, best=dict.fromkeys(head[1:4], "high"), caption=(
             f"On {scored:,} held-out scenes. Exact: all five attributes right, as read back by a parser and "
             "by a recogniser that learns nothing.")),
         Table(head=["right", *_ATTRIBUTES], rows=parts, caption="Attribute by attribute."),

@@ -48,14 +48,14 @@ def itit_small() -> ItitRun:
         data=DataConfig(pairs=tyro.MISSING, feature_cache_mb=512),
         tokenizer_stage=tokenizer_small(),
         text_encoder_stage=encoder_small(),
-        model=replace(SIZES["small"], text_tokens=28),
+        model=replace(SIZES["small"], text_tokens=28, dropout=0.0),
         objective=ItitObjectiveConfig(
             cycles_from=100,
             hide_for_text=HideConfig(low=0.0, high=0.5, mode=0.25),
             encoder_gradient=1.0,
             draw=DrawConfig(steps=4, guidance=0.0, temperature=4.0),
         ),
-        train=TrainConfig(steps=2000, batch_size=32, checkpoint_every=500, eval_every=250, ema=0.99),
+        train=TrainConfig(steps=1000, batch_size=32, checkpoint_every=200, eval_every=200, ema=0.99),
         optim=OptimConfig(lr=1e-3, warmup_steps=100),
         generation=GenerationConfig(draw=DrawConfig(steps=16, guidance=2.0, temperature=4.0)),
     )
