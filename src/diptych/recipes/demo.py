@@ -75,6 +75,7 @@ def demo_recipe(*, quick: bool, seed: int) -> ItitRun:
     run = replace(
         base,
         data=DataConfig(pairs=f"scenes:?split=train&seed={seed}&count={total}", max_pairs=PAIRS),
+        model=replace(base.model, text_tokens=16),  # as long as the longest caption of level 1
         train=replace(base.train, seed=seed, tensorboard=False),
     )
     if not quick:

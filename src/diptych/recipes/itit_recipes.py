@@ -31,7 +31,7 @@ def itit_tiny() -> ItitRun:
             encoder_gradient=1.0,
             draw=DrawConfig(steps=4, guidance=0.0, temperature=4.0),
         ),
-        train=TrainConfig(steps=950, batch_size=32, checkpoint_every=475, eval_every=190, ema=0.99, workers=1),
+        train=TrainConfig(steps=800, batch_size=32, checkpoint_every=400, eval_every=200, ema=0.99, workers=1),
         optim=OptimConfig(lr=1.5e-3, warmup_steps=50, schedule="constant"),
         generation=GenerationConfig(draw=DrawConfig(steps=16, guidance=1.0, temperature=1.0, token_temperature=0.5)),
     )
