@@ -5,7 +5,8 @@ H and W pixels.
 """
 
 import hashlib
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import torch
@@ -80,7 +81,7 @@ class Items:
         return next(len(value) for value in self._present().values())
 
     def _present(self) -> dict[str, Tensor]:
-        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        pairs = ((each.name, getattr(self, each.name)) for each in fields(self))
         return {name: value for name, value in pairs if value is not None}
 
     def to(self, device: torch.device | str) -> Self:
@@ -99,7 +100,22 @@ class Batch:
     images: Items | None = None
     texts: Items | None = None
     labelled: Items | None = None
+    more: Mapping[str, Items] = field(default_factory=dict)
+    """Streams of any other name, e.g. one for each modality of UML."""
+
+    @classmethod
+    def of(cls, draws: Draws, streams: Mapping[str, Items]) -> Self:
+        usual = {name: streams[name] for name in _USUAL if name in streams}
+        return cls(draws=draws, more={k: v for k, v in streams.items() if k not in usual}, **usual)
+
+    @property
+    def streams(self) -> dict[str, Items]:
+        """All streams that the batch has, by name."""
+        usual = {name: items for name in _USUAL if (items := getattr(self, name)) is not None}
+        return usual | dict(self.more)
 
     def to(self, device: torch.device | str) -> Self:
-        moved = {name: getattr(self, name) for name in ("pairs", "images", "texts", "labelled")}
-        return replace(self, **{name: items and items.to(device) for name, items in moved.items()})
+        return self.of(self.draws, {name: items.to(device) for name, items in self.streams.items()})
+
+
+_USUAL = ("pairs", "images", "texts", "labelled")
