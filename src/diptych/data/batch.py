@@ -1,7 +1,7 @@
 """What one training step receives: rows of every stream, and the step's random numbers.
 
 Shapes: B rows of a stream on this process, N image tokens, L text tokens, F width of the frozen text features,
-H and W pixels.
+D width of a cached feature vector, H and W pixels.
 """
 
 import hashlib
@@ -58,6 +58,8 @@ class Items:
     valid_BL: Bool[Tensor, "B L"] | None = None
     features_BLF: Float[Tensor, "B L F"] | None = None
     """Cached features of the frozen text encoder; None means: compute them."""
+    vectors_BD: Float[Tensor, "B D"] | None = None
+    """One cached feature vector for each item."""
     labels_B: Int[Tensor, "B"] | None = None
 
     # The same fields for an objective that cannot do without them.

@@ -87,7 +87,7 @@ def _encode_chunk(
 ) -> dict[str, Any]:
     arrays: dict[str, Any] = {}
     if coders.tokens is not None:
-        pixels, items = _pixels(source, items, coders.image_size, skips, threads)
+        pixels, items = read_pictures(source, items, coders.image_size, skips, threads)
         if len(items):
             arrays["tokens"] = coders.tokens(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()).cpu().numpy()
     if coders.ids is not None:
@@ -103,7 +103,7 @@ def _encode_chunk(
     return arrays
 
 
-def _pixels(
+def read_pictures(
     source: Source, items: np.ndarray, size: int, skips: Skips, threads: ThreadPoolExecutor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures [B H W 3] of the readable items, and those items."""
