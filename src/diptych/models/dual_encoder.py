@@ -1,6 +1,7 @@
 """An image tower and a text tower that meet in one space: a plain `transformers.CLIPModel` with its processor.
 
-Shapes: B rows, H and W pixels, L text tokens, S tokens of an image (CLS and patches) or a text, D width of the space.
+Shapes: B rows, H and W pixels, L text tokens, S tokens of an image (CLS and patches) or a text, W width of a tower, D
+width of the space.
 """
 
 import os
@@ -86,6 +87,8 @@ class Features:
 
     pooled_BD: Float[Tensor, "B D"]
     """What is compared: the image's CLS, the text's end mark."""
+    state_BW: Float[Tensor, "B W"]
+    """The same before the projection, normed."""
     tokens_BSD: Float[Tensor, "B S D"] | None = None
     """All tokens, normed and projected like the pooled one, where they were asked for."""
 
@@ -130,33 +133,43 @@ class DualEncoder(nn.Module):
 
     # Training
 
+    def text_positions(self, length: int) -> Float[Tensor, "L W"]:
+        """The text tower's learned positions."""
+        return self.clip.text_model.embeddings.position_embedding.weight[:length]
+
     def encode_images(self, pixels_B3HW: Float[Tensor, "B 3 H W"], *, keep_tokens: bool = False) -> Features:
         """``pixels_B3HW`` in [0, 1], of side ``image_size``."""
         normal_B3HW = (pixels_B3HW - self.mean_311) / self.std_311
         states_BSW = self.clip.vision_model(pixel_values=normal_B3HW).last_hidden_state
         if not keep_tokens:
             states_BSW = states_BSW[:, :1]
-        tokens_BSD = self.clip.visual_projection(self.clip.vision_model.post_layernorm(states_BSW))
-        return Features(pooled_BD=tokens_BSD[:, 0], tokens_BSD=tokens_BSD if keep_tokens else None)
+        states_BSW = self.clip.vision_model.post_layernorm(states_BSW)
+        tokens_BSD = self.clip.visual_projection(states_BSW)
+        kept = tokens_BSD if keep_tokens else None
+        return Features(pooled_BD=tokens_BSD[:, 0], state_BW=states_BSW[:, 0], tokens_BSD=kept)
 
     def encode_texts(
         self, ids_BL: Int[Tensor, "B L"], valid_BL: Bool[Tensor, "B L"], *, keep_tokens: bool = False
     ) -> Features:
         """Padding is on the right, where causal attention hides it: only tokens at invalid positions are arbitrary."""
         states_BLW = self.clip.text_model(input_ids=ids_BL).last_hidden_state
-        ends_B = valid_BL.sum(1) - 1
-        if keep_tokens:
-            tokens_BLD = self.clip.text_projection(states_BLW)
-            return Features(pooled_BD=_at(tokens_BLD, ends_B), tokens_BSD=tokens_BLD)
-        return Features(pooled_BD=self.clip.text_projection(_at(states_BLW, ends_B)))
+        state_BW = states_BLW[torch.arange(len(ids_BL), device=ids_BL.device), valid_BL.sum(1) - 1]
+        tokens_BLD = self.clip.text_projection(states_BLW) if keep_tokens else None
+        return Features(pooled_BD=self.clip.text_projection(state_BW), state_BW=state_BW, tokens_BSD=tokens_BLD)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
         """Ids and their validity on the CPU, as long as the longest text. Marks written out in a text are letters."""
-        told = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.text_length, return_tensors="pt",
-            split_special_tokens=True,
-        )  # fmt: skip
+        told = self._cut(texts, padding=True, return_tensors="pt")
         return told["input_ids"], told["attention_mask"].bool()
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same without padding."""
+        return self._cut(texts)["input_ids"]
+
+    def _cut(self, texts: Sequence[str], **how: Any) -> Any:
+        return self.tokenizer(
+            list(texts), truncation=True, max_length=self.text_length, split_special_tokens=True, **how
+        )
 
     # Use
 
@@ -207,10 +220,6 @@ class DualEncoder(nn.Module):
             if target.exists():
                 os.replace(target, Path(scratch) / "old")
             os.replace(fresh, target)
-
-
-def _at(states_BLW: Tensor, position_B: Tensor) -> Tensor:
-    return states_BLW[torch.arange(len(states_BLW), device=states_BLW.device), position_B]
 
 
 def _clip_config(config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> CLIPConfig:
