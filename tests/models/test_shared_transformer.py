@@ -11,8 +11,7 @@ def model() -> SharedTransformer:
     torch.manual_seed(0)
     model = SharedTransformer(CONFIG)
     for name, size in CONFIG.features.items():
-        model.modalities[name].mean_F.copy_(torch.randn(size))
-        model.modalities[name].scale_F.copy_(torch.rand(size) + 0.5)
+        model.set_statistics(torch.randn(size).numpy(), (torch.rand(size) + 0.5).numpy(), modality=name)
     return model.eval()
 
 

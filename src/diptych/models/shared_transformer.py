@@ -11,6 +11,7 @@ Shapes: B rows, S positions, F width of a modality's features, D width of the tr
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Bool, Float
@@ -47,6 +48,13 @@ class SharedTransformer(nn.Module, PyTorchModelHubMixin, library_name="diptych",
         self.blocks = Blocks(c.depth, c.width, heads=c.heads, dropout=c.dropout)
         self.modalities = nn.ModuleDict({name: _Modality(size, c.width) for name, size in c.features.items()})
         self.apply(init_weights)
+
+    @torch.no_grad()
+    def set_statistics(self, mean_F: np.ndarray, scale_F: np.ndarray, *, modality: str) -> None:
+        """Mean and standard deviation of a modality's features, to standardise by."""
+        own = self.modalities[modality]
+        own.mean_F.copy_(torch.from_numpy(mean_F))
+        own.scale_F.copy_(torch.from_numpy(scale_F))
 
     def standardised(
         self, x_BSF: Float[Tensor, "B S F"], valid_BS: Bool[Tensor, "B S"], *, modality: str
