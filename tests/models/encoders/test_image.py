@@ -122,6 +122,7 @@ def test_a_dual_run_gives_the_embedding_of_its_image_tower(text_encoder, tmp_pat
     tokens = train_clip_tokenizer(["a red circle", "a red square"] * 4, vocabulary=514, length=16)
     dual = DualEncoder.from_config(config, tokens, seed=0)
     dual.save_pretrained(tmp_path / "run" / "model")
+    tokens.save_pretrained(tmp_path / "run" / "tokenizer")  # as a run does; an ITIT run has such a folder too
     pictures = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     encoder = open_image_encoder(tmp_path / "run")
     found = torch.nn.functional.normalize(run(encoder, pictures), dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
-from diptych.models.encoders.hub import load, load_network, resolve, width_of
+from diptych.models.encoders.hub import load, load_weights, resolve, width_of
 
 _WHAT = "an audio model"
 
@@ -37,7 +37,7 @@ class AudioEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str) -> Self:
         """From a folder (nothing touches the network) or a hub name. Raises UserError."""
-        network, _ = load_network(name, _WHAT, AutoModel)
+        network, _ = load_weights(name, _WHAT, AutoModel)
         return cls(network, load(name, _WHAT, AutoFeatureExtractor.from_pretrained)).eval()
 
     @property

@@ -32,8 +32,11 @@ def resolve(name: str | Path, modality: Modality) -> str:
 
 
 def is_itit(folder: str | Path) -> bool:
-    """Whether the folder holds an ITIT network beside its image tokenizer."""
-    return (Path(folder) / "tokenizer").is_dir() and (Path(folder) / "model" / "config.json").is_file()
+    """Whether the folder holds an ITIT network beside its image tokenizer. A dual run has folders of these names too."""
+    config = Path(folder) / "model" / "config.json"
+    return (
+        (Path(folder) / "tokenizer").is_dir() and config.is_file() and "image_tokens" in json.loads(config.read_text())
+    )
 
 
 def offline(name: str) -> dict[str, Any]:
@@ -80,7 +83,7 @@ def encoder_width(name: str | Path, modality: Modality) -> int:
     return width_of(load_config(resolve(name, modality), f"an encoder of {modality}s"), modality)
 
 
-def load_network(name: str, what: str, kind: Any, *, tower: PretrainedConfig | None = None) -> tuple[Any, bool]:
+def load_weights(name: str, what: str, kind: Any, *, tower: PretrainedConfig | None = None) -> tuple[Any, bool]:
     """The model and whether its pooler was in the file. Raises UserError for any other weight that was not:
     transformers would fill it with random numbers and only warn.
 

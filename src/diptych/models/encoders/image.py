@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, CLIPVisionModelWithProjection, PreTrainedModel, ViTConfig, ViTModel
@@ -23,7 +23,7 @@ from diptych.models.encoders.hub import (
     is_projected,
     load,
     load_config,
-    load_network,
+    load_weights,
     resolve,
     tower_of,
     width_of,
@@ -38,7 +38,10 @@ _WHAT = "a vision model"
 
 @runtime_checkable
 class ImageEncoder(Protocol):
-    """An ``nn.Module`` from bytes [B 3 S S] to features; differentiable in its weights."""
+    """An ``nn.Module`` from pixels [B 3 S S] to features; differentiable in its weights.
+
+    Pixels are bytes, or floats from 0 to 255.
+    """
 
     width: int
     image_size: int
@@ -89,7 +92,7 @@ class HubImageEncoder(nn.Module):
         projected = is_projected(config)
         kind = CLIPVisionModelWithProjection if projected else AutoModel
         tower = tower_of(config, kind, "vision_config") if projected else None
-        network, has_pooler = load_network(name, _WHAT, kind, tower=tower)
+        network, has_pooler = load_weights(name, _WHAT, kind, tower=tower)
         settings, _ = load(name, _WHAT, ImageProcessingMixin.get_image_processor_dict)
         if pooling == "auto":
             pooling = settings.get(_POOLING, "auto")
@@ -97,7 +100,7 @@ class HubImageEncoder(nn.Module):
         network = network if projected else getattr(network, "vision_model", network)
         return cls(network, settings=settings, pooling=pooling, has_pooler=has_pooler).eval()
 
-    def forward(self, pixels_B3HW: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+    def forward(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         output = self._run(pixels_B3HW)
         if self.pooling == "auto":
             pooled = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
@@ -106,7 +109,7 @@ class HubImageEncoder(nn.Module):
         tokens_BND = _as_tokens(output.last_hidden_state)
         return tokens_BND[:, 0] if self.pooling == "cls" else tokens_BND.mean(1)
 
-    def tokens(self, pixels_B3HW: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+    def tokens(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
         return _as_tokens(self._run(pixels_B3HW).last_hidden_state)
 
     def _run(self, pixels_B3HW: Tensor) -> Any:
@@ -136,10 +139,10 @@ class ItitImageEncoder(nn.Module):
             network = load(str(Path(folder) / "model"), "an ITIT network", ITIT.from_pretrained, strict=True)
         return cls(ImageTokenizer.from_pretrained(Path(folder) / "tokenizer"), network).eval()
 
-    def forward(self, pixels_B3HW: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+    def forward(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         return self.tokens(pixels_B3HW).mean(1)
 
-    def tokens(self, pixels_B3HW: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+    def tokens(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
         pixels = resize(pixels_B3HW.to(self.tokenizer.codebook.device).float(), self.image_size).round()
         tokens_BN = self.tokenizer.encode(pixels.to(torch.uint8))
         return self.network.encode(self.network.embed_image(tokens_BN)).image_BKD

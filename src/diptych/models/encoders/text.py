@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from diptych.errors import UserError
-from diptych.models.encoders.hub import is_projected, load, load_config, load_network, resolve, tower_of, width_of
+from diptych.models.encoders.hub import is_projected, load, load_config, load_weights, resolve, tower_of, width_of
 from diptych.models.text_encoder import fuse_gelu
 
 Pooling = Literal["auto", "mean", "cls", "last"]
@@ -56,7 +56,7 @@ class PooledTextEncoder(nn.Module):
         if config.model_type == "t5":
             kind = T5EncoderModel  # Diptych's own have no decoder, and a published one's need not be loaded
         tower = tower_of(config, kind, "text_config") if projected else None
-        network, _ = load_network(name, _WHAT, kind, tower=tower)
+        network, _ = load_weights(name, _WHAT, kind, tower=tower)
         tokenizer = load(name, "a tokenizer", AutoTokenizer.from_pretrained)
         if len(tokenizer) - len(tokenizer.all_special_ids) < 2:  # transformers makes an empty one where there is none
             raise UserError(f"{name}: its tokenizer has no words: tokenizer.json or its like is missing")
