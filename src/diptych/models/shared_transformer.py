@@ -49,10 +49,15 @@ class SharedTransformer(nn.Module, PyTorchModelHubMixin, library_name="diptych",
         self.modalities = nn.ModuleDict({name: _Modality(size, c.width) for name, size in c.features.items()})
         self.apply(init_weights)
 
+    def _own(self, modality: str) -> "_Modality":
+        own = self.modalities[modality]
+        assert isinstance(own, _Modality)
+        return own
+
     @torch.no_grad()
     def set_statistics(self, mean_F: np.ndarray, scale_F: np.ndarray, *, modality: str) -> None:
         """Mean and standard deviation of a modality's features, to standardise by."""
-        own = self.modalities[modality]
+        own = self._own(modality)
         own.mean_F.copy_(torch.from_numpy(mean_F))
         own.scale_F.copy_(torch.from_numpy(scale_F))
 
@@ -60,19 +65,19 @@ class SharedTransformer(nn.Module, PyTorchModelHubMixin, library_name="diptych",
         self, x_BSF: Float[Tensor, "B S F"], valid_BS: Bool[Tensor, "B S"], *, modality: str
     ) -> Float[Tensor, "B S F"]:
         """What the other methods work on; zero at padding, whatever was there."""
-        own = self.modalities[modality]
+        own = self._own(modality)
         return ((x_BSF - own.mean_F) / own.scale_F).masked_fill(~valid_BS[..., None], 0)
 
     def trunk(self, x_BSF: Float[Tensor, "B S F"], *, modality: str) -> Float[Tensor, "B S D"]:
         """What each position knows of itself and of those before it."""
         places, device = x_BSF.shape[1], x_BSF.device
-        x_BSD = self.modalities[modality].into(x_BSF)
+        x_BSD = self._own(modality).into(x_BSF)
         x_BSD = x_BSD + _sinusoids(places, x_BSD.shape[-1], device=device)
         return self.blocks(x_BSD, attend=prefix_causal(0, places, device=device))
 
     def predict(self, hidden_BSD: Float[Tensor, "B S D"], *, modality: str) -> Float[Tensor, "B S F"]:
         """The next features."""
-        return self.modalities[modality].out(hidden_BSD)
+        return self._own(modality).out(hidden_BSD)
 
     def embed(
         self, x_BSF: Float[Tensor, "B S F"], valid_BS: Bool[Tensor, "B S"], *, modality: str
