@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diptych.data.images import UnreadableImage
+from diptych.data.pixels import channels_first
 from diptych.data.skips import Skips
 from diptych.data.sources import Source
 from diptych.data.store import MANIFEST, Store
@@ -122,6 +123,21 @@ def read_pictures(
     readable = np.array([picture is not None for picture in pictures], bool)
     kept = [picture for picture in pictures if picture is not None]
     return (np.stack(kept) if kept else np.empty((0, size, size, 3), np.uint8)), items[readable]
+
+
+def picture_batches(
+    source: Source, items: np.ndarray, *, size: int, skips: Skips, workers: int = 2, rows: int = _CHUNK
+) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """The readable pictures of ``items`` as uint8 [B 3 H W], at most ``rows`` at a time, and the items they are.
+
+    The others are recorded in ``skips``, whose tolerance is checked on the way.
+    """
+    with ThreadPoolExecutor(max(1, workers)) as threads:
+        for begin in range(0, len(items), rows):
+            pixels, found = read_pictures(source, items[begin : begin + rows], size, skips, threads)
+            skips.check(len(items))
+            if len(found):
+                yield channels_first(pixels), found
 
 
 class _Writer:

@@ -1,6 +1,6 @@
 """Classes told by their names alone: the class whose text lies nearest to the picture.
 
-Shapes: B pictures, C classes, P prompts of a class, D width.
+Shapes: B pictures, C classes, D width.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diptych.errors import UserError
+from diptych.data.class_texts import from_templates
 
 PLAIN = ("a photo of a {}.",)
 ENSEMBLE = (
@@ -46,12 +46,7 @@ def class_embeddings(
 
     ``embed`` gives L2-normalised embeddings. Raises UserError for a template without the place ``{}`` of the name.
     """
-    for template in templates:
-        if "{}" not in template:
-            raise UserError(f"template {template!r}: has no {{}} where the class name goes")
-    if not names or not templates:
-        raise UserError("no class" if not names else "no template: give at least one with {} in it")
-    prompts = [template.replace("{}", name) for name in names for template in templates]
+    prompts = [text for texts in from_templates(names, templates) for text in texts]
     mean_CD = embed(prompts).unflatten(0, (len(names), len(templates))).mean(1)
     return F.normalize(mean_CD, dim=-1)
 
