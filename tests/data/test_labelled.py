@@ -11,8 +11,15 @@ LABELS = np.repeat([0, 1, 2], [9, 12, 8])
 
 @dataclass
 class Labels:
+    """A source that knows labels and nothing else."""
+
     labels: tuple
     name = "photos"
+    has_images = has_captions = False
+
+    def captions(self, i): ...
+
+    def image(self, i, size): ...
 
     def __len__(self):
         return len(self.labels)

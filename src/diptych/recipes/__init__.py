@@ -6,6 +6,7 @@ from typing import Protocol
 from diptych.recipes import itit_recipes as itit
 from diptych.recipes import ito_recipes as ito
 from diptych.recipes import stage_recipes as stages
+from diptych.recipes import uml_recipes as uml
 from diptych.recipes import uml_ssl_recipes as uml_ssl
 
 
@@ -38,6 +39,8 @@ RECIPES: dict[str, Callable[[], Run]] = {
     "slip-tiny": ito.slip_tiny,
     "slip-small": ito.slip_small,
     "slip-base": ito.slip_base,
+    "uml-probe": uml.uml_probe,
+    "uml-finetune": uml.uml_finetune,
     "uml-ssl": uml_ssl.uml_ssl,
     "vqgan-tiny": stages.vqgan_tiny,
     "vqgan-small": stages.vqgan_small,

@@ -8,7 +8,6 @@ Shapes: B rows, H and W pixels, D width of the features.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diptych.data.batch import Items
-from diptych.data.encode import read_pictures
-from diptych.data.pixels import channels_first
+from diptych.data.encode import picture_batches
 from diptych.data.skips import Skips
 from diptych.data.sources import Source, find_files
-from diptych.data.streams import Stream
 from diptych.data.vectors import VectorStore, write_vectors
 from diptych.errors import UserError
 from diptych.models.encoders.image import ImageEncoder
@@ -40,15 +36,14 @@ def image_features(
     made_by = made_of(encoder) | {"source": source.name, "items": _digest_of_source(source, items)}
 
     def batches(keys: list[str]) -> Iterator[dict[str, np.ndarray]]:
-        with ThreadPoolExecutor(max(1, workers)) as threads, evaluating(_module(encoder)):
-            for begin in range(0, len(items), _ROWS):
-                chunk = items[begin : begin + _ROWS]
-                pixels, found = read_pictures(source, chunk, encoder.image_size, skips, threads)
-                skips.check(len(items))
+        pictures = picture_batches(
+            source, items, size=encoder.image_size, skips=skips, workers=workers, rows=_ROWS
+        )  # fmt: skip
+        with evaluating(_module(encoder)):
+            for pixels_B3HW, found in pictures:
                 keys += [source.key(int(item)) for item in found]
-                if len(found):
-                    features_BD = encoder(channels_first(pixels).to(_device(encoder)))
-                    yield {"vectors": features_BD.float().cpu().numpy(), "items": found.astype(np.int64)}
+                features_BD = encoder(pixels_B3HW.to(_device(encoder)))
+                yield {"vectors": features_BD.float().cpu().numpy(), "items": found.astype(np.int64)}
 
     return _once(cache, made_by, batches)
 
@@ -69,18 +64,6 @@ def text_features(encoder: PooledTextEncoder, texts: Sequence[str], *, cache: Pa
 def made_of(encoder: Any) -> dict[str, Any]:
     """What of an encoder decides its features."""
     return {"weights": weights_digest(encoder), "preprocessing": encoder.preprocessing}
-
-
-def vector_stream(vectors_ND: np.ndarray, labels_N: np.ndarray) -> Stream:
-    """Feature vectors with their labels. Only the rows of a batch are read from disk."""
-
-    def take(index: np.ndarray, epoch: np.ndarray) -> Items:
-        return Items(
-            vectors_BD=torch.from_numpy(np.asarray(vectors_ND[index], np.float32)),
-            labels_B=torch.from_numpy(labels_N[index]),
-        )
-
-    return Stream(size=len(labels_N), take=take)
 
 
 def _once(cache: Path, made_by: dict[str, Any], batches: Callable[[list[str]], Iterator[Any]]) -> VectorStore:

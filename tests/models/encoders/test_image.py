@@ -70,6 +70,7 @@ def test_a_pooler_that_was_never_trained_is_not_used(save_image_model, pixels):
     folder = save_image_model(model)
     hidden = model(pixel_values=pixels / 255 * 2 - 1).last_hidden_state.detach()
     torch.testing.assert_close(run(open_image_encoder(folder), pixels), hidden[:, 0], rtol=1e-4, atol=1e-5)
+    assert open_image_encoder(folder).network.pooler is None
     mean = run(open_image_encoder(folder, pooling="mean"), pixels)
     torch.testing.assert_close(mean, hidden.mean(1), rtol=1e-4, atol=1e-5)
 

@@ -32,11 +32,11 @@ def resolve(name: str | Path, modality: Modality) -> str:
 
 
 def is_itit(folder: str | Path) -> bool:
-    """Whether the folder holds an ITIT network beside its image tokenizer. A dual run has folders of these names too."""
+    """Whether the folder holds an ITIT network beside its image tokenizer. A dual run has folders of the same names."""
     config = Path(folder) / "model" / "config.json"
-    return (
-        (Path(folder) / "tokenizer").is_dir() and config.is_file() and "image_tokens" in json.loads(config.read_text())
-    )
+    if not (Path(folder) / "tokenizer").is_dir() or not config.is_file():
+        return False
+    return "image_tokens" in json.loads(config.read_text())
 
 
 def offline(name: str) -> dict[str, Any]:
@@ -100,6 +100,8 @@ def load_weights(name: str, what: str, kind: Any, *, tower: PretrainedConfig | N
     absent = {*report["missing_keys"], *(str(key[0]) for key in report["mismatched_keys"])}
     if needed := sorted(key for key in absent if "pooler." not in key):
         raise UserError(f"{name}: {needed[0]} is missing from its weights or of another shape; save the model again")
+    if absent:
+        network.pooler = None  # a random one would be saved, and change the digest of the weights at each opening
     return network, not absent
 
 
