@@ -52,7 +52,7 @@ def modality_map(spaces: dict[str, tuple[Tensor, Tensor]], *, seed: int = 0) -> 
 
     Distances within a panel mean something, places and axes nothing. Raises UserError without the extra ``umap``.
     """
-    umap = _import_umap()
+    umap = import_umap()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one seed means one thread, and what numba deprecates in itself
         flat = {
@@ -72,7 +72,8 @@ def modality_map(spaces: dict[str, tuple[Tensor, Tensor]], *, seed: int = 0) -> 
     return buffer.getvalue()
 
 
-def _import_umap() -> Any:
+def import_umap() -> Any:
+    """The module. Raises UserError where it is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -5,7 +5,6 @@ Shapes: B images, C classes.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from diptych.data.pixels import channels_first
 from diptych.data.skips import Skips
 from diptych.data.sources import Source
 from diptych.errors import UserError
+from diptych.eval.guesses import Guess, best_guesses
 from diptych.models.encoders import open_image_encoder
 from diptych.models.shared_head import SharedHead
 from diptych.nn.inference import Device, evaluating, pick_device
@@ -27,14 +27,6 @@ from diptych.recipes.folders import write_json
 from diptych.recipes.uml import IMAGE
 
 _ROWS = 128
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Guess:
-    """A class and how probable it is."""
-
-    name: str
-    probability: float
 
 
 class Classifier:
@@ -60,11 +52,7 @@ class Classifier:
             return self.head(self.encoder(pixels_B3SS.to(self.device)), IMAGE).softmax(1)
 
     def guesses(self, pixels_B3SS: Tensor, *, top: int) -> list[list[Guess]]:
-        best = self.probabilities(pixels_B3SS).topk(min(top, len(self.classes)))
-        return [
-            [Guess(name=self.classes[label], probability=p) for p, label in zip(row, labels, strict=True)]
-            for row, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
+        return best_guesses(self.probabilities(pixels_B3SS), self.classes, top=top)
 
 
 def classify_run(run: Path, images: Sequence[Path], *, top: int = 1, device: Device = "auto") -> list[list[Guess]]:
