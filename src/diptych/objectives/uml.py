@@ -19,17 +19,21 @@ from diptych.data.views import ViewConfig, draw_view, make_view
 from diptych.models.shared_head import SharedHead
 from diptych.objectives.base import Losses
 
+Init = Literal["random", "anchor"]
+
 
 @dataclass(kw_only=True, slots=True)
 class UmlConfig:
     others_weight: float = 1.0
     """Weight of each modality beside the target (lambda); 0 is the control of a target that learns alone."""
-    init: Literal["random", "anchor"] = "random"
+    init: Init = "random"
     """How the classifier begins; anchor is each class's mean feature of the anchor, that is, of its texts."""
 
 
 def uml_loss(
-    logits: Mapping[str, Float[Tensor, "_ C"]], labels: Mapping[str, Int[Tensor, "_"]], weights: Mapping[str, float]
+    logits: Mapping[str, Float[Tensor, "_ C"]],
+    labels: Mapping[str, Int[Tensor, "_"]],
+    weights: Mapping[str, float | Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = sum over modalities m of w_m CE(h(z_m), c_m), and its unweighted parts.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 
 from diptych.data.class_texts import Shots, texts_of
 from diptych.data.columns import Columns
@@ -21,7 +21,7 @@ from diptych.errors import UserError
 from diptych.models.encoders import ScratchConfig, open_image_encoder, open_text_encoder, scratch_encoder
 from diptych.models.shared_head import SharedHead, SharedHeadConfig
 from diptych.nn.inference import pick_device
-from diptych.objectives.uml import UmlConfig, UmlObjective
+from diptych.objectives.uml import Init, UmlConfig, UmlObjective
 from diptych.recipes.data import open_finite
 from diptych.recipes.features import made_of
 from diptych.recipes.folders import save_model, write_config, write_json
@@ -131,14 +131,12 @@ class UmlRun:
 
     def build(self, encoder: Any, images: "Features | PixelSide", texts: Features, *, classes: int) -> UmlObjective:
         """The classifier with its loss; its initial weights follow from ``train.seed`` and the texts."""
-        widths = {IMAGE: encoder.width, TEXT: texts.vectors_ND.shape[1]}
+        config = replace(
+            self.head, widths={IMAGE: encoder.width, TEXT: texts.vectors_ND.shape[1]}, anchor=TEXT, classes=classes
+        )  # fmt: skip
+        centre = images.tensors()[0] if isinstance(images, Features) else None
+        head = start_head(config, centre, texts.tensors(), init=self.objective.init, seed=self.train.seed)
         tuned = encoder if self.train_encoder == "tuned" else None
-        head = build_head(replace(self.head, widths=widths, anchor=TEXT, classes=classes), seed=self.train.seed)
-        if isinstance(images, Features):
-            head.fit_centre(images.tensors()[0], IMAGE)
-        head.fit_centre(texts.tensors()[0], TEXT)
-        if self.objective.init == "anchor":
-            head.init_from_anchor(*texts.tensors())
         return UmlObjective(head, self.objective, target=IMAGE, encoder=tuned, view=self.view)
 
     def _texts(self, classes: tuple[str, ...], *, cache: Path) -> Features:
@@ -187,11 +185,19 @@ class UmlRun:
         }
 
 
-def build_head(config: SharedHeadConfig, *, seed: int) -> SharedHead:
-    """A new head whose weights follow from ``seed`` alone."""
+def start_head(
+    config: SharedHeadConfig, images_ND: Tensor | None, texts: tuple[Tensor, Tensor], *, init: Init, seed: int
+) -> SharedHead:
+    """A new head: random weights follow from ``seed`` alone; the rest from the features that it is to learn from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return SharedHead(config)
+        head = SharedHead(config)
+    if images_ND is not None:
+        head.fit_centre(images_ND, IMAGE)
+    head.fit_centre(texts[0], TEXT)
+    if init == "anchor":
+        head.init_from_anchor(*texts)
+    return head
 
 
 def _validation(valid: "Features | PixelSide", best: Best):
