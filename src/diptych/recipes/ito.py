@@ -29,7 +29,7 @@ from diptych.objectives.clip import ClipConfig, ClipObjective
 from diptych.objectives.ito import ItoConfig, ItoObjective
 from diptych.objectives.slip import SlipConfig, SlipObjective
 from diptych.recipes.data import open_finite
-from diptych.recipes.folders import part_of, write_config
+from diptych.recipes.folders import part_of, save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.devices import join_processes
 from diptych.train.loop import Hook, TrainResult, train
@@ -97,7 +97,7 @@ class DualRun:
         with result.evaluating(objective):
             if PartialState().is_main_process:
                 model.clamp_scale()
-                model.save_pretrained(out / "model")
+                save_model(model, out / "model")
         return result
 
     def _model(self, source: Source, out: Path) -> DualEncoder:
