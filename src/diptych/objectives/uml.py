@@ -68,7 +68,8 @@ class UmlObjective(nn.Module):
             logits[name] = self.head(self.features(items, batch), name)
         total, terms = uml_loss(logits, labels, self.weights)
         right_B = logits[self.target].argmax(1) == labels[self.target]
-        return Losses(total, {**terms, f"{self.target}/accuracy": right_B.float().mean()})
+        terms[f"{self.target}/accuracy"] = right_B.float().mean()
+        return Losses(total, {name: term.detach() for name, term in terms.items()})
 
     def features(self, items: Items, batch: Batch) -> Float[Tensor, "B D"]:
         if items.vectors_BD is not None:
