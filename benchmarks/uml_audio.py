@@ -15,7 +15,8 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,10 @@ from diptych.data.sequences import read_rows
 from diptych.data.skips import Skips
 from diptych.data.sources import Source, open_source
 from diptych.data.vectors import VectorStore
+from diptych.eval.controls import Outcome, gain, spread
 from diptych.eval.features import RandomFeatures
 from diptych.models.encoders import open_image_encoder, open_text_encoder
-from diptych.models.shared_head import SharedHeadConfig
+from diptych.models.shared_head import SharedHead, SharedHeadConfig
 from diptych.objectives.uml import uml_loss
 from diptych.recipes.folders import write_json
 from diptych.recipes.stage_recipes import encoder_tiny
@@ -139,8 +141,10 @@ def images(photos: Source | None, pictures: Source | None, classes: list[str], e
     return torch.cat(vectors), torch.tensor(labels_found)
 
 
-def fit(way: Way, train: Side, valid: Side, others: Mapping[str, Side], *, classes: int, seed: int):
-    """Train a shared classifier on all rows at once; return the selected one, as a function of features."""
+def fit(
+    way: Way, train: Side, valid: Side, others: Mapping[str, Side], *, classes: int, seed: int
+) -> tuple[SharedHead, Score]:
+    """Train a shared classifier on all rows at once; return it as it was at the selected step."""
     widths = {AUDIO: train[0].shape[1]} | {name: side[0].shape[1] for name, side in others.items()}
     config = SharedHeadConfig(widths=widths, anchor=TEXT, classes=classes)
     images_ND = others[IMAGE][0] if IMAGE in others else None
@@ -163,46 +167,44 @@ def fit(way: Way, train: Side, valid: Side, others: Mapping[str, Side], *, class
         loss.backward()
         optimiser.step()
         if step % EVERY == 0:
-            scores.append(score(head(valid[0], AUDIO), valid[1], step))
-            if select(scores, patience=10) == scores[-1]:
+            scores.append(score(head, valid, step))
+            if (best := select(scores, patience=10)) == scores[-1]:
                 kept = {name: value.clone() for name, value in head.state_dict().items()}
     head.load_state_dict(kept)
-    return lambda x_ND: head(x_ND, AUDIO).argmax(1)
+    assert best is not None
+    return head, best
 
 
 @torch.no_grad()
-def score(logits_NC: Tensor, labels_N: Tensor, step: int) -> Score:
+def score(head: SharedHead, side: Side, step: int) -> Score:
+    logits_NC, labels_N = head(side[0], AUDIO), side[1]
     accuracy = float((logits_NC.argmax(1) == labels_N).float().mean())
     return Score(step=step, accuracy=accuracy, loss=float(F.cross_entropy(logits_NC, labels_N)))
 
 
-def trial(store: VectorStore, features_ND: Tensor, others: Mapping[str, Side], *, shots: int, seed: int):
-    """Accuracy of every way on one fold, learnt from ``shots`` clips a class of the other folds."""
+def trial(
+    store: VectorStore, features_ND: Tensor, others: Mapping[str, Side], *, shots: int, seed: int
+) -> list[Outcome]:
+    """Every way on one fold, learnt from ``shots`` clips a class of the other folds."""
     labels_N, fold_N, classes = store.array("labels"), store.array("fold"), store.manifest["classes"]
     assert labels_N is not None
     assert fold_N is not None
-    test = np.flatnonzero(fold_N == 1 + seed % 5)
-    rest = np.flatnonzero(fold_N != 1 + seed % 5)
-    mean_D, std_D = (
-        features_ND[rest].mean(0),
-        features_ND[rest].std(0),
-    )  # of unlabelled clips, of which there are plenty
-    features_ND = (features_ND - mean_D) / std_D
+    test, rest = (np.flatnonzero((fold_N == 1 + seed % 5) == asked) for asked in (True, False))
+    # Standardised by clips whose labels are not looked at, of which there are plenty.
+    features_ND = (features_ND - features_ND[rest].mean(0)) / features_ND[rest].std(0)
     episode = draw_episode(labels_N[rest], shots, seed=seed)
     y_N = torch.from_numpy(np.array(labels_N))
     train, valid = ((features_ND[rest[chosen]], y_N[rest[chosen]]) for chosen in (episode.train, episode.valid))
-    found = {}
+    found = []
     for name, way in WAYS.items():
         if set(way.others) <= set(others):
-            classify = fit(way, train, valid, others, classes=len(classes), seed=seed)
-            found[name] = float((classify(features_ND[test]) == y_N[test]).float().mean())
+            head, best = fit(way, train, valid, others, classes=len(classes), seed=seed)
+            tested = score(head, (features_ND[test], y_N[test]), best.step)
+            found.append(Outcome(
+                control=name, shots=shots, seed=seed, accuracy=tested.accuracy, valid_accuracy=best.accuracy,
+                chosen={"step": best.step},
+            ))  # fmt: skip
     return found
-
-
-def sentence(way: str, gains: np.ndarray, shots: int) -> str:
-    error = gains.std(ddof=1) / len(gains) ** 0.5
-    verdict = "more than noise" if abs(gains.mean()) > 2 * error else "within the noise"
-    return f"{shots} shots, {way}: {gains.mean():+.1%} +- {error:.1%} against audio only, {verdict}"
 
 
 def text_encoder(name: str | None, captions: Source):
@@ -237,31 +239,30 @@ def main() -> None:
             encoder = open_image_encoder(options.image_encoder) if options.image_encoder else RandomFeatures()
             sources = [open_source(spec) if spec else None for spec in (options.photos, options.pictures)]
             others[IMAGE] = images(*sources, store.manifest["classes"], encoder)
-        found = {
-            shots: [trial(store, features_ND, others, shots=shots, seed=seed) for seed in range(options.seeds)]
-            for shots in options.shots
-        }
-    report(found, options.json)
+        outcomes = [
+            outcome
+            for shots, seed in product(options.shots, range(options.seeds))
+            for outcome in trial(store, features_ND, others, shots=shots, seed=seed)
+        ]
+    report(outcomes, options.shots, options.json)
 
 
-def report(found: dict[int, list[dict[str, float]]], file: Path | None) -> None:
-    tables = {shots: {way: [one[way] for one in trials] for way in trials[0]} for shots, trials in found.items()}
-    ways = list(next(iter(tables.values())))
-    print(f"{'accuracy, mean and standard deviation over seeds':40}" + "".join(f"{s:>9} shots" for s in tables))
+def report(outcomes: list[Outcome], every: list[int], file: Path | None) -> None:
+    ways = list(dict.fromkeys(outcome.control for outcome in outcomes))
+    print(f"{'accuracy, mean and standard deviation over seeds':50}" + "".join(f"{s:>8} shots" for s in every))
     for way in ways:
-        cells = [f"{np.mean(table[way]):9.1%} {np.std(table[way], ddof=1):5.1%}" for table in tables.values()]
-        print(f"{way:40}" + "".join(cells))
-    gains = {
-        shots: {way: np.subtract(table[way], table[CONTROL]) for way in ways[1:]} for shots, table in tables.items()
-    }
-    for shots, table in gains.items():
-        for way, gain in table.items():
-            print(sentence(way, gain, shots))
+        cells = [spread(outcomes, way, shots) for shots in every]
+        print(f"{way:50}" + "".join(f"{mean:8.1%} {deviation:5.1%}" for mean, deviation in cells))
+    for way, shots in product(ways[1:], [*every, None]):
+        print(f"{f'{shots} shots' if shots else 'all shots'}: {gain(outcomes, way, CONTROL, shots=shots)}")
+    for own, control in (("+ text", "+ unrelated text"), ("+ text + images", "+ unrelated text + unrelated images")):
+        if own in ways:
+            print(f"all shots: {gain(outcomes, own, control)}")
     if file:
-        write_json(file, {str(shots): table for shots, table in tables.items()})
-    chance, best = 0.1, float(np.mean(list(tables.values())[-1][CONTROL]))
-    print(f"verdict: audio alone with {list(tables)[-1]} shots is right {best:.1%} of the time; a guess {chance:.0%}")
-    sys.exit(best < 2 * chance)
+        write_json(file, [asdict(outcome) for outcome in outcomes])
+    alone = spread(outcomes, CONTROL, every[-1])[0]
+    print(f"verdict: audio alone with {every[-1]} shots a class is right {alone:.1%} of the time (a guess: 10 %)")
+    sys.exit(alone < 0.2)
 
 
 if __name__ == "__main__":

@@ -54,5 +54,10 @@ def test_other_sources_and_some_items(test_set):
     assert few == {"a": pytest.approx(2 / 3)}
 
 
+def test_several_classifiers_at_once(test_set):
+    both = accuracies(lambda x: torch.stack([by_brightness(x), torch.zeros(len(x)).long()]), {"a": test_set}, size=4)
+    assert both["a"].tolist() == [1.0, 0.5]
+
+
 def test_all_corruptions_by_default(test_set):
     assert len(corrupted(test_set)) == 30

@@ -85,12 +85,14 @@ def test_each_classifier_is_the_one_of_the_plain_loop(images, texts, tmp_path, l
 def test_what_is_tried_are_the_selected_weights(images, texts):
     wild = replace(OPTIM, lr=1.0)  # which comes to no rest, so that the last weights are not the best
     test = np.arange(40, 60)
-    (found,) = Bank([member(images, texts)], images, texts, head=HEAD, train=TRAIN, optim=wild).fit(test, patience=10)
+    bank = Bank([member(images, texts)], images, texts, head=HEAD, train=TRAIN, optim=wild)
+    (found,) = bank.fit(test, patience=10)
     assert found.score.step < TRAIN.steps
     again = Bank([member(images, texts)], images, texts, head=HEAD, train=TRAIN, optim=wild)
     again._steps(0, found.score.step)
     logits = again._logits(0, again.weights, test)
     assert np.array_equal(found.right_N, (logits.argmax(1) == torch.from_numpy(images.labels_N[test])).numpy())
+    torch.testing.assert_close(bank.head(0)(images.tensors()[0][test], "image"), logits)
 
 
 def test_with_lambda_zero_texts_change_nothing(images, texts):

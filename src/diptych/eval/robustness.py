@@ -1,6 +1,6 @@
 """Accuracy of a classifier where the test images are not like those it learned from.
 
-Shapes: B images, H and W pixels.
+Shapes: B images, H and W pixels, M classifiers.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +15,7 @@ from diptych.data.labelled import Labelled
 from diptych.data.skips import Skips
 
 Classify = Callable[[Tensor], Tensor]
-"""Pixels uint8 [B 3 H W] to the place [B] of each one's class."""
+"""Pixels uint8 [B 3 H W] to the place [B] of each one's class; or [M B], for M classifiers that share an encoder."""
 
 
 def corrupted(
@@ -32,8 +32,10 @@ def corrupted(
 
 def accuracies(
     classify: Classify, tests: Mapping[str, Labelled], *, size: int, items: np.ndarray | None = None, workers: int = 2
-) -> dict[str, float]:
+) -> dict[str, np.floating | np.ndarray]:
     """Share of images classified rightly in each of ``tests``: further test sources, :func:`corrupted` ones, or both.
+
+    A number for each test, or [M].
 
     Args:
         classify: The classifier; its classes are numbered as those of every test.
@@ -44,10 +46,11 @@ def accuracies(
     """
     found = {}
     for name, test in tests.items():
+        right: np.integer | np.ndarray = np.int64(0)
+        count = 0
         chosen = np.arange(len(test.labels_N)) if items is None else items
-        right = count = 0
         for pixels_B3HW, kept in picture_batches(test.source, chosen, size=size, skips=Skips(), workers=workers):
-            right += int((classify(pixels_B3HW).cpu().numpy() == test.labels_N[kept]).sum())
+            right = right + (classify(pixels_B3HW).cpu().numpy() == test.labels_N[kept]).sum(-1)
             count += len(kept)
         found[name] = right / count
     return found

@@ -6,6 +6,7 @@ that `diptych fit uml-probe` would make of the same settings, as tests/recipes/t
 Shapes: M classifiers, B rows of a batch, N images, T texts, D width of the features, C classes.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -86,7 +87,14 @@ class Bank:
                 if select(scores[number], patience=patience) == score:
                     for name, weight in self.weights.items():
                         kept[name][number] = weight.detach()[number]
+        self.kept = kept
         return [self._try(number, kept, scores[number], test, patience) for number in range(len(self.members))]
+
+    def head(self, number: int) -> SharedHead:
+        """The selected classifier of a member, after :meth:`fit`."""
+        head = copy.deepcopy(self.template)
+        head.load_state_dict({name: value[number].detach() for name, value in {**self.kept, **self.buffers}.items()})
+        return head
 
     def _steps(self, begin: int, end: int) -> None:
         """Updates ``begin`` to ``end``, each on its own rows for each classifier: those that a stream would give."""
