@@ -60,8 +60,8 @@ class DualEncoderConfig:
 def tiny() -> DualEncoderConfig:
     """For pictures of 64 pixels and short captions on one CPU core."""
     return DualEncoderConfig(
-        image_size=64, patch=8, image_width=192, image_depth=6, text_length=32, text_width=192, text_depth=4,
-        vocabulary=4096, width=192,
+        image_size=64, patch=16, image_width=128, image_depth=4, text_length=32, text_width=128, text_depth=3,
+        vocabulary=4096, width=128,
     )  # fmt: skip
 
 
