@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
@@ -228,10 +230,18 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 
 def load_model(folder: Path) -> ITIT:
-    """The network saved by ``ITIT.save_pretrained``; UserError when a file is missing or damaged."""
+    """The network saved by ``ITIT.save_pretrained``."""
+    return load_network(ITIT, folder)
+
+
+Network = TypeVar("Network", bound=PyTorchModelHubMixin)
+
+
+def load_network(kind: type[Network], folder: Path) -> Network:
+    """The network that ``kind.save_pretrained`` wrote; UserError when a file is missing or damaged."""
     try:
         with redirect_stdout(io.StringIO()):  # huggingface_hub prints that it reads a folder
-            return ITIT.from_pretrained(str(folder), local_files_only=True, strict=True)
+            return kind.from_pretrained(str(folder), local_files_only=True, strict=True)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{folder}: the network cannot be read ({reason}): copy or train it again") from error

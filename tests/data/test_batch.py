@@ -52,3 +52,12 @@ def test_items_are_cut_and_moved_together():
     moved = Batch(draws=Draws(0, 0), pairs=items).to("cpu")
     assert torch.equal(moved.pairs.ids_BL, items.ids_BL)
     assert moved.texts is None
+
+
+def test_a_batch_holds_streams_of_any_name():
+    items = Items(labels_B=torch.arange(2))
+    batch = Batch.of(Draws(0, 0), {"audio": items, "texts": items}).to("cpu")
+    assert torch.equal(batch.texts.labels_B, items.labels_B)
+    assert set(batch.streams) == {"audio", "texts"}
+    assert set(batch.more) == {"audio"}
+    assert batch.pairs is None

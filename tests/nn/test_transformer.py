@@ -63,3 +63,10 @@ def test_attention_written_out_for_bf16_equals_the_fused_one(masked):
     expected.sum().backward()
     for one, two in zip(ours, plain, strict=True):
         torch.testing.assert_close(one.grad.float(), two.grad, atol=0.03, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_attention_is_attention_under_a_triangle(dtype):
+    q, k, v = torch.randn(3, 2, 2, 5, 4).to(dtype)
+    triangle = torch.ones(5, 5, dtype=torch.bool).tril()
+    torch.testing.assert_close(attention(q, k, v, causal=True), attention(q, k, v, attend=triangle))

@@ -1,11 +1,12 @@
 """What one training step receives: rows of every stream, and the step's random numbers.
 
 Shapes: B rows of a stream on this process, N image tokens, L text tokens, F width of the frozen text features,
-H and W pixels.
+D width of a cached feature vector, H and W pixels.
 """
 
 import hashlib
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import torch
@@ -57,6 +58,8 @@ class Items:
     valid_BL: Bool[Tensor, "B L"] | None = None
     features_BLF: Float[Tensor, "B L F"] | None = None
     """Cached features of the frozen text encoder; None means: compute them."""
+    vectors_BD: Float[Tensor, "B D"] | None = None
+    """One cached feature vector for each item."""
     labels_B: Int[Tensor, "B"] | None = None
 
     # The same fields for an objective that cannot do without them.
@@ -80,7 +83,7 @@ class Items:
         return next(len(value) for value in self._present().values())
 
     def _present(self) -> dict[str, Tensor]:
-        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        pairs = ((each.name, getattr(self, each.name)) for each in fields(self))
         return {name: value for name, value in pairs if value is not None}
 
     def to(self, device: torch.device | str) -> Self:
@@ -99,7 +102,22 @@ class Batch:
     images: Items | None = None
     texts: Items | None = None
     labelled: Items | None = None
+    more: Mapping[str, Items] = field(default_factory=dict)
+    """Streams of any other name, e.g. one for each modality of UML."""
+
+    @classmethod
+    def of(cls, draws: Draws, streams: Mapping[str, Items]) -> Self:
+        usual = {name: streams[name] for name in _USUAL if name in streams}
+        return cls(draws=draws, more={k: v for k, v in streams.items() if k not in usual}, **usual)
+
+    @property
+    def streams(self) -> dict[str, Items]:
+        """All streams that the batch has, by name."""
+        usual = {name: items for name in _USUAL if (items := getattr(self, name)) is not None}
+        return usual | dict(self.more)
 
     def to(self, device: torch.device | str) -> Self:
-        moved = {name: getattr(self, name) for name in ("pairs", "images", "texts", "labelled")}
-        return replace(self, **{name: items and items.to(device) for name, items in moved.items()})
+        return self.of(self.draws, {name: items.to(device) for name, items in self.streams.items()})
+
+
+_USUAL = ("pairs", "images", "texts", "labelled")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diptych.data.images import UnreadableImage
+from diptych.data.pixels import channels_first
 from diptych.data.skips import Skips
 from diptych.data.sources import Source
 from diptych.data.store import MANIFEST, Store
@@ -87,7 +88,7 @@ def _encode_chunk(
 ) -> dict[str, Any]:
     arrays: dict[str, Any] = {}
     if coders.tokens is not None:
-        pixels, items = _pixels(source, items, coders.image_size, skips, threads)
+        pixels, items = read_pictures(source, items, coders.image_size, skips, threads)
         if len(items):
             arrays["tokens"] = coders.tokens(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()).cpu().numpy()
     if coders.ids is not None:
@@ -103,7 +104,7 @@ def _encode_chunk(
     return arrays
 
 
-def _pixels(
+def read_pictures(
     source: Source, items: np.ndarray, size: int, skips: Skips, threads: ThreadPoolExecutor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures [B H W 3] of the readable items, and those items."""
@@ -122,6 +123,21 @@ def _pixels(
     readable = np.array([picture is not None for picture in pictures], bool)
     kept = [picture for picture in pictures if picture is not None]
     return (np.stack(kept) if kept else np.empty((0, size, size, 3), np.uint8)), items[readable]
+
+
+def picture_batches(
+    source: Source, items: np.ndarray, *, size: int, skips: Skips, workers: int = 2, rows: int = _CHUNK
+) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """The readable pictures of ``items`` as uint8 [B 3 H W], at most ``rows`` at a time, and the items they are.
+
+    The others are recorded in ``skips``, whose tolerance is checked on the way.
+    """
+    with ThreadPoolExecutor(max(1, workers)) as threads:
+        for begin in range(0, len(items), rows):
+            pixels, found = read_pictures(source, items[begin : begin + rows], size, skips, threads)
+            skips.check(len(items))
+            if len(found):
+                yield channels_first(pixels), found
 
 
 class _Writer:

@@ -17,36 +17,66 @@ Chosen = list[tuple[Source, np.ndarray]]
 """Sources and which of their items to use."""
 
 
-def pixel_stream(chosen: Chosen, *, size: int, skips: Skips, flip: bool, seed: int) -> Stream:
-    """All chosen pictures as one stream, resized to ``size``; every other one mirrored if ``flip``.
+class Pictures:
+    """All chosen pictures, counted through, resized to ``size``; kept in memory once read if all fit ``cache_mb``.
 
-    A picture that cannot be read is recorded in ``skips`` and the next one stands in, so that the batch stays a pure
+    A picture that cannot be read is recorded in ``skips`` and the next one stands in, so that a batch stays a pure
     function of its step.
     """
-    lengths = np.array([len(items) for _, items in chosen])
-    ends = np.cumsum(lengths)
-    total = int(ends[-1])
 
-    def read(index: int) -> np.ndarray:
-        for attempt in range(total):
-            place = (index + attempt) % total
-            part = int(np.searchsorted(ends, place, side="right"))
-            source, items = chosen[part]
-            item = int(items[place - (ends[part] - lengths[part])])
+    def __init__(self, chosen: Chosen, *, size: int, skips: Skips, cache_mb: int = 0) -> None:
+        lengths = np.array([len(items) for _, items in chosen])
+        self._chosen, self._size, self._skips = chosen, size, skips
+        self._ends = np.cumsum(lengths)
+        self._starts = self._ends - lengths
+        self.count = int(self._ends[-1])
+        self._kept: np.ndarray | None = None
+        if self.count * size * size * 3 <= cache_mb * 2**20:
+            self._kept = np.empty((self.count, size, size, 3), np.uint8)  # takes memory as it fills
+            self._used = np.full(self.count, -1)
+
+    def take(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels [B H W 3] at ``index``, and the index of each picture that they really show."""
+        # NumPy throughout: torch would start a team of OpenMP threads in each preparing thread, which then spin.
+        together = getattr(self._chosen[0][0], "images", None) if len(self._chosen) == 1 else None
+        if together and self._kept is None:
+            return together(self._chosen[0][1][index], self._size), index
+        if self._kept is None:
+            read = [self._read(int(i)) for i in index]
+            return np.stack([pixels for pixels, _ in read]), np.array([used for _, used in read])
+        for i in index[self._used[index] < 0]:
+            # Two threads may read the same picture: both write the same.
+            self._kept[i], self._used[i] = self._read(int(i))
+        return self._kept[index], self._used[index]
+
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
+        for attempt in range(self.count):
+            place = (index + attempt) % self.count
+            part = int(np.searchsorted(self._ends, place, side="right"))
+            source, items = self._chosen[part]
+            item = int(items[place - self._starts[part]])
             try:
-                return source.image(item, size)
+                return source.image(item, self._size), place
             except UnreadableImage as error:
-                skips.record(source.key(item), error)
-                skips.check(total)
-        raise UserError(f"{chosen[0][0].name}: no picture can be read")
+                self._skips.record(source.key(item), error)
+                self._skips.check(self.count)
+        raise UserError(f"{self._chosen[0][0].name}: no picture can be read")
+
+
+def pixel_stream(chosen: Chosen, *, size: int, skips: Skips, flip: bool, seed: int) -> Stream:
+    """All chosen pictures as one stream, resized to ``size``; every other one mirrored if ``flip``."""
+    pictures = Pictures(chosen, size=size, skips=skips)
 
     def take(index: np.ndarray, epoch: np.ndarray) -> Items:
-        together = getattr(chosen[0][0], "images", None) if len(chosen) == 1 else None
-        pixels = together(chosen[0][1][index], size) if together else np.stack([read(int(i)) for i in index])
-        # NumPy throughout: torch would start a team of OpenMP threads in each preparing thread, which then spin.
+        pixels, _ = pictures.take(index)
         if flip:
             mirrored = choose(np.full(len(index), 2), index, epoch, seed) == 1
             pixels[mirrored] = pixels[mirrored, :, ::-1]
-        return Items(pixels_B3HW=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))))
+        return Items(pixels_B3HW=channels_first(pixels))
 
-    return Stream(size=total, take=take)
+    return Stream(size=pictures.count, take=take)
+
+
+def channels_first(pixels: np.ndarray) -> torch.Tensor:
+    """[B H W 3] to a tensor [B 3 H W]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))

@@ -86,7 +86,7 @@ class Batches:
                 f"a batch of {self.batch_size} rows cannot be shared by {world} processes: change --train.batch-size"
             )
         items = {name: self._rows(name, step, rank, world) for name in self.multiples}
-        return Batch(draws=Draws(self.seed, step, rank, world), **items)
+        return Batch.of(Draws(self.seed, step, rank, world), items)
 
     def _rows(self, name: str, step: int, rank: int, world: int) -> Items:
         stream = self.streams[name]

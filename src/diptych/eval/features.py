@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channels, H W height and width, D width of the featur
 
 import warnings
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -15,6 +15,7 @@ from torch.nn.utils import skip_init
 
 from diptych.errors import UserError
 from diptych.eval.frechet import FeatureStatistics
+from diptych.models.encoders.image import HubImageEncoder, resize
 
 
 @runtime_checkable
@@ -70,7 +71,7 @@ class RandomFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels_BCHW: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        image_BCHW = _resize(pixels_BCHW.to(self.edges.weight), self.SIZE) / 127.5 - 1
+        image_BCHW = resize(pixels_BCHW.to(self.edges.weight), self.SIZE) / 127.5 - 1
         features = [F.adaptive_avg_pool2d(image_BCHW, 4).flatten(1)]
         for _ in range(self.SCALES):
             edges_BCHW = self.edges(image_BCHW)
@@ -83,44 +84,17 @@ class RandomFeatures(nn.Module):
 class HubExtractor(nn.Module):
     """Pooled features of any vision model of `transformers`, from a folder or by hub name.
 
-    A folder never touches the network. The images are resized to the model's square input and normalised here from
-    its `preprocessor_config.json`, because the stock processors need torchvision; they are not cropped again.
+    A folder never touches the network. The images are resized to the model's square input, not cropped again.
     """
-
-    image_mean: Tensor
-    image_std: Tensor
 
     def __init__(self, path_or_name: str | Path) -> None:
         super().__init__()
-        from transformers import AutoModel
-        from transformers.image_processing_base import ImageProcessingMixin
-
         self.name = str(path_or_name)
-        local = Path(path_or_name).is_dir()
-        try:
-            model = AutoModel.from_pretrained(self.name, local_files_only=local)
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(self.name, local_files_only=local)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.name} cannot be loaded as a vision model: {reason}") from error
-        # A model of two towers, such as CLIP: the picture's.
-        self.model = getattr(model, "vision_model", model).requires_grad_(False).eval()
-        self.size = _input_size(settings, self.name)
-        self.scale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
-        normalise = settings.get("do_normalize", True)
-        for name, default in (("image_mean", 0.5), ("image_std", 0.5)):
-            value = settings.get(name, default) if normalise else float(name == "image_std")
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float32).expand(3).reshape(3, 1, 1).clone())
+        self.encoder = HubImageEncoder.from_pretrained(self.name).requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, pixels_BCHW: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        inputs_BCHW = _resize(pixels_BCHW.to(self.image_mean), self.size) * self.scale
-        output = self.model(pixel_values=(inputs_BCHW - self.image_mean) / self.image_std)
-        features = getattr(output, "pooler_output", None)
-        if features is not None:
-            return features.flatten(1)
-        hidden = output.last_hidden_state  # [B, N, D], or [B, D, H, W] of a convolutional network
-        return hidden.mean((2, 3)) if hidden.ndim == 4 else hidden.mean(1)
+        return self.encoder(pixels_BCHW)
 
 
 class TorchScriptExtractor(nn.Module):
@@ -152,21 +126,3 @@ class TorchScriptExtractor(nn.Module):
         if not isinstance(features, Tensor) or features.flatten(1).ndim != 2 or len(features) != len(pixels_BCHW):
             raise UserError(f"{self.name} does not give one row of features per image: it is no feature extractor.")
         return features.flatten(1).float()
-
-
-def _resize(pixels_BCHW: Float[Tensor, "B 3 H W"], size: int) -> Float[Tensor, "B 3 S S"]:
-    if pixels_BCHW.shape[-2:] == (size, size):
-        return pixels_BCHW
-    # Without the filter (antialias) a reduction makes patterns of its own, and moves the distance.
-    return F.interpolate(pixels_BCHW, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-
-
-def _input_size(settings: dict[str, Any], name: str) -> int:
-    """The side of the model's square input: the crop's when it crops, else the size it resizes to."""
-    size = settings.get("crop_size") if settings.get("do_center_crop") else None
-    size = size or settings.get("size")
-    if isinstance(size, dict):
-        size = size.get("height") or size.get("shortest_edge")
-    if not isinstance(size, int):
-        raise UserError(f'{name}/preprocessor_config.json names no input size: add "size": {{"height": 224}}.')
-    return size

@@ -39,16 +39,26 @@ class LayerCache:
 
 
 def attention(
-    q_BHSE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, *, attend: Tensor | None = None, dropout: float = 0.0
+    q_BHSE: Tensor,
+    k_BHTE: Tensor,
+    v_BHTE: Tensor,
+    *,
+    attend: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(q k' / sqrt(E)) v. ``attend`` is True where a position may look.
+    """softmax(q k' / sqrt(E)) v. ``attend`` is True where a position may look; or ``causal``: not after itself.
 
     In bf16 on a CPU the products are written out: torch's fused kernel has a slow backward pass there; in all it takes
     1.6 (170 positions) to 5 times (20 positions) as long, as `benchmarks/attention_cpu.py` shows.
     """
     if q_BHSE.device.type != "cpu" or q_BHSE.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q_BHSE, k_BHTE, v_BHTE, attn_mask=attend, dropout_p=dropout)
+        return F.scaled_dot_product_attention(
+            q_BHSE, k_BHTE, v_BHTE, attn_mask=attend, dropout_p=dropout, is_causal=causal
+        )
     scores_BHST = (q_BHSE * q_BHSE.shape[-1] ** -0.5) @ k_BHTE.transpose(-1, -2)
+    if causal:
+        attend = torch.ones(scores_BHST.shape[-2:], dtype=torch.bool).tril()
     if attend is not None:
         scores_BHST = scores_BHST.masked_fill(~attend, -torch.inf)
     weights_BHST = scores_BHST.softmax(-1, dtype=torch.float32).to(q_BHSE.dtype)

@@ -22,7 +22,8 @@ class Objective(Protocol):
 
     ``streams`` says how many rows of each stream it wants for every row of the configured batch size,
     e.g. ``{"pairs": 2, "texts": 1}``. Every loss is a mean over rows, so that it is the same for any split of the
-    rows over processes or micro-batches.
+    rows over processes or micro-batches. An objective that compares rows with one another says so by an attribute
+    ``couples_rows = True``: it gathers them over processes itself, and is never given micro-batches.
     """
 
     streams: dict[str, int]

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from diptych.recipes import itit_recipes as itit
+from diptych.recipes import ito_recipes as ito
 from diptych.recipes import stage_recipes as stages
+from diptych.recipes import uml_recipes as uml
+from diptych.recipes import uml_ssl_recipes as uml_ssl
 
 
 class Run(Protocol):
@@ -19,6 +22,26 @@ RECIPES: dict[str, Callable[[], Run]] = {
     "itit-base": itit.itit_base,
     "itit-large": itit.itit_large,
     "itit-huge": itit.itit_huge,
+    "ito-tiny": ito.ito_tiny,
+    "ito-small": ito.ito_small,
+    "ito-base": ito.ito_base,
+    "ito-large": ito.ito_large,
+    "clip-tiny": ito.clip_tiny,
+    "clip-small": ito.clip_small,
+    "clip-base": ito.clip_base,
+    "clip-large": ito.clip_large,
+    "clip-aug-tiny": ito.clip_aug_tiny,
+    "clip-aug-small": ito.clip_aug_small,
+    "clip-aug-base": ito.clip_aug_base,
+    "siglip-tiny": ito.siglip_tiny,
+    "siglip-small": ito.siglip_small,
+    "siglip-base": ito.siglip_base,
+    "slip-tiny": ito.slip_tiny,
+    "slip-small": ito.slip_small,
+    "slip-base": ito.slip_base,
+    "uml-probe": uml.uml_probe,
+    "uml-finetune": uml.uml_finetune,
+    "uml-ssl": uml_ssl.uml_ssl,
     "vqgan-tiny": stages.vqgan_tiny,
     "vqgan-small": stages.vqgan_small,
     "vqgan-paper": stages.vqgan_paper,

@@ -1,6 +1,7 @@
 """The run folder: what a run was told, and what is kept of it."""
 
 import json
+import shutil
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -36,18 +37,28 @@ def read_config(run: Path) -> dict[str, Any]:
         raise UserError(f"{run}/config.json: not readable ({error}): copy it again") from error
 
 
-Kind = Literal["itit", "dual", "classifier", "tokenizer", "text encoder"]
+Kind = Literal["itit", "dual", "classifier", "feature encoder", "tokenizer", "text encoder"]
 _KINDS: dict[str, Kind] = {"vqgan": "tokenizer", "text": "text encoder", "itit": "itit", "uml": "classifier"}
 _KINDS |= dict.fromkeys(("clip", "siglip", "slip", "ito"), "dual")
+_KINDS["uml-ssl"] = "feature encoder"
 
 
 def kind_of(run: Path) -> Kind:
     """What a run folder holds, by the family its recipe belongs to. Raises UserError when it is no run folder."""
     recipe = str(read_config(run).get("recipe"))
-    kind = _KINDS.get(recipe.split("-")[0])
+    kind = _KINDS.get(recipe) or _KINDS.get(recipe.split("-")[0])
     if kind is None:
         raise UserError(f"{run}: made by the unknown recipe {recipe!r}: use the version of Diptych that made it")
     return kind
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Whatever ``model.save_pretrained`` writes. The folder appears whole and takes the place of an older one."""
+    fresh = folder.with_name(f".{folder.name}.fresh")
+    model.save_pretrained(fresh)
+    if folder.exists():
+        shutil.rmtree(folder)
+    fresh.rename(folder)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,7 +1,6 @@
 """Training ITIT: the stages of a run, from the sources to a folder that captions and draws."""
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +21,7 @@ from diptych.nn.inference import pick_device
 from diptych.objectives.itit import ItitObjective, ItitObjectiveConfig
 from diptych.pipeline import Diptych, coders
 from diptych.recipes.data import DataConfig, Part, Parts, encode_part, open_parts
-from diptych.recipes.folders import part_of, read_config, write_config
+from diptych.recipes.folders import part_of, read_config, save_model, write_config
 from diptych.recipes.samples import Samples
 from diptych.recipes.text_encoder import TextEncoderStage
 from diptych.recipes.tokenizer import TokenizerStage
@@ -205,27 +204,12 @@ class Prepared:
     encoded: Parts
 
 
-def save_model(model: ITIT, folder: Path) -> None:
-    """``ITIT.from_pretrained`` reads it. The folder appears whole."""
-    fresh = folder.with_name(f".{folder.name}.fresh")
-    model.save_pretrained(fresh)
-    _replace(fresh, folder)
-
-
-def _replace(fresh: Path, folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    fresh.rename(folder)
-
-
 def _once(folder: Path, make: Callable[[], Any], load: Callable[[Path], Any]) -> Any:
     """What ``folder`` holds; if it does not exist yet, make and save it. Every process reads the same files."""
     if not folder.is_dir():
         made = make()
         if PartialState().is_main_process:
-            fresh = folder.with_name(f".{folder.name}.fresh")
-            made.save_pretrained(fresh)
-            _replace(fresh, folder)
+            save_model(made, folder)
         PartialState().wait_for_everyone()
     loaded = load(folder)
     assert isinstance(loaded, nn.Module)

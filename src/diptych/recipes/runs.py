@@ -18,6 +18,7 @@ from diptych.models.text_encoder import TextEncoder
 from diptych.nn.inference import Device, pick_device
 from diptych.pipeline import Diptych, coders
 from diptych.recipes.folders import read_config, write_json
+from diptych.report.console import print_metrics
 from diptych.report.files import write_bytes
 from diptych.report.sheet import Cell, comparison, save_png
 
@@ -40,18 +41,9 @@ def evaluate_run(
     run: Path, source: Source, config: EvaluateConfig, *, features: str | None, out: Path, device: Device
 ) -> None:
     """Score a run; print a table, write ``metrics.json``, ``captions.jsonl`` and ``sheet.png`` into ``out``."""
-    from rich.console import Console
-    from rich.table import Table
-
     diptych = Diptych.from_pretrained(run, device=device)
     found = score(diptych, source, config, extractor=_extractor(features))
-    table = Table("metric", "value", title=f"{run} on {source.name}")
-    for name, value in found.metrics.items():
-        table.add_row(name, f"{value:.4g}")
-    console = Console()
-    console.print(table)
-    for note in found.notes:
-        console.print(f"Note: {note}", highlight=False)
+    print_metrics(found.metrics, title=f"{run} on {source.name}", notes=found.notes)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", {**found.metrics, "source": source.name, "notes": found.notes})
     if found.captions:
@@ -61,7 +53,7 @@ def evaluate_run(
         )
         write_bytes(out / "captions.jsonl", ("\n".join(lines) + "\n").encode())
     save_png(out / "sheet.png", sheet(found))
-    console.print(f"written to {out}", highlight=False)
+    print(f"written to {out}")
 
 
 def evaluate_tokenizer_run(

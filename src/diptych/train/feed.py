@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -44,7 +44,7 @@ def feed(
 
 def count_rows(batch: Batch) -> int:
     """Rows of all streams together."""
-    return sum(len(items) for items in _streams(batch).values())
+    return sum(len(items) for items in batch.streams.values())
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -58,7 +58,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     """
     if parts == 1:
         return [batch]
-    streams = _streams(batch)
+    streams = batch.streams
     for name, items in streams.items():
         if len(items) % parts:
             raise UserError(
@@ -67,10 +67,9 @@ def split(batch: Batch, parts: int) -> list[Batch]:
             )
     draws = batch.draws
     return [
-        replace(
-            batch,
-            draws=replace(draws, rank=draws.rank * parts + part, world=draws.world * parts),
-            **{name: _part(items, part, parts) for name, items in streams.items()},
+        Batch.of(
+            replace(draws, rank=draws.rank * parts + part, world=draws.world * parts),
+            {name: _part(items, part, parts) for name, items in streams.items()},
         )
         for part in range(parts)
     ]
@@ -79,8 +78,3 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 def _part(items: Items, part: int, parts: int) -> Items:
     rows = len(items) // parts
     return items[part * rows : (part + 1) * rows]
-
-
-def _streams(batch: Batch) -> dict[str, Items]:
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: value for name, value in values.items() if isinstance(value, Items)}

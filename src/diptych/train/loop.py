@@ -84,6 +84,11 @@ def train(
             f"train.batch_size is {train.batch_size}; it must be a multiple of the number of processes "
             f"({devices.world}) times train.accumulate ({train.accumulate})."
         )
+    if train.accumulate > 1 and getattr(objective, "couples_rows", False):
+        raise UserError(
+            f"train.accumulate is {train.accumulate}, but this objective compares all rows of a batch; "
+            "set objective.chunk instead, which saves memory and leaves the gradient as it is."
+        )
     with ExitStack() as stack:
         run = _Run(objective, out=out, train=train, optim=optim, hooks=hooks, devices=devices, identity=identity or {})
         return run.go(batches, title, stack)

@@ -1,0 +1,129 @@
+"""Supervised UML, few shots: all five controls for each number of labelled images, from raw images to the table.
+
+    python benchmarks/uml_fewshot.py --data photos/ --texts descriptions.json --encoder E --text-encoder T --json FILE
+    python benchmarks/uml_fewshot.py --data caltech101.tar --meta meta.json --encoder E --text-encoder T --json FILE
+
+`--encoder` and `--text-encoder` take folders or hub names of transformers and runs of Diptych. `--meta` brings class
+names, splits, few-shot indices and descriptions of a published split; without it, classes are those of `--data`, a
+share of whose images is the test set, and few-shot images are drawn. Settings are chosen on validation images only.
+Writes a figure beside FILE. Fails when a control is missing or a number is not finite; a null result is no failure.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from diptych.data.class_texts import Shots, texts_of
+from diptych.data.images import SUFFIXES
+from diptych.data.labelled import Episode, Labelled, draw_episode, given_episodes, hold_out
+from diptych.data.skips import Skips
+from diptych.data.sources import open_source
+from diptych.eval.controls import CONTROLS, gain
+from diptych.models.encoders import open_image_encoder, open_text_encoder
+from diptych.recipes.fewshot import FewShotConfig, few_shot
+from diptych.recipes.fewshot_report import accuracy_figure, as_json, show
+from diptych.recipes.uml_sides import frozen_side, text_side
+
+TEMPLATES = ("a photo of a {}.",)
+
+
+@dataclass(kw_only=True)
+class Options:
+    data: str
+    """Labelled images: any source."""
+    encoder: str
+    """Image encoder."""
+    text_encoder: str
+    """Text encoder."""
+    json: Path
+    """File for all numbers; the figure lies beside it."""
+    meta: Path | None = None
+    """Class names, splits, few-shot indices and descriptions."""
+    texts: str | None = None
+    """Texts about the classes: JSON or folder. Not given: the descriptions of `meta`, else a template."""
+    templates: bool = False
+    """Use a template for the texts, whatever descriptions there are."""
+    test_share: float = 0.3
+    """Without `meta`: share of each class that is the test set."""
+    cache: Path = Path("runs/features")
+    """Folder for the features of the encoders."""
+    grid: FewShotConfig = field(default_factory=FewShotConfig)
+    """What is trained and chosen from."""
+
+
+@dataclass
+class Task:
+    labelled: Labelled
+    episodes: dict[tuple[int, int], Episode]
+    test: np.ndarray
+    texts: list[list[str]]
+
+
+def published(options: Options) -> Task:
+    assert options.meta is not None
+    meta = json.loads(options.meta.read_text())
+    source = open_source(options.data)
+    keys = [source.key(item) for item in range(len(source))]
+    told = {stem(file): (label, split) for file, label, split in meta["items"]}
+    items = [told[stem(key)] for key in keys]
+    labels_N = np.array([label for label, _ in items], np.int64)
+    labelled = Labelled(source=source, classes=tuple(meta["classnames"]), labels_N=labels_N)
+    texts = [[text for text in meta["descriptions"][name] if text.strip()] for name in meta["classnames"]]
+    if options.templates or options.texts:
+        texts = texts_of(options.texts, labelled.classes, templates=TEMPLATES)
+    test = np.flatnonzero([split == "test" for _, split in items])
+    return Task(labelled, given_episodes(meta, keys), test, texts)
+
+
+def stem(file: str) -> str:
+    """Sources of tars name their items without a suffix, those of folders with it."""
+    return str(Path(file).with_suffix("")) if Path(file).suffix.lower() in SUFFIXES else file
+
+
+def drawn(options: Options) -> Task:
+    labelled = Labelled.of(open_source(options.data))
+    parts = hold_out(labelled.labels_N, options.test_share, seed=0)
+    labels_N = labelled.labels_N[parts.train]
+    grid, episodes = options.grid, {}
+    for shots in grid.shots:
+        for seed in grid.seeds:
+            found = draw_episode(labels_N, shots, seed=seed)
+            episodes[shots, seed] = Episode(train=parts.train[found.train], valid=parts.train[found.valid])
+    return Task(labelled, episodes, parts.valid, texts_of(options.texts, labelled.classes, templates=TEMPLATES))
+
+
+def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+    began = time.process_time()
+    task = published(options) if options.meta else drawn(options)
+    grid, every = options.grid, np.arange(len(task.labelled.labels_N))
+    if options.encoder == options.text_encoder:  # two towers of one model: their spaces are one
+        grid = replace(grid, head=replace(grid.head, projection="identity"))
+    encoder = open_image_encoder(options.encoder)
+    skips = Skips(max_skipped_share=0.0)  # positions of images are their names here
+    images = frozen_side(encoder, task.labelled, every, cache=options.cache, skips=skips, workers=2)
+    shots: Shots = "mean" if grid.text_shots == "mean" else "all"
+    texts = text_side(open_text_encoder(options.text_encoder), task.texts, shots=shots, cache=options.cache, seed=0)
+    encoded = time.process_time() - began
+    print(f"{len(every):,} images and {len(texts.labels_N):,} texts encoded: {encoded:.0f} s of CPU", flush=True)
+    outcomes = few_shot(images, texts, task.episodes, task.test, grid, say=lambda line: print(line, flush=True))
+    title = f"{len(task.labelled.classes)} classes"
+    show(outcomes, title=title)
+    seconds = time.process_time() - began
+    found = as_json(outcomes) | {"options": asdict(replace(options, grid=grid)), "cpu_seconds": seconds}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    options.json.with_suffix(".svg").write_bytes(accuracy_figure(outcomes, title=title))
+    whole = {each.control for each in outcomes} == set(CONTROLS) and all(math.isfinite(o.accuracy) for o in outcomes)
+    print(f"verdict: {gain(outcomes, 'UML', 'image only')} ({seconds:.0f} s of CPU)" if whole else "verdict: not whole")
+    sys.exit(not whole)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

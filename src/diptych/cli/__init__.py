@@ -1,0 +1,58 @@
+"""The command line. One function per command; heavy imports inside, so that --help answers at once."""
+
+import os
+import sys
+from typing import Any
+
+import tyro
+
+from diptych.cli.generation import caption, cycle, imagine
+from diptych.cli.scores import evaluate
+from diptych.cli.searching import classify, embed, search
+from diptych.cli.training import demo, encode, fit, fit_for_help, recipes
+from diptych.errors import UserError
+from diptych.train.interrupt import Interrupted
+
+COMMANDS = {
+    "demo": demo,
+    "recipes": recipes,
+    "encode": encode,
+    "caption": caption,
+    "imagine": imagine,
+    "cycle": cycle,
+    "embed": embed,
+    "search": search,
+    "classify": classify,
+    "evaluate": evaluate,
+}
+
+
+def main() -> None:
+    """Entry point. Mistakes of the user end in one line and status 2."""
+    arguments = sys.argv[1:]
+    # Read by the libraries when they are imported: loading three small files needs no progress bars.
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
+    try:
+        if arguments[:1] == ["fit"]:
+            fit(arguments[1:])
+        else:
+            subcommands: dict[str, Any] = {**COMMANDS, "fit": fit_for_help}
+            tyro.extras.subcommand_cli_from_dict(
+                subcommands, prog="diptych", description=_ABOUT, args=arguments or ["--help"], sort_subcommands=False
+            )
+    except UserError as error:
+        print(f"diptych: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stopped:
+        print(f"diptych: {stopped}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(141)
+
+
+_ABOUT = (
+    "Teach a model to caption, draw, classify and search from few captioned images, many bare images and loose texts."
+)

@@ -1,0 +1,145 @@
+"""Vectors of many items on disk, memory-mapped: embeddings to search, features to learn from.
+
+    vectors.npy     [items, width] or [items, length, width], float32 or float16
+    NAME.npy        [items, ...]: further arrays, e.g. `labels`, `lengths`
+    keys.txt        a name for each item
+    manifest.json   what the maker wants to be remembered, e.g. the digest of the model
+
+The arrays are ordinary NumPy files; `numpy.load` reads them too.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from diptych.errors import UserError
+
+MANIFEST = "manifest.json"
+_ENCODING: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
+
+
+@dataclass(frozen=True, slots=True)
+class VectorStore:
+    """A folder of vectors."""
+
+    folder: Path
+    keys: list[str]
+    manifest: dict[str, Any]
+    _arrays: dict[str, np.ndarray]
+
+    @classmethod
+    def open(cls, folder: Path) -> "VectorStore":
+        """Maps the arrays and reads none of them. Raises UserError for a folder that holds none, or not all of it."""
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            keys = (folder / "keys.txt").read_text(**_ENCODING).split("\n")[:-1]
+            arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
+            if "vectors" not in arrays:
+                raise ValueError("it has no vectors.npy")
+            for name, array in arrays.items():
+                if len(array) != len(keys):
+                    raise ValueError(f"{name}.npy has {len(array)} rows for {len(keys)} keys")
+        except (OSError, EOFError, ValueError, TypeError) as error:  # JSON's and Unicode's errors are ValueErrors
+            raise UserError(f"{folder}: not a complete store of vectors ({error}): make it again") from error
+        return cls(folder, keys, manifest, arrays)
+
+    @staticmethod
+    def is_one(folder: str | Path) -> bool:
+        return (Path(folder) / MANIFEST).is_file() and (Path(folder) / "vectors.npy").is_file()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def vectors(self) -> np.ndarray:
+        return self._arrays["vectors"]
+
+    def array(self, name: str) -> np.ndarray | None:
+        """A further array, or None if the store has none of that name."""
+        return self._arrays.get(name)
+
+
+def write_vectors(
+    folder: Path,
+    batches: Iterable[np.ndarray | Mapping[str, np.ndarray]],
+    *,
+    keys: Iterable[str],
+    manifest: Mapping[str, Any],
+) -> VectorStore:
+    """Write a store batch by batch; the folder appears when it is complete. An earlier store there is replaced.
+
+    Args:
+        folder: Where to. Raises UserError when it holds anything but a store.
+        batches: Arrays [B, ...] of vectors, or several arrays by name with ``vectors`` among them.
+        keys: A name for each item. Like ``manifest`` it is read after the last batch, so that a generator of batches
+            may still fill both.
+        manifest: Anything that JSON can hold.
+    """
+    check_free(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_arrays(partial, batches)
+        (partial / "keys.txt").write_text("".join(f"{' '.join(key.splitlines())}\n" for key in keys), **_ENCODING)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        VectorStore.open(partial)  # before anything is replaced
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return VectorStore.open(folder)
+
+
+def check_free(folder: Path) -> None:
+    """Raises UserError when ``folder`` holds anything but a store: for a check before hours of work."""
+    if folder.exists() and not VectorStore.is_one(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already and holds no vectors: choose another folder")
+
+
+def _write_arrays(folder: Path, batches: Iterable[np.ndarray | Mapping[str, np.ndarray]]) -> None:
+    writers: dict[str, _Appending] = {}
+    try:
+        for batch in batches:
+            arrays = batch if isinstance(batch, Mapping) else {"vectors": batch}
+            for name, array in arrays.items():
+                if name not in writers:
+                    writers[name] = _Appending((folder / f"{name}.npy").open("wb"), array)
+                writers[name].append(array)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    if not writers:
+        raise UserError(f"{folder.name.removeprefix('.').removesuffix('.partial')}: nothing to write")
+
+
+class _Appending:
+    """A NumPy file whose number of rows is only known at its end. NumPy pads headers so that this number may grow."""
+
+    def __init__(self, file: BinaryIO, like: np.ndarray) -> None:
+        self.file, self.dtype, self.row, self.rows = file, like.dtype, like.shape[1:], 0
+        file.write(self._header())
+
+    def append(self, array: np.ndarray) -> None:
+        assert (array.dtype, array.shape[1:]) == (self.dtype, self.row), (array.dtype, array.shape, self.row)
+        self.file.write(np.ascontiguousarray(array).data)
+        self.rows += len(array)
+
+    def close(self) -> None:
+        self.file.seek(0)
+        self.file.write(self._header())
+        self.file.close()
+
+    def _header(self) -> bytes:
+        header = BytesIO()
+        shape = (self.rows, *self.row)
+        description = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, description)
+        return header.getvalue()

@@ -1,0 +1,108 @@
+"""How much of the classes a linear classifier reads from frozen features.
+
+Shapes: N items, M test items, V validation items, D width, C classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diptych.data.batch import derive_seed
+from diptych.errors import UserError
+
+L2_GRID = tuple(10.0**-power for power in range(7))
+"""Strong to weak: each fit begins where the one before it ended."""
+_VALIDATION = 0.2
+_ITERATIONS = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """A linear classifier of standardised features."""
+
+    mean_D: Float[Tensor, "D"]
+    std_D: Float[Tensor, "D"]
+    weight_DC: Float[Tensor, "D C"]
+    bias_C: Float[Tensor, "C"]
+
+    def __call__(self, features_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
+        """Logits."""
+        return (features_ND - self.mean_D) / self.std_D @ self.weight_DC + self.bias_C
+
+    def accuracy(self, features_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"]) -> float:
+        return (self(features_ND).argmax(1) == labels_N).float().mean().item()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What a probe found."""
+
+    accuracy: float
+    """Of the test items."""
+    validation_accuracy: float
+    l2: float
+    """The one with the best validation accuracy."""
+
+
+def linear_probe(
+    train_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"],
+    test_MD: Float[Tensor, "M D"], labels_M: Int[Tensor, "M"], *,
+    validation: tuple[Tensor, Tensor] | None = None, grid: Sequence[float] = L2_GRID, seed: int = 0,
+) -> Probe:  # fmt: skip
+    """Multinomial logistic regression with the l2 of ``grid`` that does best on validation items.
+
+    These are ``validation``, features [V D] and labels [V], or else a fifth of the training items drawn by ``seed``;
+    either way the classifier that is scored is fitted to training and validation items together. The test items choose
+    nothing. Raises UserError where there is too little to choose with.
+    """
+    if validation is None:
+        if len(train_ND) < 2:
+            raise UserError(f"a linear probe needs two training items or more, not {len(train_ND)}")
+        order_N = torch.randperm(len(train_ND), generator=torch.Generator().manual_seed(derive_seed(seed, "probe")))
+        held, kept = order_N.to(labels_N.device).split(
+            [n := max(1, round(_VALIDATION * len(order_N))), len(order_N) - n]
+        )
+        validation, (train_ND, labels_N) = (train_ND[held], labels_N[held]), (train_ND[kept], labels_N[kept])
+    classes = 1 + int(torch.cat([labels_N, labels_M, validation[1]]).max())
+    accuracy: dict[float, float] = {}
+    found: Linear | None = None
+    for l2 in grid:
+        found = fit_linear(train_ND, labels_N, classes=classes, l2=l2, start=found)
+        accuracy[l2] = found.accuracy(*validation)
+    best = max(accuracy, key=accuracy.__getitem__)  # of equals the first, which is the strongest l2
+    both = torch.cat([train_ND, validation[0]]), torch.cat([labels_N, validation[1]])
+    final = fit_linear(*both, classes=classes, l2=best)
+    return Probe(accuracy=final.accuracy(test_MD, labels_M), validation_accuracy=accuracy[best], l2=best)
+
+
+def fit_linear(
+    features_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"], *,
+    classes: int, l2: float, start: Linear | None = None,
+) -> Linear:  # fmt: skip
+    """min mean cross-entropy + l2/2 ||W||^2, by L-BFGS. The problem is convex: ``start`` saves time, no more.
+
+    Features are standardised by their own mean and deviation, so that ``l2`` means the same for any encoder.
+    """
+    mean_D, std_D = features_ND.mean(0), features_ND.std(0, correction=0).clamp_min(1e-6)
+    normal_ND = (features_ND - mean_D) / std_D
+    weight_DC = start.weight_DC.clone() if start else features_ND.new_zeros(features_ND.shape[1], classes)
+    bias_C = start.bias_C.clone() if start else features_ND.new_zeros(classes)
+    parameters = [weight_DC.requires_grad_(), bias_C.requires_grad_()]
+    optimiser = torch.optim.LBFGS(
+        parameters, max_iter=_ITERATIONS, history_size=20, tolerance_grad=1e-6, tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = F.cross_entropy(normal_ND @ weight_DC + bias_C, labels_N) + l2 / 2 * weight_DC.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimiser.step(closure)
+    return Linear(mean_D=mean_D, std_D=std_D, weight_DC=weight_DC.detach(), bias_C=bias_C.detach())

@@ -1,0 +1,218 @@
+"""Image encoders: any vision model of `transformers`, Diptych's own, or a small one to be trained from scratch.
+
+Shapes: B rows, H and W pixels, N tokens, D width of the features.
+"""
+
+import io
+import json
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, runtime_checkable
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, CLIPVisionModelWithProjection, PreTrainedModel, ViTConfig, ViTModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from diptych.errors import UserError
+from diptych.models.encoders.hub import (
+    is_itit,
+    is_projected,
+    load,
+    load_config,
+    load_weights,
+    resolve,
+    tower_of,
+    width_of,
+)
+from diptych.models.image_tokenizer import ImageTokenizer
+from diptych.models.itit import ITIT
+
+Pooling = Literal["auto", "cls", "mean"]
+_POOLING = "diptych_pooling"
+_WHAT = "a vision model"
+
+
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """An ``nn.Module`` from pixels [B 3 S S] to features; differentiable in its weights.
+
+    Pixels are bytes, or floats from 0 to 255.
+    """
+
+    width: int
+    image_size: int
+    """S: the side that pictures are best decoded at. Others are resized."""
+    preprocessing: dict[str, Any]
+    """What besides the weights decides the features; part of the key of cached ones."""
+
+    def __call__(self, pixels_B3HW: Tensor) -> Tensor: ...
+
+    def tokens(self, pixels_B3HW: Tensor) -> Tensor:
+        """[B N D]: of every patch or position."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """A folder that :func:`open_image_encoder` reads, and the library that the network comes from."""
+
+
+class HubImageEncoder(nn.Module):
+    """A vision model of `transformers` with the resizing and normalisation of its `preprocessor_config.json`.
+
+    Pooling "auto" is the model's own (CLIP's shared embedding, DINOv2's and ViT's pooler, the mean of a convolutional
+    network); the CLS token where its weights came without the pooler, which would then be random.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(self, network: PreTrainedModel, *, settings: dict[str, Any], pooling: Pooling, has_pooler: bool):
+        super().__init__()
+        self.network, self.settings = network, settings
+        self.width = width_of(network.config, "image")
+        self.image_size = _input_size(settings, network.name_or_path)
+        self.pooling: Pooling = "cls" if pooling == "auto" and not has_pooler else pooling
+        self.scale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
+        normalise = settings.get("do_normalize", True)
+        for name, default in (("image_mean", 0.5), ("image_std", 0.5)):
+            value = settings.get(name, default) if normalise else float(name == "image_std")
+            vector = torch.tensor(value, dtype=torch.float32).expand(3).reshape(3, 1, 1).clone()
+            self.register_buffer(name, vector, persistent=False)
+        self.preprocessing = {
+            "size": self.image_size, "scale": self.scale, "mean": self.image_mean.flatten().tolist(),
+            "std": self.image_std.flatten().tolist(), "pooling": self.pooling,
+        }  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, pooling: Pooling = "auto") -> Self:
+        """From a folder (nothing touches the network) or a hub name. Raises UserError."""
+        config = load_config(name, _WHAT)
+        projected = is_projected(config)
+        kind = CLIPVisionModelWithProjection if projected else AutoModel
+        tower = tower_of(config, kind, "vision_config") if projected else None
+        network, has_pooler = load_weights(name, _WHAT, kind, tower=tower)
+        settings, _ = load(name, _WHAT, ImageProcessingMixin.get_image_processor_dict)
+        if pooling == "auto":
+            pooling = settings.get(_POOLING, "auto")
+        # Of another model with two towers, such as SigLIP, the picture's.
+        network = network if projected else getattr(network, "vision_model", network)
+        return cls(network, settings=settings, pooling=pooling, has_pooler=has_pooler).eval()
+
+    def forward(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        output = self._run(pixels_B3HW)
+        if self.pooling == "auto":
+            pooled = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
+            if pooled is not None:
+                return pooled.flatten(1)
+        tokens_BND = _as_tokens(output.last_hidden_state)
+        return tokens_BND[:, 0] if self.pooling == "cls" else tokens_BND.mean(1)
+
+    def tokens(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        return _as_tokens(self._run(pixels_B3HW).last_hidden_state)
+
+    def _run(self, pixels_B3HW: Tensor) -> Any:
+        inputs_B3SS = resize(pixels_B3HW.to(self.image_mean), self.image_size) * self.scale
+        return self.network(pixel_values=(inputs_B3SS - self.image_mean) / self.image_std)
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.network.save_pretrained(folder)
+        settings = self.settings | {_POOLING: self.pooling}
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+class ItitImageEncoder(nn.Module):
+    """An ITIT run's encoder: the mean of its output over the image tokens, without any text."""
+
+    def __init__(self, tokenizer: ImageTokenizer, network: ITIT) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer.requires_grad_(False)
+        self.network = network
+        self.width, self.image_size = network.config.width, tokenizer.size
+        self.preprocessing: dict[str, Any] = {"size": tokenizer.size, "pooling": "mean"}
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> Self:
+        """From a run folder, or any with `tokenizer` and `model` in it."""
+        with redirect_stdout(io.StringIO()):  # huggingface_hub prints that it reads a folder
+            network = load(str(Path(folder) / "model"), "an ITIT network", ITIT.from_pretrained, strict=True)
+        return cls(ImageTokenizer.from_pretrained(Path(folder) / "tokenizer"), network).eval()
+
+    def forward(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        return self.tokens(pixels_B3HW).mean(1)
+
+    def tokens(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        pixels = resize(pixels_B3HW.to(self.tokenizer.codebook.device).float(), self.image_size).round()
+        tokens_BN = self.tokenizer.encode(pixels.to(torch.uint8))
+        return self.network.encode(self.network.embed_image(tokens_BN)).image_BKD
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.network.save_pretrained(folder / "model")
+
+
+@dataclass(kw_only=True, slots=True)
+class ScratchConfig:
+    """A small ViT (Dosovitskiy et al., 2021) to be trained from scratch: 2.7M parameters."""
+
+    image_size: int = 64
+    """Side of the pictures."""
+    patch: int = 8
+    """Side of a patch."""
+    width: int = 192
+    """Features per patch."""
+    depth: int = 6
+    """Blocks."""
+    heads: int = 3
+    """Attention heads."""
+    dropout: float = 0.0
+    """Dropout inside the blocks."""
+
+
+def scratch_encoder(config: ScratchConfig, *, seed: int) -> HubImageEncoder:
+    """A new encoder whose weights follow from ``seed`` alone; its features are the mean over patches."""
+    if config.image_size % config.patch or config.width % config.heads:
+        raise UserError(f"a ViT cannot have these sizes: patch must divide image_size, heads the width ({config})")
+    vit = ViTConfig(
+        hidden_size=config.width, num_hidden_layers=config.depth, num_attention_heads=config.heads,
+        intermediate_size=4 * config.width, image_size=config.image_size, patch_size=config.patch,
+        hidden_dropout_prob=config.dropout,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ViTModel(vit, add_pooling_layer=False)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": config.image_size}}
+    settings["size"]["width"] = config.image_size  # type: ignore[index]
+    return HubImageEncoder(network, settings=settings, pooling="mean", has_pooler=False).eval()
+
+
+def open_image_encoder(name: str | Path, *, pooling: Pooling = "auto") -> HubImageEncoder | ItitImageEncoder:
+    """By folder, hub name or run folder, in evaluation mode. Raises UserError."""
+    found = resolve(name, "image")
+    return ItitImageEncoder.from_pretrained(found) if is_itit(found) else HubImageEncoder.from_pretrained(
+        found, pooling=pooling
+    )  # fmt: skip
+
+
+def resize(pixels_BCHW: Float[Tensor, "B 3 H W"], size: int) -> Float[Tensor, "B 3 S S"]:
+    if pixels_BCHW.shape[-2:] == (size, size):
+        return pixels_BCHW
+    # Without the filter (antialias) a reduction makes patterns of its own.
+    return F.interpolate(pixels_BCHW, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+
+
+def _as_tokens(hidden: Tensor) -> Tensor:
+    """[B N D], also of the maps [B D H W] of a convolutional network."""
+    return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
+
+
+def _input_size(settings: dict[str, Any], name: str) -> int:
+    """The side of the model's square input: the crop's when it crops, else the size it resizes to."""
+    size = settings.get("crop_size") if settings.get("do_center_crop") else None
+    size = size or settings.get("size")
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge")
+    if not isinstance(size, int):
+        raise UserError(f'{name}/preprocessor_config.json names no input size: add "size": {{"height": 224}}.')
+    return size

@@ -1,0 +1,99 @@
+"""The one classifier that all modalities of supervised UML share.
+
+Shapes: B rows, T texts (rows of the anchor), D width of a modality's features, W shared width, C classes.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from diptych.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class SharedHeadConfig:
+    widths: dict[str, int] = field(default_factory=dict)
+    """Width of each modality's features. Follows from the encoders."""
+    anchor: str = "text"
+    """The modality whose features enter the head as they are; the others are projected to its width."""
+    classes: int = 0
+    """Classes to tell apart. Follows from the data."""
+    features: Literal["raw", "unit", "centred"] = "centred"
+    """What is done to features first: nothing, length one, or the mean of the training features off and length one."""
+    projection: Literal["random", "identity"] = "random"
+    """How projections begin. identity is for encoders that already share one space: the two towers of a dual one."""
+    logit_scale: float = 16.0
+    """Factor on the logits of every modality."""
+    learn_scale: bool = False
+    """Learn that factor, one for each modality."""
+
+
+class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["uml"]):
+    """r_m = s_m W P_m z_m, where the classifier W is one for all modalities m, and P is 1 for the anchor.
+
+    Random weights: W and P normal with the inverse of their input width as variance, so that features of length one
+    keep it and the rows of W are as long as those of :meth:`init_from_anchor`.
+    """
+
+    def __init__(self, config: SharedHeadConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        if c.anchor not in c.widths:
+            raise UserError(f"anchor is {c.anchor!r}, which is none of the modalities {', '.join(c.widths)}")
+        self.width = c.widths[c.anchor]
+        self.head = nn.Linear(self.width, c.classes, bias=False)
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(width, self.width, bias=False) for name, width in c.widths.items() if name != c.anchor}
+        )
+        self.log_scales = nn.ParameterDict({name: torch.empty(()) for name in c.widths} if c.learn_scale else {})
+        for name, width in c.widths.items():
+            self.register_buffer(f"centre_{name}", torch.zeros(width))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.head.weight, std=self.width**-0.5)
+        for name, projection in self.projections.items():
+            assert isinstance(projection, nn.Linear)
+            width = projection.in_features
+            if self.config.projection == "random":
+                nn.init.normal_(projection.weight, std=width**-0.5)
+            elif width == self.width:
+                nn.init.eye_(projection.weight)
+            else:
+                raise UserError(f"projection identity: {name} features are {width} wide, the anchor's {self.width}")
+        for scale in self.log_scales.values():
+            nn.init.constant_(scale, math.log(self.config.logit_scale))
+
+    def forward(self, features_BD: Float[Tensor, "B D"], modality: str) -> Float[Tensor, "B C"]:
+        """Logits."""
+        learned = self.config.learn_scale
+        scale = self.log_scales[modality].exp() if learned else self.config.logit_scale
+        return scale * self.head(self.project(self.prepared(features_BD, modality), modality))
+
+    def project(self, features_BD: Float[Tensor, "B D"], modality: str) -> Float[Tensor, "B W"]:
+        return self.projections[modality](features_BD) if modality in self.projections else features_BD
+
+    def prepared(self, features_BD: Float[Tensor, "B D"], modality: str) -> Float[Tensor, "B D"]:
+        """Features as they enter."""
+        if self.config.features == "raw":
+            return features_BD
+        return F.normalize(features_BD - self.get_buffer(f"centre_{modality}"), dim=-1)
+
+    @torch.no_grad()
+    def fit_centre(self, features_ND: Float[Tensor, "N D"], modality: str) -> None:
+        """Take the mean of the training features for the centre, where features are to be centred."""
+        if self.config.features == "centred":
+            self.get_buffer(f"centre_{modality}").copy_(features_ND.mean(0))
+
+    @torch.no_grad()
+    def init_from_anchor(self, features_TD: Float[Tensor, "T D"], labels_T: Int[Tensor, "T"]) -> None:
+        """Each class's weight becomes the mean feature of its texts, at length one."""
+        prepared_TW = self.prepared(features_TD, self.config.anchor)
+        sums_CW = torch.zeros_like(self.head.weight).index_add_(0, labels_T, prepared_TW)
+        self.head.weight.copy_(F.normalize(sums_CW, dim=-1))

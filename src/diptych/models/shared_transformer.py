@@ -1,0 +1,109 @@
+"""The self-supervised UML network: linear maps in and out per modality around one causal transformer that all share.
+
+Gupta et al., "Better Together: Leveraging Unpaired Multimodal Data for Stronger Unimodal Models".
+
+Departure: features are standardised by the training data of their modality, so that a mean squared error weighs the
+same whatever the scale of an encoder; positions are sinusoids, since sequences may be of any length.
+
+Shapes: B rows, S positions, F width of a modality's features, D width of the trunk.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from diptych.nn.transformer import Blocks, init_weights, prefix_causal
+
+
+@dataclass(kw_only=True, slots=True)
+class SharedTransformerConfig:
+    """The paper's sizes: 5 blocks and 5 heads; 4 and 4 at width 256 for images with text, the default here."""
+
+    features: dict[str, int] = field(default_factory=dict)
+    """Width of each modality's features, by its name."""
+    width: int = 256
+    """Width of the trunk."""
+    depth: int = 4
+    """Blocks of the trunk."""
+    heads: int = 4
+    """Its attention heads."""
+    dropout: float = 0.1
+    """In attention and on both branches of a block."""
+
+
+class SharedTransformer(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["uml"]):
+    """f_m, h and g_m: ``trunk`` is h(f_m x), ``predict`` is g_m of it.
+
+    Rows are padded at their end. So no valid position looks at padding, as attention is causal.
+    """
+
+    def __init__(self, config: SharedTransformerConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.blocks = Blocks(c.depth, c.width, heads=c.heads, dropout=c.dropout)
+        self.modalities = nn.ModuleDict({name: _Modality(size, c.width) for name, size in c.features.items()})
+        self.apply(init_weights)
+
+    def _own(self, modality: str) -> "_Modality":
+        own = self.modalities[modality]
+        assert isinstance(own, _Modality)
+        return own
+
+    @torch.no_grad()
+    def set_statistics(self, mean_F: np.ndarray, scale_F: np.ndarray, *, modality: str) -> None:
+        """Mean and standard deviation of a modality's features, to standardise by."""
+        own = self._own(modality)
+        own.mean_F.copy_(torch.from_numpy(mean_F))
+        own.scale_F.copy_(torch.from_numpy(scale_F))
+
+    def standardised(
+        self, x_BSF: Float[Tensor, "B S F"], valid_BS: Bool[Tensor, "B S"], *, modality: str
+    ) -> Float[Tensor, "B S F"]:
+        """What the other methods work on; zero at padding, whatever was there."""
+        own = self._own(modality)
+        return ((x_BSF - own.mean_F) / own.scale_F).masked_fill(~valid_BS[..., None], 0)
+
+    def trunk(self, x_BSF: Float[Tensor, "B S F"], *, modality: str) -> Float[Tensor, "B S D"]:
+        """What each position knows of itself and of those before it."""
+        places, device = x_BSF.shape[1], x_BSF.device
+        x_BSD = self._own(modality).into(x_BSF)
+        x_BSD = x_BSD + _sinusoids(places, x_BSD.shape[-1], device=device)
+        return self.blocks(x_BSD, attend=prefix_causal(0, places, device=device))
+
+    def predict(self, hidden_BSD: Float[Tensor, "B S D"], *, modality: str) -> Float[Tensor, "B S F"]:
+        """The next features."""
+        return self._own(modality).out(hidden_BSD)
+
+    def embed(
+        self, x_BSF: Float[Tensor, "B S F"], valid_BS: Bool[Tensor, "B S"], *, modality: str
+    ) -> Float[Tensor, "B D"]:
+        """The representation of each row of raw features: the mean of the trunk over its valid positions."""
+        hidden_BSD = self.trunk(self.standardised(x_BSF, valid_BS, modality=modality), modality=modality)
+        kept_BSD = hidden_BSD.masked_fill(~valid_BS[..., None], 0)
+        return kept_BSD.sum(1) / valid_BS.sum(1, keepdim=True)
+
+
+class _Modality(nn.Module):
+    """All that belongs to one modality alone."""
+
+    mean_F: Tensor
+    scale_F: Tensor
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.into = nn.Linear(features, width)
+        self.out = nn.Linear(width, features)
+        self.register_buffer("mean_F", torch.zeros(features))
+        self.register_buffer("scale_F", torch.ones(features))
+
+
+def _sinusoids(places: int, width: int, *, device: torch.device) -> Float[Tensor, "S D"]:
+    """Vaswani et al. (2017): sines in the first half of the width, cosines in the rest."""
+    rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
+    angle = torch.arange(places, device=device)[:, None] * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]

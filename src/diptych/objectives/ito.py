@@ -1,0 +1,95 @@
+"""ITO: several views of a pair are aligned with one another, and fused with one another while training.
+
+Shapes: B rows, b rows of a chunk, V image views, M captions, S image tokens, L text tokens, D width.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from diptych.data.batch import Batch
+from diptych.data.views import ViewConfig
+from diptych.errors import UserError
+from diptych.models.dual_encoder import DualEncoder, Features
+from diptych.models.fusion import Fusion, FusionConfig
+from diptych.nn.gather import gather_rows
+from diptych.objectives.base import Losses
+from diptych.objectives.contrastive import multi_view_info_nce, multi_view_nt_xent
+from diptych.objectives.pairs import PairsConfig, Views, captions_of, in_chunks, unit
+
+
+@dataclass(kw_only=True, slots=True)
+class ItoConfig(PairsConfig):
+    views: int = 2
+    """Views of each image in a step; the fusion compares every two of them."""
+    augment: ViewConfig = field(default_factory=ViewConfig)
+    """How a view differs from its image. The defaults are the paper's."""
+    fusion_weight: float = 2.0
+    """The paper's lambda, its best value; 0 leaves the fusion out altogether."""
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    """The module that fuses; it is dropped after training."""
+
+
+class ItoObjective(nn.Module):
+    """L = L_align + lambda L_fusion."""
+
+    couples_rows = True
+
+    def __init__(self, model: DualEncoder, config: ItoConfig) -> None:
+        """The weights of the fusion come from torch's global generator."""
+        super().__init__()
+        config.check()
+        self.streams = {"pairs": 1}
+        self.model, self.config = model, config
+        self.fusion: Fusion | None = None
+        if config.fusion_weight:
+            towers = model.clip.config
+            if config.views < 2:
+                raise UserError(
+                    "objective.views is 1; the fusion compares views: set 2, or --objective.fusion-weight 0"
+                )
+            if towers.text_config.hidden_size != model.width:
+                raise UserError(
+                    f"model.text-width is {towers.text_config.hidden_size} and model.width {model.width}; "
+                    "the fusion adds the text tower's positions to what the towers give: make them equal"
+                )
+            tokens = model.clip.vision_model.embeddings.num_positions
+            self.fusion = Fusion(config.fusion, width=model.width, image_tokens=tokens)
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        c = self.config
+        assert batch.pairs is not None
+        pairs = batch.pairs
+        self.model.clamp_scale()
+        views = Views(batch, c.augment, views=c.views, size=self.model.image_size, name="view")
+        fusing = self.fusion is not None
+
+        def encode(rows: slice) -> tuple[Tensor, ...]:
+            ids, valid = captions_of(pairs, rows, captions=c.captions)
+            images = self.model.encode_images(views(rows), keep_tokens=fusing)
+            texts = self.model.encode_texts(ids, valid, keep_tokens=fusing)
+            fused = (self._fuse(images, texts, valid),) if fusing else ()
+            return unit(images.pooled_BD, views=c.views), unit(texts.pooled_BD, views=c.captions), *fused
+
+        images_VBD, texts_MBD, *fused = map(gather_rows, in_chunks(encode, rows=len(pairs), chunk=c.chunk))
+        scale = self.model.scale
+        align = multi_view_info_nce(images_VBD, texts_MBD, scale)
+        terms = {"align": align, "align/scale": scale}
+        if not fused:
+            return Losses(align, terms)
+        fusion = multi_view_nt_xent(fused[0], scale)
+        return Losses(align + c.fusion_weight * fusion, terms | {"fusion": fusion})
+
+    def _fuse(self, images: Features, texts: Features, valid: Tensor) -> Tensor:
+        """S_v of every view, [V b D]. View v meets caption v; where there are fewer captions, they serve in turn."""
+        c = self.config
+        assert self.fusion is not None
+        assert images.tokens_BSD is not None
+        assert texts.tokens_BSD is not None
+        turn = torch.arange(c.views) % c.captions
+        text_XLD, valid_XL = (
+            side.unflatten(0, (c.captions, -1))[turn].flatten(0, 1) for side in (texts.tokens_BSD, valid)
+        )
+        positions_LD = self.model.text_positions(valid.shape[1])
+        return self.fusion(images.tokens_BSD, text_XLD, valid_XL, positions_LD).unflatten(0, (c.views, -1))

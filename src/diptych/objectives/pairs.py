@@ -1,0 +1,78 @@
+"""What all objectives on pairs do before their loss: views, captions, both towers, in chunks if memory is short.
+
+Shapes: B rows, b rows of a chunk, V image views, M captions of a row, L text tokens, S side of a view, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from diptych.data.batch import Batch, Items
+from diptych.data.views import ViewConfig, draw_view, make_view, weak_view
+from diptych.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class PairsConfig:
+    views: int = 1
+    """Views of each image in a step."""
+    captions: int = 1
+    """Captions of each image in a step."""
+    augment: ViewConfig = field(default_factory=weak_view)
+    """How a view differs from its image."""
+    chunk: int | None = None
+    """Rows that a process encodes at a time. Each chunk is encoded once more on the way back: the gradient of the whole
+    batch in the memory of a chunk, for a third more time (GradCache)."""
+
+    def check(self) -> None:
+        """Raise UserError for a value that cannot be meant."""
+        for name in ("views", "captions", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"objective.{name} is {value}; it must be at least 1")
+
+
+class Views:
+    """The views of a step's images. Their random numbers are drawn at once for all rows, and made into pixels for
+    some."""
+
+    def __init__(self, batch: Batch, config: ViewConfig, *, views: int, size: int, name: str) -> None:
+        assert batch.pairs is not None
+        assert batch.pairs.pixels_B3HW is not None
+        self._pixels_B3HW, self._config, self._size = batch.pairs.pixels_B3HW, config, size
+        self._drawn = [draw_view(batch.draws, f"{name}{view}", len(batch.pairs)) for view in range(views)]
+
+    def __call__(self, rows: slice) -> Tensor:
+        """[V b 3 S S], view by view, as one batch [(V b) 3 S S]."""
+        pixels = self._pixels_B3HW[rows]
+        made = [make_view(pixels, drawn[rows], self._config, size=self._size) for drawn in self._drawn]
+        return torch.cat(made)
+
+
+def captions_of(items: Items, rows: slice, *, captions: int) -> tuple[Tensor, Tensor]:
+    """Ids and validity of all captions, first captions first, as one batch [(M b) L]."""
+    apart = (side[rows].unflatten(1, (captions, -1)) for side in (items.ids, items.valid))
+    ids_XL, valid_XL = (side_bML.transpose(0, 1).flatten(0, 1) for side_bML in apart)
+    return ids_XL, valid_XL
+
+
+def unit(features_XD: Tensor, *, views: int) -> Tensor:
+    """L2-normalised in fp32, view by view: [V b D]."""
+    with torch.autocast(features_XD.device.type, enabled=False):
+        return F.normalize(features_XD.float(), dim=-1).unflatten(0, (views, -1))
+
+
+def in_chunks(encode: Callable[[slice], tuple[Tensor, ...]], *, rows: int, chunk: int | None) -> tuple[Tensor, ...]:
+    """``encode`` of all rows, results [... B D]. With ``chunk``, only the results of a chunk stay in memory, and on the
+    way back it is encoded again, now with its activations (Gao et al., 2021, GradCache)."""
+    if chunk is None or chunk >= rows:
+        return encode(slice(0, rows))
+    parts = [
+        checkpoint(encode, slice(start, start + chunk), use_reentrant=False, preserve_rng_state=False)
+        for start in range(0, rows, chunk)
+    ]
+    return tuple(torch.cat(part, dim=-2) for part in zip(*parts, strict=True))

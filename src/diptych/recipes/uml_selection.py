@@ -1,0 +1,64 @@
+"""Which weights of a run are kept: those of the best validation accuracy."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diptych.recipes.folders import write_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A validation after so many steps."""
+
+    step: int
+    accuracy: float
+    loss: float
+
+    def beats(self, other: "Score | None") -> bool:
+        """By accuracy; the loss decides between equals, of which few validation images give many."""
+        return other is None or (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
+
+
+def select(scores: list[Score], *, patience: int) -> Score | None:
+    """The best of ``scores``, which come in the order of their steps, before ``patience`` in a row were no better."""
+    best, waited = None, 0
+    for score in scores:
+        if score.beats(best):
+            best, waited = score, 0
+        elif (waited := waited + 1) >= patience:
+            break
+    return best
+
+
+class Best:
+    """Keeps the weights of the selected step in a folder. A resumed run goes on with what it finds there."""
+
+    def __init__(self, folder: Path, *, patience: int) -> None:
+        self.folder, self.patience = folder, patience
+        found = folder / "scores.json"
+        self.scores = [Score(**each) for each in json.loads(found.read_text())] if found.is_file() else []
+
+    @property
+    def score(self) -> Score | None:
+        return select(self.scores, patience=self.patience)
+
+    def offer(self, score: Score, objective: nn.Module) -> None:
+        """Called in the order of the steps; what is known of this step or later ones is from before a resume."""
+        self.scores = [*(each for each in self.scores if each.step < score.step), score]
+        if self.score == score:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft = self.folder / ".weights.safetensors"
+            save_file({name: value.contiguous() for name, value in objective.state_dict().items()}, draft)
+            draft.replace(self.folder / "weights.safetensors")
+        write_json(self.folder / "scores.json", [_plain(each) for each in self.scores])
+
+    def load_into(self, objective: nn.Module) -> None:
+        objective.load_state_dict(load_file(self.folder / "weights.safetensors"))
+
+
+def _plain(score: Score) -> dict[str, float]:
+    return {"step": score.step, "accuracy": score.accuracy, "loss": score.loss}

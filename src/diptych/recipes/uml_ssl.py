@@ -1,0 +1,96 @@
+"""Self-supervised UML on stored features: the target modality learns with the help of others, nothing is paired."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from diptych.data.sequences import feature_statistics, read_rows, sequence_stream
+from diptych.data.streams import Batches
+from diptych.data.vectors import VectorStore
+from diptych.errors import UserError
+from diptych.models.shared_transformer import SharedTransformer, SharedTransformerConfig
+from diptych.nn.inference import Device, evaluating, pick_device
+from diptych.objectives.uml_ssl import UmlSsl, UmlSslConfig
+from diptych.pipeline import load_network
+from diptych.recipes.folders import save_model, write_config
+from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.loop import train
+
+TARGET = "target"
+_ROWS = 64
+"""Items embedded at once."""
+
+
+@dataclass(kw_only=True, slots=True)
+class UmlSslRun:
+    """`diptych fit uml-ssl`: a better encoder of one modality from features of several, without a pair."""
+
+    target: str
+    """Store of the features that a better representation is wanted of."""
+    others: str = ""
+    """Stores of the other modalities, separated by commas. None is the control of a target that learns alone."""
+    model: SharedTransformerConfig = field(default_factory=SharedTransformerConfig)
+    """The network. Its features follow from the stores."""
+    objective: UmlSslConfig = field(default_factory=UmlSslConfig)
+    """Its losses."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimiser."""
+
+    def fit(self, out: Path, *, recipe: str) -> None:
+        """Leaves ``out/model``, which embeds features of the target without anything of the others."""
+        stores = self.open()
+        streams = {name: sequence_stream(store) for name, store in stores.items()}
+        write_config(out, recipe=recipe, run=self)
+        objective = UmlSsl(self.build(stores), self.objective, target=TARGET)
+        batches = Batches(streams, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed)
+        identity = {
+            "model": asdict(objective.model.config),
+            "objective": asdict(self.objective),
+            "data": {name: [len(store), store.manifest] for name, store in stores.items()},
+        }
+        result = train(objective, batches, out=out, train=self.train, optim=self.optim, title="UML", identity=identity)
+        with result.evaluating(objective):
+            if PartialState().is_main_process:
+                save_model(objective.model, out / "model")
+
+    def open(self) -> dict[str, VectorStore]:
+        """The stores by modality: ``target``, ``other_1``, ``other_2`` and so on."""
+        others = [place for place in self.others.split(",") if place]
+        places = {TARGET: self.target} | {f"other_{number}": place for number, place in enumerate(others, start=1)}
+        if others and self.objective.others_from >= self.train.steps:
+            raise UserError(
+                f"--objective.others-from {self.objective.others_from} is not before --train.steps {self.train.steps}, "
+                "so the other modalities would never be used: lower it, or leave --others out"
+            )
+        return {name: VectorStore.open(Path(place)) for name, place in places.items()}
+
+    def build(self, stores: dict[str, VectorStore]) -> SharedTransformer:
+        """The network for these stores; its initial weights follow from ``train.seed`` alone."""
+        config = replace(self.model, features={name: store.vectors.shape[-1] for name, store in stores.items()})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.train.seed)
+            model = SharedTransformer(config)
+        for name, store in stores.items():
+            model.set_statistics(*feature_statistics(store), modality=name)
+        return model
+
+
+def embed_features(run: Path, store: VectorStore, *, modality: str = TARGET, device: Device = "auto") -> np.ndarray:
+    """Embeddings [N D] of the items of ``store`` by the network of a `uml-ssl` run."""
+    model = load_network(SharedTransformer, run / "model").to(pick_device(device))
+    wanted, found = model.config.features.get(modality), store.vectors.shape[-1]
+    if wanted != found:
+        raise UserError(f"{store.folder}: features of width {found}, but {modality!r} of {run} has width {wanted}")
+    place = next(model.parameters()).device
+    pieces = []
+    with evaluating(model):
+        for start in range(0, len(store), _ROWS):
+            rows = read_rows(store, np.arange(start, min(start + _ROWS, len(store)))).to(place)
+            assert rows.features_BLF is not None
+            pieces.append(model.embed(rows.features_BLF, rows.valid, modality=modality).cpu().numpy())
+    return np.concatenate(pieces)

@@ -1,0 +1,17 @@
+"""What commands print."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_metrics(metrics: Mapping[str, float], *, title: str, notes: Sequence[str] = ()) -> None:
+    """A table on stdout, and a line for each note."""
+    table = Table("metric", "value", title=title)
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4g}")
+    console = Console(highlight=False)
+    console.print(table)
+    for note in notes:
+        console.print(f"Note: {note}", markup=False)
