@@ -1,7 +1,7 @@
 """ITO and what it is compared with on Flickr8k: small towers, equal steps, retrieval on the test split.
 
     taskset -c 1 python benchmarks/ito_flickr8k.py --data flickr8k_96.tar [--runs DIR] [--json FILE]
-        [--arms clip clip-aug ito-0 ito siglip slip] [--seeds 0 1 2] [--steps 1800]
+        [--arms clip clip-aug ito-0 ito siglip slip] [--seeds 0 1 2] [--steps 900]
 
 `--data` is a WebDataset tar with the splits train, dev and test and five captions a photo. A run that is finished is
 not repeated, so the command may be stopped and given again. Hyper-parameters were chosen on dev alone. Fails if ITO's

@@ -1,17 +1,22 @@
-"""The smallest complete Diptych: a tokenizer, a text encoder and a network, with random weights."""
+"""The smallest complete Diptych: a tokenizer, a text encoder and a network, with random weights; and a dual encoder."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from diptych.data.batch import Batch, Draws, Items
 from diptych.data.scenes.source import ScenesSource
+from diptych.models.clip_tokenizer import train_clip_tokenizer
+from diptych.models.dual_encoder import DualEncoder, DualEncoderConfig
 from diptych.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from diptych.models.itit import ITIT, ItitConfig
 from diptych.models.text_encoder import TextEncoder
 from diptych.models.text_tokenizer import train_tokenizer
 from diptych.objectives.span_corruption import SpanCorruption, TextEncoderConfig
+from diptych.recipes.folders import write_config
+from diptych.recipes.ito_recipes import clip_tiny
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +49,21 @@ def model(text_encoder, tokenizer) -> ITIT:
         text_decoder_width=16, text_decoder_depth=2, text_decoder_heads=2, dropout=0.0,
     )  # fmt: skip
     return ITIT(config)
+
+
+@pytest.fixture(scope="session")
+def dual_encoder(scene_texts) -> DualEncoder:
+    config = DualEncoderConfig(
+        image_size=16, patch=8, image_width=32, image_depth=1, text_length=32, text_width=24, text_depth=1, width=20
+    )
+    return DualEncoder.from_config(config, train_clip_tokenizer(scene_texts, vocabulary=600, length=32), seed=0)
+
+
+@pytest.fixture
+def dual_run(dual_encoder, tmp_path) -> Path:
+    dual_encoder.save_pretrained(tmp_path / "dual/model")
+    write_config(tmp_path / "dual", recipe="clip-tiny", run=clip_tiny())
+    return tmp_path / "dual"
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ from rich.table import Table
 
 def print_metrics(metrics: Mapping[str, float], *, title: str, notes: Sequence[str] = ()) -> None:
     """A table on stdout, and a line for each note."""
-    table = Table("metric", "value", title=title)
+    table = Table("metric", "value")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4g}")
     console = Console(highlight=False)
+    console.print(title, style="bold", markup=False, soft_wrap=True)  # over a narrow table a path would be broken
     console.print(table)
     for note in notes:
-        console.print(f"Note: {note}", markup=False)
+        console.print(f"Note: {note}", markup=False, soft_wrap=True)

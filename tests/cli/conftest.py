@@ -1,0 +1,71 @@
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diptych import cli
+from diptych.recipes.folders import write_config
+from diptych.recipes.itit_recipes import itit_tiny
+
+
+@pytest.fixture(autouse=True)
+def calm(monkeypatch):
+    """As in a process that `main` has started: it switches the progress bars off before the libraries are imported."""
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging, "_tqdm_active", False)
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs the command line in this process; gives status, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["diptych", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            status = stopped.code or 0
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def run(tokenizer, text_encoder, model, tmp_path):
+    folder = tmp_path / "run"
+    for part, whole in (("tokenizer", tokenizer), ("text_encoder", text_encoder), ("model", model)):
+        whole.save_pretrained(folder / part)
+    recipe = itit_tiny()
+    recipe.data.pairs = "scenes:"
+    generation = {"draw": {"steps": 2, "guidance": 0.0}, "write": {"beams": 2}}
+    write_config(folder, recipe="itit-tiny", run=recipe, generation=generation)
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def mistaken():
+    """Checks for status 2, nothing on stdout and one line on stderr, with these parts."""
+
+    def check(found: tuple[int, str, str], *parts: object) -> None:
+        status, out, err = found
+        assert (status, out) == (2, "")
+        assert err.startswith("diptych: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        for part in parts:
+            assert str(part) in err
+
+    return check

@@ -1,0 +1,67 @@
+import subprocess
+import sys
+
+import pytest
+
+from diptych import cli
+from diptych.train.interrupt import Interrupted
+
+
+def test_help_comes_without_the_heavy_libraries():
+    script = (
+        "import sys; sys.argv = ['diptych', *sys.argv[1:]]\n"
+        "from diptych.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'numpy', 'transformers', 'diffusers', 'datasets'} & set(sys.modules)))"
+    )
+    for arguments in (["--help"], ["fit", "--help"], ["imagine", "--help"]):
+        found = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=30)
+        assert found.returncode == 0
+        assert found.stdout.endswith("[]\n")
+        assert "usage: diptych" in found.stdout
+
+
+def test_no_arguments_give_the_commands(call):
+    status, out, _ = call()
+    assert status == 0
+    for command in ("demo", "recipes", "fit", "encode", "caption", "imagine", "cycle", "evaluate"):
+        assert command in out
+    assert "\n\n\n" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nonsense"], "nonsense"),
+        (["caption", "run", "image.png", "--jsn"], "--json"),
+        (["imagine", "run", "text"], "--out"),
+        (["imagine", "run", "text", "--out", "x", "--steps", "many"], "many"),
+        (["fit", "itit-tiny", "--out", "x"], "--data.pairs"),
+        (["fit", "itit-tiny", "--data.pairs", "scenes:"], "--out"),
+        (["fit", "itit-tiny", "--out", "x", "--data.pairs", "scenes:", "--train.stepz", "3"], "--train.steps"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_misspelt_commands_and_flags(call, arguments, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call(*arguments)
+    assert (status, out) == (2, "")
+    assert told in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interruptions_have_the_shells_status(call, monkeypatch):
+    def stop(error):
+        def recipes():
+            raise error
+
+        monkeypatch.setitem(cli.COMMANDS, "recipes", recipes)
+
+    stop(Interrupted(15, step=7))
+    status, _, err = call("recipes")
+    assert status == 143
+    assert "after step 7" in err
+    assert err.count("\n") == 1
+    stop(KeyboardInterrupt())
+    assert call("recipes") == (130, "", "")

@@ -1,0 +1,142 @@
+import pytest
+
+from diptych.data.store import Store
+from diptych.recipes import RECIPES
+
+TEST = "scenes:?split=test&count=8"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_help_with_its_docstring(call, recipe):
+    status, out, _ = call("fit", recipe, "--help")
+    assert status == 0
+    assert "train.steps INT" in out
+    assert (RECIPES[recipe].__doc__ or "").splitlines()[0] in out
+
+
+def test_an_unknown_recipe_and_empty_lists(call, mistaken):
+    mistaken(call("fit", "itit-gigantic", "--out", "x"), "itit-gigantic", *RECIPES)
+    mistaken(call("caption", "run"), "no image given")
+    mistaken(call("imagine", "run", "--out", "x"), "no text given")
+
+
+def test_the_recipe_gets_its_fields(call, monkeypatch, tmp_path):
+    got = []
+    monkeypatch.setattr("diptych.recipes.itit.ItitRun.fit", lambda run, out, *, recipe: got.append((run, out, recipe)))
+    fields = ["--data.max-pairs", "5", "--train.steps", "7", "--tokenizer-stage.train.steps", "9", "--optim.lr", "0.5"]
+    status, _, err = call("fit", "itit-tiny", "--out", tmp_path / "x", "--data.pairs", "scenes:", *fields)
+    assert (status, err) == (0, "")
+    ((run, out, recipe),) = got
+    assert (out, recipe) == (tmp_path / "x", "itit-tiny")
+    assert (run.data.pairs, run.data.max_pairs, run.optim.lr) == ("scenes:", 5, 0.5)
+    assert (run.train.steps, run.tokenizer_stage.train.steps, run.train.seed) == (7, 9, 0)
+
+
+def test_recipes_are_listed(call):
+    status, out, _ = call("recipes")
+    assert status == 0
+    for name in RECIPES:
+        assert f"\n{name}  " in f"\n{out}"
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_encode(call, run, tmp_path, features):
+    flags = ["--features"] if features else []
+    status, out, _ = call("encode", "scenes:?count=12", "--run", run, "--out", tmp_path / "store", *flags)
+    assert (status, out) == (0, f"12 items in {tmp_path}/store\n")
+    store = Store.open(tmp_path / "store")
+    assert (len(store), store.has_images, store.has_captions) == (12, True, True)
+    assert (store.array("features") is None) != features
+
+
+def test_encode_one_side(call, run, photo, tmp_path):
+    (tmp_path / "texts.txt").write_text("a red circle\n\na blue square\n")
+    call("encode", tmp_path / "texts.txt", "--run", run, "--out", tmp_path / "texts")
+    store = Store.open(tmp_path / "texts")
+    assert (len(store), store.has_images, store.has_captions) == (2, False, True)
+    (tmp_path / "photos").mkdir()
+    photo.rename(tmp_path / "photos/one.png")
+    call("encode", tmp_path / "photos", "--run", run, "--out", tmp_path / "images")
+    store = Store.open(tmp_path / "images")
+    assert (len(store), store.has_images, store.has_captions) == (1, True, False)
+
+
+def texts_in_utf16(folder):
+    (folder / "texts.txt").write_bytes("ein Käse\n".encode("utf-16"))
+    return ["--data.pairs", "scenes:?count=40", "--data.texts", folder / "texts.txt"], "UTF-16"
+
+
+def texts_in_latin1(folder):
+    (folder / "texts.txt").write_bytes("bread\nein K\xe4se\n".encode("latin-1"))
+    return ["--data.pairs", "scenes:?count=40", "--data.texts", folder / "texts.txt"], "line 2, byte 11"
+
+
+def an_empty_folder(folder):
+    (folder / "photos").mkdir()
+    return ["--data.pairs", folder / "photos"], "holds no images"
+
+
+def images_without_captions(folder):
+    (folder / "photos").mkdir()
+    (folder / "photos/one.png").write_bytes(b"")
+    return ["--data.pairs", folder / "photos"], "has no captions"
+
+
+def a_table_without_the_column(folder):
+    (folder / "table.csv").write_text("file_name,caption\na.png,a red circle\n")
+    return ["--data.pairs", folder / "table.csv", "--data.columns.caption", "title"], "title"
+
+
+def a_table_without_captions(folder):
+    (folder / "table.csv").write_text("file_name,width\na.png,32\n")
+    return ["--data.pairs", folder / "table.csv"], "table.csv"
+
+
+def texts_as_images(folder):
+    (folder / "texts.txt").write_text("bread\n")
+    return ["--data.pairs", "scenes:?count=40", "--data.images", folder / "texts.txt"], "has no images"
+
+
+def too_many_pairs(folder):
+    return ["--data.pairs", "scenes:?count=40", "--data.max-pairs", 41], "--data.max-pairs 41"
+
+
+def an_empty_file(folder):
+    (folder / "texts.txt").write_bytes(b"")
+    return ["--data.pairs", "scenes:?count=40", "--data.texts", folder / "texts.txt"], "holds no text"
+
+
+def cycles_that_never_begin(folder):
+    return ["--data.pairs", "scenes:?count=40", "--train.steps", 2], "is not before --train.steps 2"
+
+
+def an_unknown_option_of_scenes(folder):
+    return ["--data.pairs", "scenes:?colour=red"], "no option 'colour'"
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        texts_in_utf16, texts_in_latin1, an_empty_folder, images_without_captions, a_table_without_the_column,
+        a_table_without_captions, texts_as_images, too_many_pairs, an_empty_file, cycles_that_never_begin,
+        an_unknown_option_of_scenes,
+    ],
+    ids=lambda mistake: mistake.__name__,
+)  # fmt: skip
+def test_data_that_cannot_be_learned_from(call, tmp_path, mistake, mistaken):
+    arguments, told = mistake(tmp_path)
+    mistaken(call("fit", "itit-tiny", "--out", tmp_path / "out", *arguments), told)
+    left = {path.name for path in (tmp_path / "out").glob("*")}
+    assert left <= {"config.json"}
+
+
+def test_sources_that_cannot_be_encoded_or_scored(call, run, tmp_path, mistaken):
+    (tmp_path / "texts.txt").write_text("bread\n")
+    mistaken(call("evaluate", run, "--data", tmp_path / "texts.txt", "--out", tmp_path / "out"), "images and captions")
+    mistaken(call("evaluate", run, "--data", TEST, "--limit", 0, "--out", tmp_path / "out"), "at least one")
+    mistaken(call("encode", tmp_path / "none", "--run", run, "--out", tmp_path / "out"), "does not exist")
+    before = (tmp_path / "texts.txt").read_text()
+    for taken in (tmp_path, tmp_path / "texts.txt"):
+        mistaken(call("encode", TEST, "--run", run, "--out", taken), taken, "no encoded data")
+    assert (tmp_path / "texts.txt").read_text() == before
+    assert not (tmp_path / "out").exists()
