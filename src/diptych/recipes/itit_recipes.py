@@ -10,7 +10,7 @@ from diptych.objectives.itit import ItitObjectiveConfig
 from diptych.recipes.data import DataConfig
 from diptych.recipes.itit import GenerationConfig, ItitRun
 from diptych.recipes.stage_recipes import encoder_small, encoder_tiny, tokenizer_paper, tokenizer_small, tokenizer_tiny
-from diptych.sampling.itit import DrawConfig
+from diptych.sampling.itit import DrawConfig, WriteConfig
 from diptych.train.config import OptimConfig, TrainConfig
 
 
@@ -57,7 +57,10 @@ def itit_small() -> ItitRun:
         ),
         train=TrainConfig(steps=1000, batch_size=32, checkpoint_every=200, eval_every=200, ema=0.99),
         optim=OptimConfig(lr=1e-3, warmup_steps=100),
-        generation=GenerationConfig(draw=DrawConfig(steps=16, guidance=2.0, temperature=4.0)),
+        generation=GenerationConfig(
+            draw=DrawConfig(steps=16, guidance=2.0, temperature=4.0),
+            write=WriteConfig(length_power=1.0),  # at the paper's 0.6 a network this small prefers captions of a word
+        ),
     )
 
 
