@@ -64,8 +64,8 @@ def test_an_unreadable_picture_is_left_out_and_told(folder, tmp_path_factory):
     store = image_features(scratch_encoder(CONFIG, seed=0), open_source(str(folder)), np.arange(5), **options)
     assert store.array("items").tolist() == [0, 1, 3, 4]
     assert list(skips.reasons) == ["2.png"]
+    options = {"cache": tmp_path_factory.mktemp("strict"), "skips": Skips(max_skipped_share=0.0)}
     with pytest.raises(UserError, match="over the tolerated"):
-        options = {"cache": tmp_path_factory.mktemp("strict"), "skips": Skips(max_skipped_share=0.0)}
         image_features(scratch_encoder(CONFIG, seed=0), open_source(str(folder)), np.arange(5), **options)
 
 

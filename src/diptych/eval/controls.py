@@ -1,8 +1,8 @@
 """Supervised UML beside its controls, and whether a gain is more than noise.
 
 The published tables compare with a baseline of fewer parameters, and an independent reproduction found no gain over
-lambda = 0. So no result of ours stands without all of these, which have the same parameters. Where lambda is chosen, more
-settings are tried: unrelated texts get as many of them as related ones.
+lambda = 0. So no result of ours stands without all of these, which have the same parameters. Where lambda is chosen,
+more settings are tried; unrelated texts get as many tries as related ones.
 """
 
 import math
