@@ -39,3 +39,12 @@ def test_evaluate_a_tokenizer(call, tokenizer, photo, tmp_path, mistaken):
     mistaken(call("evaluate", run, "--data", TEST), run, "text encoder")
     write_config(run, recipe="newer-than-this", run=vqgan_tiny())
     mistaken(call("evaluate", run, "--data", TEST), run, "newer-than-this")
+
+
+def test_evaluate_a_dual_encoder(call, dual_run):
+    status, out, err = call("evaluate", dual_run, "--data", TEST, "--train", "scenes:?count=40")
+    assert (status, err) == (0, "")
+    assert "retrieval/mean_r1" in out
+    metrics = json.loads((dual_run / "evaluation/metrics.json").read_text())
+    assert metrics["images"] == 8
+    assert {"zero_shot/top1", "linear_probe/accuracy", "modality/accuracy"} <= metrics.keys()

@@ -102,5 +102,5 @@ def test_a_damaged_store_is_named(store, file, damage):
 
 def test_no_store(tmp_path):
     assert not VectorStore.is_one(tmp_path)
-    with pytest.raises(UserError, match="nowhere: not a complete store"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         VectorStore.open(tmp_path / "nowhere")

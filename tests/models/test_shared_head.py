@@ -9,7 +9,9 @@ from diptych.errors import UserError
 from diptych.models.shared_head import SharedHead, SharedHeadConfig
 from diptych.pipeline import load_network
 
-CONFIG = SharedHeadConfig(widths={"image": 6, "text": 4, "audio": 5}, classes=3, features="raw", logit_scale=2.0)
+CONFIG = SharedHeadConfig(
+    widths={"image": 6, "text": 4, "audio": 5}, classes=3, features="raw", projection="random", logit_scale=2.0
+)
 
 
 def head(**changes) -> SharedHead:
@@ -60,10 +62,18 @@ def test_with_towers_of_one_space_it_begins_as_a_zero_shot_classifier():
 
 
 def test_random_rows_are_as_long_as_text_rows_on_average():
-    wide = SharedHead(SharedHeadConfig(widths={"image": 256, "text": 256}, classes=200))
+    wide = SharedHead(SharedHeadConfig(widths={"image": 256, "text": 256}, classes=200, projection="random"))
     assert wide.head.weight.norm(dim=1).mean().item() == pytest.approx(1, abs=0.02)
     unit = F.normalize(torch.randn(200, 256), dim=1)
     assert wide.project(unit, "image").norm(dim=1).mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_projection_that_begins_at_zero_adds_no_noise_and_learns():
+    one, image = head(projection="zero"), torch.randn(2, 6)
+    logits = one(image, "image")
+    assert not logits.any()
+    logits[:, 0].sum().backward()
+    assert one.projections["image"].weight.grad.norm() > 0
 
 
 def test_it_comes_back_from_its_folder(tmp_path):

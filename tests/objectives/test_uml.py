@@ -17,7 +17,7 @@ WIDTHS = {"image": 6, "text": 4}
 
 def objective(*, weight=0.5, widths=WIDTHS, encoder=None, view=None, **head):
     torch.manual_seed(0)
-    made = SharedHead(SharedHeadConfig(widths=widths, classes=3, features="raw", **head))
+    made = SharedHead(SharedHeadConfig(widths=widths, classes=3, features="raw", projection="random", **head))
     return UmlObjective(made, UmlConfig(others_weight=weight), target="image", encoder=encoder, view=view)
 
 

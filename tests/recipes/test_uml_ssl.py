@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from diptych.cli.searching import embed
 from diptych.data.vectors import VectorStore, write_vectors
 from diptych.errors import UserError
 from diptych.models.shared_transformer import SharedTransformerConfig
@@ -63,6 +64,20 @@ def test_the_run_folder_embeds_without_the_other_modalities(run, tmp_path):
     assert kind_of(tmp_path / "copy") == "feature encoder"
 
 
+def test_a_store_of_features_becomes_one_of_embeddings(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("diptych.recipes.uml_ssl._ROWS", 10)  # in pieces
+    run.fit(tmp_path / "run", recipe="uml-ssl")
+    features = VectorStore.open(tmp_path / "sounds")
+    embed(tmp_path / "run", str(tmp_path / "sounds"), out=tmp_path / "embedded", device="cpu")
+    found = VectorStore.open(tmp_path / "embedded")
+    wanted = embed_features(tmp_path / "run", features, device="cpu")
+    np.testing.assert_allclose(found.vectors, wanted, atol=2e-3)
+    np.testing.assert_array_equal(found.array("labels"), features.array("labels"))
+    assert found.keys == features.keys
+    assert found.array("lengths") is None
+    assert "24 embeddings" in capsys.readouterr().out
+
+
 def test_the_others_join_at_their_step(run, tmp_path):
     run.fit(tmp_path / "run", recipe="uml-ssl")
     terms = [{key for key in line if key.startswith("loss/")} for line in lines(tmp_path / "run")]
@@ -84,7 +99,7 @@ def test_mistakes_are_told(run, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         replace(run, others=str(tmp_path / "nowhere")).fit(tmp_path / "run", recipe="uml-ssl")
     run.fit(tmp_path / "run", recipe="uml-ssl")
-    with pytest.raises(UserError, match=r"width 6, but 'target' of .* has width 4"):
+    with pytest.raises(UserError, match=r"width 6, but the target of .* has width 4"):
         embed_features(tmp_path / "run", VectorStore.open(tmp_path / "photos"))
     with pytest.raises(UserError, match="trained with other settings"):
         replace(run, others="").fit(tmp_path / "run", recipe="uml-ssl")

@@ -19,16 +19,24 @@ def embed(
     workers: int = 2,
     device: Device = "auto",
 ) -> None:
-    """Embeddings of all images of a source, to be searched.
+    """Embeddings of all images of a source, to be searched; by a uml-ssl run, of the features in a store.
 
     Args:
-        run: Run folder of a dual encoder.
-        source: Any source.
+        run: Run folder of a dual encoder or of uml-ssl.
+        source: Any source; for uml-ssl the folder of a store of features.
         out: Folder to write: `diptych search` takes it as its index. An earlier one is replaced.
         texts: Embed its texts instead.
         workers: Threads that decode images.
         device: Where to compute.
     """
+    from diptych.recipes.folders import kind_of
+
+    if kind_of(run) == "feature encoder":
+        from diptych.recipes.uml_ssl import embed_store
+
+        print(f"{len(embed_store(run, Path(source), out=out, device=device)):,} embeddings in {out}")
+        return
+
     from diptych.recipes.dual_runs import embed_run
 
     side: Literal["images", "texts"] = "texts" if texts else "images"

@@ -36,6 +36,8 @@ class VectorStore:
     @classmethod
     def open(cls, folder: Path) -> "VectorStore":
         """Maps the arrays and reads none of them. Raises UserError for a folder that holds none, or not all of it."""
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder of vectors")
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
             keys = (folder / "keys.txt").read_text(**_ENCODING).split("\n")[:-1]
@@ -59,6 +61,11 @@ class VectorStore:
     @property
     def vectors(self) -> np.ndarray:
         return self._arrays["vectors"]
+
+    @property
+    def further(self) -> dict[str, np.ndarray]:
+        """All arrays but the vectors, by name."""
+        return {name: array for name, array in self._arrays.items() if name != "vectors"}
 
     def array(self, name: str) -> np.ndarray | None:
         """A further array, or None if the store has none of that name."""

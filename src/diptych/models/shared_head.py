@@ -26,8 +26,9 @@ class SharedHeadConfig:
     """Classes to tell apart. Follows from the data."""
     features: Literal["raw", "unit", "centred"] = "centred"
     """What is done to features first: nothing, length one, or the mean of the training features off and length one."""
-    projection: Literal["random", "identity"] = "random"
-    """How projections begin. identity is for encoders that already share one space: the two towers of a dual one."""
+    projection: Literal["zero", "random", "identity"] = "zero"
+    """How projections begin. random is the paper's; its noise stays in few-shot classifiers. identity is for encoders
+    that already share one space: the two towers of a dual one."""
     logit_scale: float = 16.0
     """Factor on the logits of every modality."""
     learn_scale: bool = False
@@ -37,8 +38,8 @@ class SharedHeadConfig:
 class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["uml"]):
     """r_m = s_m W P_m z_m, where the classifier W is one for all modalities m, and P is 1 for the anchor.
 
-    Random weights: W and P normal with the inverse of their input width as variance, so that features of length one
-    keep it and the rows of W are as long as those of :meth:`init_from_anchor`.
+    Random weights are normal with the inverse of their input width as variance: the rows of W are as long as those of
+    :meth:`init_from_anchor`, and P keeps the length of features.
     """
 
     def __init__(self, config: SharedHeadConfig) -> None:
@@ -61,7 +62,9 @@ class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=[
         for name, projection in self.projections.items():
             assert isinstance(projection, nn.Linear)
             width = projection.in_features
-            if self.config.projection == "random":
+            if self.config.projection == "zero":
+                nn.init.zeros_(projection.weight)
+            elif self.config.projection == "random":
                 nn.init.normal_(projection.weight, std=width**-0.5)
             elif width == self.width:
                 nn.init.eye_(projection.weight)

@@ -7,7 +7,7 @@ from diptych.recipes import itit_recipes as itit
 from diptych.recipes import ito_recipes as ito
 from diptych.recipes import stage_recipes as stages
 from diptych.recipes import uml_recipes as uml
-from diptych.recipes import uml_ssl_recipes as uml_ssl
+from diptych.recipes import uml_ssl_recipes
 
 
 class Run(Protocol):
@@ -41,7 +41,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
     "slip-base": ito.slip_base,
     "uml-probe": uml.uml_probe,
     "uml-finetune": uml.uml_finetune,
-    "uml-ssl": uml_ssl.uml_ssl,
+    "uml-ssl": uml_ssl_recipes.uml_ssl,
     "vqgan-tiny": stages.vqgan_tiny,
     "vqgan-small": stages.vqgan_small,
     "vqgan-paper": stages.vqgan_paper,

@@ -1,5 +1,6 @@
 """Self-supervised UML on stored features: the target modality learns with the help of others, nothing is paired."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from accelerate import PartialState
 
 from diptych.data.sequences import feature_statistics, read_rows, sequence_stream
 from diptych.data.streams import Batches
-from diptych.data.vectors import VectorStore
+from diptych.data.vectors import VectorStore, check_free, write_vectors
 from diptych.errors import UserError
 from diptych.models.shared_transformer import SharedTransformer, SharedTransformerConfig
 from diptych.nn.inference import Device, evaluating, pick_device
@@ -80,17 +81,38 @@ class UmlSslRun:
         return model
 
 
-def embed_features(run: Path, store: VectorStore, *, modality: str = TARGET, device: Device = "auto") -> np.ndarray:
-    """Embeddings [N D] of the items of ``store`` by the network of a `uml-ssl` run."""
+def embed_features(run: Path, store: VectorStore, *, device: Device = "auto") -> np.ndarray:
+    """Embeddings [N D] of target features by the network of a `uml-ssl` run."""
+    return np.concatenate(list(_embeddings(run, store, device)))
+
+
+def embed_store(run: Path, folder: Path, *, out: Path, device: Device = "auto") -> VectorStore:
+    """The store ``folder`` with embeddings in place of its features, in half precision. Labels and the like stay."""
+    check_free(out)
+    store = VectorStore.open(folder)
+    further = {name: array for name, array in store.further.items() if name != "lengths"}
+    ends = np.cumsum([0, *(len(rows) for rows in _places(store))])
+    batches = (
+        {"vectors": found.astype(np.float16)} | {name: array[begin:end] for name, array in further.items()}
+        for found, begin, end in zip(_embeddings(run, store, device), ends, ends[1:], strict=False)
+    )
+    manifest = {**store.manifest, "run": str(run), "features": str(folder)}
+    return write_vectors(out, batches, keys=store.keys, manifest=manifest)
+
+
+def _embeddings(run: Path, store: VectorStore, device: Device) -> Iterator[np.ndarray]:
+    """[B D], some items at a time."""
     model = load_network(SharedTransformer, run / "model").to(pick_device(device))
-    wanted, found = model.config.features.get(modality), store.vectors.shape[-1]
+    wanted, found = model.config.features[TARGET], store.vectors.shape[-1]
     if wanted != found:
-        raise UserError(f"{store.folder}: features of width {found}, but {modality!r} of {run} has width {wanted}")
+        raise UserError(f"{store.folder}: features of width {found}, but the target of {run} has width {wanted}")
     place = next(model.parameters()).device
-    pieces = []
-    with evaluating(model):
-        for start in range(0, len(store), _ROWS):
-            rows = read_rows(store, np.arange(start, min(start + _ROWS, len(store)))).to(place)
-            assert rows.features_BLF is not None
-            pieces.append(model.embed(rows.features_BLF, rows.valid, modality=modality).cpu().numpy())
-    return np.concatenate(pieces)
+    for index in _places(store):
+        rows = read_rows(store, index).to(place)
+        assert rows.features_BLF is not None
+        with evaluating(model):
+            yield model.embed(rows.features_BLF, rows.valid, modality=TARGET).cpu().numpy()
+
+
+def _places(store: VectorStore) -> list[np.ndarray]:
+    return np.array_split(np.arange(len(store)), max(1, -(-len(store) // _ROWS)))

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel
-from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
+from transformers import AutoFeatureExtractor, AutoModel
 
 from diptych.models.encoders.hub import load, load_weights, resolve, width_of
 
@@ -26,9 +25,10 @@ class AudioEncoder(nn.Module):
     the model was trained to see at the end of short clips counts.
     """
 
-    def __init__(self, network: PreTrainedModel, extractor: SequenceFeatureExtractor) -> None:
+    def __init__(self, network: Any, extractor: Any) -> None:
         super().__init__()
-        self.network, self.extractor = network, extractor
+        self.network: Any = network
+        self.extractor = extractor
         self.rate: int = extractor.sampling_rate
         """Samples a second that clips must have."""
         self.width = width_of(network.config, "audio")
@@ -41,7 +41,7 @@ class AudioEncoder(nn.Module):
         return cls(network, load(name, _WHAT, AutoFeatureExtractor.from_pretrained)).eval()
 
     @property
-    def listener(self) -> PreTrainedModel:
+    def listener(self) -> Any:
         """The part that listens: Whisper has a decoder besides."""
         return self.network.get_encoder() if self.network.config.is_encoder_decoder else self.network
 

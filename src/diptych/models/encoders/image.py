@@ -72,7 +72,7 @@ class HubImageEncoder(nn.Module):
         super().__init__()
         self.network, self.settings = network, settings
         self.width = width_of(network.config, "image")
-        self.image_size = _input_size(settings, network.name_or_path)
+        self.image_size = _input_size(settings, str(network.name_or_path))
         self.pooling: Pooling = "cls" if pooling == "auto" and not has_pooler else pooling
         self.scale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
         normalise = settings.get("do_normalize", True)
