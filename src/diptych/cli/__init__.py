@@ -9,7 +9,7 @@ import tyro
 from diptych.cli.generation import caption, cycle, imagine
 from diptych.cli.scores import evaluate
 from diptych.cli.searching import classify, embed, search
-from diptych.cli.training import demo, encode, fit, fit_for_help, recipes
+from diptych.cli.training import demo, encode, features, fit, fit_for_help, recipes
 from diptych.errors import UserError
 from diptych.train.interrupt import Interrupted
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": demo,
     "recipes": recipes,
     "encode": encode,
+    "features": features,
     "caption": caption,
     "imagine": imagine,
     "cycle": cycle,

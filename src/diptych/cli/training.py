@@ -1,11 +1,12 @@
 """Commands that train, and what comes before."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
+from diptych.cli.arguments import Device
 from diptych.errors import UserError
 
 
@@ -67,6 +68,33 @@ def encode(
     store = encode_source(opened, out, what, workers=workers)
     skipped = store.manifest["skipped"]
     print(f"{len(store):,} items in {out}" + (f"; {skipped} skipped, see {out}/skipped.jsonl" if skipped else ""))
+
+
+def features(
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="SRC")],
+    *,
+    kind: Literal["images", "texts", "sounds"],
+    encoder: str | None = None,
+    out: Path,
+    length: int = 64,
+    hop: int = 160,
+    device: Device = "auto",
+) -> None:
+    """Features of every token or frame, for `diptych fit uml-ssl`.
+
+    Args:
+        source: Any source of images or texts; of sounds, a tar of ogg, wav or flac.
+        kind: What to take from it.
+        encoder: Folder or hub name of transformers, or a run. Sounds may do without: log-mel frames.
+        out: Folder to write: a store.
+        length: Tokens or frames of an item; more are cut off.
+        hop: Log-mel frames: samples from one to the next, of 16,000 a second.
+        device: Where to compute.
+    """
+    from diptych.recipes.sequences import write_sequences
+
+    store = write_sequences(source, kind, encoder=encoder, out=out, length=length, hop=hop, device=device)
+    print(f"{len(store):,} {kind} in {out}, {store.vectors.shape[1]} positions of width {store.vectors.shape[2]}")
 
 
 def fit(arguments: list[str]) -> None:

@@ -107,6 +107,17 @@ class ClipTar:
         """A field of every clip, or None if one lacks it."""
         return [fields[name] for fields in self.fields] if all(name in fields for fields in self.fields) else None
 
+    def labels(self) -> tuple[list[str], dict[str, np.ndarray]]:
+        """The classes, and where every clip's json has them the arrays ``labels`` (places among those) and ``fold``."""
+        arrays: dict[str, np.ndarray] = {}
+        labels, folds = self.column("label"), self.column("fold")
+        classes = sorted({str(label) for label in labels or ()})
+        if labels is not None:
+            arrays["labels"] = np.array([classes.index(str(label)) for label in labels])
+        if folds is not None:
+            arrays["fold"] = np.array([int(fold) for fold in folds])
+        return classes, arrays
+
     def _read(self, member: tar_index.Member) -> bytes:
         return tar_index.read(self.path, member.offset, member.size)
 
@@ -122,18 +133,11 @@ class ClipTar:
 def write_frames(tar: Path, out: Path, *, config: MelConfig, seconds: float = 5.0) -> VectorStore:
     """A store of log-mel frames [items, N, F], float16, of the first ``seconds`` of each clip of ``tar``.
 
-    Its arrays are ``lengths`` and, where every clip's json has them, ``labels`` (places in the manifest's ``classes``)
-    and ``fold``.
+    Its arrays are ``lengths`` and those of :meth:`ClipTar.labels`, whose classes the manifest names.
     """
     clips = ClipTar(tar)
     longest = max(1, 1 + (round(seconds * config.rate) - config.window) // config.hop)
-    arrays: dict[str, np.ndarray] = {}
-    labels, folds = clips.column("label"), clips.column("fold")
-    classes = sorted({str(label) for label in labels or ()})
-    if labels is not None:
-        arrays["labels"] = np.array([classes.index(str(label)) for label in labels])
-    if folds is not None:
-        arrays["fold"] = np.array([int(fold) for fold in folds])
+    classes, arrays = clips.labels()
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for i in range(len(clips)):

@@ -42,16 +42,12 @@ class View:
 
 def block_information(views: Sequence[View]) -> Float[np.ndarray, "C C"]:
     """I_cc = sum A'A / s_x^2 + sum B'B / s_y^2: the paper's, as if the nuisance parameters were known."""
-    return sum_of(shared.T @ shared for shared, _ in map(View.rows, views))
+    return np.sum([shared.T @ shared for shared, _ in map(View.rows, views)], axis=0)
 
 
 def shared_information(views: Sequence[View]) -> Float[np.ndarray, "C C"]:
     """S: information about theta_c when nothing else is known. No two views share nuisance, so theirs adds too."""
-    return sum_of(_schur(*view.rows()) for view in views)
-
-
-def sum_of(matrices) -> np.ndarray:
-    return np.sum(np.stack(list(matrices)), axis=0)
+    return np.sum([_schur(*view.rows()) for view in views], axis=0)
 
 
 def _schur(shared_QC: np.ndarray, nuisance_QP: np.ndarray) -> np.ndarray:

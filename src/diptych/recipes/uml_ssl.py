@@ -83,7 +83,7 @@ class UmlSslRun:
 
 def embed_features(run: Path, store: VectorStore, *, device: Device = "auto") -> np.ndarray:
     """Embeddings [N D] of target features by the network of a `uml-ssl` run."""
-    return np.concatenate(list(_embeddings(run, store, device)))
+    return np.concatenate([found for _, found in _embeddings(run, store, device)])
 
 
 def embed_store(run: Path, folder: Path, *, out: Path, device: Device = "auto") -> VectorStore:
@@ -91,28 +91,23 @@ def embed_store(run: Path, folder: Path, *, out: Path, device: Device = "auto") 
     check_free(out)
     store = VectorStore.open(folder)
     further = {name: array for name, array in store.further.items() if name != "lengths"}
-    ends = np.cumsum([0, *(len(rows) for rows in _places(store))])
     batches = (
-        {"vectors": found.astype(np.float16)} | {name: array[begin:end] for name, array in further.items()}
-        for found, begin, end in zip(_embeddings(run, store, device), ends, ends[1:], strict=False)
+        {"vectors": found.astype(np.float16)} | {name: array[index] for name, array in further.items()}
+        for index, found in _embeddings(run, store, device)
     )
     manifest = {**store.manifest, "run": str(run), "features": str(folder)}
     return write_vectors(out, batches, keys=store.keys, manifest=manifest)
 
 
-def _embeddings(run: Path, store: VectorStore, device: Device) -> Iterator[np.ndarray]:
-    """[B D], some items at a time."""
+def _embeddings(run: Path, store: VectorStore, device: Device) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Some items at a time: which they are [B], and their embeddings [B D]."""
     model = load_network(SharedTransformer, run / "model").to(pick_device(device))
     wanted, found = model.config.features[TARGET], store.vectors.shape[-1]
     if wanted != found:
         raise UserError(f"{store.folder}: features of width {found}, but the target of {run} has width {wanted}")
     place = next(model.parameters()).device
-    for index in _places(store):
+    for index in np.array_split(np.arange(len(store)), max(1, -(-len(store) // _ROWS))):
         rows = read_rows(store, index).to(place)
         assert rows.features_BLF is not None
         with evaluating(model):
-            yield model.embed(rows.features_BLF, rows.valid, modality=TARGET).cpu().numpy()
-
-
-def _places(store: VectorStore) -> list[np.ndarray]:
-    return np.array_split(np.arange(len(store)), max(1, -(-len(store) // _ROWS)))
+            yield index, model.embed(rows.features_BLF, rows.valid, modality=TARGET).cpu().numpy()
