@@ -78,6 +78,8 @@ class Lab:
         grid, best = self.options.grid, []
         widths = {IMAGE: self.images.vectors_ND.shape[1], TEXT: self.texts.vectors_ND.shape[1]}
         head = replace(grid.head, widths=widths, classes=self.classes, anchor=TEXT)
+        if self.options.encoder == self.options.text_encoder:  # two towers of one model: their spaces are one
+            head = replace(head, projection="identity")
         train = TrainConfig(steps=grid.steps, batch_size=grid.batch_sizes[0], eval_every=grid.eval_every)
         for lr in grid.lrs:
             optim = OptimConfig(

@@ -131,10 +131,11 @@ def images(photos: Source | None, pictures: Source | None, classes: list[str], e
         labels = [pictures.label(item) for item in range(len(pictures))]
         for label, name in enumerate(classes):
             chosen.append((pictures, [i for i, found in enumerate(labels) if found == PICTURES.get(name)], label))
+    size = getattr(encoder, "image_size", RandomFeatures.SIZE)
     vectors, labels_found = [], []
     for source, items, label in chosen:
         kept = some(items, MOST_IMAGES, "images", label) if classes[label] not in NO_IMAGES else []
-        for pixels_B3HW, _ in picture_batches(source, np.array(kept, int), size=64, skips=Skips()):
+        for pixels_B3HW, _ in picture_batches(source, np.array(kept, int), size=size, skips=Skips()):
             vectors.append(encoder(pixels_B3HW).detach().float().cpu())
             labels_found += [label] * len(pixels_B3HW)
     print("images: " + ", ".join(f"{name} {labels_found.count(label)}" for label, name in enumerate(classes)))

@@ -29,6 +29,8 @@ class ItoConfig(PairsConfig):
     """The paper's lambda, its best value; 0 leaves the fusion out altogether."""
     fusion: FusionConfig = field(default_factory=FusionConfig)
     """The module that fuses; it is dropped after training."""
+    lean: bool = True
+    """Make the towers' widest activations again on the way back instead of keeping them: less memory, nearly free."""
 
 
 class ItoObjective(nn.Module):
@@ -42,6 +44,8 @@ class ItoObjective(nn.Module):
         config.check()
         self.streams = {"pairs": 1}
         self.model, self.config = model, config
+        if config.lean:
+            model.forget_activations()
         self.fusion: Fusion | None = None
         if config.fusion_weight:
             towers = model.clip.config

@@ -126,6 +126,8 @@ class UmlRun:
             raise UserError("a new encoder that stays frozen has learnt nothing: give --encoder, or fit uml-finetune")
         if self.train_encoder == "tuned" and self.head.features == "centred":
             raise UserError("--head.features centred needs features that stay as they are: with a tuned encoder, unit")
+        if self.train_encoder == "frozen" and self.view is not None:
+            raise UserError("--view changes pictures, but a frozen encoder sees each only once: fit uml-finetune")
         if self.objective.others_weight < 0:
             raise UserError(f"--objective.others-weight is {self.objective.others_weight}; it must be 0 or more")
 
@@ -134,7 +136,7 @@ class UmlRun:
         config = replace(
             self.head, widths={IMAGE: encoder.width, TEXT: texts.vectors_ND.shape[1]}, anchor=TEXT, classes=classes
         )  # fmt: skip
-        centre = images.tensors()[0] if isinstance(images, Features) else None
+        centre = images.centre() if isinstance(images, Features) else None
         head = start_head(config, centre, texts.tensors(), init=self.objective.init, seed=self.train.seed)
         tuned = encoder if self.train_encoder == "tuned" else None
         return UmlObjective(head, self.objective, target=IMAGE, encoder=tuned, view=self.view)

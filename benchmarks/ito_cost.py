@@ -1,0 +1,165 @@
+"""What a training step of each objective costs, as a ratio to CLIP's at the same batch: time and memory.
+
+    python benchmarks/ito_cost.py [--sizes tiny small vit_b_16] [--length 77] [--json FILE]
+
+Time: forward and backward in bf16, all objectives in one process in turn, each one's fastest round. On a CPU it is CPU
+time, which other programs disturb less than the clock. Views are made within the step; pictures are decoded already.
+
+Memory: fp32 weights, gradients and two moments, and all that is saved for the backward pass, in bf16 and with each
+storage counted once, for 256 rows: a line through two small batches. That is what is held when the backward pass
+begins, not an allocator's peak.
+
+Fails if ITO takes more than 2.0 times the time or 1.7 times the memory of CLIP with ViT-S/16 or ViT-B/16. The towers of
+`tiny` are so shallow that one block of fusion weighs as much as half of them.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diptych.data.batch import Batch, Draws, Items
+from diptych.data.views import ViewConfig
+from diptych.models import dual_encoder as sizes
+from diptych.models.clip_tokenizer import train_clip_tokenizer
+from diptych.models.dual_encoder import DualEncoder
+from diptych.objectives.clip import ClipConfig, ClipObjective
+from diptych.objectives.ito import ItoConfig, ItoObjective
+from diptych.objectives.slip import SlipConfig, SlipObjective
+
+OBJECTIVES = {
+    "clip": lambda model: ClipObjective(model, ClipConfig()),
+    "clip-aug": lambda model: ClipObjective(model, ClipConfig(augment=ViewConfig())),
+    "siglip": lambda model: ClipObjective(model, ClipConfig(loss="sigmoid")),
+    "slip": lambda model: SlipObjective(model, SlipConfig(hidden=8 * model.width, projected=model.width // 2)),
+    "ito-0": lambda model: ItoObjective(model, ItoConfig(fusion_weight=0.0)),
+    "ito": lambda model: ItoObjective(model, ItoConfig()),
+    "ito, not lean": lambda model: ItoObjective(model, ItoConfig(lean=False)),
+}
+ROWS = {"tiny": 128, "small": 16, "vit_b_16": 6}
+JUDGED = ("small", "vit_b_16")
+TIME_BAR, MEMORY_BAR, MEMORY_ROWS = 2.0, 1.7, 256
+
+
+def build(name: str, size: str, device: str) -> nn.Module:
+    config = getattr(sizes, size)()
+    tokenizer = train_clip_tokenizer(["the same words again and again"] * 3, vocabulary=600, length=77)
+    model = DualEncoder.from_config(config, tokenizer, seed=0)
+    # The batch holds random ids; the table has the size of a real vocabulary.
+    model.clip.text_model.embeddings.token_embedding = nn.Embedding(config.vocabulary, config.text_width)
+    return OBJECTIVES[name](model).to(device)
+
+
+def batch_for(objective: nn.Module, *, rows: int, length: int, device: str) -> Batch:
+    """Random pictures, and texts of which the longest has ``length`` tokens and the shortest half as many."""
+    generator = torch.Generator().manual_seed(0)
+    side, length = objective.model.image_size * 3 // 2, min(length, objective.model.text_length)
+    lengths_B = torch.randint(length // 2, length + 1, (rows,), generator=generator)
+    lengths_B[0] = length
+    pairs = Items(
+        pixels_B3HW=torch.randint(256, (rows, 3, side, side), dtype=torch.uint8, generator=generator),
+        ids_BL=torch.randint(500, (rows, length), generator=generator),
+        valid_BL=torch.arange(length) < lengths_B[:, None],
+    )
+    return Batch(draws=Draws(0, 0), pairs=pairs).to(device)
+
+
+def loss_of(objective: nn.Module, batch: Batch, device: str) -> torch.Tensor:
+    with torch.autocast(device, torch.bfloat16):
+        return objective(batch, 0).total
+
+
+def seconds(objective: nn.Module, batch: Batch, device: str) -> float:
+    def clock() -> float:
+        if device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    began = clock()
+    loss_of(objective, batch, device).backward()
+    took = clock() - began
+    objective.zero_grad()
+    return took
+
+
+def saved_bytes(objective: nn.Module, batch: Batch, device: str) -> int:
+    """Of all storages that the backward pass will read, except parameters."""
+    seen: dict[int, torch.Tensor] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in objective.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = loss_of(objective, batch, device)
+    total = sum(t.untyped_storage().nbytes() for place, t in seen.items() if place not in parameters)
+    del loss
+    return total
+
+
+def gigabytes(objective: nn.Module, *, length: int, device: str) -> float:
+    few, more = (
+        saved_bytes(objective, batch_for(objective, rows=r, length=length, device=device), device) for r in (2, 4)
+    )
+    slope = (more - few) / 2
+    weights = sum(p.numel() for p in objective.parameters())
+    return (few + slope * (MEMORY_ROWS - 2) + 16 * weights) / 2**30
+
+
+def measure(size: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    device, length = options.device, options.length
+    objectives = {name: build(name, size, device) for name in OBJECTIVES}
+    memory = {name: gigabytes(each, length=length, device=device) for name, each in objectives.items()}
+    rows = options.rows or ROWS[size]
+    batch = batch_for(objectives["clip"], rows=rows, length=length, device=device)
+    fastest = dict.fromkeys(OBJECTIVES, float("inf"))
+    for _ in range(options.rounds):
+        for name, objective in objectives.items():
+            fastest[name] = min(fastest[name], seconds(objective, batch, device))
+    return {
+        name: {
+            "time": fastest[name] / fastest["clip"],
+            "memory": memory[name] / memory["clip"],
+            "seconds": fastest[name],
+            "gigabytes": memory[name],
+        }
+        for name in OBJECTIVES
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--length", type=int, default=77, help="tokens of the longest text")
+    parser.add_argument("--rows", type=int, help="for the time; default: what a CPU does in a second or two")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found = {}
+    for size in options.sizes:
+        found[size] = measure(size, options)
+        print(size)
+        for name, each in found[size].items():
+            ratios = f"time x{each['time']:.2f} ({each['seconds']:.2f} s)  memory x{each['memory']:.2f}"
+            print(f"  {name:14}{ratios} ({each['gigabytes']:.1f} GB)", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    over = [
+        f"{size} {what} x{found[size]['ito'][what]:.2f}"
+        for size in JUDGED if size in found
+        for what, bar in (("time", TIME_BAR), ("memory", MEMORY_BAR))
+        if found[size]["ito"][what] > bar
+    ]  # fmt: skip
+    print(f"verdict: ITO is {'over the bar: ' + ', '.join(over) if over else 'within 2.0x time and 1.7x memory'}")
+    sys.exit(bool(over))
+
+
+if __name__ == "__main__":
+    main()
