@@ -24,7 +24,7 @@ def inputs(rows: int = 3, length: int = 4):
 
 def test_the_short_last_block_equals_the_plain_one(fusion):
     """Values and all gradients."""
-    block, x = fusion.blocks[-1], torch.randn(3, 7, WIDTH, requires_grad=True)
+    block, x = fusion.last, torch.randn(3, 7, WIDTH, requires_grad=True)
     attend = (torch.rand(3, 1, 1, 7) < 0.6) | (torch.arange(7) == 0)
     short, plain = first_position(block, x, attend), block(x, attend=attend)[:, 0]
     torch.testing.assert_close(short, plain)
@@ -38,7 +38,7 @@ def test_it_equals_the_computation_written_out(fusion):
     image, text, valid, positions = inputs()
     for row in range(3):
         kept = torch.cat([image[row] + fusion.positions_SD, (text[row] + positions)[valid[row]]])[None]
-        for block in fusion.blocks:
+        for block in (*fusion.early, fusion.last):
             kept = block(kept)
         wanted = torch.nn.functional.normalize(fusion.norm(kept[0, 0]), dim=-1)
         torch.testing.assert_close(fusion(image, text, valid, positions)[row], wanted)
@@ -57,7 +57,7 @@ def test_it_has_the_papers_size():
     with torch.device("meta"):
         fusion = Fusion(FusionConfig(), width=512, image_tokens=197)
     assert sum(p.numel() for p in fusion.parameters()) == 6_305_792
-    assert fusion.blocks[0].attention.heads == 8
+    assert fusion.last.attention.heads == 8
 
 
 def test_positions_tell_every_patch_from_every_other():

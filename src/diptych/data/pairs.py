@@ -37,7 +37,8 @@ class CaptionIds:
     @classmethod
     def read(cls, source: Source, items: np.ndarray, tokenize: Tokenize) -> "CaptionIds":
         """Raises UserError when no item has a caption."""
-        counts, lengths, flat, waiting = [], [], [], []
+        counts, lengths, flat = [], [], []
+        waiting: list[str] = []
 
         def tokenize_waiting() -> None:
             for row in tokenize(waiting) if waiting else []:

@@ -94,8 +94,8 @@ def _between(drawn: Tensor, low: float, high: float) -> Tensor:
 def _crop(pixels_B3HW: Tensor, drawn_BK: Tensor, config: ViewConfig, *, size: int) -> Tensor:
     """A window of each picture, antialiased to ``size``: two small matrix products a picture.
 
-    A bilinear grid sample would take three times as long on a CPU and does not filter. Under autocast to bf16 values are
-    off by up to two grey levels of 255; the tower rounds what it sees as much.
+    A bilinear grid sample would take three times as long on a CPU and does not filter. Under autocast to bf16 values
+    are off by up to two grey levels of 255; the tower rounds what it sees as much.
     """
     area_B = _between(drawn_BK[:, 0], *config.scale)
     stretch_B = torch.exp(_between(drawn_BK[:, 1], *map(math.log, config.ratio))).sqrt()

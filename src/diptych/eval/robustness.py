@@ -44,7 +44,7 @@ def accuracies(
         items: Which items of each test to ask about. Default: all.
         workers: Threads that decode.
     """
-    found = {}
+    found: dict[str, np.floating | np.ndarray] = {}
     for name, test in tests.items():
         right: np.integer | np.ndarray = np.int64(0)
         count = 0

@@ -38,4 +38,4 @@ def train_clip_tokenizer(texts: Iterable[str], *, vocabulary: int, length: int) 
     merges = merges[: vocabulary - _SMALLEST]  # the trainer counts only the word ends that occur
     pieces = [*_LETTERS, *(letter + _WORD_END for letter in _LETTERS), *("".join(pair) for pair in merges)]
     ids = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, _START, _END]))}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=length)
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=length)  # type: ignore[arg-type]

@@ -106,9 +106,12 @@ class DualEncoder(nn.Module):
         clip.vision_model.embeddings.patch_embedding.__class__ = _Patches
         self.clip, self.processor = clip, processor
         self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
-        self.image_size: int = clip.config.vision_config.image_size
-        self.text_length: int = clip.config.text_config.max_position_embeddings
-        self.width: int = clip.config.projection_dim
+        config: Any = clip.config  # its annotations allow parts that a finished configuration never lacks
+        self.image_size: int = config.vision_config.image_size
+        self.image_tower_width: int = config.vision_config.hidden_size
+        self.text_tower_width: int = config.text_config.hidden_size
+        self.text_length: int = config.text_config.max_position_embeddings
+        self.width: int = config.projection_dim
         for name in ("mean", "std"):
             values = torch.tensor(getattr(processor.image_processor, f"image_{name}"))
             self.register_buffer(f"{name}_311", values.view(3, 1, 1), persistent=False)

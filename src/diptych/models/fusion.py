@@ -33,7 +33,8 @@ class Fusion(nn.Module):
     def __init__(self, config: FusionConfig, *, width: int, image_tokens: int) -> None:
         super().__init__()
         heads = max(1, width // config.head_width)
-        self.blocks = nn.ModuleList(Block(width, heads=heads) for _ in range(config.depth))
+        *early, self.last = (Block(width, heads=heads) for _ in range(config.depth))
+        self.early = nn.ModuleList(early)
         self.norm = nn.LayerNorm(width)
         self.register_buffer("positions_SD", sin_cos_table(image_tokens, width), persistent=False)
         self.apply(init_weights)
@@ -52,9 +53,9 @@ class Fusion(nn.Module):
         x_BTD = torch.cat([image_BSD + self.positions_SD, text_BLD + positions_LD], dim=1)
         seen_BS = valid_BL.new_ones(image_BSD.shape[:2])
         attend_B11T = torch.cat([seen_BS, valid_BL], dim=1)[:, None, None]
-        for block in self.blocks[:-1]:
+        for block in self.early:
             x_BTD = block(x_BTD, attend=attend_B11T)
-        first_BD = first_position(self.blocks[-1], x_BTD, attend_B11T)
+        first_BD = first_position(self.last, x_BTD, attend_B11T)
         return F.normalize(self.norm(first_BD).float(), dim=-1)
 
 

@@ -48,14 +48,13 @@ class ItoObjective(nn.Module):
             model.forget_activations()
         self.fusion: Fusion | None = None
         if config.fusion_weight:
-            towers = model.clip.config
             if config.views < 2:
                 raise UserError(
                     "objective.views is 1; the fusion compares views: set 2, or --objective.fusion-weight 0"
                 )
-            if towers.text_config.hidden_size != model.width:
+            if model.text_tower_width != model.width:
                 raise UserError(
-                    f"model.text-width is {towers.text_config.hidden_size} and model.width {model.width}; "
+                    f"model.text-width is {model.text_tower_width} and model.width {model.width}; "
                     "the fusion adds the text tower's positions to what the towers give: make them equal"
                 )
             tokens = model.clip.vision_model.embeddings.num_positions

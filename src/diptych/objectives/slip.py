@@ -50,7 +50,7 @@ class SlipObjective(nn.Module):
         config.check()
         self.streams = {"pairs": 1}
         self.model, self.config = model, config
-        widths = (model.clip.config.vision_config.hidden_size, config.hidden, config.hidden)
+        widths = (model.image_tower_width, config.hidden, config.hidden)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.ReLU()]

@@ -173,7 +173,9 @@ def _validation(data: PairsData, model: DualEncoder) -> Callable[[int, nn.Module
     """Retrieval among some captioned images, all their captions, for ``metrics.jsonl``."""
     assert data.valid is not None
     source = open_source(data.valid, columns=data.columns)
-    pictures, texts, image_of = [], [], []
+    pictures: list[np.ndarray] = []
+    texts: list[str] = []
+    image_of: list[int] = []
     for item in range(len(source)):
         if len(pictures) == data.valid_images:
             break
