@@ -71,7 +71,7 @@ def clip_large() -> ClipRun:
 
 
 def clip_aug_tiny() -> ClipRun:
-    """CLIP with one view under ITO's augmentation: the control that tells the augmentation from the views."""
+    """CLIP with ITO's augmentation, beside `ito-tiny`: the control that tells the augmentation from the views."""
     return _strong(clip_tiny())
 
 
