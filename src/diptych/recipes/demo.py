@@ -30,7 +30,7 @@ from diptych.report.figures import read_metrics
 from diptych.train.interrupt import Interrupted
 from diptych.train.loop import Hook
 
-PAIRS, UNPAIRED = 90, 18_000
+PAIRS, UNPAIRED = 48, 18_000
 """Captioned pictures; and bare pictures, and as many loose texts, none of which belong together."""
 _SCORED, _WATCHED = 500, 100
 _TITLES = {"paired_only": "pairs only", "paired_only_longer": "pairs only, same time", "itit": "ITIT"}
