@@ -107,7 +107,8 @@ def exchange(lab: Lab) -> dict[str, Any]:
     for scale, plane in planes.items():
         print(f"{scale} plane, R squared {plane.explained:.2f}: {plane}")
     words = np.mean([len(text.split()) for of_class in lab.task.texts for text in of_class])
-    print(f"a text has {words:.1f} words: {planes['linear'].ratio * words:.0f} words per image")
+    if math.isfinite(planes["linear"].high):
+        print(f"a text has {words:.1f} words: {planes['linear'].ratio * words:.0f} words per image")
     return {scale: asdict(plane) for scale, plane in planes.items()} | {"words_per_text": float(words)}
 
 

@@ -150,7 +150,7 @@ def fit(
     config = SharedHeadConfig(widths=widths, anchor=TEXT, classes=classes)
     images_ND = others[IMAGE][0] if IMAGE in others else None
     head = start_head(config, images_ND, others[TEXT], init="anchor" if way.init else "random", seed=seed)
-    head.fit_centre(train[0], AUDIO)
+    head.fit_statistics(train[0], AUDIO)
     sides = {AUDIO: train} | {name: others[name] for name in way.others}
     if way.unrelated:
         wrong = torch.from_numpy(permuted(classes, seed=seed))

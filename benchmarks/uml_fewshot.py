@@ -1,4 +1,4 @@
-"""Supervised UML, few shots: all five controls for each number of labelled images, from raw images to the table.
+"""Supervised UML, few shots: all controls for each number of labelled images, from raw images to the table.
 
     python benchmarks/uml_fewshot.py --data photos/ --texts descriptions.json --encoder E --text-encoder T --json FILE
     python benchmarks/uml_fewshot.py --data caltech101.tar --meta meta.json --encoder E --text-encoder T --json FILE
@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,15 +21,17 @@ import numpy as np
 import tyro
 
 from diptych.data.class_texts import Shots, texts_of
+from diptych.data.encode import picture_batches
 from diptych.data.images import SUFFIXES
 from diptych.data.labelled import Episode, Labelled, draw_episode, given_episodes, hold_out
 from diptych.data.skips import Skips
 from diptych.data.sources import open_source
 from diptych.eval.controls import CONTROLS, gain
+from diptych.eval.features import RandomFeatures
 from diptych.models.encoders import open_image_encoder, open_text_encoder
 from diptych.recipes.fewshot import FewShotConfig, few_shot
 from diptych.recipes.fewshot_report import accuracy_figure, as_json, show
-from diptych.recipes.uml_sides import frozen_side, text_side
+from diptych.recipes.uml_sides import Features, frozen_side, text_side
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -39,7 +41,7 @@ class Options:
     data: str
     """Labelled images: any source."""
     encoder: str
-    """Image encoder."""
+    """Image encoder; random is a network that was never trained, which any trained one should beat."""
     text_encoder: str
     """Text encoder."""
     json: Path
@@ -99,15 +101,24 @@ def drawn(options: Options) -> Task:
     return Task(labelled, episodes, parts.valid, texts_of(options.texts, labelled.classes, templates=TEMPLATES))
 
 
+def image_side(options: Options, labelled: Labelled) -> Features:
+    """Features of all images, each at the place of its image: none may be unreadable."""
+    every, skips = np.arange(len(labelled.labels_N)), Skips(max_skipped_share=0.0)
+    if options.encoder != "random":
+        encoder = open_image_encoder(options.encoder)
+        return frozen_side(encoder, labelled, every, cache=options.cache, skips=skips, workers=2)
+    network = RandomFeatures()
+    pictures = picture_batches(labelled.source, every, size=RandomFeatures.SIZE, skips=skips)
+    return Features(vectors_ND=np.concatenate([network(pixels) for pixels, _ in pictures]), labels_N=labelled.labels_N)
+
+
 def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     began = time.process_time()
     task = published(options) if options.meta else drawn(options)
     grid, every = options.grid, np.arange(len(task.labelled.labels_N))
     if options.encoder == options.text_encoder:  # two towers of one model: their spaces are one
         grid = replace(grid, head=replace(grid.head, projection="identity"))
-    encoder = open_image_encoder(options.encoder)
-    skips = Skips(max_skipped_share=0.0)  # positions of images are their names here
-    images = frozen_side(encoder, task.labelled, every, cache=options.cache, skips=skips, workers=2)
+    images = image_side(options, task.labelled)
     shots: Shots = "mean" if grid.text_shots == "mean" else "all"
     texts = text_side(open_text_encoder(options.text_encoder), task.texts, shots=shots, cache=options.cache, seed=0)
     encoded = time.process_time() - began

@@ -42,8 +42,6 @@ def features_of_pictures(world: ScenesSource, names: list[str]) -> Features:
     network = RandomFeatures()
     parts = np.array_split(np.arange(len(world)), 16)
     vectors_ND = torch.cat([network(channels_first(world.images(part, 32))) for part in parts])
-    known_ND = vectors_ND[:-TESTED]  # layers differ in scale by far
-    vectors_ND = (vectors_ND - known_ND.mean(0)) / known_ND.std(0)
     return Features(vectors_ND=vectors_ND.numpy(), labels_N=labels(world, names))
 
 
@@ -69,7 +67,7 @@ def main(*, out: Path, json: Path | None = None, steps: int = 200) -> None:
     images, texts = features_of_pictures(world, names), features_of_captions(other, names, out)
     config = FewShotConfig(
         shots=SHOTS, seeds=SEEDS, steps=steps, eval_every=50, others_weights=(0.3, 1.0, 3.0),
-        head=SharedHeadConfig(logit_scale=4.0),
+        head=SharedHeadConfig(features="standard", logit_scale=4.0),  # layers of the network differ in scale by far
     )  # fmt: skip
     known = images.labels_N[:-TESTED]
     episodes = {(shots, seed): draw_episode(known, shots, seed=seed) for shots in SHOTS for seed in SEEDS}

@@ -17,7 +17,9 @@ def naive(vectors: np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("block", [1, 3, 999, 1000, 5000])
-def test_equals_sorting_all_similarities(dtype, block):
+@pytest.mark.parametrize("cached", [1, 7, 1024])
+def test_equals_sorting_all_similarities(monkeypatch, dtype, block, cached):
+    monkeypatch.setattr(search, "_CACHED", cached)
     vectors = VECTORS.astype(dtype)
     scores_QK, items_QK = naive(vectors, 10)
     found = nearest(QUERIES, vectors, k=10, block=block)

@@ -37,12 +37,21 @@ def test_the_logit_scale_of_each_modality_is_learned_if_wanted():
     torch.testing.assert_close(one(text, "text"), 3 * head()(text, "text"))
 
 
-@pytest.mark.parametrize("features", ["raw", "unit", "centred"])
+@pytest.mark.parametrize("features", ["raw", "unit", "centred", "standard"])
 def test_features_are_prepared_as_asked(features):
     one, text = head(features=features), torch.randn(8, 4) + 3
-    one.fit_centre(text, "text")
-    expected = {"raw": text, "unit": F.normalize(text, dim=1), "centred": F.normalize(text - text.mean(0), dim=1)}
+    one.fit_statistics(text, "text")
+    away, spread = text - text.mean(0), text.std(0, correction=0)
+    expected = {"raw": text, "unit": F.normalize(text, dim=1), "centred": F.normalize(away, dim=1)}
+    expected["standard"] = F.normalize(away / spread, dim=1)
     torch.testing.assert_close(one.prepared(text, "text"), expected[features])
+
+
+def test_a_constant_feature_does_not_blow_up():
+    one = head(features="standard")
+    one.fit_statistics(torch.cat([torch.randn(8, 3), torch.full((8, 1), 5.0)], 1), "text")
+    assert one.prepared(torch.tensor([[0.0, 0.0, 0.0, 5.1]]), "text").abs().max() <= 1
+    assert one.spread_text[3] == 1
 
 
 def test_the_text_start_is_the_mean_text_at_length_one():
@@ -78,7 +87,7 @@ def test_a_projection_that_begins_at_zero_adds_no_noise_and_learns():
 
 def test_it_comes_back_from_its_folder(tmp_path):
     one = head(features="centred", learn_scale=True)
-    one.fit_centre(torch.randn(4, 6), "image")
+    one.fit_statistics(torch.randn(4, 6), "image")
     one.save_pretrained(tmp_path)
     again, image = load_network(SharedHead, tmp_path), torch.randn(2, 6)
     assert again.config == one.config

@@ -1,6 +1,6 @@
 """Which of many vectors lie nearest, exactly.
 
-Shapes: Q queries, N vectors, D width, K hits of a query, B vectors of a block.
+Shapes: Q queries, N vectors, D width, K hits of a query, B vectors of a block, C of those in the cache.
 """
 
 import warnings
@@ -12,7 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK = 16_384
-"""Vectors scored at once. At width 512 their fp32 copy is 32 MB, and that is all the memory a search needs."""
+"""Vectors whose scores are held at once."""
+_CACHED = 1024
+"""Vectors converted to fp32 at once: they are still in the cache (2 MB at width 512) when they are multiplied."""
 _QUERIES = 256
 
 
@@ -28,33 +30,42 @@ class Hits:
 def nearest(queries_QD: Float[Tensor, "Q D"], vectors_ND: np.ndarray, *, k: int, block: int = BLOCK) -> Hits:
     """The ``k`` vectors (all, if there are fewer) with the largest inner product with each query.
 
-    Every vector is scored in fp32, ``block`` of them at a time, and the best of a block are merged into the best so
-    far, so that there is never a matrix of all similarities. ``vectors_ND`` may be a memory map larger than memory,
+    Every vector is scored in fp32 as it is stored, and the best of each ``block`` are merged into the best so far, so
+    that there is never a matrix of all similarities. ``vectors_ND`` may be a memory map larger than memory,
     fp16 or fp32. Among equal scores any may come first.
     """
     assert k > 0, k
     stored_ND = _as_tensor(vectors_ND)
-    # Written again and again it stays mapped: a new tensor for each block would cost many times the conversion itself.
-    buffer_BD = torch.empty(min(block, len(stored_ND)), stored_ND.shape[1], device=queries_QD.device)
-    parts = [_nearest(some_QD.float(), stored_ND, buffer_BD, k) for some_QD in queries_QD.split(_QUERIES)]
+    parts = [_nearest(some_QD.float(), stored_ND, k, block) for some_QD in queries_QD.split(_QUERIES)]
     return Hits(
         scores_QK=torch.cat([part.scores_QK for part in parts]), items_QK=torch.cat([part.items_QK for part in parts])
     )
 
 
-def _nearest(queries_QD: Tensor, stored_ND: Tensor, buffer_BD: Tensor, k: int) -> Hits:
+def _nearest(queries_QD: Tensor, stored_ND: Tensor, k: int, block: int) -> Hits:
+    scores_BQ = queries_QD.new_empty(min(block, len(stored_ND)), len(queries_QD))
+    # Both are written again and again: new memory for each block would cost more than the arithmetic.
+    buffer_CD = queries_QD.new_empty(min(_CACHED, len(scores_BQ)), queries_QD.shape[1])
     scores_QK = queries_QD.new_empty(len(queries_QD), 0)
     items_QK = torch.empty_like(scores_QK, dtype=torch.int64)
-    for start in range(0, len(stored_ND), len(buffer_BD)):
-        vectors_BD = stored_ND[start : start + len(buffer_BD)]
-        if (vectors_BD.dtype, vectors_BD.device) != (buffer_BD.dtype, buffer_BD.device):
-            vectors_BD = buffer_BD[: len(vectors_BD)].copy_(vectors_BD)
-        block = (vectors_BD @ queries_QD.T).T.topk(min(k, len(vectors_BD)))
-        scores = torch.cat([scores_QK, block.values], 1)
-        items = torch.cat([items_QK, block.indices + start], 1)
+    for start in range(0, len(stored_ND), len(scores_BQ)):
+        vectors_BD = stored_ND[start : start + len(scores_BQ)]
+        block_BQ = _score(vectors_BD, queries_QD, buffer_CD, scores_BQ[: len(vectors_BD)])
+        found = block_BQ.T.topk(min(k, len(vectors_BD)))
+        scores, items = torch.cat([scores_QK, found.values], 1), torch.cat([items_QK, found.indices + start], 1)
         best = scores.topk(min(k, scores.shape[1]))
         scores_QK, items_QK = best.values, items.gather(1, best.indices)
     return Hits(scores_QK=scores_QK, items_QK=items_QK)
+
+
+def _score(vectors_BD: Tensor, queries_QD: Tensor, buffer_CD: Tensor, scores_BQ: Tensor) -> Tensor:
+    """Fills ``scores_BQ``."""
+    pieces = zip(vectors_BD.split(len(buffer_CD)), scores_BQ.split(len(buffer_CD)), strict=True)
+    for some_CD, scores_CQ in pieces:
+        if (some_CD.dtype, some_CD.device) != (buffer_CD.dtype, buffer_CD.device):
+            some_CD = buffer_CD[: len(some_CD)].copy_(some_CD)
+        torch.mm(some_CD, queries_QD.T, out=scores_CQ)
+    return scores_BQ
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:

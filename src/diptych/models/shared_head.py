@@ -24,8 +24,9 @@ class SharedHeadConfig:
     """The modality whose features enter the head as they are; the others are projected to its width."""
     classes: int = 0
     """Classes to tell apart. Follows from the data."""
-    features: Literal["raw", "unit", "centred"] = "centred"
-    """What is done to features first: nothing, length one, or the mean of the training features off and length one."""
+    features: Literal["raw", "unit", "centred", "standard"] = "centred"
+    """What is done to features first: nothing; length one; before that, the mean of the training features off; and each
+    divided by its standard deviation."""
     projection: Literal["zero", "random", "identity"] = "zero"
     """How projections begin. random is the paper's; its noise stays in few-shot classifiers. identity is for encoders
     that already share one space: the two towers of a dual one."""
@@ -55,6 +56,7 @@ class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=[
         self.log_scales = nn.ParameterDict({name: torch.empty(()) for name in c.widths} if c.learn_scale else {})
         for name, width in c.widths.items():
             self.register_buffer(f"centre_{name}", torch.zeros(width))
+            self.register_buffer(f"spread_{name}", torch.ones(width))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -86,13 +88,18 @@ class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=[
         """Features as they enter."""
         if self.config.features == "raw":
             return features_BD
-        return F.normalize(features_BD - self.get_buffer(f"centre_{modality}"), dim=-1)
+        centre_D, spread_D = self.get_buffer(f"centre_{modality}"), self.get_buffer(f"spread_{modality}")
+        return F.normalize((features_BD - centre_D) / spread_D, dim=-1)
 
     @torch.no_grad()
-    def fit_centre(self, features_ND: Float[Tensor, "N D"], modality: str) -> None:
-        """Take the mean of the training features for the centre, where features are to be centred."""
-        if self.config.features == "centred":
+    def fit_statistics(self, features_ND: Float[Tensor, "N D"], modality: str) -> None:
+        """Take mean and standard deviation of the training features, as far as features are to be prepared by them."""
+        if self.config.features in ("centred", "standard"):
             self.get_buffer(f"centre_{modality}").copy_(features_ND.mean(0))
+        if self.config.features == "standard":
+            spread_D = features_ND.std(0, correction=0)
+            # A feature that is constant in training says nothing: it stays as it is, and so near zero.
+            self.get_buffer(f"spread_{modality}").copy_(spread_D.where(spread_D > 1e-6, torch.ones_like(spread_D)))
 
     @torch.no_grad()
     def init_from_anchor(self, features_TD: Float[Tensor, "T D"], labels_T: Int[Tensor, "T"]) -> None:

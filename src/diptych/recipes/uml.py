@@ -80,8 +80,8 @@ class UmlRun:
     """frozen learns the classifier from cached features; tuned trains the image encoder along."""
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     """The new encoder, if it is one."""
-    view: ViewConfig | None = None
-    """Random views of the pictures while the encoder is tuned."""
+    view: ViewConfig = field(default_factory=ViewConfig)
+    """Random views of the pictures while the encoder is tuned; a frozen one sees each picture once, as it is."""
     head: SharedHeadConfig = field(default_factory=SharedHeadConfig)
     """The classifier. Its widths and classes follow from encoders and data."""
     objective: UmlConfig = field(default_factory=UmlConfig)
@@ -124,10 +124,11 @@ class UmlRun:
         """Raise UserError for combinations of fields that would fail late or train nothing."""
         if self.train_encoder == "frozen" and self.encoder == "scratch":
             raise UserError("a new encoder that stays frozen has learnt nothing: give --encoder, or fit uml-finetune")
-        if self.train_encoder == "tuned" and self.head.features == "centred":
-            raise UserError("--head.features centred needs features that stay as they are: with a tuned encoder, unit")
-        if self.train_encoder == "frozen" and self.view is not None:
-            raise UserError("--view changes pictures, but a frozen encoder sees each only once: fit uml-finetune")
+        if self.train_encoder == "tuned" and self.head.features in ("centred", "standard"):
+            wanted = self.head.features
+            raise UserError(
+                f"--head.features {wanted} needs features that stay as they are: take unit for a tuned encoder"
+            )
         if self.objective.others_weight < 0:
             raise UserError(f"--objective.others-weight is {self.objective.others_weight}; it must be 0 or more")
 
@@ -136,10 +137,10 @@ class UmlRun:
         config = replace(
             self.head, widths={IMAGE: encoder.width, TEXT: texts.vectors_ND.shape[1]}, anchor=TEXT, classes=classes
         )  # fmt: skip
-        centre = images.centre() if isinstance(images, Features) else None
-        head = start_head(config, centre, texts.tensors(), init=self.objective.init, seed=self.train.seed)
-        tuned = encoder if self.train_encoder == "tuned" else None
-        return UmlObjective(head, self.objective, target=IMAGE, encoder=tuned, view=self.view)
+        known = images.tensors()[0] if isinstance(images, Features) else None
+        head = start_head(config, known, texts.tensors(), init=self.objective.init, seed=self.train.seed)
+        learning = {"encoder": encoder, "view": self.view} if self.train_encoder == "tuned" else {}
+        return UmlObjective(head, self.objective, target=IMAGE, **learning)
 
     def _texts(self, classes: tuple[str, ...], *, cache: Path) -> Features:
         texts = texts_of(self.data.texts, classes, templates=self.data.templates)
@@ -181,6 +182,7 @@ class UmlRun:
         return {
             "head": asdict(objective.head.config),
             "objective": asdict(self.objective),
+            "view": asdict(self.view),
             "encoder": made_of(encoder),
             "text_encoder": self.text_encoder,
             "data": data,
@@ -195,8 +197,8 @@ def start_head(
         torch.manual_seed(seed)
         head = SharedHead(config)
     if images_ND is not None:
-        head.fit_centre(images_ND, IMAGE)
-    head.fit_centre(texts[0], TEXT)
+        head.fit_statistics(images_ND, IMAGE)
+    head.fit_statistics(texts[0], TEXT)
     if init == "anchor":
         head.init_from_anchor(*texts)
     return head

@@ -40,10 +40,6 @@ class Features:
 
         return Stream(size=len(self.labels_N), take=take)
 
-    def centre(self) -> Tensor:
-        """[1 D]: the mean of all vectors, for which they need not be in memory together."""
-        return torch.from_numpy(self.vectors_ND.mean(0, dtype=np.float64, keepdims=True).astype(np.float32))
-
     def tensors(self, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
         """All vectors, and their labels."""
         vectors_ND = torch.from_numpy(np.array(self.vectors_ND, np.float32))
