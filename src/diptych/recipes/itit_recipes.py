@@ -42,7 +42,7 @@ def itit_small() -> ItitRun:
 
     Command: diptych fit itit-small --data.pairs 'photos.tar?split=train' --data.max-pairs 600
              --data.texts captions.txt.gz --out runs/photos
-    Cost: 50 minutes on one core of a Xeon with AMX, of which 20 for tokenizer and text encoder; docs/results.md has scores.
+    Cost: 50 minutes on one core of a Xeon with AMX, 20 of them for tokenizer and text encoder. Scores: docs/results.md.
     """
     return ItitRun(
         data=DataConfig(pairs=tyro.MISSING, feature_cache_mb=512),
