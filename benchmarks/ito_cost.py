@@ -93,6 +93,7 @@ def saved_bytes(objective: nn.Module, batch: Batch, device: str) -> int:
     parameters = {p.untyped_storage().data_ptr() for p in objective.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()  # an output that held its own graph would never be freed
         seen[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
         return tensor
 

@@ -123,7 +123,7 @@ def test_the_scale_starts_at_clips_and_is_held_at_100(encoder):
 
 @pytest.mark.parametrize(
     ("size", "words", "parameters"),
-    [("small", 384, 38_929_537), ("vit_b_16", 512, 149_620_737), ("vit_l_16", 768, 427_739_393)],
+    [("small", 384, 62_257_537), ("vit_b_16", 512, 149_620_737), ("vit_l_16", 768, 427_739_393)],
 )
 def test_parameter_counts(encoder, size, words, parameters):
     """ViT-B/16 has exactly as many as OpenAI's."""
@@ -163,6 +163,7 @@ def test_forgotten_activations_change_no_gradient(encoder, pixels, folder):
         kept: dict[int, torch.Tensor] = {}
 
         def keep(tensor):
+            tensor = tensor.detach()
             kept[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 

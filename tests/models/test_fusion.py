@@ -31,7 +31,8 @@ def test_the_short_last_block_equals_the_plain_one(fusion):
     weights = [x, *block.parameters()]
     wanted = torch.autograd.grad(plain.square().sum(), weights)
     for found, want in zip(torch.autograd.grad(short.square().sum(), weights), wanted, strict=True):
-        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+        # The gradient of the keys' bias is zero; the plain block has rounding there.
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
 
 
 def test_it_equals_the_computation_written_out(fusion):

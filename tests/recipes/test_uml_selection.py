@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from diptych.recipes.uml_selection import Best, Score, select
+from diptych.recipes.uml_selection import Best, Score, is_over, select
 
 
 def scores(*pairs):
@@ -19,6 +19,8 @@ def test_the_best_accuracy_is_selected_and_the_loss_decides_between_equals():
 def test_patience_ends_the_search(patience, step):
     rising_late = scores((0.5, 1.0), (0.4, 1.0), (0.4, 1.0), (0.9, 1.0))
     assert select(rising_late, patience=patience).step == step
+    assert is_over(rising_late, patience=patience) == (patience < 3)
+    assert not is_over(rising_late[:1], patience=patience)
 
 
 def test_the_weights_of_the_best_step_are_kept(tmp_path):

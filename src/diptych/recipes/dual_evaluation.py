@@ -3,7 +3,6 @@
 Shapes: I images, T texts, C classes, D width of the space, W width of the image tower.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,9 +47,9 @@ class Seen:
 
     @property
     def labels(self) -> list[str] | None:
-        """None where an image has none."""
+        """None where an image has none, or all have the same: a folder is not always a class."""
         found = [label for item in self.items_I if (label := self.source.label(int(item))) is not None]
-        return found if len(found) == len(self.items_I) else None
+        return found if len(found) == len(self.items_I) and len(set(found)) > 1 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +90,7 @@ def evaluate_dual_run(
         learnt_from = look_at(encoder, open_finite(train, Columns())) if train else None
         metrics |= score_classes(encoder, seen, train=learnt_from)
     elif train or not source.has_captions:
-        raise UserError(f"{data}: not every image has a label{'' if train else ', and none has a caption'}")
+        raise UserError(f"{data}: has no labels{'' if train else ' and no captions'} to score by")
     print_metrics(metrics, title=f"{run} on {data}")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", {**metrics, "source": data})
@@ -143,17 +142,16 @@ def score_pairs(pairs: Pairs) -> dict[str, float]:
     }
 
 
-def score_classes(
-    encoder: DualEncoder, seen: Seen, *, train: Seen | None = None, names: Sequence[str] | None = None
-) -> dict[str, float]:
-    """Zero-shot accuracy by one prompt and by the ensemble, and a linear probe fitted to ``train``.
+def score_classes(encoder: DualEncoder, seen: Seen, *, train: Seen | None = None) -> dict[str, float]:
+    """Zero-shot accuracy by one prompt and by the ensemble, and that of a linear probe fitted to ``train``.
 
-    ``names`` are the classes in words, in the order of the sorted labels; by default the labels themselves.
+    Labels are the names of the classes, with underscores for spaces.
     """
     labels, train_labels = seen.labels, train.labels if train else []
-    if labels is None or train_labels is None:
+    assert labels is not None
+    if train_labels is None:
         assert train is not None
-        raise UserError(f"{train.source.name}: has an image without a label: sort them into a folder for each class")
+        raise UserError(f"{train.source.name}: has no labels to fit a probe to: sort it into a folder for each class")
     classes = sorted({*labels, *train_labels})
     place = {label: number for number, label in enumerate(classes)}
     labels_I, train_N = (
@@ -161,7 +159,7 @@ def score_classes(
     )
     metrics: dict[str, float] = {"classes": len(classes)}
     for title, templates in (("zero_shot", ENSEMBLE), ("zero_shot_one_prompt", PLAIN)):
-        classes_CD = class_embeddings(encoder.embed_texts, names or classes, templates=templates)
+        classes_CD = class_embeddings(encoder.embed_texts, classes, templates=templates)
         accuracy = class_accuracy(seen.embedding_ID @ classes_CD.T, labels_I)
         metrics |= {f"{title}/{name}": value for name, value in asdict(accuracy).items()}
     if train is not None:

@@ -3,13 +3,17 @@
 Shapes: B rows, C classes, D width, H and W pixels.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from diptych.data.columns import Columns
@@ -89,7 +93,11 @@ def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, devi
         for rows_BD, items in (images() if side == "images" else texts())
     )
     manifest = {"side": side, "source": spec, "run": str(run), "model": weights_digest(encoder)}
-    store = write_vectors(out, arrays, keys=keys, manifest=manifest)
+    shown = track(
+        arrays, f"Embedding {side}", ceil(len(source) / _ROWS), console=Console(stderr=True), transient=True,
+        disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    store = write_vectors(out, shown, keys=keys, manifest=manifest)
     if len(skips):
         skips.write(out / "skipped.jsonl")
     return store, len(skips)

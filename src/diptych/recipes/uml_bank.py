@@ -22,7 +22,7 @@ from diptych.data.streams import shuffled
 from diptych.models.shared_head import SharedHead, SharedHeadConfig
 from diptych.objectives.uml import Init, uml_loss
 from diptych.recipes.uml import IMAGE, TEXT, start_head
-from diptych.recipes.uml_selection import Score, select
+from diptych.recipes.uml_selection import Score, is_over, select
 from diptych.recipes.uml_sides import Features
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.optim import learning_rate, make_optimizer
@@ -87,6 +87,8 @@ class Bank:
                 if select(scores[number], patience=patience) == score:
                     for name, weight in self.weights.items():
                         kept[name][number] = weight.detach()[number]
+            if all(is_over(each, patience=patience) for each in scores):
+                break
         self.kept = kept
         return [self._try(number, kept, scores[number], test, patience) for number in range(len(self.members))]
 

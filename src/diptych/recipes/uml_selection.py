@@ -27,11 +27,16 @@ def select(scores: list[Score], *, patience: int) -> Score | None:
     """The best of ``scores``, which come in the order of their steps, before ``patience`` in a row were no better."""
     best, waited = None, 0
     for score in scores:
-        if score.beats(best):
-            best, waited = score, 0
-        elif (waited := waited + 1) >= patience:
+        if waited == patience:
             break
+        best, waited = (score, 0) if score.beats(best) else (best, waited + 1)
     return best
+
+
+def is_over(scores: list[Score], *, patience: int) -> bool:
+    """Whether no further score can be selected."""
+    best = select(scores, patience=patience)
+    return best is not None and len(scores) - 1 - scores.index(best) >= patience
 
 
 class Best:
