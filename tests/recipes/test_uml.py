@@ -138,7 +138,7 @@ def test_mistakes_are_told_before_anything_is_computed(photos, encoders, tmp_pat
     with pytest.raises(UserError, match="has learnt nothing"):
         small(uml_probe(), photos, encoders | {"encoder": "scratch"}).fit(tmp_path / "run", recipe="uml-probe")
     tuned = small(uml_finetune(), photos, encoders)
-    with pytest.raises(UserError, match="centred needs a frozen encoder"):
+    with pytest.raises(UserError, match="centred needs features that stay"):
         replace(tuned, head=replace(tuned.head, features="centred")).check()
     with pytest.raises(UserError, match="no finished classifier"):
         classify_run(tmp_path, [])
