@@ -5,7 +5,7 @@
 Options are those of uml_fewshot.py, which lies beside it. Exchange rate: UML with lambda 1 on a grid of image shots and
 text shots, a plane through its test accuracies. Then, at the most shots, every control: margin and silhouette of the
 test images in the shared space, and accuracy on corrupted test images. Learning rates are chosen on validation images.
-Fails when a number is not finite; a null result is no failure. Ten minutes of one CPU core.
+Fails when a number is not finite; a null result is no failure. Two minutes of one CPU core.
 """
 
 import math

@@ -87,7 +87,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(done, tmp_path):
 def test_chunks_change_no_loss_and_may_change_on_resume(done, tmp_path):
     small_run(steps=2).fit(tmp_path, recipe="ito-tiny")
     chunked = small_run(steps=4)
-    chunked.objective.chunk = 3
+    chunked.objective.chunk, chunked.objective.lean = 3, False
     chunked.fit(tmp_path, recipe="ito-tiny")
     assert losses(tmp_path) == pytest.approx(losses(done), rel=1e-4)
 
@@ -99,6 +99,7 @@ def test_accumulation_is_refused_and_the_mend_named(tmp_path):
         run.fit(tmp_path, recipe="ito-tiny")
 
 
+@pytest.mark.slow  # what could differ is in tests/objectives/test_dual.py; here also the loop and the tokenizer
 def test_two_processes_train_as_one(done, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command = [*launch, "--rdzv-endpoint=localhost:0", str(Path(__file__).with_name("run_ito.py")), str(tmp_path)]

@@ -6,7 +6,6 @@ Shapes: I images, T texts, D width.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +32,9 @@ from diptych.recipes.folders import part_of, save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.devices import join_processes
 from diptych.train.loop import Hook, TrainResult, train
+
+_SAVES_MEMORY = ("chunk", "lean")
+"""Fields of objectives that change no gradient, so that a run may go on with others."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,15 +85,22 @@ class DualRun:
         objective = self._objective(model)
         skips = Skips(max_skipped_share=self.data.max_skipped_share)
         batches = self._batches(source, model, skips)
+        fields = asdict(self.objective)  # type: ignore[attr-defined]
         identity = {
             "model": model.clip.config.to_diff_dict(),
-            "objective": asdict(self.objective),  # type: ignore[attr-defined]
-            "data": [source.name, batches.streams["pairs"].size],
+            "objective": {name: value for name, value in fields.items() if name not in _SAVES_MEMORY},
+            "data": [source.name, batches.streams["pairs"].size, self.data.side],
         }
         result = train(
-            objective, batches, out=out, train=self.train, optim=self.optim, hooks=hooks,
-            title=recipe, identity=_without_chunk(identity),
-        )  # fmt: skip
+            objective,
+            batches,
+            out=out,
+            train=self.train,
+            optim=self.optim,
+            hooks=hooks,
+            title=recipe,
+            identity=identity,
+        )
         if len(skips):
             skips.write(out / "skipped.jsonl")
         with result.evaluating(objective):
@@ -163,12 +172,6 @@ class SlipRun(DualRun):
     """Its losses and views."""
 
 
-def _without_chunk(identity: dict[str, Any]) -> dict[str, Any]:
-    """A resumed run may be cut into other chunks: the gradient is the same."""
-    identity["objective"].pop("chunk")
-    return identity
-
-
 def _validation(data: PairsData, model: DualEncoder) -> Callable[[int, nn.Module], dict[str, float | int]]:
     """Retrieval among some captioned images, all their captions, for ``metrics.jsonl``."""
     assert data.valid is not None
@@ -193,6 +196,6 @@ def _validation(data: PairsData, model: DualEncoder) -> Callable[[int, nn.Module
     def run(step: int, objective: nn.Module) -> dict[str, float | int]:
         images_ID, texts_TD = model.embed_images(pixels_I3HW), model.embed_texts(texts)
         table = retrieval(images_ID, texts_TD, image_of_T=image_of_T.to(images_ID.device)).table()
-        return {f"valid/{name}": value for name, value in table.items() if "r" in name.rpartition("/")[2]}
+        return {f"valid/{name}": value for name, value in table.items() if name not in ("images", "texts")}
 
     return run
