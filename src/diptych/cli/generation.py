@@ -121,5 +121,5 @@ def _open(run: Path, device: Device) -> "Diptych":
     from diptych.recipes.folders import kind_of
 
     if (kind := kind_of(run)) != "itit":
-        raise UserError(f"{run}: holds a {kind}, which neither captions nor draws: give a run of an itit recipe")
+        raise UserError(f"{run}: a run of kind {kind!r} neither captions nor draws: give a run of an itit recipe")
     return Diptych.from_pretrained(run, device=device)

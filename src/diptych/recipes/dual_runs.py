@@ -53,7 +53,7 @@ class Hit:
 def open_dual(run: Path, *, device: Device) -> DualEncoder:
     """Raises UserError for a run of another kind, or one that is not finished."""
     if (kind := kind_of(run)) != "dual":
-        raise UserError(f"{run}: holds no dual encoder but what a recipe for {kind} made: give a clip or ito run")
+        raise UserError(f"{run}: a run of kind {kind!r} holds no dual encoder: give a run of clip, siglip, slip or ito")
     if not (run / "model").is_dir():
         raise UserError(f"{run}: has no model/, so it is no finished run: let `diptych fit` finish it")
     return DualEncoder.from_pretrained(run / "model", device=device)
