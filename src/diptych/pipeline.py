@@ -22,6 +22,7 @@ from torch import Tensor
 from diptych.data.batch import Draws
 from diptych.data.encode import Coders
 from diptych.data.images import decode
+from diptych.data.pixels import channels_first
 from diptych.errors import UserError
 from diptych.models.image_tokenizer import ImageTokenizer
 from diptych.models.itit import ITIT
@@ -130,8 +131,8 @@ class Diptych:
         found: list[Caption] = []
         for start in range(0, len(pictures), _ROWS):
             pixels = np.stack([self.read(picture) for picture in pictures[start : start + _ROWS]])
-            pixels_B3HW = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-            found += self.caption_tokens(self.tokenizer.encode(pixels_B3HW.to(self.device)), beams=beams)
+            tokens_BN = self.tokenizer.encode(channels_first(pixels).to(self.device))
+            found += self.caption_tokens(tokens_BN, beams=beams)
         return found
 
     def caption_tokens(self, tokens_BN: Tensor, *, beams: int | None = None) -> list[Caption]:

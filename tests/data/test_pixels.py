@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diptych.data.images import UnreadableImage
-from diptych.data.pixels import pixel_stream
+from diptych.data.pixels import decode_files, pixel_stream
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.skips import Skips
 from diptych.errors import UserError
@@ -108,3 +109,15 @@ def test_a_source_that_draws_many_at_once_gives_the_same_pictures():
     one_by_one = pixel_stream(both, size=32, skips=Skips(), flip=False, seed=0)
     assert one_by_one.size == 18
     np.testing.assert_array_equal(taken(one_by_one, [0, 3, 14]).permute(0, 2, 3, 1).numpy(), expected)
+
+
+def test_files_become_one_batch_and_a_damaged_one_is_named(tmp_path):
+    colours = np.array([[255, 0, 0], [0, 0, 255]], np.uint8)
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for file, colour in zip(files, colours, strict=True):
+        Image.fromarray(np.broadcast_to(colour, (8, 8, 3)).copy()).save(file)
+    pixels_B3SS = decode_files(files, size=4)
+    assert torch.equal(pixels_B3SS, torch.from_numpy(colours)[:, :, None, None].expand(2, 3, 4, 4))
+    (tmp_path / "bad.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"bad\.png"):
+        decode_files([files[0], tmp_path / "bad.png"], size=4)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from diptych.data.images import UnreadableImage
@@ -90,7 +89,7 @@ def _encode_chunk(
     if coders.tokens is not None:
         pixels, items = read_pictures(source, items, coders.image_size, skips, threads)
         if len(items):
-            arrays["tokens"] = coders.tokens(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()).cpu().numpy()
+            arrays["tokens"] = coders.tokens(channels_first(pixels)).cpu().numpy()
     if coders.ids is not None:
         captions = [source.captions(int(item)) for item in items]
         arrays["counts"] = np.array([len(texts) for texts in captions], np.int32)

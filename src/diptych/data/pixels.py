@@ -1,13 +1,16 @@
-"""Pictures decoded while training: what the image tokenizer learns from.
+"""Pictures as batches of pixels: decoded while training, or from files.
 
 Shapes: B rows, H and W pixels.
 """
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from diptych.data.batch import Items
-from diptych.data.images import UnreadableImage
+from diptych.data.images import UnreadableImage, decode
 from diptych.data.skips import Skips
 from diptych.data.sources import Source
 from diptych.data.streams import Stream, choose
@@ -75,6 +78,11 @@ def pixel_stream(chosen: Chosen, *, size: int, skips: Skips, flip: bool, seed: i
         return Items(pixels_B3HW=channels_first(pixels))
 
     return Stream(size=pictures.count, take=take)
+
+
+def decode_files(files: Sequence[str | Path], *, size: int) -> torch.Tensor:
+    """Image files as one batch uint8 [B 3 S S]. Raises UnreadableImage for one that cannot be."""
+    return channels_first(np.stack([decode(Path(file), size) for file in files]))
 
 
 def channels_first(pixels: np.ndarray) -> torch.Tensor:

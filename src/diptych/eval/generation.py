@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from diptych.data.images import UnreadableImage
+from diptych.data.pixels import channels_first
 from diptych.data.scenes.source import ENDLESS, ScenesSource
 from diptych.data.skips import Skips
 from diptych.data.sources import Source
@@ -126,10 +126,7 @@ def read_images(
 
 
 def _frechet(real: np.ndarray, drawn: np.ndarray, extractor: Any) -> tuple[dict[str, float], str | None]:
-    statistics = [
-        feature_statistics(extractor, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
-        for pixels in (real, drawn)
-    ]
+    statistics = [feature_statistics(extractor, channels_first(pixels)) for pixels in (real, drawn)]
     if len(real) < 2:
         return {}, "The Frechet distance needs two images or more."
     found = frechet_distance(*statistics)

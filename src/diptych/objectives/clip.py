@@ -14,7 +14,7 @@ from diptych.models.dual_encoder import DualEncoder
 from diptych.nn.gather import gather_rows
 from diptych.objectives.base import Losses
 from diptych.objectives.contrastive import multi_view_info_nce, sigmoid_loss
-from diptych.objectives.pairs import PairsConfig, Views, captions_of, in_chunks, unit
+from diptych.objectives.pairs import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,16 +23,11 @@ class ClipConfig(PairsConfig):
     """softmax is CLIP's loss, sigmoid SigLIP's."""
 
 
-class ClipObjective(nn.Module):
+class ClipObjective(PairsObjective[ClipConfig]):
     """The mean of the loss over all pairs of a view and a caption."""
 
-    couples_rows = True
-
     def __init__(self, model: DualEncoder, config: ClipConfig) -> None:
-        super().__init__()
-        config.check()
-        self.streams = {"pairs": 1}
-        self.model, self.config = model, config
+        super().__init__(model, config)
         if config.loss == "sigmoid":
             # SigLIP starts at scale 10 and bias -10: at first nearly all pairs are rightly taken for strangers.
             nn.init.constant_(model.clip.logit_scale, torch.tensor(10.0).log().item())

@@ -6,7 +6,7 @@ Shapes: B rows, b rows of a chunk, V image views, M captions, S image tokens, L 
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diptych.data.batch import Batch
 from diptych.data.views import ViewConfig
@@ -16,7 +16,7 @@ from diptych.models.fusion import Fusion, FusionConfig
 from diptych.nn.gather import gather_rows
 from diptych.objectives.base import Losses
 from diptych.objectives.contrastive import multi_view_info_nce, multi_view_nt_xent
-from diptych.objectives.pairs import PairsConfig, Views, captions_of, in_chunks, unit
+from diptych.objectives.pairs import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,17 +33,12 @@ class ItoConfig(PairsConfig):
     """Make the towers' widest activations again on the way back instead of keeping them: less memory, nearly free."""
 
 
-class ItoObjective(nn.Module):
+class ItoObjective(PairsObjective[ItoConfig]):
     """L = L_align + lambda L_fusion."""
-
-    couples_rows = True
 
     def __init__(self, model: DualEncoder, config: ItoConfig) -> None:
         """The weights of the fusion come from torch's global generator."""
-        super().__init__()
-        config.check()
-        self.streams = {"pairs": 1}
-        self.model, self.config = model, config
+        super().__init__(model, config)
         if config.lean:
             model.forget_activations()
         self.fusion: Fusion | None = None

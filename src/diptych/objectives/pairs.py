@@ -5,15 +5,17 @@ Shapes: B rows, b rows of a chunk, V image views, M captions of a row, L text to
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diptych.data.batch import Batch, Items
 from diptych.data.views import ViewConfig, draw_view, make_view, weak_view
 from diptych.errors import UserError
+from diptych.models.dual_encoder import DualEncoder
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,6 +36,21 @@ class PairsConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"objective.{name} is {value}; it must be at least 1")
+
+
+Config = TypeVar("Config", bound=PairsConfig)
+
+
+class PairsObjective(nn.Module, Generic[Config]):
+    """What they have in common: a dual encoder, a stream of pairs, and losses that compare all rows of a batch."""
+
+    couples_rows = True
+
+    def __init__(self, model: DualEncoder, config: Config) -> None:
+        super().__init__()
+        config.check()
+        self.streams = {"pairs": 1}
+        self.model, self.config = model, config
 
 
 class Views:

@@ -16,7 +16,7 @@ from diptych.nn.gather import gather_rows
 from diptych.nn.transformer import init_weights
 from diptych.objectives.base import Losses
 from diptych.objectives.contrastive import multi_view_info_nce, multi_view_nt_xent
-from diptych.objectives.pairs import PairsConfig, Views, captions_of, in_chunks, unit
+from diptych.objectives.pairs import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,21 +35,16 @@ class SlipConfig(PairsConfig):
     """Width of what SimCLR compares."""
 
 
-class SlipObjective(nn.Module):
+class SlipObjective(PairsObjective[SlipConfig]):
     """L = L_CLIP + L_SimCLR, on the image tower before its projection.
 
     Departure: LayerNorm in the projector where SLIP has BatchNorm, whose statistics depend on how rows are split over
     processes and chunks.
     """
 
-    couples_rows = True
-
     def __init__(self, model: DualEncoder, config: SlipConfig) -> None:
         """The weights of the projector come from torch's global generator."""
-        super().__init__()
-        config.check()
-        self.streams = {"pairs": 1}
-        self.model, self.config = model, config
+        super().__init__(model, config)
         widths = (model.image_tower_width, config.hidden, config.hidden)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):

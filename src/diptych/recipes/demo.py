@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from diptych.data.pixels import channels_first
 from diptych.data.scenes.source import ScenesSource
 from diptych.errors import UserError
 from diptych.eval.generation import EvaluateConfig, evaluate
@@ -169,7 +170,7 @@ def _share(source: Path, out: Path) -> None:
 def _ceiling(ready: Prepared, test: ScenesSource) -> float:
     """Accuracy of pictures that only went through the tokenizer: no network that draws tokens can do better."""
     items = np.arange(len(test))
-    pixels_B3HW = torch.from_numpy(test.images(items, ready.tokenizer.size)).permute(0, 3, 1, 2).contiguous()
+    pixels_B3HW = channels_first(test.images(items, ready.tokenizer.size))
     decoded = ready.tokenizer.decode(ready.tokenizer.encode(pixels_B3HW)).permute(0, 2, 3, 1).cpu().numpy()
     return image_accuracy(decoded, test.scenes(items)).exact
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from diptych.data.columns import Columns
 from diptych.data.encode import picture_batches
-from diptych.data.images import decode
-from diptych.data.pixels import channels_first
+from diptych.data.pixels import decode_files
 from diptych.data.skips import Skips
 from diptych.data.texts import clean, read_text
 from diptych.data.vectors import VectorStore, check_free, write_vectors
@@ -119,7 +118,7 @@ class Index:
         if top < 1:
             raise UserError(f"the best {top}: ask for one hit at least")
         if isinstance(query, Path):
-            query_1D = self.encoder.embed_images(read_pictures([query], size=self.encoder.image_size))
+            query_1D = self.encoder.embed_images(decode_files([query], size=self.encoder.image_size))
         elif clean(query):
             query_1D = self.encoder.embed_texts([clean(query)])
         else:
@@ -160,7 +159,7 @@ def classify_run(
         raise UserError(f"{run}: a dual encoder knows no classes of its own: give --classes NAMES.txt")
     names = read_lines(classes, what="class name")
     prompts = read_lines(templates, what="template with {} in it") if templates else ENSEMBLE
-    pixels_B3HW = read_pictures(images, size=encoder.image_size)
+    pixels_B3HW = decode_files(images, size=encoder.image_size)
     classes_CD = class_embeddings(encoder.embed_texts, names, templates=prompts)
     logits_BC = encoder.scale * encoder.embed_images(pixels_B3HW) @ classes_CD.T
     return best_guesses(logits_BC.softmax(1), names, top=top)
@@ -175,7 +174,3 @@ def read_lines(file: Path, *, what: str) -> list[str]:
         twice = next(line for number, line in enumerate(lines) if line in lines[:number])
         raise UserError(f"{file}: {twice!r} stands there twice: once is enough")
     return lines
-
-
-def read_pictures(files: Sequence[Path], *, size: int) -> Tensor:
-    return channels_first(np.stack([decode(file, size) for file in files]))

@@ -4,9 +4,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from diptych.data.encode import Coders
+from diptych.data.pixels import channels_first
 from diptych.data.sources import Source
 from diptych.errors import UserError
 from diptych.eval.features import FeatureExtractor, HubExtractor, RandomFeatures, TorchScriptExtractor
@@ -62,7 +61,7 @@ def evaluate_tokenizer_run(
     """Score the image tokenizer of a run: a line, ``metrics.json`` and a sheet of pictures before and after."""
     tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(pick_device(device))
     pixels_BSS3 = read_images(source, limit=limit, size=tokenizer.size)[1]
-    pixels_B3SS = torch.from_numpy(pixels_BSS3).permute(0, 3, 1, 2).contiguous()
+    pixels_B3SS = channels_first(pixels_BSS3)
     score = evaluate_tokenizer(tokenizer, pixels_B3SS.split(64), extractor=_extractor(features))
     after = tokenizer.decode(tokenizer.encode(pixels_B3SS[:_SHOWN])).permute(0, 2, 3, 1).cpu().numpy()
     write_json(out / "metrics.json", {**asdict(score), "source": source.name})

@@ -12,9 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from diptych.data.encode import picture_batches
-from diptych.data.images import decode
 from diptych.data.labelled import Labelled
-from diptych.data.pixels import channels_first
+from diptych.data.pixels import decode_files
 from diptych.data.skips import Skips
 from diptych.data.sources import Source
 from diptych.errors import UserError
@@ -60,8 +59,8 @@ def classify_run(run: Path, images: Sequence[Path], *, top: int = 1, device: Dev
     classifier = Classifier.from_pretrained(run, device=device)
     found: list[list[Guess]] = []
     for begin in range(0, len(images), _ROWS):
-        pictures = [decode(Path(image), classifier.encoder.image_size) for image in images[begin : begin + _ROWS]]
-        found += classifier.guesses(channels_first(np.stack(pictures)), top=top)
+        pixels_B3SS = decode_files(images[begin : begin + _ROWS], size=classifier.encoder.image_size)
+        found += classifier.guesses(pixels_B3SS, top=top)
     return found
 
 
