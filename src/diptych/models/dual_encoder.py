@@ -14,27 +14,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoProcessor,
-    CLIPConfig,
-    CLIPModel,
-    CLIPProcessor,
-    PreTrainedTokenizerBase,
-)
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.clip.modeling_clip import CLIPMLP
 
 from diptych.errors import UserError
+from diptych.models.clip_speed import quicken
 from diptych.nn.inference import Device, evaluating, pick_device
-from diptych.nn.transformer import attention
 
 LARGEST_SCALE = 100.0
 _HEAD = 64
-_ATTENTION = "diptych"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,9 +90,7 @@ class DualEncoder(nn.Module):
 
     def __init__(self, clip: CLIPModel, processor: CLIPProcessor) -> None:
         super().__init__()
-        clip.set_attn_implementation(_ATTENTION)
-        clip.vision_model.embeddings.patch_embedding.__class__ = _Patches
-        self.clip, self.processor = clip, processor
+        self.clip, self.processor = quicken(clip), processor
         self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         config: Any = clip.config  # its annotations allow parts that a finished configuration never lacks
         self.image_size: int = config.vision_config.image_size
@@ -176,13 +162,6 @@ class DualEncoder(nn.Module):
             list(texts), truncation=True, max_length=self.text_length, split_special_tokens=True, **how
         )
 
-    def forget_activations(self) -> None:
-        """From now on GELU's outputs, the widest tensors of a tower, are made again on the way back instead of kept: a
-        sixth of the memory for a hundredth or two of the time. Nothing else changes."""
-        for module in self.clip.modules():
-            if isinstance(module, CLIPMLP):
-                module.__class__ = _LeanMLP
-
     # Use
 
     def embed_images(self, pixels_B3HW: UInt8[Tensor, "B 3 H W"], *, batch_size: int = 64) -> Float[Tensor, "B D"]:
@@ -247,41 +226,3 @@ def _clip_config(config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase) 
         "patch_size": config.patch,
     }
     return CLIPConfig(text_config=text, vision_config=image, projection_dim=config.width)
-
-
-class _Patches(nn.Conv2d):
-    """CLIP's first layer, whose windows do not overlap, as one matrix product: a sixth of the time in bf16 on a CPU.
-
-    Weights and their names are the convolution's.
-    """
-
-    def forward(self, pixels_B3HW: Tensor) -> Tensor:
-        height, width = self.kernel_size
-        grid_B3YyXx = pixels_B3HW.unflatten(3, (-1, width)).unflatten(2, (-1, height))
-        patches_BYXP = grid_B3YyXx.permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return F.linear(patches_BYXP, self.weight.flatten(1)).permute(0, 3, 1, 2)
-
-
-class _LeanMLP(CLIPMLP):
-    """CLIP's MLP that keeps what enters its GELU and not what leaves it. Only GELU is computed twice: recomputation
-    stops where the last tensor that backward needs is there, which is before the second matrix product."""
-
-    def forward(self, x_BSW: Tensor) -> Tensor:
-        wide_BSX = self.fc1(x_BSW)
-        return checkpoint(self._narrow, wide_BSX, use_reentrant=False, preserve_rng_state=False)
-
-    def _narrow(self, wide_BSX: Tensor) -> Tensor:
-        return self.fc2(self.activation_fn(wide_BSX))
-
-
-def _attend(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, *,
-    is_causal: bool = False, **_: object,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """Our attention inside CLIP: several times as fast as its own in bf16 on a CPU, the same kernel elsewhere."""
-    causal = is_causal and attend is None
-    return attention(q, k, v, attend=attend, causal=causal).transpose(1, 2), None
-
-
-AttentionInterface.register(_ATTENTION, _attend)
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
