@@ -3,11 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from diptych.recipes import itit_recipes as itit
-from diptych.recipes import ito_recipes as ito
-from diptych.recipes import stage_recipes as stages
-from diptych.recipes import uml_recipes as uml
-from diptych.recipes import uml_ssl_recipes
+from diptych.recipes import itit_recipes, ito_recipes, stage_recipes, uml_recipes, uml_ssl_recipes
 
 
 class Run(Protocol):
@@ -17,35 +13,35 @@ class Run(Protocol):
 
 
 RECIPES: dict[str, Callable[[], Run]] = {
-    "itit-tiny": itit.itit_tiny,
-    "itit-small": itit.itit_small,
-    "itit-base": itit.itit_base,
-    "itit-large": itit.itit_large,
-    "itit-huge": itit.itit_huge,
-    "ito-tiny": ito.ito_tiny,
-    "ito-small": ito.ito_small,
-    "ito-base": ito.ito_base,
-    "ito-large": ito.ito_large,
-    "clip-tiny": ito.clip_tiny,
-    "clip-small": ito.clip_small,
-    "clip-base": ito.clip_base,
-    "clip-large": ito.clip_large,
-    "clip-aug-tiny": ito.clip_aug_tiny,
-    "clip-aug-small": ito.clip_aug_small,
-    "clip-aug-base": ito.clip_aug_base,
-    "siglip-tiny": ito.siglip_tiny,
-    "siglip-small": ito.siglip_small,
-    "siglip-base": ito.siglip_base,
-    "slip-tiny": ito.slip_tiny,
-    "slip-small": ito.slip_small,
-    "slip-base": ito.slip_base,
-    "uml-probe": uml.uml_probe,
-    "uml-finetune": uml.uml_finetune,
+    "itit-tiny": itit_recipes.itit_tiny,
+    "itit-small": itit_recipes.itit_small,
+    "itit-base": itit_recipes.itit_base,
+    "itit-large": itit_recipes.itit_large,
+    "itit-huge": itit_recipes.itit_huge,
+    "ito-tiny": ito_recipes.ito_tiny,
+    "ito-small": ito_recipes.ito_small,
+    "ito-base": ito_recipes.ito_base,
+    "ito-large": ito_recipes.ito_large,
+    "clip-tiny": ito_recipes.clip_tiny,
+    "clip-small": ito_recipes.clip_small,
+    "clip-base": ito_recipes.clip_base,
+    "clip-large": ito_recipes.clip_large,
+    "clip-aug-tiny": ito_recipes.clip_aug_tiny,
+    "clip-aug-small": ito_recipes.clip_aug_small,
+    "clip-aug-base": ito_recipes.clip_aug_base,
+    "siglip-tiny": ito_recipes.siglip_tiny,
+    "siglip-small": ito_recipes.siglip_small,
+    "siglip-base": ito_recipes.siglip_base,
+    "slip-tiny": ito_recipes.slip_tiny,
+    "slip-small": ito_recipes.slip_small,
+    "slip-base": ito_recipes.slip_base,
+    "uml-probe": uml_recipes.uml_probe,
+    "uml-finetune": uml_recipes.uml_finetune,
     "uml-ssl": uml_ssl_recipes.uml_ssl,
-    "vqgan-tiny": stages.vqgan_tiny,
-    "vqgan-small": stages.vqgan_small,
-    "vqgan-paper": stages.vqgan_paper,
-    "text-encoder-tiny": stages.text_encoder_tiny,
-    "text-encoder-small": stages.text_encoder_small,
+    "vqgan-tiny": stage_recipes.vqgan_tiny,
+    "vqgan-small": stage_recipes.vqgan_small,
+    "vqgan-paper": stage_recipes.vqgan_paper,
+    "text-encoder-tiny": stage_recipes.text_encoder_tiny,
+    "text-encoder-small": stage_recipes.text_encoder_small,
 }
 """Recipes by the name that `diptych fit` takes. The docstring of each gives command, hardware, time and result."""
