@@ -105,6 +105,15 @@ def test_a_resumed_probe_is_the_uninterrupted_one(photos, encoders, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_patience_ends_the_run(photos, encoders, tmp_path):
+    """A rate of nearly nothing never finds better weights than those of the first validation."""
+    run = replace(small(uml_probe(), photos, encoders), patience=1)
+    run = replace(run, optim=replace(run.optim, lr=1e-30), train=replace(run.train, eval_every=2))
+    result = run.fit(tmp_path / "run", recipe="uml-probe")
+    assert (result.step, result.finished) == (4, True)
+    assert (tmp_path / "run" / "head").is_dir()
+
+
 def test_one_shot_with_a_large_batch(photos, encoders, tmp_path):
     run = small(uml_probe(), photos, encoders)
     run = replace(run, data=replace(run.data, shots=1), train=replace(run.train, batch_size=32))

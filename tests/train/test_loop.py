@@ -264,6 +264,23 @@ def test_an_evaluation_that_an_interrupt_skipped_is_made_up_once(tmp_path):
         assert [line["step"] for line in read_metrics(tmp_path) if "score" in line] == [6, 12]
 
 
+def test_a_hook_ends_the_run_when_no_step_can_change_it(tmp_path):
+    """With a checkpoint there, so that the same command does nothing more, and goes on once more is wanted."""
+    enough = 6
+
+    def fit():
+        hooks = [Hook(every=3, run=lambda step, objective: {"score": 1.0}, over=lambda step: step >= enough)]
+        return train(Toy(), toy_batches, out=tmp_path, train=config(), optim=optim(), hooks=hooks)
+
+    for _ in range(2):
+        result = fit()
+        assert (result.step, result.finished) == (6, True)
+        assert [line["step"] for line in read_metrics(tmp_path) if "score" in line] == [3, 6]
+        assert checkpoint.newest(tmp_path / "checkpoints")[0].step == 6
+    enough = 20
+    assert (fit().step, fit().finished) == (12, True)
+
+
 def test_progress_is_plain_lines_away_from_a_terminal(tmp_path, capsys):
     train(Toy(), toy_batches, out=tmp_path, train=config(quiet=False), optim=optim(), title="toy")
     told = capsys.readouterr()

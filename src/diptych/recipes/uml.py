@@ -87,7 +87,7 @@ class UmlRun:
     objective: UmlConfig = field(default_factory=UmlConfig)
     """Its loss."""
     patience: int = 10
-    """Validations without a better one after which later weights are not taken."""
+    """Validations in a row without a better one after which training ends."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -109,7 +109,7 @@ class UmlRun:
             multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed,
         )  # fmt: skip
         best = Best(out / "best", patience=self.patience)
-        hook = Hook(every=self.train.eval_every, run=_validation(valid, best))
+        hook = Hook(every=self.train.eval_every, run=_validation(valid, best), over=best.is_over)
         result = train(
             objective, batches, out=out, train=self.train, optim=self.optim, hooks=[hook], title=recipe,
             identity=self._identity(objective, encoder, images, texts),

@@ -51,6 +51,10 @@ class Best:
     def score(self) -> Score | None:
         return select(self.scores, patience=self.patience)
 
+    def is_over(self, step: int) -> bool:
+        """Whether no step after ``step`` can be selected any more."""
+        return is_over([each for each in self.scores if each.step <= step], patience=self.patience)
+
     def offer(self, score: Score, objective: nn.Module) -> None:
         """Called in the order of the steps; what is known of this step or later ones is from before a resume."""
         self.scores = [*(each for each in self.scores if each.step < score.step), score]

@@ -22,7 +22,11 @@ from diptych.train.journal import Journal, Standing
 from diptych.train.state import TrainState
 from diptych.train.update import Updater
 
-TIME_IS_UP = 1  # a reason to stop, as are the numbers of the signals that are watched (2 and 15); 0 is none
+ENOUGH, TIME_IS_UP = -1, 1  # reasons to stop, as are the numbers of the signals that are watched (2, 15); 0 is none
+
+
+def never(step: int) -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,9 @@ class Hook:
     run: Callable[[int, nn.Module], Mapping[str, float | int]]
     """(finished steps, objective) to numbers for metrics.jsonl. The objective is unwrapped, in evaluation mode and, if
     the run keeps a moving average, computes with it. Called on the first process only, without gradients."""
+    over: Callable[[int], bool] = never
+    """(finished steps) to whether further steps cannot change what the run leaves: it then ends there, finished. Asked
+    on the first process only, after ``run``; a resume asks again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +49,7 @@ class TrainResult:
     step: int
     """Finished steps."""
     finished: bool
-    """False when ``max_seconds`` ended the run."""
+    """False when ``max_seconds`` ended the run before its last step, and before a hook said that it is over."""
     seconds: float
     """Time trained, all invocations together."""
     ema: Ema | None = None
@@ -111,7 +118,7 @@ class _Run:
         self.settings = json.loads(json.dumps(describe(train, optim, identity)))
         self.update = Updater(objective, train=train, optim=optim, devices=devices)
         self.state = TrainState(objective, self.update.optimizer, self.update.ema)
-        self.at = Standing()
+        self.at, self.over = Standing(), False
 
     def go(self, batches: Batches, title: str, stack: ExitStack) -> TrainResult:
         """Restore, train, and tell how it ended. What must be closed is left to ``stack``."""
@@ -128,7 +135,7 @@ class _Run:
         return self._result()
 
     def _result(self) -> TrainResult:
-        finished = self.at.step >= self.train.steps
+        finished = self.over or self.at.step >= self.train.steps
         return TrainResult(step=self.at.step, finished=finished, seconds=self.at.seconds, ema=self.update.ema)
 
     def _restore(self) -> list[str]:
@@ -149,6 +156,10 @@ class _Run:
         self.began, before = time.monotonic(), self.at.seconds
         if self.devices.agree(int(self.at.step > 0 and not self.journal.evaluated)):
             self._run_hooks()
+        elif self.at.step > 0:
+            self._ask_hooks(self.hooks)
+        if self.over:
+            return ENOUGH
         devices, workers = self.devices, self.train.workers
         steps = range(self.at.step, self.train.steps)
         supply = feed(batches, steps, rank=devices.rank, world=devices.world, device=devices.device, workers=workers)
@@ -178,7 +189,9 @@ class _Run:
             self._save()
         if reason <= TIME_IS_UP:
             self._run_hooks()
-        return reason
+        if self.over and not saving:
+            self._save()
+        return reason or (ENOUGH if self.over else 0)
 
     def _due(self, every: int) -> bool:
         return self.at.step % every == 0
@@ -211,4 +224,8 @@ class _Run:
                 for hook in due:
                     numbers |= hook.run(self.at.step, self.objective)
             self.journal.evaluation(numbers, seconds=time.monotonic() - began)
-        self.devices.wait()
+        self._ask_hooks(due)
+
+    def _ask_hooks(self, hooks: Sequence[Hook]) -> None:
+        """All processes wait for what the first one says."""
+        self.over = bool(self.devices.agree(int(self.devices.first and any(hook.over(self.at.step) for hook in hooks))))
