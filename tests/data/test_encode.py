@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from diptych.data import encode as encode_module
+from diptych.data import growing as growing_module
 from diptych.data.encode import Coders, encode
 from diptych.data.sources import open_source
 from diptych.data.store import Store
@@ -113,7 +114,7 @@ def test_a_kill_between_the_files_of_a_chunk_leaves_no_trace(photos, tmp_path, m
     """No caption in the first chunk: `ids` begins in the one that is killed after its files are written."""
     source, order = open_source(str(photos)), np.array([0, 3, 6, 9, 0, 1, 2, 4])
     encode(source, tmp_path / "whole", coders(), indices=order)
-    write, calls = encode_module._write_json, []
+    write, calls = growing_module._write_json, []
 
     def killed_the_second_time(path, value):
         calls.append(path)
@@ -121,7 +122,7 @@ def test_a_kill_between_the_files_of_a_chunk_leaves_no_trace(photos, tmp_path, m
             raise KeyboardInterrupt
         write(path, value)
 
-    monkeypatch.setattr(encode_module, "_write_json", killed_the_second_time)
+    monkeypatch.setattr(growing_module, "_write_json", killed_the_second_time)
     with pytest.raises(KeyboardInterrupt):
         encode(source, tmp_path / "cut", coders(), indices=order)
     assert (tmp_path / ".cut.partial/ids.bin").stat().st_size > 0

@@ -4,7 +4,9 @@ import torch
 
 from diptych.data.scenes.source import ScenesSource
 from diptych.errors import UserError
+from diptych.models.dual_encoder import DualEncoder
 from diptych.pipeline import weights_digest
+from diptych.recipes import dual_runs
 from diptych.recipes.dual_runs import Index, embed_run, read_lines
 
 SOURCE, SRC = ScenesSource(count=12), "scenes:?count=12"
@@ -49,3 +51,30 @@ def test_a_store_without_the_name_of_its_model(dual_run, tmp_path):
 def test_lines_are_clean(tmp_path):
     (tmp_path / "names.txt").write_text("\ufeff  hot   dog \r\n\r\ncat", encoding="utf-8")
     assert read_lines(tmp_path / "names.txt", what="name") == ["hot dog", "cat"]
+
+
+@pytest.mark.parametrize(("side", "method"), [("images", "embed_images"), ("texts", "embed_texts")])
+def test_an_interrupted_embedding_goes_on_where_it_was(dual_run, tmp_path, monkeypatch, side, method):
+    monkeypatch.setattr(dual_runs, "_ROWS", 4)
+    embed = getattr(DualEncoder, method)
+    calls = []
+
+    def count(encoder, *args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return embed(encoder, *args)
+
+    def run(out):
+        return embed_run(dual_run, "scenes:?count=12", side=side, out=out, workers=1, device="cpu")[0]
+
+    whole = run(tmp_path / "whole")
+    monkeypatch.setattr(DualEncoder, method, count)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    cut = run(tmp_path / "cut")
+    assert len(calls) == 4  # one, one that fails, and the two that are left
+    assert (cut.keys, cut.manifest) == (whole.keys, whole.manifest)
+    for name in ("vectors", "items"):
+        np.testing.assert_array_equal(cut.array(name), whole.array(name))

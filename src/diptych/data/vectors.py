@@ -9,15 +9,14 @@ The arrays are ordinary NumPy files; `numpy.load` reads them too.
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from diptych.data.growing import Growing
 from diptych.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -89,64 +88,24 @@ def write_vectors(
         manifest: Anything that JSON can hold.
     """
     check_free(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    growing = Growing(folder, None, format="npy")
     try:
-        _write_arrays(partial, batches)
-        (partial / "keys.txt").write_text("".join(f"{' '.join(key.splitlines())}\n" for key in keys), **_ENCODING)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        VectorStore.open(partial)  # before anything is replaced
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        for batch in batches:
+            growing.append(batch if isinstance(batch, Mapping) else {"vectors": batch})
+        growing.append({}, keys=keys)
+        return finish_vectors(growing, manifest)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return VectorStore.open(folder)
+        growing.discard()
+
+
+def finish_vectors(growing: Growing, manifest: Mapping[str, Any]) -> VectorStore:
+    """The store that has grown: for makers of many vectors, which want to go on where they were interrupted."""
+    if not growing.arrays:
+        raise UserError(f"{growing.out.name}: nothing to write")
+    return growing.finish(MANIFEST, manifest, VectorStore.open)
 
 
 def check_free(folder: Path) -> None:
     """Raises UserError when ``folder`` holds anything but a store: for a check before hours of work."""
     if folder.exists() and not VectorStore.is_one(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already and holds no vectors: choose another folder")
-
-
-def _write_arrays(folder: Path, batches: Iterable[np.ndarray | Mapping[str, np.ndarray]]) -> None:
-    writers: dict[str, _Appending] = {}
-    try:
-        for batch in batches:
-            arrays = batch if isinstance(batch, Mapping) else {"vectors": batch}
-            for name, array in arrays.items():
-                if name not in writers:
-                    writers[name] = _Appending((folder / f"{name}.npy").open("wb"), array)
-                writers[name].append(array)
-    finally:
-        for writer in writers.values():
-            writer.close()
-    if not writers:
-        raise UserError(f"{folder.name.removeprefix('.').removesuffix('.partial')}: nothing to write")
-
-
-class _Appending:
-    """A NumPy file whose number of rows is only known at its end. NumPy pads headers so that this number may grow."""
-
-    def __init__(self, file: BinaryIO, like: np.ndarray) -> None:
-        self.file, self.dtype, self.row, self.rows = file, like.dtype, like.shape[1:], 0
-        file.write(self._header())
-
-    def append(self, array: np.ndarray) -> None:
-        assert (array.dtype, array.shape[1:]) == (self.dtype, self.row), (array.dtype, array.shape, self.row)
-        self.file.write(np.ascontiguousarray(array).data)
-        self.rows += len(array)
-
-    def close(self) -> None:
-        self.file.seek(0)
-        self.file.write(self._header())
-        self.file.close()
-
-    def _header(self) -> bytes:
-        header = BytesIO()
-        shape = (self.rows, *self.row)
-        description = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(header, description)
-        return header.getvalue()

@@ -4,9 +4,9 @@ Shapes: B rows, C classes, D width, H and W pixels.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import Literal
 
@@ -14,14 +14,14 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from diptych.data.columns import Columns
-from diptych.data.encode import picture_batches
-from diptych.data.pixels import decode_files
+from diptych.data.encode import read_pictures
+from diptych.data.growing import Growing
+from diptych.data.pixels import channels_first, decode_files
 from diptych.data.skips import Skips
 from diptych.data.texts import clean, read_text
-from diptych.data.vectors import VectorStore, check_free, write_vectors
+from diptych.data.vectors import VectorStore, check_free, finish_vectors
 from diptych.errors import UserError
 from diptych.eval.guesses import Guess, best_guesses
 from diptych.eval.search import nearest
@@ -59,7 +59,8 @@ def open_dual(run: Path, *, device: Device) -> DualEncoder:
 
 
 def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, device: Device) -> tuple[VectorStore, int]:
-    """Embeddings of all images or all texts of a source, as a store in half precision.
+    """Embeddings of all images or all texts of a source, as a store in half precision. Interrupted, it goes on where it
+    stopped.
 
     Also gives the number of pictures that cannot be read: they are left out and listed in ``skipped.jsonl``.
     """
@@ -68,38 +69,28 @@ def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, devi
     if not (source.has_images if side == "images" else source.has_captions):
         raise UserError(f"{source.name}: has no {side} to embed")
     encoder = open_dual(run, device=device)
-    keys: list[str] = []
-    skips = Skips()
-
-    def images() -> Iterator[tuple[Tensor, np.ndarray]]:
-        everything = np.arange(len(source))
-        for pixels_B3HW, items in picture_batches(
-            source, everything, size=encoder.image_size, skips=skips, workers=workers, rows=_ROWS
-        ):
-            keys.extend(source.key(int(item)) for item in items)
-            yield encoder.embed_images(pixels_B3HW), items
-
-    def texts() -> Iterator[tuple[Tensor, np.ndarray]]:
-        for begin in range(0, len(source), _ROWS):
-            items = range(begin, min(begin + _ROWS, len(source)))
-            captions = [(text, item) for item in items for text in source.captions(item)]
-            if captions:
-                keys.extend(text for text, _ in captions)
-                yield encoder.embed_texts([text for text, _ in captions]), np.array([item for _, item in captions])
-
-    arrays = (
-        {"vectors": rows_BD.half().cpu().numpy(), "items": items}
-        for rows_BD, items in (images() if side == "images" else texts())
-    )
     manifest = {"side": side, "source": spec, "run": str(run), "model": weights_digest(encoder)}
+    growing = Growing(out, manifest | {"rows": len(source)}, format="npy")
+    skips = Skips(reasons=growing.skipped)
     shown = track(
-        arrays, f"Embedding {side}", ceil(len(source) / _ROWS), console=Console(stderr=True), transient=True,
+        range(growing.done, len(source), _ROWS), f"Embedding {side}", console=Console(stderr=True), transient=True,
         disable=not sys.stderr.isatty(),
     )  # fmt: skip
-    store = write_vectors(out, shown, keys=keys, manifest=manifest)
-    if len(skips):
-        skips.write(out / "skipped.jsonl")
-    return store, len(skips)
+    with ThreadPoolExecutor(max(1, workers)) as threads:
+        for begin in shown:
+            items = np.arange(begin, min(begin + _ROWS, len(source)))
+            if side == "images":
+                pixels, items = read_pictures(source, items, encoder.image_size, skips, threads)
+                skips.check(len(source))
+                keys = [source.key(int(item)) for item in items]
+                rows_BD = encoder.embed_images(channels_first(pixels)) if keys else None
+            else:
+                told = [(text, item) for item in items for text in source.captions(int(item))]
+                keys, items = [text for text, _ in told], np.array([item for _, item in told])
+                rows_BD = encoder.embed_texts(keys) if keys else None
+            arrays = {} if rows_BD is None else {"vectors": rows_BD.half().cpu().numpy(), "items": items}
+            growing.append(arrays, keys=keys, done=begin + _ROWS)
+    return finish_vectors(growing, manifest), len(skips)
 
 
 class Index:
