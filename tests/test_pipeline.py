@@ -18,7 +18,7 @@ WRITE = WriteConfig(beams=2)
 
 @pytest.fixture
 def made(tokenizer, text_encoder, model) -> Diptych:
-    return Diptych(tokenizer, text_encoder, model, draw=DRAW, write=WRITE)
+    return Diptych(tokenizer, text_encoder, model, draw=DRAW, write=WRITE, precision="fp32")
 
 
 @pytest.fixture
@@ -48,6 +48,15 @@ def test_captions_have_texts_and_scores(made, pixels):
     assert all(isinstance(caption.text, str) and caption.score < 0 for caption in found)
     assert [caption.score for caption in made.captions(list(pixels[:1]), beams=1)] == [None]
     assert made.captions([]) == []
+
+
+def test_bf16_is_near_fp32(made, run, pixels):
+    near = Diptych.from_pretrained(run, device="cpu", precision="bf16")
+    exact = [caption.score for caption in made.captions(list(pixels))]
+    scores = [caption.score for caption in near.captions(list(pixels))]
+    assert scores != exact
+    assert scores == pytest.approx(exact, rel=0.01)
+    assert near.imagine(["a red circle"]).shape == (1, 32, 32, 3)
 
 
 def test_many_pictures_are_written_about_in_pieces(made, pixels, monkeypatch):
@@ -147,7 +156,7 @@ def test_a_cycle_needs_one_start_and_a_round(made, given):
 
 
 def test_a_run_folder_is_the_same_diptych(made, run, pixels, scene_texts):
-    loaded = diptych.Diptych.from_pretrained(run, device="cpu")
+    loaded = diptych.Diptych.from_pretrained(run, device="cpu", precision="fp32")
     assert (loaded.draw_config, loaded.write_config) == (DRAW, WRITE)
     assert loaded.captions(list(pixels)) == made.captions(list(pixels))
     np.testing.assert_array_equal(loaded.imagine(scene_texts[:2]), made.imagine(scene_texts[:2]))

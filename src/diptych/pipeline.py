@@ -27,7 +27,7 @@ from diptych.errors import UserError
 from diptych.models.image_tokenizer import ImageTokenizer
 from diptych.models.itit import ITIT
 from diptych.models.text_encoder import TextEncoder
-from diptych.nn.inference import Device, pick_device
+from diptych.nn.inference import Device, Precision, autocast, pick_device
 from diptych.sampling.itit import DrawConfig, WriteConfig, draw, write
 
 Picture = str | Path | Image.Image | np.ndarray
@@ -78,7 +78,9 @@ class Diptych:
         draw: DrawConfig | None = None,
         write: WriteConfig | None = None,
         device: str | torch.device = "cpu",
+        precision: Precision = "auto",
     ) -> None:
+        self.precision: Precision = precision
         self.device = torch.device(device)
         self.tokenizer = tokenizer.to(self.device).eval()
         self.text_encoder = text_encoder.to(self.device)
@@ -89,12 +91,14 @@ class Diptych:
         self.banned_V[list(text_encoder.banned_ids)] = True
 
     @classmethod
-    def from_pretrained(cls, run: str | Path, *, device: Device = "auto") -> "Diptych":
+    def from_pretrained(cls, run: str | Path, *, device: Device = "auto", precision: Precision = "auto") -> "Diptych":
         """Load a run folder. Nothing outside it is read.
 
         Args:
             run: folder with ``tokenizer/``, ``text_encoder/`` and ``model/``.
             device: ``auto`` takes CUDA, then MPS, then the CPU.
+            precision: of the ITIT network, as in training: ``auto`` is bf16 where the device multiplies it, else fp32.
+                Tokenizer and text encoder always compute in fp32.
 
         Raises:
             UserError: the folder is no finished run, or a file in it is damaged.
@@ -113,6 +117,7 @@ class Diptych:
             draw=draw,
             write=write,
             device=pick_device(device),
+            precision=precision,
         )
 
     @property
@@ -141,7 +146,8 @@ class Diptych:
         found: list[Caption] = []
         for piece in tokens_BN.to(self.device).split(_ROWS):
             length = self.model.config.text_tokens
-            ids_BL, score_B = write(self.model, piece, config, banned_V=self.banned_V, length=length)
+            with autocast(self.device, self.precision):
+                ids_BL, score_B = write(self.model, piece, config, banned_V=self.banned_V, length=length)
             scores = [None] * len(piece) if score_B is None else score_B.tolist()
             texts = self.text_encoder.detokenize(ids_BL)
             found += [Caption(text=text, score=score) for text, score in zip(texts, scores, strict=True)]
@@ -166,7 +172,8 @@ class Diptych:
             ids_BL, valid_BL = ids_BL.to(self.device), valid_BL.to(self.device)
             features_BLF = self.text_encoder.features(ids_BL, valid_BL)
             draws = Draws(seed, start)
-            found.append(draw(self.model, features_BLF, valid_BL, config or self.draw_config, draws=draws))
+            with autocast(self.device, self.precision):
+                found.append(draw(self.model, features_BLF, valid_BL, config or self.draw_config, draws=draws))
         return torch.cat(found)
 
     def cycle(

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from diptych.errors import UserError
-from diptych.nn.inference import evaluating, pick_device
+from diptych.nn.inference import autocast, evaluating, pick_device
 
 
 def test_evaluating_restores_each_mode():
@@ -31,3 +31,14 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="device 'cuda': torch finds no such device"):
         pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"), [({"avx512_bf16": True}, True), ({"avx512_f": True}, False), ({}, False)]
+)
+def test_a_cpu_takes_bf16_only_where_it_has_instructions_for_it(monkeypatch, able, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    cpu = torch.device("cpu")
+    for precision, bf16 in (("auto", expected), ("bf16", True), ("fp32", False)):
+        with autocast(cpu, precision):
+            assert torch.is_autocast_enabled("cpu") == bf16

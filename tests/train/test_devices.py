@@ -41,16 +41,6 @@ def test_a_device_that_is_not_there_is_refused():
         Devices(device="cuda", precision="auto")
 
 
-@pytest.mark.parametrize(
-    ("able", "expected"), [({"avx512_bf16": True}, True), ({"avx512_f": True}, False), ({}, False)]
-)
-def test_a_cpu_takes_bf16_only_where_it_has_instructions_for_it(monkeypatch, able, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-    assert Devices(device="cpu", precision="auto").bf16 == expected
-    assert Devices(device="cpu", precision="bf16").bf16
-    assert not Devices(device="cpu", precision="fp32").bf16
-
-
 def test_seeding_is_that_of_torch():
     Devices(device="cpu", precision="auto").seed(1234)
     drawn = torch.rand(5)

@@ -1,7 +1,7 @@
 """Where a network computes, and how it computes when it does not learn."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from diptych.errors import UserError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 def pick_device(name: Device) -> str:
@@ -19,6 +20,20 @@ def pick_device(name: Device) -> str:
     if not there.get(kind, False):
         raise UserError(f"device {name!r}: torch finds no such device here; choose auto or cpu")
     return kind
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16 products; elsewhere they are emulated, and slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """The one dtype policy: fp32 weights; under bf16, what autocast lists as safe is computed in bf16."""
+    bf16 = precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 @contextmanager

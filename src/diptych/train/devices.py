@@ -3,7 +3,6 @@
 import atexit
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,9 +10,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
-from diptych.nn.inference import Device, pick_device
-
-Precision = Literal["auto", "fp32", "bf16"]
+from diptych.nn.inference import Device, Precision, autocast, pick_device
 
 
 class Devices:
@@ -29,7 +26,7 @@ class Devices:
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.first: bool = self._accelerator.is_main_process
-        self.bf16 = precision == "bf16" or (precision == "auto" and _multiplies_bf16(self.device))
+        self.precision: Precision = precision
         self.waits = self.device.type != "cpu"
         """Whether reading a number from the device stops the queue of kernels."""
 
@@ -38,8 +35,8 @@ class Devices:
         return self._accelerator.prepare_model(module)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The one dtype policy: fp32 weights; under bf16, what autocast lists as safe is computed in bf16."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        """Of a step; see :func:`diptych.nn.inference.autocast`."""
+        return autocast(self.device, self.precision)
 
     def keep_local(self, module: nn.Module) -> AbstractContextManager[object]:
         """Gradients of a micro-batch before the last are not exchanged."""
@@ -90,11 +87,3 @@ def _leave() -> None:
     """An exit with the group's threads still running aborts now and then."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16 products; elsewhere they are emulated, and slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
