@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -136,9 +136,13 @@ class Diptych:
         found: list[Caption] = []
         for start in range(0, len(pictures), _ROWS):
             pixels = np.stack([self.read(picture) for picture in pictures[start : start + _ROWS]])
-            tokens_BN = self.tokenizer.encode(channels_first(pixels).to(self.device))
-            found += self.caption_tokens(tokens_BN, beams=beams)
+            found += self.caption_tokens(self.tokenize(pixels), beams=beams)
         return found
+
+    def tokenize(self, pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Int[Tensor, "B N"]:
+        """Image tokens of pictures of the tokenizer's size."""
+        pieces = channels_first(pixels_BSS3).split(_ROWS)
+        return torch.cat([self.tokenizer.encode(piece.to(self.device)) for piece in pieces])
 
     def caption_tokens(self, tokens_BN: Tensor, *, beams: int | None = None) -> list[Caption]:
         """As :meth:`captions`, from image tokens."""

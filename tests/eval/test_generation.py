@@ -7,7 +7,7 @@ from diptych.data.sources import open_source
 from diptych.errors import UserError
 from diptych.eval.features import RandomFeatures
 from diptych.eval.generation import EvaluateConfig, evaluate, read_captioned
-from diptych.pipeline import Diptych
+from diptych.pipeline import Caption, Diptych
 from diptych.sampling.itit import DrawConfig, WriteConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Covariance")
@@ -23,9 +23,8 @@ def diptych(tokenizer, text_encoder, model) -> Diptych:
 @pytest.fixture
 def oracle(diptych, monkeypatch) -> Diptych:
     """Knows every scene: what it writes and draws is right."""
-    monkeypatch.setattr(
-        Diptych, "caption", lambda self, pictures, beams=None: [SCENES.captions(i)[0] for i in range(8)]
-    )
+    written = [Caption(text=SCENES.captions(i)[0], score=None) for i in range(8)]
+    monkeypatch.setattr(Diptych, "caption_tokens", lambda self, tokens_BN, beams=None: written)
     monkeypatch.setattr(Diptych, "imagine", lambda self, texts, seed=0, draw=None: SCENES.images(range(8), 32))
     return diptych
 

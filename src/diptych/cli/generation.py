@@ -80,7 +80,7 @@ def imagine(
     for number, picture in enumerate(pictures):
         save_png(out / f"{number:03d}.png", picture)
     sheet = save_png(out / "sheet.png", contact_sheet(pictures, captions=list(texts)))
-    print(f"{len(pictures)} pictures in {out}, all on {sheet}")
+    print(f"written to {out}, all on {sheet}")
 
 
 def cycle(

@@ -18,6 +18,7 @@ from diptych.errors import UserError
 from diptych.eval.captions import score_captions
 from diptych.eval.features import FeatureExtractor, RandomFeatures, feature_statistics
 from diptych.eval.frechet import frechet_distance
+from diptych.eval.grounding import grounding
 from diptych.eval.scenes import caption_accuracy, image_accuracy
 from diptych.pipeline import Diptych
 
@@ -54,32 +55,39 @@ class Evaluation:
 def evaluate(
     diptych: Diptych, source: Source, config: EvaluateConfig, *, extractor: FeatureExtractor | None = None
 ) -> Evaluation:
-    """CIDEr-D, BLEU, ROUGE-L and variety of captions; Frechet distance of drawn to real pictures.
+    """CIDEr-D, BLEU, ROUGE-L and variety of captions; Frechet distance of drawn to real pictures; what captions and
+    pictures tell of each other.
 
     On ``scenes:`` also the exact accuracies. Real pictures are cut to their centre square and resized to the
     tokenizer's size, without any compression. Raises UserError for a source without images or captions.
     """
     items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.size)
     references = [source.captions(item) for item in items]
+    first = [texts[0] for texts in references]
     metrics: dict[str, float] = {"images": len(items)}
     notes: list[str] = []
     written: list[str] = []
     drawn = None
     scenes = source.scenes(items) if isinstance(source, ScenesSource) else None
+    tokens_BN = diptych.tokenize(pixels)
     if config.captions:
-        written = diptych.caption(list(pixels), beams=config.beams)
+        written = [caption.text for caption in diptych.caption_tokens(tokens_BN, beams=config.beams)]
         scores = score_captions(written, references)
         metrics |= scores.table()
         notes += scores.warnings
         if scenes is not None:
             metrics |= _flat("caption", caption_accuracy(written, scenes))
     if config.pictures:
-        drawn = diptych.imagine([texts[0] for texts in references], seed=config.seed)
+        drawn = diptych.imagine(first, seed=config.seed)
         measured, note = _frechet(pixels, drawn, extractor or RandomFeatures())
         metrics |= measured
         notes += [note] if note else []
         if scenes is not None:
             metrics |= _flat("image", image_accuracy(drawn, scenes))
+    if config.captions and config.pictures:
+        length = diptych.model.config.text_tokens
+        found = grounding(diptych, tokens_BN, diptych.text_encoder.tokenize(first, length=length)[0])
+        metrics |= {"caption_grounding": found.caption, "image_grounding": found.picture}
     keys = [source.key(item) for item in items]
     return Evaluation(
         metrics=metrics, notes=notes, keys=keys, references=references, real_BSS3=pixels, captions=written,
