@@ -5,18 +5,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
 
 from diptych.data.batch import Items
 from diptych.data.columns import Columns
 from diptych.data.streams import Batches, Stream
 from diptych.errors import UserError
+from diptych.eval.text_encoder import evaluate_text_encoder
 from diptych.models.text_encoder import TextEncoder
 from diptych.models.text_tokenizer import train_tokenizer
 from diptych.objectives.span_corruption import SpanCorruption, TextEncoderConfig
 from diptych.recipes.data import open_finite
-from diptych.recipes.folders import write_config
+from diptych.recipes.folders import write_config, write_json
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.loop import train
+
+_SCORED = 512
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,7 +56,12 @@ class TextEncoderStage:
         )  # fmt: skip
         identity = {"model": asdict(self.model), "length": self.length}
         train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
-        return objective.text_encoder()
+        encoder = objective.text_encoder()
+        if PartialState().is_main_process:
+            score = evaluate_text_encoder(encoder, texts[:_SCORED], length=self.length)
+            print(f"{title}: {score}, on {score.texts:,} of its own texts", flush=True)
+            write_json(out / "text_encoder.json", asdict(score))
+        return encoder
 
 
 @dataclass(kw_only=True, slots=True)
