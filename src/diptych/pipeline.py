@@ -3,18 +3,14 @@
 Shapes: B rows, H and W pixels, N image tokens, L text tokens, V vocabulary.
 """
 
-import hashlib
 import io
 import json
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
@@ -28,6 +24,7 @@ from diptych.models.image_tokenizer import ImageTokenizer
 from diptych.models.itit import ITIT
 from diptych.models.text_encoder import TextEncoder
 from diptych.nn.inference import Device, Precision, autocast, pick_device
+from diptych.nn.weights import load_network, weights_digest
 from diptych.sampling.itit import DrawConfig, WriteConfig, draw, write
 
 Picture = str | Path | Image.Image | np.ndarray
@@ -113,7 +110,7 @@ class Diptych:
         return cls(
             ImageTokenizer.from_pretrained(run / "tokenizer"),
             TextEncoder.from_pretrained(run / "text_encoder"),
-            load_model(run / "model"),
+            load_network(ITIT, run / "model"),
             draw=draw,
             write=write,
             device=pick_device(device),
@@ -230,33 +227,6 @@ def coders(tokenizer: ImageTokenizer, text_encoder: TextEncoder, *, length: int,
         features=to_features if features else None,
         fingerprint=f"{weights_digest(tokenizer)}-{weights_digest(text_encoder)}-{length}-{features}",
     )
-
-
-def weights_digest(module: torch.nn.Module) -> str:
-    """Tells one set of weights from another."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def load_model(folder: Path) -> ITIT:
-    """The network saved by ``ITIT.save_pretrained``."""
-    return load_network(ITIT, folder)
-
-
-Network = TypeVar("Network", bound=PyTorchModelHubMixin)
-
-
-def load_network(kind: type[Network], folder: Path) -> Network:
-    """The network that ``kind.save_pretrained`` wrote; UserError when a file is missing or damaged."""
-    try:
-        with redirect_stdout(io.StringIO()):  # huggingface_hub prints that it reads a folder
-            return kind.from_pretrained(str(folder), local_files_only=True, strict=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: the network cannot be read ({reason}): copy or train it again") from error
 
 
 def _generation(run: Path) -> tuple[DrawConfig, WriteConfig]:

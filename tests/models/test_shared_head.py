@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from diptych.errors import UserError
 from diptych.models.shared_head import SharedHead, SharedHeadConfig
-from diptych.pipeline import load_network
+from diptych.nn.weights import load_network
 
 CONFIG = SharedHeadConfig(
     widths={"image": 6, "text": 4, "audio": 5}, classes=3, features="raw", projection="random", logit_scale=2.0

@@ -5,7 +5,7 @@ import torch
 from diptych.data.scenes.source import ScenesSource
 from diptych.errors import UserError
 from diptych.models.dual_encoder import DualEncoder
-from diptych.pipeline import weights_digest
+from diptych.nn.weights import weights_digest
 from diptych.recipes import dual_runs
 from diptych.recipes.dual_runs import Index, embed_run, read_lines
 

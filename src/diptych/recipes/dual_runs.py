@@ -28,7 +28,7 @@ from diptych.eval.search import nearest
 from diptych.eval.zeroshot import ENSEMBLE, class_embeddings
 from diptych.models.dual_encoder import DualEncoder
 from diptych.nn.inference import Device
-from diptych.pipeline import weights_digest
+from diptych.nn.weights import weights_digest
 from diptych.recipes.data import open_finite
 from diptych.recipes.folders import kind_of
 from diptych.report.sheet import contact_sheet

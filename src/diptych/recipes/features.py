@@ -23,7 +23,7 @@ from diptych.errors import UserError
 from diptych.models.encoders.image import ImageEncoder
 from diptych.models.encoders.text import PooledTextEncoder
 from diptych.nn.inference import evaluating
-from diptych.pipeline import weights_digest
+from diptych.nn.weights import weights_digest
 
 _ROWS = 128
 

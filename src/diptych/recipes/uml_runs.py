@@ -21,7 +21,7 @@ from diptych.eval.guesses import Guess, best_guesses
 from diptych.models.encoders import open_image_encoder
 from diptych.models.shared_head import SharedHead
 from diptych.nn.inference import Device, evaluating, pick_device
-from diptych.pipeline import load_network
+from diptych.nn.weights import load_network
 from diptych.recipes.folders import write_json
 from diptych.recipes.uml import IMAGE
 

@@ -14,8 +14,8 @@ from diptych.data.vectors import VectorStore, check_free, write_vectors
 from diptych.errors import UserError
 from diptych.models.shared_transformer import SharedTransformer, SharedTransformerConfig
 from diptych.nn.inference import Device, evaluating, pick_device
+from diptych.nn.weights import load_network
 from diptych.objectives.uml_ssl import UmlSsl, UmlSslConfig
-from diptych.pipeline import load_network
 from diptych.recipes.folders import save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.loop import train
