@@ -141,15 +141,22 @@ def main() -> None:
 
 
 def verdict(results: dict[str, list[dict[str, float]]]) -> bool:
-    mean = {arm: statistics.mean(each[R1] for each in found) for arm, found in results.items()}
-    if not {"clip", "ito"} <= mean.keys():
+    """Prints the gains over CLIP in R@1, which is judged, and in R@5 and R@10, which are less noisy."""
+    if not {"clip", "ito"} <= results.keys():
         print("verdict: needs the arms clip and ito")
         return False
-    gains = {arm: value / mean["clip"] - 1 for arm, value in mean.items() if arm != "clip"}
-    held = 1 + gains["ito"] >= BAR
-    told = ", ".join(f"{arm} {gain:+.1%}" for arm, gain in gains.items())
-    print(f"verdict: {R1} against CLIP at equal steps: {told}; the bar of ITO +15 % is {'met' if held else 'missed'}")
+    gains: dict[str, dict[str, float]] = {}
+    for score in ("r1", "r5", "r10"):
+        mean = {arm: statistics.mean(_both_ways(each, score) for each in found) for arm, found in results.items()}
+        gains[score] = {arm: value / mean["clip"] - 1 for arm, value in mean.items() if arm != "clip"}
+        print(f"{score} against CLIP at equal steps: " + ", ".join(f"{a} {g:+.1%}" for a, g in gains[score].items()))
+    held = 1 + gains["r1"]["ito"] >= BAR
+    print(f"verdict: the bar of ITO, R@1 +15 %, is {'met' if held else 'missed'}")
     return held
+
+
+def _both_ways(result: dict[str, float], score: str) -> float:
+    return (result[f"image_to_text/{score}"] + result[f"text_to_image/{score}"]) / 2
 
 
 if __name__ == "__main__":
