@@ -20,8 +20,8 @@ _ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class Grounding:
-    """Nats a token that the right partner saves against another row's: 0 where nothing was learned, and bounded by the
-    mutual information of the two."""
+    """Nats a token that the right partner saves against another row's: 0 where nothing was learned. As a wrong partner
+    misleads a sure network, it may exceed the mutual information of the two."""
 
     caption: float
     """Of a caption's tokens, from seeing its picture (I2T)."""
