@@ -37,3 +37,15 @@ def test_places_in_the_code_are_there(document):
 def test_links_lead_to_files(document):
     links = LINK.findall(document.read_text())
     assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_what_the_tour_quotes_is_in_the_code():
+    code = "\n".join(_squeezed(file.read_text()) for file in (ROOT / "src").rglob("*.py"))
+    quoted = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tour.md").read_text(), re.DOTALL)
+    lines = [_squeezed(line) for block in quoted for line in block.splitlines()]
+    assert len(lines) > 20
+    assert [line for line in lines if line not in code] == []
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())
