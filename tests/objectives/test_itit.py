@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diptych.data.batch import Draws
+from diptych.nn.transformer import Block
 from diptych.objectives.itit import ItitObjective, ItitObjectiveConfig, LossWeights
 from diptych.sampling.itit import DrawConfig
 
@@ -169,3 +170,22 @@ def test_it_can_over_fit_one_batch(model, text_encoder, batch):
         optimizer.step()
     for name in ("t2i", "i2t", "i2i", "t2i2t"):
         assert losses.terms[name] < 0.7 * first[name], name
+
+
+def test_compiling_takes_the_blocks_but_not_their_cached_form(model, text_encoder, batch, monkeypatch):
+    calls = []
+
+    def compile_(block, **settings):
+        def compiled(*args, **named):
+            calls.append(named.get("cache"))
+            return block.forward(*args, **named)
+
+        block._compiled_call_impl = compiled
+
+    monkeypatch.setattr(Block, "compile", compile_)
+    whole = objective(model, text_encoder)
+    plain = whole(batch, 0).total.item()
+    whole.compile_regions()
+    assert whole(batch, 0).total.item() == plain
+    assert len(calls) > sum(isinstance(module, Block) for module in model.modules())
+    assert all(cache is None for cache in calls)

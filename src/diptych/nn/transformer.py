@@ -119,7 +119,10 @@ class Blocks(nn.Module):
 
     def forward(self, x_BSD: Tensor, *, attend: Tensor | None = None, cache: list[LayerCache] | None = None) -> Tensor:
         for index, layer in enumerate(self.layers):
-            x_BSD = layer(x_BSD, attend=attend, cache=None if cache is None else cache[index])
+            if cache is None:
+                x_BSD = layer(x_BSD, attend=attend)
+            else:  # never the compiled form: it would be compiled anew for each length of the cache
+                x_BSD = layer.forward(x_BSD, attend=attend, cache=cache[index])
         return self.norm(x_BSD)
 
     def empty_cache(self, like: Tensor, *, positions: int) -> list[LayerCache]:

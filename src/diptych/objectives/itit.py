@@ -14,6 +14,7 @@ from diptych.data.batch import Batch, Draws, Items
 from diptych.models.itit import ITIT
 from diptych.models.text_encoder import TextEncoder
 from diptych.nn.inference import evaluating
+from diptych.nn.transformer import Block
 from diptych.objectives.base import Losses
 from diptych.objectives.cycles import i2t2i_loss, reimagined, rewritten, t2i2t_loss
 from diptych.objectives.hiding import HideConfig, Hiding, hide
@@ -92,6 +93,13 @@ class ItitObjective(nn.Module):
         for name in [name for name in state if name.startswith(f"{prefix}text_encoder.")]:
             del state[name]
         return state
+
+    def compile_regions(self) -> None:
+        """For ``--train.compile``: the blocks, once for all that are alike. The loops of the synthesis stay as they
+        are; traced as a whole they take many minutes."""
+        for module in self.model.modules():
+            if isinstance(module, Block):
+                module.compile(dynamic=True)
 
     def forward(self, batch: Batch, step: int) -> Losses:
         terms = self._paired(batch)
