@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from diptych.data.skips import Skips
 from diptych.report.files import write_bytes
 
 Format = Literal["bin", "npy"]
@@ -86,8 +87,7 @@ class Growing:
             with (self.folder / f"{name}.{self.format}").open("r+b") as file:
                 file.write(self._header(array))
         if self.skipped:
-            lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in sorted(self.skipped.items())]
-            (self.folder / "skipped.jsonl").write_text("".join(lines))
+            Skips(reasons=self.skipped).write(self.folder / "skipped.jsonl")
         _write_json(self.folder / manifest, content)
         (self.folder / "progress.json").unlink(missing_ok=True)
         opened(self.folder)  # before anything is replaced

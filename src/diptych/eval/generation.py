@@ -69,14 +69,18 @@ def evaluate(
     written: list[str] = []
     drawn = None
     scenes = source.scenes(items) if isinstance(source, ScenesSource) else None
-    tokens_BN = diptych.tokenize(pixels)
     if config.captions:
+        tokens_BN = diptych.tokenize(pixels)
         written = [caption.text for caption in diptych.caption_tokens(tokens_BN, beams=config.beams)]
         scores = score_captions(written, references)
         metrics |= scores.table()
         notes += scores.warnings
         if scenes is not None:
             metrics |= _flat("caption", caption_accuracy(written, scenes))
+        if config.pictures:
+            length = diptych.model.config.text_tokens
+            known = grounding(diptych, tokens_BN, diptych.text_encoder.tokenize(first, length=length)[0])
+            metrics |= {"caption_grounding": known.caption, "image_grounding": known.picture}
     if config.pictures:
         drawn = diptych.imagine(first, seed=config.seed)
         measured, note = _frechet(pixels, drawn, extractor or RandomFeatures())
@@ -84,10 +88,6 @@ def evaluate(
         notes += [note] if note else []
         if scenes is not None:
             metrics |= _flat("image", image_accuracy(drawn, scenes))
-    if config.captions and config.pictures:
-        length = diptych.model.config.text_tokens
-        found = grounding(diptych, tokens_BN, diptych.text_encoder.tokenize(first, length=length)[0])
-        metrics |= {"caption_grounding": found.caption, "image_grounding": found.picture}
     keys = [source.key(item) for item in items]
     return Evaluation(
         metrics=metrics, notes=notes, keys=keys, references=references, real_BSS3=pixels, captions=written,

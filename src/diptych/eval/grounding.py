@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diptych.models.itit import Encoded
 from diptych.objectives.hiding import Hiding
 from diptych.objectives.paired import i2t_loss, t2i_loss, without_text
 from diptych.pipeline import Diptych
@@ -36,21 +37,28 @@ def grounding(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Grounding:
     others_BL = ids_BL.roll(1, 0)
     for start in range(0, len(ids_BL), _ROWS):
         rows = slice(start, start + _ROWS)
-        tokens, share = tokens_BN[rows].to(diptych.device), len(tokens_BN[rows]) / len(ids_BL)
-        right, wrong = (_losses(diptych, tokens, ids[rows].to(diptych.device)) for ids in (ids_BL, others_BL))
-        caption += share * (wrong[0] - right[0]).item()
-        picture += share * (wrong[1] - right[1]).item()
+        tokens, right, wrong = (part[rows].to(diptych.device) for part in (tokens_BN, ids_BL, others_BL))
+        share = len(tokens) / len(ids_BL)
+        read = _shown(diptych, tokens)
+        caption += share * (_caption_loss(diptych, read, wrong) - _caption_loss(diptych, read, right)).item()
+        picture += share * (_picture_loss(diptych, tokens, wrong) - _picture_loss(diptych, tokens, right)).item()
     return Grounding(caption, picture)
 
 
-def _losses(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """I2T from the whole picture and T2I from none of it, without smoothing."""
-    model, valid_BL = diptych.model, ids_BL != diptych.text_encoder.pad_id
+def _shown(diptych: Diptych, tokens_BN: Tensor) -> Encoded:
+    """The encoder's pass over whole pictures."""
     every_BN = torch.arange(tokens_BN.shape[1], device=tokens_BN.device).expand_as(tokens_BN)
-    nothing_BN = torch.zeros_like(tokens_BN, dtype=torch.bool)
-    shown = without_text(model, tokens_BN, Hiding(nothing_BN, every_BN))
-    caption = i2t_loss(model, shown, ids_BL, valid_BL, smoothing=0.0, encoder_gradient=1.0)
+    return without_text(diptych.model, tokens_BN, Hiding(torch.zeros_like(tokens_BN, dtype=torch.bool), every_BN))
+
+
+def _caption_loss(diptych: Diptych, read: Encoded, ids_BL: Tensor) -> Tensor:
+    valid_BL = ids_BL != diptych.text_encoder.pad_id
+    return i2t_loss(diptych.model, read, ids_BL, valid_BL, smoothing=0.0, encoder_gradient=1.0)
+
+
+def _picture_loss(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Tensor:
+    """With every token hidden, and none of them in the encoder."""
+    valid_BL = ids_BL != diptych.text_encoder.pad_id
+    hidden = Hiding(torch.ones_like(tokens_BN, dtype=torch.bool), tokens_BN[:, :0])
     features_BLF = diptych.text_encoder.features(ids_BL, valid_BL)
-    hidden = Hiding(~nothing_BN, every_BN[:, :0])
-    picture = t2i_loss(model, tokens_BN, features_BLF, valid_BL, hidden, smoothing=0.0)
-    return caption, picture
+    return t2i_loss(diptych.model, tokens_BN, features_BLF, valid_BL, hidden, smoothing=0.0)

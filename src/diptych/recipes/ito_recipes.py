@@ -80,12 +80,12 @@ def clip_aug_tiny() -> ClipRun:
 
 def clip_aug_small() -> ClipRun:
     """CLIP with ITO's augmentation, beside `ito-small`."""
-    return _strong(clip_small())
+    return _strong(clip_small(), ViewConfig())
 
 
 def clip_aug_base() -> ClipRun:
     """CLIP with ITO's augmentation, beside `ito-base`."""
-    return _strong(clip_base())
+    return _strong(clip_base(), ViewConfig())
 
 
 def siglip_tiny() -> ClipRun:
@@ -122,8 +122,8 @@ def slip_base() -> SlipRun:
     return SlipRun(**_base())
 
 
-def _strong(run: ClipRun, view: ViewConfig | None = None) -> ClipRun:
-    run.objective.augment = view or ViewConfig()
+def _strong(run: ClipRun, view: ViewConfig) -> ClipRun:
+    run.objective.augment = view
     return run
 
 
