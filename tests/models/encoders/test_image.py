@@ -144,7 +144,7 @@ def test_a_new_encoder_follows_from_its_seed_and_comes_back(tmp_path, pixels):
 
 def test_gradients_reach_the_weights(save_image_model, pixels):
     encoder = open_image_encoder(save_image_model(MODELS["dinov2"]()))
-    encoder(pixels).sum().backward()
+    encoder(pixels)[:, 0].sum().backward()  # the sum over a closing LayerNorm is a constant
     assert encoder.network.encoder.layer[0].attention.q_proj.weight.grad.abs().sum() > 0
 
 
