@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diptych.nn.transformer import Blocks, LayerCache, attention, init_weights, prefix_causal
+from diptych.nn.transformer import Blocks, LayerCache, attention, init_weights, prefix_causal, rounded, softmax
 
 
 @pytest.fixture
@@ -49,11 +49,13 @@ def test_heads_must_divide_the_width():
         Blocks(1, 10, heads=3)
 
 
+@pytest.mark.parametrize("positions", [5, 120])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_written_out_for_bf16_equals_the_fused_one(masked):
+def test_attention_written_out_for_bf16_equals_the_fused_one(masked, positions):
+    """Few positions and many take different kernels of softmax."""
     torch.manual_seed(0)
-    fp32 = [torch.randn(2, 3, 5, 8) for _ in range(3)]
-    attend = prefix_causal(2, 3) if masked else None
+    fp32 = [torch.randn(2, 3, positions, 8) for _ in range(3)]
+    attend = prefix_causal(2, positions - 2) if masked else None
     ours = [x.bfloat16().requires_grad_() for x in fp32]
     plain = [x.detach().float().requires_grad_() for x in ours]
     found, expected = attention(*ours, attend=attend), attention(*plain, attend=attend)
@@ -70,3 +72,19 @@ def test_causal_attention_is_attention_under_a_triangle(dtype):
     q, k, v = torch.randn(3, 2, 2, 5, 4).to(dtype)
     triangle = torch.ones(5, 5, dtype=torch.bool).tril()
     torch.testing.assert_close(attention(q, k, v, causal=True), attention(q, k, v, attend=triangle))
+
+
+@pytest.mark.parametrize("positions", [5, 120])
+def test_softmax_keeps_its_type_under_autocast(positions):
+    scores = torch.randn(3, positions).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = softmax(scores)
+    assert weights.dtype == torch.bfloat16
+    torch.testing.assert_close(weights.float(), scores.float().softmax(-1), atol=1e-3, rtol=0.01)
+
+
+def test_only_autocast_rounds():
+    x = torch.randn(3)
+    assert rounded(x) is x
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rounded(x).dtype == torch.bfloat16

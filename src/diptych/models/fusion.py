@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from diptych.nn.transformer import Block, init_weights
+from diptych.nn.transformer import Block, init_weights, rounded
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,7 +67,7 @@ def first_position(block: Block, x_BTD: Tensor, attend_B11T: Tensor) -> Tensor:
     same to all scores of a query, which softmax does not see; that of the values comes through whole.)
     """
     attention = block.attention
-    normed_BTD = block.norm_attention(x_BTD)
+    normed_BTD = rounded(block.norm_attention(x_BTD))
     query_weight, key_weight_HED, value_weight_HED = (
         part.unflatten(0, (attention.heads, -1)) for part in attention.qkv.weight.chunk(3)
     )

@@ -31,7 +31,7 @@ class ItoConfig(PairsConfig):
     fusion: FusionConfig = field(default_factory=FusionConfig)
     """The module that fuses; it is dropped after training."""
     lean: bool = True
-    """Make the towers' widest activations again on the way back instead of keeping them: less memory, nearly free."""
+    """Make the image tower's widest activations again on the way back instead of keeping them: less memory, nearly free."""
 
 
 class ItoObjective(PairsObjective[ItoConfig]):
@@ -86,9 +86,10 @@ class ItoObjective(PairsObjective[ItoConfig]):
         assert self.fusion is not None
         assert images.tokens_BSD is not None
         assert texts.tokens_BSD is not None
-        turn = torch.arange(c.views) % c.captions
+        rounds = -(-c.views // c.captions)
         text_XLD, valid_XL = (
-            side.unflatten(0, (c.captions, -1))[turn].flatten(0, 1) for side in (texts.tokens_BSD, valid)
+            torch.cat([side.unflatten(0, (c.captions, -1))] * rounds)[: c.views].flatten(0, 1)
+            for side in (texts.tokens_BSD, valid)
         )
         positions_LD = self.model.text_positions(valid.shape[1])
         return self.fusion(images.tokens_BSD, text_XLD, valid_XL, positions_LD).unflatten(0, (c.views, -1))
