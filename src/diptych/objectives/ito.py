@@ -31,7 +31,7 @@ class ItoConfig(PairsConfig):
     fusion: FusionConfig = field(default_factory=FusionConfig)
     """The module that fuses; it is dropped after training."""
     lean: bool = True
-    """Make the image tower's widest activations again on the way back instead of keeping them: less memory, nearly free."""
+    """Make the image tower's widest activations again on the way back, not keep them: less memory, nearly free."""
 
 
 class ItoObjective(PairsObjective[ItoConfig]):
