@@ -180,3 +180,15 @@ def test_a_run_of_another_kind(call, mistaken, run, dual_run, photo, tmp_path):
         mistaken(call(*command), dual_run, "neither captions nor draws")
     mistaken(call("cycle", dual_run, "--text", "a", "--out", tmp_path / "out"), dual_run, "neither captions nor draws")
     assert not (tmp_path / "out").exists()
+
+
+def test_export(call, mistaken, dual_run, run, tmp_path):
+    out = tmp_path / "open_clip"
+    assert call("export", dual_run, "--out", out) == (
+        0,
+        f'open_clip.create_model_and_transforms("local-dir:{out}")\n',
+        "",
+    )
+    assert {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"} <= {f.name for f in out.iterdir()}
+    mistaken(call("export", run, "--out", tmp_path / "no"), "holds no dual encoder")
+    assert not (tmp_path / "no").exists()

@@ -8,7 +8,7 @@ import tyro
 
 from diptych.cli.generation import caption, cycle, imagine
 from diptych.cli.scores import evaluate
-from diptych.cli.searching import classify, embed, search
+from diptych.cli.searching import classify, embed, export, search
 from diptych.cli.training import demo, encode, features, fit, fit_for_help, recipes
 from diptych.errors import UserError
 from diptych.train.interrupt import Interrupted
@@ -24,6 +24,7 @@ COMMANDS = {
     "embed": embed,
     "search": search,
     "classify": classify,
+    "export": export,
     "evaluate": evaluate,
 }
 

@@ -130,3 +130,17 @@ def classify(
             print(json_format.dumps(record, ensure_ascii=False))
         else:
             print(f"{image}: " + ", ".join(f"{guess.name} {guess.probability:.1%}" for guess in guesses))
+
+
+def export(run: Run, *, out: Path) -> None:
+    """The dual encoder of a run as a folder that open_clip reads. (RUN/model is one that transformers reads.)
+
+    Args:
+        run: Run folder of a dual encoder.
+        out: Folder to write. Files of the same names are replaced.
+    """
+    from diptych.models.open_clip import save_open_clip
+    from diptych.recipes.dual_runs import open_dual
+
+    save_open_clip(open_dual(run, device="cpu"), out)
+    print(f'open_clip.create_model_and_transforms("local-dir:{out}")')
