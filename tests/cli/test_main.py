@@ -21,6 +21,21 @@ def test_help_comes_without_the_heavy_libraries():
         assert "usage: diptych" in found.stdout
 
 
+def test_a_recipes_help_comes_without_anybodys_networks():
+    """They take three times as long to import as torch."""
+    script = (
+        "import sys; sys.argv = ['diptych', 'fit', sys.argv[1], '--help']\n"
+        "from diptych.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'transformers.modeling_utils', 'diffusers', 'datasets'} & set(sys.modules)))"
+    )
+    for recipe in ("itit-tiny", "ito-tiny", "uml-finetune"):
+        found = subprocess.run([sys.executable, "-c", script, recipe], capture_output=True, text=True, timeout=120)
+        assert found.returncode == 0
+        assert found.stdout.endswith("[]\n")
+        assert f"usage: diptych fit {recipe}" in found.stdout
+
+
 def test_no_arguments_give_the_commands(call):
     status, out, _ = call()
     assert status == 0

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
-from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerBase
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import PreTrainedTokenizerBase
 
 from diptych.errors import UserError
-from diptych.models.clip_speed import quicken
 from diptych.nn.inference import Device, evaluating, pick_device
 
 LARGEST_SCALE = 100.0
@@ -88,7 +87,9 @@ class DualEncoder(nn.Module):
     mean_311: Tensor
     std_311: Tensor
 
-    def __init__(self, clip: CLIPModel, processor: CLIPProcessor) -> None:
+    def __init__(self, clip: "transformers.CLIPModel", processor: "transformers.CLIPProcessor") -> None:
+        from diptych.models.clip_speed import quicken
+
         super().__init__()
         self.clip, self.processor = quicken(clip), processor
         self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
@@ -107,10 +108,10 @@ class DualEncoder(nn.Module):
         """Random weights, as CLIP initialises them; they follow from ``seed`` alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            clip = CLIPModel(_clip_config(config, tokenizer))
+            clip = transformers.CLIPModel(_clip_config(config, tokenizer))
         side = {"height": config.image_size, "width": config.image_size}
-        pixels = CLIPImageProcessorPil(size={"shortest_edge": config.image_size}, crop_size=side)
-        return cls(clip, CLIPProcessor(pixels, tokenizer))
+        pixels = transformers.CLIPImageProcessorPil(size={"shortest_edge": config.image_size}, crop_size=side)
+        return cls(clip, transformers.CLIPProcessor(pixels, tokenizer))
 
     @property
     def scale(self) -> Float[Tensor, ""]:
@@ -190,11 +191,11 @@ class DualEncoder(nn.Module):
         """From a CLIP folder (nothing touches the network) or a hub name. Raises UserError for what is no CLIP."""
         where: dict[str, Any] = {"local_files_only": Path(name).is_dir()}
         try:
-            config = CLIPConfig.from_pretrained(name, **where)
+            config = transformers.CLIPConfig.from_pretrained(name, **where)
             if config.model_type != "clip":
                 raise UserError(f"a {config.model_type!r} model")
-            clip = CLIPModel.from_pretrained(name, dtype=torch.float32, **where)
-            processor = AutoProcessor.from_pretrained(name, **where)
+            clip = transformers.CLIPModel.from_pretrained(name, dtype=torch.float32, **where)
+            processor = transformers.AutoProcessor.from_pretrained(name, **where)
             return cls(clip, processor).to(pick_device(device))
         except Exception as error:  # every library below has its own idea of what a broken file raises
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
@@ -206,7 +207,7 @@ class DualEncoder(nn.Module):
         self.processor.save_pretrained(folder)
 
 
-def _clip_config(config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> CLIPConfig:
+def _clip_config(config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> "transformers.CLIPConfig":
     def tower(width: int, depth: int) -> dict[str, Any]:
         # GELU is one kernel where CLIP's own "quick" GELU is three.
         return {
@@ -225,4 +226,4 @@ def _clip_config(config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase) 
         "image_size": config.image_size,
         "patch_size": config.patch,
     }
-    return CLIPConfig(text_config=text, vision_config=image, projection_dim=config.width)
+    return transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=config.width)

@@ -16,15 +16,17 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.vq_model import VQModel
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from diptych.errors import UserError
+
+if TYPE_CHECKING:  # diffusers takes seconds to import, so it is imported where a network is made or read
+    from diffusers.models.autoencoders.vq_model import VQModel
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,7 +63,7 @@ def nearest_codes(latents_ME: Float[Tensor, "M E"], codebook_KE: Float[Tensor, "
 class ImageTokenizer(nn.Module):
     """`size` x `size` pictures to `tokens` = (size / factor)² tokens out of `codes`."""
 
-    def __init__(self, network: VQModel, *, size: int):
+    def __init__(self, network: "VQModel", *, size: int):
         super().__init__()
         config = network.config
         self.network = network
@@ -77,6 +79,8 @@ class ImageTokenizer(nn.Module):
     @classmethod
     def from_config(cls, config: ImageTokenizerConfig, *, seed: int = 0) -> "ImageTokenizer":
         """A new tokenizer; its weights follow from ``seed`` alone."""
+        from diffusers.models.autoencoders.vq_model import VQModel
+
         stages = len(config.widths)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -204,6 +208,8 @@ class ImageTokenizer(nn.Module):
         ``size`` overrides the recorded picture size. Where that gives fewer than 4 x 4 tokens it is taken for
         diffusers' unset default (32, as in aMUSEd's) and 16 x 16 tokens are assumed instead.
         """
+        from diffusers.models.autoencoders.vq_model import VQModel
+
         config, place = _find_config(name)
         try:
             network, loading = VQModel.from_pretrained(name, output_loading_info=True, use_safetensors=True, **place)
@@ -220,6 +226,8 @@ class ImageTokenizer(nn.Module):
 
 def _find_config(name: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configuration and where it lies, as arguments of diffusers' loaders. A folder needs no network."""
+    from diffusers.models.autoencoders.vq_model import VQModel
+
     local = Path(name).is_dir()
     for subfolder in (None, "vqvae"):
         place = {"subfolder": subfolder, "local_files_only": local}

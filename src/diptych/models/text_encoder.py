@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
-from transformers.activations import NewGELUActivation
+from transformers import PreTrainedTokenizerBase
 
 from diptych.errors import UserError
 
@@ -22,10 +22,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
-def fuse_gelu(t5: PreTrainedModel) -> PreTrainedModel:
+def fuse_gelu(t5: "transformers.PreTrainedModel") -> "transformers.PreTrainedModel":
     """Replaces T5 v1.1's GELU, seven small operations in `transformers`, by the one kernel that computes the same."""
     for module in t5.modules():
-        if isinstance(getattr(module, "act", None), NewGELUActivation):
+        if isinstance(getattr(module, "act", None), transformers.activations.NewGELUActivation):
             module.act = nn.GELU(approximate="tanh")
     return t5
 
@@ -40,7 +40,7 @@ class TextEncoder(nn.Module):
     pad_id = 0
     eos_id = 1
 
-    def __init__(self, t5: T5EncoderModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, t5: "transformers.T5EncoderModel", tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         t5.set_attn_implementation("sdpa")
         self.t5 = fuse_gelu(t5).requires_grad_(False).eval()
@@ -135,16 +135,16 @@ class TextEncoder(nn.Module):
         where: dict[str, Any] = {"local_files_only": folder.is_dir()}
         part = "config.json"
         try:
-            config = AutoConfig.from_pretrained(name, **where)
+            config = transformers.AutoConfig.from_pretrained(name, **where)
             if config.model_type != "t5":
                 raise UserError(f"a {config.model_type!r} model, not a T5")
             part = "tokenizer"
             if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
                 raise UserError(f"none of {', '.join(_TOKENIZER_FILES)} is there")
-            tokenizer = AutoTokenizer.from_pretrained(name, **where)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
             part = "weights"
             options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
-            loaded: Any = T5EncoderModel.from_pretrained(
+            loaded: Any = transformers.T5EncoderModel.from_pretrained(
                 name, **options, **where
             )  # its annotation knows no second result
             t5, report = loaded

@@ -11,7 +11,6 @@ from torch import Tensor
 from diptych.data.batch import Batch
 from diptych.data.views import ViewConfig
 from diptych.errors import UserError
-from diptych.models.clip_speed import forget_activations
 from diptych.models.dual_encoder import DualEncoder, Features
 from diptych.models.fusion import Fusion, FusionConfig
 from diptych.nn.gather import gather_rows
@@ -41,6 +40,8 @@ class ItoObjective(PairsObjective[ItoConfig]):
         """The weights of the fusion come from torch's global generator."""
         super().__init__(model, config)
         if config.lean:
+            from diptych.models.clip_speed import forget_activations
+
             forget_activations(model.clip)
         self.fusion: Fusion | None = None
         if config.fusion_weight:

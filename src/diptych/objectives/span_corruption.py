@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers import PreTrainedTokenizerBase
 
 from diptych.data.batch import Batch, Draws, derive_seed
 from diptych.errors import UserError
@@ -68,11 +69,11 @@ class TextEncoderConfig:
         """For captions of photos."""
         return cls(vocab_size=4096, lowercase=True)
 
-    def t5(self, *, vocab_real: int) -> T5Config:
+    def t5(self, *, vocab_real: int) -> "transformers.T5Config":
         """The `transformers` configuration. No dropout: it would draw from the global generator."""
         if self.width % self.heads:
             raise UserError(f"width={self.width} cannot be shared by heads={self.heads}: use a multiple")
-        return T5Config(
+        return transformers.T5Config(
             vocab_size=-(-vocab_real // _ROW_MULTIPLE) * _ROW_MULTIPLE,
             d_model=self.width,
             d_kv=self.width // self.heads,
@@ -202,7 +203,7 @@ class SpanCorruption(nn.Module):
         self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "span corruption"))
-            self.t5 = fuse_gelu(T5ForConditionalGeneration(config.t5(vocab_real=len(tokenizer))))
+            self.t5 = fuse_gelu(transformers.T5ForConditionalGeneration(config.t5(vocab_real=len(tokenizer))))
         marks = [tokenizer.convert_tokens_to_ids(f"<extra_id_{k}>") for k in range(config.sentinels)]
         self.register_buffer("sentinels_K", torch.tensor(marks), persistent=False)
 
@@ -240,6 +241,6 @@ class SpanCorruption(nn.Module):
 
     def text_encoder(self) -> TextEncoder:
         """A frozen copy of the encoder half on the CPU; training on does not change it."""
-        half = T5EncoderModel(self.config.t5(vocab_real=len(self.tokenizer)))
+        half = transformers.T5EncoderModel(self.config.t5(vocab_real=len(self.tokenizer)))
         half.load_state_dict({name: self.t5.state_dict()[name] for name in half.state_dict()})
         return TextEncoder(half, copy.deepcopy(self.tokenizer))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from accelerate import PartialState
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from diptych.data.columns import Columns
 from diptych.data.images import UnreadableImage
@@ -123,7 +124,7 @@ class DualRun:
                 made = train_clip_tokenizer(texts, vocabulary=self.model.vocabulary, length=self.model.text_length)
                 made.save_pretrained(folder)
         name = part_of(self.tokenizer, "tokenizer") if self.tokenizer is not None else str(folder)
-        return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
+        return transformers.AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
 
     def _objective(self, model: DualEncoder) -> nn.Module:
         with torch.random.fork_rng(devices=[]):

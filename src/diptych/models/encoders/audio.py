@@ -9,9 +9,9 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import transformers
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AutoFeatureExtractor, AutoModel
 
 from diptych.models.encoders.hub import load, load_weights, resolve, width_of
 
@@ -37,8 +37,8 @@ class AudioEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str) -> Self:
         """From a folder (nothing touches the network) or a hub name. Raises UserError."""
-        network, _ = load_weights(name, _WHAT, AutoModel)
-        return cls(network, load(name, _WHAT, AutoFeatureExtractor.from_pretrained)).eval()
+        network, _ = load_weights(name, _WHAT, transformers.AutoModel)
+        return cls(network, load(name, _WHAT, transformers.AutoFeatureExtractor.from_pretrained)).eval()
 
     @property
     def listener(self) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from transformers import AutoConfig, PretrainedConfig
+import transformers
 from transformers.utils import logging
 
 from diptych.errors import UserError
@@ -56,17 +56,17 @@ def load(name: str, what: str, loader: Callable[..., T], **options: Any) -> T:
         raise UserError(f"{name} cannot be loaded as {what}: {reason}") from error
 
 
-def load_config(name: str, what: str) -> PretrainedConfig:
-    return load(name, what, AutoConfig.from_pretrained)
+def load_config(name: str, what: str) -> "transformers.PretrainedConfig":
+    return load(name, what, transformers.AutoConfig.from_pretrained)
 
 
-def is_projected(config: PretrainedConfig) -> bool:
+def is_projected(config: "transformers.PretrainedConfig") -> bool:
     """Whether the model is (a tower of) a CLIP, whose pooled features are its shared embedding."""
     names = getattr(config, "architectures", None) or ()
     return config.model_type == "clip" or any(name.endswith("ModelWithProjection") for name in names)
 
 
-def width_of(config: PretrainedConfig, modality: Modality) -> int:
+def width_of(config: "transformers.PretrainedConfig", modality: Modality) -> int:
     """Width of the pooled features."""
     if is_projected(config):
         return config.projection_dim
@@ -83,7 +83,9 @@ def encoder_width(name: str | Path, modality: Modality) -> int:
     return width_of(load_config(resolve(name, modality), f"an encoder of {modality}s"), modality)
 
 
-def load_weights(name: str, what: str, kind: Any, *, tower: PretrainedConfig | None = None) -> tuple[Any, bool]:
+def load_weights(
+    name: str, what: str, kind: Any, *, tower: "transformers.PretrainedConfig | None" = None
+) -> tuple[Any, bool]:
     """The model and whether its pooler was in the file. Raises UserError for any other weight that was not:
     transformers would fill it with random numbers and only warn.
 
@@ -105,7 +107,9 @@ def load_weights(name: str, what: str, kind: Any, *, tower: PretrainedConfig | N
     return network, not absent
 
 
-def tower_of(config: PretrainedConfig, kind: type, part: Literal["vision_config", "text_config"]) -> PretrainedConfig:
+def tower_of(
+    config: "transformers.PretrainedConfig", kind: type, part: Literal["vision_config", "text_config"]
+) -> "transformers.PretrainedConfig":
     """The configuration of one tower of a CLIP. Its width is the whole's, whatever the part says."""
     tower = getattr(config, part, config)
     tower.projection_dim, tower.architectures = config.projection_dim, [kind.__name__]

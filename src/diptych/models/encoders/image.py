@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
+import transformers
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, CLIPVisionModelWithProjection, PreTrainedModel, ViTConfig, ViTModel
-from transformers.image_processing_base import ImageProcessingMixin
 
 from diptych.errors import UserError
 from diptych.models.encoders.hub import (
@@ -68,7 +67,9 @@ class HubImageEncoder(nn.Module):
     image_mean: Tensor
     image_std: Tensor
 
-    def __init__(self, network: PreTrainedModel, *, settings: dict[str, Any], pooling: Pooling, has_pooler: bool):
+    def __init__(
+        self, network: "transformers.PreTrainedModel", *, settings: dict[str, Any], pooling: Pooling, has_pooler: bool
+    ):
         super().__init__()
         self.network, self.settings = network, settings
         self.width = width_of(network.config, "image")
@@ -90,10 +91,10 @@ class HubImageEncoder(nn.Module):
         """From a folder (nothing touches the network) or a hub name. Raises UserError."""
         config = load_config(name, _WHAT)
         projected = is_projected(config)
-        kind = CLIPVisionModelWithProjection if projected else AutoModel
+        kind = transformers.CLIPVisionModelWithProjection if projected else transformers.AutoModel
         tower = tower_of(config, kind, "vision_config") if projected else None
         network, has_pooler = load_weights(name, _WHAT, kind, tower=tower)
-        settings, _ = load(name, _WHAT, ImageProcessingMixin.get_image_processor_dict)
+        settings, _ = load(name, _WHAT, transformers.ImageProcessingMixin.get_image_processor_dict)
         if pooling == "auto":
             pooling = settings.get(_POOLING, "auto")
         # Of another model with two towers, such as SigLIP, the picture's.
@@ -174,14 +175,14 @@ def scratch_encoder(config: ScratchConfig, *, seed: int) -> HubImageEncoder:
     """A new encoder whose weights follow from ``seed`` alone; its features are the mean over patches."""
     if config.image_size % config.patch or config.width % config.heads:
         raise UserError(f"a ViT cannot have these sizes: patch must divide image_size, heads the width ({config})")
-    vit = ViTConfig(
+    vit = transformers.ViTConfig(
         hidden_size=config.width, num_hidden_layers=config.depth, num_attention_heads=config.heads,
         intermediate_size=4 * config.width, image_size=config.image_size, patch_size=config.patch,
         hidden_dropout_prob=config.dropout,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = ViTModel(vit, add_pooling_layer=False)
+        network = transformers.ViTModel(vit, add_pooling_layer=False)
     settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": config.image_size}}
     settings["size"]["width"] = config.image_size  # type: ignore[index]
     return HubImageEncoder(network, settings=settings, pooling="mean", has_pooler=False).eval()

@@ -8,16 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+import transformers
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    CLIPTextModelWithProjection,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    T5EncoderModel,
-)
+from transformers import PreTrainedTokenizerBase
 
 from diptych.errors import UserError
 from diptych.models.encoders.hub import is_projected, load, load_config, load_weights, resolve, tower_of, width_of
@@ -36,7 +30,12 @@ class PooledTextEncoder(nn.Module):
     """
 
     def __init__(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, pooling: Pooling, length: int
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        pooling: Pooling,
+        length: int,
     ) -> None:
         super().__init__()
         self.network = fuse_gelu(network).requires_grad_(False).eval()
@@ -52,12 +51,13 @@ class PooledTextEncoder(nn.Module):
         """From a folder (nothing touches the network) or a hub name. Raises UserError."""
         config = load_config(name, _WHAT)
         projected = is_projected(config)
-        kind: Any = CLIPTextModelWithProjection if projected else AutoModel
+        kind: Any = transformers.CLIPTextModelWithProjection if projected else transformers.AutoModel
         if config.model_type == "t5":
-            kind = T5EncoderModel  # Diptych's own have no decoder, and a published one's need not be loaded
+            # Diptych's own have no decoder, and a published one's need not be loaded.
+            kind = transformers.T5EncoderModel
         tower = tower_of(config, kind, "text_config") if projected else None
         network, _ = load_weights(name, _WHAT, kind, tower=tower)
-        tokenizer = load(name, "a tokenizer", AutoTokenizer.from_pretrained)
+        tokenizer = load(name, "a tokenizer", transformers.AutoTokenizer.from_pretrained)
         if len(tokenizer) - len(tokenizer.all_special_ids) < 2:  # transformers makes an empty one where there is none
             raise UserError(f"{name}: its tokenizer has no words: tokenizer.json or its like is missing")
         if tokenizer.pad_token_id is None:  # decoders are trained without padding; what stands there is never valid
