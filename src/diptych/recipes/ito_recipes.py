@@ -107,7 +107,7 @@ def slip_tiny() -> SlipRun:
     """SLIP beside `ito-tiny`: CLIP on a weak view and SimCLR on two strong ones.
 
     Command: diptych fit slip-tiny --data.pairs photos.tar?split=train --data.valid photos.tar?split=dev --out runs/slip
-    Cost: half as much again as ito-tiny.
+    Cost: about as much as ito-tiny.
     """
     return SlipRun(**_tiny(), objective=SlipConfig(hidden=512, projected=128))
 
