@@ -1,7 +1,7 @@
 """ITO and what it is compared with on Flickr8k: small towers, equal steps, retrieval on the test split.
 
     taskset -c 1 python benchmarks/ito_flickr8k.py --data flickr8k_96.tar [--runs DIR] [--json FILE]
-        [--arms clip ito clip-aug ito-0 clip-aug-2 siglip slip] [--seeds 0 1 2] [--steps 1800] [--photos 6000]
+        [--arms clip ito clip-aug ito-0 clip-aug-2 ito-colours siglip slip] [--seeds 0 1 2] [--steps 1800] [--photos 6000]
         [--figures DIR]
 
 `--data` is a WebDataset tar with the splits train, dev and test and five captions a photo. A run that is finished is
@@ -26,6 +26,7 @@ import torch
 
 from diptych.data.pixels import channels_first
 from diptych.data.sources import open_source
+from diptych.data.views import ViewConfig
 from diptych.eval.retrieval import retrieval
 from diptych.models.dual_encoder import DualEncoder
 from diptych.recipes import ito_recipes as recipes
@@ -52,12 +53,20 @@ def clip_aug_2() -> DualRun:
     return run
 
 
+def ito_colours() -> DualRun:
+    """ITO with the paper's views, which change colours, where `ito-tiny` has crops and mirror images alone."""
+    run = recipes.ito_tiny()
+    run.objective.augment = ViewConfig()
+    return run
+
+
 ARMS: dict[str, Callable[[], DualRun]] = {
     "clip": recipes.clip_tiny,
     "clip-aug": recipes.clip_aug_tiny,
     "clip-aug-2": clip_aug_2,
     "ito-0": ito_0,
     "ito": recipes.ito_tiny,
+    "ito-colours": ito_colours,
     "siglip": recipes.siglip_tiny,
     "slip": recipes.slip_tiny,
 }
