@@ -1,8 +1,8 @@
 """ITO and what it is compared with on Flickr8k: small towers, equal steps, retrieval on the test split.
 
     taskset -c 1 python benchmarks/ito_flickr8k.py --data flickr8k_96.tar [--runs DIR] [--json FILE]
-        [--arms clip ito clip-aug ito-0 clip-aug-2 ito-colours siglip slip] [--seeds 0 1 2] [--steps 1800] [--photos 6000]
-        [--figures DIR]
+        [--arms clip ito clip-aug ito-0 clip-aug-2 ito-colours siglip slip] [--seeds 0 1 2] [--steps 1800]
+        [--photos 6000] [--figures DIR]
 
 `--data` is a WebDataset tar with the splits train, dev and test and five captions a photo. A run that is finished is
 not repeated, so the command may be stopped and given again; give each number of steps or photos a folder of its own.
