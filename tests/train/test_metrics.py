@@ -1,8 +1,10 @@
+import io
 import json
 import resource
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diptych.errors import UserError
@@ -45,6 +47,18 @@ def test_tensorboard_gets_thinned_curves_and_every_evaluation(tmp_path):
         (10, pytest.approx(0.1)),
     ]
     assert [event.step for event in events.Scalars("score")] == [7]
+
+
+def test_pictures_go_to_tensorboard_alone(tmp_path):
+    picture = Image.new("RGBA", (3, 2), (255, 0, 0, 255))
+    log = MetricsLog(tmp_path, start=0, tensorboard=True, every=5)
+    log.write(3, {"score": 0.5, "sheet": picture})
+    log.close()
+    assert log.path.read_text() == '{"step": 3, "score": 0.5}\n'
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Images("sheet")
+    shown = Image.open(io.BytesIO(event.encoded_image_string))
+    assert (event.step, shown.size, shown.getpixel((2, 1))) == (3, (3, 2), (255, 0, 0))
 
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path):

@@ -17,6 +17,7 @@ from diptych.report.blocks import Comparison as ComparisonBlock
 from diptych.report.figures import Panel, curves, read_metrics
 from diptych.report.html import Section, write_report
 from diptych.report.sheet import Cell, comparison, save_png
+from diptych.train.journal import Measured
 
 _SHOWN = 8
 _SCORED = 128
@@ -45,8 +46,8 @@ class Samples:
             self.texts = diptych.text_encoder.detokenize(shown.ids)
 
     @torch.no_grad()
-    def run(self, step: int, objective: nn.Module) -> dict[str, float]:
-        """Write ``samples/step-N.png`` and return the quick scores."""
+    def run(self, step: int, objective: nn.Module) -> dict[str, Measured]:
+        """Write ``samples/step-N.png``; return that sheet and the quick scores."""
         self._generate()
         sheet = comparison(
             {
@@ -59,9 +60,9 @@ class Samples:
         self.folder.mkdir(parents=True, exist_ok=True)
         save_png(self.folder / f"step-{step:08d}.png", sheet)
         if self.valid is None:
-            return {}
+            return {"samples": sheet}
         scores = evaluate(self.diptych, self.valid, EvaluateConfig(limit=_SCORED, beams=1)).metrics
-        return {f"valid/{name}": value for name, value in scores.items() if name != "images"}
+        return {"samples": sheet} | {f"valid/{name}": value for name, value in scores.items() if name != "images"}
 
     def _generate(self) -> None:
         self.captions = self.diptych.caption(self.pixels)

@@ -5,14 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
+from PIL import Image
 
 from diptych.errors import UserError
 from diptych.train.config import TrainConfig
 from diptych.train.metrics import MetricsLog
 from diptych.train.progress import ProgressDisplay
 from diptych.train.update import Outcome
+
+Measured: TypeAlias = float | int | Image.Image
+"""What an evaluation finds."""
 
 
 @dataclass(slots=True)
@@ -95,7 +100,7 @@ class Journal:
         if self._display:
             self._display.update(self.at.step, rows=sum(finished.rows for finished in unread), loss=self._loss)
 
-    def evaluation(self, numbers: Mapping[str, float | int], *, seconds: float) -> None:
+    def evaluation(self, numbers: Mapping[str, Measured], *, seconds: float) -> None:
         """One line for all hooks of a step: either all of its evaluation is there or nothing."""
         if self._log:
             self._log.write(

@@ -19,7 +19,7 @@ from diptych.train.ema import Ema
 from diptych.train.feed import Batches, count_rows, feed
 from diptych.train.heap import keep_freed_memory
 from diptych.train.interrupt import Interrupted, SignalWatch
-from diptych.train.journal import Journal, Standing
+from diptych.train.journal import Journal, Measured, Standing
 from diptych.train.state import TrainState
 from diptych.train.update import Updater
 
@@ -35,9 +35,10 @@ class Hook:
     """Something to do every so many steps and after the last: an evaluation, sample pictures."""
 
     every: int
-    run: Callable[[int, nn.Module], Mapping[str, float | int]]
-    """(finished steps, objective) to numbers for metrics.jsonl. The objective is unwrapped, in evaluation mode and, if
-    the run keeps a moving average, computes with it. Called on the first process only, without gradients."""
+    run: Callable[[int, nn.Module], Mapping[str, Measured]]
+    """(finished steps, objective) to numbers for metrics.jsonl and pictures for TensorBoard. The objective is
+    unwrapped, in evaluation mode and, if the run keeps a moving average, computes with it. Called on the first process
+    only, without gradients."""
     over: Callable[[int], bool] = never
     """(finished steps) to whether further steps cannot change what the run leaves: it then ends there, finished. Asked
     on the first process only, after ``run``; a resume asks again."""
@@ -222,7 +223,7 @@ class _Run:
         self.journal.read()
         if self.devices.first:
             began = time.monotonic()
-            numbers: dict[str, float | int] = {}
+            numbers: dict[str, Measured] = {}
             with self._result().evaluating(self.objective):
                 for hook in due:
                     numbers |= hook.run(self.at.step, self.objective)

@@ -8,6 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from diptych.errors import UserError
 
 
@@ -28,8 +31,9 @@ class MetricsLog:
             raise self._refused(error) from error
 
     def write(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """One line: ``step`` and ``numbers``."""
-        numbers = {name: _plain(value) for name, value in numbers.items()}
+        """One line: ``step`` and ``numbers``. Pictures among them go to TensorBoard alone."""
+        pictures = {name: value for name, value in numbers.items() if isinstance(value, Image.Image)}
+        numbers = {name: _plain(value) for name, value in numbers.items() if name not in pictures}
         line = json.dumps({"step": step} | numbers, allow_nan=False)
         try:
             self._file.write(line + "\n")
@@ -38,6 +42,8 @@ class MetricsLog:
                 for name, value in numbers.items():
                     if isinstance(value, float | int):
                         self._board.add_scalar(name, value, step)
+                for name, picture in pictures.items():
+                    self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
         except OSError as error:
             raise self._refused(error) from error
 
