@@ -53,7 +53,7 @@ def open_clip_config(encoder: DualEncoder) -> dict[str, Any]:
     text_cfg = {
         "context_length": text.max_position_embeddings, "vocab_size": text.vocab_size,
         "heads": text.num_attention_heads, "pool_type": "eos", "eos_id": encoder.tokenizer.eos_token_id,
-        "pad_id": encoder.tokenizer.pad_token_id, "hf_tokenizer_name": ".",
+        "pad_id": encoder.tokenizer.pad_token_id, "hf_tokenizer_name": ".",  # any name: it takes the folder's own
     }  # fmt: skip
     return {
         "model_cfg": {
