@@ -1,7 +1,7 @@
 """ITO and what it is compared with on Flickr8k: small towers, equal steps, retrieval on the test split.
 
     taskset -c 1 python benchmarks/ito_flickr8k.py --data flickr8k_96.tar [--runs DIR] [--json FILE]
-        [--arms clip ito clip-aug ito-0 clip-aug-2 ito-colours siglip slip] [--seeds 0 1 2] [--steps 1800]
+        [--arms clip clip-aug clip-aug-2 siglip slip ito-0 ito ito-crops ...] [--seeds 0 1 2] [--steps 1800]
         [--photos 6000] [--figures DIR]
 
 `--data` is a WebDataset tar with the splits train, dev and test and five captions a photo. A run that is finished is
@@ -53,11 +53,15 @@ def clip_aug_2() -> DualRun:
     return run
 
 
-def ito_colours() -> DualRun:
-    """ITO with the paper's views, which change colours, where `ito-tiny` has crops and mirror images alone."""
-    run = recipes.ito_tiny()
-    run.objective.augment = ViewConfig()
-    return run
+def crops(recipe: Callable[[], DualRun]) -> Callable[[], DualRun]:
+    """The same with crops and mirror images alone, in their true colours."""
+
+    def build() -> DualRun:
+        run = recipe()
+        run.objective.augment = ViewConfig(jitter=0.0, grey=0.0, blur=0.0)
+        return run
+
+    return build
 
 
 ARMS: dict[str, Callable[[], DualRun]] = {
@@ -66,9 +70,12 @@ ARMS: dict[str, Callable[[], DualRun]] = {
     "clip-aug-2": clip_aug_2,
     "ito-0": ito_0,
     "ito": recipes.ito_tiny,
-    "ito-colours": ito_colours,
     "siglip": recipes.siglip_tiny,
     "slip": recipes.slip_tiny,
+    "clip-aug-crops": crops(recipes.clip_aug_tiny),
+    "clip-aug-2-crops": crops(clip_aug_2),
+    "ito-0-crops": crops(ito_0),
+    "ito-crops": crops(recipes.ito_tiny),
 }
 
 
@@ -180,7 +187,9 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/ito_flickr8k"))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["clip", "ito", "clip-aug", "ito-0", "clip-aug-2"])
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=["clip", "ito", "clip-aug", "ito-0", "siglip", "slip"]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="default: the recipe's")
     parser.add_argument("--photos", type=int, help="default: all")

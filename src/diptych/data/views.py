@@ -55,11 +55,6 @@ def weak_view() -> ViewConfig:
     return ViewConfig(scale=(0.9, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
 
 
-def crop_view() -> ViewConfig:
-    """ITO's crops and mirror images in their true colours: what small pictures and little training learn most from."""
-    return ViewConfig(jitter=0.0, grey=0.0, blur=0.0)
-
-
 def draw_view(draws: Draws, name: str, rows: int) -> Float[Tensor, "B K"]:
     """The random numbers of a view, on the CPU: choosing rows by them must not wait for a GPU."""
     return draws.uniform(name, rows, _NUMBERS)

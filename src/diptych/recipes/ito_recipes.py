@@ -2,7 +2,7 @@
 
 import tyro
 
-from diptych.data.views import ViewConfig, crop_view
+from diptych.data.views import ViewConfig
 from diptych.models import dual_encoder as sizes
 from diptych.models.dual_encoder import DualEncoderConfig
 from diptych.objectives.ito import ItoConfig
@@ -14,12 +14,12 @@ from diptych.train.config import OptimConfig, TrainConfig
 def ito_tiny() -> ItoRun:
     """ITO for pictures of 64 pixels, on one CPU core.
 
-    Departs from the paper: a step has two captions of each image, and views keep their colours (docs/log.md).
+    Departs from the paper: a step has two captions of each image (docs/log.md).
 
     Command: diptych fit ito-tiny --data.pairs photos.tar?split=train --data.valid photos.tar?split=dev --out runs/ito
-    Cost: a quarter of an hour.
+    Cost: twenty minutes.
     """
-    return ItoRun(**_tiny(), objective=ItoConfig(captions=2, augment=crop_view()))
+    return ItoRun(**_tiny(), objective=ItoConfig(captions=2))
 
 
 def ito_small() -> ItoRun:
@@ -75,17 +75,17 @@ def clip_large() -> ClipRun:
 
 def clip_aug_tiny() -> ClipRun:
     """CLIP with ITO's augmentation, beside `ito-tiny`: the control that tells the augmentation from the views."""
-    return _strong(clip_tiny(), crop_view())
+    return _strong(clip_tiny())
 
 
 def clip_aug_small() -> ClipRun:
     """CLIP with ITO's augmentation, beside `ito-small`."""
-    return _strong(clip_small(), ViewConfig())
+    return _strong(clip_small())
 
 
 def clip_aug_base() -> ClipRun:
     """CLIP with ITO's augmentation, beside `ito-base`."""
-    return _strong(clip_base(), ViewConfig())
+    return _strong(clip_base())
 
 
 def siglip_tiny() -> ClipRun:
@@ -122,8 +122,8 @@ def slip_base() -> SlipRun:
     return SlipRun(**_base())
 
 
-def _strong(run: ClipRun, view: ViewConfig) -> ClipRun:
-    run.objective.augment = view
+def _strong(run: ClipRun) -> ClipRun:
+    run.objective.augment = ViewConfig()
     return run
 
 
