@@ -32,7 +32,6 @@ from diptych.models.dual_encoder import DualEncoder
 from diptych.objectives.clip import ClipConfig, ClipObjective
 from diptych.objectives.ito import ItoConfig, ItoObjective
 from diptych.objectives.slip import SlipConfig, SlipObjective
-from diptych.train.heap import keep_freed_memory
 
 OBJECTIVES = {
     "clip": lambda model: ClipObjective(model, ClipConfig()),
@@ -151,7 +150,6 @@ def main() -> None:
     options = parser.parse_args()
     if not {"clip", "ito"} <= {*options.objectives}:
         parser.error("--objectives must name clip and ito")
-    keep_freed_memory()  # as training does
     found = {}
     for size in options.sizes:
         found[size] = measure(size, options)

@@ -17,7 +17,6 @@ from diptych.train.config import OptimConfig, TrainConfig, check_same, describe
 from diptych.train.devices import Devices
 from diptych.train.ema import Ema
 from diptych.train.feed import Batches, count_rows, feed
-from diptych.train.heap import keep_freed_memory
 from diptych.train.interrupt import Interrupted, SignalWatch
 from diptych.train.journal import Journal, Measured, Standing
 from diptych.train.state import TrainState
@@ -88,8 +87,6 @@ def train(
     train.check()
     optim.check()
     devices = Devices(device=train.device, precision=train.precision)
-    if devices.device.type == "cpu":
-        keep_freed_memory()
     if train.batch_size % (devices.world * train.accumulate):
         raise UserError(
             f"train.batch_size is {train.batch_size}; it must be a multiple of the number of processes "
