@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--length", type=int, default=77, help="tokens of the longest text")
-    parser.add_argument("--rows", type=int, help="for the time; default: what a CPU does in a second or two")
+    parser.add_argument("--rows", type=int, help="for the time; default: what a CPU does in a quarter of a minute")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path)

@@ -32,7 +32,7 @@ from diptych.models.dual_encoder import DualEncoder
 from diptych.recipes import ito_recipes as recipes
 from diptych.recipes.folders import write_json
 from diptych.recipes.ito import DualRun
-from diptych.report.figures import Panel, curves, read_metrics
+from diptych.report.figures import Panel, Record, curves, read_metrics
 from diptych.report.files import write_bytes
 
 BAR = 1.15
@@ -85,7 +85,7 @@ def one(arm: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     if (out / "result.json").is_file():
         return json.loads((out / "result.json").read_text())
     run = ARMS[arm]()
-    run.data.pairs, run.data.valid = str(training_photos(options)), f"{options.data}?split=dev"
+    run.data.pairs, run.data.valid = training_photos(options), f"{options.data}?split=dev"
     run.data.valid_images = 1000
     run.train.seed, run.train.device = seed, "cpu"
     if options.steps:
@@ -168,18 +168,17 @@ def draw(options: argparse.Namespace) -> None:
     runs = {}
     for arm in options.arms:
         seeds = [read_metrics(options.runs / f"{arm}-{seed}" / "metrics.jsonl") for seed in options.seeds]
-        found: dict[int, list[tuple[float, float]]] = {}
+        at_step: dict[int, list[Record]] = {}
         for record in (r for records in seeds for r in records if "valid/mean_r1" in r):
-            both = {score: 100 * _both_ways(record, score, under="valid/") for score in ("r1", "r10")}
-            found.setdefault(record["step"], []).append((both["r1"], both["r10"]))
+            at_step.setdefault(record["step"], []).append(record)
         runs[arm] = [
-            {"step": step, "r1": statistics.mean(a for a, _ in scores), "r10": statistics.mean(b for _, b in scores)}
-            for step, scores in sorted(found.items())
+            {"step": step}
+            | {key: 100 * statistics.mean(_both_ways(r, key, under="valid/") for r in found) for key in ("r1", "r10")}
+            for step, found in sorted(at_step.items())
         ]
     panels = [Panel(title=f"{name} on dev", keys=[key], label="%") for key, name in (("r1", "R@1"), ("r10", "R@10"))]
-    options.figures.mkdir(parents=True, exist_ok=True)
     for name, image in zip(("dev_r1.svg", "dev_r10.svg"), curves(runs, panels=panels), strict=True):
-        (options.figures / name).write_bytes(image)
+        write_bytes(options.figures / name, image)
 
 
 def main() -> None:
