@@ -11,6 +11,7 @@ import torch
 from dual_objectives import OBJECTIVES, ROWS, batch, objective, result
 
 from diptych.data.batch import Items
+from diptych.models.dual_encoder import Features
 from diptych.objectives.contrastive import info_nce, nt_xent, sigmoid_loss
 
 SCRIPT = Path(__file__).with_name("dual_objectives.py")
@@ -95,20 +96,26 @@ def test_it_fits_one_batch(name):
 
 
 def embedded(name):
-    """The objective, and what the towers make of its views and captions, by other means."""
+    """The objective, and what the towers make of its views and captions, all in one batch."""
     from diptych.objectives.pairs import Views, captions_of
 
     module = objective(name)
     given = batch(module)
     c, rows = module.config, slice(0, ROWS)
-    pixels = Views(given, c.augment, views=c.views, size=16, name="view")(rows)
-    ids, valid = captions_of(given.pairs, rows, captions=c.captions)
-    images = [module.model.encode_images(part, keep_tokens=True) for part in pixels.split(ROWS)]
-    texts = [
-        module.model.encode_texts(i, v, keep_tokens=True)
-        for i, v in zip(ids.split(ROWS), valid.split(ROWS), strict=True)
-    ]
+    views = Views(given, c.augment, views=c.views, size=16, name="view")(rows)
+    captions = captions_of(given.pairs, rows, captions=c.captions)
+    ids, valid = (torch.cat(side) for side in zip(*captions, strict=True))
+    images = split(module.model.encode_images(torch.cat(views), keep_tokens=True))
+    texts = split(module.model.encode_texts(ids, valid, keep_tokens=True))
     return module, given, images, texts, valid.split(ROWS)
+
+
+def split(features):
+    """Features of all views in one batch, view by view."""
+    parts = zip(
+        *(side.split(ROWS) for side in (features.pooled_BD, features.state_BW, features.tokens_BSD)), strict=True
+    )
+    return [Features(pooled_BD=pooled, state_BW=state, tokens_BSD=tokens) for pooled, state, tokens in parts]
 
 
 def unit(features):

@@ -41,9 +41,9 @@ class ClipObjective(PairsObjective[ClipConfig]):
         views = Views(batch, c.augment, views=c.views, size=self.model.image_size, name="view")
 
         def encode(rows: slice) -> tuple[Tensor, Tensor]:
-            images = self.model.encode_images(views(rows))
-            texts = self.model.encode_texts(*captions_of(pairs, rows, captions=c.captions))
-            return unit(images.pooled_BD, views=c.views), unit(texts.pooled_BD, views=c.captions)
+            images = [self.model.encode_images(view).pooled_BD for view in views(rows)]
+            texts = [self.model.encode_texts(*text).pooled_BD for text in captions_of(pairs, rows, captions=c.captions)]
+            return unit(images), unit(texts)
 
         images_VBD, texts_MBD = map(gather_rows, in_chunks(encode, rows=len(pairs), chunk=c.chunk))
         scale = self.model.scale

@@ -4,6 +4,7 @@ Shapes: B rows, b rows of a chunk, V image views, M captions, S image tokens, L 
 """
 
 from dataclasses import dataclass, field
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -66,11 +67,11 @@ class ItoObjective(PairsObjective[ItoConfig]):
         fusing = self.fusion is not None
 
         def encode(rows: slice) -> tuple[Tensor, ...]:
-            ids, valid = captions_of(pairs, rows, captions=c.captions)
-            images = self.model.encode_images(views(rows), keep_tokens=fusing)
-            texts = self.model.encode_texts(ids, valid, keep_tokens=fusing)
-            fused = (self._fuse(images, texts, valid),) if fusing else ()
-            return unit(images.pooled_BD, views=c.views), unit(texts.pooled_BD, views=c.captions), *fused
+            captions = captions_of(pairs, rows, captions=c.captions)
+            images = [self.model.encode_images(view, keep_tokens=fusing) for view in views(rows)]
+            texts = [self.model.encode_texts(*text, keep_tokens=fusing) for text in captions]
+            fused = (self._fuse(images, texts, [valid for _, valid in captions]),) if fusing else ()
+            return unit([i.pooled_BD for i in images]), unit([t.pooled_BD for t in texts]), *fused
 
         images_VBD, texts_MBD, *fused = map(gather_rows, in_chunks(encode, rows=len(pairs), chunk=c.chunk))
         scale = self.model.scale
@@ -81,16 +82,14 @@ class ItoObjective(PairsObjective[ItoConfig]):
         fusion = multi_view_nt_xent(fused[0], scale)
         return Losses(align + c.fusion_weight * fusion, terms | {"fusion": fusion})
 
-    def _fuse(self, images: Features, texts: Features, valid: Tensor) -> Tensor:
+    def _fuse(self, images: list[Features], texts: list[Features], valid: list[Tensor]) -> Tensor:
         """S_v of every view, [V b D]. View v meets caption v; where there are fewer captions, they serve in turn."""
-        c = self.config
         assert self.fusion is not None
-        assert images.tokens_BSD is not None
-        assert texts.tokens_BSD is not None
-        rounds = -(-c.views // c.captions)
-        text_XLD, valid_XL = (
-            torch.cat([side.unflatten(0, (c.captions, -1))] * rounds)[: c.views].flatten(0, 1)
-            for side in (texts.tokens_BSD, valid)
+        positions_LD = self.model.text_positions(valid[0].shape[1])
+        in_turn = cycle(zip(texts, valid, strict=True))
+        return torch.stack(
+            [
+                self.fusion(image.tokens_BSD, text.tokens_BSD, valid_BL, positions_LD)
+                for image, (text, valid_BL) in zip(images, in_turn, strict=False)
+            ]
         )
-        positions_LD = self.model.text_positions(valid.shape[1])
-        return self.fusion(images.tokens_BSD, text_XLD, valid_XL, positions_LD).unflatten(0, (c.views, -1))

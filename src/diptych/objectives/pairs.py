@@ -1,9 +1,12 @@
 """What all objectives on pairs do before their loss: views, captions, both towers, in chunks if memory is short.
 
-Shapes: B rows, b rows of a chunk, V image views, M captions of a row, L text tokens, S side of a view, D width.
+Towers are given one view at a time: blocks of memory stay as small as CLIP's, and a C library that gives large ones
+back to the system then has fewer to fetch again. Of ITO's step that is a twentieth on a CPU.
+
+Shapes: B rows, b rows of a chunk, V image views or captions of a row, L text tokens, S side of a view, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -63,24 +66,23 @@ class Views:
         self._pixels_B3HW, self._config, self._size = batch.pairs.pixels_B3HW, config, size
         self._drawn = [draw_view(batch.draws, f"{name}{view}", len(batch.pairs)) for view in range(views)]
 
-    def __call__(self, rows: slice) -> Tensor:
-        """[V b 3 S S], view by view, as one batch [(V b) 3 S S]."""
+    def __call__(self, rows: slice) -> list[Tensor]:
+        """[b 3 S S] for each view."""
         pixels = self._pixels_B3HW[rows]
-        made = [make_view(pixels, drawn[rows], self._config, size=self._size) for drawn in self._drawn]
-        return torch.cat(made)
+        return [make_view(pixels, drawn[rows], self._config, size=self._size) for drawn in self._drawn]
 
 
-def captions_of(items: Items, rows: slice, *, captions: int) -> tuple[Tensor, Tensor]:
-    """Ids and validity of all captions, first captions first, as one batch [(M b) L]."""
-    apart = (side[rows].unflatten(1, (captions, -1)) for side in (items.ids, items.valid))
-    ids_XL, valid_XL = (side_bML.transpose(0, 1).flatten(0, 1) for side_bML in apart)
-    return ids_XL, valid_XL
+def captions_of(items: Items, rows: slice, *, captions: int) -> list[tuple[Tensor, Tensor]]:
+    """Ids and validity [b L] of the first captions, of the second ones, and so on."""
+    ids, valid = (side[rows].unflatten(1, (captions, -1)).unbind(1) for side in (items.ids, items.valid))
+    return list(zip(ids, valid, strict=True))
 
 
-def unit(features_XD: Tensor, *, views: int) -> Tensor:
-    """L2-normalised in fp32, view by view: [V b D]."""
-    with torch.autocast(features_XD.device.type, enabled=False):
-        return F.normalize(features_XD.float(), dim=-1).unflatten(0, (views, -1))
+def unit(views: Sequence[Tensor]) -> Tensor:
+    """Features [b D] of each view, L2-normalised in fp32: [V b D]."""
+    features_VbD = torch.stack(list(views))
+    with torch.autocast(features_VbD.device.type, enabled=False):
+        return F.normalize(features_VbD.float(), dim=-1)
 
 
 def in_chunks(encode: Callable[[slice], tuple[Tensor, ...]], *, rows: int, chunk: int | None) -> tuple[Tensor, ...]:

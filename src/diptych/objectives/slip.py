@@ -6,7 +6,6 @@ Shapes: B rows, M captions, W width of the image tower, D width.
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 from diptych.data.batch import Batch
@@ -61,13 +60,10 @@ class SlipObjective(PairsObjective[SlipConfig]):
         strong = Views(batch, c.strong, views=2, size=size, name="strong")
 
         def encode(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-            pixels = torch.cat([weak(rows), strong(rows)])
-            images = self.model.encode_images(pixels)
-            texts = self.model.encode_texts(*captions_of(pairs, rows, captions=c.captions))
-            plain = c.views * (len(pixels) // (c.views + 2))
-            projected = self.projector(images.state_BW[plain:])
-            aligned = unit(images.pooled_BD[:plain], views=c.views)
-            return aligned, unit(texts.pooled_BD, views=c.captions), unit(projected, views=2)
+            images = [self.model.encode_images(view).pooled_BD for view in weak(rows)]
+            texts = [self.model.encode_texts(*text).pooled_BD for text in captions_of(pairs, rows, captions=c.captions)]
+            projected = [self.projector(self.model.encode_images(view).state_BW) for view in strong(rows)]
+            return unit(images), unit(texts), unit(projected)
 
         images_VBD, texts_MBD, strong_2BD = map(gather_rows, in_chunks(encode, rows=len(pairs), chunk=c.chunk))
         scale = self.model.scale
