@@ -1,7 +1,7 @@
 """ITO and what it is compared with on Flickr8k: small towers, equal steps, retrieval on the test split.
 
     taskset -c 1 python benchmarks/ito_flickr8k.py --data flickr8k_96.tar [--runs DIR] [--json FILE]
-        [--arms clip clip-aug clip-aug-2 siglip slip ito-0 ito ito-crops ...] [--seeds 0 1 2] [--steps 1800]
+        [--arms clip clip-2 clip-aug siglip slip slip-2 ito-0 ito ito-crops ...] [--seeds 0 1 2] [--steps 1800]
         [--photos 6000] [--figures DIR]
 
 `--data` is a WebDataset tar with the splits train, dev and test and five captions a photo. A run that is finished is
@@ -46,11 +46,15 @@ def ito_0() -> DualRun:
     return run
 
 
-def clip_aug_2() -> DualRun:
-    """CLIP with the augmentation and the two captions a step of ITO: all but its two views and its fusion."""
-    run = recipes.clip_aug_tiny()
-    run.objective.captions = 2
-    return run
+def two_captions(recipe: Callable[[], DualRun]) -> Callable[[], DualRun]:
+    """The same with two captions a step, as `ito-tiny` has them."""
+
+    def build() -> DualRun:
+        run = recipe()
+        run.objective.captions = 2
+        return run
+
+    return build
 
 
 def crops(recipe: Callable[[], DualRun]) -> Callable[[], DualRun]:
@@ -67,13 +71,15 @@ def crops(recipe: Callable[[], DualRun]) -> Callable[[], DualRun]:
 ARMS: dict[str, Callable[[], DualRun]] = {
     "clip": recipes.clip_tiny,
     "clip-aug": recipes.clip_aug_tiny,
-    "clip-aug-2": clip_aug_2,
+    "clip-2": two_captions(recipes.clip_tiny),
+    "clip-aug-2": two_captions(recipes.clip_aug_tiny),
     "ito-0": ito_0,
     "ito": recipes.ito_tiny,
     "siglip": recipes.siglip_tiny,
     "slip": recipes.slip_tiny,
+    "slip-2": two_captions(recipes.slip_tiny),
     "clip-aug-crops": crops(recipes.clip_aug_tiny),
-    "clip-aug-2-crops": crops(clip_aug_2),
+    "clip-aug-2-crops": crops(two_captions(recipes.clip_aug_tiny)),
     "ito-0-crops": crops(ito_0),
     "ito-crops": crops(recipes.ito_tiny),
 }
