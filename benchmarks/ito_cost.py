@@ -1,11 +1,13 @@
 """What a training step of each objective costs, as a ratio to CLIP's at the same batch: time and memory.
 
-    python benchmarks/ito_cost.py [--sizes tiny small vit_b_16] [--objectives clip ito-0 ito] [--json FILE]
+    python benchmarks/ito_cost.py [--sizes tiny small vit_b_16] [--objectives clip ito-0 ito ...] [--json FILE]
 
-Time: forward and backward in bf16, all objectives in one process in turn; the median over rounds of the ratio to CLIP
-in the same round. On a CPU it is CPU time, which other programs disturb less than the clock. Views are made within the
-step; pictures are decoded already. The batches are small enough that no activation exceeds 32 MiB: beyond that glibc
-asks the system for memory anew each time, which costs little on most machines and a fifth of a step on some.
+Time: forward and backward in bf16, a step of each objective in turn; the median over rounds of the ratio to CLIP in the
+same round. Each objective has a process of its own, as in training: in one process each would find a heap that the
+others have torn, and the larger one pays for it. On a CPU it is CPU time, which other programs disturb less than the
+clock. Views are made within the step; pictures are decoded already. The batches are small enough that no activation
+exceeds 32 MiB: beyond that glibc asks the system for memory anew each time, which costs little on most machines and a
+fifth of a step on some.
 
 Memory: fp32 weights, gradients and two moments, and all that is saved for the backward pass, in bf16 and with each
 storage counted once, for 256 rows: a line through two small batches. That is what is held when the backward pass
@@ -17,9 +19,11 @@ Fails if ITO takes more than 2.0 times the time or 1.7 times the memory of CLIP 
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -46,6 +50,7 @@ OBJECTIVES = {
 ROWS = {"tiny": 128, "small": 32, "vit_b_16": 16}
 JUDGED = ("small", "vit_b_16")
 TIME_BAR, MEMORY_BAR, MEMORY_ROWS = 2.0, 1.7, 256
+WARM_UP = 3  # steps until a process has the memory that it needs
 
 
 def build(name: str, size: str, device: str) -> nn.Module:
@@ -116,18 +121,35 @@ def gigabytes(objective: nn.Module, *, length: int, device: str) -> float:
     return (few + slope * (MEMORY_ROWS - 2) + 16 * weights) / 2**30
 
 
-def measure(size: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    device, length = options.device, options.length
-    objectives = {name: build(name, size, device) for name in options.objectives}
-    memory = {name: gigabytes(each, length=length, device=device) for name, each in objectives.items()}
+def serve(parent: Connection, name: str, size: str, options: argparse.Namespace) -> None:
+    """Sends its gigabytes, and then the seconds of a step whenever it is asked."""
+    objective = build(name, size, options.device)
+    parent.send(gigabytes(objective, length=options.length, device=options.device))
     rows = options.rows or ROWS[size]
-    batch = batch_for(objectives["clip"], rows=rows, length=length, device=device)
-    seconds(objectives["clip"], batch, device)  # the first step allocates
-    rounds: list[dict[str, float]] = []
-    for number in range(options.rounds):
-        turn = number % len(objectives)  # whoever follows the largest is slowed down
-        order = [*objectives][turn:] + [*objectives][:turn]
-        rounds.append({name: seconds(objectives[name], batch, device) for name in order})
+    batch = batch_for(objective, rows=rows, length=options.length, device=options.device)
+    for _ in range(WARM_UP):
+        seconds(objective, batch, options.device)
+    while parent.recv() == "step":
+        parent.send(seconds(objective, batch, options.device))
+
+
+def measure(size: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    context, ends, memory = multiprocessing.get_context("spawn"), {}, {}
+    for name in options.objectives:
+        ends[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, name, size, options)).start()
+        theirs.close()  # so that the end of a child that dies is noticed
+        memory[name] = ends[name].recv()
+
+    def step(name: str) -> float:
+        ends[name].send("step")
+        return ends[name].recv()
+
+    for name in ends:
+        step(name)  # warm before the first round
+    rounds = [{name: step(name) for name in ends} for _ in range(options.rounds)]
+    for end in ends.values():
+        end.send("stop")
     return {
         name: {
             "time": statistics.median(each[name] / each["clip"] for each in rounds),
@@ -135,14 +157,14 @@ def measure(size: str, options: argparse.Namespace) -> dict[str, dict[str, float
             "seconds": statistics.median(each[name] for each in rounds),
             "gigabytes": memory[name],
         }
-        for name in objectives
+        for name in ends
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=["clip", "ito-0", "ito"])
     parser.add_argument("--length", type=int, default=77, help="tokens of the longest text")
     parser.add_argument("--rows", type=int, help="for the time; default: 128, 32 and 16 by size")
     parser.add_argument("--rounds", type=int, default=5)
