@@ -16,8 +16,10 @@ def ito_tiny() -> ItoRun:
 
     Departs from the paper: a step has two captions of each image (docs/log.md).
 
-    Command: diptych fit ito-tiny --data.pairs photos.tar?split=train --data.valid photos.tar?split=dev --out runs/ito
+    Command: diptych fit ito-tiny --data.pairs 'photos.tar?split=train' --data.valid 'photos.tar?split=dev'
+             --out runs/ito
     Cost: twenty minutes.
+    Expected: mean R@1 2.5 %, R@10 14.1 % among Flickr8k's test photos and captions (docs/results.md).
     """
     return ItoRun(**_tiny(), objective=ItoConfig(captions=2))
 
@@ -52,8 +54,9 @@ def ito_large() -> ItoRun:
 def clip_tiny() -> ClipRun:
     """CLIP beside `ito-tiny`: one weak view.
 
-    Command: diptych fit clip-tiny --data.pairs photos.tar?split=train --data.valid photos.tar?split=dev --out runs/clip
-    Cost: half of ito-tiny's.
+    Command: diptych fit clip-tiny --data.pairs 'photos.tar?split=train' --data.valid 'photos.tar?split=dev'
+             --out runs/clip
+    Cost: less than half of ito-tiny's. Expected: R@1 1.4 %, R@10 10.4 %.
     """
     return ClipRun(**_tiny())
 
@@ -74,7 +77,10 @@ def clip_large() -> ClipRun:
 
 
 def clip_aug_tiny() -> ClipRun:
-    """CLIP with ITO's augmentation, beside `ito-tiny`: the control that tells the augmentation from the views."""
+    """CLIP with ITO's augmentation, beside `ito-tiny`: the control that tells the augmentation from the views.
+
+    Cost: as clip-tiny. Expected: R@1 1.2 %, R@10 9.1 %, less than clip-tiny's.
+    """
     return _strong(clip_tiny())
 
 
@@ -89,7 +95,10 @@ def clip_aug_base() -> ClipRun:
 
 
 def siglip_tiny() -> ClipRun:
-    """SigLIP beside `ito-tiny`: CLIP with a loss for each pair of an image and a text on its own."""
+    """SigLIP beside `ito-tiny`: CLIP with a loss for each pair of an image and a text on its own.
+
+    Cost: as clip-tiny. Expected: R@1 1.4 %, R@10 9.3 %.
+    """
     return _sigmoid(clip_tiny())
 
 
@@ -106,8 +115,9 @@ def siglip_base() -> ClipRun:
 def slip_tiny() -> SlipRun:
     """SLIP beside `ito-tiny`: CLIP on a weak view and SimCLR on two strong ones.
 
-    Command: diptych fit slip-tiny --data.pairs photos.tar?split=train --data.valid photos.tar?split=dev --out runs/slip
-    Cost: about as much as ito-tiny.
+    Command: diptych fit slip-tiny --data.pairs 'photos.tar?split=train' --data.valid 'photos.tar?split=dev'
+             --out runs/slip
+    Cost: three quarters of ito-tiny's. Expected: R@1 2.3 %, R@10 13.7 %.
     """
     return SlipRun(**_tiny(), objective=SlipConfig(hidden=512, projected=128))
 
