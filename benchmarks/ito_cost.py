@@ -3,11 +3,9 @@
     python benchmarks/ito_cost.py [--sizes tiny small vit_b_16] [--objectives clip ito-0 ito ...] [--json FILE]
 
 Time: forward and backward in bf16, a step of each objective in turn; the median over rounds of the ratio to CLIP in the
-same round. Each objective has a process of its own, as in training: in one process each would find a heap that the
-others have torn, and the larger one pays for it. On a CPU it is CPU time, which other programs disturb less than the
-clock. Views are made within the step; pictures are decoded already. The batches are small enough that no activation
-exceeds 32 MiB: beyond that glibc asks the system for memory anew each time, which costs little on most machines and a
-fifth of a step on some.
+same round. Each objective has a process of its own and has warmed up, as in training: in one process each would find a
+heap that the others have torn, and the largest pays for it with page faults. On a CPU it is CPU time, which other
+programs disturb less than the clock. Views are made within the step; pictures are decoded already.
 
 Memory: fp32 weights, gradients and two moments, and all that is saved for the backward pass, in bf16 and with each
 storage counted once, for 256 rows: a line through two small batches. That is what is held when the backward pass

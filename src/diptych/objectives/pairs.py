@@ -1,7 +1,6 @@
 """What all objectives on pairs do before their loss: views, captions, both towers, in chunks if memory is short.
 
-Towers are given one view at a time: blocks of memory stay as small as CLIP's, and a C library that gives large ones
-back to the system then has fewer to fetch again. Of ITO's step that is a twentieth on a CPU.
+Towers are given one view at a time, so that blocks of memory stay as small as CLIP's.
 
 Shapes: B rows, b rows of a chunk, V image views or captions of a row, L text tokens, S side of a view, D width.
 """
