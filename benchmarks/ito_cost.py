@@ -48,7 +48,7 @@ OBJECTIVES = {
 ROWS = {"tiny": 128, "small": 32, "vit_b_16": 16}
 JUDGED = ("small", "vit_b_16")
 TIME_BAR, MEMORY_BAR, MEMORY_ROWS = 2.0, 1.7, 256
-WARM_UP = 3  # steps until a process has the memory that it needs
+WARM_UP = 4  # steps until a process has the memory that it needs
 
 
 def build(name: str, size: str, device: str) -> nn.Module:
@@ -120,13 +120,14 @@ def gigabytes(objective: nn.Module, *, length: int, device: str) -> float:
 
 
 def serve(parent: Connection, name: str, size: str, options: argparse.Namespace) -> None:
-    """Sends its gigabytes, and then the seconds of a step whenever it is asked."""
+    """Sends its gigabytes once it is warm, and then the seconds of a step whenever it is asked."""
     objective = build(name, size, options.device)
-    parent.send(gigabytes(objective, length=options.length, device=options.device))
+    memory = gigabytes(objective, length=options.length, device=options.device)
     rows = options.rows or ROWS[size]
     batch = batch_for(objective, rows=rows, length=options.length, device=options.device)
     for _ in range(WARM_UP):
         seconds(objective, batch, options.device)
+    parent.send(memory)
     while parent.recv() == "step":
         parent.send(seconds(objective, batch, options.device))
 
@@ -143,8 +144,6 @@ def measure(size: str, options: argparse.Namespace) -> dict[str, dict[str, float
         ends[name].send("step")
         return ends[name].recv()
 
-    for name in ends:
-        step(name)  # warm before the first round
     rounds = [{name: step(name) for name in ends} for _ in range(options.rounds)]
     for end in ends.values():
         end.send("stop")

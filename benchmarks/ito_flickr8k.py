@@ -20,6 +20,7 @@ import tarfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,30 +40,16 @@ BAR = 1.15
 R1 = "mean_r1"
 
 
-def ito_0() -> DualRun:
-    """ITO without its fusion: two views, aligned."""
-    run = recipes.ito_tiny()
-    run.objective.fusion_weight = 0.0
-    return run
+CROPS = ViewConfig(jitter=0.0, grey=0.0, blur=0.0)  # crops and mirror images alone, in their true colours
 
 
-def two_captions(recipe: Callable[[], DualRun]) -> Callable[[], DualRun]:
-    """The same with two captions a step, as `ito-tiny` has them."""
+def changed(recipe: Callable[[], DualRun], **fields: Any) -> Callable[[], DualRun]:
+    """The same with other fields of its objective."""
 
     def build() -> DualRun:
         run = recipe()
-        run.objective.captions = 2
-        return run
-
-    return build
-
-
-def crops(recipe: Callable[[], DualRun]) -> Callable[[], DualRun]:
-    """The same with crops and mirror images alone, in their true colours."""
-
-    def build() -> DualRun:
-        run = recipe()
-        run.objective.augment = ViewConfig(jitter=0.0, grey=0.0, blur=0.0)
+        for name, value in fields.items():
+            setattr(run.objective, name, value)
         return run
 
     return build
@@ -71,17 +58,17 @@ def crops(recipe: Callable[[], DualRun]) -> Callable[[], DualRun]:
 ARMS: dict[str, Callable[[], DualRun]] = {
     "clip": recipes.clip_tiny,
     "clip-aug": recipes.clip_aug_tiny,
-    "clip-2": two_captions(recipes.clip_tiny),
-    "clip-aug-2": two_captions(recipes.clip_aug_tiny),
-    "ito-0": ito_0,
+    "clip-2": changed(recipes.clip_tiny, captions=2),  # as many as `ito-tiny` has
+    "clip-aug-2": changed(recipes.clip_aug_tiny, captions=2),
+    "ito-0": changed(recipes.ito_tiny, fusion_weight=0.0),  # two views, aligned
     "ito": recipes.ito_tiny,
     "siglip": recipes.siglip_tiny,
     "slip": recipes.slip_tiny,
-    "slip-2": two_captions(recipes.slip_tiny),
-    "clip-aug-crops": crops(recipes.clip_aug_tiny),
-    "clip-aug-2-crops": crops(two_captions(recipes.clip_aug_tiny)),
-    "ito-0-crops": crops(ito_0),
-    "ito-crops": crops(recipes.ito_tiny),
+    "slip-2": changed(recipes.slip_tiny, captions=2),
+    "clip-aug-crops": changed(recipes.clip_aug_tiny, augment=CROPS),
+    "clip-aug-2-crops": changed(recipes.clip_aug_tiny, captions=2, augment=CROPS),
+    "ito-0-crops": changed(recipes.ito_tiny, fusion_weight=0.0, augment=CROPS),
+    "ito-crops": changed(recipes.ito_tiny, augment=CROPS),
 }
 
 

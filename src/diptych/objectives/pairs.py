@@ -5,7 +5,7 @@ Towers are given one view at a time, so that blocks of memory stay as small as C
 Shapes: B rows, b rows of a chunk, V image views or captions of a row, L text tokens, S side of a view, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -77,9 +77,9 @@ def captions_of(items: Items, rows: slice, *, captions: int) -> list[tuple[Tenso
     return list(zip(ids, valid, strict=True))
 
 
-def unit(views: Sequence[Tensor]) -> Tensor:
+def unit(views: list[Tensor]) -> Tensor:
     """Features [b D] of each view, L2-normalised in fp32: [V b D]."""
-    features_VbD = torch.stack(list(views))
+    features_VbD = torch.stack(views)
     with torch.autocast(features_VbD.device.type, enabled=False):
         return F.normalize(features_VbD.float(), dim=-1)
 
