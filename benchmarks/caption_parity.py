@@ -17,8 +17,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from diptych.eval.captions import score_tokens
-from diptych.eval.ptb import tokenize
+from diptych.eval.captions import score_tokens, tokenize
 
 SCORE_TOLERANCE = 1e-6
 TOKEN_AGREEMENT = 0.995

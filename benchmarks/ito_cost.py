@@ -27,14 +27,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from diptych.data.batch import Batch, Draws, Items
-from diptych.data.views import ViewConfig
-from diptych.models import dual_encoder as sizes
-from diptych.models.clip_tokenizer import train_clip_tokenizer
-from diptych.models.dual_encoder import DualEncoder
-from diptych.objectives.clip import ClipConfig, ClipObjective
-from diptych.objectives.ito import ItoConfig, ItoObjective
-from diptych.objectives.slip import SlipConfig, SlipObjective
+from diptych.data.augment import ViewConfig
+from diptych.data.batch import Batch, Items
+from diptych.dual import model as sizes
+from diptych.dual.model import DualEncoder, train_clip_tokenizer
+from diptych.dual.objectives.clip import ClipConfig, ClipObjective
+from diptych.dual.objectives.ito import ItoConfig, ItoObjective
+from diptych.dual.objectives.slip import SlipConfig, SlipObjective
+from diptych.rng import Draws
 
 OBJECTIVES = {
     "clip": lambda model: ClipObjective(model, ClipConfig()),

@@ -25,16 +25,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from diptych.data.augment import ViewConfig
 from diptych.data.pixels import channels_first
 from diptych.data.sources import open_source
-from diptych.data.views import ViewConfig
-from diptych.eval.retrieval import retrieval
-from diptych.models.dual_encoder import DualEncoder
-from diptych.recipes import ito_recipes as recipes
-from diptych.recipes.folders import write_json
-from diptych.recipes.ito import DualRun
+from diptych.dual import recipes
+from diptych.dual.metrics import retrieval
+from diptych.dual.model import DualEncoder
+from diptych.dual.training import DualRun
+from diptych.io import write_bytes
 from diptych.report.figures import Panel, Record, curves, read_metrics
-from diptych.report.files import write_bytes
+from diptych.run_folder import write_json
 
 BAR = 1.15
 R1 = "mean_r1"

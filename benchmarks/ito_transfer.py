@@ -22,13 +22,12 @@ import torch
 from transformers import CLIPModel
 
 from diptych.data.sources import Source, open_source
-from diptych.eval.modality import modality_gap, modality_map
+from diptych.dual.evaluation import embed_pairs, look_at
+from diptych.dual.metrics import ENSEMBLE, PLAIN, class_accuracy, class_embeddings, modality_gap, modality_map
+from diptych.dual.model import DualEncoder
+from diptych.dual.search import open_dual
 from diptych.eval.probe import linear_probe
-from diptych.eval.zeroshot import ENSEMBLE, PLAIN, class_accuracy, class_embeddings
-from diptych.models.dual_encoder import DualEncoder
-from diptych.recipes.dual_evaluation import embed_pairs, look_at
-from diptych.recipes.dual_runs import open_dual
-from diptych.report.files import write_bytes
+from diptych.io import write_bytes
 
 
 def untrained(encoder: DualEncoder) -> DualEncoder:

@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from diptych.data.vectors import VectorStore, write_vectors
-from diptych.eval.approximate import nearest_approximate
-from diptych.eval.search import Hits, nearest
+from diptych.dual.search import Hits, nearest, nearest_approximate
 
 ITEMS, WIDTH, QUERIES, HITS, THREADS = 1_000_000, 512, 32, 10, 2
 MOST_SECONDS, MOST_MEMORY, LEAST_RECALL = 0.5, 1e9, 0.95

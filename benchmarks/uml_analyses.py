@@ -22,21 +22,20 @@ from torch import Tensor
 from uml_fewshot import Options as Setting
 from uml_fewshot import drawn, published
 
-from diptych.data.batch import derive_seed
 from diptych.data.class_texts import choose_texts, permuted
-from diptych.data.skips import Skips
-from diptych.eval.controls import CONTROLS
-from diptych.eval.exchange import fit_exchange
-from diptych.eval.geometry import class_margin, silhouette
-from diptych.eval.robustness import accuracies, corrupted
-from diptych.models.encoders import open_image_encoder, open_text_encoder
-from diptych.models.shared_head import SharedHead
+from diptych.data.skipped import Skips
+from diptych.encoders import open_image_encoder, open_text_encoder
+from diptych.experiments.classifier_bank import Bank, Member, Trained
+from diptych.experiments.few_shot import CONTROLS
+from diptych.experiments.representation import class_margin, fit_exchange, silhouette
+from diptych.experiments.robustness import accuracies, corrupted
 from diptych.nn.inference import evaluating
-from diptych.recipes.folders import write_json
-from diptych.recipes.uml import IMAGE, TEXT
-from diptych.recipes.uml_bank import Bank, Member, Trained
-from diptych.recipes.uml_sides import frozen_side, text_side
+from diptych.rng import derive_seed
+from diptych.run_folder import write_json
 from diptych.train.config import OptimConfig, TrainConfig
+from diptych.uml.data import frozen_side, text_side
+from diptych.uml.head import SharedHead
+from diptych.uml.training import IMAGE, TEXT
 
 
 @dataclass(kw_only=True)

@@ -25,23 +25,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diptych.data.audio import MelConfig, write_frames
-from diptych.data.batch import derive_seed
 from diptych.data.class_texts import permuted
 from diptych.data.encode import picture_batches
-from diptych.data.labelled import draw_episode
-from diptych.data.sequences import read_rows
-from diptych.data.skips import Skips
+from diptych.data.skipped import Skips
 from diptych.data.sources import Source, open_source
+from diptych.data.splits import draw_episode
 from diptych.data.vectors import VectorStore
-from diptych.eval.controls import Outcome, gain, spread
+from diptych.encoders import open_image_encoder, open_text_encoder
 from diptych.eval.features import RandomFeatures
-from diptych.models.encoders import open_image_encoder, open_text_encoder
-from diptych.models.shared_head import SharedHead, SharedHeadConfig
-from diptych.objectives.uml import uml_loss
-from diptych.recipes.folders import write_json
-from diptych.recipes.stage_recipes import encoder_tiny
-from diptych.recipes.uml import start_head
-from diptych.recipes.uml_selection import Score, select
+from diptych.experiments.few_shot import Outcome, gain, spread
+from diptych.rng import derive_seed
+from diptych.run_folder import write_json
+from diptych.tokenizers.recipes import encoder_tiny
+from diptych.uml.features import read_rows
+from diptych.uml.head import SharedHead, SharedHeadConfig
+from diptych.uml.objective import uml_loss
+from diptych.uml.selection import Score, select
+from diptych.uml.training import start_head
 
 WORDS = {
     "Baby cry": r"bab(y|ies)|infants?|toddlers?",

@@ -22,16 +22,14 @@ import tyro
 
 from diptych.data.class_texts import Shots, texts_of
 from diptych.data.encode import picture_batches
-from diptych.data.images import SUFFIXES
-from diptych.data.labelled import Episode, Labelled, draw_episode, given_episodes, hold_out
-from diptych.data.skips import Skips
+from diptych.data.skipped import Skips
 from diptych.data.sources import open_source
-from diptych.eval.controls import CONTROLS, gain
+from diptych.data.sources.decode import SUFFIXES
+from diptych.data.splits import Episode, Labelled, draw_episode, given_episodes, hold_out
+from diptych.encoders import open_image_encoder, open_text_encoder
 from diptych.eval.features import RandomFeatures
-from diptych.models.encoders import open_image_encoder, open_text_encoder
-from diptych.recipes.fewshot import FewShotConfig, few_shot
-from diptych.recipes.fewshot_report import accuracy_figure, as_json, show
-from diptych.recipes.uml_sides import Features, frozen_side, text_side
+from diptych.experiments.few_shot import CONTROLS, FewShotConfig, accuracy_figure, as_json, few_shot, gain, show
+from diptych.uml.data import Features, frozen_side, text_side
 
 TEMPLATES = ("a photo of a {}.",)
 

@@ -17,18 +17,18 @@ import numpy as np
 import torch
 import tyro
 
-from diptych.data.labelled import Labelled
-from diptych.data.skips import Skips
+from diptych.data.skipped import Skips
 from diptych.data.sources import open_source
+from diptych.data.splits import Labelled
 from diptych.data.streams import Batches, Stream
-from diptych.models.encoders import ScratchConfig, open_image_encoder, scratch_encoder
-from diptych.models.shared_head import SharedHeadConfig
-from diptych.objectives.uml import UmlConfig, UmlObjective
-from diptych.recipes.uml import IMAGE, TEXT, start_head
-from diptych.recipes.uml_sides import Features, PixelSide, frozen_side
+from diptych.encoders import ScratchConfig, open_image_encoder, scratch_encoder
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.train.devices import Devices
-from diptych.train.update import Updater
+from diptych.train.distributed import Devices
+from diptych.train.step import Updater
+from diptych.uml.data import Features, PixelSide, frozen_side
+from diptych.uml.head import SharedHeadConfig
+from diptych.uml.objective import UmlConfig, UmlObjective
+from diptych.uml.training import IMAGE, TEXT, start_head
 
 ROWS, TEXTS, WIDTH = 32, 30, 256
 

@@ -17,17 +17,15 @@ import numpy as np
 import torch
 import tyro
 
-from diptych.data.labelled import draw_episode
 from diptych.data.pixels import channels_first
 from diptych.data.scenes.source import ScenesSource
-from diptych.eval.controls import gain
+from diptych.data.splits import draw_episode
+from diptych.encoders import open_text_encoder
 from diptych.eval.features import RandomFeatures
-from diptych.models.encoders import open_text_encoder
-from diptych.models.shared_head import SharedHeadConfig
-from diptych.recipes.fewshot import FewShotConfig, few_shot
-from diptych.recipes.fewshot_report import accuracy_figure, as_json, show
-from diptych.recipes.stage_recipes import encoder_tiny
-from diptych.recipes.uml_sides import Features
+from diptych.experiments.few_shot import FewShotConfig, accuracy_figure, as_json, few_shot, gain, show
+from diptych.tokenizers.recipes import encoder_tiny
+from diptych.uml.data import Features
+from diptych.uml.head import SharedHeadConfig
 
 PICTURES, TESTED, CAPTIONS = 3000, 1000, 600
 SHOTS, SEEDS = (1, 2, 4, 8), (1, 2, 3, 4, 5)

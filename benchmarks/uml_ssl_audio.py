@@ -19,17 +19,17 @@ import numpy as np
 import torch
 
 from diptych.data.audio import MelConfig, write_frames
-from diptych.data.batch import derive_seed
-from diptych.data.sequences import read_rows
 from diptych.data.sources import open_source
 from diptych.data.vectors import VectorStore, write_vectors
+from diptych.encoders import open_text_encoder
 from diptych.eval.probe import linear_probe
-from diptych.models.encoders import open_text_encoder
-from diptych.models.shared_transformer import SharedTransformerConfig
-from diptych.objectives.uml_ssl import UmlSslConfig
-from diptych.recipes.folders import save_model, write_json
-from diptych.recipes.uml_ssl import UmlSslRun, embed_features
-from diptych.recipes.uml_ssl_recipes import uml_ssl
+from diptych.rng import derive_seed
+from diptych.run_folder import save_model, write_json
+from diptych.uml.features import read_rows
+from diptych.uml.recipes import uml_ssl
+from diptych.uml.ssl_objective import UmlSslConfig
+from diptych.uml.ssl_training import UmlSslRun, embed_features
+from diptych.uml.trunk import SharedTransformerConfig
 
 MEL = MelConfig(window=1024, hop=1280)
 CAPTIONS = 2000

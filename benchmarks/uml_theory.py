@@ -14,9 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from diptych.eval.shared_subspace import SubspaceTrial, run_trial
-from diptych.eval.theory import View, block_information, estimate, shared_information, variance_along
-from diptych.recipes.folders import write_json
+from diptych.experiments.theory import (
+    SubspaceTrial,
+    View,
+    block_information,
+    estimate,
+    run_trial,
+    shared_information,
+    variance_along,
+)
+from diptych.run_folder import write_json
 
 Case = dict[str, tuple[list[View], np.ndarray]]
 """By name: the views there are, and the direction of theta_c that is asked for."""

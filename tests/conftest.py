@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from diptych.data.batch import Batch, Draws, Items
+from diptych.data.batch import Batch, Items
 from diptych.data.scenes.source import ScenesSource
-from diptych.models.clip_tokenizer import train_clip_tokenizer
-from diptych.models.dual_encoder import DualEncoder, DualEncoderConfig
-from diptych.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from diptych.models.itit import ITIT, ItitConfig
-from diptych.models.text_encoder import TextEncoder
-from diptych.models.text_tokenizer import train_tokenizer
-from diptych.objectives.span_corruption import SpanCorruption, TextEncoderConfig
-from diptych.recipes.folders import write_config
-from diptych.recipes.ito_recipes import clip_tiny
+from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
+from diptych.dual.recipes import clip_tiny
+from diptych.itit.model import ITIT, ItitConfig
+from diptych.rng import Draws
+from diptych.run_folder import write_config
+from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
+from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.text_tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diptych.pipeline import Diptych as Diptych
+    from diptych.itit.pipeline import Diptych as Diptych
 
 __all__ = ["Diptych"]
 
@@ -11,7 +11,7 @@ __all__ = ["Diptych"]
 def __getattr__(name: str):
     # Imported when asked for: `diptych --help` must not wait for torch.
     if name == "Diptych":
-        from diptych.pipeline import Diptych
+        from diptych.itit.pipeline import Diptych
 
         return Diptych
     raise AttributeError(f"module 'diptych' has no attribute {name!r}")

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from diptych import cli
-from diptych.recipes.folders import write_config
-from diptych.recipes.itit_recipes import itit_tiny
+from diptych.itit.recipes import itit_tiny
+from diptych.run_folder import write_config
 
 
 @pytest.fixture(autouse=True)

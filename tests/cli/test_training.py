@@ -1,7 +1,7 @@
 import pytest
 
 from diptych.data.store import Store
-from diptych.recipes import RECIPES
+from diptych.registry import RECIPES
 
 TEST = "scenes:?split=test&count=8"
 

@@ -1,6 +1,7 @@
 import torch
 
-from diptych.data.batch import Batch, Draws, Items, derive_seed
+from diptych.data.batch import Batch, Items
+from diptych.rng import Draws, derive_seed
 
 
 def test_derive_seed_tells_everything_apart():

@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
+from diptych.data import array_writer as growing_module
 from diptych.data import encode as encode_module
-from diptych.data import growing as growing_module
 from diptych.data.encode import Coders, encode
 from diptych.data.sources import open_source
+from diptych.data.sources.text import TextSource
 from diptych.data.store import Store
-from diptych.data.texts import TextSource
 from diptych.errors import UserError
 
 SIZE, LENGTH, WIDTH = 4, 12, 3

@@ -3,10 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diptych.data.images import UnreadableImage
 from diptych.data.pixels import decode_files, pixel_stream
 from diptych.data.scenes.source import ScenesSource
-from diptych.data.skips import Skips
+from diptych.data.skipped import Skips
+from diptych.data.sources.decode import UnreadableImage
 from diptych.errors import UserError
 
 SIZE = 4

@@ -28,7 +28,7 @@ def test_equals_the_wrappers_of_pycocoevalcap():
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    from diptych.eval.ptb import tokenize
+    from diptych.eval.captions import tokenize
 
     references = {key: [tokenize(text) for text in texts] for key, texts in REFERENCES.items()}
     candidates = {key: [tokenize(text)] for key, text in CANDIDATES.items()}

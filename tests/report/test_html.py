@@ -6,9 +6,20 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from diptych.report.blocks import Captioned, Comparison, Example, Facts, Figures, Pictures, Strip, Table, Text
 from diptych.report.figures import Panel, curves
-from diptych.report.html import Section, write_report
+from diptych.report.html import (
+    Captioned,
+    Comparison,
+    Example,
+    Facts,
+    Figures,
+    Pictures,
+    Section,
+    Strip,
+    Table,
+    Text,
+    write_report,
+)
 from diptych.report.sheet import contact_sheet, png
 
 EVIL = "<script>alert('x')</script> & \"quotes\" $title"

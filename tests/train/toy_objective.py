@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from diptych.data.batch import Batch, Draws, Items, derive_seed
-from diptych.objectives.base import Losses
+from diptych.data.batch import Batch, Items
+from diptych.rng import Draws, derive_seed
 from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.objective import Losses
 
 ROWS = 8  # per step, over all processes
 CODES = 16

@@ -6,9 +6,7 @@ from typing import Any
 
 import tyro
 
-from diptych.cli.generation import caption, cycle, imagine
-from diptych.cli.scores import evaluate
-from diptych.cli.searching import classify, embed, export, search
+from diptych.cli.inference import caption, classify, cycle, embed, evaluate, export, imagine, search
 from diptych.cli.training import demo, encode, features, fit, fit_for_help, recipes
 from diptych.errors import UserError
 from diptych.train.interrupt import Interrupted

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from diptych.cli.arguments import Device
+from diptych.cli.inference import Device
 from diptych.errors import UserError
 
 
@@ -18,7 +18,7 @@ def demo(*, out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -
         quick: The same path in under a minute, for a first look; too short to learn much.
         seed: Of everything random.
     """
-    from diptych.recipes.demo import run_demo
+    from diptych.itit.demo import run_demo
 
     run_demo(out, quick=quick, seed=seed)
 
@@ -27,7 +27,7 @@ def recipes() -> None:
     """List what can be trained, with cost and expected result."""
     from rich.console import Console
 
-    from diptych.recipes import RECIPES
+    from diptych.registry import RECIPES
 
     console = Console(highlight=False)
     for name, recipe in RECIPES.items():
@@ -58,7 +58,7 @@ def encode(
 
     from diptych.data.encode import encode as encode_source
     from diptych.data.sources import open_source
-    from diptych.recipes.runs import run_coders
+    from diptych.itit.evaluation import run_coders
 
     opened = open_source(source)
     what = run_coders(run, features=features)
@@ -91,7 +91,7 @@ def features(
         hop: Log-mel frames: samples from one to the next, of 16,000 a second.
         device: Where to compute.
     """
-    from diptych.recipes.sequences import write_sequences
+    from diptych.uml.features import write_sequences
 
     store = write_sequences(source, kind, encoder=encoder, out=out, length=length, hop=hop, device=device)
     print(f"{len(store):,} {kind} in {out}, {store.vectors.shape[1]} positions of width {store.vectors.shape[2]}")
@@ -103,7 +103,7 @@ def fit(arguments: list[str]) -> None:
         tyro.cli(fit_for_help, prog="diptych fit", args=["--help"])
         return
     name, rest = arguments[0], arguments[1:]
-    from diptych.recipes import RECIPES
+    from diptych.registry import RECIPES
 
     if name not in RECIPES:
         raise UserError(f"no recipe {name!r}: choose {', '.join(RECIPES)}")

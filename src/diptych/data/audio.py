@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from diptych.data import tar_index
+from diptych.data.sources.webdataset import Member, members, read
 from diptych.data.vectors import VectorStore, write_vectors
 from diptych.errors import UserError
 
@@ -87,13 +87,13 @@ class ClipTar:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        members = {member.name: member for member in tar_index.members(path)}
-        sounds = sorted(name for name in members if Path(name).suffix.lower() in SUFFIXES)
+        found = {member.name: member for member in members(path)}
+        sounds = sorted(name for name in found if Path(name).suffix.lower() in SUFFIXES)
         if not sounds:
             raise UserError(f"{path}: holds no sounds (key{', key'.join(SUFFIXES)})")
         self.keys = [str(Path(name).with_suffix("")) for name in sounds]
-        self._sounds = [members[name] for name in sounds]
-        self.fields = [self._json(members.get(f"{key}.json")) for key in self.keys]
+        self._sounds = [found[name] for name in sounds]
+        self.fields = [self._json(found.get(f"{key}.json")) for key in self.keys]
         """What each clip's json says; an empty dict for a clip that has none."""
 
     def __len__(self) -> int:
@@ -118,10 +118,10 @@ class ClipTar:
             arrays["fold"] = np.array([int(fold) for fold in folds])
         return classes, arrays
 
-    def _read(self, member: tar_index.Member) -> bytes:
-        return tar_index.read(self.path, member.offset, member.size)
+    def _read(self, member: Member) -> bytes:
+        return read(self.path, member.offset, member.size)
 
-    def _json(self, member: tar_index.Member | None) -> dict[str, Any]:
+    def _json(self, member: Member | None) -> dict[str, Any]:
         if member is None:
             return {}
         try:

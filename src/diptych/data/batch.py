@@ -4,7 +4,6 @@ Shapes: B rows of a stream on this process, N image tokens, L text tokens, F wid
 D width of a cached feature vector, H and W pixels.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Self
@@ -13,38 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any numbers and names, e.g. ``derive_seed(seed, "split", 3)``; equal parts, equal seed."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """The random numbers of one step, the same however its rows are split over processes.
-
-    Every draw is made for all ``global_rows`` rows of a stream from (seed, step, name) and cut to the rows of this
-    process. That is free on one process; on many it buys losses that do not depend on their number.
-    """
-
-    seed: int
-    step: int
-    rank: int = 0
-    world: int = 1
-
-    def generator(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-        return torch.Generator(device).manual_seed(derive_seed(self.seed, self.step, name))
-
-    def uniform(self, name: str, rows: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
-        """Uniform numbers in [0, 1) of shape [rows, *shape], where ``rows`` counts this process's rows."""
-        noise = torch.rand(rows * self.world, *shape, generator=self.generator(name, device), device=device)
-        return noise[self.rank * rows : (self.rank + 1) * rows]
-
-    def gumbel(self, name: str, rows: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
-        """Standard Gumbel numbers, fp32: lower precisions have too few distinct values."""
-        exponential = -torch.log(self.uniform(name, rows, *shape, device=device).clamp_min(1e-20))
-        return -torch.log(exponential.clamp_min(1e-20))  # neither end of [0, 1) may give infinity
+from diptych.rng import Draws
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-from diptych.data.batch import derive_seed
-from diptych.data.texts import clean, read_text
+from diptych.data.sources.text import clean, read_text
 from diptych.errors import UserError
+from diptych.rng import derive_seed
 
 Shots = int | Literal["all", "mean"]
 """Texts of a class to learn from: so many random ones, all, or one that is the mean of all their features."""

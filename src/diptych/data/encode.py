@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from diptych.data.growing import Growing
-from diptych.data.images import UnreadableImage
+from diptych.data.array_writer import Growing
 from diptych.data.pixels import channels_first
-from diptych.data.skips import Skips
+from diptych.data.skipped import Skips
 from diptych.data.sources import Source
+from diptych.data.sources.decode import UnreadableImage
 from diptych.data.store import MANIFEST, Store
 from diptych.errors import UserError
 

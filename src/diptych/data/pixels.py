@@ -3,16 +3,17 @@
 Shapes: B rows, H and W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from diptych.data.batch import Items
-from diptych.data.images import UnreadableImage, decode
-from diptych.data.skips import Skips
+from diptych.data.scenes.source import ENDLESS, ScenesSource
+from diptych.data.skipped import Skips
 from diptych.data.sources import Source
+from diptych.data.sources.decode import UnreadableImage, decode
 from diptych.data.streams import Stream, choose
 from diptych.errors import UserError
 
@@ -88,3 +89,41 @@ def decode_files(files: Sequence[str | Path], *, size: int) -> torch.Tensor:
 def channels_first(pixels: np.ndarray) -> torch.Tensor:
     """[B H W 3] to a tensor [B 3 H W]."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+
+
+def read_captioned(source: Source, *, limit: int | None, size: int) -> tuple[list[int], np.ndarray]:
+    """The first ``limit`` readable items that have a caption, and their pixels [B S S 3].
+
+    Raises UserError for a source without images or captions, and when too many images are unreadable.
+    """
+    if not (source.has_images and source.has_captions):
+        raise UserError(f"{source.name}: scores need images and captions, and it does not have both")
+    return read_images(source, limit=limit, size=size, wanted=lambda item: bool(source.captions(item)))
+
+
+def read_images(
+    source: Source, *, limit: int | None, size: int, wanted: Callable[[int], bool] = lambda item: True
+) -> tuple[list[int], np.ndarray]:
+    """The first ``limit`` readable items that are ``wanted``, and their pixels [B S S 3]. Raises as above."""
+    if not source.has_images:
+        raise UserError(f"{source.name}: has no images")
+    if limit is not None and limit < 1:
+        raise UserError(f"a limit of {limit} images: at least one is needed")
+    if isinstance(source, ScenesSource):
+        items = list(range(min(len(source), limit or (1000 if len(source) == ENDLESS else len(source)))))
+        return items, source.images(items, size)
+    skips, items, pixels = Skips(), [], []
+    for item in range(len(source)):
+        if limit is not None and len(items) == limit:
+            break
+        if not wanted(item):
+            continue
+        try:
+            pixels.append(source.image(item, size))
+            items.append(item)
+        except UnreadableImage as error:
+            skips.record(source.key(item), error)
+            skips.check(len(source))
+    if not items:
+        raise UserError(f"{source.name}: no image to score")
+    return items, np.stack(pixels)

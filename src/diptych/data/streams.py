@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diptych.data.batch import Batch, Draws, Items, derive_seed
+from diptych.data.batch import Batch, Items
 from diptych.errors import UserError
+from diptych.rng import Draws, derive_seed
 
 _ROUNDS = 4
 

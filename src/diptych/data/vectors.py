@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from diptych.data.growing import Growing
+from diptych.data.array_writer import Growing
 from diptych.errors import UserError
 
 MANIFEST = "manifest.json"

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
+from diptych.encoders.image import HubImageEncoder, resize
 from diptych.errors import UserError
 from diptych.eval.frechet import FeatureStatistics
-from diptych.models.encoders.image import HubImageEncoder, resize
 
 
 @runtime_checkable
@@ -126,3 +126,11 @@ class TorchScriptExtractor(nn.Module):
         if not isinstance(features, Tensor) or features.flatten(1).ndim != 2 or len(features) != len(pixels_BCHW):
             raise UserError(f"{self.name} does not give one row of features per image: it is no feature extractor.")
         return features.flatten(1).float()
+
+
+def open_extractor(name: str | None) -> FeatureExtractor:
+    if name is None:
+        return RandomFeatures()
+    if Path(name).is_file():
+        return TorchScriptExtractor(name)
+    return HubExtractor(name)

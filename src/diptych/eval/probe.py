@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diptych.data.batch import derive_seed
 from diptych.errors import UserError
+from diptych.rng import derive_seed
 
 L2_GRID = tuple(10.0**-power for power in range(7))
 """Strong to weak: each fit begins where the one before it ended."""

@@ -1,19 +1,257 @@
-"""A report in one HTML file: nothing is fetched when it is opened, on any machine, now or in ten years.
+"""HTML in small pieces: escaped text, pictures as data URIs."""
 
-A report is sections, a section is blocks (``report.blocks``). All text is escaped.
-"""
-
+import base64
 import html
+import io
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from typing import Literal, Protocol, runtime_checkable
 
-from diptych.report.blocks import Block
-from diptych.report.files import write_bytes
-from diptych.report.markup import inline
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from diptych.io import write_bytes
+
+TINY = 128
+"""Up to this many pixels a picture is stored without loss and shown with sharp pixels."""
+MAX_SIDE = 512
+"""Larger pictures are shrunk: a report is mailed around."""
+LIGHT = "color: #1d2129; --rule: #dfe3e8"
+DARK = "color: #e4e7ec; --rule: #323843"
+
+
+def inline(text: str) -> str:
+    """Escaped text, in which `backticks` set code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
+def paragraphs(text: str) -> str:
+    """Empty lines part paragraphs."""
+    return "".join(f"<p>{inline(part)}</p>" for part in re.split(r"\n\s*\n", text.strip()))
+
+
+def picture_tag(picture: UInt8[np.ndarray, "H W 3"], *, alt: str) -> str:
+    """An `<img>` with the picture in it, as wide as its place."""
+    image = Image.fromarray(picture)
+    size = "tiny" if max(image.size) <= TINY else "large"
+    buffer = io.BytesIO()
+    if size == "tiny":
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        image.save(buffer, "JPEG", quality=90, subsampling=0, optimize=True)
+    source = data_uri("image/png" if size == "tiny" else "image/jpeg", buffer.getvalue())
+    shape = f'width="{image.width}" height="{image.height}"'
+    return f'<div class="picture {size}"><img src="{source}" {shape} alt="{html.escape(alt)}"></div>'
+
+
+def image_tag(data: bytes, *, alt: str) -> str:
+    """An `<img>` with a finished SVG or PNG in it. An image can run no script, whatever the SVG holds."""
+    kind, data = ("image/svg+xml", dark_ready(data)) if data.lstrip()[:1] == b"<" else ("image/png", data)
+    return f'<img src="{data_uri(kind, data)}" alt="{html.escape(alt)}">'
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def dark_ready(svg: bytes) -> bytes:
+    """Give an SVG whose ink is `currentColor` and whose rules are `var(--rule)` both, for light and for dark pages."""
+    style = f"<style>svg {{ {LIGHT} }} @media (prefers-color-scheme: dark) {{ svg {{ {DARK} }} }}</style>"
+    head, tag, rest = svg.partition(b"<svg")
+    opening, end, body = rest.partition(b">")
+    return head + tag + opening + end + style.encode() + body
+
+
+# JOINED report.blocks
+#| The blocks a report is made of: each a small dataclass that writes its own HTML.
+
+
+Value = str | int | float | None
+
+
+@runtime_checkable
+class Block(Protocol):
+    def render(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Paragraphs, parted by empty lines. A note stands out; code keeps its lines."""
+
+    text: str
+    kind: Literal["plain", "note", "code"] = "plain"
+
+    def render(self) -> str:
+        if self.kind == "code":
+            return f"<pre>{html.escape(self.text.strip())}</pre>"
+        return f'<div class="{self.kind}">{paragraphs(self.text)}</div>'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A row's first cell names it. Columns of numbers are set flush right."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Value]]
+    caption: str = ""
+    digits: int | Mapping[str, int] = 3
+    """Behind the point: of every column, or by head; 3 for those not named."""
+    best: Mapping[str, Literal["high", "low"]] | None = None
+    """Columns whose best value is to stand out, by their head."""
+
+    def render(self) -> str:
+        if any(len(row) != len(self.head) for row in self.rows):
+            raise ValueError(f"every row must have {len(self.head)} cells like the head {list(self.head)}")
+        numeric = [_is_numeric([row[column] for row in self.rows]) for column in range(len(self.head))]
+        kinds = [' class="number"' if is_numeric else "" for is_numeric in numeric]
+        head = "".join(f'<th scope="col"{k}>{inline(name)}</th>' for name, k in zip(self.head, kinds, strict=True))
+        best = [self._best(column) for column in range(len(self.head))]
+        rows = [
+            "".join(self._cell(value, column, numeric[column], best[column]) for column, value in enumerate(row))
+            for row in self.rows
+        ]
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        caption = f"<figcaption>{inline(self.caption)}</figcaption>" if self.caption else ""
+        return f'<figure><div class="scroll">{table}</div>{caption}</figure>'
+
+    def _best(self, column: int) -> float | None:
+        values = [row[column] for row in self.rows]
+        numbers = [value for value in values if isinstance(value, (int, float)) and value == value]
+        direction = (self.best or {}).get(self.head[column])
+        if direction is None or len(numbers) < 2:
+            return None
+        return max(numbers) if direction == "high" else min(numbers)
+
+    def _cell(self, value: Value, column: int, numeric: bool, best: float | None) -> str:
+        digits = self.digits if isinstance(self.digits, int) else self.digits.get(self.head[column], 3)
+        text = inline(_format(value, digits))
+        if column == 0:
+            return f'<th scope="row">{text}</th>'
+        if best is not None and value == best:
+            return f'<td class="number best"><b>{text}</b></td>'
+        return f'<td class="number">{text}</td>' if numeric else f"<td>{text}</td>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Names and values: a plain list, or large figures for the few numbers that matter most."""
+
+    items: Mapping[str, Value]
+    size: Literal["list", "large"] = "list"
+    digits: int = 3
+
+    def render(self) -> str:
+        rows = [f"<dt>{inline(k)}</dt><dd>{inline(_format(v, self.digits))}</dd>" for k, v in self.items.items()]
+        if self.size == "large":
+            rows = [f"<div>{row}</div>" for row in rows]
+        return f'<dl class="{self.size}">{"".join(rows)}</dl>'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captioned:
+    """A picture with words: what it shows, and a label such as the model it is from. The picture may be missing."""
+
+    picture: UInt8[np.ndarray, "H W 3"] | None = None
+    caption: str = ""
+    label: str = ""
+
+    def render(self) -> str:
+        label = f"<b>{inline(self.label)}</b>" if self.label else ""
+        if self.picture is None:
+            return f'<figure><p class="card">{inline(self.caption)}</p><figcaption>{label}</figcaption></figure>'
+        words = f"<figcaption>{label}{inline(self.caption)}</figcaption>" if label or self.caption else ""
+        return f"<figure>{picture_tag(self.picture, alt=self.caption or self.label)}{words}</figure>"
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """A gallery in reading order, as many columns as fit."""
+
+    items: Sequence[Captioned]
+
+    def render(self) -> str:
+        return f'<div class="pictures">{_rendered(self.items)}</div>'
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A heading, such as the text that was drawn, and the pictures under it: the truth and each model's."""
+
+    heading: str
+    items: Sequence[Captioned]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Cards with what each model made of the same text or picture, side by side."""
+
+    examples: Sequence[Example]
+
+    def render(self) -> str:
+        cards = [
+            f'<article><h3>{inline(example.heading)}</h3><div class="side">{_rendered(example.items)}</div></article>'
+            for example in self.examples
+        ]
+        return f'<div class="comparison">{"".join(cards)}</div>'
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """A cycle: text -> picture -> text -> ..."""
+
+    steps: Sequence[str | UInt8[np.ndarray, "H W 3"]]
+
+    def render(self) -> str:
+        shown = [
+            f'<p class="card">{inline(s)}</p>' if isinstance(s, str) else picture_tag(s, alt="") for s in self.steps
+        ]
+        return f'<ol class="strip">{"".join(f"<li>{step}</li>" for step in shown)}</ol>'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Curves (SVG, from ``report.figures``) or sheets (PNG), side by side where there is room, and words for all."""
+
+    images: Sequence[bytes]
+    caption: str = ""
+
+    def render(self) -> str:
+        images = "".join(image_tag(image, alt=self.caption) for image in self.images)
+        caption = f"<figcaption>{inline(self.caption)}</figcaption>" if self.caption else ""
+        return f'<figure><div class="figures">{images}</div>{caption}</figure>'
+
+
+def _rendered(blocks: Sequence[Block]) -> str:
+    return "".join(block.render() for block in blocks)
+
+
+def _is_numeric(values: Sequence[Value]) -> bool:
+    """Whether a column is one of numbers; a missing value does not change what the others are."""
+    present = [value for value in values if value is not None]
+    return bool(present) and all(isinstance(value, (int, float)) for value in present)
+
+
+def _format(value: Value, digits: int) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.{digits}f}".replace(",", "\u202f")  # a narrow space parts thousands in every language
+    return f"{value:,}".replace(",", "\u202f") if isinstance(value, int) else value
+
+
+# JOINED report.html
+#| A report in one HTML file: nothing is fetched when it is opened, on any machine, now or in ten years.
+#|
+#| A report is sections, a section is blocks (``report.blocks``). All text is escaped.
+
 
 PAGE = Template("""<!doctype html>
 <html lang="en">

@@ -13,14 +13,13 @@ from torch import nn
 from diptych.errors import UserError
 from diptych.nn.inference import evaluating
 from diptych.train import checkpoint
+from diptych.train.checkpoint import Ema, TrainState
 from diptych.train.config import OptimConfig, TrainConfig, check_same, describe
-from diptych.train.devices import Devices
-from diptych.train.ema import Ema
-from diptych.train.feed import Batches, count_rows, feed
+from diptych.train.distributed import Devices
 from diptych.train.interrupt import Interrupted, SignalWatch
-from diptych.train.journal import Journal, Measured, Standing
-from diptych.train.state import TrainState
-from diptych.train.update import Updater
+from diptych.train.logging import Journal, Measured, Standing
+from diptych.train.prefetch import Batches, count_rows, feed
+from diptych.train.step import Updater
 
 ENOUGH, TIME_IS_UP = -1, 1  # reasons to stop, as are the numbers of the signals that are watched (2, 15); 0 is none
 

@@ -1,18 +1,107 @@
-"""Optimisers and learning-rate schedules.
+"""Adafactor as large vision models train with it: momentum, an absolute learning rate, a capped second-moment decay.
 
-Both optimisers honour an attribute ``found_inf`` (a 0-d tensor): where it is 1, a step leaves weights and moments as
-they were. The loop can so skip a bad update without waiting for the device to say that it was bad.
+Shapes: R rows, C columns of a parameter seen as a matrix (its first dimension by all others).
 """
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diptych.errors import UserError
-from diptych.train.adafactor import Adafactor
 from diptych.train.config import OptimConfig
+
+
+class Adafactor(torch.optim.Optimizer):
+    r"""Adaptive steps whose second moment is kept as one number per row and one per column.
+
+    For a gradient :math:`G_t` of a matrix, with :math:`\beta_{2,t} = \min(1 - t^{-0.8}, \beta_2)`:
+
+        r_t = b r_{t-1} + (1 - b) rowmean(G_t^2 + eps)      c_t likewise over columns      V_t = r_t c_t / mean(r_t)
+        U_t = G_t / sqrt(V_t)             U_t <- U_t / max(1, rms(U_t) / clip_rms)
+        m_t = beta_1 m_{t-1} + (1 - beta_1) U_t                     x_t = (1 - lr wd) x_{t-1} - lr m_t
+
+    Vectors keep V_t in full. Source: Shazeer and Stern, 2018, algorithms 4 to 6, without the learning rate relative
+    to the parameter's size, with the momentum and the cap of Zhai et al., 2022 ("Scaling Vision Transformers").
+    `torch.optim.Adafactor` is the relative one without momentum: its learning rates do not carry over.
+
+    The update is skipped when the attribute ``found_inf`` (a 0-d tensor) is set and not zero; unlike in fused AdamW,
+    finding that out waits for the device.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.96),
+        weight_decay: float = 0.0,
+        clip_rms: float = 1.0,
+        eps: float = 1e-30,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "clip_rms": clip_rms, "eps": eps}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.found_inf is not None and self.found_inf.item():
+            return loss
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state.update(_initial_state(parameter))
+        state["step"] += 1
+        beta1, cap = group["betas"]
+        beta2 = min(1 - state["step"].item() ** -0.8, cap)
+
+        gradient = parameter.grad.float()  # type: ignore[union-attr]
+        update = gradient * _inverse_root(state, gradient, beta2=beta2, eps=group["eps"])
+        rms = update.norm() / update.numel() ** 0.5
+        update /= (rms / group["clip_rms"]).clamp(min=1.0)
+        momentum = state["momentum"].lerp_(update, 1 - beta1)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.sub_(momentum, alpha=group["lr"])
+
+
+def _initial_state(parameter: Tensor) -> dict[str, Tensor]:
+    # The step counter stays on the CPU, as in torch's own optimisers: reading it costs no wait for the device.
+    state = {"step": torch.zeros(()), "momentum": torch.zeros_like(parameter, dtype=torch.float32)}
+    if parameter.ndim < 2:
+        return state | {"square": torch.zeros_like(state["momentum"])}
+    matrix_RC = state["momentum"].flatten(1)
+    return state | {"row_square": matrix_RC.new_zeros(len(matrix_RC)), "column_square": torch.zeros_like(matrix_RC[0])}
+
+
+def _inverse_root(state: dict[str, Tensor], gradient: Tensor, *, beta2: float, eps: float) -> Tensor:
+    """Advance the second moment and return 1 / sqrt(V), of the gradient's shape."""
+    if gradient.ndim < 2:
+        return state["square"].lerp_(gradient.square() + eps, 1 - beta2).rsqrt()
+    square_RC = gradient.flatten(1).square() + eps
+    row_R = state["row_square"].lerp_(square_RC.mean(1), 1 - beta2)
+    column_C = state["column_square"].lerp_(square_RC.mean(0), 1 - beta2)
+    inverse_RC = (row_R / row_R.mean()).rsqrt()[:, None] * column_C.rsqrt()
+    return inverse_RC.view_as(gradient)
+
+
+# JOINED train.optim
+#| Optimisers and learning-rate schedules.
+#|
+#| Both optimisers honour an attribute ``found_inf`` (a 0-d tensor): where it is 1, a step leaves weights and moments as
+#| they were. The loop can so skip a bad update without waiting for the device to say that it was bad.
 
 
 def learning_rate(step: int, config: OptimConfig, *, steps: int) -> float:

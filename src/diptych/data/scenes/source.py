@@ -8,12 +8,12 @@ from urllib.parse import parse_qsl
 import numpy as np
 from jaxtyping import UInt8
 
-from diptych.data.batch import derive_seed
 from diptych.data.scenes import world
 from diptych.data.scenes.grammar import caption, phrasings
 from diptych.data.scenes.render import render
 from diptych.data.scenes.world import Level, Scene, Split
 from diptych.errors import UserError
+from diptych.rng import derive_seed
 
 ENDLESS = 2**31
 ALLOWED: dict[str, tuple[int | str, ...] | range] = {

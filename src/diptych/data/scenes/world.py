@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
-from diptych.data.batch import derive_seed
+from diptych.rng import derive_seed
 
 Level = Literal[1, 2]
 Split = Literal["train", "test"]

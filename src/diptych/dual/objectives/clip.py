@@ -1,0 +1,55 @@
+"""CLIP, CLIP with any augmentation or number of views, and SigLIP.
+
+Shapes: B rows, V image views, M captions, D width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diptych.data.batch import Batch
+from diptych.dual.losses import multi_view_info_nce, sigmoid_loss
+from diptych.dual.model import DualEncoder
+from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
+from diptych.nn.gradients import gather_rows
+from diptych.train.objective import Losses
+
+
+@dataclass(kw_only=True, slots=True)
+class ClipConfig(PairsConfig):
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax is CLIP's loss, sigmoid SigLIP's."""
+
+
+class ClipObjective(PairsObjective[ClipConfig]):
+    """The mean of the loss over all pairs of a view and a caption."""
+
+    def __init__(self, model: DualEncoder, config: ClipConfig) -> None:
+        super().__init__(model, config)
+        if config.loss == "sigmoid":
+            # SigLIP starts at scale 10 and bias -10: at first nearly all pairs are rightly taken for strangers.
+            nn.init.constant_(model.clip.logit_scale, torch.tensor(10.0).log().item())
+            self.bias = nn.Parameter(torch.tensor(-10.0))
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        c = self.config
+        assert batch.pairs is not None
+        pairs = batch.pairs
+        self.model.clamp_scale()
+        views = Views(batch, c.augment, views=c.views, size=self.model.image_size, name="view")
+
+        def encode(rows: slice) -> tuple[Tensor, Tensor]:
+            images = [self.model.encode_images(view).pooled_BD for view in views(rows)]
+            texts = [self.model.encode_texts(*text).pooled_BD for text in captions_of(pairs, rows, captions=c.captions)]
+            return unit(images), unit(texts)
+
+        images_VBD, texts_MBD = map(gather_rows, in_chunks(encode, rows=len(pairs), chunk=c.chunk))
+        scale = self.model.scale
+        if c.loss == "sigmoid":
+            each = [sigmoid_loss(image, text, scale, self.bias) for image in images_VBD for text in texts_MBD]
+            loss = torch.stack(each).mean()
+        else:
+            loss = multi_view_info_nce(images_VBD, texts_MBD, scale)
+        return Losses(loss, {"align": loss, "align/scale": scale})

@@ -1,0 +1,95 @@
+"""ITO: several views of a pair are aligned with one another, and fused with one another while training.
+
+Shapes: B rows, b rows of a chunk, V image views, M captions, S image tokens, L text tokens, D width.
+"""
+
+from dataclasses import dataclass, field
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from diptych.data.augment import ViewConfig
+from diptych.data.batch import Batch
+from diptych.dual.fusion import Fusion, FusionConfig
+from diptych.dual.losses import multi_view_info_nce, multi_view_nt_xent
+from diptych.dual.model import DualEncoder, Features
+from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
+from diptych.errors import UserError
+from diptych.nn.gradients import gather_rows
+from diptych.train.objective import Losses
+
+
+@dataclass(kw_only=True, slots=True)
+class ItoConfig(PairsConfig):
+    views: int = 2
+    """Views of each image in a step; the fusion compares every two of them."""
+    augment: ViewConfig = field(default_factory=ViewConfig)
+    """How a view differs from its image. The defaults are the paper's."""
+    fusion_weight: float = 2.0
+    """The paper's lambda, its best value; 0 leaves the fusion out altogether."""
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    """The module that fuses; it is dropped after training."""
+    lean: bool = True
+    """Make the image tower's widest activations again on the way back, not keep them: less memory, nearly free."""
+
+
+class ItoObjective(PairsObjective[ItoConfig]):
+    """L = L_align + lambda L_fusion."""
+
+    def __init__(self, model: DualEncoder, config: ItoConfig) -> None:
+        """The weights of the fusion come from torch's global generator."""
+        super().__init__(model, config)
+        if config.lean:
+            from diptych.dual.clip_speed import forget_activations
+
+            forget_activations(model.clip)
+        self.fusion: Fusion | None = None
+        if config.fusion_weight:
+            if config.views < 2:
+                raise UserError(
+                    "objective.views is 1; the fusion compares views: set 2, or --objective.fusion-weight 0"
+                )
+            if model.text_tower_width != model.width:
+                raise UserError(
+                    f"model.text-width is {model.text_tower_width} and model.width {model.width}; "
+                    "the fusion adds the text tower's positions to what the towers give: make them equal"
+                )
+            tokens = model.clip.vision_model.embeddings.num_positions
+            self.fusion = Fusion(config.fusion, width=model.width, image_tokens=tokens)
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        c = self.config
+        assert batch.pairs is not None
+        pairs = batch.pairs
+        self.model.clamp_scale()
+        views = Views(batch, c.augment, views=c.views, size=self.model.image_size, name="view")
+        fusing = self.fusion is not None
+
+        def encode(rows: slice) -> tuple[Tensor, ...]:
+            captions = captions_of(pairs, rows, captions=c.captions)
+            images = [self.model.encode_images(view, keep_tokens=fusing) for view in views(rows)]
+            texts = [self.model.encode_texts(*text, keep_tokens=fusing) for text in captions]
+            fused = (self._fuse(images, texts, [valid for _, valid in captions]),) if fusing else ()
+            return unit([i.pooled_BD for i in images]), unit([t.pooled_BD for t in texts]), *fused
+
+        images_VBD, texts_MBD, *fused = map(gather_rows, in_chunks(encode, rows=len(pairs), chunk=c.chunk))
+        scale = self.model.scale
+        align = multi_view_info_nce(images_VBD, texts_MBD, scale)
+        terms = {"align": align, "align/scale": scale}
+        if not fused:
+            return Losses(align, terms)
+        fusion = multi_view_nt_xent(fused[0], scale)
+        return Losses(align + c.fusion_weight * fusion, terms | {"fusion": fusion})
+
+    def _fuse(self, images: list[Features], texts: list[Features], valid: list[Tensor]) -> Tensor:
+        """S_v of every view, [V b D]. View v meets caption v; where there are fewer captions, they serve in turn."""
+        assert self.fusion is not None
+        positions_LD = self.model.text_positions(valid[0].shape[1])
+        in_turn = cycle(zip(texts, valid, strict=True))
+        return torch.stack(
+            [
+                self.fusion(image.tokens_BSD, text.tokens_BSD, valid_BL, positions_LD)
+                for image, (text, valid_BL) in zip(images, in_turn, strict=False)
+            ]
+        )

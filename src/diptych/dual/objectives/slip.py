@@ -1,0 +1,73 @@
+"""SLIP: CLIP on one weak view, SimCLR on two strong ones (Mu et al., 2021).
+
+Shapes: B rows, M captions, W width of the image tower, D width.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from diptych.data.augment import ViewConfig
+from diptych.data.batch import Batch
+from diptych.dual.losses import multi_view_info_nce, multi_view_nt_xent
+from diptych.dual.model import DualEncoder
+from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
+from diptych.nn.gradients import gather_rows
+from diptych.nn.transformer import init_weights
+from diptych.train.objective import Losses
+
+
+@dataclass(kw_only=True, slots=True)
+class SlipConfig(PairsConfig):
+    """``views`` and ``augment`` are those of CLIP."""
+
+    strong: ViewConfig = field(default_factory=ViewConfig)
+    """The two views of SimCLR: here ITO's augmentation, so that the two methods differ in nothing else."""
+    simclr_weight: float = 1.0
+    """Weight of SimCLR's loss."""
+    temperature: float = 0.1
+    """SimCLR's temperature."""
+    hidden: int = 4096
+    """Width of the projector's hidden layers."""
+    projected: int = 256
+    """Width of what SimCLR compares."""
+
+
+class SlipObjective(PairsObjective[SlipConfig]):
+    """L = L_CLIP + L_SimCLR, on the image tower before its projection.
+
+    Departure: LayerNorm in the projector where SLIP has BatchNorm, whose statistics depend on how rows are split over
+    processes and chunks.
+    """
+
+    def __init__(self, model: DualEncoder, config: SlipConfig) -> None:
+        """The weights of the projector come from torch's global generator."""
+        super().__init__(model, config)
+        widths = (model.image_tower_width, config.hidden, config.hidden)
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.ReLU()]
+        self.projector = nn.Sequential(*layers, nn.Linear(config.hidden, config.projected))
+        self.projector.apply(init_weights)
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        c, size = self.config, self.model.image_size
+        assert batch.pairs is not None
+        pairs = batch.pairs
+        self.model.clamp_scale()
+        weak = Views(batch, c.augment, views=c.views, size=size, name="view")
+        strong = Views(batch, c.strong, views=2, size=size, name="strong")
+
+        def encode(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            images = [self.model.encode_images(view).pooled_BD for view in weak(rows)]
+            texts = [self.model.encode_texts(*text).pooled_BD for text in captions_of(pairs, rows, captions=c.captions)]
+            projected = [self.projector(self.model.encode_images(view).state_BW) for view in strong(rows)]
+            return unit(images), unit(texts), unit(projected)
+
+        images_VBD, texts_MBD, strong_2BD = map(gather_rows, in_chunks(encode, rows=len(pairs), chunk=c.chunk))
+        scale = self.model.scale
+        align = multi_view_info_nce(images_VBD, texts_MBD, scale)
+        simclr = multi_view_nt_xent(strong_2BD, 1 / c.temperature)
+        total = align + c.simclr_weight * simclr
+        return Losses(total, {"align": align, "align/scale": scale, "simclr": simclr})

@@ -1,0 +1,176 @@
+"""Recipes for dual encoders: ITO, CLIP, CLIP with ITO's augmentation, SigLIP and SLIP, in four sizes."""
+
+import tyro
+
+from diptych.data.augment import ViewConfig
+from diptych.dual import model as sizes
+from diptych.dual.model import DualEncoderConfig
+from diptych.dual.objectives.ito import ItoConfig
+from diptych.dual.objectives.slip import SlipConfig
+from diptych.dual.training import ClipRun, ItoRun, PairsData, SlipRun
+from diptych.train.config import OptimConfig, TrainConfig
+
+
+def ito_tiny() -> ItoRun:
+    """ITO for pictures of 64 pixels, on one CPU core.
+
+    Departs from the paper: a step has two captions of each image (docs/log.md).
+
+    Command: diptych fit ito-tiny --data.pairs 'photos.tar?split=train' --data.valid 'photos.tar?split=dev'
+             --out runs/ito
+    Cost: twenty minutes.
+    Expected: mean R@1 2.5 %, R@10 14.1 % among Flickr8k's test photos and captions (docs/results.md).
+    """
+    return ItoRun(**_tiny(), objective=ItoConfig(captions=2))
+
+
+def ito_small() -> ItoRun:
+    """ITO with ViT-S/16, for one GPU.
+
+    Command: diptych fit ito-small --data.pairs 'shards/{000..099}.tar' --out runs/ito
+    Cost: hours on one GPU. Not measured by us.
+    """
+    return ItoRun(**_small())
+
+
+def ito_base() -> ItoRun:
+    """The paper's ITO with ViT-B/16, as on CC12M: about 30 epochs of 12 million pairs.
+
+    Command: torchrun --nproc-per-node 8 -m diptych fit ito-base --data.pairs 'cc12m-{0000..1242}.tar' --out runs/ito
+    Cost: days on eight GPUs. Not measured by us. Paper: 38.4 zero-shot over 26 sets, CLIP 34.1.
+    """
+    return ItoRun(**_base())
+
+
+def ito_large() -> ItoRun:
+    """ITO with ViT-L/16.
+
+    Command: torchrun --nproc-per-node 8 -m diptych fit ito-large --data.pairs 'cc12m-{0000..1242}.tar' --out runs/ito
+    Cost: weeks on eight GPUs. Not measured by us.
+    """
+    return ItoRun(**_large())
+
+
+def clip_tiny() -> ClipRun:
+    """CLIP beside `ito-tiny`: one weak view.
+
+    Command: diptych fit clip-tiny --data.pairs 'photos.tar?split=train' --data.valid 'photos.tar?split=dev'
+             --out runs/clip
+    Cost: less than half of ito-tiny's. Expected: R@1 1.4 %, R@10 10.4 %.
+    """
+    return ClipRun(**_tiny())
+
+
+def clip_small() -> ClipRun:
+    """CLIP beside `ito-small`."""
+    return ClipRun(**_small())
+
+
+def clip_base() -> ClipRun:
+    """CLIP beside `ito-base`: ViT-B/16."""
+    return ClipRun(**_base())
+
+
+def clip_large() -> ClipRun:
+    """CLIP beside `ito-large`: ViT-L/16."""
+    return ClipRun(**_large())
+
+
+def clip_aug_tiny() -> ClipRun:
+    """CLIP with ITO's augmentation, beside `ito-tiny`: the control that tells the augmentation from the views.
+
+    Cost: as clip-tiny. Expected: R@1 1.2 %, R@10 9.1 %, less than clip-tiny's.
+    """
+    return _strong(clip_tiny())
+
+
+def clip_aug_small() -> ClipRun:
+    """CLIP with ITO's augmentation, beside `ito-small`."""
+    return _strong(clip_small())
+
+
+def clip_aug_base() -> ClipRun:
+    """CLIP with ITO's augmentation, beside `ito-base`."""
+    return _strong(clip_base())
+
+
+def siglip_tiny() -> ClipRun:
+    """SigLIP beside `ito-tiny`: CLIP with a loss for each pair of an image and a text on its own.
+
+    Cost: as clip-tiny. Expected: R@1 1.4 %, R@10 9.3 %.
+    """
+    return _sigmoid(clip_tiny())
+
+
+def siglip_small() -> ClipRun:
+    """SigLIP beside `ito-small`."""
+    return _sigmoid(clip_small())
+
+
+def siglip_base() -> ClipRun:
+    """SigLIP beside `ito-base`."""
+    return _sigmoid(clip_base())
+
+
+def slip_tiny() -> SlipRun:
+    """SLIP beside `ito-tiny`: CLIP on a weak view and SimCLR on two strong ones.
+
+    Command: diptych fit slip-tiny --data.pairs 'photos.tar?split=train' --data.valid 'photos.tar?split=dev'
+             --out runs/slip
+    Cost: three quarters of ito-tiny's. Expected: R@1 2.3 %, R@10 13.7 %.
+    """
+    return SlipRun(**_tiny(), objective=SlipConfig(hidden=512, projected=128))
+
+
+def slip_small() -> SlipRun:
+    """SLIP beside `ito-small`."""
+    return SlipRun(**_small())
+
+
+def slip_base() -> SlipRun:
+    """SLIP beside `ito-base`."""
+    return SlipRun(**_base())
+
+
+def _strong(run: ClipRun) -> ClipRun:
+    run.objective.augment = ViewConfig()
+    return run
+
+
+def _sigmoid(run: ClipRun) -> ClipRun:
+    run.objective.loss = "sigmoid"
+    return run
+
+
+def _tiny() -> dict:
+    return _fields(
+        sizes.tiny(),
+        TrainConfig(steps=1800, batch_size=128, eval_every=180, checkpoint_every=900, tensorboard=False, workers=1),
+        OptimConfig(lr=1e-3, warmup_steps=100, weight_decay=0.2),
+    )
+
+
+def _small() -> dict:
+    return _fields(
+        sizes.small(),
+        TrainConfig(steps=50_000, batch_size=1024, workers=12),
+        OptimConfig(lr=1e-3, warmup_steps=2000, weight_decay=0.1),
+    )
+
+
+def _base() -> dict:
+    return _fields(
+        sizes.vit_b_16(),
+        TrainConfig(steps=160_000, batch_size=2048, workers=16),
+        OptimConfig(lr=1e-3, warmup_steps=10_000, weight_decay=0.1),
+    )
+
+
+def _large() -> dict:
+    return _base() | {"model": sizes.vit_l_16()}
+
+
+def _fields(model: DualEncoderConfig, train: TrainConfig, optim: OptimConfig) -> dict:
+    """CLIP's moments, which all of these share; the paper clips no gradient."""
+    optim.betas, optim.eps, optim.clip = (0.9, 0.98), 1e-6, None
+    return {"data": PairsData(pairs=tyro.MISSING), "model": model, "train": train, "optim": optim}

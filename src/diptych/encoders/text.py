@@ -1,0 +1,123 @@
+"""Text encoders: any encoder or decoder language model of `transformers`, with one vector for a text.
+
+Shapes: B texts, L text tokens, D width of the features.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import transformers
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from diptych.encoders.loading import (
+    fuse_gelu,
+    is_projected,
+    load,
+    load_config,
+    load_weights,
+    resolve,
+    tower_of,
+    width_of,
+)
+from diptych.errors import UserError
+
+Pooling = Literal["auto", "mean", "cls", "last"]
+_WHAT = "a text model"
+_ROWS = 256
+"""Texts encoded at once."""
+
+
+class PooledTextEncoder(nn.Module):
+    """A frozen language model. Padding reaches neither the features of a text nor their pooling.
+
+    Pooling "auto" is CLIP's shared embedding where there is one, else the mean over the valid tokens.
+    """
+
+    def __init__(
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        pooling: Pooling,
+        length: int,
+    ) -> None:
+        super().__init__()
+        self.network = fuse_gelu(network).requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.width = width_of(network.config, "text")
+        self.projected = is_projected(network.config)
+        self.pooling: Pooling = "mean" if pooling == "auto" and not self.projected else pooling
+        self.length = min(length, getattr(network.config, "max_position_embeddings", None) or length)
+        self.preprocessing: dict[str, Any] = {"length": self.length, "pooling": self.pooling}
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, pooling: Pooling = "auto", length: int = 128) -> Self:
+        """From a folder (nothing touches the network) or a hub name. Raises UserError."""
+        config = load_config(name, _WHAT)
+        projected = is_projected(config)
+        kind: Any = transformers.CLIPTextModelWithProjection if projected else transformers.AutoModel
+        if config.model_type == "t5":
+            # Diptych's own have no decoder, and a published one's need not be loaded.
+            kind = transformers.T5EncoderModel
+        tower = tower_of(config, kind, "text_config") if projected else None
+        network, _ = load_weights(name, _WHAT, kind, tower=tower)
+        tokenizer = load(name, "a tokenizer", transformers.AutoTokenizer.from_pretrained)
+        if len(tokenizer) - len(tokenizer.all_special_ids) < 2:  # transformers makes an empty one where there is none
+            raise UserError(f"{name}: its tokenizer has no words: tokenizer.json or its like is missing")
+        if tokenizer.pad_token_id is None:  # decoders are trained without padding; what stands there is never valid
+            if tokenizer.eos_token is None:
+                raise UserError(f"{name}: its tokenizer has neither a padding nor an end token")
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        if config.is_encoder_decoder and config.model_type != "t5":
+            network = network.get_encoder()
+        return cls(network, tokenizer, pooling=pooling, length=length)
+
+    def train(self, mode: bool = True) -> "PooledTextEncoder":
+        """Stays in evaluation mode, whatever happens around it."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
+        """One vector for each text, on the encoder's device."""
+        pieces = [self._pooled(texts[at : at + _ROWS]) for at in range(0, len(texts), _ROWS)]
+        return torch.cat(pieces) if pieces else torch.empty(0, self.width)
+
+    @torch.no_grad()
+    def tokens(self, texts: Sequence[str]) -> tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"]]:
+        """Features of every token, zero where there is none, and which there are."""
+        output, valid_BL = self._run(texts)
+        return output.last_hidden_state.masked_fill(~valid_BL[..., None], 0.0), valid_BL
+
+    def _pooled(self, texts: Sequence[str]) -> Tensor:
+        output, valid_BL = self._run(texts)
+        if self.pooling == "auto":
+            return output.text_embeds
+        hidden_BLD = output.last_hidden_state
+        match self.pooling:
+            case "cls":
+                return hidden_BLD[:, 0]
+            case "last":
+                return hidden_BLD[torch.arange(len(hidden_BLD)), valid_BL.sum(1) - 1]
+        weight_BL1 = valid_BL[..., None].to(hidden_BLD.dtype)
+        return (hidden_BLD * weight_BL1).sum(1) / weight_BL1.sum(1)
+
+    def _run(self, texts: Sequence[str]) -> tuple[Any, Tensor]:
+        encoded = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt",
+            return_attention_mask=True,
+        )  # fmt: skip
+        device = next(self.network.parameters()).device
+        ids_BL, valid_BL = encoded["input_ids"].to(device), encoded["attention_mask"].to(device).bool()
+        if not bool(valid_BL.any(1).all()):
+            raise UserError(f"no token is left of the text {texts[int((~valid_BL.any(1)).nonzero()[0])]!r}: remove it")
+        return self.network(input_ids=ids_BL, attention_mask=valid_BL.long()), valid_BL
+
+
+def open_text_encoder(name: str | Path, *, pooling: Pooling = "auto", length: int = 128) -> PooledTextEncoder:
+    """By folder, hub name or run folder; at most ``length`` tokens of a text are read. Raises UserError."""
+    return PooledTextEncoder.from_pretrained(resolve(name, "text"), pooling=pooling, length=length)

@@ -1,0 +1,56 @@
+"""Files that are either whole or not there."""
+
+import hashlib
+import io
+import os
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+
+from diptych.errors import UserError
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write ``data`` to ``path`` at once: a reader, or a kill at any moment, finds the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner may read
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return path
+
+
+# JOINED nn.weights
+#| Weights on disk and their identity.
+
+
+Network = TypeVar("Network", bound=PyTorchModelHubMixin)
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """Tells one set of weights from another."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_network(kind: type[Network], folder: Path) -> Network:
+    """The network that ``kind.save_pretrained`` wrote; UserError when a file is missing or damaged."""
+    try:
+        with redirect_stdout(io.StringIO()):  # huggingface_hub prints that it reads a folder
+            return kind.from_pretrained(str(folder), local_files_only=True, strict=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder}: the network cannot be read ({reason}): copy or train it again") from error

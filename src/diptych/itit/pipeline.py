@@ -1,0 +1,274 @@
+"""A trained run as one object: caption, imagine, cycle.
+
+Shapes: B rows, H and W pixels, N image tokens, L text tokens, V vocabulary.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Num, UInt8
+from PIL import Image
+from torch import Tensor
+
+from diptych.data.encode import Coders
+from diptych.data.pixels import channels_first
+from diptych.data.sources.decode import decode
+from diptych.encoders.image import ImageEncoder, resize
+from diptych.encoders.loading import load
+from diptych.errors import UserError
+from diptych.io import load_network, weights_digest
+from diptych.itit.generation import DrawConfig, WriteConfig, draw, write
+from diptych.itit.model import ITIT
+from diptych.nn.inference import Device, Precision, autocast, pick_device
+from diptych.rng import Draws
+from diptych.tokenizers.image_tokenizer import ImageTokenizer
+from diptych.tokenizers.text_encoder import TextEncoder
+
+Picture = str | Path | Image.Image | np.ndarray
+"""A path, a PIL image, or uint8 [H W 3]."""
+
+_ROWS = 64
+"""Rows generated at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caption:
+    """A written caption."""
+
+    text: str
+    score: float | None
+    """Length-normalised log-probability of the beam search; None for greedy writing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CycleStep:
+    """One link of a cycle: a text, or a picture uint8 [S S 3]."""
+
+    text: str | None = None
+    picture: np.ndarray | None = None
+
+    @property
+    def shown(self) -> str | np.ndarray:
+        """Whichever it is."""
+        found = self.text if self.picture is None else self.picture
+        assert found is not None
+        return found
+
+
+class Diptych:
+    """A captioner and image generator: tokenizer, frozen text encoder and ITIT network.
+
+    >>> diptych = Diptych.from_pretrained("runs/demo/itit")
+    >>> diptych.caption(["photo.jpg"])
+    >>> diptych.imagine(["a small red circle in the top left on a white background"], seed=0)
+    """
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        text_encoder: TextEncoder,
+        model: ITIT,
+        *,
+        draw: DrawConfig | None = None,
+        write: WriteConfig | None = None,
+        device: str | torch.device = "cpu",
+        precision: Precision = "auto",
+    ) -> None:
+        self.precision: Precision = precision
+        self.device = torch.device(device)
+        self.tokenizer = tokenizer.to(self.device).eval()
+        self.text_encoder = text_encoder.to(self.device)
+        self.model = model.to(self.device).eval()
+        self.draw_config = draw or DrawConfig()
+        self.write_config = write or WriteConfig()
+        self.banned_V = torch.zeros(text_encoder.vocab_rows, dtype=torch.bool, device=self.device)
+        self.banned_V[list(text_encoder.banned_ids)] = True
+
+    @classmethod
+    def from_pretrained(cls, run: str | Path, *, device: Device = "auto", precision: Precision = "auto") -> "Diptych":
+        """Load a run folder. Nothing outside it is read.
+
+        Args:
+            run: folder with ``tokenizer/``, ``text_encoder/`` and ``model/``.
+            device: ``auto`` takes CUDA, then MPS, then the CPU.
+            precision: of the ITIT network, as in training: ``auto`` is bf16 where the device multiplies it, else fp32.
+                Tokenizer and text encoder always compute in fp32.
+
+        Raises:
+            UserError: the folder is no finished run, or a file in it is damaged.
+        """
+        run = Path(run)
+        if not run.is_dir():
+            raise UserError(f"{run}: no such run folder")
+        for part in ("tokenizer", "text_encoder", "model"):
+            if not (run / part).is_dir():
+                raise UserError(f"{run}: has no {part}/, so it is no finished ITIT run: let `diptych fit` finish it")
+        draw, write = _generation(run)
+        return cls(
+            ImageTokenizer.from_pretrained(run / "tokenizer"),
+            TextEncoder.from_pretrained(run / "text_encoder"),
+            load_network(ITIT, run / "model"),
+            draw=draw,
+            write=write,
+            device=pick_device(device),
+            precision=precision,
+        )
+
+    @property
+    def coders(self) -> Coders:
+        """What `encode` needs to prepare data for this run."""
+        return coders(self.tokenizer, self.text_encoder, length=self.model.config.text_tokens)
+
+    # Generation
+
+    def caption(self, pictures: Sequence[Picture], *, beams: int | None = None) -> list[str]:
+        """One caption per picture."""
+        return [caption.text for caption in self.captions(pictures, beams=beams)]
+
+    def captions(self, pictures: Sequence[Picture], *, beams: int | None = None) -> list[Caption]:
+        """One caption per picture, with its score."""
+        found: list[Caption] = []
+        for start in range(0, len(pictures), _ROWS):
+            pixels = np.stack([self.read(picture) for picture in pictures[start : start + _ROWS]])
+            found += self.caption_tokens(self.tokenize(pixels), beams=beams)
+        return found
+
+    def tokenize(self, pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Int[Tensor, "B N"]:
+        """Image tokens of pictures of the tokenizer's size."""
+        pieces = channels_first(pixels_BSS3).split(_ROWS)
+        return torch.cat([self.tokenizer.encode(piece.to(self.device)) for piece in pieces])
+
+    def caption_tokens(self, tokens_BN: Tensor, *, beams: int | None = None) -> list[Caption]:
+        """As :meth:`captions`, from image tokens."""
+        config = self.write_config if beams is None else replace(self.write_config, beams=beams)
+        found: list[Caption] = []
+        for piece in tokens_BN.to(self.device).split(_ROWS):
+            length = self.model.config.text_tokens
+            with autocast(self.device, self.precision):
+                ids_BL, score_B = write(self.model, piece, config, banned_V=self.banned_V, length=length)
+            scores = [None] * len(piece) if score_B is None else score_B.tolist()
+            texts = self.text_encoder.detokenize(ids_BL)
+            found += [Caption(text=text, score=score) for text, score in zip(texts, scores, strict=True)]
+        return found
+
+    def imagine(
+        self, texts: Sequence[str], *, seed: int = 0, draw: DrawConfig | None = None
+    ) -> UInt8[np.ndarray, "B S S 3"]:
+        """One picture per text, uint8. The same seed draws the same pictures."""
+        tokens_BN = self.imagine_tokens(texts, seed=seed, config=draw)
+        return self.tokenizer.decode(tokens_BN).permute(0, 2, 3, 1).cpu().numpy()
+
+    def imagine_tokens(self, texts: Sequence[str], *, seed: int = 0, config: DrawConfig | None = None) -> Tensor:
+        """As :meth:`imagine`, before the tokenizer makes pixels of it: [B N]."""
+        if not texts or isinstance(texts, str):
+            raise UserError("no text to imagine" if not texts else f"one text, {texts!r:.60}: give a list of texts")
+        found = []
+        for start in range(0, len(texts), _ROWS):
+            ids_BL, valid_BL = self.text_encoder.tokenize(
+                list(texts[start : start + _ROWS]), length=self.model.config.text_tokens
+            )
+            ids_BL, valid_BL = ids_BL.to(self.device), valid_BL.to(self.device)
+            features_BLF = self.text_encoder.features(ids_BL, valid_BL)
+            draws = Draws(seed, start)
+            with autocast(self.device, self.precision):
+                found.append(draw(self.model, features_BLF, valid_BL, config or self.draw_config, draws=draws))
+        return torch.cat(found)
+
+    def cycle(
+        self, *, text: str | None = None, image: Picture | None = None, rounds: int = 3, seed: int = 0
+    ) -> list[CycleStep]:
+        """From a text to a picture to a text, or from a picture to a text to a picture, ``rounds`` times over."""
+        if (text is None) == (image is None):
+            raise UserError("a cycle starts from a text or from an image: give one of them")
+        if rounds < 1:
+            raise UserError(f"{rounds} rounds: at least one is needed")
+        steps = [CycleStep(text=text) if image is None else CycleStep(picture=self.read(image))]
+        for turn in range(2 * rounds):
+            last = steps[-1]
+            if last.picture is None:
+                assert last.text is not None
+                steps.append(CycleStep(picture=self.imagine([last.text], seed=seed + turn)[0]))
+            else:
+                steps.append(CycleStep(text=self.caption([last.picture])[0]))
+        return steps
+
+    def read(self, picture: Picture) -> UInt8[np.ndarray, "S S 3"]:
+        """A picture at the tokenizer's size: its centre square, resized."""
+        if isinstance(picture, np.ndarray):
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+                raise UserError(f"a picture of {picture.dtype} {picture.shape}: give uint8 [height, width, 3]")
+            if picture.shape[:2] == (self.tokenizer.size, self.tokenizer.size):
+                return picture
+            picture = Image.fromarray(picture)
+        if isinstance(picture, Image.Image):
+            lossless = io.BytesIO()
+            exif = picture.getexif()  # tells which side is up
+            # PNG and TIFF hold all modes between them.
+            picture.save(lossless, "TIFF" if picture.mode in ("CMYK", "LAB", "YCbCr", "F", "I") else "PNG", exif=exif)
+            return decode(lossless.getvalue(), self.tokenizer.size)
+        return decode(Path(picture), self.tokenizer.size)
+
+
+def coders(tokenizer: ImageTokenizer, text_encoder: TextEncoder, *, length: int, features: bool = False) -> Coders:
+    """Pixels to tokens and texts to ids (and, if wanted, to frozen features)."""
+    device = text_encoder.embedding.weight.device
+
+    def to_features(ids_BL: Tensor) -> Tensor:
+        pieces = [text_encoder.features(piece, piece != text_encoder.pad_id) for piece in ids_BL.to(device).split(256)]
+        return torch.cat(pieces)
+
+    return Coders(
+        image_size=tokenizer.size,
+        tokens=lambda pixels_B3HW: tokenizer.encode(pixels_B3HW.to(device)),
+        ids=lambda texts: text_encoder.tokenize(texts, length=length)[0],
+        features=to_features if features else None,
+        fingerprint=f"{weights_digest(tokenizer)}-{weights_digest(text_encoder)}-{length}-{features}",
+    )
+
+
+def _generation(run: Path) -> tuple[DrawConfig, WriteConfig]:
+    """The run's own settings for drawing and writing."""
+    try:
+        found = json.loads((run / "config.json").read_text())["generation"]
+        return DrawConfig(**found["draw"]), WriteConfig(**found["write"])
+    except FileNotFoundError:
+        return DrawConfig(), WriteConfig()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run}/config.json: cannot be used ({error}): copy it again") from error
+
+
+class ItitImageEncoder(ImageEncoder):
+    """An ITIT run's encoder: the mean of its output over the image tokens, without any text."""
+
+    def __init__(self, tokenizer: ImageTokenizer, network: ITIT) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer.requires_grad_(False)
+        self.network = network
+        self.width, self.image_size = network.config.width, tokenizer.size
+        self.preprocessing: dict[str, Any] = {"size": tokenizer.size, "pooling": "mean"}
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> Self:
+        """From a run folder, or any with `tokenizer` and `model` in it."""
+        with redirect_stdout(io.StringIO()):  # huggingface_hub prints that it reads a folder
+            network = load(str(Path(folder) / "model"), "an ITIT network", ITIT.from_pretrained, strict=True)
+        return cls(ImageTokenizer.from_pretrained(Path(folder) / "tokenizer"), network).eval()
+
+    def forward(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        return self.tokens(pixels_B3HW).mean(1)
+
+    def tokens(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        pixels = resize(pixels_B3HW.to(self.tokenizer.codebook.device).float(), self.image_size).round()
+        tokens_BN = self.tokenizer.encode(pixels.to(torch.uint8))
+        return self.network.encode(self.network.embed_image(tokens_BN)).image_BKD
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.network.save_pretrained(folder / "model")

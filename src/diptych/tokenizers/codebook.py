@@ -1,0 +1,138 @@
+"""Quantising latents with a codebook that is being learned and must not collapse.
+
+Shapes: B pictures, h and w positions, M = B·h·w latents, K codes, E width of a code.
+
+A code that is never the nearest one gets no gradient and stays dead. Two cures, both cheap and both the same on every
+process: the codebook starts as a k-means of the encoder's own outputs, and a code that has gone unused is moved onto a
+latent of the current batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from diptych.rng import Draws
+from diptych.tokenizers.image_tokenizer import nearest_codes
+
+
+@dataclass(kw_only=True, slots=True)
+class CodebookConfig:
+    start: int = 0
+    """Step at which the codebook is seeded from the encoder's outputs and quantisation begins; until then latents pass
+    as they are. -1 keeps the codebook that the tokenizer brings, for fine-tuning."""
+    reset_every: int = 20
+    """Steps between two searches for dead codes; 0 never resets."""
+    reset_until: int = 1_000_000
+    """No resets from this step on, so that the last steps polish a codebook that stands still."""
+    dead_below: float = 0.05
+    """A code is dead when it is used less than this share of 1/K of the time."""
+    usage_decay: float = 0.95
+    """Per step, of the running use of every code."""
+    seeding_rounds: int = 10
+    """Rounds of k-means at the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    latents_BEhw: Tensor
+    """Codes in the forward pass; in the backward pass the gradient goes straight through to the encoder."""
+    codebook: Tensor
+    """|sg(z) - e|², moves the codes to the latents."""
+    commitment: Tensor
+    """|z - sg(e)|², holds the latents to their codes."""
+    perplexity: Tensor
+    """exp of the entropy of the codes in this batch: how many codes are in effective use."""
+
+
+class Codebook(nn.Module):
+    """The trainer of a tokenizer's codes. Holds their running use; the codes themselves stay in the tokenizer."""
+
+    usage_K: Tensor
+
+    def __init__(self, config: CodebookConfig, *, codes: int):
+        super().__init__()
+        self.config = config
+        # A buffer that is saved: a resumed run must find the same codes dead.
+        self.register_buffer("usage_K", torch.full((codes,), 1 / codes))
+
+    def forward(
+        self, latents_BEhw: Float[Tensor, "B E h w"], codes_KE: Float[Tensor, "K E"], *, draws: Draws, step: int
+    ) -> Quantised:
+        rows, _, height, width = latents_BEhw.shape
+        latents_ME = latents_BEhw.permute(0, 2, 3, 1).flatten(0, 2).float()
+        if step < self.config.start:
+            zero = latents_ME.new_zeros(())
+            return Quantised(latents_BEhw, zero, zero, zero)
+        self._tend(latents_ME.detach(), codes_KE.detach(), draws, step)
+        tokens_M = nearest_codes(latents_ME.detach(), codes_KE.detach())
+        share_K = self._count(tokens_M)
+        chosen_ME = F.embedding(tokens_M, codes_KE)
+        through_ME = latents_ME + (chosen_ME - latents_ME).detach()
+        return Quantised(
+            latents_BEhw=through_ME.view(rows, height, width, -1).permute(0, 3, 1, 2).to(latents_BEhw.dtype),
+            codebook=F.mse_loss(chosen_ME, latents_ME.detach()),
+            commitment=F.mse_loss(latents_ME, chosen_ME.detach()),
+            perplexity=torch.special.entr(share_K).sum().exp(),
+        )
+
+    @torch.no_grad()
+    def _count(self, tokens_M: Int[Tensor, "M"]) -> Float[Tensor, "K"]:
+        share_K = _mean_over_processes(torch.bincount(tokens_M, minlength=len(self.usage_K)) / len(tokens_M))
+        if self.training:
+            self.usage_K.lerp_(share_K, 1 - self.config.usage_decay)
+        return share_K
+
+    @torch.no_grad()
+    def _tend(self, latents_ME: Tensor, codes_KE: Tensor, draws: Draws, step: int) -> None:
+        """Seeds the codebook at its first step, revives dead codes later. Changes the codes in place."""
+        config = self.config
+        if not self.training:
+            return
+        if step == config.start:
+            everywhere_ME = _gather_rows(latents_ME)
+            codes_KE.copy_(k_means(everywhere_ME, len(codes_KE), config.seeding_rounds, draws.generator("codebook")))
+            self.usage_K.fill_(1 / len(codes_KE))
+        elif config.reset_every and step % config.reset_every == 0 and config.start < step < config.reset_until:
+            dead_K = self.usage_K * len(codes_KE) < config.dead_below
+            fresh_KE = sample_rows(_gather_rows(latents_ME), len(codes_KE), draws.generator("codebook"))
+            codes_KE.copy_(torch.where(dead_K[:, None], fresh_KE, codes_KE))
+            self.usage_K.masked_fill_(dead_K, 1 / len(codes_KE))  # time to be found before the next search
+
+
+def sample_rows(latents_ME: Float[Tensor, "M E"], rows: int, generator: torch.Generator) -> Float[Tensor, "rows E"]:
+    """Different rows as far as they go, then the same ones again."""
+    order = torch.randperm(len(latents_ME), generator=generator)
+    return latents_ME[order.repeat(-(-rows // len(order)))[:rows].to(latents_ME.device)]
+
+
+def k_means(
+    latents_ME: Float[Tensor, "M E"], codes: int, rounds: int, generator: torch.Generator
+) -> Float[Tensor, "K E"]:
+    """Lloyd's algorithm from random rows. A centre that loses all its rows stays where it is."""
+    centres_KE = sample_rows(latents_ME, codes, generator)
+    for _ in range(rounds):
+        nearest_M = nearest_codes(latents_ME, centres_KE)
+        count_K1 = torch.bincount(nearest_M, minlength=codes)[:, None]
+        sums_KE = torch.zeros_like(centres_KE).index_add_(0, nearest_M, latents_ME)
+        centres_KE = torch.where(count_K1 > 0, sums_KE / count_K1.clamp_min(1), centres_KE)
+    return centres_KE
+
+
+def _gather_rows(latents_ME: Tensor) -> Tensor:
+    """The latents of all processes in rank order, so that each makes the same change to its copy of the codes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return latents_ME
+    pieces = [torch.empty_like(latents_ME) for _ in range(dist.get_world_size())]
+    dist.all_gather(pieces, latents_ME.contiguous())
+    return torch.cat(pieces)
+
+
+def _mean_over_processes(share_K: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(share_K)
+        share_K /= dist.get_world_size()
+    return share_K

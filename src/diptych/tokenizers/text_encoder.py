@@ -1,0 +1,162 @@
+"""The frozen text encoder: any T5 of `transformers` with its tokenizer.
+
+Shapes: B texts, L text tokens, F feature width, V rows of the embedding.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from diptych.encoders.loading import fuse_gelu
+from diptych.errors import UserError
+
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+_SENTINEL = re.compile(r"<extra_id_\d+>")
+
+
+class TextEncoder(nn.Module):
+    """T5 features for the image side: no weight of it ever learns, and dropout never comes on, whatever ``train()``.
+
+    Gradients still flow *through* it, from :meth:`features_from_embeddings` to its input: the image-to-text-to-image
+    cycle needs them. Features at invalid positions are exactly zero, and nothing there reaches the valid ones.
+    """
+
+    pad_id = 0
+    eos_id = 1
+
+    def __init__(self, t5: "transformers.T5EncoderModel", tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        t5.set_attn_implementation("sdpa")
+        self.t5 = fuse_gelu(t5).requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.width: int = t5.config.d_model
+        self.vocab_rows: int = self.embedding.weight.shape[0]
+        self.vocab_real: int = len(tokenizer)
+        """Ids below this one have a token; T5's embedding has a few rows more."""
+        self._check_tokenizer()
+        sentinels = {i for token, i in tokenizer.get_vocab().items() if _SENTINEL.fullmatch(token)}
+        self._controls = frozenset(sentinels | {self.pad_id, self.eos_id})
+        unwritten = sentinels | {self.pad_id, tokenizer.unk_token_id} | set(range(self.vocab_real, self.vocab_rows))
+        self.banned_ids: tuple[int, ...] = tuple(sorted(i for i in unwritten if i is not None))
+        """Ids that a caption must never contain: pad, unk, sentinels and rows without a token."""
+
+    def _check_tokenizer(self) -> None:
+        found = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        if found != (self.pad_id, self.eos_id):
+            raise UserError(f"not a T5 tokenizer: its pad and end ids are {found}, T5's are (0, 1)")
+        if self.vocab_real > self.vocab_rows:
+            raise UserError(f"the tokenizer has {self.vocab_real} ids but the model {self.vocab_rows}: use its own one")
+        if self.vocab_real - len(self.tokenizer.all_special_ids) < 2:
+            raise UserError("the tokenizer has no words: tokenizer.json or spiece.model is missing")
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The input table, weight [V, F]."""
+        table = self.t5.get_input_embeddings()
+        assert isinstance(table, nn.Embedding)
+        return table
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Stays in evaluation mode, also when the module around it is switched to training."""
+        return super().train(False)
+
+    # Text and ids
+
+    def tokenize(self, texts: Sequence[str], *, length: int) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
+        """Ids and their validity on the CPU. Every row ends in `</s>`, also a truncated one, and is padded with 0.
+
+        `<pad>`, `</s>` and sentinels written out in a text are dropped: texts are data, they steer nothing.
+        """
+        if length < 1:
+            raise UserError(f"length={length} leaves no room for the end of a text: use 1 or more")
+        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        kept = ([i for i in row if i not in self._controls][: length - 1] for row in rows)
+        padded = [[*row, self.eos_id, *[self.pad_id] * (length - 1 - len(row))] for row in kept]
+        ids_BL = torch.tensor(padded, dtype=torch.int64).view(len(texts), length)
+        return ids_BL, ids_BL != self.pad_id
+
+    def detokenize(self, ids_BL: Int[Tensor, "B L"]) -> list[str]:
+        """The text before each row's first `</s>`, without pad, unk and sentinels."""
+        skipped = set(self.banned_ids)
+        texts = []
+        for row in ids_BL.tolist():
+            end = row.index(self.eos_id) if self.eos_id in row else len(row)
+            kept = [i for i in row[:end] if i not in skipped]
+            texts.append(str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)))
+        return texts
+
+    # Features
+
+    @torch.no_grad()
+    def features(self, ids_BL: Int[Tensor, "B L"], valid_BL: Bool[Tensor, "B L"]) -> Float[Tensor, "B L F"]:
+        """Features of real text. Built without gradient; the result may be used where gradients flow."""
+        return self.features_from_embeddings(self.embedding(ids_BL), valid_BL)
+
+    def features_from_embeddings(
+        self, embeds_BLF: Float[Tensor, "B L F"], valid_BL: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B L F"]:
+        """As :meth:`features`, from rows of (or mixtures over) ``embedding``; differentiable in ``embeds_BLF``."""
+        # A row without any valid token would have nothing to attend to and give NaN; its features are zeroed below.
+        attend_BL = valid_BL | ~valid_BL.any(dim=1, keepdim=True)
+        # Four dimensions, so that transformers takes it as it is: its own check of a flat one waits for the device.
+        # In the precision of its own weights whatever the training's, so that features are the same cached or not.
+        with torch.autocast(embeds_BLF.device.type, enabled=False):
+            embeds_BLF = embeds_BLF.to(self.embedding.weight.dtype)
+            features_BLF = self.t5(inputs_embeds=embeds_BLF, attention_mask=attend_BL[:, None, None]).last_hidden_state
+        return features_BLF.masked_fill(~valid_BL[:, :, None], 0.0)
+
+    # Files
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> "TextEncoder":
+        """From a `transformers` folder (nothing touches the network) or a hub name; only the encoder is read.
+
+        ``dtype`` None keeps the precision of the file. Raises UserError for whatever is missing, damaged or not T5.
+        """
+        folder = Path(name)
+        if not folder.is_dir() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2):
+            raise UserError(f"text encoder {name}: no such folder")
+        where: dict[str, Any] = {"local_files_only": folder.is_dir()}
+        part = "config.json"
+        try:
+            config = transformers.AutoConfig.from_pretrained(name, **where)
+            if config.model_type != "t5":
+                raise UserError(f"a {config.model_type!r} model, not a T5")
+            part = "tokenizer"
+            if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+                raise UserError(f"none of {', '.join(_TOKENIZER_FILES)} is there")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
+            part = "weights"
+            options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+            loaded: Any = transformers.T5EncoderModel.from_pretrained(
+                name, **options, **where
+            )  # its annotation knows no second result
+            t5, report = loaded
+            if report["missing_keys"]:
+                raise UserError(f"{sorted(report['missing_keys'])[0]} is missing")
+            part = "tokenizer"
+            return cls(t5, tokenizer)
+        except Exception as error:  # every library below has its own idea of what a broken file raises
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            raise UserError(f"text encoder {name}, {part}: {reason}; give the folder or hub name of a T5") from error
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """A plain folder for `T5EncoderModel` and `AutoTokenizer`; an older one of that name is replaced whole."""
+        target = Path(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+            fresh = Path(scratch) / "fresh"
+            self.t5.save_pretrained(fresh)
+            self.tokenizer.save_pretrained(fresh)
+            if target.exists():
+                os.replace(target, Path(scratch) / "old")
+            os.replace(fresh, target)

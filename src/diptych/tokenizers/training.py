@@ -1,0 +1,165 @@
+"""Training an image tokenizer, on its own or as the first stage of ITIT."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from torch import Tensor
+
+from diptych.data.batch import Items
+from diptych.data.pixels import Chosen, pixel_stream
+from diptych.data.skipped import Skips
+from diptych.data.sources import open_finite
+from diptych.data.sources.columns import Columns
+from diptych.data.streams import Batches, Stream
+from diptych.errors import UserError
+from diptych.eval.features import RandomFeatures
+from diptych.run_folder import write_config, write_json
+from diptych.tokenizers.evaluation import evaluate_text_encoder, evaluate_tokenizer
+from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
+from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.text_tokenizer import train_tokenizer
+from diptych.tokenizers.vqgan import VQGAN, VQGANConfig
+from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.loop import train
+
+_SCORED = 512
+"""Pictures of the training set that a finished tokenizer is scored on; `diptych evaluate` scores it on others."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerStage:
+    """How an image tokenizer is trained, wherever its pictures come from."""
+
+    model: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    """The network."""
+    objective: VQGANConfig = field(default_factory=VQGANConfig)
+    """Its losses."""
+    flip: bool = True
+    """Mirror every other picture."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.99), weight_decay=0.0))
+    """The optimiser."""
+
+    def fit(
+        self, chosen: Chosen, out: Path, *, title: str = "tokenizer", max_skipped_share: float = 0.01
+    ) -> ImageTokenizer:
+        """Train on the chosen pictures in the folder ``out`` (resuming what is there)."""
+        tokenizer = ImageTokenizer.from_config(self.model, seed=self.train.seed)
+        objective = VQGAN(tokenizer, self.objective, seed=self.train.seed)
+        skips = Skips(max_skipped_share=max_skipped_share)
+        stream = pixel_stream(chosen, size=self.model.size, skips=skips, flip=self.flip, seed=self.train.seed)
+        batches = Batches(
+            {"images": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
+        )
+        identity = {"model": asdict(self.model), "objective": asdict(self.objective), "flip": self.flip}
+        result = train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
+        if len(skips):
+            skips.write(out / "skipped.jsonl")
+        with result.evaluating(objective):
+            if PartialState().is_main_process:
+                score = evaluate_tokenizer(tokenizer, _first(stream, _SCORED), extractor=RandomFeatures())
+                print(f"{title}: {score}, on {score.images:,} of its own pictures", flush=True)
+                write_json(out / "tokenizer.json", asdict(score))
+            return ImageTokenizer(tokenizer.network, size=tokenizer.size).cpu()
+
+
+def _first(stream: Stream, count: int) -> Iterator[Tensor]:
+    """The first pictures of a stream, in batches."""
+    for rows in np.array_split(np.arange(min(count, stream.size)), -(-min(count, stream.size) // 64)):
+        pixels_B3HW = stream.take(rows, np.zeros_like(rows)).pixels_B3HW
+        assert pixels_B3HW is not None
+        yield pixels_B3HW
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerRun:
+    """`diptych fit vqgan-*`: an image tokenizer from a source of images."""
+
+    images: str
+    """Images to learn from: any source."""
+    columns: Columns = field(default_factory=Columns)
+    """Names of columns that cannot be guessed."""
+    stage: TokenizerStage = field(default_factory=TokenizerStage)
+    """How it is trained."""
+
+    def fit(self, out: Path, *, recipe: str) -> None:
+        """Leaves ``out/tokenizer``, a plain diffusers folder."""
+        source = open_finite(self.images, self.columns)
+        if not source.has_images:
+            raise UserError(f"{self.images}: has no images to train a tokenizer on")
+        write_config(out, recipe=recipe, run=self)
+        self.stage.fit([(source, np.arange(len(source)))], out).save_pretrained(out / "tokenizer")
+
+
+# JOINED recipes.text_encoder
+#| Training a small T5 on the texts at hand, on its own or as the second stage of ITIT.
+
+
+_SCORED = 512
+
+
+@dataclass(kw_only=True, slots=True)
+class TextEncoderStage:
+    """How a text encoder is trained, wherever its texts come from."""
+
+    model: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    """The network and its span corruption."""
+    length: int = 64
+    """Most tokens of a text while training."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.98), weight_decay=0.01))
+    """The optimiser."""
+
+    def fit(self, texts: Iterable[str], out: Path, *, title: str = "text encoder") -> TextEncoder:
+        """Train a tokenizer and a T5 in the folder ``out`` (resuming what is there)."""
+        texts = list(texts)
+        tokenizer = train_tokenizer(
+            texts, vocab_size=self.model.vocab_size, sentinels=self.model.sentinels, lowercase=self.model.lowercase
+        )
+        objective = SpanCorruption(tokenizer, config=self.model, seed=self.train.seed)
+        ids_XL, valid_XL = objective.text_encoder().tokenize(texts, length=self.length)
+        longest = int(valid_XL.sum(1).max())
+        ids_XL, valid_XL = ids_XL[:, :longest], valid_XL[:, :longest]
+
+        def take(index: np.ndarray, epoch: np.ndarray) -> Items:
+            return Items(ids_BL=ids_XL[index], valid_BL=valid_XL[index])
+
+        batches = Batches(
+            {"texts": Stream(size=len(texts), take=take)},
+            multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed,
+        )  # fmt: skip
+        identity = {"model": asdict(self.model), "length": self.length}
+        train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
+        encoder = objective.text_encoder()
+        if PartialState().is_main_process:
+            score = evaluate_text_encoder(encoder, texts[:_SCORED], length=self.length)
+            print(f"{title}: {score}, on {score.texts:,} of its own texts", flush=True)
+            write_json(out / "text_encoder.json", asdict(score))
+        return encoder
+
+
+@dataclass(kw_only=True, slots=True)
+class TextEncoderRun:
+    """`diptych fit text-encoder-*`: a small T5 from a source of texts."""
+
+    texts: str
+    """Texts to learn from: any source."""
+    columns: Columns = field(default_factory=Columns)
+    """Names of columns that cannot be guessed."""
+    stage: TextEncoderStage = field(default_factory=TextEncoderStage)
+    """How it is trained."""
+
+    def fit(self, out: Path, *, recipe: str) -> None:
+        """Leaves ``out/text_encoder``, a plain transformers folder with its tokenizer."""
+        source = open_finite(self.texts, self.columns)
+        if not source.has_captions:
+            raise UserError(f"{self.texts}: has no texts to train a text encoder on")
+        write_config(out, recipe=recipe, run=self)
+        texts = (text for item in range(len(source)) for text in source.captions(item))
+        self.stage.fit(texts, out).save_pretrained(out / "text_encoder")

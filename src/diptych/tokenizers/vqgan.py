@@ -1,0 +1,252 @@
+"""VQGAN: train an image tokenizer (Esser et al., 2021), with the losses of Muse's appendix.
+
+    L = |x - x̂|₁ + λ_s |x - x̂|² + λ_p d(x, x̂) + |sg(z) - e|² + β |z - sg(e)|² - λ_a D(x̂)
+    L_D = max(0, 1 - D(x)) + max(0, 1 + D(sg(x̂)))
+
+where x̂ decodes the codes e nearest to the latents z of x, d is a perceptual distance, D the discriminator.
+
+Both are one sum and one optimiser step: the generator's term goes through a discriminator whose weights are detached,
+the discriminator's through detached reconstructions, so every parameter gets the gradient of its own loss only.
+
+Shapes: B pictures, H and W pixels, E width of a code, h and w tokens down and across.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from diptych.data.batch import Batch
+from diptych.errors import UserError
+from diptych.tokenizers.codebook import Codebook, CodebookConfig
+from diptych.tokenizers.image_tokenizer import ImageTokenizer
+from diptych.train.objective import Losses
+
+
+@dataclass(kw_only=True, slots=True)
+class VQGANConfig:
+    squared_weight: float = 0.0
+    """λ_s, for small flat pictures: an absolute error alone is content with the background, their median colour."""
+    perceptual: str | None = None
+    """Folder or hub name of a vision model that judges likeness; none compares edges at three scales instead."""
+    perceptual_weight: float = 1.0
+    """λ_p."""
+    commitment_weight: float = 0.25
+    """β."""
+    adversarial_weight: float = 0.1
+    """λ_a; 0 leaves the discriminator out."""
+    adversarial_start: int = 10_000
+    """Step at which the discriminator begins to learn and to judge."""
+    adversarial_balance: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive scales λ_a so that at the reconstruction its gradient is as long as that of the other losses."""
+    discriminator_width: int = 64
+    """Channels after the discriminator's first convolution."""
+    discriminator_layers: int = 3
+    """Each doubles the discriminator's field of view."""
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    """How codes are seeded and revived."""
+
+
+class VQGAN(nn.Module):
+    """Reads ``batch.images.pixels_B3HW``; trains ``tokenizer`` in place."""
+
+    def __init__(self, tokenizer: ImageTokenizer, config: VQGANConfig, *, seed: int = 0):
+        super().__init__()
+        self.streams = {"images": 1}
+        self.config = config
+        self.tokenizer = tokenizer
+        self.codebook = Codebook(config.codebook, codes=tokenizer.codes)
+        self.perceptual = PerceptualNetwork(config.perceptual) if config.perceptual else None
+        self.discriminator: PatchDiscriminator | None = None
+        if config.adversarial_weight:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.discriminator = PatchDiscriminator(
+                    width=config.discriminator_width, layers=config.discriminator_layers
+                )
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        assert batch.images is not None
+        assert batch.images.pixels_B3HW is not None
+        real = self.tokenizer.pixels_to_input(batch.images.pixels_B3HW)
+        latents_BEhw = self.tokenizer.latents(real)
+        quantised = self.codebook(latents_BEhw, self.tokenizer.codebook, draws=batch.draws, step=step)
+        fake = self.tokenizer.reconstruct(quantised.latents_BEhw).float()
+        pixel, perceptual = F.l1_loss(fake, real), self._look(fake, real)
+        squared = F.mse_loss(fake, real)
+        likeness = pixel + self.config.squared_weight * squared + self.config.perceptual_weight * perceptual
+        total = likeness + quantised.codebook + self.config.commitment_weight * quantised.commitment
+        terms = {
+            "pixel": pixel,
+            "perceptual": perceptual,
+            "codebook": quantised.codebook,
+            "psnr": psnr(squared, peak=1.0 if self.tokenizer.unit_range else 2.0),
+            "perplexity": quantised.perplexity,
+        }
+        if self.discriminator is not None and step >= self.config.adversarial_start:
+            generator, discriminator, scale = self._adversarial(fake, real, likeness)
+            total = total + self.config.adversarial_weight * scale * generator + discriminator
+            terms |= {"adversarial": generator, "discriminator": discriminator}
+        return Losses(total, {name: value.detach() for name, value in terms.items()})
+
+    def _look(self, fake: Tensor, real: Tensor) -> Tensor:
+        if self.perceptual is None:
+            return edge_distance(fake, real)
+        if not self.tokenizer.unit_range:
+            fake, real = (fake + 1) / 2, (real + 1) / 2
+        return self.perceptual(fake, real)
+
+    def _adversarial(self, fake: Tensor, real: Tensor, likeness: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The generator's loss, the discriminator's, and the balance of the first against ``likeness``."""
+        assert self.discriminator is not None
+        frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
+        generator = -functional_call(self.discriminator, frozen, (fake,)).mean()
+        discriminator = hinge(self.discriminator(real), self.discriminator(fake.detach()))
+        if self.config.adversarial_balance == "fixed" or not torch.is_grad_enabled():
+            return generator, discriminator, 1.0
+        # taming-transformers measures both at the last layer's weights; at the picture itself it is cheaper.
+        wanted, other = (torch.autograd.grad(loss, fake, retain_graph=True)[0].norm() for loss in (likeness, generator))
+        return generator, discriminator, (wanted / (other + 1e-6)).clamp(max=1e4)
+
+
+def hinge(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """max(0, 1 - D(x)) + max(0, 1 + D(x̂)), averaged; 2 for a discriminator that knows nothing."""
+    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+
+
+def psnr(squared_error: Tensor, *, peak: float) -> Tensor:
+    """Peak signal-to-noise ratio in decibels of a mean squared error of pictures that range over ``peak``."""
+    return -10 * torch.log10(squared_error.clamp_min(1e-10) / peak**2)
+
+
+# JOINED models.discriminator
+#| PatchGAN: tells real pictures from reconstructions, one verdict per overlapping patch.
+#|
+#| Shapes: B pictures, H and W pixels, h and w verdicts down and across.
+#|
+#| Departures from pix2pix: group norms instead of batch norms, so that a verdict depends on one picture only and the
+#| discriminator has no running statistics; losses are then the same for any split of the rows.
+
+
+class PatchDiscriminator(nn.Module):
+    """``layers`` convolutions of stride 2, each doubling the width up to eight times, then one verdict per position.
+
+    A verdict sees 16, 34 or 70 pixels a side for 1, 2 or 3 layers.
+    """
+
+    def __init__(self, *, width: int = 64, layers: int = 3):
+        super().__init__()
+        stages: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        inner = width
+        for layer in range(1, layers + 1):
+            outer = width * min(2**layer, 8)
+            # The last of them keeps the resolution.
+            stages.append(nn.Conv2d(inner, outer, 4, stride=2 if layer < layers else 1, padding=1, bias=False))
+            stages += [nn.GroupNorm(min(8, outer), outer), nn.LeakyReLU(0.2)]
+            inner = outer
+        self.stages = nn.Sequential(*stages, nn.Conv2d(inner, 1, 4, padding=1))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Convolutions N(0, 0.02), biases 0, norms 1 and 0, as in pix2pix."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.GroupNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, picture_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 h w"]:
+        """Logits, positive for real."""
+        return self.stages(picture_B3HW)
+
+
+# JOINED models.perceptual
+#| How different two pictures look: distances of features instead of pixels.
+#|
+#| Shapes: B pictures, H and W pixels; C channels, h and w positions or N tokens of a layer's features.
+#|
+#| Without any network, :func:`edge_distance` compares edges at several scales. With a folder or hub name,
+#| :class:`PerceptualNetwork` compares the layers of a frozen vision model, in the manner of LPIPS without its learned
+#| weights (Zhang et al., 2018).
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def edge_distance(
+    left_B3HW: Float[Tensor, "B 3 H W"], right_B3HW: Float[Tensor, "B 3 H W"], *, scales: int = 3
+) -> Float[Tensor, ""]:
+    """Mean absolute difference of the horizontal and vertical pixel differences, averaged over ``scales`` halvings.
+
+    A plain L1 loss is content with a blurred outline; this one is not, as a blurred edge has the wrong slope
+    everywhere. Costs less than one convolution at full resolution and needs no weights.
+    """
+    difference = left_B3HW - right_B3HW  # linear, so the difference of edges is the edges of the difference
+    total = difference.new_zeros(())
+    for scale in range(scales):
+        if scale:
+            difference = F.avg_pool2d(difference, 2)
+        total = total + difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+    return total / scales
+
+
+class PerceptualNetwork(nn.Module):
+    """Mean squared difference of channel-normalised features, averaged over the layers of a frozen vision model.
+
+    ``name`` is a folder or hub name of a vision model that ``transformers.AutoModel`` loads: ResNet, ConvNeXt, RegNet,
+    Swin and the like take pictures of any size, a ViT only those of its own. Pictures are in [0, 1] and are normalised
+    as ImageNet's. (AutoModel and not AutoBackbone: transformers 5 asks the hub for the latter even for a folder.)
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str):
+        super().__init__()
+        from transformers import AutoModel  # heavy
+
+        try:
+            model, loading = AutoModel.from_pretrained(
+                name, local_files_only=Path(name).is_dir(), output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{name}: no vision model that transformers can load; name another or none") from error
+        # A model of two towers, such as CLIP: the picture's.
+        self.backbone = getattr(model, "vision_model", model).requires_grad_(False)
+        if missing := [key for key in loading["missing_keys"] if "pooler" not in key]:
+            raise UserError(f"{name}: weights are missing ({min(missing)}), so it cannot judge pictures; name another")
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "PerceptualNetwork":
+        """Stays in evaluation mode: a frozen judge must not drift with its batch norms."""
+        return super().train(False)
+
+    def features(self, picture_B3HW: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
+        """One tensor per layer, [B, C, h, w] of convolutional networks and [B, N, C] of transformers, of length 1."""
+        layers = self.backbone((picture_B3HW - self.mean) / self.std, output_hidden_states=True).hidden_states
+        return [F.normalize(layer, dim=1 if layer.ndim == 4 else 2, eps=1e-6) for layer in layers]
+
+    def forward(
+        self, output_B3HW: Float[Tensor, "B 3 H W"], target_B3HW: Float[Tensor, "B 3 H W"]
+    ) -> Float[Tensor, ""]:
+        """The gradient reaches ``output`` only."""
+        with torch.no_grad():
+            wanted = self.features(target_B3HW)
+        pairs = zip(self.features(output_B3HW), wanted, strict=True)
+        return torch.stack([_squared(mine, theirs) for mine, theirs in pairs]).mean()
+
+
+def _squared(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Squared distance over channels, averaged over everything else."""
+    return (mine - theirs).square().sum(1 if mine.ndim == 4 else 2).mean()

@@ -1,0 +1,94 @@
+"""Commands on finished classifier runs. No text is needed any more.
+
+Shapes: B images, C classes.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from diptych.data.encode import picture_batches
+from diptych.data.pixels import decode_files
+from diptych.data.skipped import Skips
+from diptych.data.sources import Source
+from diptych.data.splits import Labelled
+from diptych.encoders import open_image_encoder
+from diptych.errors import UserError
+from diptych.eval.predictions import Guess, best_guesses
+from diptych.io import load_network
+from diptych.nn.inference import Device, evaluating, pick_device
+from diptych.run_folder import write_json
+from diptych.uml.head import SharedHead
+from diptych.uml.training import IMAGE
+
+_ROWS = 128
+
+
+class Classifier:
+    """The encoder and the head of a run."""
+
+    def __init__(self, encoder: Any, head: SharedHead, classes: Sequence[str], *, device: str) -> None:
+        self.encoder, self.head, self.classes = encoder.to(device).eval(), head.to(device).eval(), tuple(classes)
+        self.device = device
+
+    @classmethod
+    def from_pretrained(cls, run: Path, *, device: Device = "auto") -> "Classifier":
+        """Raises UserError for a run folder that is not finished or not whole."""
+        try:
+            classes = json.loads((run / "classes.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{run}: no finished classifier ({error}): train it to its end") from error
+        head = load_network(SharedHead, run / "head")
+        return cls(open_image_encoder(run / "encoder"), head, classes, device=pick_device(device))
+
+    def probabilities(self, pixels_B3SS: Tensor) -> Tensor:
+        """[B C]"""
+        with evaluating(self.encoder), evaluating(self.head):
+            return self.head(self.encoder(pixels_B3SS.to(self.device)), IMAGE).softmax(1)
+
+    def guesses(self, pixels_B3SS: Tensor, *, top: int) -> list[list[Guess]]:
+        return best_guesses(self.probabilities(pixels_B3SS), self.classes, top=top)
+
+
+def classify_run(run: Path, images: Sequence[Path], *, top: int = 1, device: Device = "auto") -> list[list[Guess]]:
+    """The ``top`` most probable classes of each image, best first."""
+    classifier = Classifier.from_pretrained(run, device=device)
+    found: list[list[Guess]] = []
+    for begin in range(0, len(images), _ROWS):
+        pixels_B3SS = decode_files(images[begin : begin + _ROWS], size=classifier.encoder.image_size)
+        found += classifier.guesses(pixels_B3SS, top=top)
+    return found
+
+
+def evaluate_classifier_run(
+    run: Path, source: Source, *, out: Path, device: Device = "auto", workers: int = 2, max_skipped_share: float = 0.01
+) -> dict[str, Any]:
+    """Accuracy, and that of each class, on labelled images: a table and ``metrics.json``."""
+    from rich.console import Console
+
+    classifier = Classifier.from_pretrained(run, device=device)
+    labelled = Labelled.of(source, classifier.classes)
+    skips = Skips(max_skipped_share=max_skipped_share)
+    right, count = np.zeros(len(classifier.classes)), np.zeros(len(classifier.classes))
+    every, size = np.arange(len(source)), classifier.encoder.image_size
+    for pixels_B3SS, items in picture_batches(source, every, size=size, skips=skips, workers=workers, rows=_ROWS):
+        labels = labelled.labels_N[items]
+        guessed = classifier.probabilities(pixels_B3SS).argmax(1).cpu().numpy()
+        np.add.at(right, labels, guessed == labels)
+        np.add.at(count, labels, 1)
+    per_class = {name: r / n for name, r, n in zip(classifier.classes, right, count, strict=True) if n}
+    metrics = {
+        "accuracy": right.sum() / count.sum(), "mean_class_accuracy": float(np.mean(list(per_class.values()))),
+        "images": int(count.sum()), "skipped": len(skips), "source": source.name, "per_class": per_class,
+    }  # fmt: skip
+    write_json(out / "metrics.json", metrics)
+    Console().print(
+        f"{run} on {source.name}: {metrics['accuracy']:.1%} of {metrics['images']:,} images right, "
+        f"{metrics['mean_class_accuracy']:.1%} as a mean over {len(per_class)} classes; written to {out}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return metrics

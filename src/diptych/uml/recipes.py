@@ -1,0 +1,68 @@
+"""Recipes for supervised UML: the paper's linear probe and its full fine-tune."""
+
+from dataclasses import replace
+
+import tyro
+
+from diptych.data.augment import ViewConfig
+from diptych.train.config import OptimConfig, TrainConfig
+from diptych.uml.head import SharedHeadConfig
+from diptych.uml.ssl_training import UmlSslRun
+from diptych.uml.training import UmlData, UmlRun
+from diptych.uml.trunk import SharedTransformerConfig
+
+
+def uml_probe() -> UmlRun:
+    """A linear classifier of a frozen encoder's images, helped by texts about the classes.
+
+    Command: diptych fit uml-probe --data.images photos/ --data.texts descriptions.json --encoder facebook/dinov2-small
+             --text-encoder google/t5-v1_1-base --out runs/probe
+    Cost: each image and text is encoded once; then seconds.
+    """
+    return UmlRun(
+        data=UmlData(images=tyro.MISSING),
+        encoder=tyro.MISSING,
+        text_encoder=tyro.MISSING,
+        train=TrainConfig(
+            steps=12_800, batch_size=32, eval_every=100, checkpoint_every=3200, workers=0, precision="fp32",
+            tensorboard=False,
+        ),
+        optim=OptimConfig(
+            lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, clip=None, warmup_steps=50, final_lr=0.01
+        ),
+    )  # fmt: skip
+
+
+def uml_finetune() -> UmlRun:
+    """The same with the image encoder trained along. `--encoder scratch` trains a small ViT from nothing.
+
+    Command: diptych fit uml-finetune --data.images photos/ --data.texts descriptions.json
+             --encoder facebook/dinov2-small --text-encoder google/t5-v1_1-base --out runs/tuned
+    Cost: that of training the encoder.
+    """
+    return replace(
+        uml_probe(),
+        train_encoder="tuned",
+        view=ViewConfig(scale=(0.6, 1.0), jitter=0.0, grey=0.0, blur=0.0),
+        head=SharedHeadConfig(features="unit"),
+        train=TrainConfig(steps=12_800, batch_size=64, eval_every=400, checkpoint_every=1600),
+        optim=OptimConfig(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.0, warmup_steps=50, final_lr=0.2),
+    )
+
+
+# JOINED recipes.uml_ssl_recipes
+#| Recipes of self-supervised UML.
+
+
+def uml_ssl() -> UmlSslRun:
+    """A better encoder of one modality's features, with the help of unpaired features of others.
+
+    Command: diptych fit uml-ssl --target photos.store --others captions.store,sounds.store --out runs/uml
+    Cost: 1.0 s of one CPU core a step and modality, for 32 sequences of 124 positions; two hours with one other.
+    """
+    return UmlSslRun(
+        target=tyro.MISSING,
+        model=SharedTransformerConfig(width=256, depth=4, heads=4),
+        train=TrainConfig(steps=3000, batch_size=32, tensorboard=False),
+        optim=OptimConfig(lr=5e-4, betas=(0.9, 0.98), weight_decay=0.01, clip=1.0),
+    )

@@ -1,0 +1,176 @@
+"""Parquet files and the hub: embedded images, offline, quiet, no stale copies."""
+
+import io
+import os
+import socket
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from diptych.data.sources import open_source
+from diptych.data.sources.decode import UnreadableImage
+from diptych.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    """Any attempt to reach a network fails; `datasets` keeps its copies in the test's folder."""
+
+    def refuse(*_, **__):
+        raise AssertionError("touched the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def png(grey):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (grey, grey, grey)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(path, **columns):
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def rows_of(source):
+    return [(int(source.image(i, 4)[0, 0, 0]), source.captions(i), source.label(i)) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "record"])
+def test_embedded_images(tmp_path, kind, capfd):
+    images = [png(i) if kind == "bytes" else {"bytes": png(i), "path": f"{i}.png"} for i in range(3)]
+    path = write(
+        tmp_path / "t.parquet",
+        image=images,
+        filename=["0.png", "1.png", "2.png"],
+        caption=["a", "b", "c"],
+        label=[7, 8, 9],
+    )
+    source = open_source(path)
+    assert source.has_images
+    assert source.has_captions
+    assert rows_of(source) == [(0, ["a"], "7"), (1, ["b"], "8"), (2, ["c"], "9")]
+    assert source.key(2) == "row 2"
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()
+
+
+def test_datasets_own_parquet(tmp_path):
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "captions": datasets.List(datasets.Value("string")),
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+            "split": datasets.Value("string"),
+        }
+    )
+    rows = [
+        {
+            "image": {"bytes": png(i), "path": None},
+            "captions": [f"c{i}", "x"],
+            "label": i % 2,
+            "split": ["train", "test"][i % 2],
+        }
+        for i in range(4)
+    ]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "t.parquet")
+    source = open_source(f"{tmp_path}/t.parquet?split=test")
+    assert rows_of(source) == [(1, ["c1", "x"], "dog"), (3, ["c3", "x"], "dog")]
+    with pytest.raises(UserError, match="no split 'val'; it has test, train"):
+        open_source(str(tmp_path / "t.parquet"), split="val")
+
+
+def test_paths_in_parquet_are_read_like_any_table(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(5))
+    path = write(tmp_path / "t.parquet", image=["a.png", "a.png"], caption=["one", "two"])
+    assert rows_of(open_source(path)) == [(5, ["one", "two"], None)]
+    labels = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["x", "y"])})
+    datasets.Dataset.from_list([{"text": "a", "label": 1}], features=labels).to_parquet(tmp_path / "l.parquet")
+    assert open_source(str(tmp_path / "l.parquet")).label(0) == "y"
+    texts = open_source(write(tmp_path / "u.parquet", text=["a", "b"]))
+    assert not texts.has_images
+    assert texts.captions(1) == ["b"]
+
+
+def test_shards_in_order_and_odd_names(tmp_path):
+    folder = tmp_path / "[odd] {name} *"
+    folder.mkdir()
+    for i in range(2):
+        write(folder / f"t-{i}.parquet", image=[png(i)], text=[str(i)])
+    assert rows_of(open_source(f"{folder}/t-1.parquet")) == [(1, ["1"], None)]
+    both = open_source(f"{folder}/t-1.parquet,{folder}/t-0.parquet")
+    assert rows_of(both) == [(1, ["1"], None), (0, ["0"], None)]
+
+
+def test_a_changed_file_is_read_anew_and_the_working_folder_stays_clean(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    path = write(tmp_path / "t.parquet", image=[png(1)], text=["old"])
+    assert open_source(path).captions(0) == ["old"]
+    write(tmp_path / "t.parquet", image=[png(1)], text=["new"])
+    assert open_source(path).captions(0) == ["new"]
+    assert os.listdir(tmp_path / "work") == []
+
+
+def test_damaged_images_are_named(tmp_path):
+    source = open_source(write(tmp_path / "t.parquet", image=[png(1), b"", b"x", None], text=list("abcd")))
+    for i, reason in ((1, "is empty"), (2, "is not an image"), (3, "is empty")):
+        with pytest.raises(UnreadableImage, match=rf"t\.parquet: row {i}: {reason}"):
+            source.image(i, 4)
+
+
+@pytest.mark.parametrize("data", [b"", b"not parquet", b"PAR1" + bytes(100) + b"PAR1"])
+def test_damaged_files(tmp_path, data):
+    (tmp_path / "t.parquet").write_bytes(data)
+    with pytest.raises(UserError, match=r"t\.parquet: (is not readable as parquet|holds no rows)") as caught:
+        open_source(str(tmp_path / "t.parquet"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_without_rows(tmp_path):
+    with pytest.raises(UserError, match="holds no rows"):
+        open_source(write(tmp_path / "t.parquet", text=pa.array([], pa.string())))
+
+
+def fake_hub(monkeypatch, splits):
+    calls = []
+
+    def load(name, config=None, *, revision=None):
+        calls.append((name, config, revision))
+        return splits
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return calls
+
+
+def test_hub(monkeypatch):
+    def data(*greys):
+        images = [Image.fromarray(np.full((8, 8, 3), grey, np.uint8)) for grey in greys]
+        return datasets.Dataset.from_dict({"image": images, "text": [f"c{grey}" for grey in greys]}).cast_column(
+            "image", datasets.Image()
+        )
+
+    calls = fake_hub(monkeypatch, datasets.DatasetDict(train=data(1, 2), test=data(3)))
+    assert rows_of(open_source("hub:owner/name:test?small&revision=v2")) == [(3, ["c3"], None)]
+    assert len(open_source("hub:owner/name", split="train")) == 2
+    assert calls == [("owner/name", "small", "v2"), ("owner/name", None, None)]
+    with pytest.raises(UserError, match=r"has the splits train, test; choose one, e.g. hub:owner/name:train"):
+        open_source("hub:owner/name")
+    with pytest.raises(UserError, match="no split 'val'; it has test, train"):
+        open_source("hub:owner/name?split=val")
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch):
+    def load(*_, **__):
+        raise ConnectionError("Couldn't reach\n the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match=r"hub:owner/name: cannot be loaded .Couldn't reach the hub"):
+        open_source("hub:owner/name")

@@ -1,0 +1,145 @@
+"""Folders of images: side-cars, metadata files, labels, splits."""
+
+import json
+import os
+
+import pytest
+from PIL import Image
+
+from diptych.data.sources import open_source
+from diptych.data.sources.decode import UnreadableImage
+from diptych.errors import UserError
+
+
+def put(path, grey=0, caption=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (grey, grey, grey)).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+
+
+def test_side_cars_hold_a_caption_per_line(tmp_path):
+    put(tmp_path / "b.png", 2, "two  b\n\nb again\n")
+    put(tmp_path / "a.png", 1, "one a")
+    put(tmp_path / "c.v1.png", 3)
+    source = open_source(str(tmp_path))
+    assert source.has_images
+    assert source.has_captions
+    assert [source.key(i) for i in range(len(source))] == ["a.png", "b.png", "c.v1.png"]
+    assert [source.captions(i) for i in range(3)] == [["one a"], ["two b", "b again"], []]
+    assert [int(source.image(i, 4)[0, 0, 0]) for i in range(3)] == [1, 2, 3]
+    assert source.label(0) is None
+
+
+def test_bare_images_in_sub_folders_have_labels(tmp_path):
+    put(tmp_path / "cat" / "x.JPG")
+    put(tmp_path / "dog" / "x.png")
+    put(tmp_path / ".hidden" / "x.png")
+    put(tmp_path / "dog" / "._x.png")
+    (tmp_path / "README.txt").write_text("photos")
+    (tmp_path / "dog" / "Thumbs.db").write_text("?")
+    source = open_source(str(tmp_path))
+    assert not source.has_captions
+    assert [(source.key(i), source.label(i)) for i in range(len(source))] == [
+        ("cat/x.JPG", "cat"),
+        ("dog/x.png", "dog"),
+    ]
+
+
+def test_splits_are_folders(tmp_path):
+    put(tmp_path / "train" / "cat" / "a.png", 1)
+    put(tmp_path / "train" / "b.png", 2)
+    put(tmp_path / "test" / "cat" / "c.png", 3)
+    put(tmp_path / "cat" / "d.png", 4)
+    source = open_source(f"{tmp_path}?split=train")
+    assert [(source.key(i), source.label(i)) for i in range(len(source))] == [
+        ("train/b.png", None),
+        ("train/cat/a.png", "cat"),
+    ]
+    assert len(open_source(str(tmp_path))) == 4
+    with pytest.raises(UserError, match="no split 'cat'; it has test, train"):
+        open_source(str(tmp_path), split="cat")
+
+
+def test_metadata_files(tmp_path):
+    for i in range(2):
+        put(tmp_path / "train" / f"{i}.png", i)
+        put(tmp_path / "test" / f"{i}.png", 9 + i)
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\n1.png,one\n0.png,zero\n")
+    (tmp_path / "test" / "metadata.csv").write_text("file_name,text\n1.png,ten\n")
+    source = open_source(str(tmp_path), split="train")
+    assert [(int(source.image(i, 4)[0, 0, 0]), source.captions(i)) for i in range(2)] == [(1, ["one"]), (0, ["zero"])]
+    both = open_source(str(tmp_path))
+    assert sorted(both.captions(i)[0] for i in range(len(both))) == ["one", "ten", "zero"]
+    with pytest.raises(UserError, match="no split 'val'"):
+        open_source(str(tmp_path), split="val")
+
+
+def test_metadata_at_the_root(tmp_path):
+    put(tmp_path / "images" / "a.png", 5)
+    rows = [{"file_name": "images/a.png", "captions": ["one", "two"], "split": "train"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(str(tmp_path), split="train")
+    assert source.captions(0) == ["one", "two"]
+    assert source.image(0, 4)[0, 0, 0] == 5
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    put(tmp_path / "photos" / "a.png")
+    (tmp_path / "all").mkdir()
+    os.symlink(tmp_path / "photos", tmp_path / "all" / "photos")
+    os.symlink(tmp_path / "all", tmp_path / "all" / "loop")
+    source = open_source(str(tmp_path / "all"))
+    assert [source.key(i) for i in range(len(source))] == ["photos/a.png"]
+
+
+def test_a_side_car_without_its_image(tmp_path):
+    put(tmp_path / "a.png", caption="a")
+    (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(UserError, match=r"b\.txt: no image of that name"):
+        open_source(str(tmp_path))
+
+
+def test_notes_elsewhere_are_no_side_cars(tmp_path):
+    put(tmp_path / "images" / "a.png", caption="a")
+    (tmp_path / "train_list.txt").write_text("a")
+    assert len(open_source(str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "holds no images; it is empty"),
+        (["a.doc"], "holds no images"),
+        (["b/shard.tar"], "holds no images, but b/shard.tar; give that file itself"),
+    ],
+)
+def test_folders_without_images(tmp_path, files, message):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(UserError, match=message):
+        open_source(str(tmp_path))
+
+
+def test_damaged_items_are_named(tmp_path):
+    put(tmp_path / "a.png", caption="a")
+    put(tmp_path / "b.png", caption="")
+    (tmp_path / "c.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    source = open_source(str(tmp_path))
+    assert source.captions(1) == []
+    with pytest.raises(UserError, match=r"a\.txt: line 1, byte 3"):
+        source.captions(0)
+    with pytest.raises(UnreadableImage, match=r"c\.heic: is HEIC"):
+        source.image(2, 8)
+    os.remove(tmp_path / "b.png")
+    with pytest.raises(UnreadableImage, match=r"b\.png: does not exist"):
+        source.image(1, 8)
+
+
+def test_columns_for_other_sources_do_no_harm(tmp_path):
+    from diptych.data.sources.columns import Columns
+
+    put(tmp_path / "a.png", caption="a")
+    assert open_source(str(tmp_path), columns=Columns(caption="title")).captions(0) == ["a"]

@@ -1,0 +1,266 @@
+"""Tables: every format, columns that are guessed, columns that cannot be, damaged files."""
+
+import csv
+import gzip
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diptych.data.sources import open_source
+from diptych.data.sources.columns import Columns
+from diptych.errors import UserError
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three photos in a folder, each of one grey value."""
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "photos" / f"{i}.png")
+    return tmp_path
+
+
+def write_csv(path, rows, delimiter=","):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    return str(path)
+
+
+def rows_of(source):
+    return [(int(source.image(i, 4)[0, 0, 0]), source.captions(i), source.label(i)) for i in range(len(source))]
+
+
+ROWS = [(f"photos/{i}.png", f"photo, number {i}", "ab"[i % 2]) for i in range(3)]
+EXPECTED = [(i, [f"photo, number {i}"], "ab"[i % 2]) for i in range(3)]
+HEADER = ("file_name", "caption", "label")
+
+
+def write(folder, kind):
+    path = folder / f"table.{kind}"
+    records = [dict(zip(HEADER, row, strict=True)) for row in ROWS]
+    if kind == "csv":
+        write_csv(path, [HEADER, *ROWS])
+    elif kind == "tsv":
+        write_csv(path, [HEADER, *ROWS], "\t")
+    elif kind == "json":
+        path.write_text(json.dumps(records))
+    elif kind == "jsonl":
+        path.write_text("\n\n".join(map(json.dumps, records)))
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, records)).encode()))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "jsonl.gz"])
+def test_every_format_reads_alike(photos, kind):
+    source = open_source(write(photos, kind))
+    assert source.has_images
+    assert source.has_captions
+    assert rows_of(source) == EXPECTED
+    assert source.key(1).endswith("photos/1.png")
+
+
+def test_several_files_are_one_source(photos):
+    for i, row in enumerate(ROWS):
+        write_csv(photos / f"part-{i}.csv", [HEADER, row])
+    assert rows_of(open_source(str(photos / "part-*.csv"))) == EXPECTED
+
+
+def test_semicolons_byte_order_mark_and_crlf(photos):
+    path = photos / "excel.csv"
+    path.write_bytes("\ufeffimage;caption\r\nphotos/0.png;eins\r\n\r\nphotos/1.png;zwei\r\n".encode())
+    assert [row[:2] for row in rows_of(open_source(str(path)))] == [(0, ["eins"]), (1, ["zwei"])]
+
+
+def test_rows_of_the_same_image_are_one_item(photos):
+    path = write_csv(
+        photos / "t.csv",
+        [("image", "caption"), *((f"photos/{i % 2}.png", f"caption {n}") for n, i in enumerate([0, 1, 0]))],
+    )
+    assert [row[:2] for row in rows_of(open_source(path))] == [(0, ["caption 0", "caption 2"]), (1, ["caption 1"])]
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        {"captions": ["one cat", "two  cats"]},
+        {"sentences": [{"raw": "one cat", "tokens": ["one", "cat"]}, {"raw": "two cats"}]},
+        {"caption_0": "one cat", "caption_1": "two cats"},
+        {"caption": "one cat", "captions": ["x"], "wanted": ["one cat", "", "two\0cats"]},
+    ],
+)
+def test_several_captions_each(photos, captions):
+    path = photos / "t.jsonl"
+    path.write_text(json.dumps({"file_name": "photos/0.png", "height": 5, **captions}))
+    columns = Columns(caption="wanted") if "wanted" in captions else None
+    assert open_source(str(path), columns=columns).captions(0) == ["one cat", "two cats"]
+
+
+def test_caption_columns_can_be_joined(photos):
+    path = write_csv(photos / "t.csv", [("image", "en", "long"), ("photos/0.png", "a cat", "a long cat")])
+    assert open_source(f"{path}?caption=en,long").captions(0) == ["a cat", "a long cat"]
+
+
+def test_coco_captions_are_joined(photos):
+    document = {
+        "info": {},
+        "images": [{"id": i, "file_name": f"photos/{i}.png"} for i in range(2)],
+        "annotations": [{"id": n, "image_id": n % 2, "caption": f"c{n}"} for n in range(3)],
+    }
+    (photos / "coco.json").write_text(json.dumps(document))
+    assert [row[:2] for row in rows_of(open_source(str(photos / "coco.json")))] == [(0, ["c0", "c2"]), (1, ["c1"])]
+    del document["annotations"][0]["image_id"]
+    (photos / "coco.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="'image_id' is missing"):
+        open_source(str(photos / "coco.json"))
+
+
+def test_texts_without_images(tmp_path):
+    source = open_source(
+        write_csv(tmp_path / "p.tsv", [("Prompt", "Category"), ("a cat", "x"), ("", "y"), ("dog", "y")], "\t")
+    )
+    assert not source.has_images
+    assert [source.captions(i) for i in range(len(source))] == [["a cat"], ["dog"]]
+    assert source.label(1) == "y"
+    with pytest.raises(UserError, match="holds no images"):
+        source.image(0, 8)
+
+
+def test_lone_quotes_in_tab_separated_texts(tmp_path):
+    (tmp_path / "t.tsv").write_text('text\tn\n"so it is\t1\na 5" screen\t2\n"fine"\t3\n')
+    source = open_source(str(tmp_path / "t.tsv"))
+    assert len(source) == 3
+    assert source.captions(0) == ['"so it is']
+
+
+def test_images_without_captions(photos):
+    source = open_source(write_csv(photos / "t.csv", [("path", "width"), ("photos/2.png", 8)]))
+    assert not source.has_captions
+    assert rows_of(source) == [(2, [], None)]
+
+
+@pytest.mark.parametrize("spec", ["?split=test", ""])
+def test_splits(photos, spec):
+    path = write_csv(
+        photos / "t.csv",
+        [
+            ("image", "caption", "split"),
+            *((r[0], r[1], s) for r, s in zip(ROWS, ["train", "test", "test"], strict=True)),
+        ],
+    )
+    source = open_source(path + spec, split=None if spec else "test")
+    assert [row[0] for row in rows_of(source)] == [1, 2]
+    assert len(open_source(path)) == 3
+    with pytest.raises(UserError, match="no split 'val'; it has test, train"):
+        open_source(path, split="val")
+
+
+def test_named_columns_go_before_guesses(photos):
+    path = write_csv(
+        photos / "t.csv", [("image", "caption", "other", "title"), ("photos/0.png", "no", "photos/1.png", "yes")]
+    )
+    assert rows_of(open_source(path, columns=Columns(image="other", caption="title")))[0][:2] == (1, ["yes"])
+    assert rows_of(open_source(f"{path}?image=other&caption=title"))[0][:2] == (1, ["yes"])
+    assert not open_source(path, columns=Columns(caption="")).has_captions
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "columns", "message"),
+    [
+        (
+            ("image", "caption", "text"),
+            ("photos/0.png", "a b", "c d"),
+            {},
+            r"caption, text may each be the caption column .*--data.columns.caption",
+        ),
+        (
+            ("image", "img", "caption"),
+            ("photos/0.png", "photos/1.png", "c d"),
+            {},
+            "image, img may each be the image column",
+        ),
+        (("a", "b", "image"), ("a b", "c d", "photos/0.png"), {}, "a, b may each be the caption column"),
+        (("x", "y"), ("1", "2"), {}, "no column of images or captions among x, y; name one with --data.columns.image"),
+        (
+            ("image", "caption"),
+            ("photos/0.png", "c"),
+            {"caption": "capt"},
+            "no column 'capt' among image, caption; check --data.columns.caption",
+        ),
+        (("image", "caption"), ("photos/0.png", "c"), {"image": "pic"}, "no column 'pic'"),
+        (("url", "n"), ("https://a.org/0.png", "1"), {}, "column 'url' holds web addresses, which are not fetched"),
+        (("url", "caption"), ("https://a.org/0.png", "c"), {"image": "url"}, "web addresses"),
+        (
+            ("image", "caption"),
+            ("nowhere/0.png", "c"),
+            {},
+            r"nowhere/0\.png: does not exist; image paths in .*t\.csv are relative",
+        ),
+        (("image", "caption"), ("photos/0.png", "c", "d"), {}, "the row at line 2 has 3 cells and the header 2"),
+        (("photos/0.png", "a cat"), ("photos/1.png", "c"), {}, "the first line must name every column"),
+        (("image", "image"), ("photos/1.png", "c"), {}, "the first line must name every column, each once"),
+    ],
+)
+def test_what_cannot_be_guessed_is_said(photos, header, row, columns, message):
+    path = write_csv(photos / "t.csv", [header, row])
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(path, columns=Columns(**columns))
+    assert "t.csv" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "", "the first line must name|holds no rows"),
+        ("t.csv", "image,caption\n", "holds no rows"),
+        ("t.csv", "image,caption\n" + "x" * 200_000 + ",y\n", "the row at line 2: field larger"),
+        ("t.csv", 'image,caption\na.png,"a cat\nb.png,a dog\n', "the row at line 2: .*a quote that is not closed"),
+        ("t.json", "[]", "must be a list of objects"),
+        ("t.json", "{", "is not JSON"),
+        ("t.json", "[" * 100_000, "is not JSON"),
+        ("t.json", '{"a": 1}', "must be a list of objects"),
+        ("t.jsonl", '{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+        ("t.jsonl", '{"text": "a"}\n[1]', "line 2 is not a JSON object"),
+        ("t.jsonl", '{"image": "a.png"}\n{"image": null}', "row 1 .* has no image path"),
+        ("t.csv", "caption,n\n,1\n,2\n", "no column of images or captions"),
+        ("t.csv.gz", "not gzip", "is not a complete gzip file"),
+    ],
+)
+def test_damaged_tables(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(str(tmp_path / name))
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_encoding(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"caption\ncaf\xe9 au lait\n")
+    with pytest.raises(UserError, match="line 2, byte 11 "):
+        open_source(str(tmp_path / "t.csv"))
+
+
+def test_misnamed_json_lines_and_plain_lists(tmp_path):
+    (tmp_path / "a.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "b.json").write_text('["one", "two"]')
+    (tmp_path / "c.json").write_text('{"version": 1, "rows": [{"text": "one"}, {"text": "two"}]}')
+    for name in "abc":
+        source = open_source(str(tmp_path / f"{name}.json"))
+        assert [source.captions(i) for i in range(2)] == [["one"], ["two"]]
+
+
+def test_a_changed_file_is_read_anew(photos):
+    path = write(photos, "csv")
+    assert len(open_source(path)) == 3
+    write_csv(photos / "table.csv", [HEADER, ROWS[2]])
+    assert rows_of(open_source(path)) == EXPECTED[2:]
+
+
+def test_pixels_are_not_kept(photos):
+    source = open_source(write(photos, "csv"))
+    assert np.all(source.image(0, 4) == 0)
+    Image.new("RGB", (8, 8), (77, 77, 77)).save(photos / "photos" / "0.png")
+    assert np.all(source.image(0, 4) == 77)

@@ -1,0 +1,94 @@
+"""Text files: encodings, empty lines, hostile characters."""
+
+import gzip
+
+import pytest
+
+from diptych.data.sources.text import TextSource, clean, read_text
+from diptych.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  a \t cat\u00a0sat \n", "a cat sat"),
+        ("nul\0and\x07bell\x85", "nul and bell"),
+        ("half \ud83d of a pair", "half \ufffd of a pair"),
+        ("ein Mädchen, 猫, 🐈", "ein Mädchen, 猫, 🐈"),
+        ("\u2028 \0", ""),
+    ],
+)
+def test_clean(text, expected):
+    assert clean(text) == expected
+    clean(text).encode()
+
+
+def test_one_text_per_line_empty_ones_left_out(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\r\n  \r\ntwo  words\r\nthr\xc3\xa9e")
+    source = TextSource([path], name="t")
+    assert [source.captions(i) for i in range(len(source))] == [["one"], ["two words"], ["thr\u00e9e"]]
+    assert [source.key(i) for i in range(3)] == ["t.txt:1", "t.txt:4", "t.txt:5"]
+    assert source.captions(-1) == ["thr\u00e9e"]
+    with pytest.raises(IndexError):
+        source.captions(3)
+
+
+def test_gz_and_several_files(tmp_path):
+    (tmp_path / "a.txt").write_text("a\n")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"b\n\nc\n"))
+    source = TextSource([tmp_path / "a.txt", tmp_path / "b.txt.gz"], name="both")
+    assert [source.captions(i)[0] for i in range(len(source))] == ["a", "b", "c"]
+    assert source.key(2) == "b.txt.gz:3"
+
+
+def test_long_captions_are_kept(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("word " * 2000)
+    assert len(TextSource([path], name="t").captions(0)[0]) == 9999
+
+
+def test_wrong_encoding_names_line_and_byte(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"fine\ncaf\xe9\n")
+    with pytest.raises(UserError, match=r"latin\.txt: line 2, byte 8 \(0xe9\) is not UTF-8; .*iconv -f LATIN1"):
+        read_text(path)
+    path.write_bytes(b"\xef\xbb\xbffine\ncaf\xe9\n")
+    with pytest.raises(UserError, match="line 2, byte 11 "):
+        read_text(path)
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf16_is_recognised(tmp_path, coding):
+    path = tmp_path / "t.txt"
+    path.write_bytes("a little cat\n".encode(coding))
+    with pytest.raises(UserError, match="UTF-16"):
+        read_text(path)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"no gzip", gzip.compress(b"text " * 99)[:-12], gzip.compress(b"x" * 9)[:-4] + b"abcd"]
+)
+def test_damaged_gz(tmp_path, damage):
+    path = tmp_path / "t.txt.gz"
+    path.write_bytes(damage)
+    with pytest.raises(UserError, match=r"t\.txt\.gz: is not a complete gzip file"):
+        read_text(path)
+
+
+def test_a_file_without_texts(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("\n \n")
+    with pytest.raises(UserError, match="holds no text"):
+        TextSource([path], name="t.txt")
+    with pytest.raises(UserError, match="does not exist"):
+        read_text(tmp_path / "none.txt")
+
+
+def test_has_no_images(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("a")
+    source = TextSource([path], name="t.txt")
+    assert source.label(0) is None
+    with pytest.raises(UserError, match="not images"):
+        source.image(0, 8)

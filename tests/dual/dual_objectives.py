@@ -1,0 +1,111 @@
+"""The objectives on pairs, small and in fp32, and a batch for them; also run by torchrun:
+
+dual_objectives.py OUT: every process writes the losses and gradients that it has after averaging.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diptych.data.augment import ViewConfig
+from diptych.data.batch import Batch, Items
+from diptych.dual.fusion import FusionConfig
+from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
+from diptych.dual.objectives.clip import ClipConfig, ClipObjective
+from diptych.dual.objectives.ito import ItoConfig, ItoObjective
+from diptych.dual.objectives.slip import SlipConfig, SlipObjective
+from diptych.rng import Draws
+
+ROWS = 8
+CONFIG = DualEncoderConfig(
+    image_size=16, patch=8, image_width=24, image_depth=2, text_length=12, text_width=16, text_depth=2, width=16
+)
+WORDS = ["red", "blue", "dog", "child", "grass", "runs", "over", "two"]
+
+
+def encoder() -> DualEncoder:
+    tokenizer = train_clip_tokenizer([" ".join(WORDS)] * 3, vocabulary=600, length=12)
+    return DualEncoder.from_config(CONFIG, tokenizer, seed=0)
+
+
+def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make()
+
+
+OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
+    "clip": lambda **c: ClipObjective(encoder(), ClipConfig(**c)),
+    "clip-views": lambda **c: ClipObjective(encoder(), ClipConfig(views=3, captions=2, augment=ViewConfig(), **c)),
+    "siglip": lambda **c: ClipObjective(encoder(), ClipConfig(loss="sigmoid", **c)),
+    "slip": lambda **c: SlipObjective(encoder(), SlipConfig(hidden=12, projected=6, **c)),
+    "ito-0": lambda **c: ItoObjective(encoder(), ItoConfig(fusion_weight=0.0, **c)),
+    "ito": lambda **c: ItoObjective(encoder(), ItoConfig(fusion=FusionConfig(head_width=4), **c)),
+    "ito-captions": lambda **c: ItoObjective(
+        encoder(), ItoConfig(views=3, captions=2, fusion=FusionConfig(head_width=4), **c)
+    ),
+}
+
+
+def objective(name: str, **changes) -> nn.Module:
+    return _seeded(lambda: OBJECTIVES[name](**changes))
+
+
+def batch(module: nn.Module, *, rows: slice = slice(None), draws: Draws | None = None, rows_all: int = ROWS) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    captions = module.config.captions
+    words = torch.randint(len(WORDS), (rows_all * captions, 5), generator=generator)
+    lengths = torch.randint(1, 6, (rows_all * captions,), generator=generator)
+    texts = [" ".join(WORDS[w] for w in row[:n]) for row, n in zip(words.tolist(), lengths.tolist(), strict=True)]
+    ids, valid = (side.unflatten(0, (rows_all, captions)).flatten(1) for side in module.model.tokenize(texts))
+    pixels = torch.randint(256, (rows_all, 3, 24, 24), dtype=torch.uint8, generator=generator)
+    pairs = Items(pixels_B3HW=pixels, ids_BL=ids, valid_BL=valid)[rows]
+    return Batch(draws=draws or Draws(0, 0), pairs=pairs)
+
+
+def result(module: nn.Module, given: Batch, wrap: Callable[[nn.Module], nn.Module] = lambda module: module):
+    """Loss, terms and the gradients of all parameters, by name."""
+    wrapped = wrap(_Plain(module))
+    total, terms = wrapped(given)
+    total.backward()
+    gradients = {
+        f"gradient/{name}": p.grad if p.grad is not None else torch.zeros_like(p)
+        for name, p in module.named_parameters()
+    }
+    return {"total": total.detach(), **{f"term/{k}": v.detach() for k, v in terms.items()}, **gradients}
+
+
+class _Plain(nn.Module):
+    """What DistributedDataParallel can look into."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, given: Batch):
+        losses = self.module(given, 0)
+        return losses.total, {name: term.detach() for name, term in losses.terms.items()}
+
+
+def main(out: Path) -> None:
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share = ROWS // world
+    found = {}
+    for name in OBJECTIVES:
+        for chunk in (None, 3):
+            module = objective(name, chunk=chunk)
+            given = batch(module, rows=slice(rank * share, (rank + 1) * share), draws=Draws(0, 0, rank, world))
+            wrap = lambda plain: DistributedDataParallel(plain, find_unused_parameters=True)  # noqa: E731
+            found[name, chunk] = result(module, given, wrap)
+    torch.save(found, out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

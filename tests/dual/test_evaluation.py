@@ -1,0 +1,113 @@
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diptych.data.scenes.source import ScenesSource
+from diptych.dual.evaluation import Pairs, embed_pairs, evaluate_dual_run, look_at, score_classes
+from diptych.dual.metrics import modality_gap
+from diptych.errors import UserError
+
+SOURCE, SRC = ScenesSource(count=60), "scenes:?count=60"
+
+
+def evaluate(run, data=SRC, *, train=None, umap=False, limit=None):
+    evaluate_dual_run(run, data, train=train, umap=umap, limit=limit, out=run / "evaluation", device="cpu")
+    return json.loads((run / "evaluation/metrics.json").read_text())
+
+
+def test_what_a_captioned_and_labelled_source_is_scored_by(dual_run, capsys):
+    found = evaluate(dual_run, train="scenes:?count=80&seed=1")
+    assert (found["images"], found["retrieval/texts"], found["source"]) == (60, 60, SRC)
+    assert found["classes"] == len({SOURCE.label(i) for i in range(60)})
+    expected = {"retrieval/image_to_text/r1", "modality/distance", "zero_shot/top5", "zero_shot_one_prompt/top1"}
+    assert expected | {"linear_probe/accuracy"} <= found.keys()
+    out = capsys.readouterr().out
+    assert "linear_probe/accuracy" in out
+    assert out.endswith(f"written to {dual_run}/evaluation\n")
+    assert "linear_probe/accuracy" not in evaluate(dual_run)
+    assert evaluate(dual_run, limit=7)["images"] == 7
+
+
+def test_the_probe_learns_the_shapes_from_an_untrained_tower(dual_encoder):
+    """And is fitted to the training items: with their labels permuted it is no better than chance."""
+    seen, train = look_at(dual_encoder, SOURCE), look_at(dual_encoder, ScenesSource(count=300, seed=1))
+    assert seen.labels is not None
+    chance = max(seen.labels.count(label) for label in seen.labels) / 60
+    assert score_classes(dual_encoder, seen, train=train)["linear_probe/accuracy"] > chance + 0.1
+
+
+def test_one_folder_is_no_class(dual_encoder):
+    one = next(i for i in range(60) if SOURCE.label(i) == "circle")
+    seen = look_at(dual_encoder, SOURCE)
+    assert replace(seen, items_I=seen.items_I[one : one + 1]).labels is None
+    assert len(seen.labels or []) == 60
+
+
+def test_what_is_looked_at_is_what_is_embedded(dual_encoder):
+    seen = look_at(dual_encoder, SOURCE, limit=5)
+    pixels = torch.from_numpy(SOURCE.images(np.arange(5), 16)).permute(0, 3, 1, 2).contiguous()
+    torch.testing.assert_close(seen.embedding_ID, dual_encoder.embed_images(pixels))
+    assert seen.state_IW.shape == (5, 32)
+    assert seen.items_I.tolist() == list(range(5))
+
+
+def test_pairs_leave_out_images_without_captions(dual_encoder, tmp_path):
+    for number in range(3):
+        Image.fromarray(SOURCE.image(number, 16)).save(tmp_path / f"{number}.png")
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "0.png", "text": ["one", "two"]}\n{"file_name": "1.png", "text": []}\n'
+        '{"file_name": "2.png", "text": ["three"]}\n'
+    )
+    from diptych.data.sources import open_source
+
+    seen = look_at(dual_encoder, open_source(str(tmp_path)))
+    pairs = embed_pairs(dual_encoder, seen)
+    torch.testing.assert_close(pairs.images_ID, seen.embedding_ID[[0, 2]])
+    assert pairs.image_of_T.tolist() == [0, 0, 1]
+    torch.testing.assert_close(pairs.first_ID, dual_encoder.embed_texts(["one", "three"]))
+
+
+def test_the_gap_is_of_first_captions(dual_run):
+    found = evaluate(dual_run)
+    assert found["modality/distance"] > 0
+    images = torch.eye(4)
+    pairs = Pairs(images_ID=images, texts_TD=images.repeat_interleave(2, 0), image_of_T=torch.arange(8) // 2)
+    assert modality_gap(pairs.images_ID, pairs.first_ID).distance == 0
+
+
+def test_a_map(dual_run, monkeypatch):
+    class Flat:
+        def __init__(self, **settings: object) -> None: ...
+
+        def fit_transform(self, points: np.ndarray) -> np.ndarray:
+            assert points.shape == (120, 20)
+            return points[:, :2]
+
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Flat))
+    evaluate(dual_run, umap=True)
+    with Image.open(dual_run / "evaluation/umap.png") as picture:
+        assert picture.size[0] > 300
+
+
+def test_what_cannot_be_scored(dual_run, dual_encoder, monkeypatch, tmp_path):
+    Image.fromarray(SOURCE.image(0, 16)).save(tmp_path / "0.png")
+    for wrong, told in (
+        ({"data": str(tmp_path)}, "has no labels and no captions to score by"),
+        ({"data": str(tmp_path), "train": SRC}, "has no labels to score by"),
+        ({"train": str(tmp_path)}, "has no labels to fit a probe to"),
+        ({"limit": 0}, "limit of 0"),
+        ({"data": str(tmp_path), "umap": True}, r"pip install 'diptych\[umap\]'"),
+    ):
+        monkeypatch.setitem(sys.modules, "umap", None)
+        with pytest.raises(UserError, match=told):
+            evaluate(dual_run, **wrong)
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace())
+    with pytest.raises(UserError, match="leave --umap away"):
+        evaluate(dual_run, str(tmp_path), umap=True)
+    assert not (dual_run / "evaluation").exists()

@@ -1,0 +1,99 @@
+"""Read back by the rules of open_clip's own networks, written out here: it cannot be installed beside a CPU's torch."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from diptych.dual.export import CONFIG, WEIGHTS, save_open_clip
+from diptych.errors import UserError
+
+TEXTS = ["a dog runs over the green grass", "two children", "grass " * 40]
+
+
+@pytest.fixture
+def encoder(dual_encoder):
+    """With biases that are not zero and norms that are not one, as they are at the start."""
+    encoder = copy.deepcopy(dual_encoder)
+    torch.manual_seed(0)
+    for weight in encoder.clip.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    return encoder
+
+
+@pytest.fixture
+def folder(encoder, tmp_path):
+    save_open_clip(encoder, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_images_are_embedded_alike(encoder, folder):
+    state, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+    model, pixels = config["model_cfg"], config["preprocess_cfg"]
+    size = encoder.image_size
+    assert model["vision_cfg"]["image_size"] == size
+    pictures = torch.randint(256, (3, 3, size, size), dtype=torch.uint8)
+    mean, std = (torch.tensor(pixels[name])[:, None, None] for name in ("mean", "std"))
+    patch = model["vision_cfg"]["patch_size"]
+    grid = F.conv2d((pictures / 255 - mean) / std, state["visual.conv1.weight"], stride=patch)
+    tokens = grid.flatten(2).transpose(1, 2)
+    first = state["visual.class_embedding"].expand(3, 1, -1)
+    x = torch.cat([first, tokens], dim=1) + state["visual.positional_embedding"]
+    heads = model["vision_cfg"]["width"] // model["vision_cfg"]["head_width"]
+    x = transform(norm(x, state, "visual.ln_pre"), state, "visual.transformer", model["vision_cfg"], heads, mask=None)
+    found = norm(x[:, 0], state, "visual.ln_post") @ state["visual.proj"]
+    assert found.shape == (3, model["embed_dim"])
+    torch.testing.assert_close(F.normalize(found, dim=-1), encoder.embed_images(pictures))
+
+
+def test_texts_are_embedded_alike(encoder, folder):
+    state, model = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())["model_cfg"]
+    config = model["text_cfg"]
+    length = config["context_length"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    told = tokenizer(TEXTS, return_tensors="pt", max_length=length, padding="max_length", truncation=True)
+    ids = told.input_ids
+    assert ids.shape == (3, length)
+    x = state["token_embedding.weight"][ids] + state["positional_embedding"]
+    later = torch.full((length, length), -torch.inf).triu(1)
+    x = norm(transform(x, state, "transformer", config, config["heads"], mask=later), state, "ln_final")
+    end = (ids == config["eos_id"]).int().argmax(1)
+    found = x[torch.arange(3), end] @ state["text_projection"]
+    torch.testing.assert_close(F.normalize(found, dim=-1), encoder.embed_texts(TEXTS))
+    assert state["logit_scale"].exp() == encoder.scale
+
+
+def test_every_weight_is_there_once(encoder, folder):
+    state = load_file(folder / WEIGHTS)
+    assert sum(t.numel() for t in state.values()) == sum(p.numel() for p in encoder.clip.parameters())
+
+
+def test_an_activation_of_one_tower_alone_is_refused(encoder, tmp_path):
+    encoder.clip.config.text_config.hidden_act = "quick_gelu"
+    with pytest.raises(UserError, match="gelu, quick_gelu"):
+        save_open_clip(encoder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def norm(x, state, name):
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-5)
+
+
+def transform(x, state, name, config, heads, *, mask):
+    for number in range(config["layers"]):
+        block = f"{name}.resblocks.{number}"
+        attention = torch.nn.MultiheadAttention(config["width"], heads, batch_first=True)
+        own = f"{block}.attn."
+        attention.load_state_dict({key.removeprefix(own): value for key, value in state.items() if key.startswith(own)})
+        y = norm(x, state, f"{block}.ln_1")
+        x = x + attention(y, y, y, need_weights=False, attn_mask=mask)[0]
+        y = F.linear(
+            norm(x, state, f"{block}.ln_2"), *(state[f"{block}.mlp.c_fc.{part}"] for part in ("weight", "bias"))
+        )
+        assert y.shape[-1] == config["mlp_ratio"] * config["width"]
+        x = x + F.linear(F.gelu(y), *(state[f"{block}.mlp.c_proj.{part}"] for part in ("weight", "bias")))
+    return x

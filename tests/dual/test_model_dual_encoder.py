@@ -1,0 +1,153 @@
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoProcessor, CLIPModel
+
+from diptych.data.sources.decode import decode
+from diptych.dual import model as sizes
+from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
+from diptych.errors import UserError
+
+TEXTS = ["a dog runs over the green grass", "two children", "the dog and the children run", "grass"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> DualEncoder:
+    config = DualEncoderConfig(
+        image_size=16, patch=8, image_width=32, image_depth=2, text_length=12, text_width=24, text_depth=2, width=20
+    )
+    return DualEncoder.from_config(config, train_clip_tokenizer(TEXTS * 3, vocabulary=600, length=12), seed=0)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    return torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def folder(encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dual") / "model"
+    encoder.save_pretrained(folder)
+    return folder
+
+
+def test_any_tool_that_loads_clip_gets_the_same_embeddings(encoder, pixels, folder):
+    """Towers, pixel preparation, tokenizer and pooling, all by transformers alone."""
+    clip = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    pictures = list(pixels.permute(0, 2, 3, 1).numpy())
+    inputs = processor(text=TEXTS, images=pictures, return_tensors="pt", padding=True, truncation=True)
+    with torch.no_grad():
+        told = clip(**inputs)
+    torch.testing.assert_close(encoder.embed_images(pixels), told.image_embeds)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS), told.text_embeds)
+
+
+def test_it_is_read_back_as_it_was(encoder, pixels, folder):
+    again = DualEncoder.from_pretrained(folder)
+    assert (again.image_size, again.text_length, again.width) == (16, 12, 20)
+    torch.testing.assert_close(again.embed_images(pixels), encoder.embed_images(pixels), rtol=0, atol=0)
+    torch.testing.assert_close(again.embed_texts(TEXTS), encoder.embed_texts(TEXTS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (40, 40), (40, 64)])
+def test_pixels_are_prepared_as_the_processor_does(encoder, shape):
+    """`decode` and our normalisation against the processor, which cuts a rectangle after the resize and not before."""
+    smooth = np.linspace(0, 255, shape[0] * shape[1] * 3).reshape(*shape, 3).astype(np.uint8)
+    theirs = encoder.processor.image_processor(smooth, return_tensors="pt")["pixel_values"][0]
+    file = BytesIO()
+    Image.fromarray(smooth).save(file, "PNG")
+    ours = torch.from_numpy(decode(file.getvalue(), 16)).permute(2, 0, 1).float() / 255
+    ours = (ours - encoder.mean_311) / encoder.std_311
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if shape[0] == shape[1] else 0.1)
+
+
+def test_embeddings_have_length_one_and_padding_changes_nothing(encoder):
+    together = encoder.embed_texts(TEXTS)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(len(TEXTS)))
+    torch.testing.assert_close(torch.cat([encoder.embed_texts([text]) for text in TEXTS]), together)
+
+
+def test_marks_in_a_text_are_letters_and_long_texts_end(encoder):
+    ids, valid = encoder.tokenize(["grass <|endoftext|> dog", "dog " * 40])
+    assert (ids == encoder.tokenizer.eos_token_id).logical_and(valid).sum(1).tolist() == [1, 1]
+    assert ids.shape[1] == 12
+    assert ids[1, -1] == encoder.tokenizer.eos_token_id
+    assert encoder.ids(["grass", "two dogs"])[0] == encoder.tokenize(["grass"])[0][0].tolist()
+
+
+def test_the_first_token_of_an_image_and_the_last_of_a_text_are_the_pooled_ones(encoder, pixels):
+    images = encoder.encode_images(pixels.float() / 255, keep_tokens=True)
+    assert images.tokens_BSD.shape == (3, 5, 20)
+    torch.testing.assert_close(images.tokens_BSD[:, 0], images.pooled_BD)
+    ids, valid = encoder.tokenize(TEXTS)
+    texts = encoder.encode_texts(ids, valid, keep_tokens=True)
+    ends = valid.sum(1) - 1
+    torch.testing.assert_close(texts.tokens_BSD[range(4), ends], texts.pooled_BD)
+    torch.testing.assert_close(encoder.clip.text_projection(texts.state_BW), texts.pooled_BD)
+
+
+def test_bf16_is_near_fp32_forwards_and_backwards(encoder, pixels):
+    """Under autocast on a CPU another attention computes, causal for texts."""
+    ids, valid = encoder.tokenize(TEXTS)
+
+    learnt = [encoder.clip.text_projection.weight, encoder.clip.visual_projection.weight]
+
+    def gradients() -> list[torch.Tensor]:
+        total = encoder.encode_images(pixels.float() / 255).pooled_BD.float().square().sum()
+        total = total + encoder.encode_texts(ids, valid).pooled_BD.float().square().sum()
+        return list(torch.autograd.grad(total, learnt))
+
+    exact = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        near = gradients()
+    for a, b in zip(near, exact, strict=True):
+        assert (a - b).norm() < 0.05 * b.norm()
+
+
+def test_the_scale_starts_at_clips_and_is_held_at_100(encoder):
+    assert encoder.scale.item() == pytest.approx(1 / 0.07, rel=1e-3)
+    before = encoder.clip.logit_scale.detach().clone()
+    try:
+        nn.init.constant_(encoder.clip.logit_scale, 9.0)
+        encoder.clamp_scale()
+        assert encoder.scale.item() == pytest.approx(100, rel=1e-5)
+    finally:
+        encoder.clip.logit_scale.data.copy_(before)
+
+
+@pytest.mark.parametrize(
+    ("size", "words", "parameters"),
+    [("small", 384, 62_257_537), ("vit_b_16", 512, 149_620_737), ("vit_l_16", 768, 427_739_393)],
+)
+def test_parameter_counts(encoder, size, words, parameters):
+    """ViT-B/16 has exactly as many as OpenAI's."""
+    config = getattr(sizes, size)()
+    with torch.device("meta"):
+        built = DualEncoder.from_config(config, encoder.tokenizer, seed=0)
+    smaller = (config.vocabulary - len(encoder.tokenizer)) * words
+    assert sum(p.numel() for p in built.parameters()) + smaller == parameters
+
+
+def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone(encoder):
+    config = DualEncoderConfig(
+        image_size=16, patch=8, image_width=32, image_depth=2, text_length=12, text_width=24, text_depth=2, width=20
+    )
+    state = torch.random.get_rng_state()
+    again = DualEncoder.from_config(config, encoder.tokenizer, seed=0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for a, b in zip(again.parameters(), encoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_no_clip_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"dual encoder .*nowhere") as caught:
+        DualEncoder.from_pretrained(tmp_path / "nowhere")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(UserError, match="'t5' model"):
+        DualEncoder.from_pretrained(tmp_path)

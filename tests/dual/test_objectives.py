@@ -1,0 +1,178 @@
+"""What holds of every objective on pairs: `dual/objectives/clip.py`, `ito.py`, `slip.py`, `pairs.py`, and `nn/gradients.py`."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from dual_objectives import OBJECTIVES, ROWS, batch, objective, result
+
+from diptych.data.batch import Items
+from diptych.dual.losses import info_nce, nt_xent, sigmoid_loss
+from diptych.dual.model import Features
+
+SCRIPT = Path(__file__).with_name("dual_objectives.py")
+NAMES = list(OBJECTIVES)
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(
+            found[name], wanted[name], rtol=2e-4, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, torch.Tensor]]:
+    return {name: result(module := objective(name), batch(module)) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command = [*launch, "--rdzv-endpoint=localhost:0", str(SCRIPT), str(out)]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, capture_output=True)
+    return [torch.load(out / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_are_one(name, chunk, alone, two_processes):
+    """Values and gradients, the scale's too, with and without chunks."""
+    for process in two_processes:
+        assert_same(process[name, chunk], alone[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks_change_nothing(name, alone):
+    """Of three rows and a last one of two."""
+    module = objective(name, chunk=3)
+    assert_same(result(module, batch(module)), alone[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_every_parameter(name, alone):
+    """All of them, except what no loss reads: rows of words and positions that do not occur."""
+    never = ("token_embedding", "position_embedding")
+    for key, value in alone[name].items():
+        if key.startswith("gradient/") and not any(part in key for part in never):
+            assert value.abs().max() > 0, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_changes_nothing(name, alone):
+    module = objective(name)
+    given = batch(module)
+    captions = module.config.captions
+
+    def longer(side, value):
+        return torch.nn.functional.pad(side.unflatten(1, (captions, -1)), (0, 4), value=value).flatten(1)
+
+    pairs = Items(
+        pixels_B3HW=given.pairs.pixels_B3HW,
+        ids_BL=longer(given.pairs.ids, 5),
+        valid_BL=longer(given.pairs.valid, False),
+    )
+    assert_same(result(module, replace(given, pairs=pairs)), alone[name])
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "slip", "ito"])
+def test_it_fits_one_batch(name):
+    module = objective(name)
+    given = batch(module)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        losses.append(module(given, 0).total)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def embedded(name):
+    """The objective, and what the towers make of its views and captions, all in one batch."""
+    from diptych.dual.objectives.base import Views, captions_of
+
+    module = objective(name)
+    given = batch(module)
+    c, rows = module.config, slice(0, ROWS)
+    views = Views(given, c.augment, views=c.views, size=16, name="view")(rows)
+    captions = captions_of(given.pairs, rows, captions=c.captions)
+    ids, valid = (torch.cat(side) for side in zip(*captions, strict=True))
+    images = split(module.model.encode_images(torch.cat(views), keep_tokens=True))
+    texts = split(module.model.encode_texts(ids, valid, keep_tokens=True))
+    return module, given, images, texts, valid.split(ROWS)
+
+
+def split(features):
+    """Features of all views in one batch, view by view."""
+    parts = zip(
+        *(side.split(ROWS) for side in (features.pooled_BD, features.state_BW, features.tokens_BSD)), strict=True
+    )
+    return [Features(pooled_BD=pooled, state_BW=state, tokens_BSD=tokens) for pooled, state, tokens in parts]
+
+
+def unit(features):
+    return torch.nn.functional.normalize(features, dim=-1)
+
+
+@pytest.mark.parametrize("name", ["clip", "clip-views", "ito-0"])
+def test_alignment_is_the_mean_over_pairs_of_view_and_caption(name):
+    module, given, images, texts, _ = embedded(name)
+    each = [info_nce(unit(i.pooled_BD), unit(t.pooled_BD), module.model.scale) for i in images for t in texts]
+    torch.testing.assert_close(module(given, 0).total, sum(each) / len(each))
+
+
+def test_siglip_is_the_sigmoid_loss():
+    module, given, (image,), (text,), _ = embedded("siglip")
+    assert module.model.scale.item() == pytest.approx(10)
+    wanted = sigmoid_loss(unit(image.pooled_BD), unit(text.pooled_BD), module.model.scale, torch.tensor(-10.0))
+    torch.testing.assert_close(module(given, 0).total, wanted)
+
+
+def test_ito_adds_lambda_times_nt_xent_of_the_fused_views():
+    module, given, images, (text,), (valid,) = embedded("ito")
+    losses = module(given, 0)
+    positions = module.model.clip.text_model.embeddings.position_embedding.weight[: valid.shape[1]]
+    fused = [module.fusion(image.tokens_BSD, text.tokens_BSD, valid, positions) for image in images]
+    fusion = nt_xent(*fused, module.model.scale)
+    torch.testing.assert_close(losses.terms["fusion"], fusion)
+    torch.testing.assert_close(losses.total, losses.terms["align"] + 2 * fusion)
+
+
+def test_each_view_is_fused_with_a_caption_in_turn():
+    module, given, images, texts, valid = embedded("ito-captions")
+    positions = module.model.text_positions(valid[0].shape[1])
+    fused = [
+        module.fusion(image.tokens_BSD, texts[t].tokens_BSD, valid[t], positions)
+        for image, t in zip(images, (0, 1, 0), strict=True)
+    ]
+    pairs = ((0, 1), (0, 2), (1, 2))
+    wanted = sum(nt_xent(fused[a], fused[b], module.model.scale) for a, b in pairs) / 3
+    torch.testing.assert_close(module(given, 0).terms["fusion"], wanted)
+
+
+def test_slips_clip_part_sees_the_weak_view_alone():
+    module, given, (image,), (text,), _ = embedded("slip")
+    losses = module(given, 0)
+    wanted = info_nce(unit(image.pooled_BD), unit(text.pooled_BD), module.model.scale)
+    torch.testing.assert_close(losses.terms["align"], wanted)
+    torch.testing.assert_close(losses.total, wanted + losses.terms["simclr"])
+
+
+def test_without_its_weight_there_is_no_fusion():
+    assert objective("ito-0").fusion is None
+    names = {name for name, _ in objective("ito").named_parameters() if name.startswith("fusion.")}
+    assert len(names) > 10
+
+
+def test_the_scale_is_held_at_100_before_it_is_used():
+    module = objective("clip")
+    module.model.clip.logit_scale.data.fill_(9.0)
+    assert module(batch(module), 0).terms["align/scale"].item() == pytest.approx(100, rel=1e-4)

@@ -1,0 +1,140 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor, CLIPModel
+
+from diptych.dual.model import DualEncoder, DualEncoderConfig
+from diptych.dual.training import PairsData
+from diptych.errors import UserError
+from diptych.registry import RECIPES
+from diptych.run_folder import kind_of, read_config
+from diptych.train.config import OptimConfig, TrainConfig
+
+NAMES = [name for name in RECIPES if name.split("-")[0] in ("ito", "clip", "siglip", "slip")]
+MODEL = DualEncoderConfig(
+    image_size=16, patch=8, image_width=16, image_depth=1, text_length=16, text_width=16, text_depth=1,
+    vocabulary=540, width=16,
+)  # fmt: skip
+
+
+def small_run(name: str = "ito-tiny", *, steps: int = 4, **changes):
+    run = RECIPES[name]()
+    run.data = PairsData(pairs="scenes:?count=24", valid="scenes:?split=test&count=6")
+    run.model = MODEL
+    run.train = TrainConfig(
+        steps=steps, batch_size=8, eval_every=2, checkpoint_every=2, device="cpu", precision="fp32", workers=0,
+        tensorboard=False, quiet=True,
+    )  # fmt: skip
+    run.optim = OptimConfig(lr=1e-3, warmup_steps=2, schedule="constant")
+    if hasattr(run.objective, "hidden"):
+        run.objective.hidden = 8
+    return replace(run, **changes)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in lines(out) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "ito"
+    small_run().fit(out, recipe="ito-tiny")
+    return out
+
+
+def test_a_run_leaves_a_plain_clip_folder_and_measures_retrieval(done):
+    model = CLIPModel.from_pretrained(done / "model", local_files_only=True).eval()
+    processor = AutoProcessor.from_pretrained(done / "model", local_files_only=True)
+    with torch.no_grad():
+        told = model.get_text_features(**processor(text=["a red circle"], return_tensors="pt")).pooler_output
+    ours = DualEncoder.from_pretrained(done / "model").embed_texts(["a red circle"])
+    torch.testing.assert_close(torch.nn.functional.normalize(told, dim=-1), ours)
+    scores = [line for line in lines(done) if "valid/mean_r1" in line]
+    assert [line["step"] for line in scores] == [2, 4]
+    assert 0 <= scores[-1]["valid/image_to_text/r10"] <= 1
+    assert kind_of(done) == "dual"
+    assert read_config(done)["run"]["objective"]["fusion_weight"] == 2.0
+
+
+def test_the_fusion_is_dropped(done):
+    names = DualEncoder.from_pretrained(done / "model").state_dict()
+    assert not any("fusion" in name for name in names)
+
+
+@pytest.mark.parametrize("name", ["clip-aug-tiny", "siglip-tiny", "slip-tiny"])
+def test_every_family_trains(name, tmp_path):
+    small_run(name, steps=1).fit(tmp_path, recipe=name)
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert kind_of(tmp_path) == "dual"
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(done, tmp_path):
+    small_run(steps=2).fit(tmp_path, recipe="ito-tiny")
+    small_run(steps=4).fit(tmp_path, recipe="ito-tiny")
+    assert losses(tmp_path) == losses(done)
+
+
+def test_chunks_change_no_loss_and_may_change_on_resume(done, tmp_path):
+    small_run(steps=2).fit(tmp_path, recipe="ito-tiny")
+    chunked = small_run(steps=4)
+    chunked.objective.chunk, chunked.objective.lean = 3, False
+    chunked.fit(tmp_path, recipe="ito-tiny")
+    assert losses(tmp_path) == pytest.approx(losses(done), rel=1e-4)
+
+
+def test_accumulation_is_refused_and_the_mend_named(tmp_path):
+    run = small_run()
+    run.train.accumulate = 2
+    with pytest.raises(UserError, match=r"train\.accumulate is 2.*objective\.chunk"):
+        run.fit(tmp_path, recipe="ito-tiny")
+
+
+@pytest.mark.slow  # what could differ is in tests/dual/test_objectives.py; here also the loop and the tokenizer
+def test_two_processes_train_as_one(done, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command = [*launch, "--rdzv-endpoint=localhost:0", str(Path(__file__).with_name("run_ito.py")), str(tmp_path)]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, capture_output=True)
+    assert losses(tmp_path) == pytest.approx(losses(done), rel=1e-4)
+
+
+def test_a_run_continues_another(done, tmp_path):
+    small_run(start=str(done), steps=1).fit(tmp_path, recipe="clip-tiny")
+    again = DualEncoder.from_pretrained(tmp_path / "model")
+    assert again.ids(["a red circle"]) == DualEncoder.from_pretrained(done / "model").ids(["a red circle"])
+
+
+def test_a_given_tokenizer_is_used(done, tmp_path):
+    small_run(tokenizer=str(done), steps=1).fit(tmp_path, recipe="ito-tiny")
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def test_bare_images_and_unequal_widths_are_refused(tmp_path):
+    (tmp_path / "texts.txt").write_text("a\nb\n")
+    run = small_run()
+    run.data.pairs = str(tmp_path / "texts.txt")
+    with pytest.raises(UserError, match=r"texts\.txt: pairs need images and captions, and it has no images"):
+        run.fit(tmp_path / "run", recipe="ito-tiny")
+    with pytest.raises(UserError, match=r"text-width is 32 and model.width 16"):
+        small_run(model=replace(MODEL, text_width=32)).fit(tmp_path / "run", recipe="ito-tiny")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_of_a_family_differ_in_size_alone(name):
+    """But for what the smallest departs from the paper in."""
+    family, _, size = name.rpartition("-")
+    run, small = RECIPES[name](), RECIPES[f"{family}-small"]()
+    assert type(run) is type(small)
+    if size != "tiny":
+        assert run.objective == small.objective
+    assert RECIPES[name].__doc__
+    assert run.optim.betas == (0.9, 0.98)

@@ -1,0 +1,80 @@
+"""The mechanism at its smallest: classes are pairs of attributes, texts tell which classes share one, images are noisy.
+
+With few images, a classifier cannot tell attributes from chance. Texts about the classes say how classes hang together;
+texts about other classes say it wrongly.
+"""
+
+import numpy as np
+import pytest
+
+from diptych.data.splits import draw_episode
+from diptych.experiments.few_shot import CONTROLS, FewShotConfig, accuracy_figure, as_json, few_shot, gain, show
+from diptych.uml.data import Features
+from diptych.uml.head import SharedHeadConfig
+
+COLOURS, SHAPES = 4, 4
+CLASSES = COLOURS * SHAPES
+
+
+def features(labels: np.ndarray, *, width: int, noise: float, seed: int) -> Features:
+    """A direction for each colour and one for each shape, and noise."""
+    generator = np.random.default_rng(seed)
+    colours, shapes = generator.normal(size=(COLOURS, width)), generator.normal(size=(SHAPES, width))
+    vectors = colours[labels // SHAPES] + shapes[labels % SHAPES]
+    vectors += noise * generator.normal(size=vectors.shape)
+    return Features(vectors_ND=vectors.astype(np.float32), labels_N=labels)
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    images = features(np.arange(60 * CLASSES) % CLASSES, width=24, noise=2.0, seed=0)
+    texts = features(np.arange(6 * CLASSES) % CLASSES, width=16, noise=0.3, seed=1)
+    config = FewShotConfig(
+        shots=(1, 2), seeds=(1, 2, 3), lrs=(1e-2,), others_weights=(1.0,), steps=200, eval_every=40,
+        head=SharedHeadConfig(logit_scale=4.0),
+    )  # fmt: skip
+    episodes = {
+        (shots, seed): draw_episode(images.labels_N[: 16 * CLASSES], shots, seed=seed)
+        for shots in config.shots
+        for seed in config.seeds
+    }
+    return few_shot(images, texts, episodes, np.arange(16 * CLASSES, 60 * CLASSES), config)
+
+
+def test_every_control_is_tried_on_every_episode(outcomes):
+    tried = {(each.control, each.shots, each.seed) for each in outcomes}
+    assert tried == {(name, shots, seed) for name in CONTROLS for shots in (1, 2) for seed in (1, 2, 3)}
+    assert len(outcomes) == len(tried)
+    without = {"image only", "init only"}
+    assert all((each.chosen["others_weight"] == 0) == (each.control in without) for each in outcomes)
+
+
+def test_related_texts_help_and_unrelated_ones_do_not(outcomes):
+    start = gain(outcomes, "UML init", "image only")
+    assert start.is_real
+    assert start.mean > 0.05, start
+    for related, unrelated in (("UML", "unrelated text"), ("UML init", "unrelated init")):
+        found = gain(outcomes, related, unrelated)
+        assert found.is_real
+        assert found.mean > 0.03, found
+        assert gain(outcomes, unrelated, "image only").mean < 0.01
+
+
+def test_the_report_has_table_sentences_figure_and_numbers(outcomes, capsys):
+    show(outcomes, title="attributes")
+    told = capsys.readouterr().out
+    for name in CONTROLS:
+        assert name in told
+    assert "UML against image only: " in told
+    assert b"<svg" in accuracy_figure(outcomes, title="attributes")
+    found = as_json(outcomes)
+    assert len(found["outcomes"]) == 36
+    assert {each["shots"] for each in found["gains"]} == {"all", 1, 2}
+
+
+def test_fewer_texts_can_be_asked_for():
+    images = features(np.arange(10 * CLASSES) % CLASSES, width=6, noise=1.0, seed=0)
+    texts = features(np.arange(6 * CLASSES) % CLASSES, width=5, noise=0.3, seed=1)
+    config = FewShotConfig(shots=(1,), seeds=(1,), lrs=(1e-2,), steps=10, eval_every=5, text_shots=2)
+    episodes = {(1, 1): draw_episode(images.labels_N, 1, seed=1)}
+    assert len(few_shot(images, texts, episodes, np.arange(CLASSES), config)) == len(CONTROLS)

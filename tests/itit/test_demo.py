@@ -1,0 +1,120 @@
+import json
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from diptych.itit import demo
+from diptych.itit.demo import demo_recipe, paired_only, run_demo
+from diptych.itit.pipeline import Diptych
+from diptych.tokenizers.image_tokenizer import ImageTokenizerConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:Covariance")
+
+
+def shrunk(run):
+    """The demo's own recipe with a few steps of a small network."""
+    pictures = ImageTokenizerConfig(size=32, codes=16, code_dim=4, widths=(8, 8), blocks=1, groups=4, patch=4)
+    short = {"steps": 3, "batch_size": 4, "quiet": True, "workers": 0, "device": "cpu", "tensorboard": False}
+    stages = {
+        "tokenizer_stage": replace(run.tokenizer_stage, model=pictures),
+        "text_encoder_stage": run.text_encoder_stage,
+    }
+    return replace(
+        run,
+        **{name: replace(stage, train=replace(stage.train, **short)) for name, stage in stages.items()},
+        data=replace(run.data, pairs="scenes:?split=train&count=40", max_pairs=10),
+        model=replace(run.model, width=16, depth=1, heads=2, text_decoder_width=16, text_decoder_heads=2),
+        objective=replace(run.objective, cycles_from=1),
+        train=replace(run.train, **short),
+    )
+
+
+@contextmanager
+def trained_before(alone, out, test):
+    """The control in this process: another one takes seconds to start."""
+    demo._train(alone, alone.prepare(out / "itit"), out / "paired_only", test, title="pairs only")
+    yield
+
+
+@pytest.fixture(scope="module")
+def patch():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "demo_recipe", lambda **options: shrunk(demo_recipe(**options)))
+        patch.setattr(demo, "_SCORED", 8)
+        patch.setattr(demo, "_WATCHED", 4)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory, patch):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    with patch.context() as inner:
+        inner.setattr(demo, "_trained_beside", trained_before)
+        return out, run_demo(out)
+
+
+def test_metrics_of_both_runs_and_the_time(shown):
+    out, metrics = shown
+    written = json.loads((out / "metrics.json").read_text())
+    assert written == json.loads(json.dumps(metrics))
+    for name in ("paired_only", "itit"):
+        for side in ("caption_accuracy", "image_accuracy"):
+            assert 0 <= written[name][side] <= 1
+        assert written[name]["steps"] == 3
+        assert written[name]["seconds"] > 0
+        assert written[name]["images"] == 8
+    assert written["seconds"] > written["itit"]["seconds"]
+    assert 0 <= written["tokenizer"]["image_accuracy"] <= 1
+    assert written["quick"] is False
+
+
+def test_both_run_folders_load(shown):
+    out, _ = shown
+    for name in ("paired_only", "itit"):
+        loaded = Diptych.from_pretrained(out / name)
+        assert loaded.imagine(["a red circle"]).shape == (1, 32, 32, 3)
+        lines = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+        assert any("caption_accuracy" in line for line in lines)
+        assert any("loss/t2i2t" in line for line in lines) == (name == "itit")
+    weights = [(out / name / "tokenizer/config.json").read_bytes() for name in ("paired_only", "itit")]
+    assert weights[0] == weights[1]
+
+
+def test_the_report_needs_nothing_else(shown):
+    out, _ = shown
+    report = (out / "report.html").read_text()
+    for title in ("What was learned", "Captions", "Pictures", "Cycles", "Curves"):
+        assert f">{title}</h2>" in report
+    assert not re.search(r"""(src|href)\s*=\s*(["'](?!data:|#)|[^"'])""", report)
+    assert not re.search(r"url\((?!data:|['\"]data:|#)|@import", report)
+
+
+def test_the_control_differs_in_unpaired_data_alone():
+    run = demo_recipe(quick=False, seed=3)
+    control = paired_only(run)
+    assert (control.objective.texts, control.objective.images) == ("off", "off")
+    objective = replace(control.objective, texts=run.objective.texts, images=run.objective.images)
+    assert replace(control, objective=objective) == run
+    assert run.train.seed == 3
+    assert "seed=3" in run.data.pairs
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_demo_can_be_trained(quick):
+    run = demo_recipe(quick=quick, seed=0)
+    run.check()
+    assert run.data.max_pairs == demo.PAIRS
+    assert run.data.pairs.startswith("scenes:?split=train")
+    assert run.optim.schedule == "constant"  # it may be stopped anywhere
+
+
+@pytest.mark.slow
+def test_the_control_trains_beside_in_a_process_of_its_own(patch, shown, tmp_path):
+    """And has learned the same as in this one."""
+    run_demo(tmp_path)
+    for name in ("paired_only", "itit"):
+        weights = [(out / name / "model/model.safetensors").read_bytes() for out in (tmp_path, shown[0])]
+        assert weights[0] == weights[1]

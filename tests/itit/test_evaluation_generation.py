@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from diptych.data.scenes.source import ScenesSource
+from diptych.data.sources import open_source
+from diptych.errors import UserError
+from diptych.eval.features import RandomFeatures
+from diptych.itit.evaluation import EvaluateConfig, evaluate, read_captioned
+from diptych.itit.generation import DrawConfig, WriteConfig
+from diptych.itit.pipeline import Caption, Diptych
+
+pytestmark = pytest.mark.filterwarnings("ignore:Covariance")
+SCENES = ScenesSource(count=8, split="test")
+GREEDY = EvaluateConfig(beams=1)
+
+
+@pytest.fixture
+def diptych(tokenizer, text_encoder, model) -> Diptych:
+    return Diptych(tokenizer, text_encoder, model, draw=DrawConfig(steps=2, guidance=0.0), write=WriteConfig(beams=2))
+
+
+@pytest.fixture
+def oracle(diptych, monkeypatch) -> Diptych:
+    """Knows every scene: what it writes and draws is right."""
+    written = [Caption(text=SCENES.captions(i)[0], score=None) for i in range(8)]
+    monkeypatch.setattr(Diptych, "caption_tokens", lambda self, tokens_BN, beams=None: written)
+    monkeypatch.setattr(Diptych, "imagine", lambda self, texts, seed=0, draw=None: SCENES.images(range(8), 32))
+    return diptych
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six pictures; the second has no caption, the fourth two."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 40, 40, 3), np.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+        if i != 1:
+            (tmp_path / f"{i}.txt").write_text(f"picture {i}\n" + "another text\n" * (i == 3))
+    return tmp_path
+
+
+def test_the_right_answers_get_the_best_scores(oracle):
+    found = evaluate(oracle, SCENES, GREEDY)
+    metrics = found.metrics
+    for side in ("caption", "image"):
+        for name in ("accuracy", "readable", "shape", "colour", "size", "place", "background"):
+            assert metrics[f"{side}_{name}"] == 1.0
+    assert metrics["images"] == 8
+    (distance,) = [value for name, value in metrics.items() if name.startswith("frechet/")]
+    assert distance == pytest.approx(0, abs=1e-2)
+    assert metrics["cider"] > 50
+
+
+def test_a_fresh_network_gets_bad_ones(diptych):
+    found = evaluate(diptych, SCENES, GREEDY)
+    assert found.metrics["caption_accuracy"] == 0
+    assert found.metrics["image_accuracy"] == 0
+    assert found.captions == diptych.caption(list(SCENES.images(range(8), 32)), beams=1)
+    np.testing.assert_array_equal(found.drawn_BSS3, diptych.imagine([texts[0] for texts in found.references]))
+    np.testing.assert_array_equal(found.real_BSS3, SCENES.images(range(8), 32))
+    assert found.keys == [SCENES.key(i) for i in range(8)]
+    again = evaluate(diptych, SCENES, GREEDY)
+    assert again.metrics == found.metrics
+    other = evaluate(diptych, SCENES, EvaluateConfig(beams=1, seed=1))
+    assert (other.drawn_BSS3 != found.drawn_BSS3).any()
+
+
+def test_either_side_may_be_left_out(diptych):
+    found = evaluate(diptych, SCENES, EvaluateConfig(beams=1, pictures=False))
+    assert found.drawn_BSS3 is None
+    assert "image_accuracy" not in found.metrics
+    found = evaluate(diptych, SCENES, EvaluateConfig(captions=False), extractor=RandomFeatures(seed=1))
+    assert found.captions == []
+    assert "cider" not in found.metrics
+    assert "caption_accuracy" not in found.metrics
+
+
+def test_other_sources_have_no_accuracies(diptych, photos):
+    found = evaluate(diptych, open_source(str(photos)), GREEDY)
+    assert found.keys == ["0.png", "2.png", "3.png", "4.png", "5.png"]
+    assert found.references[2] == ["picture 3", "another text"]
+    assert "cider" in found.metrics
+    assert not any("accuracy" in name for name in found.metrics)
+
+
+def test_one_image_has_no_frechet_distance(diptych, photos):
+    found = evaluate(diptych, open_source(str(photos)), EvaluateConfig(beams=1, limit=1))
+    assert found.metrics["images"] == 1
+    assert not any(name.startswith("frechet") for name in found.metrics)
+    assert any("two images or more" in note for note in found.notes)
+
+
+def test_the_first_readable_captioned_items_are_read(photos):
+    (photos / "2.png").write_bytes(b"")
+    for i in range(200):
+        Image.new("RGB", (2, 2)).save(photos / f"more-{i}.png")
+    source = open_source(str(photos))
+    items, pixels = read_captioned(source, limit=3, size=32)
+    assert [source.key(item) for item in items] == ["0.png", "3.png", "4.png"]
+    np.testing.assert_array_equal(pixels, [source.image(item, 32) for item in items])
+
+
+def test_too_many_unreadable_images_stop(photos):
+    (photos / "2.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 of 6 items are unreadable.*2\.png"):
+        read_captioned(open_source(str(photos)), limit=None, size=32)
+
+
+@pytest.mark.parametrize(("count", "limit", "read"), [(5, None, 5), (5, 3, 3), (5, 9, 5), (1200, None, 1200)])
+def test_limits_of_scenes(count, limit, read):
+    items, pixels = read_captioned(ScenesSource(count=count), limit=limit, size=16)
+    assert items == list(range(read))
+    assert pixels.shape == (read, 16, 16, 3)
+
+
+def test_endless_scenes_are_cut_at_a_thousand():
+    assert len(read_captioned(ScenesSource(), limit=None, size=16)[0]) == 1000
+
+
+def test_sources_and_limits_that_cannot_be_scored(diptych, photos, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("bread\n")
+    with pytest.raises(UserError, match="scores need images and captions"):
+        evaluate(diptych, open_source(str(tmp_path / "texts/a.txt")), GREEDY)
+    with pytest.raises(UserError, match="a limit of 0 images"):
+        evaluate(diptych, SCENES, EvaluateConfig(limit=0))

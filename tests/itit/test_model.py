@@ -1,0 +1,130 @@
+import math
+
+import pytest
+import torch
+
+from diptych.itit.model import ITIT, SIZES, ItitConfig
+
+PAPER = {"base": 221e6, "large": 487e6, "huge": 868e6}
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_parameter_counts_are_the_papers(size):
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in ITIT(SIZES[size]).parameters())
+    assert count == pytest.approx(PAPER[size], rel=0.015)
+
+
+@pytest.fixture
+def tokens(model):
+    return torch.randint(
+        model.config.codebook, (3, model.config.image_tokens), generator=torch.Generator().manual_seed(0)
+    )
+
+
+def text(model, rows=3, length=6, valid=4):
+    features = torch.randn(rows, length, model.config.text_features)
+    return features, torch.arange(length).expand(rows, -1) < valid
+
+
+def test_hidden_tokens_do_not_reach_the_output(model, tokens):
+    hidden = torch.zeros_like(tokens, dtype=torch.bool)
+    hidden[:, 5:] = True
+    other = tokens.clone()
+    other[:, 5:] = (other[:, 5:] + 1) % model.config.codebook
+    one, two = (model.encode(model.embed_image(t), hidden_BN=hidden) for t in (tokens, other))
+    torch.testing.assert_close(one.image_BKD, two.image_BKD)
+    torch.testing.assert_close(model.image_logits(one, hidden), model.image_logits(two, hidden))
+
+
+def test_dropped_positions_come_back_in_the_decoder(model, tokens):
+    """Which kept position comes first makes no difference, and every one of the N positions gets logits."""
+    hidden = torch.ones_like(tokens, dtype=torch.bool)
+    hidden[:, [1, 6, 9]] = False
+    keep = torch.tensor([1, 6, 9, 0, 2]).expand(3, -1)
+    image = model.embed_image(tokens)
+    one = model.image_logits(model.encode(image, hidden_BN=hidden, keep_BK=keep), hidden)
+    two = model.image_logits(model.encode(image, hidden_BN=hidden, keep_BK=keep.flip(1)), hidden)
+    assert one.shape == (3, 16, model.config.codebook)
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+def test_text_padding_changes_nothing(model, tokens):
+    features, valid = text(model)
+    moved = features.clone()
+    moved[:, 4:] += 10
+    hidden = torch.ones_like(tokens, dtype=torch.bool)
+    logits = [
+        model.image_logits(
+            model.encode(model.embed_image(tokens), hidden_BN=hidden, features_BLF=f[:, :n], valid_BL=valid[:, :n]),
+            hidden,
+        )
+        for f, n in ((features, 6), (moved, 6))
+    ]
+    torch.testing.assert_close(logits[0], logits[1])
+
+
+def test_text_steers_the_image_and_the_null_text_is_another_one(model, tokens):
+    features, valid = text(model)
+    hidden = torch.ones_like(tokens, dtype=torch.bool)
+    image = model.embed_image(tokens)
+    one = model.image_logits(model.encode(image, hidden_BN=hidden, features_BLF=features, valid_BL=valid), hidden)
+    two = model.image_logits(model.encode(image, hidden_BN=hidden, features_BLF=-features, valid_BL=valid), hidden)
+    null = model.image_logits(model.encode(image, hidden_BN=hidden), hidden)
+    assert (one - two).abs().max() > 1e-5
+    assert (one - null).abs().max() > 1e-5
+
+
+def test_a_text_token_sees_the_image_and_only_earlier_text(model, tokens):
+    prefix = model.encode(model.embed_image(tokens)).image_BKD
+    ids = torch.randint(3, 30, (3, 6))
+    moved = ids.clone()
+    moved[:, 3] += 1
+    same = (model.text_logits(prefix, ids) - model.text_logits(prefix, moved)).abs().amax(-1) < 1e-6
+    assert same.all(0).tolist() == [True] * 3 + [False] * 3
+    assert (model.text_logits(prefix, ids) - model.text_logits(-prefix, ids)).abs().amin(-1).max() > 0
+
+
+def test_writing_step_by_step_equals_the_whole(model, tokens):
+    prefix = model.encode(model.embed_image(tokens)).image_BKD
+    ids = torch.randint(3, 30, (3, 6))
+    decoding = model.start_text(prefix)
+    steps = torch.stack([decoding.step(ids[:, position]) for position in range(6)], dim=1)
+    torch.testing.assert_close(steps, model.text_logits(prefix, ids), atol=1e-5, rtol=1e-5)
+
+
+def test_beams_share_a_prefix_and_reorder_the_rest(model, tokens):
+    prefix = model.encode(model.embed_image(tokens[:1])).image_BKD
+    decoding = model.start_text(prefix, beams=2)
+    decoding.step(torch.tensor([0, 0]))
+    decoding.step(torch.tensor([5, 9]))
+    decoding.reorder(torch.tensor([1, 1]))
+    found = decoding.step(torch.tensor([7, 7]))
+    expected = model.text_logits(prefix, torch.tensor([[0, 9, 7]]))[:, -1]
+    torch.testing.assert_close(found, expected.expand(2, -1), atol=1e-5, rtol=1e-5)
+
+
+def test_no_weight_is_left_uninitialised():
+    """Built on the meta device and moved without values, then initialised: every weight must have been written."""
+    config = ItitConfig(image_tokens=4, codebook=8, text_tokens=4, text_features=4, vocabulary=8, width=8, depth=1,
+                        heads=1, image_decoder_depth=1, text_decoder_width=8, text_decoder_depth=1,
+                        text_decoder_heads=1)  # fmt: skip
+    empty = torch.empty
+
+    def poisoned(*size, **options):
+        return empty(*size, **options).fill_(math.nan)
+
+    torch.empty = poisoned
+    try:
+        model = ITIT(config)
+    finally:
+        torch.empty = empty
+    assert not [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+
+
+def test_save_and_load(model, tokens, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = ITIT.from_pretrained(tmp_path)
+    assert again.config == model.config
+    expected = model.encode(model.embed_image(tokens)).image_BKD
+    torch.testing.assert_close(again.encode(again.embed_image(tokens)).image_BKD, expected, rtol=0, atol=0)

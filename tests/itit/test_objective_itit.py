@@ -1,0 +1,191 @@
+"""The whole objective: what each loss trains, what it must not, and that nothing depends on how rows are split."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diptych.itit.generation import DrawConfig
+from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, LossWeights
+from diptych.nn.transformer import Block
+from diptych.rng import Draws
+
+NOTHING = {"t2i": 0.0, "i2t": 0.0, "i2i": 0.0, "t2i2t": 0.0, "i2t2i": 0.0}
+ENCODER = ("encoder.", "input_norm.")
+IMAGE_DECODER = ("image_decoder.", "image_head.", "decoder_position", "image_bias")
+TEXT_DECODER = ("text_decoder.", "word_", "prefix_projection.")
+FAST = DrawConfig(steps=3, guidance=0.0, temperature=4.0)
+
+
+def objective(model, text_encoder, **fields):
+    return ItitObjective(model, text_encoder, ItitObjectiveConfig(**({"cycles_from": 0, "draw": FAST} | fields)))
+
+
+def trained_by(model, text_encoder, batch, name, **fields):
+    """Names of the parameters with a gradient that is not zero when one loss counts."""
+    weights = LossWeights(**(NOTHING | {name: 1.0}))
+    objective(model, text_encoder, weights=weights, **fields)(batch, 0).total.backward()
+    found = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert all(p.grad is None for p in text_encoder.parameters())
+    return found
+
+
+def has(names, parts):
+    return any(name.startswith(parts) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "image_decoder", "text_decoder"),
+    [("t2i", True, False), ("i2i", True, False), ("i2t", False, True), ("t2i2t", True, True), ("i2t2i", True, True)],
+)
+def test_each_loss_trains_its_own_part(model, text_encoder, batch, name, image_decoder, text_decoder):
+    names = trained_by(model, text_encoder, batch, name)
+    assert has(names, ENCODER)
+    assert has(names, IMAGE_DECODER) == image_decoder
+    assert has(names, TEXT_DECODER) == text_decoder
+    assert ("text_null" in names) == (name in ("i2i", "i2t", "t2i2t"))
+
+
+@pytest.mark.parametrize(
+    ("stream", "name", "decoder"), [("texts", "t2i2t", IMAGE_DECODER), ("images", "i2t2i", TEXT_DECODER)]
+)
+def test_a_half_cycle_stops_at_the_pseudo_data(model, text_encoder, batch, stream, name, decoder):
+    assert not has(trained_by(model, text_encoder, batch, name, **{stream: "half"}), decoder)
+
+
+def test_t2i2t_reaches_the_image_decoder_scaled_by_the_encoder_gradient(model, text_encoder, batch):
+    """0.1 of the text gradient enters the encoder, and so the image decoder behind it."""
+
+    def gradient(share):
+        model.zero_grad()
+        weights = LossWeights(**(NOTHING | {"t2i2t": 1.0}))
+        objective(model, text_encoder, weights=weights, encoder_gradient=share)(batch, 0).total.backward()
+        return model.image_decoder.layers[0].mlp[0].weight.grad.clone()
+
+    torch.testing.assert_close(gradient(0.1), 0.1 * gradient(1.0), atol=1e-9, rtol=1e-3)
+    assert gradient(0.0).abs().max() == 0
+
+
+def test_the_first_encoder_pass_of_a_cycle_gets_no_gradient(model, text_encoder, batch, monkeypatch):
+    passes = []
+    encode = model.encode
+
+    def watched(*args, **options):
+        passes.append(torch.is_grad_enabled())
+        return encode(*args, **options)
+
+    monkeypatch.setattr(model, "encode", watched)
+    objective(model, text_encoder, images="off")(batch, 0)
+    assert passes == [True, True, *[False] * FAST.steps, False, True]
+    passes.clear()
+    objective(model, text_encoder, texts="off")(batch, 0)
+    assert passes == [True, True, False, False, True]
+
+
+def test_the_total_is_the_weighted_sum(model, text_encoder, batch):
+    weights = LossWeights(t2i=2.0, i2t=3.0, i2i=5.0, t2i2t=7.0, i2t2i=11.0)
+    losses = objective(model, text_encoder, weights=weights)(batch, 0)
+    expected = sum(getattr(weights, name) * losses.terms[name] for name in NOTHING)
+    torch.testing.assert_close(losses.total, expected)
+
+
+def test_cycles_begin_at_their_step(model, text_encoder, batch):
+    late = objective(model, text_encoder, cycles_from=10)
+    assert set(late(batch, 9).terms) == {"t2i", "i2t", "i2i"}
+    assert set(late(batch, 10).terms) == {"t2i", "i2t", "i2i", "t2i2t", "i2t2i", "i2t2i/distinct_captions"}
+
+
+def test_controls_and_streams(model, text_encoder, batch):
+    control = objective(model, text_encoder, texts="t2t", images="i2i")
+    assert {"t2t", "unpaired_i2i"} <= set(control(batch, 0).terms)
+    assert control.streams == {"pairs": 2, "images": 1, "texts": 1}
+    alone = objective(model, text_encoder, texts="off", images="off")
+    assert alone.streams == {"pairs": 2}
+    assert set(alone(batch, 0).terms) == {"t2i", "i2t", "i2i"}
+
+
+def test_padding_changes_no_loss(model, text_encoder, batch):
+    def padded(items):
+        return replace(
+            items,
+            ids_BL=torch.nn.functional.pad(items.ids_BL, (0, 4)),
+            valid_BL=torch.nn.functional.pad(items.valid_BL, (0, 4)),
+        )
+
+    longer = replace(batch, pairs=padded(batch.pairs), texts=padded(batch.texts))
+    one, two = (objective(model, text_encoder)(b, 0).terms for b in (batch, longer))
+    for name in NOTHING:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-5)
+
+
+def test_cached_features_change_no_loss(model, text_encoder, batch):
+    def cached(items):
+        return replace(items, features_BLF=text_encoder.features(items.ids_BL, items.valid_BL))
+
+    cached_batch = replace(batch, pairs=cached(batch.pairs), texts=cached(batch.texts))
+    one, two = (objective(model, text_encoder)(b, 0).total for b in (batch, cached_batch))
+    torch.testing.assert_close(one, two)
+
+
+def test_two_processes_have_the_losses_of_one(model, text_encoder, batch):
+    def part(rank):
+        rows = {name: getattr(batch, name) for name in ("pairs", "images", "texts")}
+        cut = {name: items[rank * len(items) // 2 : (rank + 1) * len(items) // 2] for name, items in rows.items()}
+        return replace(batch, draws=Draws(0, 0, rank, 2), **cut)
+
+    whole = objective(model, text_encoder)(batch, 0).terms
+    parts = [objective(model, text_encoder)(part(rank), 0).terms for rank in (0, 1)]
+    for name in NOTHING:
+        torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, whole[name], atol=1e-5, rtol=1e-5)
+
+
+def test_the_frozen_text_encoder_is_not_in_the_checkpoint(model, text_encoder):
+    state = objective(model, text_encoder).state_dict()
+    assert state
+    assert not [name for name in state if "text_encoder" in name]
+
+
+def test_an_averaged_teacher_synthesises_and_never_learns(model, text_encoder, batch):
+    taught = objective(model, text_encoder, teacher="ema", teacher_decay=0.5)
+    taught.train()(batch, 0).total.backward()
+    assert all(p.grad is None for p in taught.teacher.parameters())
+    with torch.no_grad():
+        model.image_bias += 1.0
+    before = taught.teacher.image_bias.clone()
+    taught(batch, 1)
+    torch.testing.assert_close(taught.teacher.image_bias, (before + model.image_bias) / 2)
+    taught(batch, 1)  # a second micro-batch of the same step
+    torch.testing.assert_close(taught.teacher.image_bias, (before + model.image_bias) / 2)
+    assert [name for name in taught.state_dict() if name.startswith("teacher.")]
+
+
+def test_it_can_over_fit_one_batch(model, text_encoder, batch):
+    fit = objective(model, text_encoder, smoothing=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    first = fit(batch, 0).terms
+    for step in range(150):
+        optimizer.zero_grad()
+        losses = fit(replace(batch, draws=Draws(0, step)), step)
+        losses.total.backward()
+        optimizer.step()
+    for name in ("t2i", "i2t", "i2i", "t2i2t"):
+        assert losses.terms[name] < 0.7 * first[name], name
+
+
+def test_compiling_takes_the_blocks_but_not_their_cached_form(model, text_encoder, batch, monkeypatch):
+    calls = []
+
+    def compile_(block, **settings):
+        def compiled(*args, **named):
+            calls.append(named.get("cache"))
+            return block.forward(*args, **named)
+
+        block._compiled_call_impl = compiled
+
+    monkeypatch.setattr(Block, "compile", compile_)
+    whole = objective(model, text_encoder)
+    plain = whole(batch, 0).total.item()
+    whole.compile_regions()
+    assert whole(batch, 0).total.item() == plain
+    assert len(calls) > sum(isinstance(module, Block) for module in model.modules())
+    assert all(cache is None for cache in calls)

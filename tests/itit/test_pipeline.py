@@ -1,0 +1,254 @@
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diptych
+from diptych.data.scenes.source import ScenesSource
+from diptych.errors import UserError
+from diptych.itit.generation import DrawConfig, WriteConfig
+from diptych.itit.pipeline import Diptych
+
+DRAW = DrawConfig(steps=3, guidance=1.0, temperature=4.0)
+WRITE = WriteConfig(beams=2)
+
+
+@pytest.fixture
+def made(tokenizer, text_encoder, model) -> Diptych:
+    return Diptych(tokenizer, text_encoder, model, draw=DRAW, write=WRITE, precision="fp32")
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    folder = tmp_path / "run"
+    for part, whole in (("tokenizer", made.tokenizer), ("text_encoder", made.text_encoder), ("model", made.model)):
+        whole.save_pretrained(folder / part)
+    generation = {"draw": {"steps": 3, "guidance": 1.0, "temperature": 4.0}, "write": {"beams": 2}}
+    (folder / "config.json").write_text(json.dumps({"generation": generation}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return ScenesSource(count=5).images(range(5), 32)
+
+
+@pytest.fixture(scope="module")
+def wide() -> np.ndarray:
+    """Taller than wide and larger than the tokenizer's pictures."""
+    return np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
+
+
+def test_captions_have_texts_and_scores(made, pixels):
+    found = made.captions(list(pixels))
+    assert [caption.text for caption in found] == made.caption(list(pixels))
+    assert all(isinstance(caption.text, str) and caption.score < 0 for caption in found)
+    assert [caption.score for caption in made.captions(list(pixels[:1]), beams=1)] == [None]
+    assert made.captions([]) == []
+
+
+def test_bf16_is_near_fp32(made, run, pixels):
+    near = Diptych.from_pretrained(run, device="cpu", precision="bf16")
+    exact = [caption.score for caption in made.captions(list(pixels))]
+    scores = [caption.score for caption in near.captions(list(pixels))]
+    assert scores != exact
+    assert scores == pytest.approx(exact, rel=0.01)
+    assert near.imagine(["a red circle"]).shape == (1, 32, 32, 3)
+
+
+def test_many_pictures_are_written_about_in_pieces(made, pixels, monkeypatch):
+    whole = made.captions(list(pixels))
+    monkeypatch.setattr("diptych.pipeline._ROWS", 2)
+    pieces = made.captions(list(pixels))
+    assert [caption.text for caption in pieces] == [caption.text for caption in whole]
+    assert [c.score for c in pieces] == pytest.approx([c.score for c in whole], abs=1e-4)
+
+
+def test_a_path_a_pil_image_and_an_array_give_the_same_caption(made, wide, tmp_path):
+    image = Image.fromarray(wide)
+    image.save(tmp_path / "wide.png")
+    views = [tmp_path / "wide.png", str(tmp_path / "wide.png"), image, wide]
+    for view in views:
+        np.testing.assert_array_equal(made.read(view), made.read(wide))
+    assert made.read(wide).shape == (32, 32, 3)
+    captions = made.captions(views)
+    assert len({(caption.text, caption.score) for caption in captions}) == 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
+def test_pil_images_of_any_mode_are_read_as_files_are(made, wide, tmp_path, mode):
+    if mode in ("I;16", "I", "F"):
+        image = Image.fromarray(wide[..., 0].astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+    else:
+        image = Image.fromarray(wide).convert(mode)
+    image.save(tmp_path / "image.tiff")
+    np.testing.assert_array_equal(made.read(image), made.read(tmp_path / "image.tiff"))
+
+
+def test_a_pil_image_is_turned_as_its_file_is(made, wide, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(wide).save(tmp_path / "turned.png", exif=exif)
+    upright = np.rot90(wide, -1).copy()
+    for view in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        assert np.abs(made.read(view).astype(int) - made.read(upright)).max() <= 1
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((8, 8)), np.zeros((8, 8, 4), np.uint8), np.zeros((3, 8, 8), np.uint8)])
+def test_other_arrays_are_refused(made, wrong):
+    with pytest.raises(UserError, match=r"give uint8 \[height, width, 3\]"):
+        made.caption([wrong])
+
+
+def test_pictures_follow_from_text_and_seed(made, scene_texts):
+    first = made.imagine(scene_texts[:3], seed=1)
+    assert (first.shape, first.dtype) == ((3, 32, 32, 3), np.uint8)
+    np.testing.assert_array_equal(first, made.imagine(scene_texts[:3], seed=1))
+    assert (first != made.imagine(scene_texts[:3], seed=2)).any(axis=(1, 2, 3)).all()
+    assert (first[0] != made.imagine([scene_texts[0]] * 2, seed=1)[1]).any()
+
+
+def test_drawing_takes_other_settings(made, scene_texts):
+    sure = DrawConfig(steps=1, guidance=0.0, token_temperature=0.0)
+    found = made.imagine_tokens(scene_texts[:2], config=sure)
+    assert found.shape == (2, made.tokenizer.tokens)
+    assert torch.equal(found, made.imagine_tokens(scene_texts[:2], seed=9, config=sure))
+
+
+def test_many_texts_are_drawn_in_pieces(made, scene_texts, monkeypatch):
+    monkeypatch.setattr("diptych.pipeline._ROWS", 2)
+    found = made.imagine_tokens(scene_texts[:1] * 5)
+    assert len(found) == 5
+    assert len({tuple(row) for row in found.tolist()}) == 5  # no piece repeats the random numbers of another
+
+
+@pytest.mark.parametrize("text", ["", "红色的圆", "a red circle " * 800, "<pad></s><extra_id_0>", "\0"])
+def test_any_text_can_be_drawn(made, text):
+    assert made.imagine([text]).shape == (1, 32, 32, 3)
+
+
+def test_no_text_and_a_text_without_its_list_are_refused(made):
+    with pytest.raises(UserError, match="no text to imagine"):
+        made.imagine([])
+    with pytest.raises(UserError, match="give a list of texts"):
+        made.imagine("a red circle")
+
+
+def test_a_cycle_alternates(made, scene_texts, pixels):
+    steps = made.cycle(text=scene_texts[0], rounds=2, seed=3)
+    assert [step.picture is None for step in steps] == [True, False, True, False, True]
+    assert steps[0].shown == scene_texts[0]
+    np.testing.assert_array_equal(steps[1].shown, made.imagine([scene_texts[0]], seed=3)[0])
+    assert steps[2].shown == made.caption([steps[1].picture])[0]
+    again = made.cycle(text=scene_texts[0], rounds=2, seed=3)
+    np.testing.assert_array_equal(steps[3].picture, again[3].picture)
+    steps = made.cycle(image=pixels[0], rounds=1)
+    assert [step.picture is None for step in steps] == [False, True, False]
+
+
+@pytest.mark.parametrize("given", [{}, {"text": "a", "image": "b.png"}, {"text": "a", "rounds": 0}])
+def test_a_cycle_needs_one_start_and_a_round(made, given):
+    with pytest.raises(UserError, match=r"give one of them|at least one is needed"):
+        made.cycle(**given)
+
+
+def test_a_run_folder_is_the_same_diptych(made, run, pixels, scene_texts):
+    loaded = diptych.Diptych.from_pretrained(run, device="cpu", precision="fp32")
+    assert (loaded.draw_config, loaded.write_config) == (DRAW, WRITE)
+    assert loaded.captions(list(pixels)) == made.captions(list(pixels))
+    np.testing.assert_array_equal(loaded.imagine(scene_texts[:2]), made.imagine(scene_texts[:2]))
+    assert loaded.coders.fingerprint == made.coders.fingerprint
+    moved = run.rename(run.with_name("elsewhere"))
+    (moved / "config.json").unlink()
+    assert Diptych.from_pretrained(str(moved)).draw_config == DrawConfig()
+
+
+def test_coders_and_their_fingerprint(made, pixels, scene_texts, tokenizer):
+    coders = made.coders
+    pixels_B3HW = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    assert torch.equal(coders.tokens(pixels_B3HW), tokenizer.encode(pixels_B3HW))
+    assert coders.ids(scene_texts[:2]).shape == (2, made.model.config.text_tokens)
+    assert (coders.image_size, coders.features) == (32, None)
+    before = coders.fingerprint
+    with torch.no_grad():
+        tokenizer.codebook[0, 0] += 1
+    try:
+        assert made.coders.fingerprint != before
+    finally:
+        with torch.no_grad():
+            tokenizer.codebook[0, 0] -= 1
+
+
+def one_line(caught, *parts: str) -> None:
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_folders_that_are_no_run(run, tmp_path):
+    with pytest.raises(UserError) as caught:
+        Diptych.from_pretrained(tmp_path / "none")
+    one_line(caught, str(tmp_path / "none"), "no such run folder")
+    for part in ("model", "text_encoder", "tokenizer"):
+        (run / part).rename(run / f"away-{part}")
+        with pytest.raises(UserError) as caught:
+            Diptych.from_pretrained(run)
+        one_line(caught, str(run), f"has no {part}/")
+
+
+def safetensors_of(part):
+    (file,) = part.glob("*.safetensors")
+    return file
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "model"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "noise", "no config", "config"])
+def test_damaged_parts_are_named_in_one_line(run, part, damage):
+    file = safetensors_of(run / part)
+    match damage:
+        case "gone":
+            file.unlink()
+        case "empty":
+            file.write_bytes(b"")
+        case "cut":
+            file.write_bytes(file.read_bytes()[:-100])
+        case "noise":
+            file.write_bytes(b"\xff" * 2000)
+        case "no config":
+            (run / part / "config.json").unlink()
+        case "config":
+            (run / part / "config.json").write_text("{")
+    with pytest.raises(UserError) as caught:
+        Diptych.from_pretrained(run)
+    one_line(caught, str(run / part))
+
+
+def test_weights_of_another_network_are_refused(run):
+    """What the file lacks must not be left at its random start."""
+    config = run / "model/config.json"
+    content = config.read_text()
+    assert '"depth": 2' in content
+    config.write_text(content.replace('"depth": 2', '"depth": 3', 1))
+    with pytest.raises(UserError) as caught:
+        Diptych.from_pretrained(run)
+    one_line(caught, str(run / "model"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"generation": {"draw": {"staps": 3}}}', '{"generation": 3}'])
+def test_a_damaged_config_is_named(run, content):
+    (run / "config.json").write_text(content)
+    with pytest.raises(UserError) as caught:
+        Diptych.from_pretrained(run)
+    one_line(caught, str(run / "config.json"))
+
+
+def test_an_unreadable_picture_is_named(made, tmp_path, wide):
+    buffer = io.BytesIO()
+    Image.fromarray(wide).save(buffer, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(buffer.getvalue()[:500])
+    with pytest.raises(UserError) as caught:
+        made.caption([tmp_path / "cut.jpg"])
+    one_line(caught, str(tmp_path / "cut.jpg"))

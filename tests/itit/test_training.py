@@ -1,0 +1,273 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diptych.data.scenes.source import ScenesSource
+from diptych.errors import UserError
+from diptych.itit.data import DataConfig
+from diptych.itit.generation import DrawConfig, WriteConfig
+from diptych.itit.model import ItitConfig
+from diptych.itit.objective import ItitObjectiveConfig
+from diptych.itit.pipeline import Diptych
+from diptych.itit.training import GenerationConfig, ItitRun
+from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from diptych.tokenizers.span_corruption import TextEncoderConfig
+from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.training import TextEncoderRun, TextEncoderStage, TokenizerRun, TokenizerStage
+from diptych.tokenizers.vqgan import VQGANConfig
+from diptych.train.config import OptimConfig, TrainConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:Covariance")
+DRAW = DrawConfig(steps=2, guidance=0.0, temperature=1.0)
+
+
+def loop(steps: int, **changes) -> TrainConfig:
+    fixed = {"checkpoint_every": 100, "eval_every": 100, "tensorboard": False, "quiet": True, "workers": 0}
+    return TrainConfig(**{"steps": steps, "batch_size": 4, "device": "cpu", "precision": "fp32", **fixed, **changes})
+
+
+def tiny_run(*, steps: int = 4, **data) -> ItitRun:
+    """Three steps of either stage, four of the network."""
+    rule = OptimConfig(lr=1e-3, warmup_steps=0, schedule="constant")
+    return ItitRun(
+        data=DataConfig(**{"pairs": "scenes:?count=40", "max_pairs": 10, "workers": 1, **data}),
+        tokenizer_stage=TokenizerStage(
+            model=ImageTokenizerConfig(size=32, codes=16, code_dim=4, widths=(8, 8), blocks=1, groups=4, patch=4),
+            objective=VQGANConfig(adversarial_weight=0.0),
+            train=loop(3),
+            optim=rule,
+        ),
+        text_encoder_stage=TextEncoderStage(
+            model=replace(TextEncoderConfig.tiny(), width=16, layers=1, heads=2, feed_forward=16),
+            length=20,
+            train=loop(3),
+            optim=rule,
+        ),
+        model=ItitConfig(
+            width=16, depth=1, heads=2, image_decoder_depth=1, text_tokens=16, text_decoder_width=16,
+            text_decoder_depth=1, text_decoder_heads=2, dropout=0.1,
+        ),
+        objective=ItitObjectiveConfig(cycles_from=1, draw=DRAW),
+        train=loop(steps, ema=0.9),
+        optim=rule,
+        generation=GenerationConfig(draw=DRAW, write=WriteConfig(beams=2)),
+    )  # fmt: skip
+
+
+def tiny_run_without_dropout(tokenizers: str) -> ItitRun:
+    run = tiny_run()
+    model = replace(run.model, dropout=0.0)
+    return replace(run, tokenizer=tokenizers, text_encoder=tokenizers, model=model)
+
+
+def lines_of(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(run) -> list[dict]:
+    """Everything but times."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines_of(run) if "loss" in line]
+
+
+def contents(run) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run, with validation; tests must not change it."""
+    out = tmp_path_factory.mktemp("itit") / "run"
+    result = tiny_run(valid="scenes:?split=test&count=6").fit(out, recipe="itit-tiny")
+    assert (result.step, result.finished) == (4, True)
+    return out
+
+
+@pytest.fixture
+def started(done, tmp_path):
+    """The finished run's tokenizers and encoded data in a folder that has no network yet."""
+    for part in ("tokenizer", "text_encoder", "encoded"):
+        shutil.copytree(done / part, tmp_path / "run" / part)
+    shutil.copy(done / "config.json", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_folder_is_complete(done):
+    expected = {"config.json", "tokenizer", "text_encoder", "model", "metrics.jsonl", "samples", "report.html"}
+    assert expected <= {path.name for path in done.iterdir()}
+    assert not list(done.rglob(".*"))
+    config = json.loads((done / "config.json").read_text())
+    assert config["recipe"] == "itit-tiny"
+    assert config["run"]["data"]["max_pairs"] == 10
+    assert config["generation"]["write"]["beams"] == 2
+    assert {"diptych", "torch"} <= config["versions"].keys()
+    assert [path.name for path in (done / "samples").iterdir()] == ["step-00000004.png"]
+
+
+def test_two_processes_with_given_tokenizers_train_as_one(done, tmp_path):
+    """Rank and world must be known before the first stage that has nothing to train."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    launch += ["--rdzv-endpoint=localhost:0", str(Path(__file__).with_name("run_itit.py"))]
+    ended = subprocess.run([*launch, str(tmp_path / "two"), str(done)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    tiny_run_without_dropout(str(done)).fit(tmp_path / "one", recipe="itit-tiny")
+    two, one = losses_of(tmp_path / "two"), losses_of(tmp_path / "one")
+    assert [line["step"] for line in two] == [1, 2, 3, 4]
+    for ours, alone in zip(two, one, strict=True):
+        for name in alone.keys() - {"loss/i2t2i/distinct_captions"}:  # of the captions of one process
+            assert ours[name] == pytest.approx(alone[name], rel=1e-4), name
+
+
+def test_metrics_have_a_line_for_each_step_and_its_losses(done):
+    lines = losses_of(done)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    always = {"loss/t2i", "loss/i2t", "loss/i2i"}
+    cycles = {"loss/t2i2t", "loss/i2t2i"}
+    assert always <= lines[0].keys()
+    assert not cycles & lines[0].keys()
+    assert always | cycles <= lines[1].keys()
+    (valid,) = [line for line in lines_of(done) if "valid/caption_accuracy" in line]
+    assert valid["step"] == 4
+    assert {"valid/cider", "valid/image_accuracy"} <= valid.keys()
+
+
+def test_the_report_needs_nothing_else(done):
+    report = (done / "report.html").read_text()
+    for title in ("Samples", "A cycle", "Curves", "Validation", "Settings"):
+        assert f">{title}</h2>" in report
+    assert not re.search(r"""(src|href)\s*=\s*(["'](?!data:|#)|[^"'])""", report)
+    assert not re.search(r"url\((?!data:|['\"]data:|#)|@import", report)
+    assert "data.max_pairs = 10" in report
+
+
+def test_the_folder_works_elsewhere(done, tmp_path):
+    shutil.copytree(done, tmp_path / "copy", ignore=shutil.ignore_patterns("stages", "encoded", "checkpoints"))
+    here, there = Diptych.from_pretrained(done), Diptych.from_pretrained(tmp_path / "copy")
+    assert there.draw_config == DRAW
+    pictures = list(ScenesSource(count=3).images(range(3), 32))
+    assert there.captions(pictures) == here.captions(pictures)
+    np.testing.assert_array_equal(there.imagine(["a red circle"]), here.imagine(["a red circle"]))
+
+
+def test_the_same_command_again_changes_nothing(done, tmp_path, monkeypatch):
+    shutil.copytree(done, tmp_path / "run")
+    before = contents(tmp_path / "run")
+
+    def never(*args, **options):
+        raise AssertionError("trained again")
+
+    for name in ("recipes.tokenizer.VQGAN", "recipes.text_encoder.SpanCorruption", "objectives.itit.t2i_loss"):
+        monkeypatch.setattr(f"diptych.{name}", never)
+    result = tiny_run(valid="scenes:?split=test&count=6").fit(tmp_path / "run", recipe="itit-tiny")
+    assert (result.step, result.finished) == (4, True)
+    after = contents(tmp_path / "run")
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name] and name != "report.html"] == []
+
+
+def test_going_on_is_the_uninterrupted_run_bit_for_bit(done, started):
+    """More steps later, and a stop by the clock after each."""
+    tiny_run(steps=2).fit(started, recipe="itit-tiny")
+    hurried = tiny_run(steps=4)
+    hurried.train = replace(hurried.train, max_seconds=1e-9)
+    stopped = hurried.fit(started, recipe="itit-tiny")
+    assert (stopped.step, stopped.finished) == (3, False)
+    result = tiny_run(steps=4).fit(started, recipe="itit-tiny")
+    assert (result.step, result.finished) == (4, True)
+    assert losses_of(started) == losses_of(done)
+    for part in ("model/model.safetensors", "model/config.json"):
+        assert (started / part).read_bytes() == (done / part).read_bytes()
+
+
+def test_without_validation_some_pairs_are_shown(started):
+    tiny_run(steps=2).fit(started, recipe="itit-tiny")
+    assert (started / "samples/step-00000002.png").stat().st_size > 0
+    assert ">Validation</h2>" not in (started / "report.html").read_text()
+
+
+def test_other_settings_are_refused(done, started):
+    tiny_run(steps=2).fit(started, recipe="itit-tiny")
+    other = tiny_run(steps=4)
+    other.model = replace(other.model, width=32)
+    with pytest.raises(UserError, match="trained with other settings: model") as caught:
+        other.fit(started, recipe="itit-tiny")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="encoded from other items"):
+        tiny_run(max_pairs=11).fit(started, recipe="itit-tiny")
+
+
+def test_a_run_keeps_the_tokenizers_it_began_with(started):
+    before = (started / "config.json").read_bytes()
+    borrowed, retrained = tiny_run(), tiny_run()
+    borrowed.tokenizer = "elsewhere"
+    stage = retrained.text_encoder_stage
+    retrained.text_encoder_stage = replace(stage, model=replace(stage.model, width=32))
+    for other, part in ((borrowed, "tokenizer"), (retrained, "text_encoder")):
+        with pytest.raises(UserError, match=f"begun with another {part}"):
+            other.fit(started, recipe="itit-tiny")
+    assert (started / "config.json").read_bytes() == before
+
+
+def test_only_the_seed_decides_the_first_weights(done):
+    run = tiny_run()
+    ready = run.prepare(done)
+    first, again = run.build(ready), run.build(ready)
+    assert all((a == b).all() for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+    run.train = replace(run.train, seed=1)
+    other = run.build(ready)
+    assert (first.model.word_embedding.weight != other.model.word_embedding.weight).any()
+
+
+def test_an_earlier_run_lends_its_tokenizers(done, tmp_path):
+    run = tiny_run(steps=2)
+    run.tokenizer, run.text_encoder = str(done), str(done / "text_encoder")
+    run.fit(tmp_path / "run", recipe="itit-tiny")
+    assert not (tmp_path / "run/stages").exists()
+    for part in ("tokenizer", "text_encoder"):
+        weights = [next((folder / part).glob("*.safetensors")).read_bytes() for folder in (done, tmp_path / "run")]
+        assert weights[0] == weights[1]
+
+
+def test_the_two_sides_are_encoded_without_the_other(done):
+    made = {name: json.loads((done / "encoded" / name / "store.json").read_text()) for name in ("pairs", "images")}
+    assert set(made["pairs"]["arrays"]) == {"tokens", "ids", "counts", "features"}
+    assert set(made["images"]["arrays"]) == {"tokens"}
+    texts = json.loads((done / "encoded/texts/store.json").read_text())
+    assert set(texts["arrays"]) == {"ids", "counts", "features"}
+    assert [made["pairs"]["items"], made["images"]["items"], texts["items"]] == [10, 15, 15]
+
+
+def test_cycles_must_begin_before_the_end():
+    with pytest.raises(UserError, match=r"--objective\.cycles-from 1 is not before --train\.steps 1"):
+        tiny_run(steps=1).check()
+    alone = tiny_run(steps=1)
+    alone.objective = replace(alone.objective, texts="off", images="off")
+    alone.check()
+
+
+def test_a_stage_on_its_own(tmp_path):
+    run = tiny_run()
+    pictures = TokenizerRun(images="scenes:?count=12", stage=run.tokenizer_stage)
+    pictures.fit(tmp_path / "pictures", recipe="vqgan-tiny")
+    assert ImageTokenizer.from_pretrained(tmp_path / "pictures/tokenizer").codes == 16
+    texts = TextEncoderRun(texts="scenes:?count=12", stage=run.text_encoder_stage)
+    texts.fit(tmp_path / "texts", recipe="text-encoder-tiny")
+    assert TextEncoder.from_pretrained(tmp_path / "texts/text_encoder").width == 16
+    assert json.loads((tmp_path / "texts/config.json").read_text())["recipe"] == "text-encoder-tiny"
+
+
+def test_a_stage_without_its_side_is_refused(tmp_path):
+    (tmp_path / "texts.txt").write_text("bread\n")
+    with pytest.raises(UserError, match="has no images to train a tokenizer on"):
+        TokenizerRun(images=str(tmp_path / "texts.txt")).fit(tmp_path / "out", recipe="vqgan-tiny")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="has no texts to train a text encoder on"):
+        TextEncoderRun(texts=str(tmp_path / "photos")).fit(tmp_path / "out", recipe="text-encoder-tiny")
+    assert not (tmp_path / "out").exists()

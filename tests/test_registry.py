@@ -1,0 +1,122 @@
+import math
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+import torch
+import tyro
+
+from diptych.itit.model import ITIT
+from diptych.itit.training import ItitRun
+from diptych.registry import RECIPES
+from diptych.tokenizers.image_tokenizer import ImageTokenizer
+from diptych.tokenizers.recipes import tokenizer_paper, tokenizer_small, tokenizer_tiny
+from diptych.tokenizers.training import TextEncoderRun
+
+ITIT_RECIPES = [name for name in RECIPES if name.startswith("itit-")]
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_docstring_gives_command_and_cost_or_names_the_recipe_that_does(name):
+    text = RECIPES[name].__doc__ or ""
+    assert text.splitlines()[0].strip().endswith(".")
+    if not any(f" {other}" in text.replace("`", "") for other in RECIPES if other != name):
+        assert f"diptych fit {name} " in text
+        assert "Cost: " in text
+        assert "--out runs/" in text
+
+
+def parts_of(value) -> list:
+    """Everything in a run, at any depth."""
+    inner = [getattr(value, field.name) for field in fields(value)] if is_dataclass(value) else []
+    return [value, *(part for each in inner for part in parts_of(each))]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_settings_are_possible_and_a_source_is_asked_for(name):
+    run = RECIPES[name]()
+    assert RECIPES[name]() == run
+    parts = parts_of(run)
+    for stage in (part for part in parts if is_dataclass(part) and hasattr(part, "train")):
+        stage.train.check()
+        stage.optim.check()
+        assert stage.optim.warmup_steps < stage.train.steps
+        assert stage.train.checkpoint_every <= stage.train.steps
+    if isinstance(run, ItitRun):
+        run.check()
+    assert any(part is tyro.MISSING for part in parts)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("itit-base", 221), ("itit-large", 487), ("itit-huge", 868)])
+def test_the_networks_are_as_large_as_the_papers(name, millions):
+    assert f"{millions}M parameters" in (RECIPES[name].__doc__ or "")
+    with torch.device("meta"):
+        network = ITIT(RECIPES[name]().model)
+    assert parameters(network) == pytest.approx(millions * 1e6, rel=0.015)
+
+
+@pytest.mark.parametrize("name", ITIT_RECIPES)
+def test_networks_build_for_the_tokenizers_that_are_trained_first(name):
+    run = RECIPES[name]()
+    with torch.device("meta"):
+        tokenizer = ImageTokenizer.from_config(run.tokenizer_stage.model)
+        stages = {"image_tokens": tokenizer.tokens, "codebook": tokenizer.codes}
+        network = ITIT(replace(run.model, **stages, text_features=run.text_encoder_stage.model.width))
+    assert network.image_bias.shape == (tokenizer.codes,)
+
+
+@pytest.mark.parametrize("name", ["vqgan-tiny", "vqgan-small", "vqgan-paper"])
+def test_tokenizers_are_as_their_docstring_says(name):
+    stage = RECIPES[name]().stage
+    with torch.device("meta"):
+        tokenizer = ImageTokenizer.from_config(stage.model)
+    side = math.isqrt(tokenizer.tokens)
+    about = RECIPES[name].__doc__ or ""
+    assert f"{tokenizer.size} pixels" in about
+    if "tokens" in about:
+        assert f"{side} x {side} tokens out of {tokenizer.codes}" in about
+
+
+@pytest.mark.parametrize("name", ["text-encoder-tiny", "text-encoder-small"])
+def test_text_encoders_build(name):
+    run = RECIPES[name]()
+    assert isinstance(run, TextEncoderRun)
+    config = run.stage.model.t5(vocab_real=run.stage.model.vocab_size)
+    assert config.d_model == run.stage.model.width
+
+
+def test_variants_of_base_change_the_network_only():
+    base = RECIPES["itit-base"]()
+    for name in ("itit-large", "itit-huge"):
+        assert replace(RECIPES[name](), model=base.model) == base
+
+
+def test_itit_trains_the_tokenizers_of_the_same_size():
+    for size in ("tiny", "small"):
+        run = RECIPES[f"itit-{size}"]()
+        assert run.tokenizer_stage == RECIPES[f"vqgan-{size}"]().stage
+        assert run.text_encoder_stage == RECIPES[f"text-encoder-{size}"]().stage
+
+
+@pytest.mark.parametrize("name", ITIT_RECIPES)
+def test_unpaired_data_that_would_never_be_used_is_noticed(name):
+    run = RECIPES[name]()
+    late = replace(run, objective=replace(run.objective, cycles_from=run.train.steps))
+    with pytest.raises(ValueError, match="unpaired data would never be used"):
+        late.check()
+    replace(late, objective=replace(late.objective, texts="off", images="off")).check()
+    with pytest.raises(ValueError, match="never be used"):
+        replace(late, objective=replace(late.objective, texts="off")).check()
+
+
+@pytest.mark.parametrize(
+    ("stage", "tokens", "codes", "factor"),
+    [(tokenizer_tiny, 16, 64, 8), (tokenizer_small, 64, 128, 8), (tokenizer_paper, 256, 8192, 16)],
+)
+def test_tokenizers_give_as_many_tokens_as_their_recipes_say(stage, tokens, codes, factor):
+    with torch.device("meta"):
+        tokenizer = ImageTokenizer.from_config(stage().model)
+    assert (tokenizer.tokens, tokenizer.codes, tokenizer.factor) == (tokens, codes, factor)

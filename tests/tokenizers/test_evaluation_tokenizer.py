@@ -1,0 +1,65 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diptych.errors import UserError
+from diptych.tokenizers.evaluation import evaluate_tokenizer, psnr_of_each
+from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+
+CODES = 4
+
+
+class Grey(ImageTokenizer):
+    """One token per picture: its brightness in ``CODES`` steps. Stands in for a network whose result is known."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.codes = CODES
+
+    def encode(self, pixels_B3HW: Tensor, *, rows: int = 64) -> Tensor:
+        return pixels_B3HW[:, 0, 0, :1].long() // (256 // CODES)
+
+    def decode(self, tokens_BN: Tensor, *, rows: int = 64) -> Tensor:
+        return (tokens_BN * (256 // CODES))[:, :, None, None].expand(-1, 3, 8, 8).to(torch.uint8)
+
+
+class Mean(nn.Module):
+    name = "mean colour"
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        return pixels_BCHW.float().mean((2, 3))[:, :1] + torch.zeros(1, 2)
+
+
+def flat(*levels: int) -> Tensor:
+    return torch.tensor(levels, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
+
+
+def test_numbers_of_a_tokenizer_that_is_known():
+    score = evaluate_tokenizer(Grey(), [flat(0, 10), flat(64, 74)], extractor=Mean())
+    assert score.images == 4
+    off_by_ten = 10 * torch.log10(torch.tensor(255**2 / 100)).item()
+    assert score.psnr == pytest.approx((99 + off_by_ten) / 2, abs=1e-4)
+    assert score.perplexity == pytest.approx(2, abs=1e-5)
+    assert score.used == 0.5
+    assert score.rfd_features == "mean colour"
+    # Means 37 and 32 in both features; variances of (0, 10, 64, 74) and (0, 0, 64, 64), perfectly correlated features.
+    real, fake = (torch.tensor(v, dtype=torch.float64) for v in ((0, 10, 64, 74), (0, 0, 64, 64)))
+    expected = 2 * (real.mean() - fake.mean()) ** 2 + 2 * (real.std() - fake.std()) ** 2
+    assert score.rfd == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_without_features_and_without_pictures():
+    assert evaluate_tokenizer(Grey(), [flat(1)]).rfd is None
+    with pytest.raises(UserError, match="at least one"):
+        evaluate_tokenizer(Grey(), [])
+
+
+def test_psnr_of_black_against_white_is_zero():
+    assert psnr_of_each(flat(0), flat(255)).item() == 0
+
+
+def test_a_real_tokenizer():
+    config = ImageTokenizerConfig(size=8, codes=16, code_dim=4, widths=(8, 8), blocks=1, groups=4)
+    score = evaluate_tokenizer(ImageTokenizer.from_config(config), [flat(3, 200)])
+    assert 0 < score.psnr < 99
+    assert 1 <= score.perplexity <= 16

@@ -1,0 +1,192 @@
+import json
+
+import pytest
+import torch
+from diffusers import VQModel
+
+from diptych.errors import UserError
+from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, nearest_codes
+
+SMALL = ImageTokenizerConfig(size=16, codes=32, code_dim=4, widths=(8, 16), blocks=1, groups=4)
+
+
+def pictures(rows: int = 3, size: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(256, (rows, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def spread_out(tokenizer: ImageTokenizer) -> ImageTokenizer:
+    """Codes where the latents are, so that tokens differ."""
+    latents_BEhw = tokenizer.latents(tokenizer.pixels_to_input(pictures()))
+    latents_ME = latents_BEhw.permute(0, 2, 3, 1).flatten(0, 2).detach()
+    tokenizer.codebook.data.copy_(latents_ME[: tokenizer.codes])
+    return tokenizer
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_shapes_and_types(patch):
+    config = ImageTokenizerConfig(size=16, codes=32, code_dim=4, widths=(8, 16), blocks=1, groups=4, patch=patch)
+    tokenizer = spread_out(ImageTokenizer.from_config(config))
+    tokens_BN = tokenizer.encode(pictures())
+    assert tokens_BN.dtype == torch.int64
+    assert tokens_BN.shape == (3, tokenizer.tokens) == (3, (8 // patch) ** 2)
+    assert tokens_BN.unique().numel() > 5
+    pixels_B3HW = tokenizer.decode(tokens_BN)
+    assert pixels_B3HW.dtype == torch.uint8
+    assert pixels_B3HW.shape == (3, 3, 16, 16)
+
+
+def test_the_same_input_gives_the_same_output_also_under_autocast_and_in_pieces():
+    tokenizer = spread_out(ImageTokenizer.from_config(SMALL))
+    tokens_BN = tokenizer.encode(pictures())
+    picture = tokenizer.decode(tokens_BN)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(tokenizer.encode(pictures()), tokens_BN)
+        assert torch.equal(tokenizer.decode(tokens_BN), picture)
+    assert torch.equal(tokenizer.encode(pictures(), rows=2), tokens_BN)
+    assert not tokenizer.encode(pictures()).requires_grad
+
+
+def test_tokens_and_pictures_are_those_of_diffusers():
+    tokenizer = spread_out(ImageTokenizer.from_config(SMALL))
+    network = tokenizer.network
+    input_B3HW = pictures().float() / 255
+    _, _, (_, _, indices) = network.quantize(network.encode(input_B3HW).latents)
+    assert torch.equal(indices.view(3, -1), tokenizer.encode(pictures()))
+    expected = network(input_B3HW).sample.clamp(0, 1).mul(255).round().to(torch.uint8)
+    difference = tokenizer.decode(tokenizer.encode(pictures())).int() - expected.int()
+    assert difference.abs().max() <= 1
+
+
+def test_nearest_codes_equals_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    latents_ME, codebook_KE = torch.randn(40, 3, generator=generator), torch.randn(9, 3, generator=generator)
+    brute = (latents_ME[:, None] - codebook_KE[None]).square().sum(-1).argmin(1)
+    assert torch.equal(nearest_codes(latents_ME, codebook_KE), brute)
+
+
+def test_the_seed_alone_decides_the_weights():
+    torch.manual_seed(5)
+    first = ImageTokenizer.from_config(SMALL, seed=3)
+    state = torch.get_rng_state()
+    second = ImageTokenizer.from_config(SMALL, seed=3)
+    other = ImageTokenizer.from_config(SMALL, seed=4)
+    assert torch.equal(state, torch.get_rng_state())
+    for (name, mine), yours in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, yours), name
+    assert not torch.equal(first.codebook, other.codebook)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_no_weight_is_left_uninitialised(attention):
+    config = ImageTokenizerConfig(
+        size=16, codes=32, code_dim=4, widths=(8, 16), blocks=1, groups=4, attention=attention
+    )
+    tokenizer = ImageTokenizer.from_config(config)
+    with torch.no_grad():
+        for weight in tokenizer.parameters():
+            weight.fill_(float("nan"))
+    tokenizer.init_weights()
+    for name, weight in tokenizer.named_parameters():
+        assert weight.isfinite().all(), name
+        if weight.ndim == 4 and "conv2" not in name:
+            assert weight.std().item() == pytest.approx(weight[0].numel() ** -0.5, rel=0.3), name
+
+
+def test_a_new_tokenizer_passes_the_signal_on():
+    tokenizer = ImageTokenizer.from_config(SMALL)
+    with torch.no_grad():
+        latents_BEhw = tokenizer.latents(tokenizer.pixels_to_input(pictures()))
+        picture_B3HW = tokenizer.reconstruct(latents_BEhw)
+    assert 0.3 < latents_BEhw.std() < 3
+    assert 0.3 < picture_B3HW.std() < 3
+
+
+def test_save_and_load_give_equal_tokens_and_a_plain_diffusers_folder(tmp_path):
+    tokenizer = spread_out(ImageTokenizer.from_config(SMALL))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")  # again, over the first
+    assert {file.name for file in (tmp_path / "tokenizer").iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    }
+    loaded = ImageTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert (loaded.size, loaded.codes, loaded.tokens, loaded.factor) == (16, 32, 64, 2)
+    assert torch.equal(loaded.encode(pictures()), tokenizer.encode(pictures()))
+    plain = VQModel.from_pretrained(tmp_path / "tokenizer")
+    assert torch.equal(plain.quantize.embedding.weight, tokenizer.codebook)
+
+
+def test_a_pipeline_folder_of_the_amused_kind(tmp_path):
+    tokenizer = spread_out(ImageTokenizer.from_config(SMALL))
+    tokenizer.network.register_to_config(sample_size=2)
+    tokenizer.network.save_pretrained(tmp_path / "vqvae")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AmusedPipeline"}))
+    loaded = ImageTokenizer.from_pretrained(tmp_path)
+    assert loaded.size == 32  # 16 x 16 tokens, as 2 pixels cannot have been meant
+    assert ImageTokenizer.from_pretrained(tmp_path, size=16).tokens == 64
+
+
+def test_models_of_latent_diffusion_see_minus_one_to_one(tmp_path):
+    tokenizer = spread_out(ImageTokenizer.from_config(SMALL))
+    tokenizer.network.register_to_config(lookup_from_codebook=False)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = ImageTokenizer.from_pretrained(tmp_path)
+    white = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+    assert loaded.pixels_to_input(white).max() == 1
+    assert loaded.pixels_to_input(white * 0).min() == -1
+    assert torch.equal(loaded.output_to_pixels(loaded.pixels_to_input(pictures())), pictures())
+
+
+def one_line(error: pytest.ExceptionInfo[UserError]) -> bool:
+    return "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "gone", "missing_weight", "wrong_shape"])
+def test_damaged_weights_are_a_user_error(tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+
+    tokenizer = ImageTokenizer.from_config(SMALL)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole, weights = file.read_bytes(), load_file(file)
+    match damage:
+        case "cut":
+            file.write_bytes(whole[: len(whole) // 2])
+        case "empty":
+            file.write_bytes(b"")
+        case "text":
+            file.write_text("this is not a model")
+        case "gone":
+            file.unlink()
+        case "missing_weight":
+            save_file({k: v for k, v in weights.items() if k != "quantize.embedding.weight"}, file)
+        case "wrong_shape":
+            save_file(weights | {"quantize.embedding.weight": torch.zeros(3, 4)}, file)
+    with pytest.raises(UserError, match="weights") as error:
+        ImageTokenizer.from_pretrained(tmp_path)
+    assert one_line(error)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_folder_without_a_vqmodel_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no diffusers VQModel") as error:
+        ImageTokenizer.from_pretrained(tmp_path)
+    assert one_line(error)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    with pytest.raises(UserError, match="no diffusers VQModel"):
+        ImageTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(UserError, match="no diffusers VQModel"):
+        ImageTokenizer.from_pretrained(tmp_path)
+
+
+def test_wrong_sizes_are_user_errors():
+    tokenizer = ImageTokenizer.from_config(SMALL)
+    with pytest.raises(UserError, match="16x16"):
+        tokenizer.encode(pictures(size=32))
+    with pytest.raises(UserError, match="64 tokens"):
+        tokenizer.decode(torch.zeros(1, 16, dtype=torch.int64))
+    with pytest.raises(UserError, match="15"):
+        ImageTokenizer(tokenizer.network, size=15)

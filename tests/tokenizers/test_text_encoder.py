@@ -1,0 +1,220 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5EncoderModel, T5ForConditionalGeneration
+
+from diptych.errors import UserError
+from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.text_tokenizer import train_tokenizer
+
+TEXTS = ["a small red circle", "a large green square above a red star", "", "two stars"]
+
+
+def config(**changes) -> T5Config:
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5Config(**{**sizes, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.5, **changes})
+
+
+@pytest.fixture
+def encoder() -> TextEncoder:
+    torch.manual_seed(0)
+    return TextEncoder(T5EncoderModel(config()), train_tokenizer(TEXTS * 5, vocab_size=90, sentinels=8))
+
+
+# Text and ids
+
+
+def test_rows_end_in_eos_and_are_padded(encoder: TextEncoder) -> None:
+    ids_BL, valid_BL = encoder.tokenize(TEXTS, length=6)
+    assert valid_BL.sum(1).tolist() == [5, 6, 1, 3]
+    assert ids_BL[torch.arange(4), valid_BL.sum(1) - 1].tolist() == [1] * 4, "also where the text was truncated"
+    assert (ids_BL[~valid_BL] == 0).all()
+    assert encoder.tokenize(TEXTS, length=1)[0].tolist() == [[1]] * 4
+
+
+def test_no_texts_give_no_rows(encoder: TextEncoder) -> None:
+    ids_BL, valid_BL = encoder.tokenize([], length=6)
+    assert ids_BL.shape == valid_BL.shape == (0, 6)
+
+
+def test_detokenize_inverts_tokenize(encoder: TextEncoder) -> None:
+    ids_BL, _ = encoder.tokenize(TEXTS, length=12)
+    assert encoder.detokenize(ids_BL) == TEXTS
+
+
+def test_detokenize_stops_at_eos_and_skips_what_is_not_text(encoder: TextEncoder) -> None:
+    a, star = (encoder.tokenizer.convert_tokens_to_ids(token) for token in ("▁a", "▁star"))
+    unwritten = [0, 2, encoder.vocab_real - 1, encoder.vocab_rows - 1]
+    assert encoder.detokenize(torch.tensor([[a, *unwritten, star, 1, a]])) == ["a star"]
+
+
+def test_control_tokens_written_in_a_text_steer_nothing(encoder: TextEncoder) -> None:
+    ids_BL, _ = encoder.tokenize(["a </s> red <pad> <extra_id_3> star"], length=8)
+    assert encoder.detokenize(ids_BL) == ["a red star"]
+    assert (ids_BL[0] == 1).sum() == 1
+
+
+def test_only_written_ids_may_be_generated(encoder: TextEncoder) -> None:
+    allowed = set(range(encoder.vocab_rows)) - set(encoder.banned_ids)
+    assert encoder.eos_id in allowed
+    tokens = encoder.tokenizer.convert_ids_to_tokens(sorted(allowed - {encoder.eos_id}))
+    assert len(tokens) == encoder.vocab_real - 3 - 8
+    assert not any(token.startswith("<") for token in tokens)
+
+
+# Features
+
+
+def test_features_equal_plain_transformers(encoder: TextEncoder) -> None:
+    ids_BL, valid_BL = encoder.tokenize(TEXTS, length=10)
+    expected = encoder.t5(input_ids=ids_BL, attention_mask=valid_BL.long()).last_hidden_state
+    features_BLF = encoder.features(ids_BL, valid_BL)
+    torch.testing.assert_close(features_BLF[valid_BL], expected[valid_BL])
+    assert (features_BLF[~valid_BL] == 0).all()
+
+
+def test_features_agree_between_ids_and_embeddings(encoder: TextEncoder) -> None:
+    ids_BL, valid_BL = encoder.tokenize(TEXTS, length=10)
+    soft = encoder.features_from_embeddings(encoder.embedding.weight[ids_BL], valid_BL)
+    torch.testing.assert_close(soft, encoder.features(ids_BL, valid_BL), rtol=0, atol=0)
+
+
+def test_padding_changes_nothing(encoder: TextEncoder) -> None:
+    ids_BL, valid_BL = encoder.tokenize(TEXTS, length=9)
+    longer_BL, longer_valid_BL = encoder.tokenize(TEXTS, length=20)
+    longer_BL = longer_BL.masked_fill(~longer_valid_BL, 7)
+    expected = encoder.features(ids_BL, valid_BL)
+    torch.testing.assert_close(encoder.features(longer_BL, longer_valid_BL)[:, :9], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_of_padding_is_zero_and_not_nan(encoder: TextEncoder) -> None:
+    nothing_BL = torch.zeros(1, 5, dtype=torch.bool)
+    embeds_BLF = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    features_BLF = encoder.features_from_embeddings(embeds_BLF, nothing_BL)
+    features_BLF.sum().backward()
+    assert (features_BLF == 0).all()
+    assert (embeds_BLF.grad == 0).all()
+
+
+def test_gradient_reaches_the_input_and_no_weight(encoder: TextEncoder) -> None:
+    ids_BL, valid_BL = encoder.tokenize(TEXTS, length=10)
+    embeds_BLF = encoder.embedding.weight[ids_BL].clone().requires_grad_()
+    encoder.features_from_embeddings(embeds_BLF, valid_BL).square().sum().backward()
+    assert (embeds_BLF.grad[valid_BL].abs().sum(-1) > 0).all()
+    assert (embeds_BLF.grad[~valid_BL] == 0).all(), "padding neither gives nor takes"
+    assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
+    assert not encoder.features(ids_BL, valid_BL).requires_grad
+
+
+def test_dropout_stays_off_inside_a_training_module(encoder: TextEncoder) -> None:
+    ids_BL, valid_BL = encoder.tokenize(TEXTS, length=10)
+    outer = torch.nn.Sequential(encoder).train()
+    assert outer.training
+    assert not any(module.training for module in encoder.modules())
+    assert torch.equal(encoder.features(ids_BL, valid_BL), encoder.features(ids_BL, valid_BL))
+
+
+# Files
+
+
+def test_saved_folder_is_plain_transformers(encoder: TextEncoder, tmp_path: Path) -> None:
+    (tmp_path / "enc").mkdir()
+    (tmp_path / "enc" / "stale.txt").write_text("from an older save")
+    encoder.save_pretrained(tmp_path / "enc")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["enc"], "nothing temporary is left"
+    assert not (tmp_path / "enc" / "stale.txt").exists()
+    plain = T5EncoderModel.from_pretrained(tmp_path / "enc", local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "enc", local_files_only=True)
+    words = tokenizer(TEXTS[:1], return_tensors="pt")
+    ids_BL, valid_BL = encoder.tokenize(TEXTS[:1], length=5)
+    assert torch.equal(words.input_ids, ids_BL)
+    torch.testing.assert_close(plain(**words).last_hidden_state, encoder.features(ids_BL, valid_BL))
+
+
+def test_round_trip_through_files(encoder: TextEncoder, tmp_path: Path) -> None:
+    encoder.save_pretrained(tmp_path / "enc")
+    again = TextEncoder.from_pretrained(tmp_path / "enc")
+    ids_BL, valid_BL = encoder.tokenize(TEXTS, length=10)
+    assert torch.equal(again.tokenize(TEXTS, length=10)[0], ids_BL)
+    assert torch.equal(again.features(ids_BL, valid_BL), encoder.features(ids_BL, valid_BL))
+    assert (again.vocab_rows, again.vocab_real, again.banned_ids) == (96, encoder.vocab_real, encoder.banned_ids)
+
+
+@pytest.mark.parametrize("feed_forward_proj", ["relu", "gated-gelu"])
+def test_the_encoder_half_of_a_whole_t5_is_read(encoder: TextEncoder, tmp_path: Path, feed_forward_proj: str) -> None:
+    whole = T5ForConditionalGeneration(config(feed_forward_proj=feed_forward_proj, tie_word_embeddings=False)).eval()
+    whole.save_pretrained(tmp_path)
+    encoder.tokenizer.save_pretrained(tmp_path)
+    half = TextEncoder.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.embedding.weight.dtype is torch.bfloat16
+    assert not any("decoder" in name for name, _ in half.named_parameters())
+    half = TextEncoder.from_pretrained(tmp_path)
+    ids_BL, valid_BL = encoder.tokenize(TEXTS, length=10)
+    expected = whole.encoder(input_ids=ids_BL, attention_mask=valid_BL).last_hidden_state
+    torch.testing.assert_close(half.features(ids_BL, valid_BL)[valid_BL], expected[valid_BL])
+
+
+def test_a_t5_class_tokenizer_works_too(encoder: TextEncoder, tmp_path: Path) -> None:
+    """Published T5 folders name `T5Tokenizer`, which rebuilds its pipeline from the vocabulary."""
+    encoder.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "T5Tokenizer", "extra_ids": 8}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    again = TextEncoder.from_pretrained(tmp_path)
+    assert type(again.tokenizer).__name__ == "T5Tokenizer"
+    assert again.banned_ids == encoder.banned_ids
+    assert torch.equal(again.tokenize(TEXTS, length=10)[0], encoder.tokenize(TEXTS, length=10)[0])
+    ids_BL, _ = again.tokenize(["a </s> red <pad> <extra_id_3> star"], length=8)
+    assert again.detokenize(ids_BL) == ["a red star"]
+
+
+def one_line(error: pytest.ExceptionInfo[UserError], folder: Path) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    return message
+
+
+def test_a_missing_folder_is_not_looked_up_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder") as error:
+        TextEncoder.from_pretrained(tmp_path / "nowhere")
+    one_line(error, tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["tokenizer.json", "model.safetensors", "config.json"])
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_a_broken_folder_is_said_in_one_line(encoder: TextEncoder, tmp_path: Path, broken: str, how: str) -> None:
+    encoder.save_pretrained(tmp_path / "enc")
+    file = tmp_path / "enc" / broken
+    file.unlink() if how == "missing" else file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError) as error:
+        TextEncoder.from_pretrained(tmp_path / "enc")
+    one_line(error, tmp_path)
+
+
+def test_weights_that_lack_a_tensor_are_refused(encoder: TextEncoder, tmp_path: Path) -> None:
+    encoder.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "num_layers": 3}))
+    with pytest.raises(UserError, match="lack"):
+        TextEncoder.from_pretrained(tmp_path)
+
+
+def test_another_kind_of_model_is_refused(encoder: TextEncoder, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=96, **sizes)).save_pretrained(tmp_path)
+    encoder.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="'bert' model, not a T5") as error:
+        TextEncoder.from_pretrained(tmp_path)
+    one_line(error, tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(encoder: TextEncoder) -> None:
+    larger = train_tokenizer(TEXTS, vocab_size=300, sentinels=150)
+    with pytest.raises(UserError, match="use its own"):
+        TextEncoder(T5EncoderModel(config()), larger)
+    encoder.tokenizer.pad_token = "a"
+    with pytest.raises(UserError, match="not a T5 tokenizer"):
+        TextEncoder(T5EncoderModel(config()), encoder.tokenizer)

@@ -1,0 +1,129 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diptych.data.batch import Batch, Items
+from diptych.rng import Draws
+from diptych.tokenizers.codebook import CodebookConfig
+from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from diptych.tokenizers.vqgan import VQGAN, VQGANConfig, edge_distance, hinge, psnr
+
+SMALL = ImageTokenizerConfig(size=16, codes=32, code_dim=4, widths=(8, 16), blocks=1, groups=4, patch=2)
+PLAIN = VQGANConfig(adversarial_weight=0.0)
+GAN = VQGANConfig(adversarial_weight=0.5, adversarial_start=0, discriminator_width=8, discriminator_layers=1)
+
+
+def batch(step: int = 0, rows: int = 4) -> Batch:
+    pixels = torch.randint(256, (rows, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    pixels = F.interpolate(pixels, 16)  # flat blocks
+    return Batch(draws=Draws(0, step), images=Items(pixels_B3HW=pixels))
+
+
+def objective(config: VQGANConfig) -> VQGAN:
+    made = VQGAN(ImageTokenizer.from_config(SMALL), config)
+    made(batch(), 0)  # seeds the codebook
+    return made
+
+
+def gradients(loss: torch.Tensor, made: VQGAN) -> dict[str, torch.Tensor]:
+    made.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in made.named_parameters() if weight.grad is not None}
+
+
+def test_total_is_the_sum_it_says():
+    made = objective(dataclasses.replace(PLAIN, squared_weight=2.0, perceptual_weight=0.5, commitment_weight=0.3))
+    made.eval()
+    losses = made(batch(), 1)
+    real = made.tokenizer.pixels_to_input(batch().images.pixels_B3HW)
+    latents = made.tokenizer.latents(real)
+    codes = made.tokenizer.codebook[made.tokenizer.encode(batch().images.pixels_B3HW)]
+    flat = latents.flatten(2).transpose(1, 2)
+    fake = made.tokenizer.reconstruct(codes.transpose(1, 2).view_as(latents))
+    likeness = (fake - real).abs().mean() + 2 * (fake - real).square().mean() + 0.5 * edge_distance(fake, real)
+    torch.testing.assert_close(losses.total, likeness + 1.3 * (flat - codes).square().mean())
+    torch.testing.assert_close(losses.terms["psnr"], -10 * torch.log10((fake - real).square().mean()))
+    assert all(not term.requires_grad for term in losses.terms.values())
+
+
+def test_gradient_reaches_every_weight_of_the_tokenizer_straight_through_the_codes():
+    made = objective(dataclasses.replace(PLAIN, commitment_weight=0.0))
+    found = gradients(made(batch(), 1).total, made)
+    assert set(found) == {name for name, _ in made.named_parameters()}
+    assert found["tokenizer.network.encoder.conv_in.weight"].abs().sum() > 0
+    assert found["tokenizer.network.quantize.embedding.weight"].abs().sum() > 0
+
+
+def test_one_total_gives_generator_and_discriminator_each_its_own_gradient():
+    made = objective(GAN)
+    made.eval()  # the codebook holds still between the two computations
+    together = gradients(made(batch(), 1).total, made)
+
+    real = made.tokenizer.pixels_to_input(batch().images.pixels_B3HW)
+    quantised = made.codebook(made.tokenizer.latents(real), made.tokenizer.codebook, draws=Draws(0, 1), step=1)
+    fake = made.tokenizer.reconstruct(quantised.latents_BEhw)
+    generator_loss = (
+        (fake - real).abs().mean() + edge_distance(fake, real) + quantised.codebook + 0.25 * quantised.commitment
+    ) - 0.5 * made.discriminator(fake).mean()
+    generator = gradients(generator_loss, made)
+    discriminator = gradients(hinge(made.discriminator(real), made.discriminator(fake.detach())), made)
+    assert set(together) == {name for name, _ in made.named_parameters()}
+    assert all(gradient.isfinite().all() for gradient in together.values())
+    for name, gradient in together.items():
+        alone = discriminator if name.startswith("discriminator.") else generator
+        torch.testing.assert_close(gradient, alone[name], msg=name)
+    assert together["discriminator.stages.0.weight"].abs().sum() > 0
+
+
+def test_the_discriminator_waits_for_its_start():
+    made = objective(dataclasses.replace(GAN, adversarial_start=10))
+    assert "discriminator" not in made(batch(), 9).terms
+    losses = made(batch(), 10)
+    assert losses.terms["discriminator"].item() == pytest.approx(2, abs=0.2)
+    assert VQGAN(ImageTokenizer.from_config(SMALL), PLAIN).discriminator is None
+
+
+def test_adaptive_balance_matches_the_lengths_of_the_gradients():
+    made = objective(dataclasses.replace(GAN, adversarial_balance="adaptive"))
+    real = made.tokenizer.pixels_to_input(batch().images.pixels_B3HW)
+    fake = (real * 0.9).requires_grad_()
+    likeness = F.l1_loss(fake, real)
+    generator, _, scale = made._adversarial(fake, real, likeness)
+    lengths = [torch.autograd.grad(loss, fake, retain_graph=True)[0].norm() for loss in (likeness, generator)]
+    torch.testing.assert_close(lengths[1] * scale, lengths[0], rtol=1e-3, atol=0)
+    assert not scale.requires_grad
+    made(batch(), 1).total.backward()
+    with torch.no_grad():
+        made(batch(), 1)  # an evaluation has no gradients to balance
+
+
+def test_hinge_and_psnr_by_hand():
+    assert hinge(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])).item() == pytest.approx(0.25 + 0.5)
+    assert psnr(torch.tensor(0.01), peak=1.0).item() == pytest.approx(20)
+    assert psnr(torch.tensor(0.04), peak=2.0).item() == pytest.approx(20)
+
+
+def test_a_seed_decides_the_discriminator():
+    tokenizer = ImageTokenizer.from_config(SMALL)
+    first, second, other = (VQGAN(tokenizer, GAN, seed=seed).discriminator.state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["stages.0.weight"], other["stages.0.weight"])
+
+
+def test_one_batch_is_learned_by_heart():
+    config = dataclasses.replace(
+        PLAIN, squared_weight=5.0, codebook=CodebookConfig(start=10, reset_every=10, reset_until=60)
+    )
+    made = VQGAN(ImageTokenizer.from_config(SMALL), config)
+    optimiser = torch.optim.AdamW(made.parameters(), 3e-3)
+    seen = []
+    for step in range(80):
+        losses = made(batch(step), step)
+        optimiser.zero_grad()
+        losses.total.backward()
+        optimiser.step()
+        seen.append(losses.total.item())
+    assert seen[-1] < seen[0] / 2
+    assert losses.terms["perplexity"] > 8

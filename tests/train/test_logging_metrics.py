@@ -1,0 +1,81 @@
+import io
+import json
+import resource
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diptych.errors import UserError
+from diptych.train.logging import MetricsLog, truncate
+
+
+def test_truncation_keeps_whole_lines_up_to_the_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}, {"step": 2, "score": 3.0}, {"step": 3, "loss": 1.0}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1, "lo')
+    assert truncate(path, 2)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:3]
+    assert not truncate(path, 1)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:1]
+    assert not truncate(tmp_path / "none", 1)
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    log = MetricsLog(tmp_path, start=0, tensorboard=False, every=1)
+    log.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "skipped": True, "score": np.float32(0.5)})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 1,
+        "loss": None,
+        "grad_norm": None,
+        "skipped": True,
+        "score": 0.5,
+    }
+
+
+def test_tensorboard_gets_thinned_curves_and_every_evaluation(tmp_path):
+    log = MetricsLog(tmp_path, start=0, tensorboard=True, every=5)
+    for step in range(1, 11):
+        log.write(step, {"loss": 1.0 / step})
+    log.write(7, {"score": 0.5})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (5, pytest.approx(0.2)),
+        (10, pytest.approx(0.1)),
+    ]
+    assert [event.step for event in events.Scalars("score")] == [7]
+
+
+def test_pictures_go_to_tensorboard_alone(tmp_path):
+    picture = Image.new("RGBA", (3, 2), (255, 0, 0, 255))
+    log = MetricsLog(tmp_path, start=0, tensorboard=True, every=5)
+    log.write(3, {"score": 0.5, "sheet": picture})
+    log.close()
+    assert log.path.read_text() == '{"step": 3, "score": 0.5}\n'
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Images("sheet")
+    shown = Image.open(io.BytesIO(event.encoded_image_string))
+    assert (event.step, shown.size, shown.getpixel((2, 1))) == (3, (3, 2), (255, 0, 0))
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"metrics\.jsonl could not be written"):
+        MetricsLog(tmp_path / "file", start=0, tensorboard=False, every=1)
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """The system refuses files over 4 KB, as a full disk would; closing then adds no error of its own."""
+    log = MetricsLog(tmp_path, start=0, tensorboard=False, every=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        log.write(1, {"text": "x" * 5000})
+        with pytest.raises(UserError, match=r"metrics\.jsonl could not be written"):
+            log.flush()
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

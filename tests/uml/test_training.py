@@ -1,0 +1,158 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diptych.data.scenes.source import ScenesSource
+from diptych.data.sources import open_source
+from diptych.encoders import ScratchConfig, open_image_encoder, scratch_encoder
+from diptych.errors import UserError
+from diptych.nn.inference import evaluating
+from diptych.registry import RECIPES
+from diptych.run_folder import kind_of
+from diptych.train.config import OptimConfig
+from diptych.uml.classifier import Classifier, classify_run, evaluate_classifier_run
+from diptych.uml.recipes import uml_finetune, uml_probe
+from diptych.uml.training import UmlData
+
+TINY = ScratchConfig(image_size=16, patch=4, width=24, depth=1, heads=2)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of circles and squares, 12 each; a folder of texts about them."""
+    root, source = tmp_path_factory.mktemp("photos"), ScenesSource(count=200)
+    for shape in ("circle", "square"):
+        (root / "images" / shape).mkdir(parents=True)
+        items = [i for i in range(200) if source.label(i) == shape][:12]
+        for i in items:
+            Image.fromarray(source.image(i, 16)).save(root / "images" / shape / f"{i}.png")
+    (root / "texts").mkdir()
+    (root / "texts" / "circle.txt").write_text("it is round\na disc\n")
+    (root / "texts" / "square.txt").write_text("it has four corners\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoders(photos, text_encoder):
+    scratch_encoder(TINY, seed=0).save_pretrained(photos / "encoder")
+    text_encoder.save_pretrained(photos / "text_encoder")
+    return {"encoder": str(photos / "encoder"), "text_encoder": str(photos / "text_encoder")}
+
+
+def small(run, photos, encoders, **changes):
+    data = UmlData(images=str(photos / "images"), texts=str(photos / "texts"), valid_share=0.25)
+    train = replace(
+        run.train, steps=12, batch_size=8, eval_every=4, checkpoint_every=6, workers=0, quiet=True, device="cpu",
+        tensorboard=False,
+    )  # fmt: skip
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, clip=None)
+    return replace(run, **{**encoders, "data": data, "train": train, "optim": optim, "scratch": TINY, **changes})
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_probe_leaves_a_run_that_classifies_without_texts(photos, encoders, tmp_path):
+    run = small(uml_probe(), photos, encoders)
+    assert run.fit(tmp_path / "run", recipe="uml-probe").finished
+    assert kind_of(tmp_path / "run") == "classifier"
+    files = sorted((photos / "images" / "circle").iterdir())[:3]
+    found = classify_run(tmp_path / "run", files, top=2, device="cpu")
+    assert [{guess.name for guess in guesses} for guesses in found] == [{"circle", "square"}] * 3
+    assert all(sum(g.probability for g in guesses) == pytest.approx(1) for guesses in found)
+    assert all(guesses[0].probability >= guesses[1].probability for guesses in found)
+
+    source = open_source(str(photos / "images"))
+    metrics = evaluate_classifier_run(tmp_path / "run", source, out=tmp_path / "scores", device="cpu")
+    assert json.loads((tmp_path / "scores" / "metrics.json").read_text()) == metrics
+    assert metrics["images"] == 24
+    assert metrics["accuracy"] == pytest.approx(np.mean(list(metrics["per_class"].values())))
+    guessed = [found[0].name for found in classify_run(tmp_path / "run", [*files], device="cpu")]
+    assert metrics["per_class"]["circle"] >= guessed.count("circle") / 12
+
+
+def test_the_frozen_encoder_is_as_it_was_and_its_features_are_made_once(photos, encoders, tmp_path, monkeypatch):
+    run = small(uml_probe(), photos, encoders)
+    run = replace(run, data=replace(run.data, cache=tmp_path / "cache"))
+    run.fit(tmp_path / "run", recipe="uml-probe")
+    before, after = open_image_encoder(encoders["encoder"]), open_image_encoder(tmp_path / "run" / "encoder")
+    for old, new in zip(before.parameters(), after.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a picture was read again")
+
+    monkeypatch.setattr("diptych.recipes.features.picture_batches", refuse)
+    run.fit(tmp_path / "again", recipe="uml-probe")
+    assert lines(tmp_path / "again")[-1]["valid/accuracy"] == lines(tmp_path / "run")[-1]["valid/accuracy"]
+
+
+def test_a_resumed_probe_is_the_uninterrupted_one(photos, encoders, tmp_path):
+    run = small(uml_probe(), photos, encoders)
+    run = replace(run, optim=replace(run.optim, schedule="constant"))
+    run.fit(tmp_path / "whole", recipe="uml-probe")
+    replace(run, train=replace(run.train, steps=6)).fit(tmp_path / "cut", recipe="uml-probe")
+    run.fit(tmp_path / "cut", recipe="uml-probe")
+    scores = [json.loads((tmp_path / name / "best" / "scores.json").read_text()) for name in ("whole", "cut")]
+    assert [each for each in scores[1] if each["step"] != 6] == scores[0]  # the cut one was validated at its end
+    whole, resumed = (Classifier.from_pretrained(tmp_path / name, device="cpu").head for name in ("whole", "cut"))
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_patience_ends_the_run(photos, encoders, tmp_path):
+    """A rate of nearly nothing never finds better weights than those of the first validation."""
+    run = replace(small(uml_probe(), photos, encoders), patience=1)
+    run = replace(run, optim=replace(run.optim, lr=1e-30), train=replace(run.train, eval_every=2))
+    result = run.fit(tmp_path / "run", recipe="uml-probe")
+    assert (result.step, result.finished) == (4, True)
+    assert (tmp_path / "run" / "head").is_dir()
+
+
+def test_one_shot_with_a_large_batch(photos, encoders, tmp_path):
+    run = small(uml_probe(), photos, encoders)
+    run = replace(run, data=replace(run.data, shots=1), train=replace(run.train, batch_size=32))
+    assert run.fit(tmp_path / "run", recipe="uml-probe").step == 12
+    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run") if "loss" in line)
+
+
+def test_fine_tuning_trains_the_encoder_and_keeps_its_format(photos, encoders, tmp_path):
+    run = small(uml_finetune(), photos, encoders)
+    run.fit(tmp_path / "run", recipe="uml-finetune")
+    before, after = open_image_encoder(encoders["encoder"]), open_image_encoder(tmp_path / "run" / "encoder")
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    metrics = evaluate_classifier_run(
+        tmp_path / "run", open_source(str(photos / "images")), out=tmp_path / "scores", device="cpu"
+    )
+    assert 0 <= metrics["accuracy"] <= 1
+    again = small(uml_probe(), photos, encoders | {"encoder": str(tmp_path / "run")})
+    assert again.fit(tmp_path / "probe", recipe="uml-probe").finished  # a run's encoder may serve another run
+
+
+def test_a_new_encoder_is_trained_from_nothing(photos, encoders, tmp_path):
+    run = small(uml_finetune(), photos, encoders | {"encoder": "scratch"})
+    run.fit(tmp_path / "run", recipe="uml-finetune")
+    found = Classifier.from_pretrained(tmp_path / "run", device="cpu")
+    pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    with evaluating(found.encoder):
+        assert found.encoder(pixels).shape == (1, 24)
+
+
+def test_mistakes_are_told_before_anything_is_computed(photos, encoders, tmp_path):
+    with pytest.raises(UserError, match="has learnt nothing"):
+        small(uml_probe(), photos, encoders | {"encoder": "scratch"}).fit(tmp_path / "run", recipe="uml-probe")
+    tuned = small(uml_finetune(), photos, encoders)
+    with pytest.raises(UserError, match="centred needs features that stay"):
+        replace(tuned, head=replace(tuned.head, features="centred")).check()
+    with pytest.raises(UserError, match="no finished classifier"):
+        classify_run(tmp_path, [])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipes_are_listed():
+    assert {"uml-probe", "uml-finetune"} <= RECIPES.keys()
