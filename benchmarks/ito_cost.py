@@ -28,13 +28,13 @@ import torch
 from torch import nn
 
 from diptych.data.augment import ViewConfig
-from diptych.data.batch import Batch, Items
+from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual import model as sizes
 from diptych.dual.model import DualEncoder, train_clip_tokenizer
 from diptych.dual.objectives.clip import ClipConfig, ClipObjective
 from diptych.dual.objectives.ito import ItoConfig, ItoObjective
 from diptych.dual.objectives.slip import SlipConfig, SlipObjective
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 
 OBJECTIVES = {
     "clip": lambda model: ClipObjective(model, ClipConfig()),
@@ -53,25 +53,25 @@ WARM_UP = 4  # steps until a process has the memory that it needs
 
 def build(name: str, size: str, device: str) -> nn.Module:
     config = getattr(sizes, size)()
-    tokenizer = train_clip_tokenizer(["the same words again and again"] * 3, vocabulary=600, length=77)
+    tokenizer = train_clip_tokenizer(["the same words again and again"] * 3, vocab_size=600, length=77)
     model = DualEncoder.from_config(config, tokenizer, seed=0)
     # The batch holds random ids; the table has the size of a real vocabulary.
-    model.clip.text_model.embeddings.token_embedding = nn.Embedding(config.vocabulary, config.text_width)
+    model.clip.text_model.embeddings.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
     return OBJECTIVES[name](model).to(device)
 
 
 def batch_for(objective: nn.Module, *, rows: int, length: int, device: str) -> Batch:
     """Random pictures, and texts of which the longest has ``length`` tokens and the shortest half as many."""
     generator = torch.Generator().manual_seed(0)
-    side, length = objective.model.image_size * 3 // 2, min(length, objective.model.text_length)
+    side, length = objective.model.image_size * 3 // 2, min(length, objective.model.max_text_len)
     lengths_B = torch.randint(length // 2, length + 1, (rows,), generator=generator)
     lengths_B[0] = length
-    pairs = Items(
+    pairs = CaptionedImageExamples(
         pixels_B3HW=torch.randint(256, (rows, 3, side, side), dtype=torch.uint8, generator=generator),
         ids_BL=torch.randint(500, (rows, length), generator=generator),
         valid_BL=torch.arange(length) < lengths_B[:, None],
     )
-    return Batch(draws=Draws(0, 0), pairs=pairs).to(device)
+    return Batch(rng=StepRNG(0, 0), streams={"pairs": pairs}).to(device)
 
 
 def loss_of(objective: nn.Module, batch: Batch, device: str) -> torch.Tensor:

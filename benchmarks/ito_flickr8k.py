@@ -156,7 +156,7 @@ def _cell(key: str, found: list[dict[str, float]]) -> str:
     return f"{statistics.mean(values) * factor:.2f}{spread}"
 
 
-def draw(options: argparse.Namespace) -> None:
+def generate_image_tokens(options: argparse.Namespace) -> None:
     """`dev_r1.svg` and `dev_r10.svg`, in %, means over the seeds."""
     runs = {}
     for arm in options.arms:
@@ -194,7 +194,7 @@ def main() -> None:
             print(f"{arm} seed {seed}: test {R1} {results[arm][-1][R1]:.4f}", flush=True)
     show(results)
     if options.figures:
-        draw(options)
+        generate_image_tokens(options)
     if options.json:
         write_json(options.json, results)
     sys.exit(not verdict(results))

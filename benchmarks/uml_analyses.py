@@ -23,13 +23,13 @@ from uml_fewshot import Options as Setting
 from uml_fewshot import drawn, published
 
 from diptych.data.class_texts import choose_texts, permuted
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.encoders import open_image_encoder, open_text_encoder
 from diptych.experiments.classifier_bank import Bank, Member, Trained
 from diptych.experiments.few_shot import CONTROLS
 from diptych.experiments.representation import class_margin, fit_exchange, silhouette
 from diptych.experiments.robustness import accuracies, corrupted
-from diptych.nn.inference import evaluating
+from diptych.nn.inference import eval_mode
 from diptych.rng import derive_seed
 from diptych.run_folder import write_json
 from diptych.train.config import OptimConfig, TrainConfig
@@ -49,14 +49,16 @@ class Options(Setting):
 
 
 class Lab:
-    """Features of a task, and classifiers trained on them."""
+    """LabelledFeatures of a task, and classifiers trained on them."""
 
     def __init__(self, options: Options) -> None:
         self.options, self.task = options, published(options) if options.meta else drawn(options)
         self.encoder = open_image_encoder(options.encoder)
         every = np.arange(len(self.task.labelled.labels_N))
-        skips = Skips(max_skipped_share=0.0)
-        self.images = frozen_side(self.encoder, self.task.labelled, every, cache=options.cache, skips=skips, workers=2)
+        skipped = SkippedItems(max_skipped_share=0.0)
+        self.images = frozen_side(
+            self.encoder, self.task.labelled, every, cache=options.cache, skipped=skipped, workers=2
+        )
         encoder = open_text_encoder(options.text_encoder)
         self.texts = text_side(encoder, self.task.texts, shots="all", cache=options.cache, seed=0)
         self.classes = len(self.task.labelled.classes)
@@ -69,7 +71,7 @@ class Lab:
         return Member(
             episode=self.task.episodes[shots, seed], text_rows=rows,
             text_labels=other[labels_T[rows]] if wanted.texts == "permuted" else labels_T[rows],
-            others_weight=0.0 if wanted.texts == "none" else 1.0, init=wanted.init, seed=seed,
+            aux_weight=0.0 if wanted.texts == "none" else 1.0, init=wanted.init, seed=seed,
         )  # fmt: skip
 
     def train(self, members: Sequence[Member]) -> list[tuple[Trained, SharedHead]]:
@@ -82,7 +84,12 @@ class Lab:
         train = TrainConfig(steps=grid.steps, batch_size=grid.batch_sizes[0], eval_every=grid.eval_every)
         for lr in grid.lrs:
             optim = OptimConfig(
-                lr=lr, betas=(0.9, 0.999), weight_decay=grid.weight_decays[0], clip=None, warmup_steps=50, final_lr=0.01
+                lr=lr,
+                betas=(0.9, 0.999),
+                weight_decay=grid.weight_decays[0],
+                max_grad_norm=None,
+                warmup_steps=50,
+                final_lr=0.01,
             )
             bank = Bank(members, self.images, self.texts, head=head, train=train, optim=optim)
             found = [(one, bank.head(n)) for n, one in enumerate(bank.fit(self.task.test, patience=grid.patience))]
@@ -135,7 +142,7 @@ def robustness(lab: Lab, heads: dict[str, list[SharedHead]]) -> dict[str, dict[s
     items = rng.permutation(lab.task.test)[: lab.options.shifted]
 
     def classify(pixels_B3HW: Tensor) -> Tensor:
-        with evaluating(lab.encoder):
+        with eval_mode(lab.encoder):
             features_BD = lab.encoder(pixels_B3HW)
             return torch.stack([head(features_BD, IMAGE).argmax(1) for head in every])
 

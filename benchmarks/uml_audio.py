@@ -27,13 +27,13 @@ from torch import Tensor
 from diptych.data.audio import MelConfig, write_frames
 from diptych.data.class_texts import permuted
 from diptych.data.encode import picture_batches
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import Source, open_source
 from diptych.data.splits import draw_episode
 from diptych.data.vectors import VectorStore
 from diptych.encoders import open_image_encoder, open_text_encoder
 from diptych.eval.features import RandomFeatures
-from diptych.experiments.few_shot import Outcome, gain, spread
+from diptych.experiments.few_shot import FewShotResult, gain, spread
 from diptych.rng import derive_seed
 from diptych.run_folder import write_json
 from diptych.tokenizers.recipes import encoder_tiny
@@ -63,7 +63,7 @@ MOST_TEXTS, MOST_IMAGES = 30, 60
 AUDIO, TEXT, IMAGE = "audio", "text", "image"
 STEPS, EVERY = 300, 20
 Side = tuple[Tensor, Tensor]
-"""Features [N D] and labels [N]."""
+"""LabelledFeatures [N D] and labels [N]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,7 @@ def images(photos: Source | None, pictures: Source | None, classes: list[str], e
     vectors, labels_found = [], []
     for source, items, label in chosen:
         kept = some(items, MOST_IMAGES, "images", label) if classes[label] not in NO_IMAGES else []
-        for pixels_B3HW, _ in picture_batches(source, np.array(kept, int), size=size, skips=Skips()):
+        for pixels_B3HW, _ in picture_batches(source, np.array(kept, int), size=size, skipped=SkippedItems()):
             vectors.append(encoder(pixels_B3HW).detach().float().cpu())
             labels_found += [label] * len(pixels_B3HW)
     print("images: " + ", ".join(f"{name} {labels_found.count(label)}" for label, name in enumerate(classes)))
@@ -185,7 +185,7 @@ def score(head: SharedHead, side: Side, step: int) -> Score:
 
 def trial(
     store: VectorStore, features_ND: Tensor, others: Mapping[str, Side], *, shots: int, seed: int
-) -> list[Outcome]:
+) -> list[FewShotResult]:
     """Every way on one fold, learnt from ``shots`` clips a class of the other folds."""
     labels_N, fold_N, classes = store.array("labels"), store.array("fold"), store.manifest["classes"]
     assert labels_N is not None
@@ -201,7 +201,7 @@ def trial(
         if set(way.others) <= set(others):
             head, best = fit(way, train, valid, others, classes=len(classes), seed=seed)
             tested = score(head, (features_ND[test], y_N[test]), best.step)
-            found.append(Outcome(
+            found.append(FewShotResult(
                 control=name, shots=shots, seed=seed, accuracy=tested.accuracy, valid_accuracy=best.accuracy,
                 chosen={"step": best.step},
             ))  # fmt: skip
@@ -248,7 +248,7 @@ def main() -> None:
     report(outcomes, options.shots, options.json)
 
 
-def report(outcomes: list[Outcome], every: list[int], file: Path | None) -> None:
+def report(outcomes: list[FewShotResult], every: list[int], file: Path | None) -> None:
     ways = list(dict.fromkeys(outcome.control for outcome in outcomes))
     print(f"{'accuracy, mean and standard deviation over seeds':50}" + "".join(f"{s:>8} shots" for s in every))
     for way in ways:

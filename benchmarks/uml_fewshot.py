@@ -22,14 +22,14 @@ import tyro
 
 from diptych.data.class_texts import Shots, texts_of
 from diptych.data.encode import picture_batches
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import open_source
 from diptych.data.sources.decode import SUFFIXES
 from diptych.data.splits import Episode, Labelled, draw_episode, given_episodes, hold_out
 from diptych.encoders import open_image_encoder, open_text_encoder
 from diptych.eval.features import RandomFeatures
 from diptych.experiments.few_shot import CONTROLS, FewShotConfig, accuracy_figure, as_json, few_shot, gain, show
-from diptych.uml.data import Features, frozen_side, text_side
+from diptych.uml.data import LabelledFeatures, frozen_side, text_side
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -99,15 +99,17 @@ def drawn(options: Options) -> Task:
     return Task(labelled, episodes, parts.valid, texts_of(options.texts, labelled.classes, templates=TEMPLATES))
 
 
-def image_side(options: Options, labelled: Labelled) -> Features:
-    """Features of all images, each at the place of its image: none may be unreadable."""
-    every, skips = np.arange(len(labelled.labels_N)), Skips(max_skipped_share=0.0)
+def image_side(options: Options, labelled: Labelled) -> LabelledFeatures:
+    """LabelledFeatures of all images, each at the place of its image: none may be unreadable."""
+    every, skipped = np.arange(len(labelled.labels_N)), SkippedItems(max_skipped_share=0.0)
     if options.encoder != "random":
         encoder = open_image_encoder(options.encoder)
-        return frozen_side(encoder, labelled, every, cache=options.cache, skips=skips, workers=2)
+        return frozen_side(encoder, labelled, every, cache=options.cache, skipped=skipped, workers=2)
     network = RandomFeatures()
-    pictures = picture_batches(labelled.source, every, size=RandomFeatures.SIZE, skips=skips)
-    return Features(vectors_ND=np.concatenate([network(pixels) for pixels, _ in pictures]), labels_N=labelled.labels_N)
+    pictures = picture_batches(labelled.source, every, size=RandomFeatures.SIZE, skipped=skipped)
+    return LabelledFeatures(
+        vectors_ND=np.concatenate([network(pixels) for pixels, _ in pictures]), labels_N=labelled.labels_N
+    )
 
 
 def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:

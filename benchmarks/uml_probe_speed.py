@@ -17,15 +17,15 @@ import numpy as np
 import torch
 import tyro
 
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import open_source
 from diptych.data.splits import Labelled
-from diptych.data.streams import Batches, Stream
+from diptych.data.streams import BatchSampler, Stream
 from diptych.encoders import ScratchConfig, open_image_encoder, scratch_encoder
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import Devices
-from diptych.train.step import Updater
-from diptych.uml.data import Features, PixelSide, frozen_side
+from diptych.train.step import TrainStep
+from diptych.uml.data import LabelledFeatures, PixelSide, frozen_side
 from diptych.uml.head import SharedHeadConfig
 from diptych.uml.objective import UmlConfig, UmlObjective
 from diptych.uml.training import IMAGE, TEXT, start_head
@@ -35,9 +35,9 @@ ROWS, TEXTS, WIDTH = 32, 30, 256
 
 def seconds_a_step(objective: UmlObjective, streams: dict[str, Stream], *, steps: int) -> float:
     train = TrainConfig(steps=10 * steps, batch_size=ROWS, device="cpu", precision="fp32")
-    batches = Batches(streams, multiples=objective.streams, batch_size=ROWS, seed=0)
-    update = Updater(
-        objective, train=train, optim=OptimConfig(clip=None), devices=Devices(device="cpu", precision="fp32")
+    batches = BatchSampler(streams, multiples=objective.streams, batch_size=ROWS, seed=0)
+    update = TrainStep(
+        objective, train=train, optim=OptimConfig(max_grad_norm=None), devices=Devices(device="cpu", precision="fp32")
     )
     for step in range(3):
         update(step, batches(step))
@@ -58,14 +58,14 @@ def main(*, data: str, encoder: str | None = None, json: Path | None = None, ima
     items = np.random.Generator(np.random.PCG64(0)).permutation(len(labelled.labels_N))[:images]
     network: Any = open_image_encoder(encoder) if encoder else scratch_encoder(ScratchConfig(), seed=0)
     network.requires_grad_(False)
-    skips, classes = Skips(), len(labelled.classes)
+    skipped, classes = SkippedItems(), len(labelled.classes)
     vectors = torch.randn(TEXTS * classes, WIDTH, generator=torch.Generator().manual_seed(0)).numpy()
-    texts = Features(vectors_ND=vectors, labels_N=np.arange(TEXTS * classes) % classes)
+    texts = LabelledFeatures(vectors_ND=vectors, labels_N=np.arange(TEXTS * classes) % classes)
     with tempfile.TemporaryDirectory() as cache:
         began = time.perf_counter()
-        cached = frozen_side(network, labelled, items, cache=Path(cache), skips=skips, workers=2)
+        cached = frozen_side(network, labelled, items, cache=Path(cache), skipped=skipped, workers=2)
         once = time.perf_counter() - began
-        pixels = PixelSide(labelled, items, size=network.image_size, skips=skips, cache_mb=0)
+        pixels = PixelSide(labelled, items, size=network.image_size, skipped=skipped, cache_mb=0)
         config = SharedHeadConfig(widths={IMAGE: network.width, TEXT: WIDTH}, classes=classes, features="unit")
         found = {}
         for name, side, encoding, steps in (("uncached", pixels, network, 12), ("cached", cached, None, 300)):

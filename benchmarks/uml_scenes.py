@@ -24,7 +24,7 @@ from diptych.encoders import open_text_encoder
 from diptych.eval.features import RandomFeatures
 from diptych.experiments.few_shot import FewShotConfig, accuracy_figure, as_json, few_shot, gain, show
 from diptych.tokenizers.recipes import encoder_tiny
-from diptych.uml.data import Features
+from diptych.uml.data import LabelledFeatures
 from diptych.uml.head import SharedHeadConfig
 
 PICTURES, TESTED, CAPTIONS = 3000, 1000, 600
@@ -36,18 +36,18 @@ def classes_of(world: ScenesSource) -> list[str]:
     return [f"{thing.colour} {thing.shape}" for thing in things]
 
 
-def features_of_pictures(world: ScenesSource, names: list[str]) -> Features:
+def features_of_pictures(world: ScenesSource, names: list[str]) -> LabelledFeatures:
     network = RandomFeatures()
     parts = np.array_split(np.arange(len(world)), 16)
     vectors_ND = torch.cat([network(channels_first(world.images(part, 32))) for part in parts])
-    return Features(vectors_ND=vectors_ND.numpy(), labels_N=labels(world, names))
+    return LabelledFeatures(vectors_ND=vectors_ND.numpy(), labels_N=labels(world, names))
 
 
-def features_of_captions(world: ScenesSource, names: list[str], out: Path) -> Features:
+def features_of_captions(world: ScenesSource, names: list[str], out: Path) -> LabelledFeatures:
     captions = [world.captions(item)[0] for item in range(len(world))]
     encoder_tiny().fit(captions, out / "stages" / "text_encoder").save_pretrained(out / "text_encoder")
     vectors_ND = open_text_encoder(out)(captions[:CAPTIONS]).numpy()
-    return Features(vectors_ND=vectors_ND, labels_N=labels(world, names)[:CAPTIONS])
+    return LabelledFeatures(vectors_ND=vectors_ND, labels_N=labels(world, names)[:CAPTIONS])
 
 
 def labels(world: ScenesSource, names: list[str]) -> np.ndarray:
@@ -65,7 +65,7 @@ def main(*, out: Path, json: Path | None = None, steps: int = 200, world: int = 
     names = sorted(set(classes_of(scenes)))
     images, texts = features_of_pictures(scenes, names), features_of_captions(other, names, out)
     config = FewShotConfig(
-        shots=SHOTS, seeds=SEEDS, steps=steps, eval_every=50, others_weights=(0.3, 1.0, 3.0),
+        shots=SHOTS, seeds=SEEDS, steps=steps, eval_every=50, aux_weights=(0.3, 1.0, 3.0),
         head=SharedHeadConfig(features="standard", logit_scale=4.0),  # layers of the network differ in scale by far
     )  # fmt: skip
     known = images.labels_N[:-TESTED]

@@ -91,7 +91,7 @@ def main() -> None:
         others["+ shuffled captions"] = str(shuffled(captions, folder / "shuffled").folder)
         base = replace(
             uml_ssl(), target=str(frames.folder), model=SharedTransformerConfig(width=64, depth=2, heads=4),
-            objective=UmlSslConfig(others_from=options.steps // 5),
+            objective=UmlSslConfig(aux_start_step=options.steps // 5),
         )  # fmt: skip
         found = {"mean and std of frames": [probe(mean_and_std(frames), frames)]}
         for seed in range(options.seeds):

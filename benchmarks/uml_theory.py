@@ -88,8 +88,8 @@ def measure(case: Case, *, repetitions: int, rng: np.random.Generator) -> dict[s
     print(f"{'variance along the direction asked for':66} {'formula':>9} {'measured':>9} {'paper':>9}")
     for name, (views, v_C) in case.items():
         formula, paper = (variance_along(f(views), v_C) for f in (shared_information, block_information))
-        guesses = estimate(views, np.arange(1.0, SHARED + 1), repetitions=repetitions, rng=rng) @ v_C
-        found[name] = {"formula": formula, "measured": float(guesses.var()), "paper": paper}
+        predictions = estimate(views, np.arange(1.0, SHARED + 1), repetitions=repetitions, rng=rng) @ v_C
+        found[name] = {"formula": formula, "measured": float(predictions.var()), "paper": paper}
         print(f"{name:66} {formula:9.4f} {found[name]['measured']:9.4f} {paper:9.4f}")
     return found
 

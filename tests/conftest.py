@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from diptych.data.batch import Batch, Items
+from diptych.data.batch import Batch, ImageTokenExamples, PairExamples, TextExamples
 from diptych.data.scenes.source import ScenesSource
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
 from diptych.dual.recipes import clip_tiny
 from diptych.itit.model import ITIT, ItitConfig
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 from diptych.run_folder import write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
@@ -34,7 +34,9 @@ def text_encoder(scene_texts) -> TextEncoder:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> ImageTokenizer:
-    config = ImageTokenizerConfig(size=32, codes=20, code_dim=4, widths=(8, 8), blocks=1, groups=4, patch=4)
+    config = ImageTokenizerConfig(
+        image_size=32, codebook_size=20, code_dim=4, widths=(8, 8), blocks=1, groups=4, patch=4
+    )
     return ImageTokenizer.from_config(config, seed=0).eval()
 
 
@@ -43,8 +45,8 @@ def model(text_encoder, tokenizer) -> ITIT:
     """Two blocks everywhere, width 16, without dropout."""
     torch.manual_seed(0)
     config = ItitConfig(
-        image_tokens=tokenizer.tokens, codebook=tokenizer.codes, text_tokens=24,
-        text_features=text_encoder.width, vocabulary=text_encoder.vocab_rows,
+        image_tokens=tokenizer.tokens, codebook_size=tokenizer.codebook_size, max_text_len=24,
+        text_features=text_encoder.width, vocab_size=text_encoder.vocab_rows,
         width=16, depth=2, heads=2, image_decoder_depth=2,
         text_decoder_width=16, text_decoder_depth=2, text_decoder_heads=2, dropout=0.0,
     )  # fmt: skip
@@ -54,9 +56,9 @@ def model(text_encoder, tokenizer) -> ITIT:
 @pytest.fixture(scope="session")
 def dual_encoder(scene_texts) -> DualEncoder:
     config = DualEncoderConfig(
-        image_size=16, patch=8, image_width=32, image_depth=1, text_length=32, text_width=24, text_depth=1, width=20
+        image_size=16, patch=8, image_width=32, image_depth=1, max_text_len=32, text_width=24, text_depth=1, width=20
     )
-    return DualEncoder.from_config(config, train_clip_tokenizer(scene_texts, vocabulary=600, length=32), seed=0)
+    return DualEncoder.from_config(config, train_clip_tokenizer(scene_texts, vocab_size=600, length=32), seed=0)
 
 
 @pytest.fixture
@@ -68,20 +70,19 @@ def dual_run(dual_encoder, tmp_path) -> Path:
 
 @pytest.fixture
 def batch(text_encoder, tokenizer, scene_texts) -> Batch:
-    """Eight pairs, four bare images and four loose texts."""
+    """Eight pairs, four unpaired images and four unpaired texts."""
     generator = torch.Generator().manual_seed(1)
 
-    def items(rows: int, start: int, *, image: bool, text: bool) -> Items:
-        ids = valid = tokens = None
-        if text:
-            ids, valid = text_encoder.tokenize(scene_texts[start : start + rows], length=20)
-        if image:
-            tokens = torch.randint(tokenizer.codes, (rows, tokenizer.tokens), generator=generator)
-        return Items(tokens_BN=tokens, ids_BL=ids, valid_BL=valid)
+    def texts(start: int, end: int) -> dict[str, torch.Tensor]:
+        ids, valid = text_encoder.tokenize(scene_texts[start:end], length=20)
+        return {"ids_BL": ids, "valid_BL": valid}
 
-    return Batch(
-        draws=Draws(0, 0),
-        pairs=items(8, 0, image=True, text=True),
-        images=items(4, 0, image=True, text=False),
-        texts=items(4, 8, image=False, text=True),
-    )
+    def tokens(rows: int) -> torch.Tensor:
+        return torch.randint(tokenizer.codebook_size, (rows, tokenizer.tokens), generator=generator)
+
+    streams = {
+        "pairs": PairExamples(tokens_BN=tokens(8), **texts(0, 8)),
+        "images": ImageTokenExamples(tokens_BN=tokens(4)),
+        "texts": TextExamples(**texts(8, 12)),
+    }
+    return Batch(rng=StepRNG(0, 0), streams=streams)

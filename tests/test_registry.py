@@ -63,9 +63,9 @@ def test_networks_build_for_the_tokenizers_that_are_trained_first(name):
     run = RECIPES[name]()
     with torch.device("meta"):
         tokenizer = ImageTokenizer.from_config(run.tokenizer_stage.model)
-        stages = {"image_tokens": tokenizer.tokens, "codebook": tokenizer.codes}
+        stages = {"image_tokens": tokenizer.tokens, "codebook": tokenizer.codebook_size}
         network = ITIT(replace(run.model, **stages, text_features=run.text_encoder_stage.model.width))
-    assert network.image_bias.shape == (tokenizer.codes,)
+    assert network.image_bias.shape == (tokenizer.codebook_size,)
 
 
 @pytest.mark.parametrize("name", ["vqgan-tiny", "vqgan-small", "vqgan-paper"])
@@ -75,9 +75,9 @@ def test_tokenizers_are_as_their_docstring_says(name):
         tokenizer = ImageTokenizer.from_config(stage.model)
     side = math.isqrt(tokenizer.tokens)
     about = RECIPES[name].__doc__ or ""
-    assert f"{tokenizer.size} pixels" in about
+    assert f"{tokenizer.image_size} pixels" in about
     if "tokens" in about:
-        assert f"{side} x {side} tokens out of {tokenizer.codes}" in about
+        assert f"{side} x {side} tokens out of {tokenizer.codebook_size}" in about
 
 
 @pytest.mark.parametrize("name", ["text-encoder-tiny", "text-encoder-small"])
@@ -104,7 +104,7 @@ def test_itit_trains_the_tokenizers_of_the_same_size():
 @pytest.mark.parametrize("name", ITIT_RECIPES)
 def test_unpaired_data_that_would_never_be_used_is_noticed(name):
     run = RECIPES[name]()
-    late = replace(run, objective=replace(run.objective, cycles_from=run.train.steps))
+    late = replace(run, objective=replace(run.objective, cycle_start_step=run.train.steps))
     with pytest.raises(ValueError, match="unpaired data would never be used"):
         late.check()
     replace(late, objective=replace(late.objective, texts="off", images="off")).check()
@@ -119,4 +119,4 @@ def test_unpaired_data_that_would_never_be_used_is_noticed(name):
 def test_tokenizers_give_as_many_tokens_as_their_recipes_say(stage, tokens, codes, factor):
     with torch.device("meta"):
         tokenizer = ImageTokenizer.from_config(stage().model)
-    assert (tokenizer.tokens, tokenizer.codes, tokenizer.factor) == (tokens, codes, factor)
+    assert (tokenizer.tokens, tokenizer.codebook_size, tokenizer.factor) == (tokens, codes, factor)

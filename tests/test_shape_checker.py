@@ -4,21 +4,21 @@ import jaxtyping
 import pytest
 import torch
 
-from diptych.data.batch import Items
+from diptych.data.batch import ImageTokenExamples, LabelledVectorExamples
 
 
 def test_a_wrong_number_of_axes_is_caught():
     with pytest.raises(jaxtyping.TypeCheckError, match="tokens_BN"):
-        Items(tokens_BN=torch.zeros(2, 3, 4, dtype=torch.int64))
+        ImageTokenExamples(tokens_BN=torch.zeros(2, 3, 4, dtype=torch.int64))
 
 
 def test_two_sizes_for_one_axis_are_caught():
     with pytest.raises(jaxtyping.TypeCheckError, match="labels_B"):
-        Items(tokens_BN=torch.zeros(2, 3, dtype=torch.int64), labels_B=torch.zeros(5, dtype=torch.int64))
+        LabelledVectorExamples(vectors_BD=torch.zeros(2, 3), labels_B=torch.zeros(5, dtype=torch.int64))
 
 
 def test_parameters_are_checked_where_the_result_is_self():
-    items = Items(labels_B=torch.zeros(5, dtype=torch.int64))
+    items = ImageTokenExamples(tokens_BN=torch.zeros(5, 2, dtype=torch.int64))
     assert len(items.to("cpu")) == 5
     with pytest.raises(jaxtyping.TypeCheckError, match="device"):
         items.to(3.5)

@@ -14,7 +14,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class StepRNG:
     """The random numbers of one step, the same however its rows are split over processes.
 
     Every draw is made for all ``global_rows`` rows of a stream from (seed, step, name) and cut to the rows of this

@@ -43,7 +43,7 @@ def run(tokenizer, text_encoder, model, tmp_path):
         whole.save_pretrained(folder / part)
     recipe = itit_tiny()
     recipe.data.pairs = "scenes:"
-    generation = {"draw": {"steps": 2, "guidance": 0.0}, "write": {"beams": 2}}
+    generation = {"image": {"steps": 2, "guidance": 0.0}, "text": {"beams": 2}}
     write_config(folder, recipe="itit-tiny", run=recipe, generation=generation)
     return folder
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from diptych.data.array_writer import Growing
+from diptych.data.array_writer import ResumableArrayWriter
 
 CHUNKS = [np.arange(6, dtype=np.float32).reshape(3, 2) + 10 * n for n in range(4)]
 
@@ -13,15 +13,15 @@ def opened(folder) -> np.ndarray:
 
 
 def grow(out, *, made_by, chunks=CHUNKS, fail_at=None):
-    growing = Growing(out, made_by, format="npy")
-    began = growing.done
+    writer = ResumableArrayWriter(out, made_by, format="npy")
+    began = writer.done
     for number in range(began, len(chunks)):
         if number == fail_at:
-            growing.append({"vectors": chunks[number], "late": chunks[number]}, keys=["lost"])  # killed before its end
+            writer.append({"vectors": chunks[number], "late": chunks[number]}, keys=["lost"])  # killed before its end
             return began
-        growing.append({"vectors": chunks[number]}, keys=[f"{number}-{row}" for row in range(3)], done=number + 1)
-    growing.skipped["bad"] = "no picture"
-    growing.finish("manifest.json", {"rows": growing.items}, opened)
+        writer.append({"vectors": chunks[number]}, keys=[f"{number}-{row}" for row in range(3)], done=number + 1)
+    writer.skipped["bad"] = "no picture"
+    writer.finish("manifest.json", {"rows": writer.items}, opened)
     return began
 
 
@@ -58,8 +58,8 @@ def test_another_makers_half_is_not_continued(tmp_path, then):
 def test_what_cannot_be_opened_replaces_nothing(tmp_path):
     grow(tmp_path / "store", made_by={"n": 1})
     before = contents(tmp_path / "store")
-    growing = Growing(tmp_path / "store", {"n": 2}, format="npy")
-    growing.append({"other": CHUNKS[0]}, keys="abc", done=1)
+    writer = ResumableArrayWriter(tmp_path / "store", {"n": 2}, format="npy")
+    writer.append({"other": CHUNKS[0]}, keys="abc", done=1)
     with pytest.raises(FileNotFoundError):
-        growing.finish("manifest.json", {}, opened)
+        writer.finish("manifest.json", {}, opened)
     assert contents(tmp_path / "store") == before

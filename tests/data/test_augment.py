@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from diptych.data.augment import ViewConfig, _turn_hue, draw_view, make_view, weak_view
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 
 PLAIN = ViewConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
 
@@ -14,7 +14,7 @@ def pixels() -> torch.Tensor:
 
 
 def view(pixels, config, *, size=24, seed=0) -> torch.Tensor:
-    return make_view(pixels, draw_view(Draws(seed, 0), "view", len(pixels)), config, size=size)
+    return make_view(pixels, draw_view(StepRNG(seed, 0), "view", len(pixels)), config, size=size)
 
 
 def with_(**changes) -> ViewConfig:
@@ -87,15 +87,15 @@ def test_a_row_has_its_view_whatever_rows_are_beside_it(pixels):
     whole = view(pixels, ViewConfig())
     for rank in (0, 1):
         half = pixels[rank * 32 : (rank + 1) * 32]
-        drawn = draw_view(Draws(0, 0, rank, 2), "view", 32)
+        drawn = draw_view(StepRNG(0, 0, rank, 2), "view", 32)
         parts = [make_view(half[rows], drawn[rows], ViewConfig(), size=24) for rows in (slice(0, 20), slice(20, 32))]
         torch.testing.assert_close(torch.cat(parts), whole[rank * 32 : (rank + 1) * 32], rtol=0, atol=1e-5)
 
 
 def test_views_differ_by_name_and_step(pixels):
-    one, other = draw_view(Draws(0, 0), "view0", 4), draw_view(Draws(0, 0), "view1", 4)
+    one, other = draw_view(StepRNG(0, 0), "view0", 4), draw_view(StepRNG(0, 0), "view1", 4)
     assert not torch.equal(one, other)
-    assert not torch.equal(one, draw_view(Draws(0, 1), "view0", 4))
+    assert not torch.equal(one, draw_view(StepRNG(0, 1), "view0", 4))
 
 
 def test_the_weak_view_changes_no_colour(pixels):

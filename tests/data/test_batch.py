@@ -1,7 +1,8 @@
+import pytest
 import torch
 
-from diptych.data.batch import Batch, Items
-from diptych.rng import Draws, derive_seed
+from diptych.data.batch import Batch, ImageTokenExamples, PairExamples, TextExamples
+from diptych.rng import StepRNG, derive_seed
 
 
 def test_derive_seed_tells_everything_apart():
@@ -19,21 +20,21 @@ def test_derive_seed_tells_everything_apart():
 
 
 def test_draws_depend_on_seed_step_and_name_alone():
-    base = Draws(0, 5).uniform("a", 4, 3)
-    assert torch.equal(base, Draws(0, 5).uniform("a", 4, 3))
-    for other in (Draws(1, 5).uniform("a", 4, 3), Draws(0, 6).uniform("a", 4, 3), Draws(0, 5).uniform("b", 4, 3)):
+    base = StepRNG(0, 5).uniform("a", 4, 3)
+    assert torch.equal(base, StepRNG(0, 5).uniform("a", 4, 3))
+    for other in (StepRNG(1, 5).uniform("a", 4, 3), StepRNG(0, 6).uniform("a", 4, 3), StepRNG(0, 5).uniform("b", 4, 3)):
         assert not torch.equal(base, other)
 
 
 def test_rows_keep_their_numbers_on_any_number_of_processes():
-    whole = Draws(0, 0).gumbel("g", 6, 2)
+    whole = StepRNG(0, 0).gumbel("g", 6, 2)
     for world in (2, 3):
-        parts = [Draws(0, 0, rank, world).gumbel("g", 6 // world, 2) for rank in range(world)]
+        parts = [StepRNG(0, 0, rank, world).gumbel("g", 6 // world, 2) for rank in range(world)]
         assert torch.equal(torch.cat(parts), whole)
 
 
 def test_gumbel_is_standard_and_finite():
-    noise = Draws(0, 0).gumbel("g", 1000, 1000)
+    noise = StepRNG(0, 0).gumbel("g", 1000, 1000)
     assert noise.isfinite().all()
     assert abs(noise.mean().item() - 0.5772) < 0.01
     assert abs(noise.var().item() - 1.6449) < 0.02
@@ -41,24 +42,33 @@ def test_gumbel_is_standard_and_finite():
 
 def test_gumbel_stays_finite_at_the_ends_of_its_uniform(monkeypatch):
     edge = torch.tensor([[0.0, 1.0 - 2**-24]])
-    monkeypatch.setattr(Draws, "uniform", lambda *_, **__: edge)
-    assert Draws(0, 0).gumbel("g", 1, 2).isfinite().all()
+    monkeypatch.setattr(StepRNG, "uniform", lambda *_, **__: edge)
+    assert StepRNG(0, 0).gumbel("g", 1, 2).isfinite().all()
 
 
-def test_items_are_cut_and_moved_together():
-    items = Items(tokens_BN=torch.arange(8).view(4, 2), ids_BL=torch.arange(4).view(4, 1))
-    assert len(items) == 4
-    assert items[1::2].tokens_BN.tolist() == [[2, 3], [6, 7]]
-    assert items[1::2].labels_B is None
-    moved = Batch(draws=Draws(0, 0), pairs=items).to("cpu")
-    assert torch.equal(moved.pairs.ids_BL, items.ids_BL)
-    assert moved.texts is None
+def test_examples_are_cut_and_moved_together():
+    examples = PairExamples(
+        tokens_BN=torch.arange(8).view(4, 2), ids_BL=torch.arange(4).view(4, 1), valid_BL=torch.ones(4, 1).bool()
+    )
+    assert len(examples) == 4
+    assert examples[1::2].tokens_BN.tolist() == [[2, 3], [6, 7]]
+    assert examples[1::2].ids_BL.tolist() == [[1], [3]]
+    assert examples[1::2].features_BLF is None
 
 
 def test_a_batch_holds_streams_of_any_name():
-    items = Items(labels_B=torch.arange(2))
-    batch = Batch.of(Draws(0, 0), {"audio": items, "texts": items}).to("cpu")
-    assert torch.equal(batch.texts.labels_B, items.labels_B)
-    assert set(batch.streams) == {"audio", "texts"}
-    assert set(batch.more) == {"audio"}
-    assert batch.pairs is None
+    images, audio = ImageTokenExamples(tokens_BN=torch.ones(2, 3).long()), TextExamples(**texts(2))
+    batch = Batch(rng=StepRNG(0, 0), streams={"audio": audio, "images": images}).to("cpu")
+    assert torch.equal(batch["audio"].ids_BL, audio.ids_BL)
+    assert set(batch.streams) == {"audio", "images"}
+    with pytest.raises(KeyError):
+        batch["pairs"]
+
+
+def test_a_stream_cannot_leave_a_field_out():
+    with pytest.raises(TypeError, match="valid_BL"):
+        TextExamples(ids_BL=torch.ones(2, 3).long())
+
+
+def texts(rows: int) -> dict[str, torch.Tensor]:
+    return {"ids_BL": torch.ones(rows, 2).long(), "valid_BL": torch.ones(rows, 2).bool()}

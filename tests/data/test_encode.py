@@ -8,7 +8,7 @@ from PIL import Image
 
 from diptych.data import array_writer as growing_module
 from diptych.data import encode as encode_module
-from diptych.data.encode import Coders, encode
+from diptych.data.encode import DataTokenizers, encode
 from diptych.data.sources import open_source
 from diptych.data.sources.text import TextSource
 from diptych.data.store import Store
@@ -30,9 +30,9 @@ def features_of(ids_BL: torch.Tensor) -> torch.Tensor:
     return ids_BL[..., None] * torch.tensor([1.0, 0.1, -1 / 3])
 
 
-def coders(**changes) -> Coders:
+def tokenizers(**changes) -> DataTokenizers:
     made = {"image_size": SIZE, "tokens": tokens_of, "ids": ids_of, "features": features_of, "fingerprint": "one"}
-    return Coders(**{**made, **changes})
+    return DataTokenizers(**{**made, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def contents(folder) -> dict[str, bytes]:
 
 def test_what_is_stored_is_what_the_coders_made(photos, tmp_path):
     source = open_source(str(photos))
-    store = encode(source, tmp_path / "store", coders())
+    store = encode(source, tmp_path / "store", tokenizers())
     texts = [text for i in range(12) for text in source.captions(i)]
     assert (len(store), store.has_images, store.has_captions) == (12, True, True)
     assert store.array("tokens").tolist() == [[i] * SIZE**2 for i in range(12)]
@@ -72,14 +72,14 @@ def test_what_is_stored_is_what_the_coders_made(photos, tmp_path):
 
 
 def test_chosen_items_only_and_in_that_order(photos, tmp_path):
-    store = encode(open_source(str(photos)), tmp_path / "store", coders(), indices=np.array([7, 2, 4]))
+    store = encode(open_source(str(photos)), tmp_path / "store", tokenizers(), indices=np.array([7, 2, 4]))
     assert store.array("tokens")[:, 0].tolist() == [7, 2, 4]
     assert store.array("counts").tolist() == [1, 2, 1]
 
 
 @pytest.mark.parametrize("left_out", ["tokens", "ids", "features"])
 def test_a_side_without_coder_is_left_out(photos, tmp_path, left_out):
-    store = encode(open_source(str(photos)), tmp_path / "store", coders(**{left_out: None}))
+    store = encode(open_source(str(photos)), tmp_path / "store", tokenizers(**{left_out: None}))
     assert (store.has_images, store.has_captions) == (left_out != "tokens", left_out != "ids")
     assert store.array(left_out) is None
 
@@ -100,12 +100,12 @@ class Failing:
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_an_interrupted_encoding_goes_on_to_the_same_bytes(photos, tmp_path, at):
     source = open_source(str(photos))
-    encode(source, tmp_path / "whole", coders())
+    encode(source, tmp_path / "whole", tokenizers())
     with pytest.raises(KeyboardInterrupt):
-        encode(source, tmp_path / "cut", coders(ids=Failing(ids_of, at)))
+        encode(source, tmp_path / "cut", tokenizers(ids=Failing(ids_of, at)))
     assert not (tmp_path / "cut").exists()
     counting = Failing(tokens_of, 100)
-    encode(source, tmp_path / "cut", coders(tokens=counting))
+    encode(source, tmp_path / "cut", tokenizers(tokens=counting))
     assert counting.calls == 3 - (at - 1)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
@@ -113,7 +113,7 @@ def test_an_interrupted_encoding_goes_on_to_the_same_bytes(photos, tmp_path, at)
 def test_a_kill_between_the_files_of_a_chunk_leaves_no_trace(photos, tmp_path, monkeypatch):
     """No caption in the first chunk: `ids` begins in the one that is killed after its files are written."""
     source, order = open_source(str(photos)), np.array([0, 3, 6, 9, 0, 1, 2, 4])
-    encode(source, tmp_path / "whole", coders(), indices=order)
+    encode(source, tmp_path / "whole", tokenizers(), indices=order)
     write, calls = growing_module._write_json, []
 
     def killed_the_second_time(path, value):
@@ -124,9 +124,9 @@ def test_a_kill_between_the_files_of_a_chunk_leaves_no_trace(photos, tmp_path, m
 
     monkeypatch.setattr(growing_module, "_write_json", killed_the_second_time)
     with pytest.raises(KeyboardInterrupt):
-        encode(source, tmp_path / "cut", coders(), indices=order)
+        encode(source, tmp_path / "cut", tokenizers(), indices=order)
     assert (tmp_path / ".cut.partial/ids.bin").stat().st_size > 0
-    encode(source, tmp_path / "cut", coders(), indices=order)
+    encode(source, tmp_path / "cut", tokenizers(), indices=order)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -136,12 +136,12 @@ def test_a_kill_between_the_files_of_a_chunk_leaves_no_trace(photos, tmp_path, m
 def test_half_an_encoding_of_something_else_is_not_continued(photos, tmp_path, change):
     source = open_source(str(photos))
     with pytest.raises(KeyboardInterrupt):
-        encode(source, tmp_path / "store", coders(tokens=Failing(tokens_of, 2)))
+        encode(source, tmp_path / "store", tokenizers(tokens=Failing(tokens_of, 2)))
     counting = Failing(tokens_of, 100)
     if "source" in change:
         photos.rename(photos.with_name("other"))
         source = open_source(str(photos.with_name("other")))
-    now = coders(tokens=counting, fingerprint=change.get("fingerprint", "one"))
+    now = tokenizers(tokens=counting, fingerprint=change.get("fingerprint", "one"))
     store = encode(source, tmp_path / "store", now, indices=change.get("indices"))
     assert counting.calls == 3
     assert len(store) == len(change.get("indices", range(12)))
@@ -150,7 +150,7 @@ def test_half_an_encoding_of_something_else_is_not_continued(photos, tmp_path, c
 
 def test_unreadable_images_are_left_out_with_their_captions_and_listed(photos, tmp_path):
     (photos / "04.png").write_bytes(b"\x89PNG no more")
-    store = encode(open_source(str(photos)), tmp_path / "store", coders(), max_skipped_share=0.1)
+    store = encode(open_source(str(photos)), tmp_path / "store", tokenizers(), max_skipped_share=0.1)
     assert store.array("tokens")[:, 0].tolist() == [i for i in range(12) if i != 4]
     assert store.array("counts").tolist() == [i % 3 for i in range(12) if i != 4]
     (line,) = (tmp_path / "store/skipped.jsonl").read_text().splitlines()
@@ -162,7 +162,7 @@ def test_unreadable_images_are_left_out_with_their_captions_and_listed(photos, t
 def test_more_than_one_percent_unreadable_stops(photos, tmp_path):
     (photos / "04.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"1 of 12 items are unreadable.*04\.png.*empty") as caught:
-        encode(open_source(str(photos)), tmp_path / "store", coders())
+        encode(open_source(str(photos)), tmp_path / "store", tokenizers())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "store").exists()
 
@@ -170,13 +170,13 @@ def test_more_than_one_percent_unreadable_stops(photos, tmp_path):
 def test_a_chunk_without_a_readable_image(photos, tmp_path):
     for i in range(5):
         (photos / f"{i:02d}.png").write_bytes(b"")
-    store = encode(open_source(str(photos)), tmp_path / "store", coders(), max_skipped_share=0.5)
+    store = encode(open_source(str(photos)), tmp_path / "store", tokenizers(), max_skipped_share=0.5)
     assert store.array("tokens")[:, 0].tolist() == list(range(5, 12))
 
 
 def test_nothing_to_encode(photos, tmp_path):
     with pytest.raises(UserError, match="nothing to encode"):
-        encode(open_source(str(photos)), tmp_path / "store", coders(), indices=np.empty(0, np.int64))
+        encode(open_source(str(photos)), tmp_path / "store", tokenizers(), indices=np.empty(0, np.int64))
     assert not (tmp_path / "store").exists()
 
 
@@ -184,18 +184,18 @@ def test_only_encoded_data_is_replaced(photos, tmp_path):
     before = contents(photos)
     for out in (photos, photos / "01.png"):
         with pytest.raises(UserError, match="holds no encoded data"):
-            encode(open_source(str(photos)), out, coders())
+            encode(open_source(str(photos)), out, tokenizers())
     assert contents(photos) == before
     (tmp_path / "store").mkdir()
     for indices in (np.arange(3), np.arange(6)):
-        encode(open_source(str(photos)), tmp_path / "store", coders(), indices=indices)
+        encode(open_source(str(photos)), tmp_path / "store", tokenizers(), indices=indices)
     assert len(Store.open(tmp_path / "store")) == 6
 
 
 def test_keys_that_are_no_text(photos, tmp_path):
     for name in (b"\xff\xfe.png", b"two\nlines.png"):
         os.link(photos / "01.png", os.fsencode(photos) + b"/" + name)
-    store = encode(open_source(str(photos)), tmp_path / "store", coders())
+    store = encode(open_source(str(photos)), tmp_path / "store", tokenizers())
     assert len(store) == 14
     assert (tmp_path / "store/keys.txt").read_bytes().splitlines()[-2:] == [b"two lines.png", b"\xff\xfe.png"]
 
@@ -204,6 +204,6 @@ def test_texts_and_progress(tmp_path):
     (tmp_path / "texts.txt").write_text("".join(f"t{i}\n" for i in range(7)))
     seen = []
     source = TextSource([tmp_path / "texts.txt"], name="texts")
-    store = encode(source, tmp_path / "store", coders(tokens=None), advance=lambda *at: seen.append(at))
+    store = encode(source, tmp_path / "store", tokenizers(tokens=None), advance=lambda *at: seen.append(at))
     assert store.array("counts").tolist() == [1] * 7
     assert seen == [(5, 7), (7, 7)]

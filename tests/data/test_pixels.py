@@ -5,7 +5,7 @@ from PIL import Image
 
 from diptych.data.pixels import decode_files, pixel_stream
 from diptych.data.scenes.source import ScenesSource
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources.decode import UnreadableImage
 from diptych.errors import UserError
 
@@ -41,9 +41,9 @@ class Ramps:
         return picture
 
 
-def stream_of(*sources, skips=None, flip=False, seed=0):
+def stream_of(*sources, skipped=None, flip=False, seed=0):
     chosen = [(source, np.arange(len(source))) for source in sources]
-    return pixel_stream(chosen, size=SIZE, skips=Skips() if skips is None else skips, flip=flip, seed=seed)
+    return pixel_stream(chosen, size=SIZE, skipped=SkippedItems() if skipped is None else skipped, flip=flip, seed=seed)
 
 
 def taken(stream, rows, epoch=0) -> torch.Tensor:
@@ -65,7 +65,7 @@ def test_pictures_as_bytes_channels_first():
 
 def test_several_sources_and_chosen_items_are_one_stream():
     chosen = [(Ramps(9), np.array([8, 2])), (Ramps(3, first=50), np.array([1])), (Ramps(9, first=20), np.arange(3))]
-    stream = pixel_stream(chosen, size=SIZE, skips=Skips(), flip=False, seed=0)
+    stream = pixel_stream(chosen, size=SIZE, skipped=SkippedItems(), flip=False, seed=0)
     assert stream.size == 6
     assert left(taken(stream, range(6))) == [8, 2, 51, 20, 21, 22]
 
@@ -85,10 +85,10 @@ def test_about_half_are_mirrored_as_item_and_epoch_say():
 
 
 def test_the_next_picture_stands_in_for_an_unreadable_one():
-    skips = Skips(max_skipped_share=0.7)
-    stream = stream_of(Ramps(3, broken=(1, 2)), Ramps(2, first=50, broken=(1,)), skips=skips)
+    skipped = SkippedItems(max_skipped_share=0.7)
+    stream = stream_of(Ramps(3, broken=(1, 2)), Ramps(2, first=50, broken=(1,)), skipped=skipped)
     assert left(taken(stream, range(5))) == [0, 50, 50, 50, 0]
-    assert sorted(skips.reasons) == ["0/1", "0/2", "50/1"]
+    assert sorted(skipped.reasons) == ["0/1", "0/2", "50/1"]
     assert left(taken(stream, [1, 4])) == [50, 0]
 
 
@@ -96,17 +96,17 @@ def test_too_many_unreadable_pictures_stop():
     with pytest.raises(UserError, match=r"1 of 3 items are unreadable.*0/1"):
         taken(stream_of(Ramps(3, broken=(1,))), [1])
     with pytest.raises(UserError, match="2 of 2 items are unreadable"):
-        taken(stream_of(Ramps(2, broken=(0, 1)), skips=Skips(max_skipped_share=1.0)), [0])
+        taken(stream_of(Ramps(2, broken=(0, 1)), skipped=SkippedItems(max_skipped_share=1.0)), [0])
 
 
 def test_a_source_that_draws_many_at_once_gives_the_same_pictures():
     scenes = ScenesSource(count=20)
-    pixels = pixel_stream([(scenes, np.arange(5, 20))], size=32, skips=Skips(), flip=False, seed=0)
+    pixels = pixel_stream([(scenes, np.arange(5, 20))], size=32, skipped=SkippedItems(), flip=False, seed=0)
     expected = np.stack([scenes.image(5 + i, 32) for i in (0, 3, 14)])
     found = taken(pixels, [0, 3, 14]).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(found, expected)
     both = [(scenes, np.arange(5, 20)), (ScenesSource(count=3, seed=1), np.arange(3))]
-    one_by_one = pixel_stream(both, size=32, skips=Skips(), flip=False, seed=0)
+    one_by_one = pixel_stream(both, size=32, skipped=SkippedItems(), flip=False, seed=0)
     assert one_by_one.size == 18
     np.testing.assert_array_equal(taken(one_by_one, [0, 3, 14]).permute(0, 2, 3, 1).numpy(), expected)
 

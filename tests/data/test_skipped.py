@@ -5,42 +5,42 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.errors import UserError
 
 
 def test_one_percent_is_tolerated_and_more_is_not():
-    skips = Skips()
-    skips.check(0)
-    skips.record("a", "a: broken")
-    skips.check(100)
+    skipped = SkippedItems()
+    skipped.check(0)
+    skipped.record("a", "a: broken")
+    skipped.check(100)
     with pytest.raises(UserError, match=r"1 of 99 items .* 1\.0%: a: broken; mend"):
-        skips.check(99)
+        skipped.check(99)
 
 
 def test_the_share_can_be_set_but_everything_is_too_much():
-    skips = Skips(max_skipped_share=1.0)
-    skips.record("a", ValueError("a"))
-    skips.check(2)
+    skipped = SkippedItems(max_skipped_share=1.0)
+    skipped.record("a", ValueError("a"))
+    skipped.check(2)
     with pytest.raises(UserError):
-        skips.check(1)
+        skipped.check(1)
 
 
 def test_lists_only_the_first_few():
-    skips = Skips()
+    skipped = SkippedItems()
     for i in range(5):
-        skips.record(f"k{i}", f"k{i}: bad")
+        skipped.record(f"k{i}", f"k{i}: bad")
     with pytest.raises(UserError, match="k0: bad; k1: bad; k2: bad; and 2 more"):
-        skips.check(5)
+        skipped.check(5)
 
 
 def test_writes_one_line_each_and_leaves_nothing_else(tmp_path):
-    skips = Skips()
+    skipped = SkippedItems()
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: skips.record(f"{i:03}", f"bad\n{i}"), range(100)))
-    skips.record("007", "again")
-    skips.write(tmp_path / "run" / "skipped.jsonl")
+        list(pool.map(lambda i: skipped.record(f"{i:03}", f"bad\n{i}"), range(100)))
+    skipped.record("007", "again")
+    skipped.write(tmp_path / "run" / "skipped.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
-    assert len(rows) == len(skips) == 100
+    assert len(rows) == len(skipped) == 100
     assert rows[7] == {"key": "007", "reason": "again"}
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["skipped.jsonl"]

@@ -31,9 +31,9 @@ def test_depends_on_the_seed_and_on_nothing_else():
     first = hold_back(100, 20, 5)
     np.random.seed(2)
     again, other = hold_back(100, 20, 5), hold_back(100, 20, 6)
-    np.testing.assert_array_equal(first.pairs, again.pairs)
-    np.testing.assert_array_equal(first.images, again.images)
-    assert not np.array_equal(first.pairs, other.pairs)
+    np.testing.assert_array_equal(first["pairs"], again.pairs)
+    np.testing.assert_array_equal(first["images"], again.images)
+    assert not np.array_equal(first["pairs"], other.pairs)
 
 
 def test_is_the_same_for_ever():

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from diptych.data.batch import Items
-from diptych.data.streams import Batches, Stream, choose, shuffled
+from diptych.data.batch import ImageTokenExamples
+from diptych.data.streams import BatchSampler, Stream, choose, shuffled
 from diptych.errors import UserError
 
 
@@ -37,19 +37,19 @@ def test_choose_is_even_and_differs_from_epoch_to_epoch():
 
 
 def batches(size=10, multiple=1, batch_size=4, seed=0):
-    stream = Stream(size=size, take=lambda index, epoch: Items(labels_B=torch.from_numpy(index)))
-    return Batches({"pairs": stream}, multiples={"pairs": multiple}, batch_size=batch_size, seed=seed)
+    stream = Stream(size=size, take=lambda index, epoch: ImageTokenExamples(tokens_BN=torch.from_numpy(index)[:, None]))
+    return BatchSampler({"pairs": stream}, multiples={"pairs": multiple}, batch_size=batch_size, seed=seed)
 
 
 def labels(batch):
-    return batch.pairs.labels_B.tolist()
+    return batch["pairs"].tokens_BN[:, 0].tolist()
 
 
 def test_a_batch_is_a_pure_function_of_its_step():
     one, two = batches(), batches()
     assert labels(one(7)) == labels(two(7))
     assert [labels(one(s)) for s in (3, 1, 2)] == [labels(two(s)) for s in (3, 1, 2)]
-    assert one(7).draws.step == 7
+    assert one(7).rng.step == 7
 
 
 def test_steps_follow_each_other_without_gap_or_repetition():
@@ -63,13 +63,13 @@ def test_processes_share_the_rows_of_one(multiple):
     whole = batches(multiple=multiple)(3)
     parts = [batches(multiple=multiple)(3, rank, 2) for rank in (0, 1)]
     assert labels(parts[0]) + labels(parts[1]) == labels(whole)
-    assert (parts[1].draws.rank, parts[1].draws.world) == (1, 2)
+    assert (parts[1].rng.rank, parts[1].rng.world) == (1, 2)
 
 
 def test_what_cannot_be():
     with pytest.raises(UserError, match="4 rows cannot be shared by 3 processes"):
         batches()(0, 0, 3)
     with pytest.raises(UserError, match=r"give --data\.texts"):
-        Batches({}, multiples={"texts": 1}, batch_size=4, seed=0)
+        BatchSampler({}, multiples={"texts": 1}, batch_size=4, seed=0)
     with pytest.raises(UserError, match="no item is left"):
         batches(size=0)

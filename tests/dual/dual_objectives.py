@@ -11,23 +11,23 @@ import torch
 from torch import nn
 
 from diptych.data.augment import ViewConfig
-from diptych.data.batch import Batch, Items
+from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual.fusion import FusionConfig
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
 from diptych.dual.objectives.clip import ClipConfig, ClipObjective
 from diptych.dual.objectives.ito import ItoConfig, ItoObjective
 from diptych.dual.objectives.slip import SlipConfig, SlipObjective
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 
 ROWS = 8
 CONFIG = DualEncoderConfig(
-    image_size=16, patch=8, image_width=24, image_depth=2, text_length=12, text_width=16, text_depth=2, width=16
+    image_size=16, patch=8, image_width=24, image_depth=2, max_text_len=12, text_width=16, text_depth=2, width=16
 )
 WORDS = ["red", "blue", "dog", "child", "grass", "runs", "over", "two"]
 
 
 def encoder() -> DualEncoder:
-    tokenizer = train_clip_tokenizer([" ".join(WORDS)] * 3, vocabulary=600, length=12)
+    tokenizer = train_clip_tokenizer([" ".join(WORDS)] * 3, vocab_size=600, length=12)
     return DualEncoder.from_config(CONFIG, tokenizer, seed=0)
 
 
@@ -53,7 +53,7 @@ def objective(name: str, **changes) -> nn.Module:
     return _seeded(lambda: OBJECTIVES[name](**changes))
 
 
-def batch(module: nn.Module, *, rows: slice = slice(None), draws: Draws | None = None, rows_all: int = ROWS) -> Batch:
+def batch(module: nn.Module, *, rows: slice = slice(None), rng: StepRNG | None = None, rows_all: int = ROWS) -> Batch:
     generator = torch.Generator().manual_seed(3)
     captions = module.config.captions
     words = torch.randint(len(WORDS), (rows_all * captions, 5), generator=generator)
@@ -61,8 +61,8 @@ def batch(module: nn.Module, *, rows: slice = slice(None), draws: Draws | None =
     texts = [" ".join(WORDS[w] for w in row[:n]) for row, n in zip(words.tolist(), lengths.tolist(), strict=True)]
     ids, valid = (side.unflatten(0, (rows_all, captions)).flatten(1) for side in module.model.tokenize(texts))
     pixels = torch.randint(256, (rows_all, 3, 24, 24), dtype=torch.uint8, generator=generator)
-    pairs = Items(pixels_B3HW=pixels, ids_BL=ids, valid_BL=valid)[rows]
-    return Batch(draws=draws or Draws(0, 0), pairs=pairs)
+    pairs = CaptionedImageExamples(pixels_B3HW=pixels, ids_BL=ids, valid_BL=valid)[rows]
+    return Batch(rng=rng or StepRNG(0, 0), streams={"pairs": pairs})
 
 
 def result(module: nn.Module, given: Batch, wrap: Callable[[nn.Module], nn.Module] = lambda module: module):
@@ -100,7 +100,7 @@ def main(out: Path) -> None:
     for name in OBJECTIVES:
         for chunk in (None, 3):
             module = objective(name, chunk=chunk)
-            given = batch(module, rows=slice(rank * share, (rank + 1) * share), draws=Draws(0, 0, rank, world))
+            given = batch(module, rows=slice(rank * share, (rank + 1) * share), rng=StepRNG(0, 0, rank, world))
             wrap = lambda plain: DistributedDataParallel(plain, find_unused_parameters=True)  # noqa: E731
             found[name, chunk] = result(module, given, wrap)
     torch.save(found, out / f"{rank}.pt")

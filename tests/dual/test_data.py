@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources.decode import UnreadableImage
 from diptych.dual.data import CaptionIds, pair_stream
 from diptych.errors import UserError
@@ -41,7 +41,7 @@ def tokenize(texts):
     return [[int(word) for word in text.split()] for text in texts]
 
 
-def stream_of(source, *, per_image=1, cache_mb=0, skips=None):
+def stream_of(source, *, per_image=1, cache_mb=0, skipped=None):
     captions = CaptionIds.read(source, np.arange(len(source)), tokenize)
     return pair_stream(
         source,
@@ -49,7 +49,7 @@ def stream_of(source, *, per_image=1, cache_mb=0, skips=None):
         size=2,
         per_image=per_image,
         pad=PAD,
-        skips=Skips() if skips is None else skips,
+        skipped=SkippedItems() if skipped is None else skipped,
         cache_mb=cache_mb,
         seed=0,
     )
@@ -87,7 +87,7 @@ def test_several_captions_lie_side_by_side_and_differ():
 
 
 def test_a_picture_that_stands_in_brings_its_own_caption():
-    items = take(stream_of(Counted(40, broken=(1, 2)), skips=Skips(max_skipped_share=0.5)), [0, 1, 2])
+    items = take(stream_of(Counted(40, broken=(1, 2)), skipped=SkippedItems(max_skipped_share=0.5)), [0, 1, 2])
     assert items.pixels_B3HW[:, 0, 0, 0].tolist() == [3, 3, 3]
     assert items.ids_BL[:, 0].tolist() == [3, 3, 3]
 
@@ -95,7 +95,7 @@ def test_a_picture_that_stands_in_brings_its_own_caption():
 @pytest.mark.parametrize(("cache_mb", "decoded"), [(0, 6), (1, 3)])
 def test_pictures_that_fit_are_decoded_once(cache_mb, decoded):
     source = Counted(40, broken=(1,))
-    stream = stream_of(source, cache_mb=cache_mb, skips=Skips(max_skipped_share=0.5))
+    stream = stream_of(source, cache_mb=cache_mb, skipped=SkippedItems(max_skipped_share=0.5))
     before = source.decoded
     first, again = take(stream, [3, 4]), take(stream, [3, 4])
     assert torch.equal(first.pixels_B3HW, again.pixels_B3HW)

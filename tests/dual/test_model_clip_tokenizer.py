@@ -9,7 +9,7 @@ TEXTS = ["A dog runs over the green grass.", "Two children's toys", "the dog and
 
 @pytest.fixture(scope="module")
 def tokenizer() -> CLIPTokenizer:
-    return train_clip_tokenizer(TEXTS, vocabulary=700, length=16)
+    return train_clip_tokenizer(TEXTS, vocab_size=700, length=16)
 
 
 def test_frequent_words_become_tokens_and_marks_enclose_a_text(tokenizer):
@@ -40,13 +40,13 @@ def test_it_survives_a_folder(tokenizer, tmp_path):
 
 
 def test_the_vocabulary_is_a_limit():
-    full = train_clip_tokenizer(TEXTS, vocabulary=10_000, length=16)
-    cut = train_clip_tokenizer(TEXTS, vocabulary=520, length=16)
+    full = train_clip_tokenizer(TEXTS, vocab_size=10_000, length=16)
+    cut = train_clip_tokenizer(TEXTS, vocab_size=520, length=16)
     assert len(cut) == 520 < len(full)
 
 
 def test_no_texts_and_no_room_are_refused():
     with pytest.raises(UserError, match="never repeat"):
-        train_clip_tokenizer([], vocabulary=600, length=16)
+        train_clip_tokenizer([], vocab_size=600, length=16)
     with pytest.raises(UserError, match=r"vocabulary is 500.*at least 514"):
-        train_clip_tokenizer(TEXTS, vocabulary=500, length=16)
+        train_clip_tokenizer(TEXTS, vocab_size=500, length=16)

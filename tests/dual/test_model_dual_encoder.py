@@ -18,9 +18,9 @@ TEXTS = ["a dog runs over the green grass", "two children", "the dog and the chi
 @pytest.fixture(scope="module")
 def encoder() -> DualEncoder:
     config = DualEncoderConfig(
-        image_size=16, patch=8, image_width=32, image_depth=2, text_length=12, text_width=24, text_depth=2, width=20
+        image_size=16, patch=8, image_width=32, image_depth=2, max_text_len=12, text_width=24, text_depth=2, width=20
     )
-    return DualEncoder.from_config(config, train_clip_tokenizer(TEXTS * 3, vocabulary=600, length=12), seed=0)
+    return DualEncoder.from_config(config, train_clip_tokenizer(TEXTS * 3, vocab_size=600, length=12), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_any_tool_that_loads_clip_gets_the_same_embeddings(encoder, pixels, fold
 
 def test_it_is_read_back_as_it_was(encoder, pixels, folder):
     again = DualEncoder.from_pretrained(folder)
-    assert (again.image_size, again.text_length, again.width) == (16, 12, 20)
+    assert (again.image_size, again.max_text_len, again.width) == (16, 12, 20)
     torch.testing.assert_close(again.embed_images(pixels), encoder.embed_images(pixels), rtol=0, atol=0)
     torch.testing.assert_close(again.embed_texts(TEXTS), encoder.embed_texts(TEXTS), rtol=0, atol=0)
 
@@ -129,13 +129,13 @@ def test_parameter_counts(encoder, size, words, parameters):
     config = getattr(sizes, size)()
     with torch.device("meta"):
         built = DualEncoder.from_config(config, encoder.tokenizer, seed=0)
-    smaller = (config.vocabulary - len(encoder.tokenizer)) * words
+    smaller = (config.vocab_size - len(encoder.tokenizer)) * words
     assert sum(p.numel() for p in built.parameters()) + smaller == parameters
 
 
 def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone(encoder):
     config = DualEncoderConfig(
-        image_size=16, patch=8, image_width=32, image_depth=2, text_length=12, text_width=24, text_depth=2, width=20
+        image_size=16, patch=8, image_width=32, image_depth=2, max_text_len=12, text_width=24, text_depth=2, width=20
     )
     state = torch.random.get_rng_state()
     again = DualEncoder.from_config(config, encoder.tokenizer, seed=0)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from dual_objectives import OBJECTIVES, ROWS, batch, objective, result
 
-from diptych.data.batch import Items
+from diptych.data.batch import CaptionedImageExamples
 from diptych.dual.losses import info_nce, nt_xent, sigmoid_loss
-from diptych.dual.model import Features
+from diptych.dual.model import TowerOutput
 
 SCRIPT = Path(__file__).with_name("dual_objectives.py")
 NAMES = list(OBJECTIVES)
@@ -73,12 +73,12 @@ def test_padding_changes_nothing(name, alone):
     def longer(side, value):
         return torch.nn.functional.pad(side.unflatten(1, (captions, -1)), (0, 4), value=value).flatten(1)
 
-    pairs = Items(
-        pixels_B3HW=given.pairs.pixels_B3HW,
-        ids_BL=longer(given.pairs.ids, 5),
-        valid_BL=longer(given.pairs.valid, False),
+    pairs = CaptionedImageExamples(
+        pixels_B3HW=given["pairs"].pixels_B3HW,
+        ids_BL=longer(given["pairs"].ids, 5),
+        valid_BL=longer(given["pairs"].valid, False),
     )
-    assert_same(result(module, replace(given, pairs=pairs)), alone[name])
+    assert_same(result(module, replace(given, streams={"pairs": pairs})), alone[name])
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "slip", "ito"])
@@ -103,7 +103,7 @@ def embedded(name):
     given = batch(module)
     c, rows = module.config, slice(0, ROWS)
     views = Views(given, c.augment, views=c.views, size=16, name="view")(rows)
-    captions = captions_of(given.pairs, rows, captions=c.captions)
+    captions = captions_of(given["pairs"], rows, captions=c.captions)
     ids, valid = (torch.cat(side) for side in zip(*captions, strict=True))
     images = split(module.model.encode_images(torch.cat(views), keep_tokens=True))
     texts = split(module.model.encode_texts(ids, valid, keep_tokens=True))
@@ -111,11 +111,11 @@ def embedded(name):
 
 
 def split(features):
-    """Features of all views in one batch, view by view."""
+    """TowerOutput of all views in one batch, view by view."""
     parts = zip(
         *(side.split(ROWS) for side in (features.pooled_BD, features.state_BW, features.tokens_BSD)), strict=True
     )
-    return [Features(pooled_BD=pooled, state_BW=state, tokens_BSD=tokens) for pooled, state, tokens in parts]
+    return [TowerOutput(pooled_BD=pooled, state_BW=state, tokens_BSD=tokens) for pooled, state, tokens in parts]
 
 
 def unit(features):

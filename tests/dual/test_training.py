@@ -18,8 +18,8 @@ from diptych.train.config import OptimConfig, TrainConfig
 
 NAMES = [name for name in RECIPES if name.split("-")[0] in ("ito", "clip", "siglip", "slip")]
 MODEL = DualEncoderConfig(
-    image_size=16, patch=8, image_width=16, image_depth=1, text_length=16, text_width=16, text_depth=1,
-    vocabulary=540, width=16,
+    image_size=16, patch=8, image_width=16, image_depth=1, max_text_len=16, text_width=16, text_depth=1,
+    vocab_size=540, width=16,
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_chunks_change_no_loss_and_may_change_on_resume(done, tmp_path):
 
 def test_accumulation_is_refused_and_the_mend_named(tmp_path):
     run = small_run()
-    run.train.accumulate = 2
+    run.train.grad_accum_steps = 2
     with pytest.raises(UserError, match=r"train\.accumulate is 2.*objective\.chunk"):
         run.fit(tmp_path, recipe="ito-tiny")
 

@@ -20,7 +20,7 @@ from diptych.dual.model import DualEncoder, DualEncoderConfig
 from diptych.encoders import ScratchConfig, encoder_width, open_image_encoder, scratch_encoder
 from diptych.errors import UserError
 from diptych.itit.pipeline import ItitImageEncoder
-from diptych.nn.inference import evaluating
+from diptych.nn.inference import eval_mode
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 NORMAL = {"image_size": 8, "patch_size": 4}
@@ -34,7 +34,7 @@ MODELS = {
 
 
 def run(encoder, pixels):
-    with evaluating(encoder):
+    with eval_mode(encoder):
         return encoder(pixels)
 
 
@@ -106,7 +106,7 @@ def test_an_itit_run_gives_the_mean_of_its_image_tokens(model, tokenizer, tmp_pa
     encoder = open_image_encoder(tmp_path / "run")
     assert isinstance(encoder, ItitImageEncoder)
     pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    with evaluating(model):
+    with eval_mode(model):
         expected = model.encode(model.embed_image(tokenizer.encode(pictures))).image_BKD
     torch.testing.assert_close(run(encoder, pictures), expected.mean(1))
     assert encoder_width(tmp_path / "run", "image") == encoder.width == 16
@@ -118,9 +118,9 @@ def test_a_dual_run_gives_the_embedding_of_its_image_tower(text_encoder, tmp_pat
     from diptych.dual.model import train_clip_tokenizer
 
     config = DualEncoderConfig(
-        image_size=16, patch=8, image_width=64, image_depth=1, text_length=16, text_width=64, text_depth=1, width=12
+        image_size=16, patch=8, image_width=64, image_depth=1, max_text_len=16, text_width=64, text_depth=1, width=12
     )
-    tokens = train_clip_tokenizer(["a red circle", "a red square"] * 4, vocabulary=514, length=16)
+    tokens = train_clip_tokenizer(["a red circle", "a red square"] * 4, vocab_size=514, length=16)
     dual = DualEncoder.from_config(config, tokens, seed=0)
     dual.save_pretrained(tmp_path / "run" / "model")
     tokens.save_pretrained(tmp_path / "run" / "tokenizer")  # as a run does; an ITIT run has such a folder too

@@ -87,9 +87,9 @@ def test_a_dual_run_gives_the_embedding_of_its_text_tower(tmp_path):
     from diptych.dual.model import train_clip_tokenizer
 
     config = DualEncoderConfig(
-        image_size=16, patch=8, image_width=64, image_depth=1, text_length=16, text_width=64, text_depth=1, width=12
+        image_size=16, patch=8, image_width=64, image_depth=1, max_text_len=16, text_width=64, text_depth=1, width=12
     )
-    dual = DualEncoder.from_config(config, train_clip_tokenizer(TEXTS * 4, vocabulary=514, length=16), seed=0)
+    dual = DualEncoder.from_config(config, train_clip_tokenizer(TEXTS * 4, vocab_size=514, length=16), seed=0)
     dual.save_pretrained(tmp_path / "run" / "model")
     found = torch.nn.functional.normalize(open_text_encoder(tmp_path / "run")(TEXTS), dim=1)
     torch.testing.assert_close(found, dual.embed_texts(TEXTS), rtol=1e-4, atol=1e-5)

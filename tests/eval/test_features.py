@@ -29,8 +29,8 @@ def blur(pixels, strength):
 
 
 def noise(pixels, strength):
-    draws = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(1))
-    return (pixels + strength * draws).round().clamp(0, 255).to(torch.uint8)
+    rng = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(1))
+    return (pixels + strength * rng).round().clamp(0, 255).to(torch.uint8)
 
 
 def shift_colour(pixels, strength):

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from diptych.data.splits import draw_episode
-from diptych.data.streams import Batches
+from diptych.data.streams import BatchSampler
 from diptych.experiments.classifier_bank import Bank, Member
-from diptych.nn.inference import evaluating
+from diptych.nn.inference import eval_mode
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.loop import train
-from diptych.uml.data import Features
+from diptych.uml.data import LabelledFeatures
 from diptych.uml.head import SharedHeadConfig
 from diptych.uml.objective import UmlConfig, UmlObjective
 from diptych.uml.training import IMAGE, TEXT, start_head
@@ -21,14 +21,14 @@ TRAIN = TrainConfig(
     steps=25, batch_size=8, eval_every=5, checkpoint_every=25, workers=0, precision="fp32", quiet=True, device="cpu",
     tensorboard=False,
 )  # fmt: skip
-OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, clip=None, warmup_steps=3)
+OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=None, warmup_steps=3)
 
 
-def clusters(rows: int, width: int, seed: int) -> Features:
+def clusters(rows: int, width: int, seed: int) -> LabelledFeatures:
     generator = np.random.default_rng(seed)
     labels = np.arange(rows) % CLASSES
     centres = generator.normal(size=(CLASSES, width))
-    return Features(
+    return LabelledFeatures(
         vectors_ND=(centres[labels] + 0.7 * generator.normal(size=(rows, width))).astype(np.float32), labels_N=labels
     )
 
@@ -46,7 +46,7 @@ def texts():
 def member(images, texts, **changes):
     settings = {
         "episode": draw_episode(images.labels_N, 2, seed=1), "text_rows": np.arange(12), "text_labels": texts.labels_N,
-        "others_weight": 0.7, "init": "random", "seed": 3, **changes,
+        "aux_weight": 0.7, "init": "random", "seed": 3, **changes,
     }  # fmt: skip
     return Member(**settings)
 
@@ -54,12 +54,14 @@ def member(images, texts, **changes):
 def by_the_loop(one, images, texts, tmp_path, *, learn_scale):
     """The same classifier trained by `train`."""
     config = SharedHeadConfig(widths=HEAD.widths, classes=CLASSES, learn_scale=learn_scale)
-    of_images = Features(vectors_ND=images.vectors_ND[one.episode.train], labels_N=images.labels_N[one.episode.train])
-    of_texts = Features(vectors_ND=texts.vectors_ND[one.text_rows], labels_N=one.text_labels)
+    of_images = LabelledFeatures(
+        vectors_ND=images.vectors_ND[one.episode.train], labels_N=images.labels_N[one.episode.train]
+    )
+    of_texts = LabelledFeatures(vectors_ND=texts.vectors_ND[one.text_rows], labels_N=one.text_labels)
     head = start_head(config, of_images.tensors()[0], of_texts.tensors(), init=one.init, seed=one.seed)
-    objective = UmlObjective(head, UmlConfig(others_weight=one.others_weight), target=IMAGE)
+    objective = UmlObjective(head, UmlConfig(aux_weight=one.aux_weight), target=IMAGE)
     streams = {IMAGE: of_images.stream(), TEXT: of_texts.stream()}
-    batches = Batches(streams, multiples=objective.streams, batch_size=8, seed=one.seed)
+    batches = BatchSampler(streams, multiples=objective.streams, batch_size=8, seed=one.seed)
     train(objective, batches, out=tmp_path, train=TRAIN, optim=OPTIM)
     return objective
 
@@ -69,7 +71,7 @@ def test_each_classifier_is_the_one_of_the_plain_loop(images, texts, tmp_path, l
     members = [
         member(images, texts),
         member(images, texts, seed=4, init="anchor", text_rows=np.arange(6), text_labels=texts.labels_N[:6]),
-        member(images, texts, seed=5, others_weight=0.0, episode=draw_episode(images.labels_N, 1, seed=2)),
+        member(images, texts, seed=5, aux_weight=0.0, episode=draw_episode(images.labels_N, 1, seed=2)),
     ]
     config = SharedHeadConfig(widths=HEAD.widths, classes=CLASSES, learn_scale=learn_scale)
     bank = Bank(members, images, texts, head=config, train=TRAIN, optim=OPTIM)
@@ -96,10 +98,10 @@ def test_what_is_tried_are_the_selected_weights(images, texts):
 
 
 def test_with_lambda_zero_texts_change_nothing(images, texts):
-    other = Features(vectors_ND=texts.vectors_ND * -3 + 1, labels_N=texts.labels_N)
+    other = LabelledFeatures(vectors_ND=texts.vectors_ND * -3 + 1, labels_N=texts.labels_N)
     found = []
     for side in (texts, other):
-        bank = Bank([member(images, side, others_weight=0.0)], images, side, head=HEAD, train=TRAIN, optim=OPTIM)
+        bank = Bank([member(images, side, aux_weight=0.0)], images, side, head=HEAD, train=TRAIN, optim=OPTIM)
         bank.fit(np.arange(40, 60), patience=10)
         found.append(bank.weights["head.weight"].detach())
     assert torch.equal(*found)
@@ -113,6 +115,6 @@ def test_a_clip_over_all_classifiers_is_refused(images, texts):
 def test_validation_does_not_move_the_weights(images, texts):
     bank = Bank([member(images, texts)], images, texts, head=HEAD, train=TRAIN, optim=OPTIM)
     before = bank.weights["head.weight"].detach().clone()
-    with evaluating(bank.template):
+    with eval_mode(bank.template):
         bank._validate(0, bank.members[0], step=1)
     assert torch.equal(before, bank.weights["head.weight"].detach())

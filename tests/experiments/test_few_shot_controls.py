@@ -3,7 +3,7 @@ import statistics
 
 import pytest
 
-from diptych.experiments.few_shot import CONTROLS, Outcome, gain, spread, table
+from diptych.experiments.few_shot import CONTROLS, FewShotResult, gain, spread, table
 
 
 def outcomes(differences, *, shots=(1, 2)):
@@ -14,7 +14,7 @@ def outcomes(differences, *, shots=(1, 2)):
             accuracy = 0.3 + 0.1 * number + difference * (control == "UML")
             settings = {"valid_accuracy": 0.5, "chosen": {}}
             where = {"shots": shots[number % len(shots)], "seed": number // len(shots)}
-            found.append(Outcome(control=control, accuracy=accuracy, **where, **settings))
+            found.append(FewShotResult(control=control, accuracy=accuracy, **where, **settings))
     return found
 
 

@@ -9,20 +9,20 @@ import pytest
 
 from diptych.data.splits import draw_episode
 from diptych.experiments.few_shot import CONTROLS, FewShotConfig, accuracy_figure, as_json, few_shot, gain, show
-from diptych.uml.data import Features
+from diptych.uml.data import LabelledFeatures
 from diptych.uml.head import SharedHeadConfig
 
 COLOURS, SHAPES = 4, 4
 CLASSES = COLOURS * SHAPES
 
 
-def features(labels: np.ndarray, *, width: int, noise: float, seed: int) -> Features:
+def features(labels: np.ndarray, *, width: int, noise: float, seed: int) -> LabelledFeatures:
     """A direction for each colour and one for each shape, and noise."""
     generator = np.random.default_rng(seed)
     colours, shapes = generator.normal(size=(COLOURS, width)), generator.normal(size=(SHAPES, width))
     vectors = colours[labels // SHAPES] + shapes[labels % SHAPES]
     vectors += noise * generator.normal(size=vectors.shape)
-    return Features(vectors_ND=vectors.astype(np.float32), labels_N=labels)
+    return LabelledFeatures(vectors_ND=vectors.astype(np.float32), labels_N=labels)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def outcomes():
     images = features(np.arange(60 * CLASSES) % CLASSES, width=24, noise=2.0, seed=0)
     texts = features(np.arange(6 * CLASSES) % CLASSES, width=16, noise=0.3, seed=1)
     config = FewShotConfig(
-        shots=(1, 2), seeds=(1, 2, 3), lrs=(1e-2,), others_weights=(1.0,), steps=200, eval_every=40,
+        shots=(1, 2), seeds=(1, 2, 3), lrs=(1e-2,), aux_weights=(1.0,), steps=200, eval_every=40,
         head=SharedHeadConfig(logit_scale=4.0),
     )  # fmt: skip
     episodes = {
@@ -46,7 +46,7 @@ def test_every_control_is_tried_on_every_episode(outcomes):
     assert tried == {(name, shots, seed) for name in CONTROLS for shots in (1, 2) for seed in (1, 2, 3)}
     assert len(outcomes) == len(tried)
     without = {"image only", "init only"}
-    assert all((each.chosen["others_weight"] == 0) == (each.control in without) for each in outcomes)
+    assert all((each.chosen["aux_weight"] == 0) == (each.control in without) for each in outcomes)
 
 
 def test_related_texts_help_and_unrelated_ones_do_not(outcomes):

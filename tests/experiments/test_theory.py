@@ -65,7 +65,7 @@ def test_variance_is_infinite_exactly_where_nothing_is_seen() -> None:
 def test_maximum_likelihood_estimates_vary_as_the_formula_says() -> None:
     views = [view(0), view(1, axes=4, noise=0.2)]
     theta = np.array([1.0, -2.0, 3.0])
-    guesses = estimate(views, theta, repetitions=20_000, rng=np.random.default_rng(0))
+    predictions = estimate(views, theta, repetitions=20_000, rng=np.random.default_rng(0))
     expected = np.linalg.inv(shared_information(views))
-    np.testing.assert_allclose(guesses.mean(0), theta, atol=5 * np.sqrt(expected.diagonal().max() / 20_000))
-    np.testing.assert_allclose(guesses.var(0), expected.diagonal(), rtol=0.05)
+    np.testing.assert_allclose(predictions.mean(0), theta, atol=5 * np.sqrt(expected.diagonal().max() / 20_000))
+    np.testing.assert_allclose(predictions.var(0), expected.diagonal(), rtol=0.05)

@@ -5,26 +5,26 @@ import numpy as np
 import pytest
 import torch
 
-from diptych.data.encode import Coders, encode
+from diptych.data.encode import DataTokenizers, encode
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.store import Store
 from diptych.errors import UserError
-from diptych.itit.data import DataConfig, Part, encode_part, open_parts
+from diptych.itit.data import DataConfig, Subset, encode_part, open_parts
 
 PAIRS = DataConfig(pairs="scenes:?count=21", max_pairs=6)
 IMAGES, TEXTS = "scenes:?count=9&seed=1", "scenes:?count=8&seed=2"
 
 
-def coders(fingerprint: str = "a-b-24-False", **changes) -> Coders:
+def tokenizers(fingerprint: str = "a-b-24-False", **changes) -> DataTokenizers:
     made = {"image_size": 16, "tokens": lambda pixels: pixels[:, 0, :2, 0].long() + 1, "ids": ids_of}
-    return Coders(**(made | {"fingerprint": fingerprint} | changes))
+    return DataTokenizers(**(made | {"fingerprint": fingerprint} | changes))
 
 
 def ids_of(texts: list[str]) -> torch.Tensor:
     return torch.tensor([[len(text), 1, 0, 0] for text in texts])
 
 
-def items(part: Part) -> set[int]:
+def items(part: Subset) -> set[int]:
     assert len(set(part.items.tolist())) == len(part.items)
     return set(part.items.tolist())
 
@@ -101,14 +101,14 @@ def test_sources_that_cannot_serve(tmp_path, monkeypatch, changes, told):
 
 @pytest.fixture
 def store(tmp_path) -> Store:
-    return encode(ScenesSource(count=21), tmp_path / "store", coders())
+    return encode(ScenesSource(count=21), tmp_path / "store", tokenizers())
 
 
 def test_encoded_data_is_a_source_like_others(store, tmp_path):
     parts = open_parts(replace(PAIRS, pairs=str(store.folder)))
     assert isinstance(parts.pairs.source, Store)
     assert items(parts.pairs) == items(open_parts(PAIRS).pairs)
-    assert encode_part(parts.pairs, tmp_path / "out", coders(), data=PAIRS) is parts.pairs
+    assert encode_part(parts.pairs, tmp_path / "out", tokenizers(), data=PAIRS) is parts.pairs
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="give --tokenizer and --text-encoder"):
         parts.raw_images()
@@ -118,14 +118,14 @@ def test_encoded_data_is_a_source_like_others(store, tmp_path):
 
 def test_cached_features_are_no_other_encoding(store, tmp_path):
     part = open_parts(replace(PAIRS, pairs=str(store.folder))).pairs
-    assert encode_part(part, tmp_path / "out", coders("a-b-24-True"), data=PAIRS) is part
+    assert encode_part(part, tmp_path / "out", tokenizers("a-b-24-True"), data=PAIRS) is part
 
 
 @pytest.mark.parametrize("fingerprint", ["x-b-24-False", "a-x-24-False", "a-b-32-False"])
 def test_data_of_other_coders_is_refused(store, tmp_path, fingerprint):
     part = open_parts(replace(PAIRS, pairs=str(store.folder))).pairs
     with pytest.raises(UserError, match="encoded with another tokenizer or text encoder") as caught:
-        encode_part(part, tmp_path / "out", coders(fingerprint), data=PAIRS)
+        encode_part(part, tmp_path / "out", tokenizers(fingerprint), data=PAIRS)
     assert str(store.folder) in str(caught.value)
 
 
@@ -134,19 +134,19 @@ def test_parts_are_encoded_once(tmp_path):
         raise AssertionError("encoded again")
 
     part = open_parts(PAIRS).pairs
-    first = encode_part(part, tmp_path / "out", coders(), data=PAIRS)
+    first = encode_part(part, tmp_path / "out", tokenizers(), data=PAIRS)
     assert items(first) == set(range(6))
     expected = [ScenesSource(count=21).key(int(item)) for item in part.items]
     assert (tmp_path / "out/keys.txt").read_text().split() == expected
-    second = encode_part(part, tmp_path / "out", coders(tokens=never), data=PAIRS)
+    second = encode_part(part, tmp_path / "out", tokenizers(tokens=never), data=PAIRS)
     np.testing.assert_array_equal(second.source.array("tokens"), first.source.array("tokens"))
-    third = encode_part(part, tmp_path / "out", coders("c-d-24-False"), data=PAIRS)
+    third = encode_part(part, tmp_path / "out", tokenizers("c-d-24-False"), data=PAIRS)
     assert third.source.manifest["made_by"]["coders"] == "c-d-24-False"
 
 
 @pytest.mark.parametrize("changes", [{"split_seed": 1}, {"pairs": "scenes:?count=21&seed=5"}])
 def test_a_run_is_not_continued_with_other_data(tmp_path, changes):
-    encode_part(open_parts(PAIRS).pairs, tmp_path / "out", coders(), data=PAIRS)
+    encode_part(open_parts(PAIRS).pairs, tmp_path / "out", tokenizers(), data=PAIRS)
     other = open_parts(replace(PAIRS, **changes)).pairs
     with pytest.raises(UserError, match="encoded from other items"):
-        encode_part(other, tmp_path / "out", coders(), data=PAIRS)
+        encode_part(other, tmp_path / "out", tokenizers(), data=PAIRS)

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Covariance")
 
 def shrunk(run):
     """The demo's own recipe with a few steps of a small network."""
-    pictures = ImageTokenizerConfig(size=32, codes=16, code_dim=4, widths=(8, 8), blocks=1, groups=4, patch=4)
+    pictures = ImageTokenizerConfig(
+        image_size=32, codebook_size=16, code_dim=4, widths=(8, 8), blocks=1, groups=4, patch=4
+    )
     short = {"steps": 3, "batch_size": 4, "quiet": True, "workers": 0, "device": "cpu", "tensorboard": False}
     stages = {
         "tokenizer_stage": replace(run.tokenizer_stage, model=pictures),
@@ -26,7 +28,7 @@ def shrunk(run):
         **{name: replace(stage, train=replace(stage.train, **short)) for name, stage in stages.items()},
         data=replace(run.data, pairs="scenes:?split=train&count=40", max_pairs=10),
         model=replace(run.model, width=16, depth=1, heads=2, text_decoder_width=16, text_decoder_heads=2),
-        objective=replace(run.objective, cycles_from=1),
+        objective=replace(run.objective, cycle_start_step=1),
         train=replace(run.train, **short),
     )
 

@@ -7,7 +7,7 @@ from diptych.data.sources import open_source
 from diptych.errors import UserError
 from diptych.eval.features import RandomFeatures
 from diptych.itit.evaluation import EvaluateConfig, evaluate, read_captioned
-from diptych.itit.generation import DrawConfig, WriteConfig
+from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.pipeline import Caption, Diptych
 
 pytestmark = pytest.mark.filterwarnings("ignore:Covariance")
@@ -17,7 +17,13 @@ GREEDY = EvaluateConfig(beams=1)
 
 @pytest.fixture
 def diptych(tokenizer, text_encoder, model) -> Diptych:
-    return Diptych(tokenizer, text_encoder, model, draw=DrawConfig(steps=2, guidance=0.0), write=WriteConfig(beams=2))
+    return Diptych(
+        tokenizer,
+        text_encoder,
+        model,
+        image_generation=ImageGenerationConfig(steps=2, guidance=0.0),
+        text=TextGenerationConfig(beams=2),
+    )
 
 
 @pytest.fixture
@@ -25,7 +31,7 @@ def oracle(diptych, monkeypatch) -> Diptych:
     """Knows every scene: what it writes and draws is right."""
     written = [Caption(text=SCENES.captions(i)[0], score=None) for i in range(8)]
     monkeypatch.setattr(Diptych, "caption_tokens", lambda self, tokens_BN, beams=None: written)
-    monkeypatch.setattr(Diptych, "imagine", lambda self, texts, seed=0, draw=None: SCENES.images(range(8), 32))
+    monkeypatch.setattr(Diptych, "imagine", lambda self, texts, seed=0, config=None: SCENES.images(range(8), 32))
     return diptych
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from diptych.itit.generation import DrawConfig, WriteConfig, draw, write
-from diptych.rng import Draws
+from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig, generate_image_tokens, generate_text
+from diptych.rng import StepRNG
 
 
 @pytest.fixture
@@ -30,19 +30,19 @@ def banned_V(text_encoder):
 
 @pytest.fixture
 def tokens_BN(tokenizer):
-    return torch.randint(tokenizer.codes, (3, tokenizer.tokens), generator=torch.Generator().manual_seed(0))
+    return torch.randint(tokenizer.codebook_size, (3, tokenizer.tokens), generator=torch.Generator().manual_seed(0))
 
 
 def drawn(model, text, *, seed=0, known=None, **settings):
-    config = DrawConfig(**{"steps": 4, "guidance": 0.0, "temperature": 4.0} | settings)
-    return draw(model, *text, config, draws=Draws(seed, 0), known=known)
+    config = ImageGenerationConfig(**{"steps": 4, "guidance": 0.0, "temperature": 4.0} | settings)
+    return generate_image_tokens(model, *text, config, rng=StepRNG(seed, 0), known=known)
 
 
 def test_pictures_follow_from_text_and_draws(model, text, tokenizer):
     first = drawn(model, text)
     assert (first.shape, first.dtype) == ((3, tokenizer.tokens), torch.int64)
     assert first.min() >= 0
-    assert first.max() < tokenizer.codes
+    assert first.max() < tokenizer.codebook_size
     assert torch.equal(first, drawn(model, text))
     assert not torch.equal(first, drawn(model, text, seed=1))
     assert not first.requires_grad
@@ -101,16 +101,16 @@ def test_the_encoder_gets_every_visible_token_and_half_at_most(model, text, monk
 
 
 def test_one_beam_is_greedy_and_has_no_score(model, tokens_BN, banned_V):
-    ids_BL, score_B = write(model, tokens_BN, WriteConfig(beams=1), banned_V=banned_V, length=10)
+    ids_BL, score_B = generate_text(model, tokens_BN, TextGenerationConfig(beams=1), banned_V=banned_V, length=10)
     assert ids_BL.shape == (3, 10)
     assert score_B is None
 
 
 def test_beams_find_at_least_as_good_a_text(model, tokens_BN, banned_V):
     """Scored by the decoder itself, uncached: log p / ((5 + length) / 6) ** power."""
-    config = WriteConfig(beams=5, length_power=0.6)
-    ids_BL, score_B = write(model, tokens_BN, config, banned_V=banned_V, length=8)
-    greedy_BL, _ = write(model, tokens_BN, WriteConfig(beams=1), banned_V=banned_V, length=8)
+    config = TextGenerationConfig(beams=5, length_power=0.6)
+    ids_BL, score_B = generate_text(model, tokens_BN, config, banned_V=banned_V, length=8)
+    greedy_BL, _ = generate_text(model, tokens_BN, TextGenerationConfig(beams=1), banned_V=banned_V, length=8)
 
     def score(ids_BL):
         prefix = model.encode(model.embed_image(tokens_BN)).image_BKD
@@ -126,7 +126,7 @@ def test_beams_find_at_least_as_good_a_text(model, tokens_BN, banned_V):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_banned_ids_are_never_written_and_every_text_ends(model, tokens_BN, banned_V, beams):
-    ids_BL, _ = write(model, tokens_BN, WriteConfig(beams=beams), banned_V=banned_V, length=6)
+    ids_BL, _ = generate_text(model, tokens_BN, TextGenerationConfig(beams=beams), banned_V=banned_V, length=6)
     for row in ids_BL.tolist():
         end = row.index(1)
         assert not any(banned_V[i] for i in row[:end])
@@ -134,5 +134,9 @@ def test_banned_ids_are_never_written_and_every_text_ends(model, tokens_BN, bann
 
 
 def test_the_paper_draws_in_24_steps_and_writes_with_four_beams():
-    assert (DrawConfig().steps, DrawConfig().guidance, DrawConfig().temperature) == (24, 2.0, 32.0)
-    assert WriteConfig().beams == 4
+    assert (ImageGenerationConfig().steps, ImageGenerationConfig().guidance, ImageGenerationConfig().temperature) == (
+        24,
+        2.0,
+        32.0,
+    )
+    assert TextGenerationConfig().beams == 4

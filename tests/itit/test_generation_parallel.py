@@ -5,7 +5,7 @@ import torch
 
 from diptych.errors import UserError
 from diptych.itit.generation import Canvas, guided, parallel_decode, sample_tokens
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 
 B, N, C = 4, 12, 5
 
@@ -18,7 +18,7 @@ def decode(logits=fixed_logits, tokens=None, hidden=None, steps=6, temperature=4
     tokens = torch.full((B, N), 2) if tokens is None else tokens
     hidden = torch.ones(B, N, dtype=torch.bool) if hidden is None else hidden
     return parallel_decode(
-        logits, tokens, hidden, steps=steps, temperature=temperature, draws=Draws(seed, 0), **options
+        logits, tokens, hidden, steps=steps, temperature=temperature, rng=StepRNG(seed, 0), **options
     )
 
 
@@ -87,7 +87,7 @@ def test_two_processes_draw_what_one_draws():
     whole = decode()
     tokens, hidden = torch.full((B // 2, N), 2), torch.ones(B // 2, N, dtype=torch.bool)
     parts = [
-        parallel_decode(fixed_logits, tokens, hidden, steps=6, temperature=4.0, draws=Draws(0, 0, rank, 2))
+        parallel_decode(fixed_logits, tokens, hidden, steps=6, temperature=4.0, rng=StepRNG(0, 0, rank, 2))
         for rank in (0, 1)
     ]
     assert torch.equal(torch.cat(parts), whole)

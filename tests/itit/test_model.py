@@ -18,7 +18,7 @@ def test_parameter_counts_are_the_papers(size):
 @pytest.fixture
 def tokens(model):
     return torch.randint(
-        model.config.codebook, (3, model.config.image_tokens), generator=torch.Generator().manual_seed(0)
+        model.config.codebook_size, (3, model.config.image_tokens), generator=torch.Generator().manual_seed(0)
     )
 
 
@@ -31,7 +31,7 @@ def test_hidden_tokens_do_not_reach_the_output(model, tokens):
     hidden = torch.zeros_like(tokens, dtype=torch.bool)
     hidden[:, 5:] = True
     other = tokens.clone()
-    other[:, 5:] = (other[:, 5:] + 1) % model.config.codebook
+    other[:, 5:] = (other[:, 5:] + 1) % model.config.codebook_size
     one, two = (model.encode(model.embed_image(t), hidden_BN=hidden) for t in (tokens, other))
     torch.testing.assert_close(one.image_BKD, two.image_BKD)
     torch.testing.assert_close(model.image_logits(one, hidden), model.image_logits(two, hidden))
@@ -45,7 +45,7 @@ def test_dropped_positions_come_back_in_the_decoder(model, tokens):
     image = model.embed_image(tokens)
     one = model.image_logits(model.encode(image, hidden_BN=hidden, keep_BK=keep), hidden)
     two = model.image_logits(model.encode(image, hidden_BN=hidden, keep_BK=keep.flip(1)), hidden)
-    assert one.shape == (3, 16, model.config.codebook)
+    assert one.shape == (3, 16, model.config.codebook_size)
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
 
@@ -106,7 +106,7 @@ def test_beams_share_a_prefix_and_reorder_the_rest(model, tokens):
 
 def test_no_weight_is_left_uninitialised():
     """Built on the meta device and moved without values, then initialised: every weight must have been written."""
-    config = ItitConfig(image_tokens=4, codebook=8, text_tokens=4, text_features=4, vocabulary=8, width=8, depth=1,
+    config = ItitConfig(image_tokens=4, codebook_size=8, max_text_len=4, text_features=4, vocab_size=8, width=8, depth=1,
                         heads=1, image_decoder_depth=1, text_decoder_width=8, text_decoder_depth=1,
                         text_decoder_heads=1)  # fmt: skip
     empty = torch.empty

@@ -2,15 +2,15 @@
 
 import torch
 
-from diptych.itit.masking import Hiding
+from diptych.itit.masking import Masking
 from diptych.itit.objective import i2t2i_loss, reimagined, rewritten, shift, t2i2t_loss
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 
 
-def hiding(model, rows, seen):
+def masking(model, rows, seen):
     hidden = torch.ones(rows, model.config.image_tokens, dtype=torch.bool)
     hidden[:, seen] = False
-    return Hiding(hidden, torch.arange(model.config.image_tokens).expand(rows, -1))
+    return Masking(hidden, torch.arange(model.config.image_tokens).expand(rows, -1))
 
 
 def dense_one_hot(logits):
@@ -33,12 +33,12 @@ def assert_same(model, ours, dense):
 
 
 def test_t2i2t_equals_the_dense_definition(model, text_encoder, batch):
-    texts, draws = batch.texts, Draws(0, 0)
+    texts, rng = batch["texts"], StepRNG(0, 0)
     features = text_encoder.features(texts.ids_BL, texts.valid_BL)
-    pseudo = batch.images.tokens_BN
-    first, second = hiding(model, 4, [0, 3, 5]), hiding(model, 4, [1, 2, 3, 4])
-    image = reimagined(model, pseudo, features, texts.valid_BL, first, gumbel=1.0, draws=draws)
-    options = {"smoothing": 0.1, "encoder_gradient": 0.1}
+    pseudo = batch["images"].tokens_BN
+    first, second = masking(model, 4, [0, 3, 5]), masking(model, 4, [1, 2, 3, 4])
+    image = reimagined(model, pseudo, features, texts.valid_BL, first, gumbel=1.0, rng=rng)
+    options = {"label_smoothing": 0.1, "encoder_grad_scale": 0.1}
     ours = t2i2t_loss(model, image, texts.ids_BL, texts.valid_BL, second, **options)
 
     with torch.no_grad():
@@ -46,37 +46,37 @@ def test_t2i2t_equals_the_dense_definition(model, text_encoder, batch):
             model.embed_image(pseudo), hidden_BN=first.hidden_BN, features_BLF=features, valid_BL=texts.valid_BL
         )
     logits = model.image_logits(encoded, first.hidden_BN)
-    noisy = logits + draws.gumbel("gumbel", *logits.shape)
-    pseudo_hot = torch.nn.functional.one_hot(pseudo, model.config.codebook).float()
+    noisy = logits + rng.gumbel("gumbel", *logits.shape)
+    pseudo_hot = torch.nn.functional.one_hot(pseudo, model.config.codebook_size).float()
     one_hot = torch.where(first.hidden_BN[..., None], dense_one_hot(noisy), pseudo_hot)
     dense = t2i2t_loss(model, one_hot @ model.token_embedding.weight, texts.ids_BL, texts.valid_BL, second, **options)
     assert_same(model, ours, dense)
 
 
 def test_i2t2i_equals_the_dense_definition(model, text_encoder, batch):
-    tokens = batch.images.tokens_BN
-    pseudo, valid = batch.texts.ids_BL, batch.texts.valid_BL
-    first, second = hiding(model, 4, [0, 3, 5]), hiding(model, 4, [1, 2, 3, 4])
+    tokens = batch["images"].tokens_BN
+    pseudo, valid = batch["texts"].ids_BL, batch["texts"].valid_BL
+    first, second = masking(model, 4, [0, 3, 5]), masking(model, 4, [1, 2, 3, 4])
     banned = torch.zeros(text_encoder.vocab_rows, dtype=torch.bool)
     banned[list(text_encoder.banned_ids)] = True
     features = rewritten(model, text_encoder, tokens, pseudo, valid, first, banned_V=banned)
-    ours = i2t2i_loss(model, tokens, features, valid, second, smoothing=0.1)
+    ours = i2t2i_loss(model, tokens, features, valid, second, label_smoothing=0.1)
 
     with torch.no_grad():
         prefix = model.encode(model.embed_image(tokens), hidden_BN=first.hidden_BN, keep_BK=first.keep_BK).image_BKD
     logits = model.text_logits(prefix, shift(pseudo)).masked_fill(banned, -torch.inf)
     embedded = dense_one_hot(logits) @ text_encoder.embedding.weight
     dense_features = text_encoder.features_from_embeddings(embedded, valid)
-    dense = i2t2i_loss(model, tokens, dense_features, valid, second, smoothing=0.1)
+    dense = i2t2i_loss(model, tokens, dense_features, valid, second, label_smoothing=0.1)
     assert_same(model, ours, dense)
 
 
 def test_what_was_visible_stays(model, text_encoder, batch):
-    texts = batch.texts
+    texts = batch["texts"]
     features = text_encoder.features(texts.ids_BL, texts.valid_BL)
-    first = hiding(model, 4, [0, 3, 5])
-    image = reimagined(model, batch.images.tokens_BN, features, texts.valid_BL, first, gumbel=1.0, draws=Draws(0, 0))
-    expected = model.embed_image(batch.images.tokens_BN)
+    first = masking(model, 4, [0, 3, 5])
+    image = reimagined(model, batch["images"].tokens_BN, features, texts.valid_BL, first, gumbel=1.0, rng=StepRNG(0, 0))
+    expected = model.embed_image(batch["images"].tokens_BN)
     torch.testing.assert_close(image[:, [0, 3, 5]], expected[:, [0, 3, 5]])
 
 

@@ -5,20 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diptych.itit.generation import DrawConfig
+from diptych.itit.generation import ImageGenerationConfig
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, LossWeights
 from diptych.nn.transformer import Block
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 
 NOTHING = {"t2i": 0.0, "i2t": 0.0, "i2i": 0.0, "t2i2t": 0.0, "i2t2i": 0.0}
 ENCODER = ("encoder.", "input_norm.")
 IMAGE_DECODER = ("image_decoder.", "image_head.", "decoder_position", "image_bias")
 TEXT_DECODER = ("text_decoder.", "word_", "prefix_projection.")
-FAST = DrawConfig(steps=3, guidance=0.0, temperature=4.0)
+FAST = ImageGenerationConfig(steps=3, guidance=0.0, temperature=4.0)
 
 
 def objective(model, text_encoder, **fields):
-    return ItitObjective(model, text_encoder, ItitObjectiveConfig(**({"cycles_from": 0, "draw": FAST} | fields)))
+    return ItitObjective(
+        model, text_encoder, ItitObjectiveConfig(**({"cycle_start_step": 0, "image_generation": FAST} | fields))
+    )
 
 
 def trained_by(model, text_encoder, batch, name, **fields):
@@ -59,7 +61,7 @@ def test_t2i2t_reaches_the_image_decoder_scaled_by_the_encoder_gradient(model, t
     def gradient(share):
         model.zero_grad()
         weights = LossWeights(**(NOTHING | {"t2i2t": 1.0}))
-        objective(model, text_encoder, weights=weights, encoder_gradient=share)(batch, 0).total.backward()
+        objective(model, text_encoder, weights=weights, encoder_grad_scale=share)(batch, 0).total.backward()
         return model.image_decoder.layers[0].mlp[0].weight.grad.clone()
 
     torch.testing.assert_close(gradient(0.1), 0.1 * gradient(1.0), atol=1e-9, rtol=1e-3)
@@ -90,7 +92,7 @@ def test_the_total_is_the_weighted_sum(model, text_encoder, batch):
 
 
 def test_cycles_begin_at_their_step(model, text_encoder, batch):
-    late = objective(model, text_encoder, cycles_from=10)
+    late = objective(model, text_encoder, cycle_start_step=10)
     assert set(late(batch, 9).terms) == {"t2i", "i2t", "i2i"}
     assert set(late(batch, 10).terms) == {"t2i", "i2t", "i2i", "t2i2t", "i2t2i", "i2t2i/distinct_captions"}
 
@@ -112,7 +114,7 @@ def test_padding_changes_no_loss(model, text_encoder, batch):
             valid_BL=torch.nn.functional.pad(items.valid_BL, (0, 4)),
         )
 
-    longer = replace(batch, pairs=padded(batch.pairs), texts=padded(batch.texts))
+    longer = replace(batch, streams=batch.streams | {name: padded(batch[name]) for name in ("pairs", "texts")})
     one, two = (objective(model, text_encoder)(b, 0).terms for b in (batch, longer))
     for name in NOTHING:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-5)
@@ -122,7 +124,7 @@ def test_cached_features_change_no_loss(model, text_encoder, batch):
     def cached(items):
         return replace(items, features_BLF=text_encoder.features(items.ids_BL, items.valid_BL))
 
-    cached_batch = replace(batch, pairs=cached(batch.pairs), texts=cached(batch.texts))
+    cached_batch = replace(batch, streams=batch.streams | {name: cached(batch[name]) for name in ("pairs", "texts")})
     one, two = (objective(model, text_encoder)(b, 0).total for b in (batch, cached_batch))
     torch.testing.assert_close(one, two)
 
@@ -131,7 +133,7 @@ def test_two_processes_have_the_losses_of_one(model, text_encoder, batch):
     def part(rank):
         rows = {name: getattr(batch, name) for name in ("pairs", "images", "texts")}
         cut = {name: items[rank * len(items) // 2 : (rank + 1) * len(items) // 2] for name, items in rows.items()}
-        return replace(batch, draws=Draws(0, 0, rank, 2), **cut)
+        return replace(batch, rng=StepRNG(0, 0, rank, 2), **cut)
 
     whole = objective(model, text_encoder)(batch, 0).terms
     parts = [objective(model, text_encoder)(part(rank), 0).terms for rank in (0, 1)]
@@ -160,12 +162,12 @@ def test_an_averaged_teacher_synthesises_and_never_learns(model, text_encoder, b
 
 
 def test_it_can_over_fit_one_batch(model, text_encoder, batch):
-    fit = objective(model, text_encoder, smoothing=0.0)
+    fit = objective(model, text_encoder, label_smoothing=0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     first = fit(batch, 0).terms
     for step in range(150):
         optimizer.zero_grad()
-        losses = fit(replace(batch, draws=Draws(0, step)), step)
+        losses = fit(replace(batch, rng=StepRNG(0, step)), step)
         losses.total.backward()
         optimizer.step()
     for name in ("t2i", "i2t", "i2i", "t2i2t"):

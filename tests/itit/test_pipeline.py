@@ -9,16 +9,16 @@ from PIL import Image
 import diptych
 from diptych.data.scenes.source import ScenesSource
 from diptych.errors import UserError
-from diptych.itit.generation import DrawConfig, WriteConfig
+from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.pipeline import Diptych
 
-DRAW = DrawConfig(steps=3, guidance=1.0, temperature=4.0)
-WRITE = WriteConfig(beams=2)
+DRAW = ImageGenerationConfig(steps=3, guidance=1.0, temperature=4.0)
+WRITE = TextGenerationConfig(beams=2)
 
 
 @pytest.fixture
 def made(tokenizer, text_encoder, model) -> Diptych:
-    return Diptych(tokenizer, text_encoder, model, draw=DRAW, write=WRITE, precision="fp32")
+    return Diptych(tokenizer, text_encoder, model, image_generation=DRAW, text_generation=WRITE, precision="fp32")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def run(made, tmp_path):
     folder = tmp_path / "run"
     for part, whole in (("tokenizer", made.tokenizer), ("text_encoder", made.text_encoder), ("model", made.model)):
         whole.save_pretrained(folder / part)
-    generation = {"draw": {"steps": 3, "guidance": 1.0, "temperature": 4.0}, "write": {"beams": 2}}
+    generation = {"image": {"steps": 3, "guidance": 1.0, "temperature": 4.0}, "text": {"beams": 2}}
     (folder / "config.json").write_text(json.dumps({"generation": generation}))
     return folder
 
@@ -112,7 +112,7 @@ def test_pictures_follow_from_text_and_seed(made, scene_texts):
 
 
 def test_drawing_takes_other_settings(made, scene_texts):
-    sure = DrawConfig(steps=1, guidance=0.0, token_temperature=0.0)
+    sure = ImageGenerationConfig(steps=1, guidance=0.0, token_temperature=0.0)
     found = made.imagine_tokens(scene_texts[:2], config=sure)
     assert found.shape == (2, made.tokenizer.tokens)
     assert torch.equal(found, made.imagine_tokens(scene_texts[:2], seed=9, config=sure))
@@ -157,26 +157,26 @@ def test_a_cycle_needs_one_start_and_a_round(made, given):
 
 def test_a_run_folder_is_the_same_diptych(made, run, pixels, scene_texts):
     loaded = diptych.Diptych.from_pretrained(run, device="cpu", precision="fp32")
-    assert (loaded.draw_config, loaded.write_config) == (DRAW, WRITE)
+    assert (loaded.image_generation, loaded.text_generation) == (DRAW, WRITE)
     assert loaded.captions(list(pixels)) == made.captions(list(pixels))
     np.testing.assert_array_equal(loaded.imagine(scene_texts[:2]), made.imagine(scene_texts[:2]))
-    assert loaded.coders.fingerprint == made.coders.fingerprint
+    assert loaded.tokenizers.fingerprint == made.tokenizers.fingerprint
     moved = run.rename(run.with_name("elsewhere"))
     (moved / "config.json").unlink()
-    assert Diptych.from_pretrained(str(moved)).draw_config == DrawConfig()
+    assert Diptych.from_pretrained(str(moved)).image_generation == ImageGenerationConfig()
 
 
 def test_coders_and_their_fingerprint(made, pixels, scene_texts, tokenizer):
-    coders = made.coders
+    tokenizers = made.tokenizers
     pixels_B3HW = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    assert torch.equal(coders.tokens(pixels_B3HW), tokenizer.encode(pixels_B3HW))
-    assert coders.ids(scene_texts[:2]).shape == (2, made.model.config.text_tokens)
-    assert (coders.image_size, coders.features) == (32, None)
-    before = coders.fingerprint
+    assert torch.equal(tokenizers.tokens(pixels_B3HW), tokenizer.encode(pixels_B3HW))
+    assert tokenizers.ids(scene_texts[:2]).shape == (2, made.model.config.max_text_len)
+    assert (tokenizers.image_size, tokenizers.features) == (32, None)
+    before = tokenizers.fingerprint
     with torch.no_grad():
         tokenizer.codebook[0, 0] += 1
     try:
-        assert made.coders.fingerprint != before
+        assert made.tokenizers.fingerprint != before
     finally:
         with torch.no_grad():
             tokenizer.codebook[0, 0] -= 1
@@ -237,7 +237,7 @@ def test_weights_of_another_network_are_refused(run):
     one_line(caught, str(run / "model"))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"generation": {"draw": {"staps": 3}}}', '{"generation": 3}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"generation": {"image": {"staps": 3}}}', '{"generation": 3}'])
 def test_a_damaged_config_is_named(run, content):
     (run / "config.json").write_text(content)
     with pytest.raises(UserError) as caught:

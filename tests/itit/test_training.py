@@ -12,7 +12,7 @@ import pytest
 from diptych.data.scenes.source import ScenesSource
 from diptych.errors import UserError
 from diptych.itit.data import DataConfig
-from diptych.itit.generation import DrawConfig, WriteConfig
+from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ItitConfig
 from diptych.itit.objective import ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych
@@ -25,7 +25,7 @@ from diptych.tokenizers.vqgan import VQGANConfig
 from diptych.train.config import OptimConfig, TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Covariance")
-DRAW = DrawConfig(steps=2, guidance=0.0, temperature=1.0)
+DRAW = ImageGenerationConfig(steps=2, guidance=0.0, temperature=1.0)
 
 
 def loop(steps: int, **changes) -> TrainConfig:
@@ -39,7 +39,7 @@ def tiny_run(*, steps: int = 4, **data) -> ItitRun:
     return ItitRun(
         data=DataConfig(**{"pairs": "scenes:?count=40", "max_pairs": 10, "workers": 1, **data}),
         tokenizer_stage=TokenizerStage(
-            model=ImageTokenizerConfig(size=32, codes=16, code_dim=4, widths=(8, 8), blocks=1, groups=4, patch=4),
+            model=ImageTokenizerConfig(image_size=32, codebook_size=16, code_dim=4, widths=(8, 8), blocks=1, groups=4, patch=4),
             objective=VQGANConfig(adversarial_weight=0.0),
             train=loop(3),
             optim=rule,
@@ -51,13 +51,13 @@ def tiny_run(*, steps: int = 4, **data) -> ItitRun:
             optim=rule,
         ),
         model=ItitConfig(
-            width=16, depth=1, heads=2, image_decoder_depth=1, text_tokens=16, text_decoder_width=16,
+            width=16, depth=1, heads=2, image_decoder_depth=1, max_text_len=16, text_decoder_width=16,
             text_decoder_depth=1, text_decoder_heads=2, dropout=0.1,
         ),
-        objective=ItitObjectiveConfig(cycles_from=1, draw=DRAW),
+        objective=ItitObjectiveConfig(cycle_start_step=1, image_generation=DRAW),
         train=loop(steps, ema=0.9),
         optim=rule,
-        generation=GenerationConfig(draw=DRAW, write=WriteConfig(beams=2)),
+        generation=GenerationConfig(image=DRAW, text=TextGenerationConfig(beams=2)),
     )  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def test_the_report_needs_nothing_else(done):
 def test_the_folder_works_elsewhere(done, tmp_path):
     shutil.copytree(done, tmp_path / "copy", ignore=shutil.ignore_patterns("stages", "encoded", "checkpoints"))
     here, there = Diptych.from_pretrained(done), Diptych.from_pretrained(tmp_path / "copy")
-    assert there.draw_config == DRAW
+    assert there.image_generation == DRAW
     pictures = list(ScenesSource(count=3).images(range(3), 32))
     assert there.captions(pictures) == here.captions(pictures)
     np.testing.assert_array_equal(there.imagine(["a red circle"]), here.imagine(["a red circle"]))
@@ -244,7 +244,7 @@ def test_the_two_sides_are_encoded_without_the_other(done):
 
 
 def test_cycles_must_begin_before_the_end():
-    with pytest.raises(UserError, match=r"--objective\.cycles-from 1 is not before --train\.steps 1"):
+    with pytest.raises(UserError, match=r"--objective\.cycle-start-step 1 is not before --train\.steps 1"):
         tiny_run(steps=1).check()
     alone = tiny_run(steps=1)
     alone.objective = replace(alone.objective, texts="off", images="off")

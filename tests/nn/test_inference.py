@@ -3,13 +3,13 @@ import torch
 from torch import nn
 
 from diptych.errors import UserError
-from diptych.nn.inference import autocast, evaluating, pick_device
+from diptych.nn.inference import autocast, eval_mode, pick_device
 
 
 def test_evaluating_restores_each_mode():
     module = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
     module[0].eval()
-    with evaluating(module):
+    with eval_mode(module):
         assert not any(part.training for part in module.modules())
         assert not module(torch.ones(1, 2)).requires_grad
     assert module.training

@@ -6,14 +6,14 @@ import torch
 from diptych.nn.losses import image_loss, text_loss
 
 
-def naive(logits, target, counts, smoothing):
+def naive(logits, target, counts, label_smoothing):
     rows = []
     for b in range(len(target)):
         losses = []
         for k in range(target.shape[1]):
             if counts[b, k]:
                 log_p = logits[b, k].log_softmax(-1)
-                losses.append(-(1 - smoothing) * log_p[target[b, k]] - smoothing * log_p.mean())
+                losses.append(-(1 - label_smoothing) * log_p[target[b, k]] - label_smoothing * log_p.mean())
         rows.append(torch.stack(losses).mean())
     return torch.stack(rows).mean()
 
@@ -23,12 +23,12 @@ def test_equals_a_naive_loop(loss):
     torch.manual_seed(0)
     logits, target = torch.randn(3, 4, 5), torch.randint(5, (3, 4))
     counts = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)
-    torch.testing.assert_close(loss(logits, target, counts, smoothing=0.1), naive(logits, target, counts, 0.1))
+    torch.testing.assert_close(loss(logits, target, counts, label_smoothing=0.1), naive(logits, target, counts, 0.1))
 
 
 def test_uniform_logits_cost_log_c():
     counts = torch.ones(2, 3, dtype=torch.bool)
-    found = image_loss(torch.zeros(2, 3, 7), torch.zeros(2, 3, dtype=torch.long), counts, smoothing=0.1)
+    found = image_loss(torch.zeros(2, 3, 7), torch.zeros(2, 3, dtype=torch.long), counts, label_smoothing=0.1)
     assert found.item() == pytest.approx(math.log(7))
 
 
@@ -37,9 +37,9 @@ def test_what_does_not_count_changes_nothing_and_any_split_of_rows_gives_the_sam
     logits, target = torch.randn(4, 3, 5), torch.randint(5, (4, 3))
     counts = torch.rand(4, 3) > 0.4
     counts[:, 0] = True
-    whole = text_loss(logits, target, counts, smoothing=0.1)
-    torch.testing.assert_close(text_loss(logits + 9 * ~counts[..., None], target, counts, smoothing=0.1), whole)
+    whole = text_loss(logits, target, counts, label_smoothing=0.1)
+    torch.testing.assert_close(text_loss(logits + 9 * ~counts[..., None], target, counts, label_smoothing=0.1), whole)
     moved = torch.where(counts[..., None], logits, torch.randn(4, 3, 5))
-    torch.testing.assert_close(text_loss(moved, target, counts, smoothing=0.1), whole)
-    halves = [text_loss(logits[i::2], target[i::2], counts[i::2], smoothing=0.1) for i in (0, 1)]
+    torch.testing.assert_close(text_loss(moved, target, counts, label_smoothing=0.1), whole)
+    halves = [text_loss(logits[i::2], target[i::2], counts[i::2], label_smoothing=0.1) for i in (0, 1)]
     torch.testing.assert_close(sum(halves) / 2, whole)

@@ -34,7 +34,7 @@ class Outline(HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.open, self.tags, self.words = [], [], []
-        self.feed(page)
+        self.prefetch(page)
         self.close()
         assert not self.open, f"not closed: {self.open}"
 

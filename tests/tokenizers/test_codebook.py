@@ -1,6 +1,6 @@
 import torch
 
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 from diptych.tokenizers.codebook import Codebook, CodebookConfig, k_means, sample_rows
 from diptych.tokenizers.image_tokenizer import nearest_codes
 
@@ -18,12 +18,12 @@ def latents(seed: int = 0, rows: int = 4) -> torch.Tensor:
 
 
 def run(codebook: Codebook, codes: torch.Tensor, step: int, seed: int = 0, world: torch.Tensor | None = None):
-    return codebook(latents(step) if world is None else world, codes, draws=Draws(seed, step), step=step)
+    return codebook(latents(step) if world is None else world, codes, rng=StepRNG(seed, step), step=step)
 
 
 def test_before_the_start_latents_pass_and_codes_rest():
     codes = torch.nn.Parameter(torch.zeros(K, E))
-    quantised = run(Codebook(CodebookConfig(start=5), codes=K), codes, step=4)
+    quantised = run(Codebook(CodebookConfig(start=5), codebook_size=K), codes, step=4)
     assert torch.equal(quantised.latents_BEhw, latents(4))
     assert quantised.codebook == quantised.commitment == 0
     assert not codes.any()
@@ -31,18 +31,18 @@ def test_before_the_start_latents_pass_and_codes_rest():
 
 def test_the_start_seeds_the_codes_from_the_latents():
     codes = torch.nn.Parameter(torch.zeros(K, E))
-    quantised = run(Codebook(CodebookConfig(start=5), codes=K), codes, step=5)
+    quantised = run(Codebook(CodebookConfig(start=5), codebook_size=K), codes, step=5)
     assert quantised.commitment < 0.05
     assert quantised.perplexity > 3.5
     kept = torch.nn.Parameter(torch.ones(K, E))
-    run(Codebook(CodebookConfig(start=-1), codes=K), kept, step=0)
+    run(Codebook(CodebookConfig(start=-1), codebook_size=K), kept, step=0)
     assert (kept == 1).all()
 
 
 def test_output_is_the_nearest_code_and_the_gradient_goes_straight_through():
     codes = torch.nn.Parameter(torch.randn(K, E, generator=torch.Generator().manual_seed(1)))
     z = latents().requires_grad_()
-    quantised = run(Codebook(CodebookConfig(start=-1), codes=K), codes, step=0, world=z)
+    quantised = run(Codebook(CodebookConfig(start=-1), codebook_size=K), codes, step=0, world=z)
     flat = z.detach().permute(0, 2, 3, 1).flatten(0, 2)
     expected = codes[nearest_codes(flat, codes.detach())].view(4, 4, 4, E).permute(0, 3, 1, 2)
     torch.testing.assert_close(quantised.latents_BEhw, expected, atol=1e-6, rtol=0)
@@ -55,7 +55,7 @@ def test_output_is_the_nearest_code_and_the_gradient_goes_straight_through():
 def test_each_of_the_two_losses_moves_one_side():
     codes = torch.nn.Parameter(torch.randn(K, E, generator=torch.Generator().manual_seed(1)))
     z = latents().requires_grad_()
-    quantised = run(Codebook(CodebookConfig(start=-1), codes=K), codes, step=0, world=z)
+    quantised = run(Codebook(CodebookConfig(start=-1), codebook_size=K), codes, step=0, world=z)
     assert torch.autograd.grad(quantised.codebook, (z, codes), allow_unused=True, retain_graph=True)[0] is None
     assert torch.autograd.grad(quantised.commitment, (z, codes), allow_unused=True)[1] is None
     torch.testing.assert_close(quantised.codebook, quantised.commitment)
@@ -63,7 +63,7 @@ def test_each_of_the_two_losses_moves_one_side():
 
 def test_dead_codes_are_reseeded_and_live_ones_are_not():
     config = CodebookConfig(start=-1, reset_every=4, usage_decay=0.3)
-    codebook = Codebook(config, codes=K)
+    codebook = Codebook(config, codebook_size=K)
     codes = torch.nn.Parameter(torch.full((K, E), 100.0))
     with torch.no_grad():
         codes[:2] = torch.tensor([[-3.0, 0], [3, 0]])  # these two share everything
@@ -77,7 +77,7 @@ def test_dead_codes_are_reseeded_and_live_ones_are_not():
 
 def test_resets_end_and_evaluation_changes_nothing():
     codes = torch.nn.Parameter(torch.full((K, E), 100.0))
-    codebook = Codebook(CodebookConfig(start=-1, reset_every=1, reset_until=3, usage_decay=0.0), codes=K)
+    codebook = Codebook(CodebookConfig(start=-1, reset_every=1, reset_until=3, usage_decay=0.0), codebook_size=K)
     usage = codebook.usage_K.clone()
     codebook.eval()
     run(codebook, codes, 2)
@@ -96,14 +96,14 @@ def test_resets_depend_on_the_draws_only_and_resume_exactly():
         return codes.detach().clone()
 
     config = CodebookConfig(start=0, reset_every=2, usage_decay=0.5)
-    whole = trained(range(9), Codebook(config, codes=K), torch.nn.Parameter(torch.zeros(K, E)))
-    first = Codebook(config, codes=K)
+    whole = trained(range(9), Codebook(config, codebook_size=K), torch.nn.Parameter(torch.zeros(K, E)))
+    first = Codebook(config, codebook_size=K)
     half = trained(range(5), first, torch.nn.Parameter(torch.zeros(K, E)))
-    second = Codebook(config, codes=K)
+    second = Codebook(config, codebook_size=K)
     second.load_state_dict(first.state_dict())
     torch.rand(3)  # the global generator has no say
     assert torch.equal(trained(range(5, 9), second, torch.nn.Parameter(half)), whole)
-    other = trained(range(9), Codebook(config, codes=K), torch.nn.Parameter(torch.zeros(K, E)), seed=1)
+    other = trained(range(9), Codebook(config, codebook_size=K), torch.nn.Parameter(torch.zeros(K, E)), seed=1)
     assert not torch.equal(other, whole)
 
 

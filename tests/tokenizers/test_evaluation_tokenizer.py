@@ -14,7 +14,7 @@ class Grey(ImageTokenizer):
 
     def __init__(self):
         nn.Module.__init__(self)
-        self.codes = CODES
+        self.codebook_size = CODES
 
     def encode(self, pixels_B3HW: Tensor, *, rows: int = 64) -> Tensor:
         return pixels_B3HW[:, 0, 0, :1].long() // (256 // CODES)
@@ -59,7 +59,7 @@ def test_psnr_of_black_against_white_is_zero():
 
 
 def test_a_real_tokenizer():
-    config = ImageTokenizerConfig(size=8, codes=16, code_dim=4, widths=(8, 8), blocks=1, groups=4)
+    config = ImageTokenizerConfig(image_size=8, codebook_size=16, code_dim=4, widths=(8, 8), blocks=1, groups=4)
     score = evaluate_tokenizer(ImageTokenizer.from_config(config), [flat(3, 200)])
     assert 0 < score.psnr < 99
     assert 1 <= score.perplexity <= 16

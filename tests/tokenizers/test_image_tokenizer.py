@@ -7,7 +7,7 @@ from diffusers import VQModel
 from diptych.errors import UserError
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, nearest_codes
 
-SMALL = ImageTokenizerConfig(size=16, codes=32, code_dim=4, widths=(8, 16), blocks=1, groups=4)
+SMALL = ImageTokenizerConfig(image_size=16, codebook_size=32, code_dim=4, widths=(8, 16), blocks=1, groups=4)
 
 
 def pictures(rows: int = 3, size: int = 16) -> torch.Tensor:
@@ -19,13 +19,15 @@ def spread_out(tokenizer: ImageTokenizer) -> ImageTokenizer:
     """Codes where the latents are, so that tokens differ."""
     latents_BEhw = tokenizer.latents(tokenizer.pixels_to_input(pictures()))
     latents_ME = latents_BEhw.permute(0, 2, 3, 1).flatten(0, 2).detach()
-    tokenizer.codebook.data.copy_(latents_ME[: tokenizer.codes])
+    tokenizer.codebook.data.copy_(latents_ME[: tokenizer.codebook_size])
     return tokenizer
 
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_shapes_and_types(patch):
-    config = ImageTokenizerConfig(size=16, codes=32, code_dim=4, widths=(8, 16), blocks=1, groups=4, patch=patch)
+    config = ImageTokenizerConfig(
+        image_size=16, codebook_size=32, code_dim=4, widths=(8, 16), blocks=1, groups=4, patch=patch
+    )
     tokenizer = spread_out(ImageTokenizer.from_config(config))
     tokens_BN = tokenizer.encode(pictures())
     assert tokens_BN.dtype == torch.int64
@@ -80,7 +82,7 @@ def test_the_seed_alone_decides_the_weights():
 @pytest.mark.parametrize("attention", [False, True])
 def test_no_weight_is_left_uninitialised(attention):
     config = ImageTokenizerConfig(
-        size=16, codes=32, code_dim=4, widths=(8, 16), blocks=1, groups=4, attention=attention
+        image_size=16, codebook_size=32, code_dim=4, widths=(8, 16), blocks=1, groups=4, attention=attention
     )
     tokenizer = ImageTokenizer.from_config(config)
     with torch.no_grad():
@@ -189,4 +191,4 @@ def test_wrong_sizes_are_user_errors():
     with pytest.raises(UserError, match="64 tokens"):
         tokenizer.decode(torch.zeros(1, 16, dtype=torch.int64))
     with pytest.raises(UserError, match="15"):
-        ImageTokenizer(tokenizer.network, size=15)
+        ImageTokenizer(tokenizer.network, image_size=15)

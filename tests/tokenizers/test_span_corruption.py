@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-from diptych.data.batch import Batch, Items
+from diptych.data.batch import Batch, TextExamples
 from diptych.errors import UserError
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig, corrupt, place_spans
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.text_tokenizer import train_tokenizer
@@ -109,7 +109,7 @@ def test_corruption_equals_a_naive_loop_and_loses_nothing() -> None:
 def test_the_target_always_has_room(objective: SpanCorruption, noise_density, mean_span, length) -> None:
     objective.config = replace(objective.config, noise_density=noise_density, mean_span=mean_span)
     ids_BL, valid_BL = texts_of(list(range(length)), length=length)
-    found = objective.corrupt(ids_BL, valid_BL, draws=Draws(seed=0, step=0))
+    found = objective.corrupt(ids_BL, valid_BL, rng=StepRNG(seed=0, step=0))
     ends = found.target_valid_BT.sum(1) - 1
     assert found.target_BT[torch.arange(length), ends].eq(1).all()
     assert found.ids_BL[torch.arange(length), found.valid_BL.sum(1) - 1].eq(1).all()
@@ -127,7 +127,7 @@ def objective() -> SpanCorruption:
 
 def batch_of(objective: SpanCorruption, texts: list[str], *, length: int = 16, step: int = 0) -> Batch:
     ids_BL, valid_BL = objective.text_encoder().tokenize(texts, length=length)
-    return Batch(draws=Draws(seed=0, step=step), texts=Items(ids_BL=ids_BL, valid_BL=valid_BL))
+    return Batch(rng=StepRNG(seed=0, step=step), streams={"texts": TextExamples(ids_BL=ids_BL, valid_BL=valid_BL)})
 
 
 def test_gradient_reaches_every_trainable_parameter(objective: SpanCorruption) -> None:
@@ -141,7 +141,7 @@ def test_gradient_reaches_every_trainable_parameter(objective: SpanCorruption) -
 
 def test_the_loss_is_that_of_plain_t5(objective: SpanCorruption) -> None:
     batch = batch_of(objective, TEXTS[:1])
-    found = objective.corrupt(batch.texts.ids_BL, batch.texts.valid_BL, draws=batch.draws)
+    found = objective.corrupt(batch["texts"].ids_BL, batch["texts"].valid_BL, rng=batch.rng)
     plain = T5ForConditionalGeneration(objective.t5.config)
     plain.load_state_dict(objective.t5.state_dict())
     plain.config.decoder_start_token_id = 0
@@ -152,8 +152,8 @@ def test_the_loss_is_that_of_plain_t5(objective: SpanCorruption) -> None:
 
 def test_padding_never_changes_the_loss(objective: SpanCorruption) -> None:
     batch = batch_of(objective, TEXTS)
-    garbage_BL = batch.texts.ids_BL.masked_fill(~batch.texts.valid_BL, 9)
-    other = replace(batch, texts=replace(batch.texts, ids_BL=garbage_BL))
+    garbage_BL = batch["texts"].ids_BL.masked_fill(~batch["texts"].valid_BL, 9)
+    other = replace(batch, streams={"texts": replace(batch["texts"], ids_BL=garbage_BL)})
     assert torch.equal(objective(batch, 0).total, objective(other, 0).total)
 
 

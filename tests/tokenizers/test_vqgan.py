@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diptych.data.batch import Batch, Items
-from diptych.rng import Draws
+from diptych.data.batch import Batch, ImageExamples
+from diptych.rng import StepRNG
 from diptych.tokenizers.codebook import CodebookConfig
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from diptych.tokenizers.vqgan import VQGAN, VQGANConfig, edge_distance, hinge, psnr
 
-SMALL = ImageTokenizerConfig(size=16, codes=32, code_dim=4, widths=(8, 16), blocks=1, groups=4, patch=2)
+SMALL = ImageTokenizerConfig(image_size=16, codebook_size=32, code_dim=4, widths=(8, 16), blocks=1, groups=4, patch=2)
 PLAIN = VQGANConfig(adversarial_weight=0.0)
 GAN = VQGANConfig(adversarial_weight=0.5, adversarial_start=0, discriminator_width=8, discriminator_layers=1)
 
@@ -18,7 +18,7 @@ GAN = VQGANConfig(adversarial_weight=0.5, adversarial_start=0, discriminator_wid
 def batch(step: int = 0, rows: int = 4) -> Batch:
     pixels = torch.randint(256, (rows, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     pixels = F.interpolate(pixels, 16)  # flat blocks
-    return Batch(draws=Draws(0, step), images=Items(pixels_B3HW=pixels))
+    return Batch(rng=StepRNG(0, step), streams={"images": ImageExamples(pixels_B3HW=pixels)})
 
 
 def objective(config: VQGANConfig) -> VQGAN:
@@ -37,9 +37,9 @@ def test_total_is_the_sum_it_says():
     made = objective(dataclasses.replace(PLAIN, squared_weight=2.0, perceptual_weight=0.5, commitment_weight=0.3))
     made.eval()
     losses = made(batch(), 1)
-    real = made.tokenizer.pixels_to_input(batch().images.pixels_B3HW)
+    real = made.tokenizer.pixels_to_input(batch()["images"].pixels_B3HW)
     latents = made.tokenizer.latents(real)
-    codes = made.tokenizer.codebook[made.tokenizer.encode(batch().images.pixels_B3HW)]
+    codes = made.tokenizer.codebook[made.tokenizer.encode(batch()["images"].pixels_B3HW)]
     flat = latents.flatten(2).transpose(1, 2)
     fake = made.tokenizer.reconstruct(codes.transpose(1, 2).view_as(latents))
     likeness = (fake - real).abs().mean() + 2 * (fake - real).square().mean() + 0.5 * edge_distance(fake, real)
@@ -61,8 +61,8 @@ def test_one_total_gives_generator_and_discriminator_each_its_own_gradient():
     made.eval()  # the codebook holds still between the two computations
     together = gradients(made(batch(), 1).total, made)
 
-    real = made.tokenizer.pixels_to_input(batch().images.pixels_B3HW)
-    quantised = made.codebook(made.tokenizer.latents(real), made.tokenizer.codebook, draws=Draws(0, 1), step=1)
+    real = made.tokenizer.pixels_to_input(batch()["images"].pixels_B3HW)
+    quantised = made.codebook(made.tokenizer.latents(real), made.tokenizer.codebook, rng=StepRNG(0, 1), step=1)
     fake = made.tokenizer.reconstruct(quantised.latents_BEhw)
     generator_loss = (
         (fake - real).abs().mean() + edge_distance(fake, real) + quantised.codebook + 0.25 * quantised.commitment
@@ -87,7 +87,7 @@ def test_the_discriminator_waits_for_its_start():
 
 def test_adaptive_balance_matches_the_lengths_of_the_gradients():
     made = objective(dataclasses.replace(GAN, adversarial_balance="adaptive"))
-    real = made.tokenizer.pixels_to_input(batch().images.pixels_B3HW)
+    real = made.tokenizer.pixels_to_input(batch()["images"].pixels_B3HW)
     fake = (real * 0.9).requires_grad_()
     likeness = F.l1_loss(fake, real)
     generator, _, scale = made._adversarial(fake, real, likeness)

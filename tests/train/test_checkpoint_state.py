@@ -5,14 +5,16 @@ from toy_objective import Toy, assert_same, optim, toy_batches, weights_of
 from diptych.errors import UserError
 from diptych.train import checkpoint
 from diptych.train.checkpoint import Ema, TrainState
-from diptych.train.optim import make_optimizer
+from diptych.train.optim import make_optimizer, trained_groups
 
 
 def make(seed=0, width=8, name="adamw"):
     toy = Toy(seed=seed, width=width)
     toy.register_buffer("count", torch.zeros(()))
     toy.register_buffer("scratch", torch.zeros(2), persistent=False)
-    return toy, TrainState(toy, make_optimizer(toy, optim(name=name)), Ema(toy, decay=0.9))
+    return toy, TrainState(
+        toy, make_optimizer(trained_groups(toy, weight_decay=0.0), optim(name=name)), Ema(toy, decay=0.9)
+    )
 
 
 def step(toy, state, at):
@@ -57,7 +59,7 @@ def test_frozen_weights_are_saved_only_if_they_moved(tmp_path):
 def test_tied_weights_are_saved_once(tmp_path):
     toy, _ = make()
     toy.late.weight = toy.head.weight
-    state = TrainState(toy, make_optimizer(toy, optim()), None)
+    state = TrainState(toy, make_optimizer(trained_groups(toy, weight_decay=0.0), optim()), None)
     step_names = state.tensors()["model"].keys()
     assert "head.weight" in step_names
     assert "late.weight" not in step_names

@@ -4,7 +4,9 @@ from diptych.errors import UserError
 from diptych.train.config import MAY_CHANGE, OptimConfig, TrainConfig, check_same, describe
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "workers"])
+@pytest.mark.parametrize(
+    "name", ["steps", "batch_size", "grad_accum_steps", "checkpoint_every", "log_every", "workers"]
+)
 def test_counts_below_their_least_are_refused(name):
     with pytest.raises(UserError, match=rf"train\.{name} is -1; it must be"):
         TrainConfig(**{name: -1}).check()

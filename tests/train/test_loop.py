@@ -63,7 +63,7 @@ def test_the_first_step_is_the_plain_one(tmp_path):
 def test_accumulation_changes_neither_losses_nor_weights(tmp_path):
     whole, parts = Toy(late_from=3), Toy(late_from=3)
     train(whole, toy_batches, out=tmp_path / "1", train=config(), optim=optim())
-    train(parts, toy_batches, out=tmp_path / "4", train=config(accumulate=4), optim=optim())
+    train(parts, toy_batches, out=tmp_path / "4", train=config(grad_accum_steps=4), optim=optim())
     torch.testing.assert_close(losses_of(tmp_path / "4"), losses_of(tmp_path / "1"), rtol=1e-5, atol=0)
     torch.testing.assert_close(weights_of(parts), weights_of(whole), rtol=1e-3, atol=1e-5)
 
@@ -71,7 +71,7 @@ def test_accumulation_changes_neither_losses_nor_weights(tmp_path):
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, name):
     """With dropout, a moving average, micro-batches and either optimiser; stopped between two checkpoints."""
-    settings, rule = config(ema=0.9, accumulate=2), optim(name=name)
+    settings, rule = config(ema=0.9, grad_accum_steps=2), optim(name=name)
     toy = Toy(dropout=0.2, late_from=3)
     whole = train(toy, toy_batches, out=tmp_path / "whole", train=settings, optim=rule)
     with pytest.raises(Interrupted):
@@ -243,7 +243,7 @@ def test_hooks_see_averaged_weights_in_evaluation_mode(tmp_path):
     assert toy.middle.training
     torch.testing.assert_close(seen[-1][1], result.ema.weights["head.weight"], rtol=0, atol=0)
     assert not torch.equal(toy.head.weight, seen[-1][1])
-    with result.evaluating(toy):
+    with result.eval_mode(toy):
         torch.testing.assert_close(toy.head.weight, seen[-1][1], rtol=0, atol=0)
 
 
@@ -292,7 +292,7 @@ def test_progress_is_plain_lines_away_from_a_terminal(tmp_path, capsys):
 
 def test_a_batch_size_that_cannot_be_cut_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"train\.batch_size is 8; it must be a multiple of .* train\.accumulate \(3\)"):
-        train(Toy(), toy_batches, out=tmp_path, train=config(accumulate=3), optim=optim())
+        train(Toy(), toy_batches, out=tmp_path, train=config(grad_accum_steps=3), optim=optim())
 
 
 def test_mixed_precision_computes_in_bf16_and_keeps_fp32_weights(tmp_path):

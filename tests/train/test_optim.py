@@ -7,7 +7,8 @@ from torch import nn
 
 from diptych.errors import UserError
 from diptych.train.config import OptimConfig
-from diptych.train.optim import clip_gradient, learning_rate, make_optimizer, parameter_groups
+from diptych.train.objective import Objective
+from diptych.train.optim import clip_gradient, learning_rate, make_optimizer, trained_groups
 
 
 def test_cosine_with_warm_up():
@@ -28,9 +29,17 @@ def test_a_constant_rate_and_steps_past_the_end():
     assert learning_rate(50, OptimConfig(lr=2.0, warmup_steps=0, final_lr=0.5), steps=10) == pytest.approx(1.0)
 
 
+class Wrapped(Objective):
+    """An objective around a module, with the groups that every objective has unless it says otherwise."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
 def test_vectors_do_not_decay_and_frozen_weights_are_left_out():
     module = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 3).requires_grad_(False))
-    matrices, vectors = parameter_groups(module, weight_decay=0.3)
+    matrices, vectors = trained_groups(Wrapped(module), weight_decay=0.3)
     assert [tuple(p.shape) for p in matrices["params"]] == [(3, 2)]
     assert [tuple(p.shape) for p in vectors["params"]] == [(3,), (3,), (3,)]
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
@@ -38,15 +47,18 @@ def test_vectors_do_not_decay_and_frozen_weights_are_left_out():
 
 def test_an_objective_may_group_its_parameters():
     module = nn.Linear(2, 3)
-    module.parameter_groups = lambda: [{"params": [module.bias], "lr_scale": 0.1}, {"params": [module.weight]}]
-    first, second = make_optimizer(module, OptimConfig(weight_decay=0.3)).param_groups
+    objective = Wrapped(module)
+    objective.parameter_groups = lambda: [{"params": [module.bias], "lr_scale": 0.1}, {"params": [module.weight]}]
+    first, second = make_optimizer(
+        trained_groups(objective, weight_decay=0.3), OptimConfig(weight_decay=0.3)
+    ).param_groups
     assert (first["params"], first["lr_scale"], first["weight_decay"]) == ([module.bias], 0.1, 0.3)
     assert second["lr_scale"] == 1.0
 
 
 def test_nothing_to_train_is_refused():
-    with pytest.raises(UserError, match="Linear has no parameter to train"):
-        make_optimizer(nn.Linear(2, 2).requires_grad_(False), OptimConfig())
+    with pytest.raises(UserError, match="Wrapped has no parameter to train"):
+        trained_groups(Wrapped(nn.Linear(2, 2).requires_grad_(False)), weight_decay=0.0)
 
 
 @pytest.mark.parametrize("limit", [None, 0.5, 100.0])

@@ -2,27 +2,27 @@ import torch
 from toy_objective import Toy, config, optim, toy_batches, weights_of
 
 from diptych.train.distributed import Devices
-from diptych.train.step import Updater
+from diptych.train.step import TrainStep
 
 
 def make(toy, *, rule=None, **changes):
     devices = Devices(device="cpu", precision="auto")
-    return Updater(toy, train=config(**changes), optim=rule or optim(), devices=devices)
+    return TrainStep(toy, train=config(**changes), optim=rule or optim(), devices=devices)
 
 
 def test_dropout_differs_between_steps_and_micro_batches_and_repeats_with_them():
-    def draws(seed):
+    def rng(seed):
         toy, seen = Toy(), []
         toy.on_step = lambda step: seen.append(torch.rand(()).item())
-        update = make(toy, accumulate=2, seed=seed)
+        update = make(toy, grad_accum_steps=2, seed=seed)
         for step in range(3):
             update(step, toy_batches(step, 0, 1))
         return seen
 
-    first = draws(0)
+    first = rng(0)
     assert len(set(first)) == 6
-    assert draws(0) == first
-    assert not set(draws(1)) & set(first)
+    assert rng(0) == first
+    assert not set(rng(1)) & set(first)
 
 
 def test_the_average_follows_the_weights():

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from diptych.data.batch import Batch, Items
-from diptych.rng import Draws, derive_seed
+from diptych.data.batch import Batch, ImageTokenExamples
+from diptych.rng import StepRNG, derive_seed
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.train.objective import Losses
+from diptych.train.objective import Losses, Objective
 
 ROWS = 8  # per step, over all processes
 CODES = 16
 TOKENS = 6
 
 
-class Toy(nn.Module):
+class Toy(Objective):
     """Predicts tokens from noisy embeddings, with dropout. A term that starts late leaves weights unused at first."""
 
     streams = {"images": 1}  # noqa: RUF012 - as the interface has it
@@ -39,10 +39,8 @@ class Toy(nn.Module):
     def forward(self, batch: Batch, step: int) -> Losses:
         if self.on_step:
             self.on_step(step)
-        assert batch.images is not None
-        assert batch.images.tokens_BN is not None
-        tokens_BN = batch.images.tokens_BN
-        noise_BND = batch.draws.uniform("noise", len(tokens_BN), tokens_BN.shape[1], self.head.in_features)
+        tokens_BN = batch["images"].tokens_BN
+        noise_BND = batch.rng.uniform("noise", len(tokens_BN), tokens_BN.shape[1], self.head.in_features)
         hidden_BND = self.middle(self.frozen(self.embedding(tokens_BN) + noise_BND.to(tokens_BN.device)))
         terms = {"main": _cross_entropy(self.head(hidden_BND), tokens_BN)}
         if step >= self.late_from:
@@ -55,8 +53,8 @@ def toy_batches(step: int, rank: int, world: int, *, seed: int = 7) -> Batch:
     generator = torch.Generator().manual_seed(derive_seed(seed, "tokens", step))
     tokens_BN = torch.randint(0, CODES, (ROWS, TOKENS), generator=generator)
     rows = ROWS // world
-    items = Items(tokens_BN=tokens_BN[rank * rows : (rank + 1) * rows])
-    return Batch(draws=Draws(seed, step, rank, world), images=items)
+    examples = ImageTokenExamples(tokens_BN=tokens_BN[rank * rows : (rank + 1) * rows])
+    return Batch(rng=StepRNG(seed, step, rank, world), streams={"images": examples})
 
 
 def _cross_entropy(logits_BNK: torch.Tensor, tokens_BN: torch.Tensor) -> torch.Tensor:

@@ -4,11 +4,11 @@ import torch
 from PIL import Image
 
 from diptych.data.scenes.source import ScenesSource
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import open_source
 from diptych.encoders import ScratchConfig, open_text_encoder, scratch_encoder
 from diptych.errors import UserError
-from diptych.nn.inference import evaluating
+from diptych.nn.inference import eval_mode
 from diptych.uml.features import image_features, text_features
 
 CONFIG = ScratchConfig(image_size=16, patch=8, width=8, depth=1, heads=2)
@@ -26,9 +26,9 @@ def test_cached_features_are_those_of_the_encoder(tmp_path):
     source, encoder = ScenesSource(count=5), scratch_encoder(CONFIG, seed=0)
     items = np.array([3, 0, 4])
     encoder.train()
-    store = image_features(encoder, source, items, cache=tmp_path, skips=Skips())
+    store = image_features(encoder, source, items, cache=tmp_path, skipped=SkippedItems())
     assert encoder.training
-    with evaluating(encoder):
+    with eval_mode(encoder):
         expected = encoder(torch.from_numpy(source.images(items, 16)).permute(0, 3, 1, 2))
     torch.testing.assert_close(torch.tensor(store.vectors), expected)
     assert isinstance(store.vectors, np.memmap)
@@ -44,7 +44,9 @@ def test_they_are_made_once_and_again_when_anything_changes(folder, tmp_path_fac
 
     def make(*, seed=0, items=range(5)):
         source = open_source(str(folder))
-        return image_features(scratch_encoder(CONFIG, seed=seed), source, np.array(items), cache=cache, skips=Skips())
+        return image_features(
+            scratch_encoder(CONFIG, seed=seed), source, np.array(items), cache=cache, skipped=SkippedItems()
+        )
 
     make()
     make()
@@ -59,12 +61,12 @@ def test_they_are_made_once_and_again_when_anything_changes(folder, tmp_path_fac
 
 def test_an_unreadable_picture_is_left_out_and_told(folder, tmp_path_factory):
     (folder / "2.png").write_bytes(b"nothing")
-    skips = Skips(max_skipped_share=0.5)
-    options = {"cache": tmp_path_factory.mktemp("cache"), "skips": skips}
+    skipped = SkippedItems(max_skipped_share=0.5)
+    options = {"cache": tmp_path_factory.mktemp("cache"), "skips": skipped}
     store = image_features(scratch_encoder(CONFIG, seed=0), open_source(str(folder)), np.arange(5), **options)
     assert store.array("items").tolist() == [0, 1, 3, 4]
-    assert list(skips.reasons) == ["2.png"]
-    options = {"cache": tmp_path_factory.mktemp("strict"), "skips": Skips(max_skipped_share=0.0)}
+    assert list(skipped.reasons) == ["2.png"]
+    options = {"cache": tmp_path_factory.mktemp("strict"), "skips": SkippedItems(max_skipped_share=0.0)}
     with pytest.raises(UserError, match="over the tolerated"):
         image_features(scratch_encoder(CONFIG, seed=0), open_source(str(folder)), np.arange(5), **options)
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from diptych.data.streams import Batches
+from diptych.data.streams import BatchSampler
 from diptych.data.vectors import VectorStore, write_vectors
 from diptych.errors import UserError
 from diptych.uml.features import feature_statistics, read_rows, sequence_stream
@@ -21,17 +21,17 @@ def store(tmp_path) -> VectorStore:
 
 def test_rows_are_cut_to_the_longest(store):
     rows = read_rows(store, np.array([5, 1]))
-    assert rows.valid.tolist() == [[True, True], [True, False]]
-    assert rows.features_BLF.dtype == torch.float32
-    np.testing.assert_array_equal(rows.features_BLF, store.vectors[[5, 1], :2].astype(np.float32))
+    assert rows.valid_BS.tolist() == [[True, True], [True, False]]
+    assert rows.features_BSF.dtype == torch.float32
+    np.testing.assert_array_equal(rows.features_BSF, store.vectors[[5, 1], :2].astype(np.float32))
 
 
 def test_without_lengths_everything_is_real(tmp_path):
     vectors = np.arange(12, dtype=np.float32)
-    assert read_rows(store_of(tmp_path / "a", vectors.reshape(2, 3, 2)), np.array([0])).valid.all()
+    assert read_rows(store_of(tmp_path / "a", vectors.reshape(2, 3, 2)), np.array([0])).valid_BS.all()
     flat = read_rows(store_of(tmp_path / "b", vectors.reshape(4, 3)), np.array([2]))
-    assert flat.features_BLF.tolist() == [[[6, 7, 8]]]
-    assert flat.valid.tolist() == [[True]]
+    assert flat.features_BSF.tolist() == [[[6, 7, 8]]]
+    assert flat.valid_BS.tolist() == [[True]]
 
 
 def test_statistics_leave_padding_out(store, monkeypatch):
@@ -49,8 +49,8 @@ def test_a_constant_feature_has_a_scale(tmp_path):
 
 
 def test_a_stream_of_every_store_gives_the_items_of_an_epoch_once(store):
-    batches = Batches({"audio": sequence_stream(store)}, multiples={"audio": 1}, batch_size=3, seed=0)
-    seen = [int(n) for step in range(2) for n in batches(step).more["audio"].valid.sum(1)]
+    batches = BatchSampler({"audio": sequence_stream(store)}, multiples={"audio": 1}, batch_size=3, seed=0)
+    seen = [int(n) for step in range(2) for n in batches(step)["audio"].valid_BS.sum(1)]
     assert sorted(seen) == sorted(store.array("lengths"))
 
 

@@ -13,7 +13,7 @@ from diptych.cli.training import features
 from diptych.data.vectors import VectorStore
 from diptych.encoders import open_audio_encoder, open_image_encoder, open_text_encoder
 from diptych.errors import UserError
-from diptych.nn.inference import evaluating
+from diptych.nn.inference import eval_mode
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -52,7 +52,7 @@ def test_tokens_of_images_keep_their_classes(tmp_path):
     network = open_image_encoder(encoder)
     for row, label in enumerate(store.array("labels")):
         pixels = torch.full((1, 3, 8, 8), 255 * int(label), dtype=torch.uint8)
-        with evaluating(network):
+        with eval_mode(network):
             np.testing.assert_allclose(store.vectors[row], network.tokens(pixels)[0], atol=2e-3)
 
 

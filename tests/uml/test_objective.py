@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from diptych.data.augment import ViewConfig
-from diptych.data.batch import Batch, Items
-from diptych.nn.inference import evaluating
-from diptych.rng import Draws
+from diptych.data.batch import Batch, LabelledImageExamples, LabelledVectorExamples
+from diptych.nn.inference import eval_mode
+from diptych.rng import StepRNG
 from diptych.train.objective import Objective
 from diptych.uml.head import SharedHead, SharedHeadConfig
 from diptych.uml.objective import UmlConfig, UmlObjective, uml_loss
@@ -19,18 +19,18 @@ WIDTHS = {"image": 6, "text": 4}
 def objective(*, weight=0.5, widths=WIDTHS, encoder=None, view=None, **head):
     torch.manual_seed(0)
     made = SharedHead(SharedHeadConfig(widths=widths, classes=3, features="raw", projection="random", **head))
-    return UmlObjective(made, UmlConfig(others_weight=weight), target="image", encoder=encoder, view=view)
+    return UmlObjective(made, UmlConfig(aux_weight=weight), target="image", encoder=encoder, view=view)
 
 
 def vectors(rows, width):
-    return Items(vectors_BD=torch.randn(rows, width), labels_B=torch.randint(3, (rows,)))
+    return LabelledVectorExamples(vectors_BD=torch.randn(rows, width), labels_B=torch.randint(3, (rows,)))
 
 
 def batch(**streams) -> Batch:
     torch.manual_seed(1)
     if not streams:
         streams = {"image": vectors(5, 6), "text": vectors(8, 4)}
-    return Batch.of(Draws(0, 0), streams)
+    return Batch(rng=StepRNG(0, 0), streams=streams)
 
 
 def test_it_is_an_objective_with_a_stream_for_each_modality():
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
 
 def pictures(rows=4):
     pixels = torch.randint(0, 256, (rows, 3, 2, 2), dtype=torch.uint8)
-    return Items(pixels_B3HW=pixels, labels_B=torch.randint(3, (rows,)))
+    return LabelledImageExamples(pixels_B3HW=pixels, labels_B=torch.randint(3, (rows,)))
 
 
 def test_the_encoder_learns_from_images_only():
@@ -123,7 +123,7 @@ def test_the_encoder_learns_from_images_only():
 def test_validation_does_not_leave_evaluation_mode_behind():
     learner = objective(encoder=Encoder()).train()
     rows = batch(image=pictures(), text=vectors(4, 4))
-    with evaluating(learner):
+    with eval_mode(learner):
         assert not learner.encoder.dropout.training
         assert learner(rows, 0).total == learner(rows, 0).total
     assert learner.encoder.dropout.training
@@ -133,7 +133,7 @@ def test_validation_does_not_leave_evaluation_mode_behind():
 def test_views_of_the_pictures_follow_from_the_step():
     learner = objective(encoder=Encoder().eval(), view=ViewConfig(jitter=0.0, grey=0.0, blur=0.0))
     items = {"image": pictures(), "text": vectors(4, 4)}
-    first, second = (Batch.of(Draws(0, step), items) for step in (0, 1))
+    first, second = (Batch(rng=StepRNG(0, step), streams=items) for step in (0, 1))
     assert learner(first, 0).total == learner(first, 0).total
     assert learner(first, 0).total != learner(second, 1).total
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from diptych.data.batch import Batch, Items
-from diptych.rng import Draws
+from diptych.data.batch import Batch, SequenceExamples
+from diptych.rng import StepRNG
 from diptych.uml.ssl_objective import UmlSsl, UmlSslConfig, next_embedding_loss
 from diptych.uml.trunk import SharedTransformer, SharedTransformerConfig
 
@@ -15,29 +15,31 @@ def model() -> SharedTransformer:
     return SharedTransformer(CONFIG)
 
 
-def rows(lengths: list[int], *, features: int, places: int | None = None) -> Items:
+def rows(lengths: list[int], *, features: int, places: int | None = None) -> SequenceExamples:
     generator = torch.Generator().manual_seed(features)
     places = places or max(lengths)
-    return Items(
-        features_BLF=torch.randn(len(lengths), places, features, generator=generator),
-        valid_BL=torch.arange(places) < torch.tensor(lengths)[:, None],
+    return SequenceExamples(
+        features_BSF=torch.randn(len(lengths), places, features, generator=generator),
+        valid_BS=torch.arange(places) < torch.tensor(lengths)[:, None],
     )
 
 
 @pytest.fixture
 def batch() -> Batch:
     lengths = {"audio": [3, 6], "text": [1, 1], "image": [4, 1]}
-    return Batch.of(Draws(0, 0), {name: rows(lengths[name], features=size) for name, size in CONFIG.features.items()})
+    return Batch(
+        rng=StepRNG(0, 0), streams={name: rows(lengths[name], features=size) for name, size in CONFIG.features.items()}
+    )
 
 
-def loss_of(model: SharedTransformer, items: Items, modality: str) -> torch.Tensor:
-    return next_embedding_loss(model, items.features_BLF, items.valid, modality=modality)
+def loss_of(model: SharedTransformer, items: SequenceExamples, modality: str) -> torch.Tensor:
+    return next_embedding_loss(model, items.features_BSF, items.valid_BS, modality=modality)
 
 
-def naive(model: SharedTransformer, items: Items, modality: str) -> torch.Tensor:
+def naive(model: SharedTransformer, items: SequenceExamples, modality: str) -> torch.Tensor:
     """Row by row, without padding, position by position."""
     losses = []
-    for x_SF, valid_S in zip(items.features_BLF, items.valid, strict=True):
+    for x_SF, valid_S in zip(items.features_BSF, items.valid_BS, strict=True):
         x_SF = x_SF[valid_S]
         predicted_SF = model.predict(model.trunk(x_SF[None], modality=modality), modality=modality)[0]
         if len(x_SF) == 1:
@@ -67,8 +69,8 @@ def test_padding_changes_neither_loss_nor_gradient(model):
     short = rows([3, 1], features=5)
     for rubbish in (1e4, float("nan")):
         longer = torch.full((2, 8, 5), rubbish)
-        longer[:, :3] = torch.where(short.valid[..., None], short.features_BLF, rubbish)
-        padded = Items(features_BLF=longer, valid_BL=torch.nn.functional.pad(short.valid, (0, 5)))
+        longer[:, :3] = torch.where(short.valid_BS[..., None], short.features_BSF, rubbish)
+        padded = SequenceExamples(features_BSF=longer, valid_BS=torch.nn.functional.pad(short.valid_BS, (0, 5)))
         grads = []
         for items in (short, padded):
             model.zero_grad()
@@ -87,7 +89,7 @@ def test_the_gradient_of_a_modality_reaches_the_trunk_and_its_own_maps_only(mode
 
 
 def test_the_sum_and_its_curriculum(model, batch):
-    objective = UmlSsl(model, UmlSslConfig(others_from=5, others_weight=0.25), target="audio")
+    objective = UmlSsl(model, UmlSslConfig(aux_start_step=5, aux_weight=0.25), target="audio")
     assert objective.streams == {"audio": 1, "text": 1, "image": 1}
     alone, together = objective(batch, 4), objective(batch, 5)
     assert set(alone.terms) == {"audio"}
@@ -97,7 +99,7 @@ def test_the_sum_and_its_curriculum(model, batch):
 
 
 def test_it_can_over_fit_one_batch(model, batch):
-    objective = UmlSsl(model, UmlSslConfig(others_from=0), target="audio")
+    objective = UmlSsl(model, UmlSslConfig(aux_start_step=0), target="audio")
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     first = objective(batch, 0).total.item()
     for _ in range(150):

@@ -36,7 +36,7 @@ def run(tmp_path) -> UmlSslRun:
         target=str(tmp_path / "sounds"),
         others=f"{tmp_path / 'photos'},{tmp_path / 'texts'}",
         model=SharedTransformerConfig(width=16, depth=1, heads=2),
-        objective=UmlSslConfig(others_from=3),
+        objective=UmlSslConfig(aux_start_step=3),
         train=TrainConfig(
             steps=8, batch_size=6, checkpoint_every=4, device="cpu", workers=0, tensorboard=False, quiet=True
         ),
@@ -94,8 +94,8 @@ def test_a_resumed_run_is_bit_identical(run, tmp_path):
 
 
 def test_mistakes_are_told(run, tmp_path):
-    with pytest.raises(UserError, match=r"others-from 8 is not before --train\.steps 8"):
-        replace(run, objective=UmlSslConfig(others_from=8)).fit(tmp_path / "run", recipe="uml-ssl")
+    with pytest.raises(UserError, match=r"aux-start-step 8 is not before --train\.steps 8"):
+        replace(run, objective=UmlSslConfig(aux_start_step=8)).fit(tmp_path / "run", recipe="uml-ssl")
     with pytest.raises(UserError, match="nowhere"):
         replace(run, others=str(tmp_path / "nowhere")).fit(tmp_path / "run", recipe="uml-ssl")
     run.fit(tmp_path / "run", recipe="uml-ssl")

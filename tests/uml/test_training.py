@@ -10,7 +10,7 @@ from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import open_source
 from diptych.encoders import ScratchConfig, open_image_encoder, scratch_encoder
 from diptych.errors import UserError
-from diptych.nn.inference import evaluating
+from diptych.nn.inference import eval_mode
 from diptych.registry import RECIPES
 from diptych.run_folder import kind_of
 from diptych.train.config import OptimConfig
@@ -49,7 +49,7 @@ def small(run, photos, encoders, **changes):
         run.train, steps=12, batch_size=8, eval_every=4, checkpoint_every=6, workers=0, quiet=True, device="cpu",
         tensorboard=False,
     )  # fmt: skip
-    optim = OptimConfig(lr=1e-2, warmup_steps=2, clip=None)
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, max_grad_norm=None)
     return replace(run, **{**encoders, "data": data, "train": train, "optim": optim, "scratch": TINY, **changes})
 
 
@@ -63,9 +63,9 @@ def test_a_probe_leaves_a_run_that_classifies_without_texts(photos, encoders, tm
     assert kind_of(tmp_path / "run") == "classifier"
     files = sorted((photos / "images" / "circle").iterdir())[:3]
     found = classify_run(tmp_path / "run", files, top=2, device="cpu")
-    assert [{guess.name for guess in guesses} for guesses in found] == [{"circle", "square"}] * 3
-    assert all(sum(g.probability for g in guesses) == pytest.approx(1) for guesses in found)
-    assert all(guesses[0].probability >= guesses[1].probability for guesses in found)
+    assert [{guess.name for guess in predictions} for predictions in found] == [{"circle", "square"}] * 3
+    assert all(sum(g.probability for g in predictions) == pytest.approx(1) for predictions in found)
+    assert all(predictions[0].probability >= predictions[1].probability for predictions in found)
 
     source = open_source(str(photos / "images"))
     metrics = evaluate_classifier_run(tmp_path / "run", source, out=tmp_path / "scores", device="cpu")
@@ -139,7 +139,7 @@ def test_a_new_encoder_is_trained_from_nothing(photos, encoders, tmp_path):
     run.fit(tmp_path / "run", recipe="uml-finetune")
     found = Classifier.from_pretrained(tmp_path / "run", device="cpu")
     pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-    with evaluating(found.encoder):
+    with eval_mode(found.encoder):
         assert found.encoder(pixels).shape == (1, 24)
 
 

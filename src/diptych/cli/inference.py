@@ -83,8 +83,8 @@ def imagine(
 
     diptych = _open(run, device)
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
-    draw = replace(diptych.draw_config, **{name: value for name, value in given.items() if value is not None})
-    pictures = list(diptych.imagine(texts, seed=seed, draw=draw))
+    config = replace(diptych.image_generation, **{name: value for name, value in given.items() if value is not None})
+    pictures = list(diptych.imagine(texts, seed=seed, config=config))
     out.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(pictures):
         save_png(out / f"{number:03d}.png", picture)
@@ -316,12 +316,12 @@ def classify(
         from diptych.dual import search as dual_runs
 
         found = dual_runs.classify_run(run, images, classes=classes, templates=templates, top=top, device=device)
-    for image, guesses in zip(images, found, strict=True):
+    for image, predictions in zip(images, found, strict=True):
         if json:
-            record = {"file": str(image), "guesses": [asdict(guess) for guess in guesses]}
+            record = {"file": str(image), "guesses": [asdict(guess) for guess in predictions]}
             print(json_format.dumps(record, ensure_ascii=False))
         else:
-            print(f"{image}: " + ", ".join(f"{guess.name} {guess.probability:.1%}" for guess in guesses))
+            print(f"{image}: " + ", ".join(f"{guess.name} {guess.probability:.1%}" for guess in predictions))
 
 
 def export(run: Run, *, out: Path) -> None:

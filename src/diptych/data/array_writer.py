@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.io import write_bytes
 
 Format = Literal["bin", "npy"]
@@ -22,7 +22,7 @@ Format = Literal["bin", "npy"]
 Opened = TypeVar("Opened")
 
 
-class Growing:
+class ResumableArrayWriter:
     """The folder ``out`` in the making."""
 
     def __init__(self, out: Path, made_by: Mapping[str, Any] | None, *, format: Format = "bin") -> None:
@@ -87,7 +87,7 @@ class Growing:
             with (self.folder / f"{name}.{self.format}").open("r+b") as file:
                 file.write(self._header(array))
         if self.skipped:
-            Skips(reasons=self.skipped).write(self.folder / "skipped.jsonl")
+            SkippedItems(reasons=self.skipped).write(self.folder / "skipped.jsonl")
         _write_json(self.folder / manifest, content)
         (self.folder / "progress.json").unlink(missing_ok=True)
         opened(self.folder)  # before anything is replaced

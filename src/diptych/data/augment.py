@@ -17,7 +17,7 @@ from kornia.enhance import (
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 
 _NUMBERS = 13
 
@@ -55,9 +55,9 @@ def weak_view() -> ViewConfig:
     return ViewConfig(scale=(0.9, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
 
 
-def draw_view(draws: Draws, name: str, rows: int) -> Float[Tensor, "B K"]:
+def draw_view(rng: StepRNG, name: str, rows: int) -> Float[Tensor, "B K"]:
     """The random numbers of a view, on the CPU: choosing rows by them must not wait for a GPU."""
-    return draws.uniform(name, rows, _NUMBERS)
+    return rng.uniform(name, rows, _NUMBERS)
 
 
 @torch.no_grad()

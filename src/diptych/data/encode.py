@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from diptych.data.array_writer import Growing
+from diptych.data.array_writer import ResumableArrayWriter
 from diptych.data.pixels import channels_first
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import Source
 from diptych.data.sources.decode import UnreadableImage
 from diptych.data.store import MANIFEST, Store
 from diptych.errors import UserError
 
 _CHUNK = 512
-"""Items encoded between two points to which an interrupted run returns."""
+"""Examples encoded between two points to which an interrupted run returns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Coders:
+class DataTokenizers:
     """What turns pixels into tokens and texts into ids. None leaves that side out."""
 
     image_size: int = 0
@@ -42,7 +42,7 @@ class Coders:
 def encode(
     source: Source,
     out: Path,
-    coders: Coders,
+    tokenizers: DataTokenizers,
     *,
     indices: np.ndarray | None = None,
     max_skipped_share: float = 0.01,
@@ -58,51 +58,51 @@ def encode(
     if out.exists() and not Store.is_one(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already and holds no encoded data: choose another folder")
     chosen = np.arange(len(source)) if indices is None else indices
-    growing = Growing(out, origin(source, coders, chosen))
-    skips = Skips(max_skipped_share=max_skipped_share, reasons=growing.skipped)
+    writer = ResumableArrayWriter(out, origin(source, tokenizers, chosen))
+    skipped = SkippedItems(max_skipped_share=max_skipped_share, reasons=writer.skipped)
     with ThreadPoolExecutor(max(1, workers)) as threads:
-        for begin in range(growing.done, len(chosen), _CHUNK):
+        for begin in range(writer.done, len(chosen), _CHUNK):
             items = chosen[begin : begin + _CHUNK]
-            arrays, keys = _encode_chunk(source, items, coders, skips, threads)
-            growing.append(arrays, keys=keys, done=begin + len(items))
-            skips.check(len(chosen))
+            arrays, keys = _encode_chunk(source, items, tokenizers, skipped, threads)
+            writer.append(arrays, keys=keys, done=begin + len(items))
+            skipped.check(len(chosen))
             advance(begin + len(items), len(chosen))
-    skips.check(len(chosen))
-    if growing.items == 0:
+    skipped.check(len(chosen))
+    if writer.items == 0:
         raise UserError(f"{source.name}: nothing to encode")
-    manifest = {name: growing.state[name] for name in ("made_by", "items", "arrays")}
-    return growing.finish(MANIFEST, manifest | {"skipped": len(skips)}, Store.open)
+    manifest = {name: writer.state[name] for name in ("made_by", "items", "arrays")}
+    return writer.finish(MANIFEST, manifest | {"skipped": len(skipped)}, Store.open)
 
 
-def origin(source: Source, coders: Coders, indices: np.ndarray) -> dict[str, str]:
+def origin(source: Source, tokenizers: DataTokenizers, indices: np.ndarray) -> dict[str, str]:
     """What a store is made of, as its manifest tells it under ``made_by``."""
     digest = hashlib.sha256(np.ascontiguousarray(indices, "<i8").tobytes()).hexdigest()[:16]
-    return {"source": source.name, "coders": coders.fingerprint, "chosen": digest}
+    return {"source": source.name, "coders": tokenizers.fingerprint, "chosen": digest}
 
 
 def _encode_chunk(
-    source: Source, items: np.ndarray, coders: Coders, skips: Skips, threads: ThreadPoolExecutor
+    source: Source, items: np.ndarray, tokenizers: DataTokenizers, skipped: SkippedItems, threads: ThreadPoolExecutor
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Arrays of the chunk, integers in four bytes, and the keys of its readable items."""
     arrays: dict[str, np.ndarray] = {}
-    if coders.tokens is not None:
-        pixels, items = read_pictures(source, items, coders.image_size, skips, threads)
+    if tokenizers.tokens is not None:
+        pixels, items = read_pictures(source, items, tokenizers.image_size, skipped, threads)
         if len(items):
-            arrays["tokens"] = coders.tokens(channels_first(pixels)).cpu().numpy().astype(np.int32)
-    if coders.ids is not None:
+            arrays["tokens"] = tokenizers.tokens(channels_first(pixels)).cpu().numpy().astype(np.int32)
+    if tokenizers.ids is not None:
         captions = [source.captions(int(item)) for item in items]
         arrays["counts"] = np.array([len(texts) for texts in captions], np.int32)
         texts = [text for group in captions for text in group]
         if texts:
-            ids = coders.ids(texts)
+            ids = tokenizers.ids(texts)
             arrays["ids"] = ids.cpu().numpy().astype(np.int32)
-            if coders.features is not None:
-                arrays["features"] = coders.features(ids).half().cpu().numpy()
+            if tokenizers.features is not None:
+                arrays["features"] = tokenizers.features(ids).half().cpu().numpy()
     return arrays, [source.key(int(item)) for item in items]
 
 
 def read_pictures(
-    source: Source, items: np.ndarray, size: int, skips: Skips, threads: ThreadPoolExecutor
+    source: Source, items: np.ndarray, size: int, skipped: SkippedItems, threads: ThreadPoolExecutor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures [B H W 3] of the readable items, and those items."""
     together = getattr(source, "images", None)
@@ -113,7 +113,7 @@ def read_pictures(
         try:
             return source.image(item, size)
         except UnreadableImage as error:
-            skips.record(source.key(item), error)
+            skipped.record(source.key(item), error)
             return None
 
     pictures = list(threads.map(read, (int(item) for item in items)))
@@ -123,7 +123,7 @@ def read_pictures(
 
 
 def picture_batches(
-    source: Source, items: np.ndarray, *, size: int, skips: Skips, workers: int = 2, rows: int = _CHUNK
+    source: Source, items: np.ndarray, *, size: int, skipped: SkippedItems, workers: int = 2, rows: int = _CHUNK
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """The readable pictures of ``items`` as uint8 [B 3 H W], at most ``rows`` at a time, and the items they are.
 
@@ -131,7 +131,7 @@ def picture_batches(
     """
     with ThreadPoolExecutor(max(1, workers)) as threads:
         for begin in range(0, len(items), rows):
-            pixels, found = read_pictures(source, items[begin : begin + rows], size, skips, threads)
-            skips.check(len(items))
+            pixels, found = read_pictures(source, items[begin : begin + rows], size, skipped, threads)
+            skipped.check(len(items))
             if len(found):
                 yield channels_first(pixels), found

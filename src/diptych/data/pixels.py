@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diptych.data.batch import Items
+from diptych.data.batch import ImageExamples
 from diptych.data.scenes.source import ENDLESS, ScenesSource
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import Source
 from diptych.data.sources.decode import UnreadableImage, decode
 from diptych.data.streams import Stream, choose
@@ -28,9 +28,9 @@ class Pictures:
     function of its step.
     """
 
-    def __init__(self, chosen: Chosen, *, size: int, skips: Skips, cache_mb: int = 0) -> None:
+    def __init__(self, chosen: Chosen, *, size: int, skipped: SkippedItems, cache_mb: int = 0) -> None:
         lengths = np.array([len(items) for _, items in chosen])
-        self._chosen, self._size, self._skips = chosen, size, skips
+        self._chosen, self._size, self._skips = chosen, size, skipped
         self._ends = np.cumsum(lengths)
         self._starts = self._ends - lengths
         self.count = int(self._ends[-1])
@@ -67,16 +67,16 @@ class Pictures:
         raise UserError(f"{self._chosen[0][0].name}: no picture can be read")
 
 
-def pixel_stream(chosen: Chosen, *, size: int, skips: Skips, flip: bool, seed: int) -> Stream:
+def pixel_stream(chosen: Chosen, *, size: int, skipped: SkippedItems, flip: bool, seed: int) -> Stream[ImageExamples]:
     """All chosen pictures as one stream, resized to ``size``; every other one mirrored if ``flip``."""
-    pictures = Pictures(chosen, size=size, skips=skips)
+    pictures = Pictures(chosen, size=size, skipped=skipped)
 
-    def take(index: np.ndarray, epoch: np.ndarray) -> Items:
+    def take(index: np.ndarray, epoch: np.ndarray) -> ImageExamples:
         pixels, _ = pictures.take(index)
         if flip:
             mirrored = choose(np.full(len(index), 2), index, epoch, seed) == 1
             pixels[mirrored] = pixels[mirrored, :, ::-1]
-        return Items(pixels_B3HW=channels_first(pixels))
+        return ImageExamples(pixels_B3HW=channels_first(pixels))
 
     return Stream(size=pictures.count, take=take)
 
@@ -112,7 +112,7 @@ def read_images(
     if isinstance(source, ScenesSource):
         items = list(range(min(len(source), limit or (1000 if len(source) == ENDLESS else len(source)))))
         return items, source.images(items, size)
-    skips, items, pixels = Skips(), [], []
+    skipped, items, pixels = SkippedItems(), [], []
     for item in range(len(source)):
         if limit is not None and len(items) == limit:
             break
@@ -122,8 +122,8 @@ def read_images(
             pixels.append(source.image(item, size))
             items.append(item)
         except UnreadableImage as error:
-            skips.record(source.key(item), error)
-            skips.check(len(source))
+            skipped.record(source.key(item), error)
+            skipped.check(len(source))
     if not items:
         raise UserError(f"{source.name}: no image to score")
     return items, np.stack(pixels)

@@ -10,7 +10,7 @@ from diptych.io import write_bytes
 
 
 @dataclass(kw_only=True, slots=True)
-class Skips:
+class SkippedItems:
     """Collects skipped items, from any thread."""
 
     max_skipped_share: float = 0.01

@@ -19,11 +19,11 @@ class Split:
     """Sorted indices of a source, int64. No index is in two of them."""
 
     pairs: np.ndarray
-    """Items that keep image and captions together."""
+    """Examples that keep image and captions together."""
     images: np.ndarray
-    """Items of which only the image is used."""
+    """Examples of which only the image is used."""
     texts: np.ndarray
-    """Items of which only the captions are used."""
+    """Examples of which only the captions are used."""
 
 
 def hold_back(source_len: int, max_pairs: int | None, seed: int, *, rest: Rest = "split") -> Split:
@@ -39,8 +39,8 @@ def hold_back(source_len: int, max_pairs: int | None, seed: int, *, rest: Rest =
         raise UserError(f"--data.max-pairs {max_pairs}: must be from 1 to {source_len}, the number of captioned images")
     count = source_len if max_pairs is None else max_pairs
     # One random number each and a stable sort: the same on every platform and version that has this bit generator.
-    draws = np.random.Generator(np.random.PCG64(derive_seed("hold_back", seed))).random(source_len)
-    order = np.argsort(draws, kind="stable")
+    rng = np.random.Generator(np.random.PCG64(derive_seed("hold_back", seed))).random(source_len)
+    order = np.argsort(rng, kind="stable")
     others = order[count:]
     images = {"split": (len(others) + 1) // 2, "images": len(others), "texts": 0, "unused": 0}[rest]
     texts = len(others) if rest in ("split", "texts") else images
@@ -77,7 +77,7 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
-    """Items to learn from and items to select a model on, int64; none is in both."""
+    """Examples to learn from and items to select a model on, int64; none is in both."""
 
     train: np.ndarray
     valid: np.ndarray

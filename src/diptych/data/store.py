@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diptych.data.batch import Items
+from diptych.data.batch import ImageTokenExamples, PairExamples, TextExamples
 from diptych.data.streams import Stream, choose
 from diptych.errors import UserError
 
@@ -93,42 +93,50 @@ class Store:
         assert counts is not None
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
-    def pairs(self, items: np.ndarray, *, seed: int) -> Stream:
+    def pairs(self, items: np.ndarray, *, seed: int) -> Stream[PairExamples]:
         """Images with one of their captions, another one each epoch."""
         items = items[np.diff(self.starts)[items] > 0]
 
-        def take(index: np.ndarray, epoch: np.ndarray) -> Items:
+        def take(index: np.ndarray, epoch: np.ndarray) -> PairExamples:
             item = items[index]
             first, end = self.starts[item], self.starts[item + 1]
-            return self._read(item, first + choose(end - first, item, epoch, seed))
+            ids, valid, features = self._read_texts(first + choose(end - first, item, epoch, seed))
+            return PairExamples(tokens_BN=self._read_tokens(item), ids_BL=ids, valid_BL=valid, features_BLF=features)
 
         return Stream(size=len(items), take=take)
 
-    def images(self, items: np.ndarray) -> Stream:
+    def images(self, items: np.ndarray) -> Stream[ImageTokenExamples]:
         """Bare images."""
-        return Stream(size=len(items), take=lambda index, _: self._read(items[index], None))
+        return Stream(
+            size=len(items), take=lambda index, _: ImageTokenExamples(tokens_BN=self._read_tokens(items[index]))
+        )
 
-    def texts(self, items: np.ndarray) -> Stream:
+    def texts(self, items: np.ndarray) -> Stream[TextExamples]:
         """Bare texts: every caption of the items is one."""
         counts = np.diff(self.starts)[items]
         rows = np.repeat(self.starts[items] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-        return Stream(size=len(rows), take=lambda index, _: self._read(None, rows[index]))
 
-    def _read(self, items: np.ndarray | None, captions: np.ndarray | None) -> Items:
-        tokens = ids = valid = features = None
-        if items is not None:
-            assert self._tokens is not None
-            tokens = _to_torch(self._tokens[items])
-        if captions is not None:
-            assert self._ids is not None
-            found = self._ids[captions]
-            longest = int((found != 0).sum(1).max())
-            length = min(found.shape[1], -(-longest // _TRIM) * _TRIM)
-            ids = _to_torch(found[:, :length])
-            valid = ids != 0
-            if self._features is not None:
-                features = torch.from_numpy(self._features[captions, :length].astype(np.float32))
-        return Items(tokens_BN=tokens, ids_BL=ids, valid_BL=valid, features_BLF=features)
+        def take(index: np.ndarray, epoch: np.ndarray) -> TextExamples:
+            ids, valid, features = self._read_texts(rows[index])
+            return TextExamples(ids_BL=ids, valid_BL=valid, features_BLF=features)
+
+        return Stream(size=len(rows), take=take)
+
+    def _read_tokens(self, items: np.ndarray) -> Tensor:
+        assert self._tokens is not None
+        return _to_torch(self._tokens[items])
+
+    def _read_texts(self, captions: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ids, their validity and, where they are stored, their features."""
+        assert self._ids is not None
+        found = self._ids[captions]
+        longest = int((found != 0).sum(1).max())
+        length = min(found.shape[1], -(-longest // _TRIM) * _TRIM)
+        ids = _to_torch(found[:, :length])
+        features = None
+        if self._features is not None:
+            features = torch.from_numpy(self._features[captions, :length].astype(np.float32))
+        return ids, ids != 0, features
 
 
 def _to_torch(array: np.ndarray) -> Tensor:

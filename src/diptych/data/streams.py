@@ -7,12 +7,13 @@ Shapes: B rows of this process.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from diptych.data.batch import Batch, Items
+from diptych.data.batch import Batch, Examples
 from diptych.errors import UserError
-from diptych.rng import Draws, derive_seed
+from diptych.rng import StepRNG, derive_seed
 
 _ROUNDS = 4
 
@@ -52,26 +53,29 @@ def choose(count: np.ndarray, item: np.ndarray, epoch: np.ndarray, seed: int) ->
     return (_hash(_hash(item.astype(np.uint64) ^ key) ^ epoch.astype(np.uint64)) % count.astype(np.uint64)).astype(int)
 
 
-Take = Callable[[np.ndarray, np.ndarray], Items]
-"""Items of the given (item, epoch) arrays [B]."""
+Rows = TypeVar("Rows", bound=Examples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stream:
+class Stream(Generic[Rows]):
+    """Endless rows of one kind of examples."""
+
     size: int
-    """Items of an epoch."""
-    take: Take
-    """Reads them."""
+    """Examples of an epoch."""
+    take: Callable[[np.ndarray, np.ndarray], Rows]
+    """Reads the examples of the given (item, epoch) arrays [B]."""
 
 
-class Batches:
+class BatchSampler:
     """The batch of every step, for every process.
 
     Call it with (step, rank, world). A process's rows are a contiguous part of the step's; an objective that takes
     several rows of a stream for each row of the batch finds those of one batch row side by side.
     """
 
-    def __init__(self, streams: dict[str, Stream], *, multiples: dict[str, int], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, streams: dict[str, Stream[Any]], *, multiples: dict[str, int], batch_size: int, seed: int
+    ) -> None:
         """``multiples`` is the objective's ``streams``: rows of each stream per row of the global ``batch_size``."""
         for name in multiples:
             if name not in streams:
@@ -87,9 +91,9 @@ class Batches:
                 f"a batch of {self.batch_size} rows cannot be shared by {world} processes: change --train.batch-size"
             )
         items = {name: self._rows(name, step, rank, world) for name in self.multiples}
-        return Batch.of(Draws(self.seed, step, rank, world), items)
+        return Batch(rng=StepRNG(self.seed, step, rank, world), streams=items)
 
-    def _rows(self, name: str, step: int, rank: int, world: int) -> Items:
+    def _rows(self, name: str, step: int, rank: int, world: int) -> Examples:
         stream = self.streams[name]
         local = self.batch_size // world * self.multiples[name]
         position = (step * world + rank) * local + np.arange(local, dtype=np.int64)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from diptych.data.array_writer import Growing
+from diptych.data.array_writer import ResumableArrayWriter
 from diptych.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -88,21 +88,21 @@ def write_vectors(
         manifest: Anything that JSON can hold.
     """
     check_free(folder)
-    growing = Growing(folder, None, format="npy")
+    writer = ResumableArrayWriter(folder, None, format="npy")
     try:
         for batch in batches:
-            growing.append(batch if isinstance(batch, Mapping) else {"vectors": batch})
-        growing.append({}, keys=keys)
-        return finish_vectors(growing, manifest)
+            writer.append(batch if isinstance(batch, Mapping) else {"vectors": batch})
+        writer.append({}, keys=keys)
+        return finish_vectors(writer, manifest)
     finally:
-        growing.discard()
+        writer.discard()
 
 
-def finish_vectors(growing: Growing, manifest: Mapping[str, Any]) -> VectorStore:
+def finish_vectors(writer: ResumableArrayWriter, manifest: Mapping[str, Any]) -> VectorStore:
     """The store that has grown: for makers of many vectors, which want to go on where they were interrupted."""
-    if not growing.arrays:
-        raise UserError(f"{growing.out.name}: nothing to write")
-    return growing.finish(MANIFEST, manifest, VectorStore.open)
+    if not writer.arrays:
+        raise UserError(f"{writer.out.name}: nothing to write")
+    return writer.finish(MANIFEST, manifest, VectorStore.open)
 
 
 def check_free(folder: Path) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from diptych.data.batch import Items
+from diptych.data.batch import CaptionedImageExamples
 from diptych.data.pixels import Pictures, channels_first
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import Source
 from diptych.data.streams import Stream, choose
 from diptych.errors import UserError
@@ -27,7 +28,7 @@ class CaptionIds:
     """The captions of many items as ids, end to end: some 50 bytes a caption."""
 
     items: np.ndarray
-    """Items of the source that have captions."""
+    """CaptionedImageExamples of the source that have captions."""
     first: np.ndarray
     """Number of each item's first caption, and one more for the end."""
     starts: np.ndarray
@@ -59,8 +60,10 @@ class CaptionIds:
         first, starts = (np.concatenate([[0], np.cumsum(sizes)]) for sizes in (count[count > 0], lengths))
         return cls(items[count > 0], first, starts, np.concatenate(flat))
 
-    def take(self, index: np.ndarray, epoch: np.ndarray, *, captions: int, seed: int, pad: int) -> Items:
-        """``captions`` of each item, drawn anew for each epoch, all different where there are enough."""
+    def take(
+        self, index: np.ndarray, epoch: np.ndarray, *, captions: int, seed: int, pad: int
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and validity [B, M L] of ``captions`` of each item, drawn anew for each epoch, all different where there are enough."""
         count = np.diff(self.first)[index]
         chosen_BM = choose(count, index, epoch, seed)[:, None] + np.arange(captions)
         number_N = (self.first[index][:, None] + chosen_BM % count[:, None]).ravel()
@@ -69,20 +72,26 @@ class CaptionIds:
         ids_NL = np.full(valid_NL.shape, pad, np.int64)
         ids_NL[valid_NL] = np.concatenate([self.ids[a:b] for a, b in zip(start_N, end_N, strict=True)])
         rows = len(index)
-        return Items(
-            ids_BL=torch.from_numpy(ids_NL.reshape(rows, -1)), valid_BL=torch.from_numpy(valid_NL.reshape(rows, -1))
-        )
+        return torch.from_numpy(ids_NL.reshape(rows, -1)), torch.from_numpy(valid_NL.reshape(rows, -1))
 
 
 def pair_stream(
-    source: Source, captions: CaptionIds, *, size: int, per_image: int, pad: int, skips: Skips, cache_mb: int, seed: int
+    source: Source,
+    captions: CaptionIds,
+    *,
+    size: int,
+    per_image: int,
+    pad: int,
+    skipped: SkippedItems,
+    cache_mb: int,
+    seed: int,
 ) -> Stream:
     """Every captioned picture once an epoch, with ``per_image`` of its captions side by side: ids [B, M L]."""
-    pictures = Pictures([(source, captions.items)], size=size, skips=skips, cache_mb=cache_mb)
+    pictures = Pictures([(source, captions.items)], size=size, skipped=skipped, cache_mb=cache_mb)
 
-    def take(index: np.ndarray, epoch: np.ndarray) -> Items:
+    def take(index: np.ndarray, epoch: np.ndarray) -> CaptionedImageExamples:
         pixels, index = pictures.take(index)  # a picture that stands in brings its own captions
-        texts = captions.take(index, epoch, captions=per_image, seed=seed, pad=pad)
-        return Items(pixels_B3HW=channels_first(pixels), ids_BL=texts.ids_BL, valid_BL=texts.valid_BL)
+        ids_BL, valid_BL = captions.take(index, epoch, captions=per_image, seed=seed, pad=pad)
+        return CaptionedImageExamples(pixels_B3HW=channels_first(pixels), ids_BL=ids_BL, valid_BL=valid_BL)
 
     return Stream(size=pictures.count, take=take)

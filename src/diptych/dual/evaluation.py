@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diptych.data.encode import picture_batches
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.dual.metrics import (
@@ -31,7 +31,7 @@ from diptych.dual.search import open_dual
 from diptych.errors import UserError
 from diptych.eval.probe import linear_probe
 from diptych.io import write_bytes
-from diptych.nn.inference import Device, evaluating
+from diptych.nn.inference import Device, eval_mode
 from diptych.report.console import print_metrics
 from diptych.run_folder import write_json
 
@@ -113,8 +113,8 @@ def look_at(encoder: DualEncoder, source: Source, *, limit: int | None = None) -
         raise UserError(f"a limit of {limit} images: at least one is needed")
     chosen = np.arange(min(len(source), limit or len(source)))
     items, embeddings, states = [], [], []
-    for pixels_B3HW, found in picture_batches(source, chosen, size=encoder.image_size, skips=Skips(), rows=64):
-        with evaluating(encoder):
+    for pixels_B3HW, found in picture_batches(source, chosen, size=encoder.image_size, skipped=SkippedItems(), rows=64):
+        with eval_mode(encoder):
             features = encoder.encode_images(pixels_B3HW.to(encoder.scale.device) / 255)
         items.append(found)
         embeddings.append(F.normalize(features.pooled_BD, dim=-1))

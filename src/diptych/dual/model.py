@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from diptych.errors import UserError
-from diptych.nn.inference import Device, evaluating, pick_device
+from diptych.nn.inference import Device, eval_mode, pick_device
 
 LARGEST_SCALE = 100.0
 _HEAD = 64
@@ -36,13 +36,13 @@ class DualEncoderConfig:
     """Width of the image tower. Heads are 64 wide in both towers."""
     image_depth: int = 12
     """Blocks of the image tower."""
-    text_length: int = 77
+    max_text_len: int = 77
     """Most tokens of a text, its two marks included."""
     text_width: int = 512
     """Width of the text tower."""
     text_depth: int = 12
     """Blocks of the text tower."""
-    vocabulary: int = 49408
+    vocab_size: int = 49408
     """Most entries of the text tokenizer, where it is trained."""
     width: int = 512
     """Width of the space in which images and texts meet."""
@@ -51,8 +51,8 @@ class DualEncoderConfig:
 def tiny() -> DualEncoderConfig:
     """For pictures of 64 pixels and short captions on one CPU core."""
     return DualEncoderConfig(
-        image_size=64, patch=16, image_width=128, image_depth=4, text_length=32, text_width=128, text_depth=3,
-        vocabulary=4096, width=128,
+        image_size=64, patch=16, image_width=128, image_depth=4, max_text_len=32, text_width=128, text_depth=3,
+        vocab_size=4096, width=128,
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def vit_l_16() -> DualEncoderConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Features:
+class TowerOutput:
     """A side of a pair after its projection, not normalised."""
 
     pooled_BD: Float[Tensor, "B D"]
@@ -99,7 +99,7 @@ class DualEncoder(nn.Module):
         self.image_size: int = config.vision_config.image_size
         self.image_tower_width: int = config.vision_config.hidden_size
         self.text_tower_width: int = config.text_config.hidden_size
-        self.text_length: int = config.text_config.max_position_embeddings
+        self.max_text_len: int = config.text_config.max_position_embeddings
         self.width: int = config.projection_dim
         for name in ("mean", "std"):
             values = torch.tensor(getattr(processor.image_processor, f"image_{name}"))
@@ -131,7 +131,7 @@ class DualEncoder(nn.Module):
         """The text tower's learned positions."""
         return self.clip.text_model.embeddings.position_embedding.weight[:length]
 
-    def encode_images(self, pixels_B3HW: Float[Tensor, "B 3 H W"], *, keep_tokens: bool = False) -> Features:
+    def encode_images(self, pixels_B3HW: Float[Tensor, "B 3 H W"], *, keep_tokens: bool = False) -> TowerOutput:
         """``pixels_B3HW`` in [0, 1], of side ``image_size``."""
         normal_B3HW = (pixels_B3HW - self.mean_311) / self.std_311
         states_BSW = self.clip.vision_model(pixel_values=normal_B3HW).last_hidden_state
@@ -140,16 +140,16 @@ class DualEncoder(nn.Module):
         states_BSW = self.clip.vision_model.post_layernorm(states_BSW)
         tokens_BSD = self.clip.visual_projection(states_BSW)
         kept = tokens_BSD if keep_tokens else None
-        return Features(pooled_BD=tokens_BSD[:, 0], state_BW=states_BSW[:, 0], tokens_BSD=kept)
+        return TowerOutput(pooled_BD=tokens_BSD[:, 0], state_BW=states_BSW[:, 0], tokens_BSD=kept)
 
     def encode_texts(
         self, ids_BL: Int[Tensor, "B L"], valid_BL: Bool[Tensor, "B L"], *, keep_tokens: bool = False
-    ) -> Features:
+    ) -> TowerOutput:
         """Padding is on the right, where causal attention hides it: only tokens at invalid positions are arbitrary."""
         states_BLW = self.clip.text_model(input_ids=ids_BL).last_hidden_state
         state_BW = states_BLW[torch.arange(len(ids_BL), device=ids_BL.device), valid_BL.sum(1) - 1]
         tokens_BLD = self.clip.text_projection(states_BLW) if keep_tokens else None
-        return Features(pooled_BD=self.clip.text_projection(state_BW), state_BW=state_BW, tokens_BSD=tokens_BLD)
+        return TowerOutput(pooled_BD=self.clip.text_projection(state_BW), state_BW=state_BW, tokens_BSD=tokens_BLD)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
         """Ids and their validity on the CPU, as long as the longest text. Marks written out in a text are letters."""
@@ -162,14 +162,14 @@ class DualEncoder(nn.Module):
 
     def _cut(self, texts: Sequence[str], **how: Any) -> Any:
         return self.tokenizer(
-            list(texts), truncation=True, max_length=self.text_length, split_special_tokens=True, **how
+            list(texts), truncation=True, max_length=self.max_text_len, split_special_tokens=True, **how
         )
 
     # Use
 
     def embed_images(self, pixels_B3HW: UInt8[Tensor, "B 3 H W"], *, batch_size: int = 64) -> Float[Tensor, "B D"]:
         """L2-normalised embeddings of square pictures of side ``image_size``, fp32, on the encoder's device."""
-        with evaluating(self):
+        with eval_mode(self):
             parts = [
                 self.encode_images(part.to(self.mean_311.device).float() / 255).pooled_BD
                 for part in pixels_B3HW.split(batch_size)
@@ -180,7 +180,7 @@ class DualEncoder(nn.Module):
         """L2-normalised embeddings, fp32, on the encoder's device."""
         device = self.mean_311.device
         parts = []
-        with evaluating(self):
+        with eval_mode(self):
             for start in range(0, len(texts), batch_size):
                 ids_BL, valid_BL = self.tokenize(texts[start : start + batch_size])
                 parts.append(self.encode_texts(ids_BL.to(device), valid_BL.to(device)).pooled_BD)
@@ -219,7 +219,7 @@ def _clip_config(config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase) 
 
     text = tower(config.text_width, config.text_depth) | {
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": config.text_length,
+        "max_position_embeddings": config.max_text_len,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -243,13 +243,13 @@ _LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 _SMALLEST = 2 * len(_LETTERS) + 2
 
 
-def train_clip_tokenizer(texts: Iterable[str], *, vocabulary: int, length: int) -> CLIPTokenizer:
+def train_clip_tokenizer(texts: Iterable[str], *, vocab_size: int, length: int) -> CLIPTokenizer:
     """A tokenizer of at most ``vocabulary`` ids that cuts texts to ``length`` ids; merges that occur once are left out.
 
     Raises UserError when there is no text or no room for all bytes.
     """
     if vocabulary < _SMALLEST:
-        raise UserError(f"model.vocabulary is {vocabulary}; all bytes need at least {_SMALLEST}")
+        raise UserError(f"model.vocab-size is {vocabulary}; all bytes need at least {_SMALLEST}")
     whole = CLIPTokenizer().backend_tokenizer  # CLIP's own rules of lower case and of what is a word
     learner = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END))
     learner.normalizer, learner.pre_tokenizer = whole.normalizer, whole.pre_tokenizer

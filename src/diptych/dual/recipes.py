@@ -172,5 +172,5 @@ def _large() -> dict:
 
 def _fields(model: DualEncoderConfig, train: TrainConfig, optim: OptimConfig) -> dict:
     """CLIP's moments, which all of these share; the paper clips no gradient."""
-    optim.betas, optim.eps, optim.clip = (0.9, 0.98), 1e-6, None
+    optim.betas, optim.eps, optim.max_grad_norm = (0.9, 0.98), 1e-6, None
     return {"data": PairsData(pairs=tyro.MISSING), "model": model, "train": train, "optim": optim}

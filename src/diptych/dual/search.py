@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from diptych.data.array_writer import Growing
+from diptych.data.array_writer import ResumableArrayWriter
 from diptych.data.encode import read_pictures
 from diptych.data.pixels import channels_first, decode_files
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.text import clean, read_text
@@ -30,7 +30,7 @@ from diptych.data.vectors import VectorStore, check_free, finish_vectors
 from diptych.dual.metrics import ENSEMBLE, class_embeddings
 from diptych.dual.model import DualEncoder
 from diptych.errors import UserError
-from diptych.eval.predictions import Guess, best_guesses
+from diptych.eval.predictions import Prediction, top_predictions
 from diptych.io import weights_digest
 from diptych.nn.inference import Device
 from diptych.report.sheet import contact_sheet
@@ -197,18 +197,18 @@ def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, devi
         raise UserError(f"{source.name}: has no {side} to embed")
     encoder = open_dual(run, device=device)
     manifest = {"side": side, "source": spec, "run": str(run), "model": weights_digest(encoder)}
-    growing = Growing(out, manifest | {"rows": len(source)}, format="npy")
-    skips = Skips(reasons=growing.skipped)
+    writer = ResumableArrayWriter(out, manifest | {"rows": len(source)}, format="npy")
+    skipped = SkippedItems(reasons=writer.skipped)
     shown = track(
-        range(growing.done, len(source), _ROWS), f"Embedding {side}", console=Console(stderr=True), transient=True,
+        range(writer.done, len(source), _ROWS), f"Embedding {side}", console=Console(stderr=True), transient=True,
         disable=not sys.stderr.isatty(),
     )  # fmt: skip
     with ThreadPoolExecutor(max(1, workers)) as threads:
         for begin in shown:
             items = np.arange(begin, min(begin + _ROWS, len(source)))
             if side == "images":
-                pixels, items = read_pictures(source, items, encoder.image_size, skips, threads)
-                skips.check(len(source))
+                pixels, items = read_pictures(source, items, encoder.image_size, skipped, threads)
+                skipped.check(len(source))
                 keys = [source.key(int(item)) for item in items]
                 rows_BD = encoder.embed_images(channels_first(pixels)) if keys else None
             else:
@@ -216,8 +216,8 @@ def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, devi
                 keys, items = [text for text, _ in told], np.array([item for _, item in told])
                 rows_BD = encoder.embed_texts(keys) if keys else None
             arrays = {} if rows_BD is None else {"vectors": rows_BD.half().cpu().numpy(), "items": items}
-            growing.append(arrays, keys=keys, done=begin + _ROWS)
-    return finish_vectors(growing, manifest), len(skips)
+            writer.append(arrays, keys=keys, done=begin + _ROWS)
+    return finish_vectors(writer, manifest), len(skipped)
 
 
 class Index:
@@ -268,7 +268,7 @@ class Index:
 
 def classify_run(
     run: Path, images: Sequence[Path], *, classes: Path | None, templates: Path | None, top: int, device: Device
-) -> list[list[Guess]]:
+) -> list[list[Prediction]]:
     """The ``top`` most probable classes of each image, by the names in the file ``classes`` alone."""
     encoder = open_dual(run, device=device)
     if classes is None:
@@ -278,7 +278,7 @@ def classify_run(
     pixels_B3HW = decode_files(images, size=encoder.image_size)
     classes_CD = class_embeddings(encoder.embed_texts, names, templates=prompts)
     logits_BC = encoder.scale * encoder.embed_images(pixels_B3HW) @ classes_CD.T
-    return best_guesses(logits_BC.softmax(1), names, top=top)
+    return top_predictions(logits_BC.softmax(1), names, top=top)
 
 
 def read_lines(file: Path, *, what: str) -> list[str]:

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data.pixels import channels_first
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import Source, open_finite, open_source
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import UnreadableImage
-from diptych.data.streams import Batches
+from diptych.data.streams import BatchSampler
 from diptych.dual.data import CaptionIds, pair_stream
 from diptych.dual.metrics import retrieval
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
@@ -31,6 +31,7 @@ from diptych.run_folder import part_of, save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import join_processes
 from diptych.train.loop import Hook, TrainResult, train
+from diptych.train.objective import Objective
 
 _SAVES_MEMORY = ("chunk", "lean")
 """Fields of objectives that change no gradient, so that a run may go on with others."""
@@ -46,7 +47,7 @@ class PairsData:
     """How many of them, the first ones."""
     columns: Columns = field(default_factory=Columns)
     """Names of columns that cannot be guessed."""
-    side: int | None = None
+    decode_size: int | None = None
     """Pictures are decoded to this side, and views cropped from that. Not given: half as large again as a view."""
     cache_mb: int = 1024
     """Decoded pictures stay in memory if all of them take no more than this."""
@@ -82,13 +83,13 @@ class DualRun:
         hooks = [Hook(every=self.train.eval_every, run=_validation(self.data, model))] if self.data.valid else []
         write_config(out, recipe=recipe, run=self)
         objective = self._objective(model)
-        skips = Skips(max_skipped_share=self.data.max_skipped_share)
-        batches = self._batches(source, model, skips)
+        skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
+        batches = self._batches(source, model, skipped)
         fields = asdict(self.objective)  # type: ignore[attr-defined]
         identity = {
             "model": model.clip.config.to_diff_dict(),
             "objective": {name: value for name, value in fields.items() if name not in _SAVES_MEMORY},
-            "data": [source.name, batches.streams["pairs"].size, self.data.side],
+            "data": [source.name, batches.streams["pairs"].size, self.data.decode_size],
         }
         result = train(
             objective,
@@ -100,9 +101,9 @@ class DualRun:
             title=recipe,
             identity=identity,
         )
-        if len(skips):
-            skips.write(out / "skipped.jsonl")
-        with result.evaluating(objective):
+        if len(skipped):
+            skipped.write(out / "skipped.jsonl")
+        with result.eval_mode(objective):
             if PartialState().is_main_process:
                 model.clamp_scale()
                 save_model(model, out / "model")
@@ -119,12 +120,12 @@ class DualRun:
         with PartialState().main_process_first():
             if self.tokenizer is None and not folder.is_dir():
                 texts = (text for item in range(len(source)) for text in source.captions(item))
-                made = train_clip_tokenizer(texts, vocabulary=self.model.vocabulary, length=self.model.text_length)
+                made = train_clip_tokenizer(texts, vocab_size=self.model.vocab_size, length=self.model.max_text_len)
                 made.save_pretrained(folder)
         name = part_of(self.tokenizer, "tokenizer") if self.tokenizer is not None else str(folder)
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
 
-    def _objective(self, model: DualEncoder) -> nn.Module:
+    def _objective(self, model: DualEncoder) -> Objective:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)  # for the parts that are dropped after training
             match self.objective:  # type: ignore[attr-defined]
@@ -135,14 +136,14 @@ class DualRun:
                 case config:
                     return ClipObjective(model, config)
 
-    def _batches(self, source: Source, model: DualEncoder, skips: Skips) -> Batches:
+    def _batches(self, source: Source, model: DualEncoder, skipped: SkippedItems) -> BatchSampler:
         captions = CaptionIds.read(source, np.arange(len(source)), model.ids)
         stream = pair_stream(
-            source, captions, size=self.data.side or model.image_size * 3 // 2,
+            source, captions, size=self.data.decode_size or model.image_size * 3 // 2,
             per_image=self.objective.captions,  # type: ignore[attr-defined]
-            pad=model.tokenizer.pad_token_id, skips=skips, cache_mb=self.data.cache_mb, seed=self.train.seed,
+            pad=model.tokenizer.pad_token_id, skipped=skipped, cache_mb=self.data.cache_mb, seed=self.train.seed,
         )  # fmt: skip
-        return Batches(
+        return BatchSampler(
             {"pairs": stream}, multiples={"pairs": 1}, batch_size=self.train.batch_size, seed=self.train.seed
         )
 

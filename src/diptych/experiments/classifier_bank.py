@@ -21,7 +21,7 @@ from diptych.data.streams import shuffled
 from diptych.rng import derive_seed
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.optim import learning_rate, make_optimizer
-from diptych.uml.data import Features
+from diptych.uml.data import LabelledFeatures
 from diptych.uml.head import SharedHead, SharedHeadConfig
 from diptych.uml.objective import Init, uml_loss
 from diptych.uml.selection import Score, is_over, select
@@ -38,7 +38,7 @@ class Member:
     """Texts to learn from."""
     text_labels: np.ndarray
     """What they are taken to be about."""
-    others_weight: float
+    aux_weight: float
     init: Init
     seed: int
 
@@ -55,10 +55,10 @@ class Bank:
     """Classifiers that differ in data, seed, lambda and start, and share batch size, schedule and optimiser."""
 
     def __init__(
-        self, members: Sequence[Member], images: Features, texts: Features, *, head: SharedHeadConfig,
+        self, members: Sequence[Member], images: LabelledFeatures, texts: LabelledFeatures, *, head: SharedHeadConfig,
         train: TrainConfig, optim: OptimConfig,
     ) -> None:  # fmt: skip
-        assert optim.clip is None, "the norm of a gradient would be that of all classifiers together"
+        assert optim.max_grad_norm is None, "the norm of a gradient would be that of all classifiers together"
         self.members, self.train, self.optim = members, train, optim
         self.images_ND, self.image_labels_N = images.tensors()
         self.texts_TD, _ = texts.tensors()
@@ -66,8 +66,12 @@ class Bank:
         self.template = heads[0]
         stacked, self.buffers = stack_module_state(heads)
         self.weights = {name: nn.Parameter(weight.detach()) for name, weight in stacked.items()}
-        self.others_weight_M = torch.tensor([member.others_weight for member in members])
-        self.optimizer = make_optimizer(nn.ParameterList(self.weights.values()), optim)
+        self.others_weight_M = torch.tensor([member.aux_weight for member in members])
+        # As the default groups of an objective would be for one classifier, whose vectors have an axis less.
+        matrices = [weight for weight in self.weights.values() if weight.ndim >= 2]
+        vectors = [weight for weight in self.weights.values() if weight.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = make_optimizer([group for group in groups if group["params"]], optim)
 
     def _start(self, member: Member, head: SharedHeadConfig) -> SharedHead:
         texts = self.texts_TD[member.text_rows], torch.from_numpy(member.text_labels)
@@ -126,12 +130,12 @@ class Bank:
         stacked = (torch.from_numpy(np.stack(each, axis=1)) for each in (images, texts, labels))
         return tuple(stacked)  # type: ignore[return-value]
 
-    def _loss(self, weights, buffers, others_weight, x_BD, y_B, t_BD, c_B) -> Tensor:
+    def _loss(self, weights, buffers, aux_weight, x_BD, y_B, t_BD, c_B) -> Tensor:
         def logits(features_BD: Tensor, modality: str) -> Tensor:
             return functional_call(self.template, (weights, buffers), (features_BD, modality))
 
         of_both = {IMAGE: logits(x_BD, IMAGE), TEXT: logits(t_BD, TEXT)}
-        return uml_loss(of_both, {IMAGE: y_B, TEXT: c_B}, {IMAGE: 1.0, TEXT: others_weight})[0]
+        return uml_loss(of_both, {IMAGE: y_B, TEXT: c_B}, {IMAGE: 1.0, TEXT: aux_weight})[0]
 
     @torch.no_grad()
     def _logits(self, number: int, weights: Mapping[str, Tensor], rows: np.ndarray) -> Tensor:

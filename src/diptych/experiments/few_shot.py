@@ -19,7 +19,7 @@ from diptych.data.splits import Episode
 from diptych.experiments.classifier_bank import Bank, Member, Trained
 from diptych.report.figures import Panel, curves
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.uml.data import Features
+from diptych.uml.data import LabelledFeatures
 from diptych.uml.head import SharedHeadConfig
 from diptych.uml.objective import Init
 from diptych.uml.training import IMAGE, TEXT
@@ -53,7 +53,7 @@ COMPARISONS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class FewShotResult:
     """The classifier that validation chose for one control, number of shots and seed."""
 
     control: str
@@ -88,7 +88,7 @@ class Gain:
         return f"{self.better} against {self.worse}: {points} ± {error} points over {self.pairs} pairs, {verdict}"
 
 
-def gain(outcomes: Sequence[Outcome], better: str, worse: str, *, shots: int | None = None) -> Gain:
+def gain(outcomes: Sequence[FewShotResult], better: str, worse: str, *, shots: int | None = None) -> Gain:
     """Of one control over another, for one number of shots or over all."""
     chosen = [each for each in outcomes if shots is None or each.shots == shots]
     ours = {(each.shots, each.seed): each.accuracy for each in chosen if each.control == better}
@@ -99,13 +99,13 @@ def gain(outcomes: Sequence[Outcome], better: str, worse: str, *, shots: int | N
     return Gain(better=better, worse=worse, mean=statistics.mean(differences), error=error, pairs=len(differences))
 
 
-def spread(outcomes: Sequence[Outcome], control: str, shots: int) -> tuple[float, float]:
+def spread(outcomes: Sequence[FewShotResult], control: str, shots: int) -> tuple[float, float]:
     """Mean and standard deviation of the accuracy over the seeds."""
     found = [each.accuracy for each in outcomes if (each.control, each.shots) == (control, shots)]
     return statistics.mean(found), statistics.stdev(found) if len(found) > 1 else math.nan
 
 
-def table(outcomes: Sequence[Outcome]) -> list[list[str]]:
+def table(outcomes: Sequence[FewShotResult]) -> list[list[str]]:
     """A row for each control: mean and standard deviation in per cent for each number of shots, then the mean."""
     every = sorted({each.shots for each in outcomes})
     rows = [["", *(f"{shots} shot{'s' * (shots > 1)}" for shots in every), "mean"]]
@@ -129,7 +129,7 @@ class FewShotConfig:
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Labelled images of each class."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """Draws of images, texts and weights."""
+    """StepRNG of images, texts and weights."""
     text_shots: Shots = "all"
     """Texts of each class: a number of random ones, all, or one that is the mean of all."""
     lrs: tuple[float, ...] = (1e-2, 1e-3)
@@ -138,7 +138,7 @@ class FewShotConfig:
     """Weight decays to choose from."""
     batch_sizes: tuple[int, ...] = (32,)
     """Batch sizes to choose from."""
-    others_weights: tuple[float, ...] = (0.3, 1.0)
+    aux_weights: tuple[float, ...] = (0.3, 1.0)
     """Lambdas to choose from, wherever texts are learnt from."""
     steps: int = 1000
     """Updates of every classifier."""
@@ -151,14 +151,14 @@ class FewShotConfig:
 
 
 def few_shot(
-    images: Features,
-    texts: Features,
+    images: LabelledFeatures,
+    texts: LabelledFeatures,
     episodes: Mapping[tuple[int, int], Episode],
     test: np.ndarray,
     config: FewShotConfig,
     *,
     say: Callable[[str], None] = lambda line: None,
-) -> list[Outcome]:
+) -> list[FewShotResult]:
     """All controls on all episodes, keyed by (shots, seed). ``test`` never decides anything."""
     classes = int(images.labels_N.max()) + 1
     widths = {IMAGE: images.vectors_ND.shape[1], TEXT: texts.vectors_ND.shape[1]}
@@ -173,7 +173,7 @@ def few_shot(
             for (name, seed), member, found in zip(
                 names, members, bank.fit(test, patience=config.patience), strict=True
             ):
-                chosen = {"lr": lr, "weight_decay": decay, "batch_size": rows, "others_weight": member.others_weight}
+                chosen = {"lr": lr, "weight_decay": decay, "batch_size": rows, "aux_weight": member.aux_weight}
                 tried.setdefault((name, seed), []).append((chosen, found))
         outcomes += [_choose(name, shots, seed, found) for (name, seed), found in tried.items()]
         say(f"{shots} shots: {sum(len(each) for each in tried.values())} classifiers trained")
@@ -184,13 +184,18 @@ def _settings(config: FewShotConfig, *, lr: float, weight_decay: float, batch_si
     train = TrainConfig(steps=config.steps, batch_size=batch_size, eval_every=config.eval_every)
     warmup = min(50, config.steps // 10)
     optim = OptimConfig(
-        lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, clip=None, warmup_steps=warmup, final_lr=0.01
+        lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, max_grad_norm=None, warmup_steps=warmup, final_lr=0.01
     )  # fmt: skip
     return train, optim
 
 
 def _members(
-    config: FewShotConfig, shots: int, episodes: Mapping[tuple[int, int], Episode], texts: Features, *, classes: int
+    config: FewShotConfig,
+    shots: int,
+    episodes: Mapping[tuple[int, int], Episode],
+    texts: LabelledFeatures,
+    *,
+    classes: int,
 ) -> tuple[list[tuple[str, int]], list[Member]]:
     """A classifier for each control, seed and lambda, and the (control, seed) of each."""
     names, members = [], []
@@ -202,22 +207,22 @@ def _members(
         own = texts.labels_N[rows]
         labels = {"none": own, "own": own, "permuted": permuted(classes, seed=seed)[own]}
         for name, control in CONTROLS.items():
-            for weight in (0.0,) if control.texts == "none" else config.others_weights:
+            for weight in (0.0,) if control.texts == "none" else config.aux_weights:
                 names.append((name, seed))
                 members.append(Member(
                     episode=episodes[shots, seed], text_rows=rows, text_labels=labels[control.texts],
-                    others_weight=weight, init=control.init, seed=seed,
+                    aux_weight=weight, init=control.init, seed=seed,
                 ))  # fmt: skip
     return names, members
 
 
-def _choose(name: str, shots: int, seed: int, tried: Sequence[tuple[dict, Trained]]) -> Outcome:
+def _choose(name: str, shots: int, seed: int, tried: Sequence[tuple[dict, Trained]]) -> FewShotResult:
     """The settings of the best validation; of equals the first."""
     chosen, found = tried[0]
     for settings, other in tried[1:]:
         if other.score.beats(found.score):
             chosen, found = settings, other
-    return Outcome(
+    return FewShotResult(
         control=name, shots=shots, seed=seed, accuracy=float(found.right_N.mean()),
         valid_accuracy=found.score.accuracy, chosen=chosen | {"step": found.score.step},
     )  # fmt: skip
@@ -227,7 +232,7 @@ def _choose(name: str, shots: int, seed: int, tried: Sequence[tuple[dict, Traine
 #| What a few-shot grid found, as a table, a figure and plain sentences.
 
 
-def show(outcomes: Sequence[Outcome], *, title: str) -> None:
+def show(outcomes: Sequence[FewShotResult], *, title: str) -> None:
     """The table with all controls, and what each comparison comes to."""
     from rich.console import Console
     from rich.table import Table
@@ -242,7 +247,7 @@ def show(outcomes: Sequence[Outcome], *, title: str) -> None:
         print(gain(outcomes, better, worse))
 
 
-def accuracy_figure(outcomes: Sequence[Outcome], *, title: str) -> bytes:
+def accuracy_figure(outcomes: Sequence[FewShotResult], *, title: str) -> bytes:
     """Accuracy against shots, a line for each control, as SVG."""
     every = sorted({each.shots for each in outcomes})
     runs = {
@@ -252,7 +257,7 @@ def accuracy_figure(outcomes: Sequence[Outcome], *, title: str) -> bytes:
     return curves(runs, panels=[Panel(title=title, keys=["accuracy"], label="test accuracy, %")], over="shots")[0]
 
 
-def as_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def as_json(outcomes: Sequence[FewShotResult]) -> dict[str, Any]:
     """All single numbers, and the gains for each number of shots and over all."""
     every = sorted({each.shots for each in outcomes})
     gains = []

@@ -61,7 +61,7 @@ def beam_search(
     """
     if beams < 1:
         raise UserError(f"{beams} beams: at least one is needed")
-    device, vocabulary = banned_V.device, len(banned_V)
+    device, vocab_size = banned_V.device, len(banned_V)
     first_row_B1 = torch.arange(rows, device=device)[:, None] * beams
     ids_BWL = torch.full((rows, beams, length), PAD, device=device)
     alive_BW = torch.full((rows, beams), -torch.inf, device=device)
@@ -84,7 +84,7 @@ def beam_search(
 
         total_BWV[..., EOS] = -torch.inf
         alive_BW, flat_BW = total_BWV.flatten(1).topk(beams, dim=1)
-        parent_BW, token_BW = flat_BW // vocabulary, flat_BW % vocabulary
+        parent_BW, token_BW = flat_BW // vocab_size, flat_BW % vocab_size
         ids_BWL = _pick(ids_BWL, parent_BW)
         ids_BWL[..., position] = token_BW
         decoding.reorder((first_row_B1 + parent_BW).flatten())

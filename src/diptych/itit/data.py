@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diptych.data.encode import Coders, encode, origin
+from diptych.data.encode import DataTokenizers, encode, origin
 from diptych.data.pixels import Chosen
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
@@ -41,20 +41,20 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Items of a source, raw or encoded."""
+class Subset:
+    """Examples of a source, raw or encoded."""
 
     source: Source | Store
     items: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
+class DataSplit:
     """Which items give pairs, which only their image, which only their text."""
 
-    pairs: Part
-    images: Part
-    texts: Part
+    pairs: Subset
+    images: Subset
+    texts: Subset
 
     def raw_images(self) -> Chosen:
         """All pictures there are, each once, to train a tokenizer on."""
@@ -67,7 +67,7 @@ class Parts:
                 yield from source.captions(int(item))
 
 
-def open_parts(data: DataConfig) -> Parts:
+def open_parts(data: DataConfig) -> DataSplit:
     """Open the sources and hold captions back. Raises UserError before anything is computed."""
     pairs = _open(data.pairs, data)
     if not (pairs.has_images and pairs.has_captions):
@@ -81,15 +81,15 @@ def open_parts(data: DataConfig) -> Parts:
     }
     rest = rests[data.images is not None, data.texts is not None]
     split = hold_back(len(pairs), data.max_pairs, data.split_seed, rest=rest)
-    kept = Part(pairs, split.pairs)
-    return Parts(
+    kept = Subset(pairs, split.pairs)
+    return DataSplit(
         pairs=kept,
-        images=_unpaired(data, "images", Part(pairs, split.images), kept),
-        texts=_unpaired(data, "texts", Part(pairs, split.texts), kept),
+        images=_unpaired(data, "images", Subset(pairs, split.images), kept),
+        texts=_unpaired(data, "texts", Subset(pairs, split.texts), kept),
     )
 
 
-def _unpaired(data: DataConfig, name: str, held_back: Part, pairs: Part) -> Part:
+def _unpaired(data: DataConfig, name: str, held_back: Subset, pairs: Subset) -> Subset:
     """Bare images or texts: a source of their own, or what was held back, or the same side of the pairs."""
     spec = getattr(data, name)
     if spec is None:
@@ -97,39 +97,41 @@ def _unpaired(data: DataConfig, name: str, held_back: Part, pairs: Part) -> Part
     source = _open(spec, data)
     if not (source.has_images if name == "images" else source.has_captions):
         raise UserError(f"{spec}: it is given as --data.{name} but has no {'images' if name == 'images' else 'texts'}")
-    return Part(source, np.arange(len(source)))
+    return Subset(source, np.arange(len(source)))
 
 
 def _open(spec: str, data: DataConfig) -> Source | Store:
     return Store.open(Path(spec)) if Store.is_one(spec) else open_finite(spec, data.columns)
 
 
-def _raw(parts: tuple[Part, ...], what: str) -> list[tuple[Source, np.ndarray]]:
+def _raw(parts: tuple[Subset, ...], what: str) -> list[tuple[Source, np.ndarray]]:
     raw = [(part.source, part.items) for part in parts if not isinstance(part.source, Store) and len(part.items)]
     if not raw:
         raise UserError(f"encoded data has no {what} to train on: give --tokenizer and --text-encoder, as it was made")
     return raw
 
 
-def encode_part(part: Part, out: Path, coders: Coders, *, data: DataConfig, advance=lambda done, total: None) -> Part:
+def encode_part(
+    part: Subset, out: Path, tokenizers: DataTokenizers, *, data: DataConfig, advance=lambda done, total: None
+) -> Subset:
     """Encode what a stream needs of a source; data that is encoded already is used where it lies."""
     if isinstance(part.source, Store):
         made_by = part.source.manifest["made_by"]["coders"]
-        if made_by.rpartition("-")[0] != coders.fingerprint.rpartition("-")[0]:
+        if made_by.rpartition("-")[0] != tokenizers.fingerprint.rpartition("-")[0]:
             raise UserError(f"{part.source.folder}: encoded with another tokenizer or text encoder: encode it again")
         return part
     if Store.is_one(out):
         store = Store.open(out)
-        made_by, wanted = store.manifest["made_by"], origin(part.source, coders, part.items)
+        made_by, wanted = store.manifest["made_by"], origin(part.source, tokenizers, part.items)
         if made_by == wanted:
-            return Part(store, np.arange(len(store)))
+            return Subset(store, np.arange(len(store)))
         if made_by["coders"] == wanted["coders"]:
             raise UserError(
                 f"{out}: encoded from other items ({made_by['source']} then, {part.source.name} now): "
                 "give the same data to continue, or train into another folder"
             )
     store = encode(
-        part.source, out, coders, indices=part.items, workers=data.workers,
+        part.source, out, tokenizers, indices=part.items, workers=data.workers,
         max_skipped_share=data.max_skipped_share, advance=advance,
     )  # fmt: skip
-    return Part(store, np.arange(len(store)))
+    return Subset(store, np.arange(len(store)))

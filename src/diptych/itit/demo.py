@@ -49,7 +49,7 @@ _TITLES = {"paired_only": "pairs only", "paired_only_longer": "pairs only, same 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contender:
+class ScoredRun:
     """A trained network and what it did on the held-out scenes."""
 
     name: str
@@ -82,12 +82,14 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
         say("training ITIT, and beside it the same network on pairs only")
         _train(run, ready, out / "itit", test, title="ITIT")
     say("scoring")
-    contenders = [_score(out / name, title, test) for name, title in _TITLES.items() if (out / name / "model").is_dir()]
-    metrics: dict[str, Any] = {contender.name: contender.metrics for contender in contenders}
+    scored_runs = [
+        _score(out / name, title, test) for name, title in _TITLES.items() if (out / name / "model").is_dir()
+    ]
+    metrics: dict[str, Any] = {scored_run.name: scored_run.metrics for scored_run in scored_runs}
     metrics |= {"tokenizer": {"image_accuracy": ceiling}, "seconds": round(time.monotonic() - began, 1), "quick": quick}
     write_json(out / "metrics.json", metrics)
-    _print_table(contenders)
-    report = write_demo_report(out, contenders, metrics=metrics, pairs=PAIRS, unpaired=unpaired)
+    _print_table(scored_runs)
+    report = write_demo_report(out, scored_runs, metrics=metrics, pairs=PAIRS, unpaired=unpaired)
     say(f"{time.monotonic() - began:.0f} s in all. Open [bold]{report}[/bold] to see what was learned.")
     return metrics
 
@@ -99,7 +101,7 @@ def demo_recipe(*, quick: bool, seed: int) -> ItitRun:
     run = replace(
         base,
         data=DataConfig(pairs=f"scenes:?split=train&seed={seed}&count={total}", max_pairs=PAIRS),
-        model=replace(base.model, text_tokens=16),  # as long as the longest caption of level 1
+        model=replace(base.model, max_text_len=16),  # as long as the longest caption of level 1
         train=replace(base.train, seed=seed, tensorboard=False),
     )
     if not quick:
@@ -109,7 +111,7 @@ def demo_recipe(*, quick: bool, seed: int) -> ItitRun:
         data=replace(run.data, pairs=f"scenes:?split=train&seed={seed}&count={PAIRS + 2000}"),
         tokenizer_stage=replace(run.tokenizer_stage, train=replace(run.tokenizer_stage.train, steps=60)),
         text_encoder_stage=replace(run.text_encoder_stage, train=replace(run.text_encoder_stage.train, steps=30)),
-        objective=replace(run.objective, cycles_from=15),
+        objective=replace(run.objective, cycle_start_step=15),
         train=replace(run.train, steps=30, checkpoint_every=1000, eval_every=1000),
     )
 
@@ -193,27 +195,27 @@ def _share(source: Path, out: Path) -> None:
 def _ceiling(ready: Prepared, test: ScenesSource) -> float:
     """Accuracy of pictures that only went through the tokenizer: no network that draws tokens can do better."""
     items = np.arange(len(test))
-    pixels_B3HW = channels_first(test.images(items, ready.tokenizer.size))
+    pixels_B3HW = channels_first(test.images(items, ready.tokenizer.image_size))
     decoded = ready.tokenizer.decode(ready.tokenizer.encode(pixels_B3HW)).permute(0, 2, 3, 1).cpu().numpy()
     return image_accuracy(decoded, test.scenes(items)).exact
 
 
-def _score(folder: Path, title: str, test: ScenesSource) -> Contender:
+def _score(folder: Path, title: str, test: ScenesSource) -> ScoredRun:
     diptych = Diptych.from_pretrained(folder)
     found = evaluate(diptych, test, EvaluateConfig())
     last = [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record][-1]
     metrics = {**found.metrics, "seconds": round(last["seconds"], 1), "steps": last["step"]}
-    return Contender(name=folder.name, title=title, metrics=metrics, evaluation=found, diptych=diptych)
+    return ScoredRun(name=folder.name, title=title, metrics=metrics, evaluation=found, diptych=diptych)
 
 
-def _print_table(contenders: list[Contender]) -> None:
+def _print_table(scored_runs: list[ScoredRun]) -> None:
     table = ConsoleTable(
         "", "captions exact", "pictures exact", "CIDEr", "steps", "seconds", title="on held-out scenes"
     )
-    for contender in contenders:
-        m = contender.metrics
+    for scored_run in scored_runs:
+        m = scored_run.metrics
         table.add_row(
-            contender.title, f"{m['caption_accuracy']:.3f}", f"{m['image_accuracy']:.3f}", f"{m['cider']:.0f}",
+            scored_run.title, f"{m['caption_accuracy']:.3f}", f"{m['image_accuracy']:.3f}", f"{m['cider']:.0f}",
             f"{m['steps']:,}", f"{m['seconds']:.0f}",
         )  # fmt: skip
     Console().print(table)
@@ -228,17 +230,17 @@ _ATTRIBUTES = ("shape", "colour", "size", "place", "background")
 
 
 def write_demo_report(
-    out: Path, contenders: list[Contender], *, metrics: dict[str, Any], pairs: int, unpaired: int
+    out: Path, scored_runs: list[ScoredRun], *, metrics: dict[str, Any], pairs: int, unpaired: int
 ) -> Path:
     """``out/report.html``."""
-    both = [contender for contender in contenders if contender.name in ("paired_only", "itit")]
+    both = [scored_run for scored_run in scored_runs if scored_run.name in ("paired_only", "itit")]
     sections = [
-        Section("What was learned", _learned(contenders, metrics)),
+        Section("What was learned", _learned(scored_runs, metrics)),
         Section("Captions", [Text("Scenes whose combination of shape, colour and place no network has seen, and what "
                                   "each wrote about them."), _captions(both)]),
         Section("Pictures", [Text("Drawn for the captions of such scenes."), _pictures(both)]),
-        Section("Cycles", [block for contender in both for block in _cycle(contender)]),
-        Section("Curves", _curves(out, contenders)),
+        Section("Cycles", [block for scored_run in both for block in _cycle(scored_run)]),
+        Section("Curves", _curves(out, scored_runs)),
     ]  # fmt: skip
     lead = (
         f"Two networks with the same initial weights, both given {pairs} captioned pictures. One also got {unpaired:,} "
@@ -247,17 +249,17 @@ def write_demo_report(
     return write_report(out / "report.html", sections, title="Diptych: demo", lead=lead)
 
 
-def _learned(contenders: list[Contender], metrics: dict[str, Any]) -> list[Any]:
+def _learned(scored_runs: list[ScoredRun], metrics: dict[str, Any]) -> list[Any]:
     head = ["", "captions exact", "pictures exact", "CIDEr", "distinct captions", "steps", "seconds"]
     keys = ("caption_accuracy", "image_accuracy", "cider", "distinct_captions", "steps", "seconds")
-    rows = [[c.title, *(c.metrics[key] for key in keys)] for c in contenders]
+    rows = [[c.title, *(c.metrics[key] for key in keys)] for c in scored_runs]
     parts = [
         [f"{c.title}, {side}", *(c.metrics[f"{kind}_{name}"] for name in _ATTRIBUTES)]
-        for c in contenders
+        for c in scored_runs
         for side, kind in (("captions", "caption"), ("pictures", "image"))
     ]
     digits = {"CIDEr": 0, "steps": 0, "seconds": 0}
-    scored = contenders[0].metrics["images"]
+    scored = scored_runs[0].metrics["images"]
     return [
         Table(head=head, rows=rows, digits=digits, best=dict.fromkeys(head[1:4], "high"), caption=(
             f"On {scored:,} held-out scenes. Exact: all five attributes right, as read back by a parser and "
@@ -268,7 +270,7 @@ def _learned(contenders: list[Contender], metrics: dict[str, Any]) -> list[Any]:
     ]  # fmt: skip
 
 
-def _captions(both: list[Contender]) -> Comparison:
+def _captions(both: list[ScoredRun]) -> Comparison:
     shown = both[0].evaluation
     return Comparison(
         [
@@ -284,7 +286,7 @@ def _captions(both: list[Contender]) -> Comparison:
     )
 
 
-def _pictures(both: list[Contender]) -> Comparison:
+def _pictures(both: list[ScoredRun]) -> Comparison:
     shown = both[0].evaluation
     examples = []
     for row in range(min(_SHOWN, len(shown.keys))):
@@ -298,14 +300,14 @@ def _pictures(both: list[Contender]) -> Comparison:
     return Comparison(examples)
 
 
-def _cycle(contender: Contender) -> list[Any]:
-    text = contender.evaluation.references[0][0]
-    steps = [step.shown for step in contender.diptych.cycle(text=text, rounds=3)]
-    return [Text(f"{contender.title}: text to picture to text, three times over."), Strip(steps)]
+def _cycle(scored_run: ScoredRun) -> list[Any]:
+    text = scored_run.evaluation.references[0][0]
+    steps = [step.shown for step in scored_run.diptych.cycle(text=text, rounds=3)]
+    return [Text(f"{scored_run.title}: text to picture to text, three times over."), Strip(steps)]
 
 
-def _curves(out: Path, contenders: list[Contender]) -> list[Any]:
-    runs = {c.title: read_metrics(out / c.name / "metrics.jsonl") for c in contenders}
+def _curves(out: Path, scored_runs: list[ScoredRun]) -> list[Any]:
+    runs = {c.title: read_metrics(out / c.name / "metrics.jsonl") for c in scored_runs}
     accuracy = [
         Panel(title="captions exact", keys=["caption_accuracy"]),
         Panel(title="pictures exact", keys=["image_accuracy"]),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diptych.data.encode import Coders
+from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import channels_first, read_captioned
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import Source
@@ -27,10 +27,10 @@ from diptych.eval.features import (
 from diptych.eval.frechet import frechet_distance
 from diptych.eval.scenes import caption_accuracy, image_accuracy
 from diptych.io import write_bytes
-from diptych.itit.masking import Hiding
+from diptych.itit.masking import Masking
 from diptych.itit.model import Encoded
 from diptych.itit.objective import i2t_loss, t2i_loss, without_text
-from diptych.itit.pipeline import Diptych, coders
+from diptych.itit.pipeline import Diptych, data_tokenizers
 from diptych.nn.inference import Device, pick_device
 from diptych.report.console import print_metrics
 from diptych.report.sheet import Cell, comparison, save_png
@@ -77,7 +77,7 @@ def evaluate(
     On ``scenes:`` also the exact accuracies. Real pictures are cut to their centre square and resized to the
     tokenizer's size, without any compression. Raises UserError for a source without images or captions.
     """
-    items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.size)
+    items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.image_size)
     references = [source.captions(item) for item in items]
     first = [texts[0] for texts in references]
     metrics: dict[str, float] = {"images": len(items)}
@@ -94,8 +94,8 @@ def evaluate(
         if scenes is not None:
             metrics |= _flat("caption", caption_accuracy(written, scenes))
         if config.pictures:
-            length = diptych.model.config.text_tokens
-            known = grounding(diptych, tokens_BN, diptych.text_encoder.tokenize(first, length=length)[0])
+            length = diptych.model.config.max_text_len
+            known = information_gain(diptych, tokens_BN, diptych.text_encoder.tokenize(first, length=length)[0])
             metrics |= {"caption_grounding": known.caption, "image_grounding": known.picture}
     if config.pictures:
         drawn = diptych.imagine(first, seed=config.seed)
@@ -137,7 +137,7 @@ _ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Grounding:
+class InformationGain:
     """Nats a token that the right partner saves against another row's: 0 where nothing was learned. As a wrong partner
     misleads a sure network, it may exceed the mutual information of the two."""
 
@@ -148,7 +148,7 @@ class Grounding:
 
 
 @torch.no_grad()
-def grounding(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Grounding:
+def information_gain(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> InformationGain:
     """Over pairs of image tokens and text ids, each against the next row's."""
     caption = picture = 0.0
     others_BL = ids_BL.roll(1, 0)
@@ -159,26 +159,26 @@ def grounding(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Grounding:
         read = _shown(diptych, tokens)
         caption += share * (_caption_loss(diptych, read, wrong) - _caption_loss(diptych, read, right)).item()
         picture += share * (_picture_loss(diptych, tokens, wrong) - _picture_loss(diptych, tokens, right)).item()
-    return Grounding(caption, picture)
+    return InformationGain(caption, picture)
 
 
 def _shown(diptych: Diptych, tokens_BN: Tensor) -> Encoded:
     """The encoder's pass over whole pictures."""
     every_BN = torch.arange(tokens_BN.shape[1], device=tokens_BN.device).expand_as(tokens_BN)
-    return without_text(diptych.model, tokens_BN, Hiding(torch.zeros_like(tokens_BN, dtype=torch.bool), every_BN))
+    return without_text(diptych.model, tokens_BN, Masking(torch.zeros_like(tokens_BN, dtype=torch.bool), every_BN))
 
 
 def _caption_loss(diptych: Diptych, read: Encoded, ids_BL: Tensor) -> Tensor:
     valid_BL = ids_BL != diptych.text_encoder.pad_id
-    return i2t_loss(diptych.model, read, ids_BL, valid_BL, smoothing=0.0, encoder_gradient=1.0)
+    return i2t_loss(diptych.model, read, ids_BL, valid_BL, label_smoothing=0.0, encoder_grad_scale=1.0)
 
 
 def _picture_loss(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Tensor:
     """With every token hidden, and none of them in the encoder."""
     valid_BL = ids_BL != diptych.text_encoder.pad_id
-    hidden = Hiding(torch.ones_like(tokens_BN, dtype=torch.bool), tokens_BN[:, :0])
+    hidden = Masking(torch.ones_like(tokens_BN, dtype=torch.bool), tokens_BN[:, :0])
     features_BLF = diptych.text_encoder.features(ids_BL, valid_BL)
-    return t2i_loss(diptych.model, tokens_BN, features_BLF, valid_BL, hidden, smoothing=0.0)
+    return t2i_loss(diptych.model, tokens_BN, features_BLF, valid_BL, hidden, label_smoothing=0.0)
 
 
 # JOINED recipes.runs
@@ -188,7 +188,7 @@ def _picture_loss(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Tensor
 _SHOWN = 8
 
 
-def run_coders(run: Path, *, features: bool) -> Coders:
+def run_coders(run: Path, *, features: bool) -> DataTokenizers:
     """The coders of a run, finished or not."""
     for part in ("tokenizer", "text_encoder"):
         if not (run / part).is_dir():
@@ -196,8 +196,8 @@ def run_coders(run: Path, *, features: bool) -> Coders:
     device = pick_device("auto")
     tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(device)
     text_encoder = TextEncoder.from_pretrained(run / "text_encoder").to(device)
-    length = read_config(run)["run"]["model"]["text_tokens"]
-    return coders(tokenizer, text_encoder, length=length, features=features)
+    length = read_config(run)["run"]["model"]["max_text_len"]
+    return data_tokenizers(tokenizer, text_encoder, length=length, features=features)
 
 
 def evaluate_run(

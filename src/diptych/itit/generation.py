@@ -15,7 +15,7 @@ from torch import Tensor
 from diptych.errors import UserError
 from diptych.itit.beam_search import beam_search, greedy
 from diptych.itit.model import ITIT
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def parallel_decode(
     steps: int,
     temperature: float,
     token_temperature: float = 1.0,
-    draws: Draws,
+    rng: StepRNG,
 ) -> Int[Tensor, "B N"]:
     """Fill the hidden positions in ``steps`` rounds, the surest first. Known tokens never change.
 
@@ -80,10 +80,10 @@ def parallel_decode(
     for step in range(min(steps, most)):
         known = positions - int(_still_hidden(torch.tensor(least), step, steps))
         logits_BNC = logits(Canvas(tokens_BN, hidden_BN, step / steps, known)).float()
-        chance_BN = draws.uniform(f"token/{step}", rows, positions, device=device)
+        chance_BN = rng.uniform(f"token/{step}", rows, positions, device=device)
         sampled_BN, log_p_BN = sample_tokens(logits_BNC, chance_BN, temperature=token_temperature)
         tokens_BN = torch.where(hidden_BN, sampled_BN, tokens_BN)
-        noise_BN = draws.gumbel(f"confidence/{step}", rows, positions, device=device)
+        noise_BN = rng.gumbel(f"confidence/{step}", rows, positions, device=device)
         confidence_BN = log_p_BN + temperature * (1 - step / steps) * noise_BN
         rank_BN = confidence_BN.masked_fill(~hidden_BN, math.inf).argsort(1).argsort(1)
         # Infinite confidence may tie with nothing that is hidden, so no known token can be among the lowest ranks.
@@ -123,7 +123,7 @@ def sample_tokens(
 
 
 @dataclass(kw_only=True, slots=True)
-class DrawConfig:
+class ImageGenerationConfig:
     """How a picture is drawn from a text. The defaults are the paper's."""
 
     steps: int = 24
@@ -141,7 +141,7 @@ class DrawConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class WriteConfig:
+class TextGenerationConfig:
     """How a text is written about a picture. The defaults are the paper's."""
 
     beams: int = 4
@@ -151,13 +151,13 @@ class WriteConfig:
 
 
 @torch.no_grad()
-def draw(
+def generate_image_tokens(
     model: ITIT,
     features_BLF: Float[Tensor, "B L F"],
     valid_BL: Bool[Tensor, "B L"],
-    config: DrawConfig,
+    config: ImageGenerationConfig,
     *,
-    draws: Draws,
+    rng: StepRNG,
     known: tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]] | None = None,
 ) -> Int[Tensor, "B N"]:
     """Image tokens for texts: the T2I inference pipeline. ``known`` (tokens, hidden) keeps part of a picture."""
@@ -184,7 +184,7 @@ def draw(
         steps=config.steps,
         temperature=config.temperature,
         token_temperature=config.token_temperature,
-        draws=draws,
+        rng=rng,
     )
 
 
@@ -197,8 +197,13 @@ def _visible_first(canvas: Canvas) -> Tensor | None:
 
 
 @torch.no_grad()
-def write(
-    model: ITIT, tokens_BN: Int[Tensor, "B N"], config: WriteConfig, *, banned_V: Bool[Tensor, "V"], length: int
+def generate_text(
+    model: ITIT,
+    tokens_BN: Int[Tensor, "B N"],
+    config: TextGenerationConfig,
+    *,
+    banned_V: Bool[Tensor, "V"],
+    length: int,
 ) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B"] | None]:
     """Text ids for pictures, all image tokens visible and the text empty; and their scores if beams were used."""
     prefix_BND = model.encode(model.embed_image(tokens_BN)).image_BKD

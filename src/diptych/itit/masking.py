@@ -11,11 +11,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from diptych.errors import UserError
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 
 
 @dataclass(kw_only=True, slots=True)
-class HideConfig:
+class MaskingConfig:
     """A normal distribution of the hidden share, cut at both ends (Table 3)."""
 
     low: float = 0.5
@@ -29,13 +29,15 @@ class HideConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Hiding:
+class Masking:
     hidden_BN: Bool[Tensor, "B N"]
     keep_BK: Int[Tensor, "B K"]
     """Positions that enter the encoder: all visible ones, filled up with hidden ones to K = N - floor(low N)."""
 
 
-def hide(config: HideConfig, rows: int, positions: int, *, draws: Draws, name: str, device: torch.device) -> Hiding:
+def sample_masking(
+    config: MaskingConfig, rows: int, positions: int, *, rng: StepRNG, name: str, device: torch.device
+) -> Masking:
     """Draw a share for every row and hide that many of its tokens at random.
 
     One random order a row decides all: its first tokens are visible, its last are dropped, so that what is dropped
@@ -43,8 +45,8 @@ def hide(config: HideConfig, rows: int, positions: int, *, draws: Draws, name: s
     """
     if not 0 <= config.low <= config.high <= 1:
         raise UserError(f"hidden share from {config.low} to {config.high}: give 0 <= low <= high <= 1")
-    order_BN = draws.uniform(f"{name}/order", rows, positions, device=device).argsort(1)
-    chance_B = draws.uniform(f"{name}/share", rows, device=device)
+    order_BN = rng.uniform(f"{name}/order", rows, positions, device=device).argsort(1)
+    chance_B = rng.uniform(f"{name}/share", rows, device=device)
     share_B = _truncated_normal(chance_B, config)
     hidden_count_B = (share_B * positions).round().clamp(1, positions)
     dropped = math.floor(config.low * positions)
@@ -52,10 +54,10 @@ def hide(config: HideConfig, rows: int, positions: int, *, draws: Draws, name: s
     place_BN = torch.arange(positions, device=device).expand(rows, -1)
     hidden_BN = torch.zeros(rows, positions, dtype=torch.bool, device=device)
     hidden_BN.scatter_(1, order_BN, place_BN >= (positions - hidden_count_B)[:, None])
-    return Hiding(hidden_BN, order_BN[:, : positions - dropped])
+    return Masking(hidden_BN, order_BN[:, : positions - dropped])
 
 
-def _truncated_normal(chance_B: Tensor, config: HideConfig) -> Tensor:
+def _truncated_normal(chance_B: Tensor, config: MaskingConfig) -> Tensor:
     """Inverse of the cut normal's cumulative distribution."""
 
     def below(x: float) -> float:

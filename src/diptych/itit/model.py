@@ -24,13 +24,13 @@ class ItitConfig:
 
     image_tokens: int = 256
     """Tokens of an image (N)."""
-    codebook: int = 8192
+    codebook_size: int = 8192
     """Entries of the image tokenizer's codebook (C)."""
-    text_tokens: int = 64
+    max_text_len: int = 64
     """Most tokens of a text, `</s>` included (L)."""
     text_features: int = 4096
     """Width of the frozen text encoder's features (F)."""
-    vocabulary: int = 32128
+    vocab_size: int = 32128
     """Rows of the text encoder's embedding (V)."""
     width: int = 768
     """Width of the encoder and the image decoder (D)."""
@@ -71,26 +71,26 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
     def __init__(self, config: ItitConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.token_embedding = nn.Embedding(c.codebook, c.width)
+        self.token_embedding = nn.Embedding(c.codebook_size, c.width)
         self.image_hidden = nn.Parameter(torch.empty(c.width))
         self.image_position = nn.Embedding(c.image_tokens, c.width)
         self.text_projection = nn.Linear(c.text_features, c.width)
-        self.text_position = nn.Embedding(c.text_tokens, c.width)
+        self.text_position = nn.Embedding(c.max_text_len, c.width)
         self.text_null = nn.Parameter(torch.empty(c.width))
         self.input_norm = nn.LayerNorm(c.width)
         self.input_dropout = nn.Dropout(c.dropout)
         self.encoder = Blocks(c.depth, c.width, heads=c.heads, dropout=c.dropout)
 
         self.decoder_hidden = nn.Parameter(torch.empty(c.width))
-        self.decoder_position = nn.Embedding(c.image_tokens + c.text_tokens, c.width)
+        self.decoder_position = nn.Embedding(c.image_tokens + c.max_text_len, c.width)
         self.image_decoder = Blocks(c.image_decoder_depth, c.width, heads=c.heads, dropout=c.dropout)
         self.image_head = nn.Sequential(nn.Linear(c.width, c.width), nn.GELU(), nn.LayerNorm(c.width))
-        self.image_bias = nn.Parameter(torch.empty(c.codebook))
+        self.image_bias = nn.Parameter(torch.empty(c.codebook_size))
 
         width = c.text_decoder_width
         self.prefix_projection = nn.Sequential(nn.Linear(c.width, width), nn.LayerNorm(width))
-        self.word_embedding = nn.Embedding(c.vocabulary, width)
-        self.word_position = nn.Embedding(c.text_tokens, width)
+        self.word_embedding = nn.Embedding(c.vocab_size, width)
+        self.word_position = nn.Embedding(c.max_text_len, width)
         self.text_decoder = Blocks(c.text_decoder_depth, width, heads=c.text_decoder_heads, dropout=c.dropout)
 
         self.apply(init_weights)
@@ -181,7 +181,7 @@ class TextDecoding:
         self.model = model
         prefix = model.prefix_projection(prefix_BPD)
         self.prefix = prefix.shape[1]
-        positions = self.prefix + model.config.text_tokens
+        positions = self.prefix + model.config.max_text_len
         # The prefix never sees the text, so it runs once and without the text; and once for all beams of a row.
         self.cache: list[LayerCache] = model.text_decoder.empty_cache(prefix, positions=positions)
         model.text_decoder(prefix, cache=self.cache)

@@ -9,20 +9,20 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from diptych.data.batch import Batch, Items
+from diptych.data.batch import Batch, Examples, ImageTokenExamples, PairExamples, TextExamples
 from diptych.itit.beam_search import PAD
-from diptych.itit.generation import DrawConfig, WriteConfig, draw, write
-from diptych.itit.masking import HideConfig, Hiding, hide
+from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig, generate_image_tokens, generate_text
+from diptych.itit.masking import Masking, MaskingConfig, sample_masking
 from diptych.itit.model import ITIT, Encoded
 from diptych.nn.gradients import scale_gradient, straight_through_embedding
-from diptych.nn.inference import evaluating
+from diptych.nn.inference import eval_mode
 from diptych.nn.losses import image_loss, text_loss
 from diptych.nn.transformer import Block
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 from diptych.tokenizers.text_encoder import TextEncoder
-from diptych.train.objective import Losses
+from diptych.train.objective import Losses, Objective
 
 
 def t2i_loss(
@@ -30,13 +30,15 @@ def t2i_loss(
     tokens_BN: Int[Tensor, "B N"],
     features_BLF: Float[Tensor, "B L F"],
     valid_BL: Bool[Tensor, "B L"],
-    hiding: Hiding,
+    masking: Masking,
     *,
-    smoothing: float,
+    label_smoothing: float,
 ) -> Float[Tensor, ""]:
     """L_T2I = - E sum over hidden k of log p(i_k | I_M, T), equation (2)."""
-    encoded = with_text(model, tokens_BN, features_BLF, valid_BL, hiding)
-    return image_loss(model.image_logits(encoded, hiding.hidden_BN), tokens_BN, hiding.hidden_BN, smoothing=smoothing)
+    encoded = with_text(model, tokens_BN, features_BLF, valid_BL, masking)
+    return image_loss(
+        model.image_logits(encoded, masking.hidden_BN), tokens_BN, masking.hidden_BN, label_smoothing=label_smoothing
+    )
 
 
 def with_text(
@@ -44,28 +46,30 @@ def with_text(
     tokens_BN: Int[Tensor, "B N"],
     features_BLF: Float[Tensor, "B L F"],
     valid_BL: Bool[Tensor, "B L"],
-    hiding: Hiding,
+    masking: Masking,
 ) -> Encoded:
     """The encoder's pass over I_M and T, which T2I and the first half of T2I2T share."""
     return model.encode(
         model.embed_image(tokens_BN),
-        hidden_BN=hiding.hidden_BN,
-        keep_BK=hiding.keep_BK,
+        hidden_BN=masking.hidden_BN,
+        keep_BK=masking.keep_BK,
         features_BLF=features_BLF,
         valid_BL=valid_BL,
     )
 
 
-def without_text(model: ITIT, tokens_BN: Int[Tensor, "B N"], hiding: Hiding) -> Encoded:
+def without_text(model: ITIT, tokens_BN: Int[Tensor, "B N"], masking: Masking) -> Encoded:
     """The encoder's pass over I_M and the empty text, which I2T and I2I share."""
-    return model.encode(model.embed_image(tokens_BN), hidden_BN=hiding.hidden_BN, keep_BK=hiding.keep_BK)
+    return model.encode(model.embed_image(tokens_BN), hidden_BN=masking.hidden_BN, keep_BK=masking.keep_BK)
 
 
 def i2i_loss(
-    model: ITIT, encoded: Encoded, tokens_BN: Int[Tensor, "B N"], hiding: Hiding, *, smoothing: float
+    model: ITIT, encoded: Encoded, tokens_BN: Int[Tensor, "B N"], masking: Masking, *, label_smoothing: float
 ) -> Float[Tensor, ""]:
     """Equation (2) with an empty text: it trains the unconditional branch of guidance."""
-    return image_loss(model.image_logits(encoded, hiding.hidden_BN), tokens_BN, hiding.hidden_BN, smoothing=smoothing)
+    return image_loss(
+        model.image_logits(encoded, masking.hidden_BN), tokens_BN, masking.hidden_BN, label_smoothing=label_smoothing
+    )
 
 
 def i2t_loss(
@@ -74,22 +78,22 @@ def i2t_loss(
     ids_BL: Int[Tensor, "B L"],
     valid_BL: Bool[Tensor, "B L"],
     *,
-    smoothing: float,
-    encoder_gradient: float,
+    label_smoothing: float,
+    encoder_grad_scale: float,
 ) -> Float[Tensor, ""]:
     """L_I2T = - E sum over l of log p(t_l | I_M, t_0 .. t_{l-1}), equation (1).
 
-    z <- 0.1 z + sg(0.9 z) between the encoder and the text decoder, with ``encoder_gradient`` for 0.1.
+    z <- 0.1 z + sg(0.9 z) between the encoder and the text decoder, with ``encoder_grad_scale`` for 0.1.
     """
-    prefix = scale_gradient(encoded.image_BKD, encoder_gradient)
-    return text_loss(model.text_logits(prefix, shift(ids_BL)), ids_BL, valid_BL, smoothing=smoothing)
+    prefix = scale_gradient(encoded.image_BKD, encoder_grad_scale)
+    return text_loss(model.text_logits(prefix, shift(ids_BL)), ids_BL, valid_BL, label_smoothing=label_smoothing)
 
 
 def t2t_loss(
-    model: ITIT, ids_BL: Int[Tensor, "B L"], valid_BL: Bool[Tensor, "B L"], *, smoothing: float
+    model: ITIT, ids_BL: Int[Tensor, "B L"], valid_BL: Bool[Tensor, "B L"], *, label_smoothing: float
 ) -> Float[Tensor, ""]:
     """A language model without any image: the control of Table 2, rows 5 and 7."""
-    return text_loss(model.text_logits(None, shift(ids_BL)), ids_BL, valid_BL, smoothing=smoothing)
+    return text_loss(model.text_logits(None, shift(ids_BL)), ids_BL, valid_BL, label_smoothing=label_smoothing)
 
 
 def shift(ids_BL: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
@@ -113,10 +117,10 @@ def reimagined(
     pseudo_BN: Int[Tensor, "B N"],
     features_BLF: Float[Tensor, "B L F"],
     valid_BL: Bool[Tensor, "B L"],
-    hiding: Hiding,
+    masking: Masking,
     *,
     gumbel: float,
-    draws: Draws,
+    rng: StepRNG,
 ) -> Float[Tensor, "B N D"]:
     """~I of T2I2T, embedded: the synthesised I' with its hidden part predicted once more, with gradient.
 
@@ -125,12 +129,12 @@ def reimagined(
     Where I'_M was visible ~I keeps I'.
     """
     with torch.no_grad():
-        first = with_text(model, pseudo_BN, features_BLF, valid_BL, hiding)
-    logits_BNC = model.image_logits(first.detach(), hiding.hidden_BN).float()
+        first = with_text(model, pseudo_BN, features_BLF, valid_BL, masking)
+    logits_BNC = model.image_logits(first.detach(), masking.hidden_BN).float()
     if gumbel:
-        logits_BNC = logits_BNC + gumbel * draws.gumbel("gumbel", *logits_BNC.shape, device=logits_BNC.device)
+        logits_BNC = logits_BNC + gumbel * rng.gumbel("gumbel", *logits_BNC.shape, device=logits_BNC.device)
     predicted_BND = straight_through_embedding(logits_BNC, model.token_embedding.weight)
-    return torch.where(hiding.hidden_BN[..., None], predicted_BND, model.embed_image(pseudo_BN))
+    return torch.where(masking.hidden_BN[..., None], predicted_BND, model.embed_image(pseudo_BN))
 
 
 def t2i2t_loss(
@@ -138,17 +142,19 @@ def t2i2t_loss(
     image_BND: Float[Tensor, "B N D"],
     ids_BL: Int[Tensor, "B L"],
     valid_BL: Bool[Tensor, "B L"],
-    hiding: Hiding,
+    masking: Masking,
     *,
-    smoothing: float,
-    encoder_gradient: float,
+    label_smoothing: float,
+    encoder_grad_scale: float,
 ) -> Float[Tensor, ""]:
     """L_T2I2T = - E sum over l of log p(t_l | ~I_M, t_0 .. t_{l-1}), equation (3).
 
     (d) ~I (full cycle: from :func:`reimagined`; half cycle: the embedded I') is hidden in part and captioned.
     """
-    encoded = model.encode(image_BND, hidden_BN=hiding.hidden_BN, keep_BK=hiding.keep_BK)
-    return i2t_loss(model, encoded, ids_BL, valid_BL, smoothing=smoothing, encoder_gradient=encoder_gradient)
+    encoded = model.encode(image_BND, hidden_BN=masking.hidden_BN, keep_BK=masking.keep_BK)
+    return i2t_loss(
+        model, encoded, ids_BL, valid_BL, label_smoothing=label_smoothing, encoder_grad_scale=encoder_grad_scale
+    )
 
 
 def rewritten(
@@ -157,7 +163,7 @@ def rewritten(
     tokens_BN: Int[Tensor, "B N"],
     pseudo_BL: Int[Tensor, "B L"],
     valid_BL: Bool[Tensor, "B L"],
-    hiding: Hiding,
+    masking: Masking,
     *,
     banned_V: Bool[Tensor, "V"],
 ) -> Float[Tensor, "B L F"]:
@@ -168,7 +174,7 @@ def rewritten(
     through to its input. ~T ends where T' ended.
     """
     with torch.no_grad():
-        first = without_text(model, tokens_BN, hiding)
+        first = without_text(model, tokens_BN, masking)
     logits_BLV = model.text_logits(first.image_BKD.detach(), shift(pseudo_BL)).float()
     logits_BLV = logits_BLV.masked_fill(banned_V, -torch.inf)
     embedded_BLF = straight_through_embedding(logits_BLV, text_encoder.embedding.weight)
@@ -180,15 +186,15 @@ def i2t2i_loss(
     tokens_BN: Int[Tensor, "B N"],
     features_BLF: Float[Tensor, "B L F"],
     valid_BL: Bool[Tensor, "B L"],
-    hiding: Hiding,
+    masking: Masking,
     *,
-    smoothing: float,
+    label_smoothing: float,
 ) -> Float[Tensor, ""]:
     """L_I2T2I = - E sum over hidden k of log p(i_k | I_M, ~T), equation (4).
 
     It is equation (2) with ~T for T: features of :func:`rewritten` (full cycle) or of T' (half cycle).
     """
-    return t2i_loss(model, tokens_BN, features_BLF, valid_BL, hiding, smoothing=smoothing)
+    return t2i_loss(model, tokens_BN, features_BLF, valid_BL, masking, label_smoothing=label_smoothing)
 
 
 # JOINED objectives.itit
@@ -210,25 +216,27 @@ class LossWeights:
 
 @dataclass(kw_only=True, slots=True)
 class ItitObjectiveConfig:
-    """The defaults are the paper's, except for the synthesis inside the cycles (see ``draw``)."""
+    """The defaults are the paper's, except for the synthesis inside the cycles (see ``image_generation``)."""
 
     texts: Literal["off", "t2t", "half", "full"] = "full"
     """What loose texts train: nothing, a language model without images (control), the half or the full T2I2T cycle."""
     images: Literal["off", "i2i", "half", "full"] = "full"
     """What bare images train: nothing, masked modelling without text (control), the half or the full I2T2I cycle."""
-    cycles_from: int = 25_000
+    cycle_start_step: int = 25_000
     """Step at which the losses on unpaired data begin; before it, synthesised data would be noise (Table 5)."""
-    hide_for_image: HideConfig = field(default_factory=HideConfig)
+    image_masking: MaskingConfig = field(default_factory=MaskingConfig)
     """Share of image tokens hidden where an image is predicted (T2I, I2I, I2T2I)."""
-    hide_for_text: HideConfig = field(default_factory=lambda: HideConfig(high=0.75))
+    text_masking: MaskingConfig = field(default_factory=lambda: MaskingConfig(high=0.75))
     """Share of image tokens hidden where a text is predicted (I2T, T2I2T). I2I shares its pass, and so its share."""
-    smoothing: float = 0.1
+    label_smoothing: float = 0.1
     """Label smoothing of every loss."""
-    encoder_gradient: float = 0.1
+    encoder_grad_scale: float = 0.1
     """Share of the text decoder's gradient that reaches the encoder."""
     gumbel: float = 1.0
     """Strength of the Gumbel noise in T2I2T's straight-through estimate; 0 is a plain softmax."""
-    draw: DrawConfig = field(default_factory=lambda: DrawConfig(steps=8, guidance=0.0, temperature=4.0))
+    image_generation: ImageGenerationConfig = field(
+        default_factory=lambda: ImageGenerationConfig(steps=8, guidance=0.0, temperature=4.0)
+    )
     """How T2I2T synthesises pictures. Ours: fewer steps and no guidance; docs/results.md shows what they cost."""
     teacher: Literal["self", "ema"] = "self"
     """Who synthesises: the network itself (the paper), or an exponential average of it (as DoraCycle)."""
@@ -238,7 +246,7 @@ class ItitObjectiveConfig:
     """Weight of each loss."""
 
 
-class ItitObjective(nn.Module):
+class ItitObjective(Objective):
     """L = L_T2I + L_I2T + L_I2I on pairs, + L_T2I2T on texts, + L_I2T2I on images."""
 
     banned_V: Tensor
@@ -278,7 +286,7 @@ class ItitObjective(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         terms = self._paired(batch)
-        if step >= self.config.cycles_from:
+        if step >= self.config.cycle_start_step:
             self._update_teacher(step)
             if self.config.texts != "off":
                 terms |= self._texts(batch)
@@ -291,78 +299,84 @@ class ItitObjective(nn.Module):
         return Losses(torch.stack(weighted).sum(), {name: term.detach() for name, term in terms.items()})
 
     def _paired(self, batch: Batch) -> dict[str, Tensor]:
-        c, draws = self.config, batch.draws
-        assert batch.pairs is not None
-        for_image, for_text = batch.pairs[0::2], batch.pairs[1::2]  # so any even run of rows holds as many of each
+        c, rng = self.config, batch.rng
+        pairs: PairExamples = batch["pairs"]
+        for_image, for_text = pairs[0::2], pairs[1::2]  # so any even run of rows holds as many of each
 
-        hiding = self._hide(c.hide_for_image, for_image, draws, "t2i")
-        tokens, features, valid = for_image.tokens, self._features(for_image), for_image.valid
-        t2i = t2i_loss(self.model, tokens, features, valid, hiding, smoothing=c.smoothing)
+        masking = self._hide(c.image_masking, for_image, rng, "t2i")
+        tokens, features, valid = for_image.tokens_BN, self._features(for_image), for_image.valid_BL
+        t2i = t2i_loss(self.model, tokens, features, valid, masking, label_smoothing=c.label_smoothing)
 
-        hiding = self._hide(c.hide_for_text, for_text, draws, "i2t")
-        encoded = without_text(self.model, for_text.tokens, hiding)
-        i2i = i2i_loss(self.model, encoded, for_text.tokens, hiding, smoothing=c.smoothing)
+        masking = self._hide(c.text_masking, for_text, rng, "i2t")
+        encoded = without_text(self.model, for_text.tokens_BN, masking)
+        i2i = i2i_loss(self.model, encoded, for_text.tokens_BN, masking, label_smoothing=c.label_smoothing)
         i2t = i2t_loss(
-            self.model, encoded, for_text.ids, for_text.valid,
-            smoothing=c.smoothing, encoder_gradient=c.encoder_gradient,
+            self.model, encoded, for_text.ids_BL, for_text.valid_BL,
+            label_smoothing=c.label_smoothing, encoder_grad_scale=c.encoder_grad_scale,
         )  # fmt: skip
         return {"t2i": t2i, "i2t": i2t, "i2i": i2i}
 
     def _texts(self, batch: Batch) -> dict[str, Tensor]:
-        c, draws, texts = self.config, batch.draws, batch.texts
-        assert texts is not None
+        c, rng = self.config, batch.rng
+        texts: TextExamples = batch["texts"]
         if c.texts == "t2t":
-            return {"t2t": t2t_loss(self.model, texts.ids, texts.valid, smoothing=c.smoothing)}
+            return {"t2t": t2t_loss(self.model, texts.ids_BL, texts.valid_BL, label_smoothing=c.label_smoothing)}
         features = self._features(texts)
-        with evaluating(synthesiser := self._synthesiser()):
-            pseudo_BN = draw(synthesiser, features, texts.valid, c.draw, draws=draws)
+        with eval_mode(synthesiser := self._synthesiser()):
+            pseudo_BN = generate_image_tokens(synthesiser, features, texts.valid_BL, c.image_generation, rng=rng)
         if c.texts == "full":
-            hiding = self._hide(c.hide_for_image, texts, draws, "t2i2t/first")
-            image_BND = reimagined(self.model, pseudo_BN, features, texts.valid, hiding, gumbel=c.gumbel, draws=draws)
+            masking = self._hide(c.image_masking, texts, rng, "t2i2t/first")
+            image_BND = reimagined(self.model, pseudo_BN, features, texts.valid_BL, masking, gumbel=c.gumbel, rng=rng)
         else:
             image_BND = self.model.embed_image(pseudo_BN)
-        hiding = self._hide(c.hide_for_text, texts, draws, "t2i2t/second")
+        masking = self._hide(c.text_masking, texts, rng, "t2i2t/second")
         loss = t2i2t_loss(
-            self.model, image_BND, texts.ids, texts.valid, hiding,
-            smoothing=c.smoothing, encoder_gradient=c.encoder_gradient,
+            self.model, image_BND, texts.ids_BL, texts.valid_BL, masking,
+            label_smoothing=c.label_smoothing, encoder_grad_scale=c.encoder_grad_scale,
         )  # fmt: skip
         return {"t2i2t": loss}
 
     def _images(self, batch: Batch) -> dict[str, Tensor]:
-        c, draws, images = self.config, batch.draws, batch.images
-        assert images is not None
+        c, rng = self.config, batch.rng
+        images: ImageTokenExamples = batch["images"]
         if c.images == "i2i":
-            hiding = self._hide(c.hide_for_image, images, draws, "unpaired_i2i")
-            encoded = without_text(self.model, images.tokens, hiding)
-            return {"unpaired_i2i": i2i_loss(self.model, encoded, images.tokens, hiding, smoothing=c.smoothing)}
-        with evaluating(synthesiser := self._synthesiser()):
-            length = self.model.config.text_tokens
-            pseudo_BL, _ = write(
-                synthesiser, images.tokens, WriteConfig(beams=1), banned_V=self.banned_V, length=length
+            masking = self._hide(c.image_masking, images, rng, "unpaired_i2i")
+            encoded = without_text(self.model, images.tokens_BN, masking)
+            return {
+                "unpaired_i2i": i2i_loss(
+                    self.model, encoded, images.tokens_BN, masking, label_smoothing=c.label_smoothing
+                )
+            }
+        with eval_mode(synthesiser := self._synthesiser()):
+            length = self.model.config.max_text_len
+            pseudo_BL, _ = generate_text(
+                synthesiser, images.tokens_BN, TextGenerationConfig(beams=1), banned_V=self.banned_V, length=length
             )
         pseudo_BL = pseudo_BL[:, : int((pseudo_BL != self.text_encoder.pad_id).sum(1).max())]
         valid_BL = pseudo_BL != self.text_encoder.pad_id
         if c.images == "full":
-            hiding = self._hide(c.hide_for_text, images, draws, "i2t2i/first")
+            masking = self._hide(c.text_masking, images, rng, "i2t2i/first")
             features = rewritten(
-                self.model, self.text_encoder, images.tokens, pseudo_BL, valid_BL, hiding, banned_V=self.banned_V
+                self.model, self.text_encoder, images.tokens_BN, pseudo_BL, valid_BL, masking, banned_V=self.banned_V
             )
         else:
             features = self.text_encoder.features(pseudo_BL, valid_BL)
-        hiding = self._hide(c.hide_for_image, images, draws, "i2t2i/second")
-        loss = i2t2i_loss(self.model, images.tokens, features, valid_BL, hiding, smoothing=c.smoothing)
+        masking = self._hide(c.image_masking, images, rng, "i2t2i/second")
+        loss = i2t2i_loss(self.model, images.tokens_BN, features, valid_BL, masking, label_smoothing=c.label_smoothing)
         distinct = torch.tensor(len(pseudo_BL.unique(dim=0)) / len(pseudo_BL), device=loss.device)
         # Cycles can agree on captions that are consistent but say nothing; their variety is the first thing to fall.
         return {"i2t2i": loss, "i2t2i/distinct_captions": distinct}
 
-    def _features(self, items: Items) -> Tensor:
+    def _features(self, items: TextExamples | PairExamples) -> Tensor:
         return (
-            items.features_BLF if items.features_BLF is not None else self.text_encoder.features(items.ids, items.valid)
+            items.features_BLF
+            if items.features_BLF is not None
+            else self.text_encoder.features(items.ids_BL, items.valid_BL)
         )
 
-    def _hide(self, config: HideConfig, items: Items, draws: Draws, name: str) -> Hiding:
+    def _hide(self, config: MaskingConfig, items: Examples, rng: StepRNG, name: str) -> Masking:
         positions = self.model.config.image_tokens
-        return hide(config, len(items), positions, draws=draws, name=name, device=self.banned_V.device)
+        return sample_masking(config, len(items), positions, rng=rng, name=name, device=self.banned_V.device)
 
     def _synthesiser(self) -> ITIT:
         return self.model if self.teacher is None else self.teacher
@@ -372,7 +386,7 @@ class ItitObjective(nn.Module):
         """Once a step, before its first forward pass: by then the optimiser has made the step before."""
         if self.teacher is None or self._teacher_step == step or not self.training:
             return
-        first = step == self.config.cycles_from
+        first = step == self.config.cycle_start_step
         self._teacher_step = step
         ours: list[Tensor] = list(self.model.parameters())
         theirs: list[Tensor] = list(self.teacher.parameters())

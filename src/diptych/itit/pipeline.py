@@ -17,21 +17,21 @@ from jaxtyping import Float, Int, Num, UInt8
 from PIL import Image
 from torch import Tensor
 
-from diptych.data.encode import Coders
+from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import channels_first
 from diptych.data.sources.decode import decode
 from diptych.encoders.image import ImageEncoder, resize
 from diptych.encoders.loading import load
 from diptych.errors import UserError
 from diptych.io import load_network, weights_digest
-from diptych.itit.generation import DrawConfig, WriteConfig, draw, write
+from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig, generate_image_tokens, generate_text
 from diptych.itit.model import ITIT
 from diptych.nn.inference import Device, Precision, autocast, pick_device
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
 
-Picture = str | Path | Image.Image | np.ndarray
+ImageLike = str | Path | Image.Image | np.ndarray
 """A path, a PIL image, or uint8 [H W 3]."""
 
 _ROWS = 64
@@ -76,8 +76,8 @@ class Diptych:
         text_encoder: TextEncoder,
         model: ITIT,
         *,
-        draw: DrawConfig | None = None,
-        write: WriteConfig | None = None,
+        image_generation: ImageGenerationConfig | None = None,
+        text_generation: TextGenerationConfig | None = None,
         device: str | torch.device = "cpu",
         precision: Precision = "auto",
     ) -> None:
@@ -86,8 +86,8 @@ class Diptych:
         self.tokenizer = tokenizer.to(self.device).eval()
         self.text_encoder = text_encoder.to(self.device)
         self.model = model.to(self.device).eval()
-        self.draw_config = draw or DrawConfig()
-        self.write_config = write or WriteConfig()
+        self.image_generation = image_generation or ImageGenerationConfig()
+        self.text_generation = text_generation or TextGenerationConfig()
         self.banned_V = torch.zeros(text_encoder.vocab_rows, dtype=torch.bool, device=self.device)
         self.banned_V[list(text_encoder.banned_ids)] = True
 
@@ -110,29 +110,29 @@ class Diptych:
         for part in ("tokenizer", "text_encoder", "model"):
             if not (run / part).is_dir():
                 raise UserError(f"{run}: has no {part}/, so it is no finished ITIT run: let `diptych fit` finish it")
-        draw, write = _generation(run)
+        image_generation, text_generation = _generation(run)
         return cls(
             ImageTokenizer.from_pretrained(run / "tokenizer"),
             TextEncoder.from_pretrained(run / "text_encoder"),
             load_network(ITIT, run / "model"),
-            draw=draw,
-            write=write,
+            image_generation=image_generation,
+            text_generation=text_generation,
             device=pick_device(device),
             precision=precision,
         )
 
     @property
-    def coders(self) -> Coders:
+    def data_tokenizers(self) -> DataTokenizers:
         """What `encode` needs to prepare data for this run."""
-        return coders(self.tokenizer, self.text_encoder, length=self.model.config.text_tokens)
+        return data_tokenizers(self.tokenizer, self.text_encoder, length=self.model.config.max_text_len)
 
     # Generation
 
-    def caption(self, pictures: Sequence[Picture], *, beams: int | None = None) -> list[str]:
+    def caption(self, pictures: Sequence[ImageLike], *, beams: int | None = None) -> list[str]:
         """One caption per picture."""
         return [caption.text for caption in self.captions(pictures, beams=beams)]
 
-    def captions(self, pictures: Sequence[Picture], *, beams: int | None = None) -> list[Caption]:
+    def captions(self, pictures: Sequence[ImageLike], *, beams: int | None = None) -> list[Caption]:
         """One caption per picture, with its score."""
         found: list[Caption] = []
         for start in range(0, len(pictures), _ROWS):
@@ -147,42 +147,46 @@ class Diptych:
 
     def caption_tokens(self, tokens_BN: Tensor, *, beams: int | None = None) -> list[Caption]:
         """As :meth:`captions`, from image tokens."""
-        config = self.write_config if beams is None else replace(self.write_config, beams=beams)
+        config = self.text_generation if beams is None else replace(self.text_generation, beams=beams)
         found: list[Caption] = []
         for piece in tokens_BN.to(self.device).split(_ROWS):
-            length = self.model.config.text_tokens
+            length = self.model.config.max_text_len
             with autocast(self.device, self.precision):
-                ids_BL, score_B = write(self.model, piece, config, banned_V=self.banned_V, length=length)
+                ids_BL, score_B = generate_text(self.model, piece, config, banned_V=self.banned_V, length=length)
             scores = [None] * len(piece) if score_B is None else score_B.tolist()
             texts = self.text_encoder.detokenize(ids_BL)
             found += [Caption(text=text, score=score) for text, score in zip(texts, scores, strict=True)]
         return found
 
     def imagine(
-        self, texts: Sequence[str], *, seed: int = 0, draw: DrawConfig | None = None
+        self, texts: Sequence[str], *, seed: int = 0, config: ImageGenerationConfig | None = None
     ) -> UInt8[np.ndarray, "B S S 3"]:
         """One picture per text, uint8. The same seed draws the same pictures."""
-        tokens_BN = self.imagine_tokens(texts, seed=seed, config=draw)
+        tokens_BN = self.imagine_tokens(texts, seed=seed, config=config)
         return self.tokenizer.decode(tokens_BN).permute(0, 2, 3, 1).cpu().numpy()
 
-    def imagine_tokens(self, texts: Sequence[str], *, seed: int = 0, config: DrawConfig | None = None) -> Tensor:
+    def imagine_tokens(
+        self, texts: Sequence[str], *, seed: int = 0, config: ImageGenerationConfig | None = None
+    ) -> Tensor:
         """As :meth:`imagine`, before the tokenizer makes pixels of it: [B N]."""
         if not texts or isinstance(texts, str):
             raise UserError("no text to imagine" if not texts else f"one text, {texts!r:.60}: give a list of texts")
         found = []
         for start in range(0, len(texts), _ROWS):
             ids_BL, valid_BL = self.text_encoder.tokenize(
-                list(texts[start : start + _ROWS]), length=self.model.config.text_tokens
+                list(texts[start : start + _ROWS]), length=self.model.config.max_text_len
             )
             ids_BL, valid_BL = ids_BL.to(self.device), valid_BL.to(self.device)
             features_BLF = self.text_encoder.features(ids_BL, valid_BL)
-            draws = Draws(seed, start)
+            rng = StepRNG(seed, start)
             with autocast(self.device, self.precision):
-                found.append(draw(self.model, features_BLF, valid_BL, config or self.draw_config, draws=draws))
+                found.append(
+                    generate_image_tokens(self.model, features_BLF, valid_BL, config or self.image_generation, rng=rng)
+                )
         return torch.cat(found)
 
     def cycle(
-        self, *, text: str | None = None, image: Picture | None = None, rounds: int = 3, seed: int = 0
+        self, *, text: str | None = None, image: ImageLike | None = None, rounds: int = 3, seed: int = 0
     ) -> list[CycleStep]:
         """From a text to a picture to a text, or from a picture to a text to a picture, ``rounds`` times over."""
         if (text is None) == (image is None):
@@ -199,12 +203,12 @@ class Diptych:
                 steps.append(CycleStep(text=self.caption([last.picture])[0]))
         return steps
 
-    def read(self, picture: Picture) -> UInt8[np.ndarray, "S S 3"]:
+    def read(self, picture: ImageLike) -> UInt8[np.ndarray, "S S 3"]:
         """A picture at the tokenizer's size: its centre square, resized."""
         if isinstance(picture, np.ndarray):
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
                 raise UserError(f"a picture of {picture.dtype} {picture.shape}: give uint8 [height, width, 3]")
-            if picture.shape[:2] == (self.tokenizer.size, self.tokenizer.size):
+            if picture.shape[:2] == (self.tokenizer.image_size, self.tokenizer.image_size):
                 return picture
             picture = Image.fromarray(picture)
         if isinstance(picture, Image.Image):
@@ -212,11 +216,13 @@ class Diptych:
             exif = picture.getexif()  # tells which side is up
             # PNG and TIFF hold all modes between them.
             picture.save(lossless, "TIFF" if picture.mode in ("CMYK", "LAB", "YCbCr", "F", "I") else "PNG", exif=exif)
-            return decode(lossless.getvalue(), self.tokenizer.size)
-        return decode(Path(picture), self.tokenizer.size)
+            return decode(lossless.getvalue(), self.tokenizer.image_size)
+        return decode(Path(picture), self.tokenizer.image_size)
 
 
-def coders(tokenizer: ImageTokenizer, text_encoder: TextEncoder, *, length: int, features: bool = False) -> Coders:
+def data_tokenizers(
+    tokenizer: ImageTokenizer, text_encoder: TextEncoder, *, length: int, features: bool = False
+) -> DataTokenizers:
     """Pixels to tokens and texts to ids (and, if wanted, to frozen features)."""
     device = text_encoder.embedding.weight.device
 
@@ -224,8 +230,8 @@ def coders(tokenizer: ImageTokenizer, text_encoder: TextEncoder, *, length: int,
         pieces = [text_encoder.features(piece, piece != text_encoder.pad_id) for piece in ids_BL.to(device).split(256)]
         return torch.cat(pieces)
 
-    return Coders(
-        image_size=tokenizer.size,
+    return DataTokenizers(
+        image_size=tokenizer.image_size,
         tokens=lambda pixels_B3HW: tokenizer.encode(pixels_B3HW.to(device)),
         ids=lambda texts: text_encoder.tokenize(texts, length=length)[0],
         features=to_features if features else None,
@@ -233,13 +239,13 @@ def coders(tokenizer: ImageTokenizer, text_encoder: TextEncoder, *, length: int,
     )
 
 
-def _generation(run: Path) -> tuple[DrawConfig, WriteConfig]:
+def _generation(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfig]:
     """The run's own settings for drawing and writing."""
     try:
         found = json.loads((run / "config.json").read_text())["generation"]
-        return DrawConfig(**found["draw"]), WriteConfig(**found["write"])
+        return ImageGenerationConfig(**found["image"]), TextGenerationConfig(**found["text"])
     except FileNotFoundError:
-        return DrawConfig(), WriteConfig()
+        return ImageGenerationConfig(), TextGenerationConfig()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run}/config.json: cannot be used ({error}): copy it again") from error
 
@@ -251,8 +257,8 @@ class ItitImageEncoder(ImageEncoder):
         super().__init__()
         self.tokenizer = tokenizer.requires_grad_(False)
         self.network = network
-        self.width, self.image_size = network.config.width, tokenizer.size
-        self.preprocessing: dict[str, Any] = {"size": tokenizer.size, "pooling": "mean"}
+        self.width, self.image_size = network.config.width, tokenizer.image_size
+        self.preprocessing: dict[str, Any] = {"size": tokenizer.image_size, "pooling": "mean"}
 
     @classmethod
     def from_pretrained(cls, folder: str) -> Self:

@@ -5,8 +5,8 @@ from dataclasses import replace
 import tyro
 
 from diptych.itit.data import DataConfig
-from diptych.itit.generation import DrawConfig, WriteConfig
-from diptych.itit.masking import HideConfig
+from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
+from diptych.itit.masking import MaskingConfig
 from diptych.itit.model import SIZES
 from diptych.itit.objective import ItitObjectiveConfig
 from diptych.itit.training import GenerationConfig, ItitRun
@@ -24,16 +24,18 @@ def itit_tiny() -> ItitRun:
         data=DataConfig(pairs=tyro.MISSING),
         tokenizer_stage=tokenizer_tiny(),
         text_encoder_stage=encoder_tiny(),
-        model=replace(SIZES["tiny"], text_tokens=24, dropout=0.0),
+        model=replace(SIZES["tiny"], max_text_len=24, dropout=0.0),
         objective=ItitObjectiveConfig(
-            cycles_from=40,
-            hide_for_text=HideConfig(low=0.0, high=0.5, mode=0.25),
-            encoder_gradient=1.0,
-            draw=DrawConfig(steps=4, guidance=0.0, temperature=4.0),
+            cycle_start_step=40,
+            text_masking=MaskingConfig(low=0.0, high=0.5, mode=0.25),
+            encoder_grad_scale=1.0,
+            image_generation=ImageGenerationConfig(steps=4, guidance=0.0, temperature=4.0),
         ),
         train=TrainConfig(steps=800, batch_size=32, checkpoint_every=400, eval_every=200, ema=0.99, workers=1),
         optim=OptimConfig(lr=1.5e-3, warmup_steps=50, schedule="constant"),
-        generation=GenerationConfig(draw=DrawConfig(steps=16, guidance=1.0, temperature=1.0, token_temperature=0.5)),
+        generation=GenerationConfig(
+            image=ImageGenerationConfig(steps=16, guidance=1.0, temperature=1.0, token_temperature=0.5)
+        ),
     )
 
 
@@ -48,18 +50,20 @@ def itit_small() -> ItitRun:
         data=DataConfig(pairs=tyro.MISSING, feature_cache_mb=512),
         tokenizer_stage=tokenizer_small(),
         text_encoder_stage=encoder_small(),
-        model=replace(SIZES["small"], text_tokens=28, dropout=0.0),
+        model=replace(SIZES["small"], max_text_len=28, dropout=0.0),
         objective=ItitObjectiveConfig(
-            cycles_from=100,
-            hide_for_text=HideConfig(low=0.0, high=0.5, mode=0.25),
-            encoder_gradient=1.0,
-            draw=DrawConfig(steps=4, guidance=0.0, temperature=4.0),
+            cycle_start_step=100,
+            text_masking=MaskingConfig(low=0.0, high=0.5, mode=0.25),
+            encoder_grad_scale=1.0,
+            image_generation=ImageGenerationConfig(steps=4, guidance=0.0, temperature=4.0),
         ),
         train=TrainConfig(steps=1000, batch_size=32, checkpoint_every=200, eval_every=200, ema=0.99),
         optim=OptimConfig(lr=1e-3, warmup_steps=100),
         generation=GenerationConfig(
-            draw=DrawConfig(steps=16, guidance=2.0, temperature=4.0),
-            write=WriteConfig(length_power=1.0),  # at the paper's 0.6 a network this small prefers captions of a word
+            image=ImageGenerationConfig(steps=16, guidance=2.0, temperature=4.0),
+            text=TextGenerationConfig(
+                length_power=1.0
+            ),  # at the paper's 0.6 a network this small prefers captions of a word
         ),
     )
 
@@ -80,7 +84,7 @@ def itit_base() -> ItitRun:
         model=SIZES["base"],
         train=TrainConfig(steps=1_500_000, batch_size=512, checkpoint_every=5000, eval_every=25_000, workers=8),
         optim=OptimConfig(
-            name="adafactor", lr=1e-4, betas=(0.9, 0.96), weight_decay=0.045, clip=3.0, warmup_steps=5000
+            name="adafactor", lr=1e-4, betas=(0.9, 0.96), weight_decay=0.045, max_grad_norm=3.0, warmup_steps=5000
         ),
     )
 

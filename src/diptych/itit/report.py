@@ -9,7 +9,7 @@ from torch import nn
 from diptych.data.pixels import read_captioned
 from diptych.data.sources import open_source
 from diptych.data.store import Store
-from diptych.itit.data import DataConfig, Parts
+from diptych.itit.data import DataConfig, DataSplit
 from diptych.itit.evaluation import EvaluateConfig, evaluate
 from diptych.itit.pipeline import Diptych
 from diptych.report.figures import Panel, curves, read_metrics
@@ -30,11 +30,11 @@ class Samples:
     From ``data.valid`` (then the first 128 of it are also scored, quickly, with greedy captions), else some pairs.
     """
 
-    def __init__(self, diptych: Diptych, parts: Parts, data: DataConfig, folder: Path) -> None:
+    def __init__(self, diptych: Diptych, parts: DataSplit, data: DataConfig, folder: Path) -> None:
         self.diptych, self.folder = diptych, folder
         self.valid = open_source(data.valid, columns=data.columns) if data.valid else None
         if self.valid is not None:
-            items, pixels = read_captioned(self.valid, limit=_SHOWN, size=diptych.tokenizer.size)
+            items, pixels = read_captioned(self.valid, limit=_SHOWN, size=diptych.tokenizer.image_size)
             self.pixels = list(pixels)
             self.texts = [self.valid.captions(item)[0] for item in items]
         else:
@@ -42,8 +42,8 @@ class Samples:
             pairs = parts.pairs.source.pairs(parts.pairs.items, seed=0)
             rows = np.arange(min(_SHOWN, pairs.size))
             shown = pairs.take(rows, np.zeros_like(rows))
-            self.pixels = list(diptych.tokenizer.decode(shown.tokens).permute(0, 2, 3, 1).cpu().numpy())
-            self.texts = diptych.text_encoder.detokenize(shown.ids)
+            self.pixels = list(diptych.tokenizer.decode(shown.tokens_BN).permute(0, 2, 3, 1).cpu().numpy())
+            self.texts = diptych.text_encoder.detokenize(shown.ids_BL)
 
     @torch.no_grad()
     def run(self, step: int, objective: nn.Module) -> dict[str, Measured]:

@@ -11,14 +11,14 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from diptych.data.encode import Coders
-from diptych.data.streams import Batches
+from diptych.data.encode import DataTokenizers
+from diptych.data.streams import BatchSampler
 from diptych.errors import UserError
-from diptych.itit.data import DataConfig, Part, Parts, encode_part, open_parts
-from diptych.itit.generation import DrawConfig, WriteConfig
+from diptych.itit.data import DataConfig, DataSplit, Subset, encode_part, open_parts
+from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ITIT, ItitConfig
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig
-from diptych.itit.pipeline import Diptych, coders
+from diptych.itit.pipeline import Diptych, data_tokenizers
 from diptych.itit.report import Samples
 from diptych.nn.inference import pick_device
 from diptych.run_folder import part_of, read_config, save_model, write_config
@@ -34,9 +34,9 @@ from diptych.train.loop import Hook, TrainResult, train
 class GenerationConfig:
     """How the trained run draws and writes unless told otherwise."""
 
-    draw: DrawConfig = field(default_factory=DrawConfig)
+    image: ImageGenerationConfig = field(default_factory=ImageGenerationConfig)
     """Pictures from texts."""
-    write: WriteConfig = field(default_factory=WriteConfig)
+    text: TextGenerationConfig = field(default_factory=TextGenerationConfig)
     """Texts from pictures."""
 
 
@@ -75,16 +75,16 @@ class ItitRun:
         samples = Samples(self.diptych(objective, ready), ready.encoded, self.data, out / "samples")
         result = self.train_on(ready, objective, out, hooks=[Hook(every=self.train.eval_every, run=samples.run)])
         if result.finished and PartialState().is_main_process:
-            with result.evaluating(objective):
+            with result.eval_mode(objective):
                 samples.report(out, recipe=recipe)
         return result
 
     def check(self) -> None:
         """Raise UserError for combinations of fields that no stage would notice early."""
         unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
-        if unpaired and self.objective.cycles_from >= self.train.steps:
+        if unpaired and self.objective.cycle_start_step >= self.train.steps:
             raise UserError(
-                f"--objective.cycles-from {self.objective.cycles_from} is not before --train.steps {self.train.steps}, "
+                f"--objective.cycle-start-step {self.objective.cycle_start_step} is not before --train.steps {self.train.steps}, "
                 "so unpaired data would never be used: lower it, or switch --objective.texts and .images off"
             )
 
@@ -111,9 +111,9 @@ class ItitRun:
         config = replace(
             self.model,
             image_tokens=ready.tokenizer.tokens,
-            codebook=ready.tokenizer.codes,
+            codebook_size=ready.tokenizer.codebook_size,
             text_features=ready.text_encoder.width,
-            vocabulary=ready.text_encoder.vocab_rows,
+            vocab_size=ready.text_encoder.vocab_rows,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
@@ -125,7 +125,7 @@ class ItitRun:
         """The last stage: train on encoded data and save ``out/model``."""
         stores = {name: getattr(ready.encoded, name) for name in ("pairs", "images", "texts")}
         pairs, images, texts = stores["pairs"], stores["images"], stores["texts"]
-        batches = Batches(
+        batches = BatchSampler(
             {
                 "pairs": pairs.source.pairs(pairs.items, seed=self.train.seed),
                 "images": images.source.images(images.items),
@@ -141,14 +141,14 @@ class ItitRun:
         result = train(
             objective, batches, out=out, train=self.train, optim=self.optim, hooks=hooks, title=title, identity=identity
         )
-        with result.evaluating(objective):
+        with result.eval_mode(objective):
             if PartialState().is_main_process:
                 save_model(objective.model, out / "model")
         return result
 
     # Stages
 
-    def _tokenizer(self, parts: Parts, out: Path) -> ImageTokenizer:
+    def _tokenizer(self, parts: DataSplit, out: Path) -> ImageTokenizer:
         def make() -> ImageTokenizer:
             if self.tokenizer is not None:
                 return ImageTokenizer.from_pretrained(part_of(self.tokenizer, "tokenizer"))
@@ -157,7 +157,7 @@ class ItitRun:
 
         return _once(out / "tokenizer", make, ImageTokenizer.from_pretrained)
 
-    def _text_encoder(self, parts: Parts, out: Path) -> TextEncoder:
+    def _text_encoder(self, parts: DataSplit, out: Path) -> TextEncoder:
         def make() -> TextEncoder:
             if self.text_encoder is not None:
                 return TextEncoder.from_pretrained(part_of(self.text_encoder, "text_encoder"))
@@ -166,22 +166,22 @@ class ItitRun:
 
         return _once(out / "text_encoder", make, TextEncoder.from_pretrained)
 
-    def _encode(self, parts: Parts, tokenizer: ImageTokenizer, text_encoder: TextEncoder, out: Path) -> Parts:
+    def _encode(self, parts: DataSplit, tokenizer: ImageTokenizer, text_encoder: TextEncoder, out: Path) -> DataSplit:
         device = pick_device(self.train.device)
         tokenizer, text_encoder = tokenizer.to(device), text_encoder.to(device)
-        both = coders(tokenizer, text_encoder, length=self.model.text_tokens)
+        both = data_tokenizers(tokenizer, text_encoder, length=self.model.max_text_len)
         captions = _captions(parts.texts) + (0 if parts.texts is parts.pairs else _captions(parts.pairs))
-        features_mb = captions * self.model.text_tokens * text_encoder.width * 2 / 2**20
+        features_mb = captions * self.model.max_text_len * text_encoder.width * 2 / 2**20
         cached = features_mb <= self.data.feature_cache_mb
-        with_features = coders(tokenizer, text_encoder, length=self.model.text_tokens, features=cached)
+        with_features = data_tokenizers(tokenizer, text_encoder, length=self.model.max_text_len, features=cached)
 
-        def one(name: str, what: Coders) -> Part:
+        def one(name: str, what: DataTokenizers) -> Subset:
             part = getattr(parts, name)
             with PartialState().main_process_first():
                 return encode_part(part, out / "encoded" / name, what, data=self.data, advance=_say(name))
 
         pairs = one("pairs", with_features)
-        return Parts(
+        return DataSplit(
             pairs=pairs,
             images=pairs if parts.images is parts.pairs else one("images", replace(both, ids=None)),
             texts=pairs if parts.texts is parts.pairs else one("texts", replace(with_features, tokens=None)),
@@ -190,8 +190,11 @@ class ItitRun:
     def diptych(self, objective: ItitObjective, ready: "Prepared") -> Diptych:
         """The network in training as something that captions and draws."""
         device = pick_device(self.train.device)
-        draw, write = self.generation.draw, self.generation.write
-        return Diptych(ready.tokenizer, ready.text_encoder, objective.model, draw=draw, write=write, device=device)
+        image, text = self.generation.image, self.generation.text
+        return Diptych(
+            ready.tokenizer, ready.text_encoder, objective.model,
+            image_generation=image, text_generation=text, device=device,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +203,7 @@ class Prepared:
 
     tokenizer: ImageTokenizer
     text_encoder: TextEncoder
-    encoded: Parts
+    encoded: DataSplit
 
 
 def _once(folder: Path, make: Callable[[], Any], load: Callable[[Path], Any]) -> Any:
@@ -215,7 +218,7 @@ def _once(folder: Path, make: Callable[[], Any], load: Callable[[Path], Any]) ->
     return loaded
 
 
-def _captions(part: Part) -> int:
+def _captions(part: Subset) -> int:
     if hasattr(part.source, "starts"):
         return 0  # encoded already, with or without features
     sample = part.items[:: max(1, len(part.items) // 256)]

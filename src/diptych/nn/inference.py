@@ -37,7 +37,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside; afterwards every submodule has the mode it had."""
     modes = {part: part.training for part in module.modules()}
     module.eval()

@@ -17,10 +17,10 @@ def image_loss(
     tokens_BN: Int[Tensor, "B N"],
     hidden_BN: Bool[Tensor, "B N"],
     *,
-    smoothing: float,
+    label_smoothing: float,
 ) -> Float[Tensor, ""]:
     """- sum over hidden k of log p(i_k | ...), equations (2) and (4), as a mean."""
-    return _row_mean(logits_BNC, tokens_BN, hidden_BN, smoothing)
+    return _row_mean(logits_BNC, tokens_BN, hidden_BN, label_smoothing)
 
 
 def text_loss(
@@ -28,15 +28,15 @@ def text_loss(
     ids_BL: Int[Tensor, "B L"],
     valid_BL: Bool[Tensor, "B L"],
     *,
-    smoothing: float,
+    label_smoothing: float,
 ) -> Float[Tensor, ""]:
     """- sum over l of log p(t_l | ..., t_0 .. t_{l-1}), equations (1) and (3), as a mean. Padding does not count."""
-    return _row_mean(logits_BLV, ids_BL, valid_BL, smoothing)
+    return _row_mean(logits_BLV, ids_BL, valid_BL, label_smoothing)
 
 
-def _row_mean(logits: Tensor, target: Tensor, counts: Tensor, smoothing: float) -> Tensor:
+def _row_mean(logits: Tensor, target: Tensor, counts: Tensor, label_smoothing: float) -> Tensor:
     loss = F.cross_entropy(
-        logits.flatten(0, 1).float(), target.flatten(), reduction="none", label_smoothing=smoothing
+        logits.flatten(0, 1).float(), target.flatten(), reduction="none", label_smoothing=label_smoothing
     ).view_as(target)
     weight = counts.to(loss.dtype)
     return ((loss * weight).sum(1) / weight.sum(1).clamp_min(1)).mean()

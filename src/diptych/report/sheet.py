@@ -67,7 +67,7 @@ def _words(text: str, *, width: float, face: ImageFont.FreeTypeFont) -> list[str
 #| Shapes: B pictures, H and W pixels.
 
 
-Picture = UInt8[np.ndarray, "H W 3"]
+ImageLike = UInt8[np.ndarray, "H W 3"]
 
 PAPER, CARD, EDGE, INK, FAINT = "#ffffff", "#eef1f5", "#dfe3e8", "#1d2129", "#98a1b0"
 MARGIN, GAP, ARROW, LABEL_WIDTH = 20, 14, 30, 110
@@ -82,13 +82,13 @@ class Cell:
     caption: str = ""
 
 
-def from_pixels(pixels_B3HW: UInt8[Tensor, "B 3 H W"]) -> list[Picture]:
+def from_pixels(pixels_B3HW: UInt8[Tensor, "B 3 H W"]) -> list[ImageLike]:
     """The models' pixels as the arrays that pictures are in this package."""
     return list(np.ascontiguousarray(pixels_B3HW.cpu().numpy().transpose(0, 2, 3, 1)))
 
 
 def contact_sheet(
-    pictures: Sequence[Picture], *, captions: Sequence[str] = (), title: str = "", columns: int = 0, side: int = 160
+    pictures: Sequence[ImageLike], *, captions: Sequence[str] = (), title: str = "", columns: int = 0, side: int = 160
 ) -> Image.Image:
     """Pictures in reading order, ``side`` pixels wide each; ``columns`` = 0 gives about twice as many as rows."""
     if captions and len(captions) != len(pictures):
@@ -106,13 +106,13 @@ def comparison(
     return _Sheet(rows=cells, labels=labels, headings=headings, title=title, side=side).draw()
 
 
-def cycle_strip(steps: Sequence[str | Picture], *, title: str = "", columns: int = 6, side: int = 160) -> Image.Image:
+def cycle_strip(steps: Sequence[str | ImageLike], *, title: str = "", columns: int = 6, side: int = 160) -> Image.Image:
     """text -> picture -> text -> ... in reading order with arrows; a long cycle goes on in the next line."""
     cells = [Cell(caption=step) if isinstance(step, str) else Cell(picture=step) for step in steps]
     return _Sheet(rows=_chunks(cells, columns), between="arrow", title=title, side=side).draw()
 
 
-def scale(picture: Picture, *, side: int) -> Image.Image:
+def scale(picture: ImageLike, *, side: int) -> Image.Image:
     """Fit into a square of ``side``. Small pictures grow by whole factors: their pixels stay square and sharp."""
     image = Image.fromarray(picture)
     longest = max(image.size)
@@ -123,14 +123,14 @@ def scale(picture: Picture, *, side: int) -> Image.Image:
     return image
 
 
-def png(image: Image.Image | Picture) -> bytes:
+def png(image: Image.Image | ImageLike) -> bytes:
     buffer = io.BytesIO()
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def save_png(path: str | os.PathLike[str], image: Image.Image | Picture) -> Path:
+def save_png(path: str | os.PathLike[str], image: Image.Image | ImageLike) -> Path:
     """Write a picture or a sheet; the file is whole or not there."""
     return write_bytes(path, png(image))
 

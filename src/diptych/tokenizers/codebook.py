@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diptych.rng import Draws
+from diptych.rng import StepRNG
 from diptych.tokenizers.image_tokenizer import nearest_codes
 
 
@@ -53,21 +53,21 @@ class Codebook(nn.Module):
 
     usage_K: Tensor
 
-    def __init__(self, config: CodebookConfig, *, codes: int):
+    def __init__(self, config: CodebookConfig, *, codebook_size: int):
         super().__init__()
         self.config = config
         # A buffer that is saved: a resumed run must find the same codes dead.
-        self.register_buffer("usage_K", torch.full((codes,), 1 / codes))
+        self.register_buffer("usage_K", torch.full((codebook_size,), 1 / codebook_size))
 
     def forward(
-        self, latents_BEhw: Float[Tensor, "B E h w"], codes_KE: Float[Tensor, "K E"], *, draws: Draws, step: int
+        self, latents_BEhw: Float[Tensor, "B E h w"], codes_KE: Float[Tensor, "K E"], *, rng: StepRNG, step: int
     ) -> Quantised:
         rows, _, height, width = latents_BEhw.shape
         latents_ME = latents_BEhw.permute(0, 2, 3, 1).flatten(0, 2).float()
         if step < self.config.start:
             zero = latents_ME.new_zeros(())
             return Quantised(latents_BEhw, zero, zero, zero)
-        self._tend(latents_ME.detach(), codes_KE.detach(), draws, step)
+        self._tend(latents_ME.detach(), codes_KE.detach(), rng, step)
         tokens_M = nearest_codes(latents_ME.detach(), codes_KE.detach())
         share_K = self._count(tokens_M)
         chosen_ME = F.embedding(tokens_M, codes_KE)
@@ -87,18 +87,18 @@ class Codebook(nn.Module):
         return share_K
 
     @torch.no_grad()
-    def _tend(self, latents_ME: Tensor, codes_KE: Tensor, draws: Draws, step: int) -> None:
+    def _tend(self, latents_ME: Tensor, codes_KE: Tensor, rng: StepRNG, step: int) -> None:
         """Seeds the codebook at its first step, revives dead codes later. Changes the codes in place."""
         config = self.config
         if not self.training:
             return
         if step == config.start:
             everywhere_ME = _gather_rows(latents_ME)
-            codes_KE.copy_(k_means(everywhere_ME, len(codes_KE), config.seeding_rounds, draws.generator("codebook")))
+            codes_KE.copy_(k_means(everywhere_ME, len(codes_KE), config.seeding_rounds, rng.generator("codebook")))
             self.usage_K.fill_(1 / len(codes_KE))
         elif config.reset_every and step % config.reset_every == 0 and config.start < step < config.reset_until:
             dead_K = self.usage_K * len(codes_KE) < config.dead_below
-            fresh_KE = sample_rows(_gather_rows(latents_ME), len(codes_KE), draws.generator("codebook"))
+            fresh_KE = sample_rows(_gather_rows(latents_ME), len(codes_KE), rng.generator("codebook"))
             codes_KE.copy_(torch.where(dead_K[:, None], fresh_KE, codes_KE))
             self.usage_K.masked_fill_(dead_K, 1 / len(codes_KE))  # time to be found before the next search
 
@@ -110,13 +110,13 @@ def sample_rows(latents_ME: Float[Tensor, "M E"], rows: int, generator: torch.Ge
 
 
 def k_means(
-    latents_ME: Float[Tensor, "M E"], codes: int, rounds: int, generator: torch.Generator
+    latents_ME: Float[Tensor, "M E"], codebook_size: int, rounds: int, generator: torch.Generator
 ) -> Float[Tensor, "K E"]:
     """Lloyd's algorithm from random rows. A centre that loses all its rows stays where it is."""
     centres_KE = sample_rows(latents_ME, codes, generator)
     for _ in range(rounds):
         nearest_M = nearest_codes(latents_ME, centres_KE)
-        count_K1 = torch.bincount(nearest_M, minlength=codes)[:, None]
+        count_K1 = torch.bincount(nearest_M, minlength=codebook_size)[:, None]
         sums_KE = torch.zeros_like(centres_KE).index_add_(0, nearest_M, latents_ME)
         centres_KE = torch.where(count_K1 > 0, sums_KE / count_K1.clamp_min(1), centres_KE)
     return centres_KE

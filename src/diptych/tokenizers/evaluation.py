@@ -50,14 +50,14 @@ def evaluate_tokenizer(
     extractor: FeatureExtractor | None = None,
 ) -> TokenizerScore:
     """Encodes and decodes every picture once. Raises UserError when there is none (two for the Frechet distance)."""
-    psnr_sum, images, count_K = 0.0, 0, torch.zeros(tokenizer.codes, dtype=torch.int64)
+    psnr_sum, images, count_K = 0.0, 0, torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
     sides: tuple[FeatureStatistics, FeatureStatistics] | None = None
     for pixels_B3HW in batches:
         tokens_BN = tokenizer.encode(pixels_B3HW)
         output_B3HW = tokenizer.decode(tokens_BN).cpu()
         psnr_sum += psnr_of_each(output_B3HW, pixels_B3HW.cpu()).sum().item()
         images += len(pixels_B3HW)
-        count_K += torch.bincount(tokens_BN.flatten().cpu(), minlength=tokenizer.codes)
+        count_K += torch.bincount(tokens_BN.flatten().cpu(), minlength=tokenizer.codebook_size)
         if extractor is not None:
             seen = [feature_statistics(extractor, side) for side in (pixels_B3HW, output_B3HW)]
             sides = (sides[0].merge(seen[0]), sides[1].merge(seen[1])) if sides else (seen[0], seen[1])
@@ -125,7 +125,7 @@ def evaluate_tokenizer_run(
 ) -> None:
     """Score the image tokenizer of a run: a line, ``metrics.json`` and a sheet of pictures before and after."""
     tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(pick_device(device))
-    pixels_BSS3 = read_images(source, limit=limit, size=tokenizer.size)[1]
+    pixels_BSS3 = read_images(source, limit=limit, size=tokenizer.image_size)[1]
     pixels_B3SS = channels_first(pixels_BSS3)
     score = evaluate_tokenizer(tokenizer, pixels_B3SS.split(64), extractor=open_extractor(features))
     after = tokenizer.decode(tokenizer.encode(pixels_B3SS[:_SHOWN])).permute(0, 2, 3, 1).cpu().numpy()

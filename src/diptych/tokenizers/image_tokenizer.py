@@ -31,9 +31,9 @@ if TYPE_CHECKING:  # diffusers takes seconds to import, so it is imported where 
 
 @dataclass(kw_only=True, slots=True)
 class ImageTokenizerConfig:
-    size: int = 256
+    image_size: int = 256
     """Height and width of the pictures in pixels."""
-    codes: int = 8192
+    codebook_size: int = 8192
     """Number of codes K, the image vocabulary."""
     code_dim: int = 256
     """Width of a code. Narrow codes (8 to 32) keep more of a small codebook in use."""
@@ -61,20 +61,22 @@ def nearest_codes(latents_ME: Float[Tensor, "M E"], codebook_KE: Float[Tensor, "
 
 
 class ImageTokenizer(nn.Module):
-    """`size` x `size` pictures to `tokens` = (size / factor)² tokens out of `codes`."""
+    """`image_size` x `image_size` pictures to `tokens` = (image_size / factor)² tokens out of `codes`."""
 
-    def __init__(self, network: "VQModel", *, size: int):
+    def __init__(self, network: "VQModel", *, image_size: int):
         super().__init__()
         config = network.config
         self.network = network
-        self.size = size
-        self.codes: int = config["num_vq_embeddings"]
+        self.image_size = image_size
+        self.codebook_size: int = config["num_vq_embeddings"]
         self.patch, self.factor = _patch_and_factor(config)
         self.unit_range = bool(config["lookup_from_codebook"])
         if config["in_channels"] != 3 * self.patch**2 or config["norm_type"] != "group":
             raise UserError("this VQModel does not take RGB pictures with group norms; choose another tokenizer")
-        if size % self.factor:
-            raise UserError(f"pictures of {size} pixels do not divide into tokens of {self.factor}; change the size")
+        if image_size % self.factor:
+            raise UserError(
+                f"pictures of {image_size} pixels do not divide into tokens of {self.factor}; change the size"
+            )
 
     @classmethod
     def from_config(cls, config: ImageTokenizerConfig, *, seed: int = 0) -> "ImageTokenizer":
@@ -93,13 +95,13 @@ class ImageTokenizer(nn.Module):
                 layers_per_block=config.blocks,
                 latent_channels=config.code_dim,
                 vq_embed_dim=config.code_dim,
-                num_vq_embeddings=config.codes,
+                num_vq_embeddings=config.codebook_size,
                 norm_num_groups=config.groups,
                 mid_block_add_attention=config.attention,
                 lookup_from_codebook=True,
-                sample_size=config.size,
+                sample_size=config.image_size,
             )
-            tokenizer = cls(network, size=config.size)
+            tokenizer = cls(network, image_size=config.image_size)
             tokenizer.init_weights()
         return tokenizer
 
@@ -118,7 +120,7 @@ class ImageTokenizer(nn.Module):
             elif isinstance(module, nn.GroupNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.uniform_(self.codebook, -1 / self.codes, 1 / self.codes)
+        nn.init.uniform_(self.codebook, -1 / self.codebook_size, 1 / self.codebook_size)
         encoder_in, decoder_out = self.network.encoder.conv_in, self.network.decoder.conv_out
         assert encoder_in.bias is not None
         assert decoder_out.bias is not None
@@ -130,7 +132,7 @@ class ImageTokenizer(nn.Module):
     @property
     def tokens(self) -> int:
         """Tokens of a picture."""
-        return (self.size // self.factor) ** 2
+        return (self.image_size // self.factor) ** 2
 
     @property
     def codebook(self) -> Tensor:
@@ -155,9 +157,11 @@ class ImageTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, pixels_B3HW: UInt8[Tensor, "B 3 H W"], *, rows: int = 64) -> Int[Tensor, "B N"]:
         """Tokens in raster order, int64, on the tokenizer's device; ``rows`` pictures at a time."""
-        if pixels_B3HW.shape[-2:] != (self.size, self.size):
+        if pixels_B3HW.shape[-2:] != (self.image_size, self.image_size):
             height, width = pixels_B3HW.shape[-2:]
-            raise UserError(f"the tokenizer takes {self.size}x{self.size} pictures, got {height}x{width}; resize them")
+            raise UserError(
+                f"the tokenizer takes {self.image_size}x{self.image_size} pictures, got {height}x{width}; resize them"
+            )
         device = self.codebook.device
 
         def encode_rows(pixels: Tensor) -> Tensor:
@@ -173,7 +177,7 @@ class ImageTokenizer(nn.Module):
         """The inverse; ids must lie in [0, codes)."""
         if tokens_BN.shape[1] != self.tokens:
             raise UserError(f"a picture has {self.tokens} tokens, got {tokens_BN.shape[1]}; was the tokenizer changed?")
-        side, device = self.size // self.factor, self.codebook.device
+        side, device = self.image_size // self.factor, self.codebook.device
 
         def decode_rows(tokens: Tensor) -> Tensor:
             codes_BNE = F.embedding(tokens.to(device), self.codebook)
@@ -194,7 +198,7 @@ class ImageTokenizer(nn.Module):
         """Writes config.json and safetensors that ``VQModel.from_pretrained`` reads. Each file appears whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.network.register_to_config(sample_size=self.size)
+        self.network.register_to_config(sample_size=self.image_size)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             self.network.save_pretrained(temporary)
             # The configuration comes last: a folder that has one is complete.
@@ -202,10 +206,10 @@ class ImageTokenizer(nn.Module):
                 os.replace(file, folder / file.name)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, size: int | None = None) -> "ImageTokenizer":
+    def from_pretrained(cls, name: str | Path, *, image_size: int | None = None) -> "ImageTokenizer":
         """Any diffusers VQModel: a folder or a hub name, the model itself or a pipeline with one in ``vqvae``.
 
-        ``size`` overrides the recorded picture size. Where that gives fewer than 4 x 4 tokens it is taken for
+        ``image_size`` overrides the recorded picture size. Where that gives fewer than 4 x 4 tokens it is taken for
         diffusers' unset default (32, as in aMUSEd's) and 16 x 16 tokens are assumed instead.
         """
         from diffusers.models.autoencoders.vq_model import VQModel
@@ -218,10 +222,10 @@ class ImageTokenizer(nn.Module):
         if loading["missing_keys"] or loading["unexpected_keys"]:
             odd = next(iter(loading["missing_keys"] or loading["unexpected_keys"]))
             raise UserError(f"{name}: the tokenizer's weights do not fit its config.json ({odd}); copy it again")
-        if size is None:
+        if image_size is None:
             factor = _patch_and_factor(config)[1]
-            size = config["sample_size"] if config.get("sample_size", 0) >= 4 * factor else 16 * factor
-        return cls(network, size=size)
+            image_size = config["sample_size"] if config.get("sample_size", 0) >= 4 * factor else 16 * factor
+        return cls(network, image_size=image_size)
 
 
 def _find_config(name: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -58,7 +58,9 @@ def text_encoder_small() -> TextEncoderRun:
 def tokenizer_tiny() -> TokenizerStage:
     return TokenizerStage(
         # Few codes, each seen often: with 512 the network reached a third of the accuracy in that time (docs/log.md).
-        model=ImageTokenizerConfig(size=32, codes=64, code_dim=8, widths=(32, 32), blocks=1, groups=8, patch=4),
+        model=ImageTokenizerConfig(
+            image_size=32, codebook_size=64, code_dim=8, widths=(32, 32), blocks=1, groups=8, patch=4
+        ),
         objective=VQGANConfig(
             adversarial_weight=0.0, squared_weight=100.0, codebook=CodebookConfig(start=350, reset_until=1900)
         ),
@@ -70,7 +72,9 @@ def tokenizer_tiny() -> TokenizerStage:
 
 def tokenizer_small() -> TokenizerStage:
     return TokenizerStage(
-        model=ImageTokenizerConfig(size=64, codes=128, code_dim=8, widths=(64, 128), blocks=1, groups=8, patch=4),
+        model=ImageTokenizerConfig(
+            image_size=64, codebook_size=128, code_dim=8, widths=(64, 128), blocks=1, groups=8, patch=4
+        ),
         # No discriminator: at 64 pixels and 64 tokens it drew a grid over every picture (docs/log.md).
         objective=VQGANConfig(
             adversarial_weight=0.0, squared_weight=10.0, codebook=CodebookConfig(start=400, reset_until=2400)

@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data.batch import Batch
+from diptych.data.batch import Batch, TextExamples
 from diptych.errors import UserError
 from diptych.nn.losses import text_loss
-from diptych.rng import Draws, derive_seed
+from diptych.rng import StepRNG, derive_seed
 from diptych.tokenizers.text_encoder import TextEncoder, fuse_gelu
-from diptych.train.objective import Losses
+from diptych.train.objective import Losses, Objective
 
 PAD, EOS = TextEncoder.pad_id, TextEncoder.eos_id
 _ROW_MULTIPLE = 64
@@ -191,7 +191,7 @@ def _scatter(to: Tensor, values: Tensor, *, width: int) -> Tensor:
     return values.new_full((len(to), width + 1), PAD).scatter_(1, to, values)[:, :width]
 
 
-class SpanCorruption(nn.Module):
+class SpanCorruption(Objective):
     """Trains a T5 from scratch; :meth:`text_encoder` takes the frozen encoder out of it."""
 
     sentinels_K: Tensor
@@ -209,11 +209,8 @@ class SpanCorruption(nn.Module):
         self.register_buffer("sentinels_K", torch.tensor(marks), persistent=False)
 
     def forward(self, batch: Batch, step: int) -> Losses:
-        texts = batch.texts
-        assert texts is not None
-        assert texts.ids_BL is not None
-        assert texts.valid_BL is not None
-        corrupted = self.corrupt(texts.ids_BL, texts.valid_BL, draws=batch.draws)
+        texts: TextExamples = batch["texts"]
+        corrupted = self.corrupt(texts.ids_BL, texts.valid_BL, rng=batch.rng)
         spoken_BT = F.pad(corrupted.target_BT, (1, -1), value=PAD)  # T5's decoder starts from the pad id
         logits_BTV = self.t5(
             input_ids=corrupted.ids_BL,
@@ -221,10 +218,10 @@ class SpanCorruption(nn.Module):
             decoder_input_ids=spoken_BT,
             use_cache=False,
         ).logits
-        loss = text_loss(logits_BTV, corrupted.target_BT, corrupted.target_valid_BT, smoothing=0.0)
+        loss = text_loss(logits_BTV, corrupted.target_BT, corrupted.target_valid_BT, label_smoothing=0.0)
         return Losses(loss, {"spans": loss.detach()})
 
-    def corrupt(self, ids_BL: Tensor, valid_BL: Tensor, *, draws: Draws) -> Corrupted:
+    def corrupt(self, ids_BL: Tensor, valid_BL: Tensor, *, rng: StepRNG) -> Corrupted:
         (rows, length), config = ids_BL.shape, self.config
         hidden = _most_hidden(length, config.noise_density)
         most = min(max(1, int(hidden / config.mean_span + 0.5)), config.sentinels)
@@ -233,8 +230,8 @@ class SpanCorruption(nn.Module):
             noise_density=config.noise_density,
             mean_span=config.mean_span,
             most=most,
-            uniform_BL=draws.uniform("span lengths", rows, length, device=ids_BL.device),
-            gaps_uniform_BM=draws.uniform("span gaps", rows, length + 1, device=ids_BL.device),
+            uniform_BL=rng.uniform("span lengths", rows, length, device=ids_BL.device),
+            gaps_uniform_BM=rng.uniform("span gaps", rows, length + 1, device=ids_BL.device),
         )
         return corrupt(
             ids_BL, valid_BL, spans=spans, sentinels_K=self.sentinels_K[:most], target_length=hidden + most + 1

@@ -8,12 +8,12 @@ import numpy as np
 from accelerate import PartialState
 from torch import Tensor
 
-from diptych.data.batch import Items
+from diptych.data.batch import ImageExamples, TextExamples
 from diptych.data.pixels import Chosen, pixel_stream
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
-from diptych.data.streams import Batches, Stream
+from diptych.data.streams import BatchSampler, Stream
 from diptych.errors import UserError
 from diptych.eval.features import RandomFeatures
 from diptych.run_folder import write_config, write_json
@@ -51,29 +51,27 @@ class TokenizerStage:
         """Train on the chosen pictures in the folder ``out`` (resuming what is there)."""
         tokenizer = ImageTokenizer.from_config(self.model, seed=self.train.seed)
         objective = VQGAN(tokenizer, self.objective, seed=self.train.seed)
-        skips = Skips(max_skipped_share=max_skipped_share)
-        stream = pixel_stream(chosen, size=self.model.size, skips=skips, flip=self.flip, seed=self.train.seed)
-        batches = Batches(
+        skipped = SkippedItems(max_skipped_share=max_skipped_share)
+        stream = pixel_stream(chosen, size=self.model.image_size, skipped=skipped, flip=self.flip, seed=self.train.seed)
+        batches = BatchSampler(
             {"images": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
         )
         identity = {"model": asdict(self.model), "objective": asdict(self.objective), "flip": self.flip}
         result = train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
-        if len(skips):
-            skips.write(out / "skipped.jsonl")
-        with result.evaluating(objective):
+        if len(skipped):
+            skipped.write(out / "skipped.jsonl")
+        with result.eval_mode(objective):
             if PartialState().is_main_process:
                 score = evaluate_tokenizer(tokenizer, _first(stream, _SCORED), extractor=RandomFeatures())
                 print(f"{title}: {score}, on {score.images:,} of its own pictures", flush=True)
                 write_json(out / "tokenizer.json", asdict(score))
-            return ImageTokenizer(tokenizer.network, size=tokenizer.size).cpu()
+            return ImageTokenizer(tokenizer.network, image_size=tokenizer.image_size).cpu()
 
 
-def _first(stream: Stream, count: int) -> Iterator[Tensor]:
+def _first(stream: Stream[ImageExamples], count: int) -> Iterator[Tensor]:
     """The first pictures of a stream, in batches."""
     for rows in np.array_split(np.arange(min(count, stream.size)), -(-min(count, stream.size) // 64)):
-        pixels_B3HW = stream.take(rows, np.zeros_like(rows)).pixels_B3HW
-        assert pixels_B3HW is not None
-        yield pixels_B3HW
+        yield stream.take(rows, np.zeros_like(rows)).pixels_B3HW
 
 
 @dataclass(kw_only=True, slots=True)
@@ -127,10 +125,10 @@ class TextEncoderStage:
         longest = int(valid_XL.sum(1).max())
         ids_XL, valid_XL = ids_XL[:, :longest], valid_XL[:, :longest]
 
-        def take(index: np.ndarray, epoch: np.ndarray) -> Items:
-            return Items(ids_BL=ids_XL[index], valid_BL=valid_XL[index])
+        def take(index: np.ndarray, epoch: np.ndarray) -> TextExamples:
+            return TextExamples(ids_BL=ids_XL[index], valid_BL=valid_XL[index])
 
-        batches = Batches(
+        batches = BatchSampler(
             {"texts": Stream(size=len(texts), take=take)},
             multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed,
         )  # fmt: skip

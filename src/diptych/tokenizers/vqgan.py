@@ -21,11 +21,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from diptych.data.batch import Batch
+from diptych.data.batch import Batch, ImageExamples
 from diptych.errors import UserError
 from diptych.tokenizers.codebook import Codebook, CodebookConfig
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
-from diptych.train.objective import Losses
+from diptych.train.objective import Losses, Objective
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,15 +52,15 @@ class VQGANConfig:
     """How codes are seeded and revived."""
 
 
-class VQGAN(nn.Module):
-    """Reads ``batch.images.pixels_B3HW``; trains ``tokenizer`` in place."""
+class VQGAN(Objective):
+    """Reads the stream ``images`` of pixels; trains ``tokenizer`` in place."""
 
     def __init__(self, tokenizer: ImageTokenizer, config: VQGANConfig, *, seed: int = 0):
         super().__init__()
         self.streams = {"images": 1}
         self.config = config
         self.tokenizer = tokenizer
-        self.codebook = Codebook(config.codebook, codes=tokenizer.codes)
+        self.codebook = Codebook(config.codebook, codebook_size=tokenizer.codebook_size)
         self.perceptual = PerceptualNetwork(config.perceptual) if config.perceptual else None
         self.discriminator: PatchDiscriminator | None = None
         if config.adversarial_weight:
@@ -71,11 +71,10 @@ class VQGAN(nn.Module):
                 )
 
     def forward(self, batch: Batch, step: int) -> Losses:
-        assert batch.images is not None
-        assert batch.images.pixels_B3HW is not None
-        real = self.tokenizer.pixels_to_input(batch.images.pixels_B3HW)
+        images: ImageExamples = batch["images"]
+        real = self.tokenizer.pixels_to_input(images.pixels_B3HW)
         latents_BEhw = self.tokenizer.latents(real)
-        quantised = self.codebook(latents_BEhw, self.tokenizer.codebook, draws=batch.draws, step=step)
+        quantised = self.codebook(latents_BEhw, self.tokenizer.codebook, rng=batch.rng, step=step)
         fake = self.tokenizer.reconstruct(quantised.latents_BEhw).float()
         pixel, perceptual = F.l1_loss(fake, real), self._look(fake, real)
         squared = F.mse_loss(fake, real)

@@ -9,8 +9,8 @@ from diptych.nn.inference import Device
 
 MAY_CHANGE = {
     # Bookkeeping: no loss depends on these, so a run may be resumed with other values. `steps` moves the end of the
-    # cosine; `accumulate`, `device` and `compile` the rounding of sums: a resume on other hardware wants to set them.
-    "train": {"steps", "accumulate", "device", "compile", "checkpoint_every", "keep_checkpoints", "eval_every"}
+    # cosine; `grad_accum_steps`, `device` and `compile` the rounding of sums: a resume on other hardware wants to set them.
+    "train": {"steps", "grad_accum_steps", "device", "compile", "checkpoint_every", "keep_checkpoints", "eval_every"}
     | {"log_every", "workers", "max_seconds", "max_bad_steps", "tensorboard", "quiet"},
     "optim": set[str](),
 }
@@ -22,7 +22,7 @@ class TrainConfig:
     """Optimiser updates in the whole run. May be raised when a run is resumed."""
     batch_size: int = 64
     """Rows per step over all processes and micro-batches; an objective may take several rows of a stream for each."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Micro-batches a process cuts its rows into, to save memory. The gradient stays that of the whole batch."""
     seed: int = 0
     """Everything random follows from it."""
@@ -56,7 +56,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise UserError for a value that cannot be meant."""
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "eval_every"):
+        for name in ("steps", "batch_size", "grad_accum_steps", "checkpoint_every", "keep_checkpoints", "eval_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for name in ("log_every", "max_bad_steps"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
@@ -78,7 +78,7 @@ class OptimConfig:
     """Added to the root of the second moment (adamw)."""
     weight_decay: float = 0.045
     """Decoupled, scaled by the learning rate; spares parameters of fewer than two dimensions."""
-    clip: float | None = 3.0
+    max_grad_norm: float | None = 3.0
     """Largest norm of the gradient over all parameters; longer ones are scaled down to it."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly from zero to its peak."""
@@ -93,7 +93,12 @@ class OptimConfig:
         _require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "in [0, 1)")
         _require(self.eps >= 0, "optim.eps", self.eps, "0 or more")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        _require(self.clip is None or self.clip > 0, "optim.clip", self.clip, "None or more than 0")
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            "optim.max_grad_norm",
+            self.max_grad_norm,
+            "None or more than 0",
+        )
         _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
         _require(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "a share in [0, 1]")
 

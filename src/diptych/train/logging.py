@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diptych.errors import UserError
 from diptych.train.config import TrainConfig
-from diptych.train.step import Outcome
+from diptych.train.step import StepResult
 
 
 class MetricsLog:
@@ -186,7 +186,7 @@ Measured: TypeAlias = float | int | Image.Image
 
 
 @dataclass(slots=True)
-class Standing:
+class TrainProgress:
     """Where a run stands; a checkpoint saves it beside the weights."""
 
     step: int = 0
@@ -202,15 +202,15 @@ class _Finished:
     """A step whose numbers may still be on the device."""
 
     step: int
-    outcome: Outcome
+    outcome: StepResult
     rows: int
     seconds: float
 
 
-class Journal:
+class MetricsLogger:
     """Writes and shows on the first process; on the others it only counts bad steps, so that all stop together."""
 
-    def __init__(self, out: Path, *, title: str, at: Standing, train: TrainConfig, first: bool) -> None:
+    def __init__(self, out: Path, *, title: str, at: TrainProgress, train: TrainConfig, first: bool) -> None:
         self.at, self.max_bad_steps = at, train.max_bad_steps
         self._unread: list[_Finished] = []
         self._loss = float("nan")
@@ -219,7 +219,7 @@ class Journal:
             self._log = MetricsLog(out, start=at.step, tensorboard=train.tensorboard, every=train.log_every)
             self._display = ProgressDisplay(title, start=at.step, steps=train.steps, quiet=train.quiet)
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "MetricsLogger":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -237,7 +237,7 @@ class Journal:
         if self._display:
             self._display.say(text)
 
-    def note(self, outcome: Outcome, *, rows: int) -> None:
+    def note(self, outcome: StepResult, *, rows: int) -> None:
         """The step that just finished, its numbers unread; ``rows`` over all processes."""
         self._unread.append(_Finished(self.at.step, outcome, rows, self.at.seconds))
 

@@ -11,15 +11,16 @@ from typing import Any
 from torch import nn
 
 from diptych.errors import UserError
-from diptych.nn.inference import evaluating
+from diptych.nn.inference import eval_mode
 from diptych.train import checkpoint
 from diptych.train.checkpoint import Ema, TrainState
 from diptych.train.config import OptimConfig, TrainConfig, check_same, describe
 from diptych.train.distributed import Devices
 from diptych.train.interrupt import Interrupted, SignalWatch
-from diptych.train.logging import Journal, Measured, Standing
-from diptych.train.prefetch import Batches, count_rows, feed
-from diptych.train.step import Updater
+from diptych.train.logging import Measured, MetricsLogger, TrainProgress
+from diptych.train.objective import Objective
+from diptych.train.prefetch import BatchFn, count_rows, prefetch
+from diptych.train.step import TrainStep
 
 ENOUGH, TIME_IS_UP = -1, 1  # reasons to stop, as are the numbers of the signals that are watched (2, 15); 0 is none
 
@@ -55,15 +56,15 @@ class TrainResult:
     ema: Ema | None = None
 
     @contextmanager
-    def evaluating(self, objective: nn.Module) -> Iterator[None]:
+    def eval_mode(self, objective: nn.Module) -> Iterator[None]:
         """Inside, ``objective`` is as hooks see it: evaluation mode, averaged weights if any, no gradients."""
-        with self.ema.swapped_in() if self.ema else nullcontext(), evaluating(objective):
+        with self.ema.swapped_in() if self.ema else nullcontext(), eval_mode(objective):
             yield
 
 
 def train(
-    objective: nn.Module,
-    batches: Batches,
+    objective: Objective,
+    batches: BatchFn,
     *,
     out: Path,
     train: TrainConfig,
@@ -86,14 +87,14 @@ def train(
     train.check()
     optim.check()
     devices = Devices(device=train.device, precision=train.precision)
-    if train.batch_size % (devices.world * train.accumulate):
+    if train.batch_size % (devices.world * train.grad_accum_steps):
         raise UserError(
             f"train.batch_size is {train.batch_size}; it must be a multiple of the number of processes "
-            f"({devices.world}) times train.accumulate ({train.accumulate})."
+            f"({devices.world}) times train.grad_accum_steps ({train.grad_accum_steps})."
         )
-    if train.accumulate > 1 and getattr(objective, "couples_rows", False):
+    if train.grad_accum_steps > 1 and objective.couples_rows:
         raise UserError(
-            f"train.accumulate is {train.accumulate}, but this objective compares all rows of a batch; "
+            f"train.grad_accum_steps is {train.grad_accum_steps}, but this objective compares all rows of a batch; "
             "set objective.chunk instead, which saves memory and leaves the gradient as it is."
         )
     with ExitStack() as stack:
@@ -104,7 +105,7 @@ def train(
 class _Run:
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         *,
         out: Path,
         train: TrainConfig,
@@ -116,15 +117,15 @@ class _Run:
         self.objective, self.train, self.hooks, self.devices, self.out = objective, train, hooks, devices, out
         self.folder = out / "checkpoints"
         self.settings = json.loads(json.dumps(describe(train, optim, identity)))
-        self.update = Updater(objective, train=train, optim=optim, devices=devices)
+        self.update = TrainStep(objective, train=train, optim=optim, devices=devices)
         self.state = TrainState(objective, self.update.optimizer, self.update.ema)
-        self.at, self.over = Standing(), False
+        self.at, self.over = TrainProgress(), False
 
-    def go(self, batches: Batches, title: str, stack: ExitStack) -> TrainResult:
+    def go(self, batches: BatchFn, title: str, stack: ExitStack) -> TrainResult:
         """Restore, train, and tell how it ended. What must be closed is left to ``stack``."""
         lines = self._restore()
         self.journal = stack.enter_context(
-            Journal(self.out, title=title, at=self.at, train=self.train, first=self.devices.first)
+            MetricsLogger(self.out, title=title, at=self.at, train=self.train, first=self.devices.first)
         )
         for line in lines:
             self.journal.say(line)
@@ -145,13 +146,13 @@ class _Run:
             return lines
         check_same(self.settings, found.state["settings"], where=self.out)
         self.state.load(found)
-        self.at = Standing(**found.state["standing"])
+        self.at = TrainProgress(**found.state["standing"])
         self.devices.wait()
         if self.devices.first:
             checkpoint.forget_after(self.folder, self.at.step)
         return [*lines, f"continuing after step {self.at.step}"]
 
-    def _train(self, batches: Batches, signals: SignalWatch) -> int:
+    def _train(self, batches: BatchFn, signals: SignalWatch) -> int:
         """Step until the end or a reason to stop before it; return the reason, 0 at the end."""
         self.began, before = time.monotonic(), self.at.seconds
         if self.devices.agree(int(self.at.step > 0 and not self.journal.evaluated)):
@@ -162,7 +163,9 @@ class _Run:
             return ENOUGH
         devices, workers = self.devices, self.train.workers
         steps = range(self.at.step, self.train.steps)
-        supply = feed(batches, steps, rank=devices.rank, world=devices.world, device=devices.device, workers=workers)
+        supply = prefetch(
+            batches, steps, rank=devices.rank, world=devices.world, device=devices.device, workers=workers
+        )
         with closing(supply):
             for batch in supply:
                 outcome = self.update(self.at.step, batch)
@@ -220,7 +223,7 @@ class _Run:
         if self.devices.first:
             began = time.monotonic()
             numbers: dict[str, Measured] = {}
-            with self._result().evaluating(self.objective):
+            with self._result().eval_mode(self.objective):
                 for hook in due:
                     numbers |= hook.run(self.at.step, self.objective)
             self.journal.evaluation(numbers, seconds=time.monotonic() - began)

@@ -1,4 +1,4 @@
-"""Batches ahead of time, and batches cut into micro-batches."""
+"""BatchFn ahead of time, and batches cut into micro-batches."""
 
 from collections import deque
 from collections.abc import Callable, Generator
@@ -8,15 +8,15 @@ from itertools import islice
 
 import torch
 
-from diptych.data.batch import Batch, Items
+from diptych.data.batch import Batch, Examples
 from diptych.errors import UserError
 
-Batches = Callable[[int, int, int], Batch]
+BatchFn = Callable[[int, int, int], Batch]
 """(step, rank, world) to this process's rows of that step: a pure function, so that any step can be made again."""
 
 
-def feed(
-    batches: Batches, steps: range, *, rank: int, world: int, device: torch.device, workers: int
+def prefetch(
+    batches: BatchFn, steps: range, *, rank: int, world: int, device: torch.device, workers: int
 ) -> Generator[Batch]:
     """The batches of ``steps`` in order, on ``device``, the next ones being prepared by ``workers`` threads.
 
@@ -51,7 +51,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     """Cut every stream of ``batch`` into ``parts`` equal runs of rows.
 
     A micro-batch draws its random numbers as one more process would: part i of rank r in a world of w is rank
-    r * parts + i in a world of w * parts. Draws are made for all rows and cut, so every row keeps its numbers.
+    r * parts + i in a world of w * parts. StepRNG are made for all rows and cut, so every row keeps its numbers.
 
     Raises:
         UserError: a stream's rows do not divide by ``parts``.
@@ -62,19 +62,19 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     for name, items in streams.items():
         if len(items) % parts:
             raise UserError(
-                f"train.accumulate is {parts}, but a process gets {len(items)} rows of {name}, "
-                "which do not divide by it; change train.accumulate or train.batch_size."
+                f"train.grad_accum_steps is {parts}, but a process gets {len(items)} rows of {name}, "
+                "which do not divide by it; change train.grad_accum_steps or train.batch_size."
             )
-    draws = batch.draws
+    rng = batch.rng
     return [
-        Batch.of(
-            replace(draws, rank=draws.rank * parts + part, world=draws.world * parts),
-            {name: _part(items, part, parts) for name, items in streams.items()},
+        Batch(
+            rng=replace(rng, rank=rng.rank * parts + part, world=rng.world * parts),
+            streams={name: _part(items, part, parts) for name, items in streams.items()},
         )
         for part in range(parts)
     ]
 
 
-def _part(items: Items, part: int, parts: int) -> Items:
+def _part(items: Examples, part: int, parts: int) -> Examples:
     rows = len(items) // parts
     return items[part * rows : (part + 1) * rows]

@@ -11,12 +11,13 @@ from diptych.rng import derive_seed
 from diptych.train.checkpoint import Ema
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import Devices
-from diptych.train.optim import clip_gradient, learning_rate, make_optimizer
+from diptych.train.objective import Objective
+from diptych.train.optim import clip_gradient, learning_rate, make_optimizer, trained_groups
 from diptych.train.prefetch import split
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StepResult:
     """The numbers of a step, still on the device: the loss, its terms by name, the norm of the gradient."""
 
     names: list[str]
@@ -24,24 +25,23 @@ class Outcome:
     lr: float
 
 
-class Updater:
+class TrainStep:
     """Holds what training changes, and changes it."""
 
-    def __init__(self, objective: nn.Module, *, train: TrainConfig, optim: OptimConfig, devices: Devices) -> None:
+    def __init__(self, objective: Objective, *, train: TrainConfig, optim: OptimConfig, devices: Devices) -> None:
         self.train, self.optim, self.devices = train, optim, devices
         objective.to(devices.device).train()
         if train.compile:
-            # An objective knows which of its regions repeat; compiling those takes a fraction of the time.
-            getattr(objective, "compile_regions", objective.compile)()
+            objective.compile_regions()
         self.model = devices.wrap(_UnderPolicy(objective, devices))
-        self.optimizer = make_optimizer(objective, optim)
+        self.optimizer = make_optimizer(trained_groups(objective, weight_decay=optim.weight_decay), optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.ema = Ema(objective, decay=train.ema) if train.ema is not None else None
 
-    def __call__(self, step: int, batch: Batch) -> Outcome:
+    def __call__(self, step: int, batch: Batch) -> StepResult:
         """Train on ``batch``, the rows of this process. A loss or gradient that is not finite changes nothing."""
         names, losses = self._differentiate(step, batch)
-        norm = clip_gradient(self.parameters, self.optim.clip)
+        norm = clip_gradient(self.parameters, self.optim.max_grad_norm)
         lr = learning_rate(step, self.optim, steps=self.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -51,18 +51,18 @@ class Updater:
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.update(step)
-        return Outcome(names, torch.cat([losses, norm[None]]), lr)
+        return StepResult(names, torch.cat([losses, norm[None]]), lr)
 
     def _differentiate(self, step: int, batch: Batch) -> tuple[list[str], Tensor]:
         """Leave the gradient of the whole batch in the parameters; return the loss and its terms, [1 + terms]."""
         names: list[str] = []
         parts: list[Tensor] = []
-        for micro in split(batch, self.train.accumulate):
-            self.devices.seed(derive_seed(self.train.seed, "step", step, micro.draws.rank))
-            last = len(parts) + 1 == self.train.accumulate
+        for micro in split(batch, self.train.grad_accum_steps):
+            self.devices.seed(derive_seed(self.train.seed, "step", step, micro.rng.rank))
+            last = len(parts) + 1 == self.train.grad_accum_steps
             with nullcontext() if last else self.devices.keep_local(self.model):
                 total, terms = self.model(micro, step)
-                (total / self.train.accumulate).backward()
+                (total / self.train.grad_accum_steps).backward()
             names = list(terms)
             parts.append(torch.stack([value.float() for value in (total.detach(), *terms.values())]))
         return names, self.devices.mean(torch.stack(parts).mean(0) if len(parts) > 1 else parts[0])
@@ -74,7 +74,7 @@ class _UnderPolicy(nn.Module):
     Only the total keeps its graph: DistributedDataParallel takes every parameter that any output reaches for used.
     """
 
-    def __init__(self, objective: nn.Module, devices: Devices) -> None:
+    def __init__(self, objective: Objective, devices: Devices) -> None:
         super().__init__()
         self.objective, self._devices = objective, devices
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from diptych.data.encode import picture_batches
 from diptych.data.pixels import decode_files
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import Source
 from diptych.data.splits import Labelled
 from diptych.encoders import open_image_encoder
 from diptych.errors import UserError
-from diptych.eval.predictions import Guess, best_guesses
+from diptych.eval.predictions import Prediction, top_predictions
 from diptych.io import load_network
-from diptych.nn.inference import Device, evaluating, pick_device
+from diptych.nn.inference import Device, eval_mode, pick_device
 from diptych.run_folder import write_json
 from diptych.uml.head import SharedHead
 from diptych.uml.training import IMAGE
@@ -47,20 +47,20 @@ class Classifier:
 
     def probabilities(self, pixels_B3SS: Tensor) -> Tensor:
         """[B C]"""
-        with evaluating(self.encoder), evaluating(self.head):
+        with eval_mode(self.encoder), eval_mode(self.head):
             return self.head(self.encoder(pixels_B3SS.to(self.device)), IMAGE).softmax(1)
 
-    def guesses(self, pixels_B3SS: Tensor, *, top: int) -> list[list[Guess]]:
-        return best_guesses(self.probabilities(pixels_B3SS), self.classes, top=top)
+    def predictions(self, pixels_B3SS: Tensor, *, top: int) -> list[list[Prediction]]:
+        return top_predictions(self.probabilities(pixels_B3SS), self.classes, top=top)
 
 
-def classify_run(run: Path, images: Sequence[Path], *, top: int = 1, device: Device = "auto") -> list[list[Guess]]:
+def classify_run(run: Path, images: Sequence[Path], *, top: int = 1, device: Device = "auto") -> list[list[Prediction]]:
     """The ``top`` most probable classes of each image, best first."""
     classifier = Classifier.from_pretrained(run, device=device)
-    found: list[list[Guess]] = []
+    found: list[list[Prediction]] = []
     for begin in range(0, len(images), _ROWS):
         pixels_B3SS = decode_files(images[begin : begin + _ROWS], size=classifier.encoder.image_size)
-        found += classifier.guesses(pixels_B3SS, top=top)
+        found += classifier.predictions(pixels_B3SS, top=top)
     return found
 
 
@@ -72,10 +72,10 @@ def evaluate_classifier_run(
 
     classifier = Classifier.from_pretrained(run, device=device)
     labelled = Labelled.of(source, classifier.classes)
-    skips = Skips(max_skipped_share=max_skipped_share)
+    skipped = SkippedItems(max_skipped_share=max_skipped_share)
     right, count = np.zeros(len(classifier.classes)), np.zeros(len(classifier.classes))
     every, size = np.arange(len(source)), classifier.encoder.image_size
-    for pixels_B3SS, items in picture_batches(source, every, size=size, skips=skips, workers=workers, rows=_ROWS):
+    for pixels_B3SS, items in picture_batches(source, every, size=size, skipped=skipped, workers=workers, rows=_ROWS):
         labels = labelled.labels_N[items]
         guessed = classifier.probabilities(pixels_B3SS).argmax(1).cpu().numpy()
         np.add.at(right, labels, guessed == labels)
@@ -83,7 +83,7 @@ def evaluate_classifier_run(
     per_class = {name: r / n for name, r, n in zip(classifier.classes, right, count, strict=True) if n}
     metrics = {
         "accuracy": right.sum() / count.sum(), "mean_class_accuracy": float(np.mean(list(per_class.values()))),
-        "images": int(count.sum()), "skipped": len(skips), "source": source.name, "per_class": per_class,
+        "images": int(count.sum()), "skipped": len(skipped), "source": source.name, "per_class": per_class,
     }  # fmt: skip
     write_json(out / "metrics.json", metrics)
     Console().print(

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from diptych.data.audio import ClipTar, MelConfig, write_frames
-from diptych.data.batch import Items
+from diptych.data.batch import SequenceExamples
 from diptych.data.encode import picture_batches
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import Source, find_files, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Labelled
@@ -30,10 +30,10 @@ from diptych.encoders.image import ImageEncoder
 from diptych.encoders.text import PooledTextEncoder
 from diptych.errors import UserError
 from diptych.io import weights_digest
-from diptych.nn.inference import Device, evaluating, pick_device
+from diptych.nn.inference import Device, eval_mode, pick_device
 
 _ROWS = 256
-"""Items read at once where all are read."""
+"""Examples read at once where all are read."""
 _SMALLEST_SCALE = 1e-4
 """A feature that hardly varies is not blown up."""
 
@@ -49,7 +49,7 @@ def sequence_stream(store: VectorStore) -> Stream:
     return Stream(size=len(store), take=lambda index, _: read_rows(store, index))
 
 
-def read_rows(store: VectorStore, index: np.ndarray) -> Items:
+def read_rows(store: VectorStore, index: np.ndarray) -> SequenceExamples:
     """The items ``index``, padded with whatever the store holds there to the longest of them."""
     vectors, lengths = store.vectors[index].astype(np.float32), store.array("lengths")
     if vectors.ndim == 2:
@@ -57,7 +57,7 @@ def read_rows(store: VectorStore, index: np.ndarray) -> Items:
     count = np.full(len(index), vectors.shape[1]) if lengths is None else np.asarray(lengths[index])
     longest = int(count.max())
     valid = np.arange(longest) < count[:, None]
-    return Items(features_BLF=torch.from_numpy(vectors[:, :longest]), valid_BL=torch.from_numpy(valid))
+    return SequenceExamples(features_BSF=torch.from_numpy(vectors[:, :longest]), valid_BS=torch.from_numpy(valid))
 
 
 def feature_statistics(store: VectorStore) -> tuple[np.ndarray, np.ndarray]:
@@ -65,8 +65,7 @@ def feature_statistics(store: VectorStore) -> tuple[np.ndarray, np.ndarray]:
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(store), _ROWS):
         rows = read_rows(store, np.arange(start, min(start + _ROWS, len(store))))
-        assert rows.features_BLF is not None
-        found = rows.features_BLF[rows.valid].numpy().astype(np.float64)
+        found = rows.features_BSF[rows.valid_BS].numpy().astype(np.float64)
         count, total, squares = count + len(found), total + found.sum(0), squares + np.square(found).sum(0)
     mean = np.asarray(total) / count
     scale = np.sqrt(np.maximum(np.asarray(squares) / count - mean**2, 0)).clip(_SMALLEST_SCALE)
@@ -74,7 +73,7 @@ def feature_statistics(store: VectorStore) -> tuple[np.ndarray, np.ndarray]:
 
 
 # JOINED recipes.features
-#| Features of frozen encoders: computed once, kept on disk, memory-mapped.
+#| LabelledFeatures of frozen encoders: computed once, kept on disk, memory-mapped.
 #|
 #| A store's folder is named by what decides its content: the encoder's weights, how it prepares its input, and the items.
 #|
@@ -85,17 +84,17 @@ _ROWS = 128
 
 
 def image_features(
-    encoder: ImageEncoder, source: Source, items: np.ndarray, *, cache: Path, skips: Skips, workers: int = 2
+    encoder: ImageEncoder, source: Source, items: np.ndarray, *, cache: Path, skipped: SkippedItems, workers: int = 2
 ) -> VectorStore:
-    """Features of ``items``, in their order. Pictures that cannot be read are left out and recorded in ``skips``; the
+    """LabelledFeatures of ``items``, in their order. Pictures that cannot be read are left out and recorded in ``skips``; the
     array ``items`` of the store tells which ones are there."""
     made_by = made_of(encoder) | {"source": source.name, "items": _digest_of_source(source, items)}
 
     def batches(keys: list[str]) -> Iterator[dict[str, np.ndarray]]:
         pictures = picture_batches(
-            source, items, size=encoder.image_size, skips=skips, workers=workers, rows=_ROWS
+            source, items, size=encoder.image_size, skipped=skipped, workers=workers, rows=_ROWS
         )  # fmt: skip
-        with evaluating(_module(encoder)):
+        with eval_mode(_module(encoder)):
             for pixels_B3HW, found in pictures:
                 keys += [source.key(int(item)) for item in found]
                 features_BD = encoder(pixels_B3HW.to(_device(encoder)))
@@ -105,7 +104,7 @@ def image_features(
 
 
 def text_features(encoder: PooledTextEncoder, texts: Sequence[str], *, cache: Path) -> VectorStore:
-    """Features of ``texts``, in their order."""
+    """LabelledFeatures of ``texts``, in their order."""
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     made_by = made_of(encoder) | {"texts": len(texts), "items": digest}
 
@@ -167,7 +166,7 @@ Kind = Literal["images", "texts", "sounds"]
 _ROWS = 64
 
 Sequences = Iterator[tuple[Tensor, Tensor, dict[str, np.ndarray]]]
-"""Features [B L D], which of them are real [B L], and further arrays."""
+"""LabelledFeatures [B L D], which of them are real [B L], and further arrays."""
 
 
 def write_sequences(
@@ -185,7 +184,7 @@ def write_sequences(
     if encoder is None:
         raise UserError(f"{kind} have features by an encoder only: give --encoder")
     keys: list[str] = []
-    skips = Skips()
+    skipped = SkippedItems()
     manifest: dict[str, Any] = {"source": spec, "encoder": encoder, "classes": []}
     source = ClipTar(Path(spec)) if kind == "sounds" else open_finite(spec, Columns())
     if isinstance(source, ClipTar):
@@ -193,12 +192,12 @@ def write_sequences(
     elif not (source.has_images if kind == "images" else source.has_captions):
         raise UserError(f"{spec}: has no {kind}")
     elif kind == "images":
-        found = _images(source, encoder, device, keys, manifest, skips)
+        found = _images(source, encoder, device, keys, manifest, skipped)
     else:
         found = _texts(source, encoder, device, keys)
     store = write_vectors(out, (_cut(*each, length=length) for each in found), keys=keys, manifest=manifest)
-    if len(skips):
-        skips.write(out / "skipped.jsonl")
+    if len(skipped):
+        skipped.write(out / "skipped.jsonl")
     return store
 
 
@@ -210,15 +209,15 @@ def _cut(x_BLD: Tensor, valid_BL: Tensor, further: dict[str, np.ndarray], *, len
 
 
 def _images(
-    source: Source, name: str, device: Device, keys: list[str], manifest: dict[str, Any], skips: Skips
+    source: Source, name: str, device: Device, keys: list[str], manifest: dict[str, Any], skipped: SkippedItems
 ) -> Sequences:
     encoder = open_image_encoder(name).to(pick_device(device))
     labelled = None if source.label(0) is None else Labelled.of(source)
     manifest["classes"] = list(labelled.classes) if labelled else []
     place, every = next(encoder.parameters()).device, np.arange(len(source))
-    for pixels_B3HW, items in picture_batches(source, every, size=encoder.image_size, skips=skips, rows=_ROWS):
+    for pixels_B3HW, items in picture_batches(source, every, size=encoder.image_size, skipped=skipped, rows=_ROWS):
         keys.extend(source.key(int(item)) for item in items)
-        with evaluating(encoder):
+        with eval_mode(encoder):
             x_BLD = encoder.tokens(pixels_B3HW.to(place))
         labels = {"labels": labelled.labels_N[items]} if labelled else {}
         yield x_BLD, torch.ones(x_BLD.shape[:2], dtype=torch.bool), labels
@@ -230,7 +229,7 @@ def _texts(source: Source, name: str, device: Device, keys: list[str]) -> Sequen
         items = range(begin, min(begin + _ROWS, len(source)))
         if texts := [text for item in items for text in source.captions(item)]:
             keys.extend(texts)
-            with evaluating(encoder):
+            with eval_mode(encoder):
                 yield *encoder.tokens(texts), {}
 
 
@@ -239,6 +238,6 @@ def _sounds(clips: ClipTar, name: str, device: Device, keys: list[str], manifest
     manifest["classes"], arrays = clips.labels()
     for i, key in enumerate(clips.keys):  # one by one: clips of unequal lengths would be padded to the longest
         keys.append(key)
-        with evaluating(encoder):
+        with eval_mode(encoder):
             found = encoder.tokens([clips.wave(i, rate=encoder.rate)])
         yield *found, {name: array[i : i + 1] for name, array in arrays.items()}

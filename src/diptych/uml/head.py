@@ -85,7 +85,7 @@ class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=[
         return self.projections[modality](features_BD) if modality in self.projections else features_BD
 
     def prepared(self, features_BD: Float[Tensor, "B D"], modality: str) -> Float[Tensor, "B D"]:
-        """Features as they enter."""
+        """LabelledFeatures as they enter."""
         if self.config.features == "raw":
             return features_BD
         centre_D, spread_D = self.get_buffer(f"centre_{modality}"), self.get_buffer(f"spread_{modality}")

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig, draw_view, make_view
-from diptych.data.batch import Batch, Items
-from diptych.train.objective import Losses
+from diptych.data.batch import Batch, LabelledImageExamples, LabelledVectorExamples
+from diptych.train.objective import Losses, Objective
 from diptych.uml.head import SharedHead
 
 Init = Literal["random", "anchor"]
@@ -24,7 +24,7 @@ Init = Literal["random", "anchor"]
 
 @dataclass(kw_only=True, slots=True)
 class UmlConfig:
-    others_weight: float = 1.0
+    aux_weight: float = 1.0
     """Weight of each modality beside the target (lambda); 0 is the control of a target that learns alone."""
     init: Init = "random"
     """How the classifier begins; anchor is each class's mean feature of the anchor, that is, of its texts."""
@@ -43,7 +43,7 @@ def uml_loss(
     return torch.stack([weights[name] * loss for name, loss in terms.items()]).sum(), terms
 
 
-class UmlObjective(nn.Module):
+class UmlObjective(Objective):
     """A stream for each modality, drawn independently of the others; whichever is short begins anew.
 
     Rows are cached features (``vectors_BD``), or pictures of the target where its ``encoder`` learns too.
@@ -56,14 +56,13 @@ class UmlObjective(nn.Module):
         super().__init__()
         self.head, self.encoder = head, encoder
         self.config, self.target, self.view = config, target, view
-        self.weights = {name: 1.0 if name == target else config.others_weight for name in head.config.widths}
+        self.weights = {name: 1.0 if name == target else config.aux_weight for name in head.config.widths}
         self.streams = {name: 1 for name, weight in self.weights.items() if weight > 0}
 
     def forward(self, batch: Batch, step: int) -> Losses:
         logits, labels = {}, {}
         for name in self.streams:
-            items = batch.streams[name]
-            assert items.labels_B is not None
+            items: LabelledVectorExamples | LabelledImageExamples = batch[name]
             labels[name] = items.labels_B
             logits[name] = self.head(self.features(items, batch), name)
         total, terms = uml_loss(logits, labels, self.weights)
@@ -71,13 +70,12 @@ class UmlObjective(nn.Module):
         terms[f"{self.target}/accuracy"] = right_B.float().mean()
         return Losses(total, {name: term.detach() for name, term in terms.items()})
 
-    def features(self, items: Items, batch: Batch) -> Float[Tensor, "B D"]:
-        if items.vectors_BD is not None:
+    def features(self, items: LabelledVectorExamples | LabelledImageExamples, batch: Batch) -> Float[Tensor, "B D"]:
+        if isinstance(items, LabelledVectorExamples):
             return items.vectors_BD
-        pixels = items.pixels_B3HW
-        assert pixels is not None
         assert self.encoder is not None
+        pixels = items.pixels_B3HW
         if self.view is not None:
-            drawn = draw_view(batch.draws, "view", len(items))
+            drawn = draw_view(batch.rng, "view", len(items))
             pixels = make_view(pixels, drawn, self.view, size=pixels.shape[-1]).clamp(0, 1) * 255
         return self.encoder(pixels)

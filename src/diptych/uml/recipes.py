@@ -28,7 +28,7 @@ def uml_probe() -> UmlRun:
             tensorboard=False,
         ),
         optim=OptimConfig(
-            lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, clip=None, warmup_steps=50, final_lr=0.01
+            lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, max_grad_norm=None, warmup_steps=50, final_lr=0.01
         ),
     )  # fmt: skip
 
@@ -64,5 +64,5 @@ def uml_ssl() -> UmlSslRun:
         target=tyro.MISSING,
         model=SharedTransformerConfig(width=256, depth=4, heads=4),
         train=TrainConfig(steps=3000, batch_size=32, tensorboard=False),
-        optim=OptimConfig(lr=5e-4, betas=(0.9, 0.98), weight_decay=0.01, clip=1.0),
+        optim=OptimConfig(lr=5e-4, betas=(0.9, 0.98), weight_decay=0.01, max_grad_norm=1.0),
     )

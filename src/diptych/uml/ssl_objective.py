@@ -15,22 +15,22 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from diptych.data.batch import Batch
-from diptych.train.objective import Losses
+from diptych.train.objective import Losses, Objective
 from diptych.uml.trunk import SharedTransformer
 
 
 @dataclass(kw_only=True, slots=True)
 class UmlSslConfig:
-    others_weight: float = 1.0
+    aux_weight: float = 1.0
     """Weight of each modality beside the target (lambda); 0 is the control of a target that learns alone."""
-    others_from: int = 500
+    aux_start_step: int = 500
     """Step at which the other modalities join."""
 
 
-class UmlSsl(nn.Module):
+class UmlSsl(Objective):
     """One stream of features a modality, by its name; the ``target`` is the one that is wanted in the end."""
 
     def __init__(self, model: SharedTransformer, config: UmlSslConfig, *, target: str) -> None:
@@ -41,10 +41,9 @@ class UmlSsl(nn.Module):
     def forward(self, batch: Batch, step: int) -> Losses:
         terms: dict[str, Tensor] = {}
         for name, items in batch.streams.items():
-            if name == self.target or step >= self.config.others_from:
-                assert items.features_BLF is not None
-                terms[name] = next_embedding_loss(self.model, items.features_BLF, items.valid, modality=name)
-        weighted = [loss * (1.0 if name == self.target else self.config.others_weight) for name, loss in terms.items()]
+            if name == self.target or step >= self.config.aux_start_step:
+                terms[name] = next_embedding_loss(self.model, items.features_BSF, items.valid_BS, modality=name)
+        weighted = [loss * (1.0 if name == self.target else self.config.aux_weight) for name, loss in terms.items()]
         return Losses(torch.stack(weighted).sum(), {name: loss.detach() for name, loss in terms.items()})
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from diptych.data.streams import Batches
+from diptych.data.streams import BatchSampler
 from diptych.data.vectors import VectorStore, check_free, write_vectors
 from diptych.errors import UserError
 from diptych.io import load_network
-from diptych.nn.inference import Device, evaluating, pick_device
+from diptych.nn.inference import Device, eval_mode, pick_device
 from diptych.run_folder import save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.loop import train
@@ -22,7 +22,7 @@ from diptych.uml.trunk import SharedTransformer, SharedTransformerConfig
 
 TARGET = "target"
 _ROWS = 64
-"""Items embedded at once."""
+"""Examples embedded at once."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,14 +48,16 @@ class UmlSslRun:
         streams = {name: sequence_stream(store) for name, store in stores.items()}
         write_config(out, recipe=recipe, run=self)
         objective = UmlSsl(self.build(stores), self.objective, target=TARGET)
-        batches = Batches(streams, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed)
+        batches = BatchSampler(
+            streams, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
+        )
         identity = {
             "model": asdict(objective.model.config),
             "objective": asdict(self.objective),
             "data": {name: [len(store), store.manifest] for name, store in stores.items()},
         }
         result = train(objective, batches, out=out, train=self.train, optim=self.optim, title="UML", identity=identity)
-        with result.evaluating(objective):
+        with result.eval_mode(objective):
             if PartialState().is_main_process:
                 save_model(objective.model, out / "model")
 
@@ -63,9 +65,9 @@ class UmlSslRun:
         """The stores by modality: ``target``, ``other_1``, ``other_2`` and so on."""
         others = [place for place in self.others.split(",") if place]
         places = {TARGET: self.target} | {f"other_{number}": place for number, place in enumerate(others, start=1)}
-        if others and self.objective.others_from >= self.train.steps:
+        if others and self.objective.aux_start_step >= self.train.steps:
             raise UserError(
-                f"--objective.others-from {self.objective.others_from} is not before --train.steps {self.train.steps}, "
+                f"--objective.aux-start-step {self.objective.aux_start_step} is not before --train.steps {self.train.steps}, "
                 "so the other modalities would never be used: lower it, or leave --others out"
             )
         return {name: VectorStore.open(Path(place)) for name, place in places.items()}
@@ -108,6 +110,6 @@ def _embeddings(run: Path, store: VectorStore, device: Device) -> Iterator[tuple
     place = next(model.parameters()).device
     for index in np.array_split(np.arange(len(store)), max(1, -(-len(store) // _ROWS))):
         rows = read_rows(store, index).to(place)
-        assert rows.features_BLF is not None
-        with evaluating(model):
-            yield index, model.embed(rows.features_BLF, rows.valid, modality=TARGET).cpu().numpy()
+        assert rows.features_BSF is not None
+        with eval_mode(model):
+            yield index, model.embed(rows.features_BSF, rows.valid_BS, modality=TARGET).cpu().numpy()

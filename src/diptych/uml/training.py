@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig
 from diptych.data.class_texts import Shots, texts_of
-from diptych.data.skipped import Skips
+from diptych.data.skipped import SkippedItems
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Episode, Labelled, draw_episode, hold_out
-from diptych.data.streams import Batches
+from diptych.data.streams import BatchSampler
 from diptych.encoders import ScratchConfig, open_image_encoder, open_text_encoder, scratch_encoder
 from diptych.errors import UserError
 from diptych.nn.inference import pick_device
@@ -25,7 +25,7 @@ from diptych.run_folder import save_model, write_config, write_json
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import join_processes
 from diptych.train.loop import Hook, TrainResult, train
-from diptych.uml.data import Features, PixelSide, frozen_side, text_side
+from diptych.uml.data import LabelledFeatures, PixelSide, frozen_side, text_side
 from diptych.uml.features import made_of
 from diptych.uml.head import SharedHead, SharedHeadConfig
 from diptych.uml.objective import Init, UmlConfig, UmlObjective
@@ -101,10 +101,10 @@ class UmlRun:
         encoder = self._open_encoder().to(pick_device(self.train.device))
         texts = self._texts(labelled.classes, cache=self.data.cache or out / "features")
         write_config(out, recipe=recipe, run=self)
-        skips = Skips(max_skipped_share=self.data.max_skipped_share)
-        images, valid = self._sides(labelled, encoder, cache=self.data.cache or out / "features", skips=skips)
+        skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
+        images, valid = self._sides(labelled, encoder, cache=self.data.cache or out / "features", skipped=skipped)
         objective = self.build(encoder, images, texts, classes=len(labelled.classes))
-        batches = Batches(
+        batches = BatchSampler(
             {IMAGE: images.stream(), TEXT: texts.stream()},
             multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed,
         )  # fmt: skip
@@ -114,8 +114,8 @@ class UmlRun:
             objective, batches, out=out, train=self.train, optim=self.optim, hooks=[hook], title=recipe,
             identity=self._identity(objective, encoder, images, texts),
         )  # fmt: skip
-        if len(skips):
-            skips.write(out / "skipped.jsonl")
+        if len(skipped):
+            skipped.write(out / "skipped.jsonl")
         if result.finished and PartialState().is_main_process:
             _finish(out, objective, encoder, labelled.classes, best)
         return result
@@ -129,20 +129,22 @@ class UmlRun:
             raise UserError(
                 f"--head.features {wanted} needs features that stay as they are: take unit for a tuned encoder"
             )
-        if self.objective.others_weight < 0:
-            raise UserError(f"--objective.others-weight is {self.objective.others_weight}; it must be 0 or more")
+        if self.objective.aux_weight < 0:
+            raise UserError(f"--objective.aux-weight is {self.objective.aux_weight}; it must be 0 or more")
 
-    def build(self, encoder: Any, images: "Features | PixelSide", texts: Features, *, classes: int) -> UmlObjective:
+    def build(
+        self, encoder: Any, images: "LabelledFeatures | PixelSide", texts: LabelledFeatures, *, classes: int
+    ) -> UmlObjective:
         """The classifier with its loss; its initial weights follow from ``train.seed`` and the texts."""
         config = replace(
             self.head, widths={IMAGE: encoder.width, TEXT: texts.vectors_ND.shape[1]}, anchor=TEXT, classes=classes
         )  # fmt: skip
-        known = images.tensors()[0] if isinstance(images, Features) else None
+        known = images.tensors()[0] if isinstance(images, LabelledFeatures) else None
         head = start_head(config, known, texts.tensors(), init=self.objective.init, seed=self.train.seed)
         learning = {"encoder": encoder, "view": self.view} if self.train_encoder == "tuned" else {}
         return UmlObjective(head, self.objective, target=IMAGE, **learning)
 
-    def _texts(self, classes: tuple[str, ...], *, cache: Path) -> Features:
+    def _texts(self, classes: tuple[str, ...], *, cache: Path) -> LabelledFeatures:
         texts = texts_of(self.data.texts, classes, templates=self.data.templates)
         encoder = open_text_encoder(self.text_encoder, pooling=self.text_pooling).to(pick_device(self.train.device))
         with PartialState().main_process_first():
@@ -153,15 +155,15 @@ class UmlRun:
             return scratch_encoder(self.scratch, seed=self.train.seed)
         return open_image_encoder(self.encoder, pooling=self.pooling)
 
-    def _sides(self, labelled: Labelled, encoder: Any, *, cache: Path, skips: Skips) -> tuple[Any, Any]:
+    def _sides(self, labelled: Labelled, encoder: Any, *, cache: Path, skipped: SkippedItems) -> tuple[Any, Any]:
         """Images to learn from and images to select on."""
         data = self.data
 
-        def side(part: Labelled, items: np.ndarray) -> Features | PixelSide:
+        def side(part: Labelled, items: np.ndarray) -> LabelledFeatures | PixelSide:
             if self.train_encoder == "tuned":
-                return PixelSide(part, items, size=encoder.image_size, skips=skips, cache_mb=data.cache_mb)
+                return PixelSide(part, items, size=encoder.image_size, skipped=skipped, cache_mb=data.cache_mb)
             with PartialState().main_process_first():
-                return frozen_side(encoder, part, items, cache=cache, skips=skips, workers=data.workers)
+                return frozen_side(encoder, part, items, cache=cache, skipped=skipped, workers=data.workers)
 
         episode = self._episode(labelled.labels_N)
         if data.valid is None:
@@ -176,7 +178,7 @@ class UmlRun:
             return hold_out(labels_N, self.data.valid_share, seed=self.train.seed)
         return Episode(train=np.arange(len(labels_N)), valid=np.arange(0))
 
-    def _identity(self, objective: UmlObjective, encoder: Any, images: Any, texts: Features) -> dict[str, Any]:
+    def _identity(self, objective: UmlObjective, encoder: Any, images: Any, texts: LabelledFeatures) -> dict[str, Any]:
         """What decides the losses besides the loop's own fields."""
         data = {IMAGE: images.labels_N.tolist(), TEXT: texts.labels_N.tolist()}
         return {
@@ -204,7 +206,7 @@ def start_head(
     return head
 
 
-def _validation(valid: "Features | PixelSide", best: Best):
+def _validation(valid: "LabelledFeatures | PixelSide", best: Best):
     """Accuracy and loss on the images to select on, for ``metrics.jsonl`` and for :class:`Best`."""
 
     def run(step: int, objective: nn.Module) -> dict[str, float | int]:

@@ -34,7 +34,7 @@ _LIMITS = ImageLimits()
 
 @runtime_checkable
 class Source(Protocol):
-    """Items that can be read in any order, from any thread. Pixels are decoded when asked for and never kept."""
+    """Examples that can be read in any order, from any thread. Pixels are decoded when asked for and never kept."""
 
     @property
     def name(self) -> str:

@@ -11,13 +11,14 @@ from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diptych.data.augment import ViewConfig, draw_view, make_view, weak_view
-from diptych.data.batch import Batch, Items
+from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual.model import DualEncoder
 from diptych.errors import UserError
+from diptych.train.objective import Objective
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,7 +44,7 @@ class PairsConfig:
 Config = TypeVar("Config", bound=PairsConfig)
 
 
-class PairsObjective(nn.Module, Generic[Config]):
+class PairsObjective(Objective, Generic[Config]):
     """What they have in common: a dual encoder, a stream of pairs, and losses that compare all rows of a batch."""
 
     couples_rows = True
@@ -60,10 +61,9 @@ class Views:
     some."""
 
     def __init__(self, batch: Batch, config: ViewConfig, *, views: int, size: int, name: str) -> None:
-        assert batch.pairs is not None
-        assert batch.pairs.pixels_B3HW is not None
-        self._pixels_B3HW, self._config, self._size = batch.pairs.pixels_B3HW, config, size
-        self._drawn = [draw_view(batch.draws, f"{name}{view}", len(batch.pairs)) for view in range(views)]
+        pairs: CaptionedImageExamples = batch["pairs"]
+        self._pixels_B3HW, self._config, self._size = pairs.pixels_B3HW, config, size
+        self._drawn = [draw_view(batch.rng, f"{name}{view}", len(pairs)) for view in range(views)]
 
     def __call__(self, rows: slice) -> list[Tensor]:
         """[b 3 S S] for each view."""
@@ -71,14 +71,14 @@ class Views:
         return [make_view(pixels, drawn[rows], self._config, size=self._size) for drawn in self._drawn]
 
 
-def captions_of(items: Items, rows: slice, *, captions: int) -> list[tuple[Tensor, Tensor]]:
+def captions_of(items: CaptionedImageExamples, rows: slice, *, captions: int) -> list[tuple[Tensor, Tensor]]:
     """Ids and validity [b L] of the first captions, of the second ones, and so on."""
-    ids, valid = (side[rows].unflatten(1, (captions, -1)).unbind(1) for side in (items.ids, items.valid))
+    ids, valid = (side[rows].unflatten(1, (captions, -1)).unbind(1) for side in (items.ids_BL, items.valid_BL))
     return list(zip(ids, valid, strict=True))
 
 
 def unit(views: list[Tensor]) -> Tensor:
-    """Features [b D] of each view, L2-normalised in fp32: [V b D]."""
+    """TowerOutput [b D] of each view, L2-normalised in fp32: [V b D]."""
     features_VbD = torch.stack(views)
     with torch.autocast(features_VbD.device.type, enabled=False):
         return F.normalize(features_VbD.float(), dim=-1)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diptych.data.batch import Batch
+from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual.losses import multi_view_info_nce, sigmoid_loss
 from diptych.dual.model import DualEncoder
 from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
@@ -35,8 +35,7 @@ class ClipObjective(PairsObjective[ClipConfig]):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         c = self.config
-        assert batch.pairs is not None
-        pairs = batch.pairs
+        pairs: CaptionedImageExamples = batch["pairs"]
         self.model.clamp_scale()
         views = Views(batch, c.augment, views=c.views, size=self.model.image_size, name="view")
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from diptych.data.augment import ViewConfig
-from diptych.data.batch import Batch
+from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual.fusion import Fusion, FusionConfig
 from diptych.dual.losses import multi_view_info_nce, multi_view_nt_xent
-from diptych.dual.model import DualEncoder, Features
+from diptych.dual.model import DualEncoder, TowerOutput
 from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
 from diptych.errors import UserError
 from diptych.nn.gradients import gather_rows
@@ -60,8 +60,7 @@ class ItoObjective(PairsObjective[ItoConfig]):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         c = self.config
-        assert batch.pairs is not None
-        pairs = batch.pairs
+        pairs: CaptionedImageExamples = batch["pairs"]
         self.model.clamp_scale()
         views = Views(batch, c.augment, views=c.views, size=self.model.image_size, name="view")
         fusing = self.fusion is not None
@@ -82,7 +81,7 @@ class ItoObjective(PairsObjective[ItoConfig]):
         fusion = multi_view_nt_xent(fused[0], scale)
         return Losses(align + c.fusion_weight * fusion, terms | {"fusion": fusion})
 
-    def _fuse(self, images: list[Features], texts: list[Features], valid: list[Tensor]) -> Tensor:
+    def _fuse(self, images: list[TowerOutput], texts: list[TowerOutput], valid: list[Tensor]) -> Tensor:
         """S_v of every view, [V b D]. View v meets caption v; where there are fewer captions, they serve in turn."""
         assert self.fusion is not None
         positions_LD = self.model.text_positions(valid[0].shape[1])

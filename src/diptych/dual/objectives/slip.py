@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig
-from diptych.data.batch import Batch
+from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual.losses import multi_view_info_nce, multi_view_nt_xent
 from diptych.dual.model import DualEncoder
 from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
@@ -53,8 +53,7 @@ class SlipObjective(PairsObjective[SlipConfig]):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         c, size = self.config, self.model.image_size
-        assert batch.pairs is not None
-        pairs = batch.pairs
+        pairs: CaptionedImageExamples = batch["pairs"]
         self.model.clamp_scale()
         weak = Views(batch, c.augment, views=c.views, size=size, name="view")
         strong = Views(batch, c.strong, views=2, size=size, name="strong")
