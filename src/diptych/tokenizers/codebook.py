@@ -113,7 +113,7 @@ def k_means(
     latents_ME: Float[Tensor, "M E"], codebook_size: int, rounds: int, generator: torch.Generator
 ) -> Float[Tensor, "K E"]:
     """Lloyd's algorithm from random rows. A centre that loses all its rows stays where it is."""
-    centres_KE = sample_rows(latents_ME, codes, generator)
+    centres_KE = sample_rows(latents_ME, codebook_size, generator)
     for _ in range(rounds):
         nearest_M = nearest_codes(latents_ME, centres_KE)
         count_K1 = torch.bincount(nearest_M, minlength=codebook_size)[:, None]
