@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from diptych.data.scenes.source import ScenesSource
-from diptych.data.sources import Source, Spec, expand_braces, find_files, open_source
+from diptych.data.sources import Source, find_files, open_source
 from diptych.data.sources.decode import ImageLimits, UnreadableImage
+from diptych.data.sources.open import Spec, expand_braces
 from diptych.data.sources.text import TextSource
 from diptych.errors import UserError
 
