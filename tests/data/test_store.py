@@ -168,7 +168,7 @@ def test_the_manifest_says_what_it_was_made_of(store):
 
 def test_arrays_are_numpy_files_that_are_mapped(store):
     for name in ("tokens", "ids", "counts", "features"):
-        assert isinstance(store.array(name), np.memmap)
+        assert isinstance(store.array(name).base, np.memmap)
         np.testing.assert_array_equal(np.load(store.folder / f"{name}.npy"), store.array(name))
     assert store.array("labels") is None
 

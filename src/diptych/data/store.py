@@ -286,7 +286,7 @@ def _map(path: Path, array: Mapping[str, Any]) -> np.ndarray:
     mapped = np.load(path, mmap_mode="r")
     if ([*mapped.shape], mapped.dtype.str) != (array["shape"], array["dtype"]):
         raise ValueError(f"{path.name} holds {mapped.dtype} {[*mapped.shape]}, not {array['dtype']} {array['shape']}")
-    return mapped
+    return np.asarray(mapped)  # still mapped; rows of an `np.memmap` itself are slower to take
 
 
 def _to_torch(array: np.ndarray) -> Tensor:
