@@ -94,7 +94,7 @@ def _encode_chunk(
     """Arrays of the chunk, integers in four bytes, and the keys of its readable items."""
     arrays: dict[str, np.ndarray] = {}
     if tokenizers.tokenize_images is not None:
-        pixels, items = read_images(source, items, tokenizers.image_size, skipped, threads)
+        pixels, items = read_images(source, items, size=tokenizers.image_size, skipped=skipped, threads=threads)
         if len(items):
             tokens = tokenizers.tokenize_images(channels_first(pixels))
             arrays["tokens"] = tokens.cpu().numpy().astype(np.int32)

@@ -70,7 +70,7 @@ class SkippedItems:
         write_bytes(path, "".join(lines).encode())
 
 
-def read_image(source: Source, item: int, size: int, skipped: SkippedItems) -> UInt8[np.ndarray, "S S 3"] | None:
+def read_image(source: Source, item: int, *, size: int, skipped: SkippedItems) -> UInt8[np.ndarray, "S S 3"] | None:
     """The pixels of one image, or None and a record in ``skipped`` where it cannot be read."""
     try:
         return source.image(item, size)
@@ -80,12 +80,12 @@ def read_image(source: Source, item: int, size: int, skipped: SkippedItems) -> U
 
 
 def read_images(
-    source: Source, items: np.ndarray, size: int, skipped: SkippedItems, threads: Executor
+    source: Source, items: np.ndarray, *, size: int, skipped: SkippedItems, threads: Executor
 ) -> tuple[UInt8[np.ndarray, "B S S 3"], np.ndarray]:
     """Pixels of the readable ones of ``items``, and those items [B]. Whether too many are unreadable is not checked."""
     if isinstance(source, ScenesSource):  # it draws many images at once a hundred times faster
         return source.images(items, size), items
-    images = list(threads.map(lambda item: read_image(source, int(item), size, skipped), items))
+    images = list(threads.map(lambda item: read_image(source, int(item), size=size, skipped=skipped), items))
     readable = np.array([image is not None for image in images], bool)
     kept = [image for image in images if image is not None]
     return (np.stack(kept) if kept else np.empty((0, size, size, 3), np.uint8)), items[readable]
@@ -100,7 +100,9 @@ def image_batches(
     """
     with ThreadPoolExecutor(max(1, workers)) as threads:
         for begin in range(0, len(items), rows):
-            pixels, found = read_images(source, items[begin : begin + rows], size, skipped, threads)
+            pixels, found = read_images(
+                source, items[begin : begin + rows], size=size, skipped=skipped, threads=threads
+            )
             skipped.check(len(items))
             if len(found):
                 yield channels_first(pixels), found
@@ -132,7 +134,7 @@ def read_first_images(
     with ThreadPoolExecutor(2) as threads:
         # As many are read as are still missing, so that no image behind the last one needed is looked at.
         while chunk := list(itertools.islice(candidates, min(_ROWS, limit - len(items)))):
-            some, readable = read_images(source, np.array(chunk), size, skipped, threads)
+            some, readable = read_images(source, np.array(chunk), size=size, skipped=skipped, threads=threads)
             skipped.check(len(source))
             items += readable.tolist()
             pixels.append(some)
@@ -188,7 +190,7 @@ class CachedImages:
             number = int(np.searchsorted(self._ends, place, side="right"))
             subset = self._subsets[number]
             item = int(subset.items[place - self._starts[number]])
-            pixels = read_image(subset.source, item, self._size, self._skipped)
+            pixels = read_image(subset.source, item, size=self._size, skipped=self._skipped)
             if pixels is not None:
                 return pixels, place
             self._skipped.check(self.count)
