@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from diptych.data.vectors import VectorStore, write_vectors
+from diptych.data.store import VectorStore, write_vectors
 from diptych.dual.search import Hits, nearest, nearest_approximate
 
 ITEMS, WIDTH, QUERIES, HITS, THREADS = 1_000_000, 512, 32, 10, 2

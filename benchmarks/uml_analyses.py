@@ -23,7 +23,7 @@ from uml_fewshot import Options as Setting
 from uml_fewshot import drawn, published
 
 from diptych.data.class_texts import choose_texts, permuted
-from diptych.data.skipped import SkippedItems
+from diptych.data.pixels import SkippedItems
 from diptych.encoders import open_image_encoder, open_text_encoder
 from diptych.experiments.classifier_bank import Bank, Member, Trained
 from diptych.experiments.few_shot import CONTROLS

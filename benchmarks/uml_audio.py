@@ -26,11 +26,10 @@ from torch import Tensor
 
 from diptych.data.audio import MelConfig, write_frames
 from diptych.data.class_texts import permuted
-from diptych.data.encode import picture_batches
-from diptych.data.skipped import SkippedItems
+from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import Source, open_source
 from diptych.data.splits import draw_episode
-from diptych.data.vectors import VectorStore
+from diptych.data.store import VectorStore
 from diptych.encoders import open_image_encoder, open_text_encoder
 from diptych.eval.features import RandomFeatures
 from diptych.experiments.few_shot import FewShotResult, gain, spread
@@ -135,7 +134,7 @@ def images(photos: Source | None, pictures: Source | None, classes: list[str], e
     vectors, labels_found = [], []
     for source, items, label in chosen:
         kept = some(items, MOST_IMAGES, "images", label) if classes[label] not in NO_IMAGES else []
-        for pixels_B3HW, _ in picture_batches(source, np.array(kept, int), size=size, skipped=SkippedItems()):
+        for pixels_B3HW, _ in image_batches(source, np.array(kept, int), size=size, skipped=SkippedItems()):
             vectors.append(encoder(pixels_B3HW).detach().float().cpu())
             labels_found += [label] * len(pixels_B3HW)
     print("images: " + ", ".join(f"{name} {labels_found.count(label)}" for label, name in enumerate(classes)))

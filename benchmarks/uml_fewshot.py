@@ -21,8 +21,7 @@ import numpy as np
 import tyro
 
 from diptych.data.class_texts import Shots, texts_of
-from diptych.data.encode import picture_batches
-from diptych.data.skipped import SkippedItems
+from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import open_source
 from diptych.data.sources.decode import SUFFIXES
 from diptych.data.splits import Episode, Labelled, draw_episode, given_episodes, hold_out
@@ -106,7 +105,7 @@ def image_side(options: Options, labelled: Labelled) -> LabelledFeatures:
         encoder = open_image_encoder(options.encoder)
         return frozen_side(encoder, labelled, every, cache=options.cache, skipped=skipped, workers=2)
     network = RandomFeatures()
-    pictures = picture_batches(labelled.source, every, size=RandomFeatures.SIZE, skipped=skipped)
+    pictures = image_batches(labelled.source, every, size=RandomFeatures.SIZE, skipped=skipped)
     return LabelledFeatures(
         vectors_ND=np.concatenate([network(pixels) for pixels, _ in pictures]), labels_N=labelled.labels_N
     )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from diptych.data.skipped import SkippedItems
+from diptych.data.pixels import SkippedItems
 from diptych.data.sources import open_source
 from diptych.data.splits import Labelled
 from diptych.data.streams import BatchSampler, Stream

@@ -20,7 +20,7 @@ import torch
 
 from diptych.data.audio import MelConfig, write_frames
 from diptych.data.sources import open_source
-from diptych.data.vectors import VectorStore, write_vectors
+from diptych.data.store import VectorStore, write_vectors
 from diptych.encoders import open_text_encoder
 from diptych.eval.probe import linear_probe
 from diptych.rng import derive_seed

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from diptych.data.scenes.source import ScenesSource
-from diptych.data.vectors import VectorStore
+from diptych.data.store import VectorStore
 from diptych.run_folder import write_config
 from diptych.tokenizers.recipes import vqgan_tiny
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from diptych.data.audio import ClipTar, MelConfig, log_mel, read_audio, write_frames
+from diptych.data.audio import AudioTar, MelConfig, log_mel, read_audio, write_frames
 from diptych.errors import UserError
 
 RATE = 16_000
@@ -49,7 +49,7 @@ def test_channels_are_averaged():
 
 @pytest.mark.parametrize("rate", [8_000, 44_100])
 def test_other_rates_are_resampled(rate):
-    """A whole number of periods, so that the sound has no edge."""
+    """A whole number of periods, so that the signal has no edge."""
     found = read_audio(encoded(tone(440, rate=rate), rate=rate), rate=RATE)
     np.testing.assert_allclose(found, tone(440), atol=1e-3)
 
@@ -78,7 +78,7 @@ def test_frames_by_hand():
             assert frames_NF[n, f] == pytest.approx(np.log(max((triangle * power).sum(), 1e-8)), abs=1e-3)
 
 
-def test_silence_and_short_sounds_have_frames():
+def test_silence_and_short_clips_have_frames():
     np.testing.assert_allclose(log_mel(np.zeros(800, np.float32), MEL), np.log(MEL.floor), rtol=1e-5)
     assert log_mel(tone(440)[:10], MEL).shape == (1, 64)
 
@@ -86,10 +86,9 @@ def test_silence_and_short_sounds_have_frames():
 def test_a_tar_becomes_a_store(tmp_path):
     config = MelConfig(window=512, hop=256, bands=8)
     short, long = tone(440, seconds=0.1), tone(880, seconds=0.4)
-    tar = make_tar(tmp_path / "clips.tar", {
-        "b.ogg": encoded(long, kind="OGG"), "b.json": b'{"label": "Rain", "fold": 2}',
-        "a.wav": encoded(short), "a.json": b'{"label": "Wind", "fold": 1}',
-    })  # fmt: skip
+    members = {"b.ogg": encoded(long, kind="OGG"), "b.json": b'{"label": "Rain", "fold": 2}'}
+    members |= {"a.wav": encoded(short), "a.json": b'{"label": "Wind", "fold": 1}'}
+    tar = make_tar(tmp_path / "clips.tar", members)
     store = write_frames(tar, tmp_path / "store", config=config, seconds=0.2)
     assert store.keys == ["a", "b"]
     assert store.manifest["classes"] == ["Rain", "Wind"]
@@ -104,19 +103,19 @@ def test_fields_that_some_clips_lack_are_left_out(tmp_path):
     tar = make_tar(tmp_path / "clips.tar", {"a.wav": encoded(tone(440)), "b.wav": encoded(tone(440)), "b.json": b"{}"})
     store = write_frames(tar, tmp_path / "store", config=MEL)
     assert store.array("labels") is None
-    assert ClipTar(tar).fields == [{}, {}]
+    assert AudioTar(tar).fields == [{}, {}]
 
 
 def test_mistakes_are_told(tmp_path, monkeypatch):
-    (tmp_path / "a.wav").write_bytes(b"no sound at all")
-    with pytest.raises(UserError, match=r"a\.wav: cannot be read as a sound"):
+    (tmp_path / "a.wav").write_bytes(b"no audio at all")
+    with pytest.raises(UserError, match=r"a\.wav: cannot be read as audio"):
         read_audio(tmp_path / "a.wav", rate=RATE)
     with pytest.raises(UserError, match="of no length"):
         read_audio(encoded(np.zeros(0, np.float32)), rate=RATE)
-    with pytest.raises(UserError, match="holds no sounds"):
-        ClipTar(make_tar(tmp_path / "empty.tar", {"a.json": json.dumps({}).encode()}))
+    with pytest.raises(UserError, match="holds no audio"):
+        AudioTar(make_tar(tmp_path / "empty.tar", {"a.json": json.dumps({}).encode()}))
     with pytest.raises(UserError, match=r"a\.json is not a JSON object"):
-        ClipTar(make_tar(tmp_path / "bad.tar", {"a.json": b"[1", "a.wav": encoded(tone(440))}))
+        AudioTar(make_tar(tmp_path / "bad.tar", {"a.json": b"[1", "a.wav": encoded(tone(440))}))
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(UserError, match=r"pip install 'diptych\[audio\]'"):
         read_audio(tmp_path / "a.wav", rate=RATE)

@@ -23,7 +23,7 @@ def with_(**changes) -> ViewConfig:
     return ViewConfig(**fields | changes)
 
 
-def test_without_changes_a_view_is_the_picture(pixels):
+def test_without_changes_a_view_is_the_image(pixels):
     torch.testing.assert_close(view(pixels, PLAIN), pixels.float() / 255)
 
 
@@ -33,10 +33,10 @@ def test_a_smaller_view_is_filtered(pixels):
 
 
 def test_crops_keep_the_share_they_are_told_and_lie_anywhere():
-    """Seen on a picture whose value is its column (red) and its row (green)."""
+    """Seen on an image whose value is its column (red) and its row (green)."""
     ramp = torch.arange(200, dtype=torch.uint8)
-    picture = torch.stack([ramp.expand(200, 200), ramp[:, None].expand(200, 200), torch.zeros(200, 200).byte()])
-    made = view(picture.expand(256, 3, 200, 200), with_(scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)), size=20) * 255
+    image = torch.stack([ramp.expand(200, 200), ramp[:, None].expand(200, 200), torch.zeros(200, 200).byte()])
+    made = view(image.expand(256, 3, 200, 200), with_(scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)), size=20) * 255
     width, height = (made[:, c].amax((1, 2)) - made[:, c].amin((1, 2)) for c in (0, 1))
     area = (width * 20 / 19) * (height * 20 / 19) / 200**2
     assert 0.4 < area.min() < 0.55
@@ -65,9 +65,9 @@ def test_grey_and_blur_touch_their_share(pixels):
 
 
 def test_hue_turns_as_kornias():
-    picture, turn = torch.rand(8, 3, 6, 6), torch.linspace(-0.5, 0.5, 8)
-    wanted = kornia.enhance.adjust_hue(picture, turn * 2 * torch.pi)
-    torch.testing.assert_close(_turn_hue(picture, turn), wanted, rtol=0, atol=1e-5)
+    image, turn = torch.rand(8, 3, 6, 6), torch.linspace(-0.5, 0.5, 8)
+    wanted = kornia.enhance.adjust_hue(image, turn * 2 * torch.pi)
+    torch.testing.assert_close(_turn_hue(image, turn), wanted, rtol=0, atol=1e-5)
 
 
 def test_every_strength_of_the_jitter_matters_and_values_stay_in_range(pixels):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diptych.data import array_writer as growing_module
 from diptych.data import encode as encode_module
+from diptych.data import store as store_module
 from diptych.data.encode import DataTokenizers, encode
 from diptych.data.sources import open_source
 from diptych.data.sources.text import TextSource
@@ -31,8 +31,8 @@ def features_of(ids_BL: torch.Tensor) -> torch.Tensor:
 
 
 def tokenizers(**changes) -> DataTokenizers:
-    made = {"image_size": SIZE, "tokens": tokens_of, "ids": ids_of, "features": features_of, "fingerprint": "one"}
-    return DataTokenizers(**{**made, **changes})
+    made = {"tokenize_images": tokens_of, "tokenize_texts": ids_of, "text_features": features_of}
+    return DataTokenizers(**{"image_size": SIZE, "fingerprint": "one", **made, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Twelve pictures of one grey each; number i has i % 3 captions."""
+    """Twelve images of one grey each; number i has i % 3 captions."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(12):
@@ -56,7 +56,7 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_what_is_stored_is_what_the_coders_made(photos, tmp_path):
+def test_what_is_stored_is_what_the_tokenizers_gave(photos, tmp_path):
     source = open_source(str(photos))
     store = encode(source, tmp_path / "store", tokenizers())
     texts = [text for i in range(12) for text in source.captions(i)]
@@ -77,24 +77,26 @@ def test_chosen_items_only_and_in_that_order(photos, tmp_path):
     assert store.array("counts").tolist() == [1, 2, 1]
 
 
-@pytest.mark.parametrize("left_out", ["tokens", "ids", "features"])
-def test_a_side_without_coder_is_left_out(photos, tmp_path, left_out):
+@pytest.mark.parametrize(
+    ("left_out", "array"), [("tokenize_images", "tokens"), ("tokenize_texts", "ids"), ("text_features", "features")]
+)
+def test_a_side_without_tokenizer_is_left_out(photos, tmp_path, left_out, array):
     store = encode(open_source(str(photos)), tmp_path / "store", tokenizers(**{left_out: None}))
-    assert (store.has_images, store.has_captions) == (left_out != "tokens", left_out != "ids")
-    assert store.array(left_out) is None
+    assert (store.has_images, store.has_captions) == (array != "tokens", array != "ids")
+    assert store.array(array) is None
 
 
 class Failing:
-    """A coder that is killed at its ``at``-th call."""
+    """A tokenizer that is killed at its ``at``-th call."""
 
-    def __init__(self, coder, at: int) -> None:
-        self.coder, self.calls, self.at = coder, 0, at
+    def __init__(self, tokenizer, at: int) -> None:
+        self.tokenizer, self.calls, self.at = tokenizer, 0, at
 
     def __call__(self, value):
         self.calls += 1
         if self.calls == self.at:
             raise KeyboardInterrupt
-        return self.coder(value)
+        return self.tokenizer(value)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
@@ -102,10 +104,10 @@ def test_an_interrupted_encoding_goes_on_to_the_same_bytes(photos, tmp_path, at)
     source = open_source(str(photos))
     encode(source, tmp_path / "whole", tokenizers())
     with pytest.raises(KeyboardInterrupt):
-        encode(source, tmp_path / "cut", tokenizers(ids=Failing(ids_of, at)))
+        encode(source, tmp_path / "cut", tokenizers(tokenize_texts=Failing(ids_of, at)))
     assert not (tmp_path / "cut").exists()
     counting = Failing(tokens_of, 100)
-    encode(source, tmp_path / "cut", tokenizers(tokens=counting))
+    encode(source, tmp_path / "cut", tokenizers(tokenize_images=counting))
     assert counting.calls == 3 - (at - 1)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
@@ -114,7 +116,7 @@ def test_a_kill_between_the_files_of_a_chunk_leaves_no_trace(photos, tmp_path, m
     """No caption in the first chunk: `ids` begins in the one that is killed after its files are written."""
     source, order = open_source(str(photos)), np.array([0, 3, 6, 9, 0, 1, 2, 4])
     encode(source, tmp_path / "whole", tokenizers(), indices=order)
-    write, calls = growing_module._write_json, []
+    write, calls = store_module._write_json, []
 
     def killed_the_second_time(path, value):
         calls.append(path)
@@ -122,10 +124,10 @@ def test_a_kill_between_the_files_of_a_chunk_leaves_no_trace(photos, tmp_path, m
             raise KeyboardInterrupt
         write(path, value)
 
-    monkeypatch.setattr(growing_module, "_write_json", killed_the_second_time)
+    monkeypatch.setattr(store_module, "_write_json", killed_the_second_time)
     with pytest.raises(KeyboardInterrupt):
         encode(source, tmp_path / "cut", tokenizers(), indices=order)
-    assert (tmp_path / ".cut.partial/ids.bin").stat().st_size > 0
+    assert (tmp_path / ".cut.partial/ids.npy").stat().st_size > 0
     encode(source, tmp_path / "cut", tokenizers(), indices=order)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
@@ -136,16 +138,16 @@ def test_a_kill_between_the_files_of_a_chunk_leaves_no_trace(photos, tmp_path, m
 def test_half_an_encoding_of_something_else_is_not_continued(photos, tmp_path, change):
     source = open_source(str(photos))
     with pytest.raises(KeyboardInterrupt):
-        encode(source, tmp_path / "store", tokenizers(tokens=Failing(tokens_of, 2)))
+        encode(source, tmp_path / "store", tokenizers(tokenize_images=Failing(tokens_of, 2)))
     counting = Failing(tokens_of, 100)
     if "source" in change:
         photos.rename(photos.with_name("other"))
         source = open_source(str(photos.with_name("other")))
-    now = tokenizers(tokens=counting, fingerprint=change.get("fingerprint", "one"))
+    now = tokenizers(tokenize_images=counting, fingerprint=change.get("fingerprint", "one"))
     store = encode(source, tmp_path / "store", now, indices=change.get("indices"))
     assert counting.calls == 3
     assert len(store) == len(change.get("indices", range(12)))
-    assert store.manifest["made_by"]["coders"] == now.fingerprint
+    assert store.manifest["made_by"]["tokenizers"] == now.fingerprint
 
 
 def test_unreadable_images_are_left_out_with_their_captions_and_listed(photos, tmp_path):
@@ -172,6 +174,12 @@ def test_a_chunk_without_a_readable_image(photos, tmp_path):
         (photos / f"{i:02d}.png").write_bytes(b"")
     store = encode(open_source(str(photos)), tmp_path / "store", tokenizers(), max_skipped_share=0.5)
     assert store.array("tokens")[:, 0].tolist() == list(range(5, 12))
+    assert store.array("counts").tolist() == [i % 3 for i in range(5, 12)]
+    cut = tokenizers(tokenize_texts=Failing(ids_of, 2))  # the array of counts has no row yet
+    with pytest.raises(KeyboardInterrupt):
+        encode(open_source(str(photos)), tmp_path / "cut", cut, max_skipped_share=0.5)
+    encode(open_source(str(photos)), tmp_path / "cut", tokenizers(), max_skipped_share=0.5)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "store")
 
 
 def test_nothing_to_encode(photos, tmp_path):
@@ -204,6 +212,6 @@ def test_texts_and_progress(tmp_path):
     (tmp_path / "texts.txt").write_text("".join(f"t{i}\n" for i in range(7)))
     seen = []
     source = TextSource([tmp_path / "texts.txt"], name="texts")
-    store = encode(source, tmp_path / "store", tokenizers(tokens=None), advance=lambda *at: seen.append(at))
+    store = encode(source, tmp_path / "store", tokenizers(tokenize_images=None), advance=lambda *at: seen.append(at))
     assert store.array("counts").tolist() == [1] * 7
     assert seen == [(5, 7), (7, 7)]

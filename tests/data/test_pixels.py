@@ -1,19 +1,29 @@
+import json
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from diptych.data.pixels import decode_files, pixel_stream
+from diptych.data.pixels import (
+    SkippedItems,
+    decode_files,
+    image_batches,
+    pixel_stream,
+    read_captioned,
+    read_first_images,
+)
 from diptych.data.scenes.source import ScenesSource
-from diptych.data.skipped import SkippedItems
 from diptych.data.sources.decode import UnreadableImage
+from diptych.data.splits import Subset
 from diptych.errors import UserError
 
 SIZE = 4
 
 
 class Ramps:
-    """Item i is a picture whose left half is ``first + i`` and whose right half is 100 more."""
+    """Item i is an image whose left half is ``first + i`` and whose right half is 100 more."""
 
     has_images, has_captions = True, False
 
@@ -36,14 +46,15 @@ class Ramps:
     def image(self, i: int, size: int) -> np.ndarray:
         if i in self.broken:
             raise UnreadableImage(f"{self.key(i)}: cannot be decoded")
-        picture = np.full((size, size, 3), self.first + i, np.uint8)
-        picture[:, size // 2 :] += 100
-        return picture
+        image = np.full((size, size, 3), self.first + i, np.uint8)
+        image[:, size // 2 :] += 100
+        return image
 
 
 def stream_of(*sources, skipped=None, flip=False, seed=0):
-    chosen = [(source, np.arange(len(source))) for source in sources]
-    return pixel_stream(chosen, size=SIZE, skipped=SkippedItems() if skipped is None else skipped, flip=flip, seed=seed)
+    subsets = [Subset(source, np.arange(len(source))) for source in sources]
+    skipped = SkippedItems() if skipped is None else skipped
+    return pixel_stream(subsets, size=SIZE, skipped=skipped, flip=flip, seed=seed)
 
 
 def taken(stream, rows, epoch=0) -> torch.Tensor:
@@ -54,7 +65,7 @@ def left(pixels_B3HW) -> list[int]:
     return pixels_B3HW[:, 0, 0, 0].tolist()
 
 
-def test_pictures_as_bytes_channels_first():
+def test_images_as_bytes_channels_first():
     stream = stream_of(Ramps(5))
     pixels = taken(stream, [3, 0])
     assert stream.size == 5
@@ -64,8 +75,12 @@ def test_pictures_as_bytes_channels_first():
 
 
 def test_several_sources_and_chosen_items_are_one_stream():
-    chosen = [(Ramps(9), np.array([8, 2])), (Ramps(3, first=50), np.array([1])), (Ramps(9, first=20), np.arange(3))]
-    stream = pixel_stream(chosen, size=SIZE, skipped=SkippedItems(), flip=False, seed=0)
+    subsets = [
+        Subset(Ramps(9), np.array([8, 2])),
+        Subset(Ramps(3, first=50), np.array([1])),
+        Subset(Ramps(9, first=20), np.arange(3)),
+    ]
+    stream = pixel_stream(subsets, size=SIZE, skipped=SkippedItems(), flip=False, seed=0)
     assert stream.size == 6
     assert left(taken(stream, range(6))) == [8, 2, 51, 20, 21, 22]
 
@@ -84,7 +99,7 @@ def test_about_half_are_mirrored_as_item_and_epoch_say():
     assert not torch.equal(taken(stream_of(Ramps(90), flip=True, seed=1), rows), first)
 
 
-def test_the_next_picture_stands_in_for_an_unreadable_one():
+def test_the_next_image_stands_in_for_an_unreadable_one():
     skipped = SkippedItems(max_skipped_share=0.7)
     stream = stream_of(Ramps(3, broken=(1, 2)), Ramps(2, first=50, broken=(1,)), skipped=skipped)
     assert left(taken(stream, range(5))) == [0, 50, 50, 50, 0]
@@ -92,23 +107,62 @@ def test_the_next_picture_stands_in_for_an_unreadable_one():
     assert left(taken(stream, [1, 4])) == [50, 0]
 
 
-def test_too_many_unreadable_pictures_stop():
+def test_too_many_unreadable_images_stop():
     with pytest.raises(UserError, match=r"1 of 3 items are unreadable.*0/1"):
         taken(stream_of(Ramps(3, broken=(1,))), [1])
     with pytest.raises(UserError, match="2 of 2 items are unreadable"):
         taken(stream_of(Ramps(2, broken=(0, 1)), skipped=SkippedItems(max_skipped_share=1.0)), [0])
 
 
-def test_a_source_that_draws_many_at_once_gives_the_same_pictures():
+def test_a_source_that_draws_many_at_once_gives_the_same_images():
     scenes = ScenesSource(count=20)
-    pixels = pixel_stream([(scenes, np.arange(5, 20))], size=32, skipped=SkippedItems(), flip=False, seed=0)
+    some = Subset(scenes, np.arange(5, 20))
+    pixels = pixel_stream([some], size=32, skipped=SkippedItems(), flip=False, seed=0)
     expected = np.stack([scenes.image(5 + i, 32) for i in (0, 3, 14)])
     found = taken(pixels, [0, 3, 14]).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(found, expected)
-    both = [(scenes, np.arange(5, 20)), (ScenesSource(count=3, seed=1), np.arange(3))]
+    both = [some, Subset(ScenesSource(count=3, seed=1), np.arange(3))]
     one_by_one = pixel_stream(both, size=32, skipped=SkippedItems(), flip=False, seed=0)
     assert one_by_one.size == 18
     np.testing.assert_array_equal(taken(one_by_one, [0, 3, 14]).permute(0, 2, 3, 1).numpy(), expected)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_hold_the_readable_items_in_order(workers):
+    skipped = SkippedItems(max_skipped_share=0.5)
+    source = Ramps(20, broken=(0, 1, 2, 3, 9, 19))
+    found = list(image_batches(source, np.arange(20), size=SIZE, skipped=skipped, workers=workers, rows=4))
+    assert [items.tolist() for _, items in found] == [[4, 5, 6, 7], [8, 10, 11], [12, 13, 14, 15], [16, 17, 18]]
+    for pixels_B3SS, items in found:
+        assert (pixels_B3SS.dtype, pixels_B3SS.shape[1:]) == (torch.uint8, (3, SIZE, SIZE))
+        assert left(pixels_B3SS) == items.tolist()
+    assert sorted(skipped.reasons) == ["0/0", "0/1", "0/19", "0/2", "0/3", "0/9"]
+    with pytest.raises(UserError, match="4 of 20 items are unreadable"):
+        next(image_batches(source, np.arange(20), size=SIZE, skipped=SkippedItems(), rows=4))
+
+
+def test_the_first_readable_images_and_nothing_behind_them(monkeypatch):
+    asked = []
+    image = Ramps.image
+    monkeypatch.setattr(Ramps, "image", lambda self, i, size: (asked.append(i), image(self, i, size))[1])
+    source = Ramps(30, broken=(1, 4, 25))
+    items, pixels = read_first_images(source, limit=5, size=SIZE, max_skipped_share=0.1)
+    assert items == [0, 2, 3, 5, 6]
+    assert pixels[:, 0, 0, 0].tolist() == items
+    assert sorted(asked) == list(range(7))
+    even = read_first_images(source, limit=None, size=SIZE, max_skipped_share=0.1, wanted=lambda item: item % 2 == 0)
+    assert even[0] == [item for item in range(0, 30, 2) if item != 4]
+
+
+def test_first_images_that_cannot_be_had():
+    with pytest.raises(UserError, match=r"2 of 30 items are unreadable.*0/1"):
+        read_first_images(Ramps(30, broken=(1, 4)), limit=5, size=SIZE)
+    with pytest.raises(UserError, match="a limit of 0 images"):
+        read_first_images(Ramps(3), limit=0, size=SIZE)
+    with pytest.raises(UserError, match="no image to score"):
+        read_first_images(Ramps(3), limit=None, size=SIZE, wanted=lambda item: False)
+    with pytest.raises(UserError, match="scores need images and captions"):
+        read_captioned(Ramps(3), limit=None, size=SIZE)
 
 
 def test_files_become_one_batch_and_a_damaged_one_is_named(tmp_path):
@@ -121,3 +175,40 @@ def test_files_become_one_batch_and_a_damaged_one_is_named(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"bad\.png"):
         decode_files([files[0], tmp_path / "bad.png"], size=4)
+
+
+def test_one_percent_is_tolerated_and_more_is_not():
+    skipped = SkippedItems()
+    skipped.check(0)
+    skipped.record("a", "a: broken")
+    skipped.check(100)
+    with pytest.raises(UserError, match=r"1 of 99 items .* 1\.0%: a: broken; mend"):
+        skipped.check(99)
+
+
+def test_the_share_can_be_set_but_everything_is_too_much():
+    skipped = SkippedItems(max_skipped_share=1.0)
+    skipped.record("a", ValueError("a"))
+    skipped.check(2)
+    with pytest.raises(UserError):
+        skipped.check(1)
+
+
+def test_lists_only_the_first_few():
+    skipped = SkippedItems()
+    for i in range(5):
+        skipped.record(f"k{i}", f"k{i}: bad")
+    with pytest.raises(UserError, match="k0: bad; k1: bad; k2: bad; and 2 more"):
+        skipped.check(5)
+
+
+def test_writes_one_line_each_and_leaves_nothing_else(tmp_path):
+    skipped = SkippedItems()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: skipped.record(f"{i:03}", f"bad\n{i}"), range(100)))
+    skipped.record("007", "again")
+    skipped.write(tmp_path / "run" / "skipped.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert len(rows) == len(skipped) == 100
+    assert rows[7] == {"key": "007", "reason": "again"}
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["skipped.jsonl"]

@@ -4,14 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+from diptych.data.batch import ImageTokenExamples, TextExamples
 from diptych.data.encode import DataTokenizers, encode
-from diptych.data.store import Store
+from diptych.data.store import ResumableArrayWriter, Store, VectorStore, write_vectors
 from diptych.data.streams import BatchSampler, shuffled
 from diptych.errors import UserError
 
 LENGTH = 20
 WORDS = [3, 0, 1, 9, 2]
 """Captions of each item; caption n of item i is n + 1 times the letter of the item."""
+CHUNKS = [np.arange(6, dtype=np.float32).reshape(3, 2) + 10 * n for n in range(4)]
+VECTORS = np.random.default_rng(0).standard_normal((10_003, 3)).astype(np.float16)
+KEYS = [f"item {number}" for number in range(len(VECTORS))]
 
 
 class Made:
@@ -47,9 +51,12 @@ def read(ids_BL: torch.Tensor) -> list[str]:
 @pytest.fixture
 def store(tmp_path) -> Store:
     tokenizers = DataTokenizers(
-        image_size=2, tokens=lambda pixels: pixels[:, 0].flatten(1).long(), ids=ids_of,
-        features=lambda ids: ids[..., None] / torch.tensor([3.0, 7.0]), fingerprint="made",
-    )  # fmt: skip
+        image_size=2,
+        tokenize_images=lambda pixels: pixels[:, 0].flatten(1).long(),
+        tokenize_texts=ids_of,
+        text_features=lambda ids: ids[..., None] / torch.tensor([3.0, 7.0]),
+        fingerprint="made",
+    )
     encode(Made(), tmp_path / "store", tokenizers)
     return Store.open(tmp_path / "store")
 
@@ -76,7 +83,7 @@ def test_each_epoch_chooses_a_caption_of_its_own(store):
     assert shown != read(store.pairs(np.array([3]), seed=1).take(np.zeros_like(epochs), epochs).ids_BL)
 
 
-def test_bare_texts_are_every_caption_once_an_epoch(store):
+def test_unpaired_texts_are_every_caption_once_an_epoch(store):
     for items in (ALL, np.array([3, 0]), np.array([4])):
         stream = store.texts(items)
         wanted = sorted(text for item in items for text in Made().captions(int(item)))
@@ -84,14 +91,14 @@ def test_bare_texts_are_every_caption_once_an_epoch(store):
             index, _ = shuffled(epoch * stream.size + np.arange(stream.size), stream.size, seed=0)
             found = stream.take(index, AT_ONCE[: len(index)] + epoch)
             assert sorted(read(found.ids_BL)) == wanted
-            assert found.tokens_BN is None
+            assert isinstance(found, TextExamples)
 
 
-def test_bare_images_carry_no_text(store):
+def test_unpaired_images_carry_no_text(store):
     stream = store.images(np.array([4, 1]))
     found = stream.take(np.array([0, 1]), AT_ONCE[:2])
     assert found.tokens_BN.tolist() == [[4] * 4, [1] * 4]
-    assert (found.ids_BL, found.valid_BL, found.features_BLF) == (None, None, None)
+    assert isinstance(found, ImageTokenExamples)
 
 
 def test_texts_are_cut_to_a_multiple_of_eight_and_nothing_else_changes(store):
@@ -110,7 +117,7 @@ def test_texts_are_cut_to_a_multiple_of_eight_and_nothing_else_changes(store):
 
 
 def test_the_length_of_the_store_is_the_most(tmp_path):
-    cut = DataTokenizers(ids=lambda texts: ids_of(texts)[:, :10], fingerprint="cut")
+    cut = DataTokenizers(tokenize_texts=lambda texts: ids_of(texts)[:, :10], fingerprint="cut")
     store = encode(Made(), tmp_path / "store", cut)
     assert store.texts(ALL).take(np.array([12]), AT_ONCE[:1]).ids_BL.shape == (1, 10)
 
@@ -128,12 +135,12 @@ def test_batches_of_a_store_are_pure(store):
 @pytest.mark.parametrize("name", ["tokens", "ids", "counts", "features"])
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data + b"\0", None])
 def test_a_file_of_another_length_is_noticed(store, name, damage):
-    file = store.folder / f"{name}.bin"
+    file = store.folder / f"{name}.npy"
     data = file.read_bytes()
     file.unlink()
     if damage:
         file.write_bytes(damage(data))
-    with pytest.raises(UserError, match=rf"{name}\.bin.*encode it again") as caught:
+    with pytest.raises(UserError, match=rf"{name}\.npy.*encode it again") as caught:
         Store.open(store.folder)
     assert "\n" not in str(caught.value)
 
@@ -156,4 +163,204 @@ def test_any_other_folder_is_none(tmp_path):
 
 def test_the_manifest_says_what_it_was_made_of(store):
     made_by = json.loads((store.folder / "store.json").read_text())["made_by"]
-    assert (made_by["source"], made_by["coders"]) == ("made", "made")
+    assert (made_by["source"], made_by["tokenizers"]) == ("made", "made")
+
+
+def test_arrays_are_numpy_files_that_are_mapped(store):
+    for name in ("tokens", "ids", "counts", "features"):
+        assert isinstance(store.array(name).base, np.memmap)
+        np.testing.assert_array_equal(np.load(store.folder / f"{name}.npy"), store.array(name))
+    assert store.array("labels") is None
+
+
+def test_a_damaged_header_is_noticed(store):
+    file = store.folder / "ids.npy"
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data.replace(b"(15, 20)", b"(20, 15)"))
+    with pytest.raises(UserError, match=r"not a folder of encoded data \(ids\.npy holds .*encode it again"):
+        Store.open(store.folder)
+
+
+def test_data_of_an_earlier_version_is_to_be_encoded_again(store):
+    """Its arrays were `.bin` files without a header."""
+    manifest = json.loads((store.folder / "store.json").read_text())
+    del manifest["version"]
+    (store.folder / "store.json").write_text(json.dumps(manifest))
+    for name in ("tokens", "ids", "counts", "features"):
+        (store.folder / f"{name}.npy").unlink()
+        (store.folder / f"{name}.bin").write_bytes(store.array(name).tobytes())
+    with pytest.raises(
+        UserError, match=r"store: was encoded by an earlier version .*\.bin.*: encode it again"
+    ) as caught:
+        Store.open(store.folder)
+    assert "\n" not in str(caught.value)
+    assert len(encode(Made(), store.folder, DataTokenizers(tokenize_texts=ids_of))) == 5
+
+
+def opened(folder) -> np.ndarray:
+    return np.load(folder / "vectors.npy")
+
+
+def grow(out, *, made_by, chunks=CHUNKS, fail_at=None):
+    writer = ResumableArrayWriter(out, made_by)
+    began = writer.done
+    for number in range(began, len(chunks)):
+        if number == fail_at:
+            writer.append({"vectors": chunks[number], "late": chunks[number]}, keys=["lost"])  # killed before its end
+            return began
+        writer.append({"vectors": chunks[number]}, keys=[f"{number}-{row}" for row in range(3)], done=number + 1)
+    writer.skipped["bad"] = "no image"
+    writer.finish("manifest.json", {"rows": writer.items}, opened)
+    return began
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 3])
+def test_an_interrupted_maker_goes_on_to_the_same_bytes(tmp_path, fail_at):
+    grow(tmp_path / "whole", made_by={"n": 1})
+    grow(tmp_path / "cut", made_by={"n": 1}, fail_at=fail_at)
+    assert not (tmp_path / "cut").exists()
+    assert grow(tmp_path / "cut", made_by={"n": 1}) == fail_at
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert not (tmp_path / ".cut.partial").exists()
+
+
+def test_what_it_leaves(tmp_path):
+    grow(tmp_path / "store", made_by={"n": 1})
+    np.testing.assert_array_equal(opened(tmp_path / "store"), np.concatenate(CHUNKS))
+    assert (tmp_path / "store/keys.txt").read_text().split()[3:5] == ["1-0", "1-1"]
+    assert json.loads((tmp_path / "store/manifest.json").read_text()) == {"rows": 12}
+    assert json.loads((tmp_path / "store/skipped.jsonl").read_text()) == {"key": "bad", "reason": "no image"}
+    assert sorted(contents(tmp_path / "store")) == ["keys.txt", "manifest.json", "skipped.jsonl", "vectors.npy"]
+
+
+@pytest.mark.parametrize("then", [{"n": 2}, None])
+def test_another_makers_half_is_not_continued(tmp_path, then):
+    grow(tmp_path / "store", made_by={"n": 1}, fail_at=2)
+    assert grow(tmp_path / "store", made_by=then) == 0
+    np.testing.assert_array_equal(opened(tmp_path / "store"), np.concatenate(CHUNKS))
+
+
+def test_what_cannot_be_opened_replaces_nothing(tmp_path):
+    grow(tmp_path / "store", made_by={"n": 1})
+    before = contents(tmp_path / "store")
+    writer = ResumableArrayWriter(tmp_path / "store", {"n": 2})
+    writer.append({"other": CHUNKS[0]}, keys="abc", done=1)
+    with pytest.raises(FileNotFoundError):
+        writer.finish("manifest.json", {}, opened)
+    assert contents(tmp_path / "store") == before
+
+
+def test_arrays_may_begin_without_rows(tmp_path):
+    writer = ResumableArrayWriter(tmp_path / "store", {"n": 1})
+    writer.append({"late": np.empty((0, 3), np.float16), "never": np.empty((0, 2), np.int64)}, done=1)
+    writer = ResumableArrayWriter(tmp_path / "store", {"n": 1})
+    assert writer.done == 1
+    writer.append({"late": np.empty((0, 3), np.float16)}, done=2)
+    writer.append({"late": np.ones((2, 3), np.float16)}, done=3)
+    folder = writer.finish("manifest.json", {}, lambda folder: folder)
+    np.testing.assert_array_equal(np.load(folder / "late.npy", mmap_mode="r"), np.ones((2, 3)))
+    never = np.load(folder / "never.npy", mmap_mode="r")
+    assert (never.shape, never.dtype) == ((0, 2), np.int64)
+
+
+@pytest.fixture
+def vectors(tmp_path) -> VectorStore:
+    return write_vectors(tmp_path / "store", np.array_split(VECTORS, 7), keys=KEYS, manifest={"model": "abc"})
+
+
+def test_what_is_written_is_read(vectors, tmp_path):
+    assert (len(vectors), vectors.keys, vectors.manifest) == (len(VECTORS), KEYS, {"model": "abc"})
+    assert isinstance(vectors.vectors, np.memmap)
+    assert vectors.vectors.dtype == np.float16
+    np.testing.assert_array_equal(vectors.vectors, VECTORS)
+    np.testing.assert_array_equal(np.load(vectors.folder / "vectors.npy"), VECTORS)
+    assert vectors.array("labels") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_further_arrays_and_sequences(tmp_path):
+    vectors = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
+    labels = np.array([3, 1, 2, 0])
+    batches = ({"vectors": vectors[i : i + 2], "labels": labels[i : i + 2]} for i in (0, 2))
+    store = write_vectors(tmp_path / "store", batches, keys="abcd", manifest={})
+    np.testing.assert_array_equal(store.vectors, vectors)
+    np.testing.assert_array_equal(store.array("labels"), labels)
+
+
+def test_keys_and_manifest_may_be_filled_by_the_maker_of_the_batches(tmp_path):
+    keys: list[str] = []
+    manifest = {"skipped": 0}
+
+    def batches():
+        for key in ("two\nlines", "any \udcff byte", " spaces "):
+            keys.append(key)
+            manifest["skipped"] += 1
+            yield np.ones((1, 2), np.float32)
+
+    store = write_vectors(tmp_path / "store", batches(), keys=keys, manifest=manifest)
+    assert store.keys == ["two lines", "any \udcff byte", " spaces "]
+    assert store.manifest == {"skipped": 3}
+
+
+def test_a_store_is_replaced_and_nothing_else(vectors, tmp_path):
+    write_vectors(vectors.folder, [VECTORS[:2]], keys=KEYS[:2], manifest={})
+    assert len(VectorStore.open(vectors.folder)) == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/photo.png").write_bytes(b"")
+    (tmp_path / "file").write_bytes(b"")
+    for taken in ("mine", "file"):
+        with pytest.raises(UserError, match=taken):
+            write_vectors(tmp_path / taken, [VECTORS[:2]], keys=KEYS[:2], manifest={})
+    assert (tmp_path / "mine/photo.png").exists()
+
+
+def test_an_interruption_leaves_the_old_store_and_nothing_else(vectors, tmp_path):
+    def batches():
+        yield VECTORS[:5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_vectors(vectors.folder, batches(), keys=KEYS, manifest={})
+    assert len(VectorStore.open(vectors.folder)) == len(VECTORS)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_nothing_to_write(tmp_path):
+    with pytest.raises(UserError, match="store: nothing to write"):
+        write_vectors(tmp_path / "store", [], keys=[], manifest={})
+    with pytest.raises(UserError, match="2 rows for 3 keys"):
+        write_vectors(tmp_path / "store", [VECTORS[:2]], keys=KEYS[:3], manifest={})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("manifest.json", lambda content: b"{"),
+        ("manifest.json", None),
+        ("keys.txt", lambda content: b"one\n"),
+        ("vectors.npy", None),
+        ("vectors.npy", lambda content: content[:-1]),
+        ("vectors.npy", lambda content: content[:20]),
+        ("vectors.npy", lambda content: b""),
+        ("vectors.npy", lambda content: bytes(range(256))),
+    ],
+)
+def test_a_damaged_store_is_named(vectors, file, damage):
+    content = (vectors.folder / file).read_bytes()
+    (vectors.folder / file).unlink()  # it is mapped: cutting it in place would be a bus error
+    if damage is not None:
+        (vectors.folder / file).write_bytes(damage(content))
+    with pytest.raises(UserError, match=r"store: not a complete store of vectors \([^\n]+\): make it again$"):
+        VectorStore.open(vectors.folder)
+
+
+def test_no_store(tmp_path):
+    assert not VectorStore.is_one(tmp_path)
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        VectorStore.open(tmp_path / "nowhere")

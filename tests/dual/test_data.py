@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from diptych.data.skipped import SkippedItems
+from diptych.data.pixels import SkippedItems
 from diptych.data.sources.decode import UnreadableImage
 from diptych.dual.data import CaptionIds, pair_stream
 from diptych.errors import UserError

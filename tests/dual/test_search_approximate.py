@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diptych.data.vectors import VectorStore, write_vectors
+from diptych.data.store import VectorStore, write_vectors
 from diptych.dual.search import nearest, nearest_approximate
 from diptych.errors import UserError
 

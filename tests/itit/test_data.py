@@ -16,8 +16,12 @@ IMAGES, TEXTS = "scenes:?count=9&seed=1", "scenes:?count=8&seed=2"
 
 
 def tokenizers(fingerprint: str = "a-b-24-False", **changes) -> DataTokenizers:
-    made = {"image_size": 16, "tokens": lambda pixels: pixels[:, 0, :2, 0].long() + 1, "ids": ids_of}
-    return DataTokenizers(**(made | {"fingerprint": fingerprint} | changes))
+    made = {"image_size": 16, "tokenize_images": tokens_of, "tokenize_texts": ids_of, "fingerprint": fingerprint}
+    return DataTokenizers(**(made | changes))
+
+
+def tokens_of(pixels_B3HW: torch.Tensor) -> torch.Tensor:
+    return pixels_B3HW[:, 0, :2, 0].long() + 1
 
 
 def ids_of(texts: list[str]) -> torch.Tensor:
@@ -71,10 +75,10 @@ def test_the_split_follows_from_its_seed_alone():
 def test_the_tokenizers_learn_from_everything_once():
     parts = open_parts(replace(PAIRS, images=IMAGES))
     images, texts = parts.raw_images(), list(parts.raw_texts())
-    assert sorted(len(chosen) for _, chosen in images) == [6, 9]
+    assert sorted(len(part.items) for part in images) == [6, 9]
     assert sorted(texts) == sorted(ScenesSource(count=21).captions(item)[0] for item in range(21))
     alone = open_parts(DataConfig(pairs="scenes:?count=21"))
-    assert [len(chosen) for _, chosen in alone.raw_images()] == [21]
+    assert [len(part.items) for part in alone.raw_images()] == [21]
     assert len(list(alone.raw_texts())) == 21
 
 
@@ -138,10 +142,10 @@ def test_parts_are_encoded_once(tmp_path):
     assert items(first) == set(range(6))
     expected = [ScenesSource(count=21).key(int(item)) for item in part.items]
     assert (tmp_path / "out/keys.txt").read_text().split() == expected
-    second = encode_part(part, tmp_path / "out", tokenizers(tokens=never), data=PAIRS)
+    second = encode_part(part, tmp_path / "out", tokenizers(tokenize_images=never), data=PAIRS)
     np.testing.assert_array_equal(second.source.array("tokens"), first.source.array("tokens"))
     third = encode_part(part, tmp_path / "out", tokenizers("c-d-24-False"), data=PAIRS)
-    assert third.source.manifest["made_by"]["coders"] == "c-d-24-False"
+    assert third.source.manifest["made_by"]["tokenizers"] == "c-d-24-False"
 
 
 @pytest.mark.parametrize("changes", [{"split_seed": 1}, {"pairs": "scenes:?count=21&seed=5"}])

@@ -169,9 +169,9 @@ def test_a_run_folder_is_the_same_diptych(made, run, pixels, scene_texts):
 def test_coders_and_their_fingerprint(made, pixels, scene_texts, tokenizer):
     tokenizers = made.tokenizers
     pixels_B3HW = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    assert torch.equal(tokenizers.tokens(pixels_B3HW), tokenizer.encode(pixels_B3HW))
-    assert tokenizers.ids(scene_texts[:2]).shape == (2, made.model.config.max_text_len)
-    assert (tokenizers.image_size, tokenizers.features) == (32, None)
+    assert torch.equal(tokenizers.tokenize_images(pixels_B3HW), tokenizer.encode(pixels_B3HW))
+    assert tokenizers.tokenize_texts(scene_texts[:2]).shape == (2, made.model.config.max_text_len)
+    assert (tokenizers.image_size, tokenizers.text_features) == (32, None)
     before = tokenizers.fingerprint
     with torch.no_grad():
         tokenizer.codebook[0, 0] += 1

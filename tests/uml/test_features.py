@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
+from diptych.data.pixels import SkippedItems
 from diptych.data.scenes.source import ScenesSource
-from diptych.data.skipped import SkippedItems
 from diptych.data.sources import open_source
 from diptych.encoders import ScratchConfig, open_text_encoder, scratch_encoder
 from diptych.errors import UserError

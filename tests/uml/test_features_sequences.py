@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from diptych.data.store import VectorStore, write_vectors
 from diptych.data.streams import BatchSampler
-from diptych.data.vectors import VectorStore, write_vectors
 from diptych.errors import UserError
 from diptych.uml.features import feature_statistics, read_rows, sequence_stream
 

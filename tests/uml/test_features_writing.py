@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from diptych.cli.training import features
-from diptych.data.vectors import VectorStore
+from diptych.data.store import VectorStore
 from diptych.encoders import open_audio_encoder, open_image_encoder, open_text_encoder
 from diptych.errors import UserError
 from diptych.nn.inference import eval_mode

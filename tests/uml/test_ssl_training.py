@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diptych.cli.inference import embed
-from diptych.data.vectors import VectorStore, write_vectors
+from diptych.data.store import VectorStore, write_vectors
 from diptych.errors import UserError
 from diptych.run_folder import kind_of
 from diptych.train.config import OptimConfig, TrainConfig

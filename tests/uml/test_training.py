@@ -87,7 +87,7 @@ def test_the_frozen_encoder_is_as_it_was_and_its_features_are_made_once(photos, 
     def refuse(*arguments, **options):
         raise AssertionError("a picture was read again")
 
-    monkeypatch.setattr("diptych.recipes.features.picture_batches", refuse)
+    monkeypatch.setattr("diptych.recipes.features.image_batches", refuse)
     run.fit(tmp_path / "again", recipe="uml-probe")
     assert lines(tmp_path / "again")[-1]["valid/accuracy"] == lines(tmp_path / "run")[-1]["valid/accuracy"]
 

@@ -63,7 +63,9 @@ def encode(
     opened = open_source(source)
     what = run_coders(run, features=features)
     what = replace(
-        what, tokens=what.tokens if opened.has_images else None, ids=what.ids if opened.has_captions else None
+        what,
+        tokenize_images=what.tokenize_images if opened.has_images else None,
+        tokenize_texts=what.tokenize_texts if opened.has_captions else None,
     )
     store = encode_source(opened, out, what, workers=workers)
     skipped = store.manifest["skipped"]

@@ -1,4 +1,4 @@
-"""Sounds: ogg, wav and flac to log-mel frames, and a tar of labelled clips to a store of them.
+"""Audio: ogg, wav and flac files to log-mel frames, and a tar of labelled clips to a store of frames.
 
 `soundfile` reads the files (the extra `audio`); the spectrogram is that of `transformers.audio_utils`.
 
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diptych.data.sources.webdataset import Member, members, read
-from diptych.data.vectors import VectorStore, write_vectors
+from diptych.data.store import VectorStore, write_vectors
 from diptych.errors import UserError
 
 SUFFIXES = (".ogg", ".wav", ".flac")
@@ -24,41 +24,45 @@ SUFFIXES = (".ogg", ".wav", ".flac")
 
 @dataclass(kw_only=True, slots=True)
 class MelConfig:
-    """The usual frames of speech and sound recognition: 25 ms every 10 ms, 64 bands."""
+    """Log-mel frames. The defaults are the usual ones of speech and audio recognition: 25 ms every 10 ms, 64 bands."""
 
     rate: int = 16_000
-    """Samples a second; files of another rate are resampled."""
+    """Sampling rate in samples a second; audio of another rate is resampled."""
     window: int = 400
-    """Samples of a frame, under a Hann window."""
+    """Length of a frame in samples, under a Hann window."""
     hop: int = 160
-    """Samples from one frame to the next."""
+    """Distance from one frame to the next in samples."""
     bands: int = 64
-    """Triangular filters, evenly spaced on the HTK mel scale."""
+    """Number F of triangular filters, evenly spaced on the HTK mel scale."""
     low: float = 20.0
-    """Where the lowest filter begins, in Hz. The highest ends at half the rate."""
+    """Frequency in Hz at which the lowest filter begins. The highest ends at half the rate."""
     floor: float = 1e-8
-    """Least power, so that silence has a logarithm."""
+    """Smallest power of a band, so that silence has a logarithm."""
 
 
 def read_audio(file: str | Path | bytes, *, rate: int, name: str | None = None) -> Float[np.ndarray, "T"]:
-    """Mono samples in [-1, 1] at ``rate``. Raises UserError for what is no sound, or an empty one."""
+    """The mean of the channels of an audio file, samples in [-1, 1] at ``rate`` samples a second.
+
+    ``name`` is what messages call the file. Raises UserError for what is not audio, for audio without samples, and
+    without `soundfile`.
+    """
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: the wheel came without its C library
-        raise UserError("reading sounds needs soundfile: pip install 'diptych[audio]'") from error
-    name = name or (str(file) if not isinstance(file, bytes) else "a sound")
+        raise UserError("reading audio needs soundfile: pip install 'diptych[audio]'") from error
+    name = name or (str(file) if not isinstance(file, bytes) else "audio")
     try:
         samples, found = soundfile.read(io.BytesIO(file) if isinstance(file, bytes) else file, dtype="float32")
     except (OSError, RuntimeError) as error:  # soundfile's own errors are RuntimeErrors
-        raise UserError(f"{name}: cannot be read as a sound ({error}); convert it to wav, flac or ogg") from error
+        raise UserError(f"{name}: cannot be read as audio ({error}); convert it to wav, flac or ogg") from error
     wave = samples if samples.ndim == 1 else samples.mean(1)
     if not len(wave):
-        raise UserError(f"{name}: is a sound of no length; leave it out")
+        raise UserError(f"{name}: is audio of no length; leave it out")
     return wave if found == rate else _resampled(wave, round(len(wave) * rate / found))
 
 
 def _resampled(wave_T: np.ndarray, samples: int) -> np.ndarray:
-    """As many samples of the same sound: its spectrum cut or filled up with zeros."""
+    """The same audio in so many samples: its spectrum is cut or filled up with zeros."""
     spectrum = np.fft.rfft(wave_T)
     kept = np.zeros(samples // 2 + 1, spectrum.dtype)
     shared = min(len(kept), len(spectrum))
@@ -67,48 +71,59 @@ def _resampled(wave_T: np.ndarray, samples: int) -> np.ndarray:
 
 
 def log_mel(wave_T: Float[np.ndarray, "T"], config: MelConfig) -> Float[np.ndarray, "N F"]:
-    """The logarithm of the power in each mel band, frame by frame. A sound shorter than a frame is filled up."""
+    """The logarithm of the power in each mel band, frame by frame. Audio shorter than a frame is filled up with 0."""
     from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
     c = config
     filters = mel_filter_bank(
         c.window // 2 + 1, c.bands, min_frequency=c.low, max_frequency=c.rate / 2, sampling_rate=c.rate
     )
-    wave_T = np.pad(wave_T, (0, max(0, c.window - len(wave_T))))
-    found_FN = spectrogram(
-        wave_T, window_function(c.window, "hann"), frame_length=c.window, hop_length=c.hop, power=2.0, center=False,
-        mel_filters=filters, mel_floor=c.floor, log_mel="log",
-    )  # fmt: skip
-    return found_FN.T.astype(np.float32)
+    log_mel_FN = spectrogram(
+        np.pad(wave_T, (0, max(0, c.window - len(wave_T)))),
+        window_function(c.window, "hann"),
+        frame_length=c.window,
+        hop_length=c.hop,
+        power=2.0,
+        center=False,
+        mel_filters=filters,
+        mel_floor=c.floor,
+        log_mel="log",
+    )
+    return log_mel_FN.T.astype(np.float32)
 
 
-class ClipTar:
-    """A WebDataset tar of sounds: key.ogg (or .wav, .flac) and key.json, in the order of the keys."""
+class AudioTar:
+    """A WebDataset tar of audio clips: key.ogg (or .wav, .flac) and key.json, in the order of the keys."""
 
     def __init__(self, path: Path) -> None:
+        """Read the json members and no audio. Raises UserError for a tar without audio and for damaged json."""
         self.path = path
         found = {member.name: member for member in members(path)}
-        sounds = sorted(name for name in found if Path(name).suffix.lower() in SUFFIXES)
-        if not sounds:
-            raise UserError(f"{path}: holds no sounds (key{', key'.join(SUFFIXES)})")
-        self.keys = [str(Path(name).with_suffix("")) for name in sounds]
-        self._sounds = [found[name] for name in sounds]
+        clips = sorted(name for name in found if Path(name).suffix.lower() in SUFFIXES)
+        if not clips:
+            raise UserError(f"{path}: holds no audio (key{', key'.join(SUFFIXES)})")
+        self.keys = [str(Path(name).with_suffix("")) for name in clips]
+        self._clips = [found[name] for name in clips]
         self.fields = [self._json(found.get(f"{key}.json")) for key in self.keys]
-        """What each clip's json says; an empty dict for a clip that has none."""
+        """The content of each clip's json; an empty dict for a clip that has none."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def wave(self, i: int, *, rate: int) -> Float[np.ndarray, "T"]:
-        member = self._sounds[i]
+        """Clip ``i`` as `read_audio` gives it."""
+        member = self._clips[i]
         return read_audio(self._read(member), rate=rate, name=f"{self.path}: {member.name}")
 
     def column(self, name: str) -> list[Any] | None:
-        """A field of every clip, or None if one lacks it."""
+        """One field of the json of every clip, or None if a clip lacks it."""
         return [fields[name] for fields in self.fields] if all(name in fields for fields in self.fields) else None
 
     def labels(self) -> tuple[list[str], dict[str, np.ndarray]]:
-        """The classes, and where every clip's json has them the arrays ``labels`` (places among those) and ``fold``."""
+        """The names of the classes, sorted, and arrays [clips] of the fields that every clip's json has.
+
+        The arrays are ``labels``, indices into the classes, from the field `label`, and ``fold`` from the field `fold`.
+        """
         arrays: dict[str, np.ndarray] = {}
         labels, folds = self.column("label"), self.column("fold")
         classes = sorted({str(label) for label in labels or ()})
@@ -131,11 +146,12 @@ class ClipTar:
 
 
 def write_frames(tar: Path, out: Path, *, config: MelConfig, seconds: float = 5.0) -> VectorStore:
-    """A store of log-mel frames [items, N, F], float16, of the first ``seconds`` of each clip of ``tar``.
+    """Write log-mel frames [clips, N, F], float16, of the first ``seconds`` of each clip of ``tar`` into ``out``.
 
-    Its arrays are ``lengths`` and those of :meth:`ClipTar.labels`, whose classes the manifest names.
+    The further arrays of the store are ``lengths``, the number of real frames [clips], and those of `AudioTar.labels`.
+    The manifest holds the ``classes``.
     """
-    clips = ClipTar(tar)
+    clips = AudioTar(tar)
     longest = max(1, 1 + (round(seconds * config.rate) - config.window) // config.hop)
     classes, arrays = clips.labels()
 
@@ -143,8 +159,8 @@ def write_frames(tar: Path, out: Path, *, config: MelConfig, seconds: float = 5.
         for i in range(len(clips)):
             frames_NF = log_mel(clips.wave(i, rate=config.rate), config)[:longest].astype(np.float16)
             padded_NF = np.pad(frames_NF, ((0, longest - len(frames_NF)), (0, 0)))
-            one = {"vectors": padded_NF[None], "lengths": np.array([len(frames_NF)])}
-            yield one | {name: array[i : i + 1] for name, array in arrays.items()}
+            row = {"vectors": padded_NF[None], "lengths": np.array([len(frames_NF)])}
+            yield row | {name: array[i : i + 1] for name, array in arrays.items()}
 
     manifest = {"made_by": {"mel": asdict(config), "seconds": seconds}, "classes": classes}
     return write_vectors(out, batches(), keys=clips.keys, manifest=manifest)

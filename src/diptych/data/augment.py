@@ -1,6 +1,6 @@
-"""Random views of pictures, made for a whole batch at once on the device that trains.
+"""Random views of images, made for a whole batch at once on the device that trains.
 
-Shapes: B rows, H and W pixels of the pictures, S side of the views, K random numbers of a view.
+Shapes: B rows, H and W pixels of the images, S pixels of a side of the views, K random numbers of a view.
 """
 
 import math
@@ -24,39 +24,39 @@ _NUMBERS = 13
 
 @dataclass(kw_only=True, slots=True)
 class ViewConfig:
-    """The defaults are ITO's augmentation."""
+    """How views differ from their image. The defaults are ITO's augmentation."""
 
     scale: tuple[float, float] = (0.5, 1.0)
-    """Share of the picture's area that a crop keeps: least and most."""
+    """Smallest and largest share of the image's area that a crop keeps."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width by height of a crop: least and most."""
+    """Smallest and largest ratio of a crop's width to its height."""
     flip: float = 0.5
-    """Probability of a mirrored view."""
+    """Probability that a view is mirrored."""
     jitter: float = 0.8
-    """Probability that the four changes of colour below are made."""
+    """Probability that brightness, contrast, saturation and hue are changed."""
     brightness: float = 0.4
-    """Factor in [1 - b, 1 + b]; so for contrast and saturation."""
+    """Largest change b of the brightness, which is multiplied by a factor in [1 - b, 1 + b]."""
     contrast: float = 0.4
-    """Distance from the picture's mean grey."""
+    """Largest change c of the distance from the image's mean grey, multiplied by a factor in [1 - c, 1 + c]."""
     saturation: float = 0.4
-    """Distance of colours from grey."""
+    """Largest change s of the distance of colours from grey, multiplied by a factor in [1 - s, 1 + s]."""
     hue: float = 0.1
-    """Largest turn of the colour circle, as a share of it."""
+    """Largest turn of the hue, as a share of the colour circle."""
     grey: float = 0.2
-    """Probability of a view without colour."""
+    """Probability that a view has no colour."""
     blur: float = 0.5
-    """Probability of a blurred view."""
+    """Probability that a view is blurred."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Least and largest width of the blur in pixels of a view of side 224; it shrinks with the view."""
+    """Smallest and largest standard deviation of the blur in pixels of a view of side 224; it shrinks with the view."""
 
 
 def weak_view() -> ViewConfig:
-    """What CLIP is trained with (open_clip): a crop of nearly everything and nothing else."""
+    """The augmentation that CLIP is trained with in open_clip: a crop of nearly the whole image and nothing else."""
     return ViewConfig(scale=(0.9, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
 
 
 def draw_view(rng: StepRNG, name: str, rows: int) -> Float[Tensor, "B K"]:
-    """The random numbers of a view, on the CPU: choosing rows by them must not wait for a GPU."""
+    """Random numbers in [0, 1) for one view of each row, on the CPU: choosing rows by them must not wait for a GPU."""
     return rng.uniform(name, rows, _NUMBERS)
 
 
@@ -64,10 +64,10 @@ def draw_view(rng: StepRNG, name: str, rows: int) -> Float[Tensor, "B K"]:
 def make_view(
     pixels_B3HW: UInt8[Tensor, "B 3 H W"], drawn_BK: Float[Tensor, "B K"], config: ViewConfig, *, size: int
 ) -> Float[Tensor, "B 3 S S"]:
-    """A view of each picture, values in [0, 1]: crop, flip, jitter, grey, blur, each row by its own numbers.
+    """A view of each image, values in [0, 1]: crop, flip, jitter, grey and blur, each row by its own random numbers.
 
     Departure from torchvision's transforms, after which the paper's are named: the changes of colour come in one fixed
-    order, and a crop that would leave the picture is narrowed instead of drawn again.
+    order, and a crop that would leave the image is narrowed instead of drawn again.
     """
     assert drawn_BK.device.type == "cpu"
     view_B3SS = _crop(pixels_B3HW, drawn_BK, config, size=size).float()
@@ -78,7 +78,7 @@ def make_view(
 
 
 def _on(view_B3SS: Tensor, chosen_B: Tensor, drawn: Tensor, change, config: ViewConfig) -> Tensor:
-    """``change`` on the chosen rows alone."""
+    """The views, of which the chosen rows are changed in place."""
     rows = chosen_B.nonzero()[:, 0]
     if len(rows):
         there = rows.to(view_B3SS.device, non_blocking=True)
@@ -92,7 +92,7 @@ def _between(drawn: Tensor, low: float, high: float) -> Tensor:
 
 
 def _crop(pixels_B3HW: Tensor, drawn_BK: Tensor, config: ViewConfig, *, size: int) -> Tensor:
-    """A window of each picture, antialiased to ``size``: two small matrix products a picture.
+    """A window of each image, resized with an antialiased filter to ``size``: two small matrix products an image.
 
     A bilinear grid sample would take three times as long on a CPU and does not filter. Under autocast to bf16 values
     are off by up to two grey levels of 255; the tower rounds what it sees as much.
@@ -111,7 +111,10 @@ def _crop(pixels_B3HW: Tensor, drawn_BK: Tensor, config: ViewConfig, *, size: in
 
 
 def _window(share_B: Tensor, place_B: Tensor, pixels: int, size: int) -> Float[Tensor, "B S W"]:
-    """Weights of every pixel of an axis in every pixel of the view: a triangle as wide as the step between these."""
+    """The weight of every pixel of an axis in every pixel of the view: a triangle as wide as a step of the view.
+
+    The window has ``share_B`` of the axis; ``place_B`` is its place, 0 at the start and 1 at the end.
+    """
     step_B1 = (share_B * pixels / size)[:, None]
     start_B1 = (place_B * (1 - share_B) * pixels)[:, None]
     centre_BS = start_B1 + step_B1 * (torch.arange(size) + 0.5) - 0.5
@@ -130,7 +133,7 @@ def _jitter(view: Tensor, drawn_B4: Tensor, config: ViewConfig) -> Tensor:
 
 
 def _turn_hue(view_B3SS: Tensor, turn_B: Tensor) -> Tensor:
-    """Turn the hue of HSV by a share of the circle, without a detour through atan or HSV: a fifth of kornia's time."""
+    """Turn the hue by a share of the circle as in HSV, without computing HSV or atan: a fifth of kornia's time."""
     r, g, b = view_B3SS.unbind(1)
     value, least = view_B3SS.amax(1), view_B3SS.amin(1)
     chroma = value - least

@@ -1,4 +1,4 @@
-"""What one training step receives: rows of every stream, and the step's random numbers.
+"""The batch of one training step: examples of every stream, and the step's random numbers.
 
 Shapes: B rows of a stream on this process, N image tokens, L text tokens, F width of the frozen text features,
 S positions of a feature sequence, D width of a feature vector, H and W pixels.
@@ -17,7 +17,7 @@ from diptych.rng import StepRNG
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
-    """Rows of one stream: the first axis of every field counts them. Each kind of stream has a class below."""
+    """Rows of one stream, which the first axis of every field counts. Each kind of stream has a class of its own."""
 
     def __len__(self) -> int:
         return len(next(iter(self._tensors().values())))
@@ -54,13 +54,14 @@ class TextExamples(Examples):
     ids_BL: Int[Tensor, "B L"]
     """They end in `</s>` and are padded with 0."""
     valid_BL: Bool[Tensor, "B L"]
+    """True where an id is real, False where it is padding."""
     features_BLF: Float[Tensor, "B L F"] | None = None
-    """Cached features of the frozen text encoder; None means: compute them."""
+    """Cached features of the frozen text encoder; None where the objective is to compute them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairExamples(Examples):
-    """Image tokens with the ids of one caption each: the fields of both sides."""
+    """Image tokens with the ids of one caption each; fields as in `ImageTokenExamples` and `TextExamples`."""
 
     tokens_BN: Int[Tensor, "B N"]
     ids_BL: Int[Tensor, "B L"]
@@ -70,7 +71,7 @@ class PairExamples(Examples):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptionedImageExamples(Examples):
-    """Pixels with the ids of one or several captions each, for dual encoders."""
+    """Pixels with the ids of one or several captions each, side by side, for dual encoders."""
 
     pixels_B3HW: UInt8[Tensor, "B 3 H W"]
     ids_BL: Int[Tensor, "B L"]
@@ -79,7 +80,7 @@ class CaptionedImageExamples(Examples):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledImageExamples(Examples):
-    """Pixels with a class each."""
+    """Pixels with the index of a class each."""
 
     pixels_B3HW: UInt8[Tensor, "B 3 H W"]
     labels_B: Int[Tensor, "B"]
@@ -87,7 +88,7 @@ class LabelledImageExamples(Examples):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledVectorExamples(Examples):
-    """Cached feature vectors of any modality, with a class each."""
+    """Cached feature vectors of any modality, with the index of a class each."""
 
     vectors_BD: Float[Tensor, "B D"]
     labels_B: Int[Tensor, "B"]
@@ -95,7 +96,7 @@ class LabelledVectorExamples(Examples):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceExamples(Examples):
-    """Sequences of features: tokens of an image or a text, frames of audio."""
+    """Sequences of features: of the tokens of an image or a text, or of the frames of audio."""
 
     features_BSF: Float[Tensor, "B S F"]
     valid_BS: Bool[Tensor, "B S"]
@@ -103,11 +104,11 @@ class SequenceExamples(Examples):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The rows of each stream at one step. An objective knows which class of examples each of its streams holds."""
+    """The examples of each stream at one step. An objective knows which class of examples each of its streams holds."""
 
     rng: StepRNG
     streams: Mapping[str, Any]
-    """Name of a stream -> its :class:`Examples`."""
+    """Name of a stream -> its `Examples`."""
 
     def __getitem__(self, stream: str) -> Any:
         return self.streams[stream]

@@ -1,6 +1,8 @@
-"""Texts about classes: from templates, from a JSON of descriptions, or from a folder with a text file for each class.
+"""Texts about classes: from templates, from a JSON file of descriptions, or from a folder with a text file per class.
 
-Which text belongs to which image is not known and not asked for; a text has the label of the class it is about.
+A text has the label of the class it is about. It belongs to no image in particular.
+
+Shapes: T texts.
 """
 
 import difflib
@@ -16,11 +18,14 @@ from diptych.errors import UserError
 from diptych.rng import derive_seed
 
 Shots = int | Literal["all", "mean"]
-"""Texts of a class to learn from: so many random ones, all, or one that is the mean of all their features."""
+"""Texts of a class to learn from: a number of random ones, all, or the mean of the features of all."""
 
 
 def from_templates(classes: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
-    """For each class each template with the class's name in it; underscores in names become spaces."""
+    """The texts of each class: every template with the class's name in place of its {}.
+
+    Underscores in names become spaces. Raises UserError without templates, and for a template without {}.
+    """
     if not templates:
         raise UserError('no template for texts about the classes is given: give one, e.g. "a photo of a {}."')
     for template in templates:
@@ -30,24 +35,27 @@ def from_templates(classes: Sequence[str], templates: Sequence[str]) -> list[lis
 
 
 def read_class_texts(path: str | Path, classes: Sequence[str]) -> list[list[str]]:
-    """The texts of each class from a JSON file {class: [sentence, ...]} or a folder of CLASS.txt, a text a line.
+    """The texts of each class from a JSON file {class: [sentence, ...]} or a folder of CLASS.txt with a text a line.
 
-    Names are compared without regard to case and to underscores. Raises UserError for a class without texts, for texts
-    of an unknown class, and for files that hold none.
+    Names are compared without regard to case, hyphens and underscores. Raises UserError for a class without texts,
+    for texts of an unknown class, and for files that hold none.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: does not exist; give a JSON file of descriptions or a folder with a text per class")
-    return _sorted_in(_read_folder(path) if path.is_dir() else _read_json(path), classes, where=path)
+    return _in_order(_read_folder(path) if path.is_dir() else _read_json(path), classes, where=path)
 
 
 def texts_of(spec: str | None, classes: Sequence[str], *, templates: Sequence[str]) -> list[list[str]]:
-    """:func:`read_class_texts` where a file or folder is given, else :func:`from_templates`."""
+    """The texts of each class: `read_class_texts` of the path ``spec``, or `from_templates` where it is None."""
     return from_templates(classes, templates) if spec is None else read_class_texts(spec, classes)
 
 
 def choose_texts(labels_T: np.ndarray, shots: int, *, seed: int) -> np.ndarray:
-    """Indices of ``shots`` random texts of every class, ascending; of all of them where a class has fewer."""
+    """Sorted indices of ``shots`` random texts of every class, or of all its texts where a class has fewer.
+
+    Raises UserError for less than one shot.
+    """
     if shots < 1:
         raise UserError(f"{shots} texts of a class leave nothing to learn from: give 1 or more, all or mean")
     chosen = []
@@ -58,7 +66,10 @@ def choose_texts(labels_T: np.ndarray, shots: int, *, seed: int) -> np.ndarray:
 
 
 def permuted(classes: int, *, seed: int) -> np.ndarray:
-    """Another class for each class, no two the same: what texts are about in the control with unrelated texts."""
+    """Another class for each class, no two the same, for the control experiment with texts about other classes.
+
+    Raises UserError for fewer than two classes.
+    """
     if classes < 2:
         raise UserError("one class alone cannot get the texts of another: there must be two classes or more")
     order = np.random.Generator(np.random.PCG64(derive_seed(seed, "permuted classes"))).permutation(classes)
@@ -90,8 +101,8 @@ def _read_folder(path: Path) -> dict[str, list[str]]:
     return {file.stem: read_text(file).split("\n") for file in files}
 
 
-def _sorted_in(found: Mapping[str, Sequence[str]], classes: Sequence[str], *, where: Path) -> list[list[str]]:
-    """``found`` in the order of ``classes``."""
+def _in_order(found: Mapping[str, Sequence[str]], classes: Sequence[str], *, where: Path) -> list[list[str]]:
+    """The clean texts of ``found`` in the order of ``classes``. Raises as `read_class_texts`."""
     place = {_plain(name): number for number, name in enumerate(classes)}
     texts: list[list[str]] = [[] for _ in classes]
     for name, sentences in found.items():

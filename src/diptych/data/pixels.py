@@ -1,129 +1,223 @@
-"""Pictures as batches of pixels: decoded while training, or from files.
+"""Images as pixels: read from sources, with the unreadable ones skipped and counted, or from files.
 
-Shapes: B rows, H and W pixels.
+One unreadable image among thousands must not stop a run, and must not vanish in silence either: every loop over images
+goes through `read_image`, which records in `SkippedItems` what it cannot read.
+
+Shapes: B images, S pixels of a side.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
 from diptych.data.batch import ImageExamples
 from diptych.data.scenes.source import ENDLESS, ScenesSource
-from diptych.data.skipped import SkippedItems
 from diptych.data.sources import Source
 from diptych.data.sources.decode import UnreadableImage, decode
+from diptych.data.splits import Subset
 from diptych.data.streams import Stream, choose
 from diptych.errors import UserError
+from diptych.io import write_bytes
 
-Chosen = list[tuple[Source, np.ndarray]]
-"""Sources and which of their items to use."""
+_ROWS = 512
+"""Images read at once where a caller does not say how many."""
 
 
-class Pictures:
-    """All chosen pictures, counted through, resized to ``size``; kept in memory once read if all fit ``cache_mb``.
+@dataclass(kw_only=True, slots=True)
+class SkippedItems:
+    """The items that were left out, and why. Any thread may record one."""
 
-    A picture that cannot be read is recorded in ``skips`` and the next one stands in, so that a batch stays a pure
-    function of its step.
+    max_skipped_share: float = 0.01
+    """Share of unreadable items that is tolerated, 0 to 1."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Key of each skipped item -> the reason."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def record(self, key: str, error: Exception | str) -> None:
+        with self._lock:
+            self.reasons[key] = str(error)
+
+    def check(self, total: int) -> None:
+        """Raise UserError when more than the tolerated share of ``total`` items is skipped, or every one of them.
+
+        With the total known, it may be called at any time: the share only grows.
+        """
+        count = len(self)
+        if count == 0 or (count < total and count <= self.max_skipped_share * total):
+            return
+        first = "; ".join(sorted(self.reasons.values())[:3])
+        more = f"; and {count - 3} more" if count > 3 else ""
+        raise UserError(
+            f"{count} of {total} items are unreadable, over the tolerated {self.max_skipped_share:.1%}: {first}{more}; "
+            "mend or remove them, or raise max_skipped_share"
+        )
+
+    def write(self, path: Path) -> None:
+        """Write one JSON object {key, reason} a line, in the order of the keys, atomically."""
+        lines = [json.dumps({"key": key, "reason": self.reasons[key]}) + "\n" for key in sorted(self.reasons)]
+        write_bytes(path, "".join(lines).encode())
+
+
+def read_image(source: Source, item: int, *, size: int, skipped: SkippedItems) -> UInt8[np.ndarray, "S S 3"] | None:
+    """The pixels of one image, or None and a record in ``skipped`` where it cannot be read."""
+    try:
+        return source.image(item, size)
+    except UnreadableImage as error:
+        skipped.record(source.key(item), error)
+        return None
+
+
+def read_images(
+    source: Source, items: np.ndarray, *, size: int, skipped: SkippedItems, threads: Executor
+) -> tuple[UInt8[np.ndarray, "B S S 3"], np.ndarray]:
+    """Pixels of the readable ones of ``items``, and those items [B]. Whether too many are unreadable is not checked."""
+    if isinstance(source, ScenesSource):  # it draws many images at once a hundred times faster
+        return source.images(items, size), items
+    images = list(threads.map(lambda item: read_image(source, int(item), size=size, skipped=skipped), items))
+    readable = np.array([image is not None for image in images], bool)
+    kept = [image for image in images if image is not None]
+    return (np.stack(kept) if kept else np.empty((0, size, size, 3), np.uint8)), items[readable]
+
+
+def image_batches(
+    source: Source, items: np.ndarray, *, size: int, skipped: SkippedItems, workers: int = 2, rows: int = _ROWS
+) -> Iterator[tuple[UInt8[Tensor, "B 3 S S"], np.ndarray]]:
+    """The readable ones of ``items`` in batches of at most ``rows``: pixels, and the items [B] that they show.
+
+    Raises UserError as soon as too many of ``items`` are unreadable.
+    """
+    with ThreadPoolExecutor(max(1, workers)) as threads:
+        for begin in range(0, len(items), rows):
+            pixels, found = read_images(
+                source, items[begin : begin + rows], size=size, skipped=skipped, threads=threads
+            )
+            skipped.check(len(items))
+            if len(found):
+                yield channels_first(pixels), found
+
+
+def read_first_images(
+    source: Source,
+    *,
+    limit: int | None,
+    size: int,
+    max_skipped_share: float = 0.01,
+    wanted: Callable[[int], bool] = lambda item: True,
+) -> tuple[list[int], UInt8[np.ndarray, "B S S 3"]]:
+    """The first ``limit`` readable items that are ``wanted``, and their pixels.
+
+    Without a limit all of them, of endless scenes the first 1000. Raises UserError for a source without such images,
+    and when too many of its images are unreadable.
+    """
+    if not source.has_images:
+        raise UserError(f"{source.name}: has no images")
+    if limit is not None and limit < 1:
+        raise UserError(f"a limit of {limit} images: at least one is needed")
+    if limit is None:
+        limit = 1000 if isinstance(source, ScenesSource) and len(source) == ENDLESS else len(source)
+    skipped = SkippedItems(max_skipped_share=max_skipped_share)
+    candidates = (item for item in range(len(source)) if wanted(item))
+    items: list[int] = []
+    pixels: list[np.ndarray] = []
+    with ThreadPoolExecutor(2) as threads:
+        # As many are read as are still missing, so that no image behind the last one needed is looked at.
+        while chunk := list(itertools.islice(candidates, min(_ROWS, limit - len(items)))):
+            some, readable = read_images(source, np.array(chunk), size=size, skipped=skipped, threads=threads)
+            skipped.check(len(source))
+            items += readable.tolist()
+            pixels.append(some)
+    if not items:
+        raise UserError(f"{source.name}: no image to score")
+    return items, np.concatenate(pixels)
+
+
+def read_captioned(source: Source, *, limit: int | None, size: int) -> tuple[list[int], UInt8[np.ndarray, "B S S 3"]]:
+    """The first ``limit`` readable items that have a caption, and their pixels. Raises as `read_first_images`."""
+    if not (source.has_images and source.has_captions):
+        raise UserError(f"{source.name}: scores need images and captions, and it does not have both")
+    return read_first_images(source, limit=limit, size=size, wanted=lambda item: bool(source.captions(item)))
+
+
+class CachedImages:
+    """The images of one or several subsets, numbered through and resized to ``size``.
+
+    They are kept in memory once they are read, if all of them fit into ``cache_mb``. An image that cannot be read is
+    recorded in ``skipped`` and the next readable one stands in, so that a batch stays a pure function of its step.
     """
 
-    def __init__(self, chosen: Chosen, *, size: int, skipped: SkippedItems, cache_mb: int = 0) -> None:
-        lengths = np.array([len(items) for _, items in chosen])
-        self._chosen, self._size, self._skips = chosen, size, skipped
+    def __init__(
+        self, subsets: Sequence[Subset[Source]], *, size: int, skipped: SkippedItems, cache_mb: int = 0
+    ) -> None:
+        lengths = np.array([len(subset.items) for subset in subsets])
+        self._subsets, self._size, self._skipped = subsets, size, skipped
         self._ends = np.cumsum(lengths)
         self._starts = self._ends - lengths
         self.count = int(self._ends[-1])
-        self._kept: np.ndarray | None = None
+        self._cache: np.ndarray | None = None
         if self.count * size * size * 3 <= cache_mb * 2**20:
-            self._kept = np.empty((self.count, size, size, 3), np.uint8)  # takes memory as it fills
-            self._used = np.full(self.count, -1)
+            self._cache = np.empty((self.count, size, size, 3), np.uint8)  # takes memory as it fills
+            self._shown = np.full(self.count, -1)
 
     def take(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels [B H W 3] at ``index``, and the index of each picture that they really show."""
+        """Pixels [B S S 3] at ``index`` [B], and the index [B] of the image that each row really shows."""
         # NumPy throughout: torch would start a team of OpenMP threads in each preparing thread, which then spin.
-        together = getattr(self._chosen[0][0], "images", None) if len(self._chosen) == 1 else None
-        if together and self._kept is None:
-            return together(self._chosen[0][1][index], self._size), index
-        if self._kept is None:
+        if self._cache is None:
+            source = self._subsets[0].source
+            if len(self._subsets) == 1 and isinstance(source, ScenesSource):
+                return source.images(self._subsets[0].items[index], self._size), index
             read = [self._read(int(i)) for i in index]
-            return np.stack([pixels for pixels, _ in read]), np.array([used for _, used in read])
-        for i in index[self._used[index] < 0]:
-            # Two threads may read the same picture: both write the same.
-            self._kept[i], self._used[i] = self._read(int(i))
-        return self._kept[index], self._used[index]
+            return np.stack([pixels for pixels, _ in read]), np.array([shown for _, shown in read])
+        for i in index[self._shown[index] < 0]:
+            # Two threads may read the same image: both write the same.
+            self._cache[i], self._shown[i] = self._read(int(i))
+        return self._cache[index], self._shown[index]
 
     def _read(self, index: int) -> tuple[np.ndarray, int]:
         for attempt in range(self.count):
             place = (index + attempt) % self.count
-            part = int(np.searchsorted(self._ends, place, side="right"))
-            source, items = self._chosen[part]
-            item = int(items[place - self._starts[part]])
-            try:
-                return source.image(item, self._size), place
-            except UnreadableImage as error:
-                self._skips.record(source.key(item), error)
-                self._skips.check(self.count)
-        raise UserError(f"{self._chosen[0][0].name}: no picture can be read")
+            number = int(np.searchsorted(self._ends, place, side="right"))
+            subset = self._subsets[number]
+            item = int(subset.items[place - self._starts[number]])
+            pixels = read_image(subset.source, item, size=self._size, skipped=self._skipped)
+            if pixels is not None:
+                return pixels, place
+            self._skipped.check(self.count)
+        raise UserError(f"{self._subsets[0].source.name}: no image can be read")
 
 
-def pixel_stream(chosen: Chosen, *, size: int, skipped: SkippedItems, flip: bool, seed: int) -> Stream[ImageExamples]:
-    """All chosen pictures as one stream, resized to ``size``; every other one mirrored if ``flip``."""
-    pictures = Pictures(chosen, size=size, skipped=skipped)
+def pixel_stream(
+    subsets: Sequence[Subset[Source]], *, size: int, skipped: SkippedItems, flip: bool, seed: int
+) -> Stream[ImageExamples]:
+    """All images of the subsets as one stream, resized to ``size``; each mirrored with probability 1/2 if ``flip``."""
+    images = CachedImages(subsets, size=size, skipped=skipped)
 
     def take(index: np.ndarray, epoch: np.ndarray) -> ImageExamples:
-        pixels, _ = pictures.take(index)
+        pixels, _ = images.take(index)
         if flip:
             mirrored = choose(np.full(len(index), 2), index, epoch, seed) == 1
             pixels[mirrored] = pixels[mirrored, :, ::-1]
         return ImageExamples(pixels_B3HW=channels_first(pixels))
 
-    return Stream(size=pictures.count, take=take)
+    return Stream(size=images.count, take=take)
 
 
-def decode_files(files: Sequence[str | Path], *, size: int) -> torch.Tensor:
-    """Image files as one batch uint8 [B 3 S S]. Raises UnreadableImage for one that cannot be."""
+def decode_files(files: Sequence[str | Path], *, size: int) -> UInt8[Tensor, "B 3 S S"]:
+    """Image files as one batch. Raises UnreadableImage for one that cannot be read."""
     return channels_first(np.stack([decode(Path(file), size) for file in files]))
 
 
-def channels_first(pixels: np.ndarray) -> torch.Tensor:
+def channels_first(pixels: np.ndarray) -> Tensor:
     """[B H W 3] to a tensor [B 3 H W]."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-
-
-def read_captioned(source: Source, *, limit: int | None, size: int) -> tuple[list[int], np.ndarray]:
-    """The first ``limit`` readable items that have a caption, and their pixels [B S S 3].
-
-    Raises UserError for a source without images or captions, and when too many images are unreadable.
-    """
-    if not (source.has_images and source.has_captions):
-        raise UserError(f"{source.name}: scores need images and captions, and it does not have both")
-    return read_images(source, limit=limit, size=size, wanted=lambda item: bool(source.captions(item)))
-
-
-def read_images(
-    source: Source, *, limit: int | None, size: int, wanted: Callable[[int], bool] = lambda item: True
-) -> tuple[list[int], np.ndarray]:
-    """The first ``limit`` readable items that are ``wanted``, and their pixels [B S S 3]. Raises as above."""
-    if not source.has_images:
-        raise UserError(f"{source.name}: has no images")
-    if limit is not None and limit < 1:
-        raise UserError(f"a limit of {limit} images: at least one is needed")
-    if isinstance(source, ScenesSource):
-        items = list(range(min(len(source), limit or (1000 if len(source) == ENDLESS else len(source)))))
-        return items, source.images(items, size)
-    skipped, items, pixels = SkippedItems(), [], []
-    for item in range(len(source)):
-        if limit is not None and len(items) == limit:
-            break
-        if not wanted(item):
-            continue
-        try:
-            pixels.append(source.image(item, size))
-            items.append(item)
-        except UnreadableImage as error:
-            skipped.record(source.key(item), error)
-            skipped.check(len(source))
-    if not items:
-        raise UserError(f"{source.name}: no image to score")
-    return items, np.stack(pixels)

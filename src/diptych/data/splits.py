@@ -1,9 +1,14 @@
-"""Few pairs and many halves: hides the captions of most items of a captioned source, to learn as if they had none."""
+"""Which items of a source are used for what: pairs and unpaired halves, classes, few-shot episodes.
 
-from collections.abc import Mapping, Sequence
+Every split is a pure function of its arguments and a seed.
+
+Shapes: N items of a source.
+"""
+
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -12,6 +17,17 @@ from diptych.errors import UserError
 from diptych.rng import derive_seed
 
 Rest = Literal["split", "images", "texts", "unused"]
+"""What the items become that do not stay pairs."""
+Items = TypeVar("Items", bound=Sized, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Subset(Generic[Items]):
+    """Some items of a source, or of a store of encoded data."""
+
+    source: Items
+    items: np.ndarray
+    """Indices, int64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,36 +35,37 @@ class Split:
     """Sorted indices of a source, int64. No index is in two of them."""
 
     pairs: np.ndarray
-    """Examples that keep image and captions together."""
+    """Items that keep image and captions together."""
     images: np.ndarray
-    """Examples of which only the image is used."""
+    """Items of which only the image is used."""
     texts: np.ndarray
-    """Examples of which only the captions are used."""
+    """Items of which only the captions are used."""
 
 
 def hold_back(source_len: int, max_pairs: int | None, seed: int, *, rest: Rest = "split") -> Split:
-    """``max_pairs`` items stay pairs (all of them when None); ``rest`` says what the others become.
+    """Keep ``max_pairs`` items as pairs and hide the captions or the image of the others, as if they had none.
 
-    "split": half of them bare images, the other half bare texts, so that no bare text describes a bare image;
-    "images" or "texts": all of them, for when the other side comes from a source of its own; "unused": neither.
+    The order of the items does not depend on ``max_pairs``: the pairs of a smaller number are among those of a larger
+    one, so that a curve over numbers of pairs compares like with like.
 
-    A pure function of its arguments. The order does not depend on ``max_pairs``: the pairs of a smaller number are
-    among those of a larger one, so a curve over numbers of pairs compares like with like. Raises UserError.
+    Args:
+        source_len: Number of items of the source.
+        max_pairs: Number of items that stay pairs; None keeps all. Raises UserError when it is not in 1..source_len.
+        seed: Decides which items stay pairs.
+        rest: What the others become. "split": one half unpaired images and the other half unpaired texts, so that no
+            unpaired text describes an unpaired image. "images" or "texts": all of them the one or the other, where
+            the other side comes from a source of its own. "unused": neither.
     """
     if max_pairs is not None and not 0 < max_pairs <= source_len:
         raise UserError(f"--data.max-pairs {max_pairs}: must be from 1 to {source_len}, the number of captioned images")
     count = source_len if max_pairs is None else max_pairs
     # One random number each and a stable sort: the same on every platform and version that has this bit generator.
-    rng = np.random.Generator(np.random.PCG64(derive_seed("hold_back", seed))).random(source_len)
-    order = np.argsort(rng, kind="stable")
+    numbers = np.random.Generator(np.random.PCG64(derive_seed("hold_back", seed))).random(source_len)
+    order = np.argsort(numbers, kind="stable")
     others = order[count:]
     images = {"split": (len(others) + 1) // 2, "images": len(others), "texts": 0, "unused": 0}[rest]
     texts = len(others) if rest in ("split", "texts") else images
     return Split(pairs=np.sort(order[:count]), images=np.sort(others[:images]), texts=np.sort(others[images:texts]))
-
-
-# JOINED data.labelled
-#| Images with classes, and which of them to learn from where labels are few.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +74,17 @@ class Labelled:
 
     source: Source
     classes: tuple[str, ...]
+    """Names of the classes."""
     labels_N: np.ndarray
-    """Class of each item, as a place in ``classes``, int64."""
+    """Class of each item as an index into ``classes``, int64."""
 
     @classmethod
     def of(cls, source: Source, classes: Sequence[str] | None = None) -> "Labelled":
-        """Reads all labels. ``classes`` fixes names and order; else they are those that occur, sorted."""
+        """Read all labels.
+
+        ``classes`` gives the names in their order; by default they are the labels that occur, sorted. Raises UserError
+        for an item without a label, and for a label that is not among ``classes``.
+        """
         names = [source.label(item) for item in range(len(source))]
         if None in names:
             key = source.key(names.index(None))
@@ -77,14 +99,14 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
-    """Examples to learn from and items to select a model on, int64; none is in both."""
+    """Sorted indices of the items to learn from and of those to select a model on, int64. No item is in both."""
 
     train: np.ndarray
     valid: np.ndarray
 
 
 def draw_episode(labels_N: np.ndarray, shots: int, *, seed: int) -> Episode:
-    """``shots`` random items of each class to learn from, min(4, shots) others to select on.
+    """Draw ``shots`` random items of each class to learn from and min(4, shots) others to select a model on.
 
     The items of fewer shots are among those of more, so that a curve over shots compares like with like.
     Raises UserError for a class with too few items.
@@ -102,7 +124,10 @@ def draw_episode(labels_N: np.ndarray, shots: int, *, seed: int) -> Episode:
 
 
 def hold_out(labels_N: np.ndarray, share: float, *, seed: int) -> Episode:
-    """All items to learn from but ``share`` of each class, at least one, to select on."""
+    """Hold out ``share`` of the items of each class, at least one, to select a model on; learn from all others.
+
+    Raises UserError for a share that is not between 0 and 1, and for a class of which no item is left to learn from.
+    """
     if not 0 < share < 1:
         raise UserError(f"valid-share is {share}; it must be between 0 and 1")
     train, valid = [], []
@@ -116,10 +141,12 @@ def hold_out(labels_N: np.ndarray, share: float, *, seed: int) -> Episode:
 
 
 def given_episodes(meta: Mapping[str, Any], keys: Sequence[str]) -> dict[tuple[int, int], Episode]:
-    """The index files of published few-shot splits: (shots, seed) to its episode.
+    """The published few-shot splits of an index file: (shots, seed) -> episode.
 
-    ``meta["fewshot"]`` holds ``shot_K-seed_S`` to {"train": [file, ...], "val": [...]}; a file is a key of the source
-    with or without its suffix.
+    Args:
+        meta: The index file. ``meta["fewshot"]`` maps ``shot_K-seed_S`` to {"train": [file, ...], "val": [file, ...]}.
+        keys: Key of every item of the source. A file of ``meta`` is such a key with or without its suffix; a file that
+            is not among them raises UserError.
     """
     place = {key: number for number, key in enumerate(keys)}
 
@@ -137,6 +164,7 @@ def given_episodes(meta: Mapping[str, Any], keys: Sequence[str]) -> dict[tuple[i
 
 
 def _shuffled_classes(labels_N: np.ndarray, seed: int) -> list[np.ndarray]:
+    """The items of each class in random order."""
     generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "episode")))
     return [generator.permutation(np.flatnonzero(labels_N == c)) for c in np.unique(labels_N)]
 

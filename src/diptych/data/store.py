@@ -1,100 +1,241 @@
-"""Encoded data: image tokens and text ids in memory-mapped files.
+"""Folders of NumPy arrays on disk: written chunk by chunk, read memory-mapped.
 
-    store.json     shapes, types, where it came from and which tokenizers made it
-    tokens.bin     [items, N]        image tokens, if there are images
-    ids.bin        [captions, L]     text ids, if there are captions; those of an item lie together
-    counts.bin     [items]           captions of each item
-    features.bin   [captions, L, F]  features of the frozen text encoder, optional
-    keys.txt       a name for each item
+`ResumableArrayWriter` writes such a folder, `Store` reads encoded images and texts, `VectorStore` reads feature
+vectors. Every array is an ordinary ``NAME.npy``, which `numpy.load` reads too. Beside the arrays lies ``keys.txt`` with
+a name for each item.
 
 Shapes: B rows, N image tokens, L text tokens, F width of the text features.
 """
 
 import json
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diptych.data.batch import ImageTokenExamples, PairExamples, TextExamples
+from diptych.data.pixels import SkippedItems
 from diptych.data.streams import Stream, choose
 from diptych.errors import UserError
+from diptych.io import write_bytes
 
-MANIFEST = "store.json"
+STORE_MANIFEST = "store.json"
+STORE_VERSION = 2
+"""1: arrays were ``NAME.bin`` files without a header."""
+VECTORS_MANIFEST = "manifest.json"
+
 _TRIM = 8
 """Texts of a batch are cut to its longest, rounded up to this: padding costs time and changes nothing."""
+_KEYS_ENCODING: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
+
+Opened = TypeVar("Opened")
+
+
+class ResumableArrayWriter:
+    """Writes a folder ``out`` of arrays that grow along their first axis.
+
+    The arrays grow in a hidden folder, which takes the name ``out`` when everything is there. While they grow, its
+    ``progress.json`` holds what an interrupted run needs to go on after its last finished chunk.
+    """
+
+    def __init__(self, out: Path, made_by: Mapping[str, Any] | None) -> None:
+        """Go on with what an interrupted writer left if it was given the same ``made_by``; else begin anew.
+
+        Args:
+            out: Folder to write.
+            made_by: Everything that decides the content, as JSON can hold it. None begins anew in any case.
+        """
+        self.out, self.folder = out, out.with_name(f".{out.name}.partial")
+        self.state: dict[str, Any] = {"made_by": made_by, "arrays": {}, "skipped": {}}
+        self.state |= {"done": 0, "items": 0, "key_bytes": 0}
+        progress = self.folder / "progress.json"
+        if made_by is not None and progress.is_file():
+            found = json.loads(progress.read_text())
+            if found["made_by"] == made_by:
+                self.state = found
+        if self.done == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sizes = dict(self._sizes())
+        for file in self.folder.glob("*.npy"):  # an array may have begun in the chunk that was interrupted
+            if file.name not in sizes:
+                file.unlink()
+        for name, size in sizes.items():
+            os.truncate(self.folder / name, size)
+
+    @property
+    def done(self) -> int:
+        """How far the caller has come, as it last told `append`."""
+        return self.state["done"]
+
+    @property
+    def items(self) -> int:
+        """Number of keys written so far."""
+        return self.state["items"]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Key of each item that was left out -> the reason. The caller fills it."""
+        return self.state["skipped"]
+
+    @property
+    def arrays(self) -> dict[str, dict[str, Any]]:
+        """``shape`` and ``dtype`` of each array so far."""
+        return self.state["arrays"]
+
+    def append(self, arrays: Mapping[str, np.ndarray], *, keys: Iterable[str] = (), done: int | None = None) -> None:
+        """Append rows to each of ``arrays`` and names to the keys.
+
+        ``done`` marks the end of a chunk: an interrupted writer goes on after the last one, with that number.
+        """
+        self._append_keys(keys)
+        for name, array in arrays.items():
+            array = np.ascontiguousarray(array)
+            known = self.arrays.setdefault(name, {"shape": [0, *array.shape[1:]], "dtype": _little_endian(array)})
+            found = ([*array.shape[1:]], _little_endian(array))
+            assert (known["shape"][1:], known["dtype"]) == found, (name, known, array)
+            with (self.folder / f"{name}.npy").open("ab") as file:
+                if file.tell() == 0:
+                    file.write(_header(known))
+                file.write(array.astype(known["dtype"], copy=False).data)
+            known["shape"][0] += len(array)
+        if done is not None:
+            self.state["done"] = done
+            _write_json(self.folder / "progress.json", self.state)
+
+    def finish(self, manifest: str, content: Any, opened: Callable[[Path], Opened]) -> Opened:
+        """Write ``content`` as JSON to the file ``manifest``, give the folder its name and return ``opened(out)``.
+
+        ``opened`` is first tried on the hidden folder, so that a folder that cannot be opened replaces nothing.
+        """
+        for name, array in self.arrays.items():
+            with (self.folder / f"{name}.npy").open("r+b") as file:
+                file.write(_header(array))
+        if self.skipped:
+            SkippedItems(reasons=self.skipped).write(self.folder / "skipped.jsonl")
+        _write_json(self.folder / manifest, content)
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        opened(self.folder)
+        if self.out.exists():
+            shutil.rmtree(self.out)
+        os.replace(self.folder, self.out)
+        return opened(self.out)
+
+    def discard(self) -> None:
+        """Remove the hidden folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _append_keys(self, keys: Iterable[str]) -> None:
+        names = [" ".join(key.splitlines()) for key in keys]
+        lines = "".join(f"{name}\n" for name in names).encode(**_KEYS_ENCODING)
+        with (self.folder / "keys.txt").open("ab") as file:
+            file.write(lines)
+        self.state["key_bytes"] += len(lines)
+        self.state["items"] += len(names)
+
+    def _sizes(self) -> Iterator[tuple[str, int]]:
+        """Name of each file that grows, and its bytes at the end of the last finished chunk."""
+        for name, array in self.arrays.items():
+            yield f"{name}.npy", _file_bytes(array)
+        if self.done:
+            yield "keys.txt", self.state["key_bytes"]
+
+
+def _header(array: Mapping[str, Any]) -> bytes:
+    """The header of the ``.npy`` file. NumPy pads it, so that its length stays the same while rows are added."""
+    header = BytesIO()
+    description = {"descr": array["dtype"], "fortran_order": False, "shape": tuple(array["shape"])}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
+
+
+def _file_bytes(array: Mapping[str, Any]) -> int:
+    return len(_header(array)) + int(np.prod(array["shape"])) * np.dtype(array["dtype"]).itemsize
+
+
+def _little_endian(array: np.ndarray) -> str:
+    return array.dtype.newbyteorder("<").str
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_bytes(path, json.dumps(value).encode())
 
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of encoded data."""
+    """A folder of encoded data: image tokens and text ids, ready to train on.
+
+    store.json     shapes and types, the source, and which tokenizers made it
+    tokens.npy     [items, N]        image tokens, if there are images
+    ids.npy        [captions, L]     text ids, if there are captions; those of an item lie together
+    counts.npy     [items]           number of captions of each item, if there are captions
+    features.npy   [captions, L, F]  features of the frozen text encoder, optional
+    keys.txt       a name for each item
+    """
 
     folder: Path
     manifest: dict[str, Any]
+    arrays: dict[str, np.ndarray] = field(repr=False, compare=False)
+    """Memory-mapped, by name."""
 
     @classmethod
     def open(cls, folder: Path) -> "Store":
-        """Raises UserError for a folder that is none, or whose files are not as long as they should be."""
+        """Map the arrays; none of them is read.
+
+        Raises UserError for a folder that holds no encoded data, for data of an earlier version, and for a file of
+        another length than the manifest says.
+        """
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            for name, array in manifest["arrays"].items():
-                expected = int(np.prod(array["shape"])) * np.dtype(array["dtype"]).itemsize
-                found = (folder / f"{name}.bin").stat().st_size
-                if found != expected:
-                    raise UserError(f"{folder / name}.bin has {found} bytes, not {expected}: encode it again")
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            manifest = json.loads((folder / STORE_MANIFEST).read_text())
+            version = manifest.get("version", 1)
+            if version == 1 and any(folder.glob("*.bin")):
+                raise UserError(
+                    f"{folder}: was encoded by an earlier version of Diptych, whose .bin files are no longer read: "
+                    "encode it again (in a run folder: delete it first)"
+                )
+            if version != STORE_VERSION:
+                raise ValueError(f"its version is {version!r}, not {STORE_VERSION}")
+            arrays = {name: _map(folder / f"{name}.npy", array) for name, array in manifest["arrays"].items()}
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: not a folder of encoded data ({error}): encode it again") from error
-        return cls(folder, manifest)
+        return cls(folder, manifest, arrays)
 
     @staticmethod
     def is_one(folder: str | Path) -> bool:
-        return (Path(folder) / MANIFEST).is_file()
+        return (Path(folder) / STORE_MANIFEST).is_file()
 
     def __len__(self) -> int:
         return self.manifest["items"]
 
     @property
     def has_images(self) -> bool:
-        return "tokens" in self.manifest["arrays"]
+        return "tokens" in self.arrays
 
     @property
     def has_captions(self) -> bool:
-        return "ids" in self.manifest["arrays"]
+        return "ids" in self.arrays
 
     def array(self, name: str) -> np.ndarray | None:
         """A memory-mapped array, or None if the store has none of that name."""
-        found = self.manifest["arrays"].get(name)
-        if found is None:
-            return None
-        if 0 in found["shape"]:
-            return np.empty(found["shape"], found["dtype"])
-        return np.memmap(self.folder / f"{name}.bin", found["dtype"], "r", shape=tuple(found["shape"]))
-
-    @cached_property
-    def _tokens(self) -> np.ndarray | None:
-        return self.array("tokens")
-
-    @cached_property
-    def _ids(self) -> np.ndarray | None:
-        return self.array("ids")
-
-    @cached_property
-    def _features(self) -> np.ndarray | None:
-        return self.array("features")
+        return self.arrays.get(name)
 
     @cached_property
     def starts(self) -> np.ndarray:
         """Row of ``ids`` where each item's captions begin, and the end: int64 [items + 1]."""
-        counts = self.array("counts")
-        assert counts is not None
-        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        return np.concatenate([[0], np.cumsum(self.arrays["counts"], dtype=np.int64)])
 
     def pairs(self, items: np.ndarray, *, seed: int) -> Stream[PairExamples]:
-        """Images with one of their captions, another one each epoch."""
+        """Images with one of their captions, chosen anew each epoch. Items without a caption are left out."""
         items = items[np.diff(self.starts)[items] > 0]
 
         def take(index: np.ndarray, epoch: np.ndarray) -> PairExamples:
@@ -106,13 +247,13 @@ class Store:
         return Stream(size=len(items), take=take)
 
     def images(self, items: np.ndarray) -> Stream[ImageTokenExamples]:
-        """Bare images."""
+        """Unpaired images."""
         return Stream(
             size=len(items), take=lambda index, _: ImageTokenExamples(tokens_BN=self._read_tokens(items[index]))
         )
 
     def texts(self, items: np.ndarray) -> Stream[TextExamples]:
-        """Bare texts: every caption of the items is one."""
+        """Unpaired texts: every caption of the items is an example of its own."""
         counts = np.diff(self.starts)[items]
         rows = np.repeat(self.starts[items] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
@@ -123,22 +264,125 @@ class Store:
         return Stream(size=len(rows), take=take)
 
     def _read_tokens(self, items: np.ndarray) -> Tensor:
-        assert self._tokens is not None
-        return _to_torch(self._tokens[items])
+        return _to_torch(self.arrays["tokens"][items])
 
     def _read_texts(self, captions: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids, their validity and, where they are stored, their features."""
-        assert self._ids is not None
-        found = self._ids[captions]
+        """Ids [B L], which of them are valid [B L] and, where they are stored, their features [B L F]."""
+        found = self.arrays["ids"][captions]
         longest = int((found != 0).sum(1).max())
         length = min(found.shape[1], -(-longest // _TRIM) * _TRIM)
         ids = _to_torch(found[:, :length])
         features = None
-        if self._features is not None:
-            features = torch.from_numpy(self._features[captions, :length].astype(np.float32))
+        if "features" in self.arrays:
+            features = torch.from_numpy(self.arrays["features"][captions, :length].astype(np.float32))
         return ids, ids != 0, features
+
+
+def _map(path: Path, array: Mapping[str, Any]) -> np.ndarray:
+    """The array of a ``.npy`` file, memory-mapped. Raises an error where the file is not what ``array`` says."""
+    expected, found = _file_bytes(array), path.stat().st_size
+    if found != expected:
+        raise UserError(f"{path} has {found} bytes, not {expected}: encode it again")
+    mapped = np.load(path, mmap_mode="r")
+    if ([*mapped.shape], mapped.dtype.str) != (array["shape"], array["dtype"]):
+        raise ValueError(f"{path.name} holds {mapped.dtype} {[*mapped.shape]}, not {array['dtype']} {array['shape']}")
+    return np.asarray(mapped)  # still mapped; rows of an `np.memmap` itself are slower to take
 
 
 def _to_torch(array: np.ndarray) -> Tensor:
     # Converted by NumPy: torch would start a team of OpenMP threads in each preparing thread, which then spin.
     return torch.from_numpy(array.astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class VectorStore:
+    """A folder of vectors: embeddings to search, features to learn from.
+
+    vectors.npy     [items, width] or [items, length, width], float32 or float16
+    NAME.npy        [items, ...]: further arrays, for example `labels` or `lengths`
+    keys.txt        a name for each item
+    manifest.json   what the writer wants to be remembered, for example the digest of the model
+    """
+
+    folder: Path
+    keys: list[str]
+    manifest: dict[str, Any]
+    _arrays: dict[str, np.ndarray]
+
+    @classmethod
+    def open(cls, folder: Path) -> "VectorStore":
+        """Map the arrays; none of them is read. Raises UserError for a folder that holds none, or not all of it."""
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder of vectors")
+        try:
+            manifest = json.loads((folder / VECTORS_MANIFEST).read_text())
+            keys = (folder / "keys.txt").read_text(**_KEYS_ENCODING).split("\n")[:-1]
+            arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
+            if "vectors" not in arrays:
+                raise ValueError("it has no vectors.npy")
+            for name, array in arrays.items():
+                if len(array) != len(keys):
+                    raise ValueError(f"{name}.npy has {len(array)} rows for {len(keys)} keys")
+        except (OSError, EOFError, ValueError, TypeError) as error:  # JSON's and Unicode's errors are ValueErrors
+            raise UserError(f"{folder}: not a complete store of vectors ({error}): make it again") from error
+        return cls(folder, keys, manifest, arrays)
+
+    @staticmethod
+    def is_one(folder: str | Path) -> bool:
+        return (Path(folder) / VECTORS_MANIFEST).is_file() and (Path(folder) / "vectors.npy").is_file()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def vectors(self) -> np.ndarray:
+        return self._arrays["vectors"]
+
+    @property
+    def further(self) -> dict[str, np.ndarray]:
+        """All arrays but the vectors, by name."""
+        return {name: array for name, array in self._arrays.items() if name != "vectors"}
+
+    def array(self, name: str) -> np.ndarray | None:
+        """A further array, or None if the store has none of that name."""
+        return self._arrays.get(name)
+
+
+def write_vectors(
+    folder: Path,
+    batches: Iterable[np.ndarray | Mapping[str, np.ndarray]],
+    *,
+    keys: Iterable[str],
+    manifest: Mapping[str, Any],
+) -> VectorStore:
+    """Write a store of vectors batch by batch. The folder appears when it is complete and replaces an earlier store.
+
+    Args:
+        folder: Folder to write. Raises UserError when it holds anything but a store.
+        batches: Arrays [B, ...] of vectors, or several arrays by name with ``vectors`` among them.
+        keys: A name for each item. Like ``manifest`` it is read after the last batch, so that a generator of batches
+            may still fill both.
+        manifest: Anything that JSON can hold.
+    """
+    check_free(folder)
+    writer = ResumableArrayWriter(folder, None)
+    try:
+        for batch in batches:
+            writer.append(batch if isinstance(batch, Mapping) else {"vectors": batch})
+        writer.append({}, keys=keys)
+        return finish_vectors(writer, manifest)
+    finally:
+        writer.discard()
+
+
+def finish_vectors(writer: ResumableArrayWriter, manifest: Mapping[str, Any]) -> VectorStore:
+    """Finish a store of vectors. For callers that use the writer themselves, in order to resume after a stop."""
+    if not writer.arrays:
+        raise UserError(f"{writer.out.name}: nothing to write")
+    return writer.finish(VECTORS_MANIFEST, manifest, VectorStore.open)
+
+
+def check_free(folder: Path) -> None:
+    """Raise UserError when ``folder`` holds anything but a store of vectors: a check before hours of work."""
+    if folder.exists() and not VectorStore.is_one(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already and holds no vectors: choose another folder")

@@ -1,8 +1,8 @@
-"""Endless shuffled streams whose batches are pure functions of (seed, step, rank).
+"""Endless shuffled streams, and the batch of every step as a pure function of (seed, step, rank).
 
-Resuming needs no loader state, and any batch can be prepared ahead by any thread.
+Resuming therefore needs no state of a loader, and any thread can prepare any batch ahead.
 
-Shapes: B rows of this process.
+Shapes: B rows of one process.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _ROUNDS = 4
 
 
 def shuffled(position: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Item and epoch at each ``position`` (int64) of an endless stream that shows all ``size`` items once an epoch.
+    """Item and epoch at each ``position`` (int64 [B]) of an endless stream that shows all ``size`` items once an epoch.
 
     The order of an epoch is a keyed permutation computed position by position (a Feistel network over the next power
     of four, walked until it lands below ``size``), so that 400 million items need no table.
@@ -48,7 +48,7 @@ def _hash(x: np.ndarray) -> np.ndarray:
 
 
 def choose(count: np.ndarray, item: np.ndarray, epoch: np.ndarray, seed: int) -> np.ndarray:
-    """A number below ``count`` for each (item, epoch): which of an image's captions to show this time."""
+    """A random number below ``count`` for each (item, epoch), all [B]: which of an image's captions is shown."""
     key = np.uint64(derive_seed(seed, "choose"))
     return (_hash(_hash(item.astype(np.uint64) ^ key) ^ epoch.astype(np.uint64)) % count.astype(np.uint64)).astype(int)
 
@@ -58,25 +58,33 @@ Rows = TypeVar("Rows", bound=Examples)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream(Generic[Rows]):
-    """Endless rows of one kind of examples."""
+    """Examples of one kind that can be read by number."""
 
     size: int
-    """Examples of an epoch."""
+    """Number of examples of an epoch."""
     take: Callable[[np.ndarray, np.ndarray], Rows]
-    """Reads the examples of the given (item, epoch) arrays [B]."""
+    """Reads B examples, given the item (below ``size``) and the epoch of each, int64 [B]."""
 
 
 class BatchSampler:
-    """The batch of every step, for every process.
+    """Gives the batch of any step to any process: a pure function of (step, rank, world).
 
-    Call it with (step, rank, world). A process's rows are a contiguous part of the step's; an objective that takes
-    several rows of a stream for each row of the batch finds those of one batch row side by side.
+    Each stream is shuffled anew every epoch, and no item is left out between two steps. The rows of the processes
+    follow one another, so that together they are the batch of a single process. Where an objective takes several rows
+    of a stream for each row of the batch, those of one batch row lie side by side.
     """
 
     def __init__(
         self, streams: dict[str, Stream[Any]], *, multiples: dict[str, int], batch_size: int, seed: int
     ) -> None:
-        """``multiples`` is the objective's ``streams``: rows of each stream per row of the global ``batch_size``."""
+        """Raises UserError for a stream that the objective needs and that is missing or empty.
+
+        Args:
+            streams: The streams by name. One that ``multiples`` does not name is not used.
+            multiples: Rows of each stream per row of the batch: the ``streams`` of the objective.
+            batch_size: Rows of the batch of all processes together.
+            seed: Decides the order of the items, and seeds the random numbers of each step.
+        """
         for name in multiples:
             if name not in streams:
                 raise UserError(f"the objective learns from {name}, but there are none: give --data.{name}")
@@ -86,6 +94,7 @@ class BatchSampler:
         self.batch_size, self.seed = batch_size, seed
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The rows of process ``rank`` of ``world``. Raises UserError where the processes cannot share the batch."""
         if self.batch_size % world:
             raise UserError(
                 f"a batch of {self.batch_size} rows cannot be shared by {world} processes: change --train.batch-size"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from diptych.data.batch import CaptionedImageExamples
-from diptych.data.pixels import Pictures, channels_first
-from diptych.data.skipped import SkippedItems
+from diptych.data.pixels import CachedImages, SkippedItems, channels_first
 from diptych.data.sources import Source
+from diptych.data.splits import Subset
 from diptych.data.streams import Stream, choose
 from diptych.errors import UserError
 
@@ -87,11 +87,11 @@ def pair_stream(
     seed: int,
 ) -> Stream:
     """Every captioned picture once an epoch, with ``per_image`` of its captions side by side: ids [B, M L]."""
-    pictures = Pictures([(source, captions.items)], size=size, skipped=skipped, cache_mb=cache_mb)
+    images = CachedImages([Subset(source, captions.items)], size=size, skipped=skipped, cache_mb=cache_mb)
 
     def take(index: np.ndarray, epoch: np.ndarray) -> CaptionedImageExamples:
-        pixels, index = pictures.take(index)  # a picture that stands in brings its own captions
+        pixels, index = images.take(index)  # an image that stands in brings its own captions
         ids_BL, valid_BL = captions.take(index, epoch, captions=per_image, seed=seed, pad=pad)
         return CaptionedImageExamples(pixels_B3HW=channels_first(pixels), ids_BL=ids_BL, valid_BL=valid_BL)
 
-    return Stream(size=pictures.count, take=take)
+    return Stream(size=images.count, take=take)

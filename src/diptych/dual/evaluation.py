@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diptych.data.encode import picture_batches
-from diptych.data.skipped import SkippedItems
+from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.dual.metrics import (
@@ -113,7 +112,7 @@ def look_at(encoder: DualEncoder, source: Source, *, limit: int | None = None) -
         raise UserError(f"a limit of {limit} images: at least one is needed")
     chosen = np.arange(min(len(source), limit or len(source)))
     items, embeddings, states = [], [], []
-    for pixels_B3HW, found in picture_batches(source, chosen, size=encoder.image_size, skipped=SkippedItems(), rows=64):
+    for pixels_B3HW, found in image_batches(source, chosen, size=encoder.image_size, skipped=SkippedItems(), rows=64):
         with eval_mode(encoder):
             features = encoder.encode_images(pixels_B3HW.to(encoder.scale.device) / 255)
         items.append(found)

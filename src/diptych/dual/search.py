@@ -19,14 +19,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from diptych.data.array_writer import ResumableArrayWriter
-from diptych.data.encode import read_pictures
-from diptych.data.pixels import channels_first, decode_files
-from diptych.data.skipped import SkippedItems
+from diptych.data.pixels import SkippedItems, channels_first, decode_files, read_images
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.text import clean, read_text
-from diptych.data.vectors import VectorStore, check_free, finish_vectors
+from diptych.data.store import ResumableArrayWriter, VectorStore, check_free, finish_vectors
 from diptych.dual.metrics import ENSEMBLE, class_embeddings
 from diptych.dual.model import DualEncoder
 from diptych.errors import UserError
@@ -197,7 +194,7 @@ def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, devi
         raise UserError(f"{source.name}: has no {side} to embed")
     encoder = open_dual(run, device=device)
     manifest = {"side": side, "source": spec, "run": str(run), "model": weights_digest(encoder)}
-    writer = ResumableArrayWriter(out, manifest | {"rows": len(source)}, format="npy")
+    writer = ResumableArrayWriter(out, manifest | {"rows": len(source)})
     skipped = SkippedItems(reasons=writer.skipped)
     shown = track(
         range(writer.done, len(source), _ROWS), f"Embedding {side}", console=Console(stderr=True), transient=True,
@@ -207,7 +204,9 @@ def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, devi
         for begin in shown:
             items = np.arange(begin, min(begin + _ROWS, len(source)))
             if side == "images":
-                pixels, items = read_pictures(source, items, encoder.image_size, skipped, threads)
+                pixels, items = read_images(
+                    source, items, size=encoder.image_size, skipped=skipped, threads=threads
+                )
                 skipped.check(len(source))
                 keys = [source.key(int(item)) for item in items]
                 rows_BD = encoder.embed_images(channels_first(pixels)) if keys else None

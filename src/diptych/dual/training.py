@@ -14,11 +14,9 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data.pixels import channels_first
-from diptych.data.skipped import SkippedItems
-from diptych.data.sources import Source, open_finite, open_source
+from diptych.data.pixels import SkippedItems, channels_first, read_first_images
+from diptych.data.sources import Source, open_finite, open_source, require_pairs
 from diptych.data.sources.columns import Columns
-from diptych.data.sources.decode import UnreadableImage
 from diptych.data.streams import BatchSampler
 from diptych.dual.data import CaptionIds, pair_stream
 from diptych.dual.metrics import retrieval
@@ -76,9 +74,7 @@ class DualRun:
         """Leaves ``out/model``, a plain CLIP folder, and the validation retrieval in ``metrics.jsonl``."""
         join_processes(self.train.device)
         source = open_finite(self.data.pairs, self.data.columns)
-        if not (source.has_images and source.has_captions):
-            lacks = "captions" if source.has_images else "images"
-            raise UserError(f"{self.data.pairs}: pairs need images and captions, and it has no {lacks}")
+        require_pairs(source, self.data.pairs)
         model = self._model(source, out)
         hooks = [Hook(every=self.train.eval_every, run=_validation(self.data, model))] if self.data.valid else []
         write_config(out, recipe=recipe, run=self)
@@ -176,22 +172,15 @@ def _validation(data: PairsData, model: DualEncoder) -> Callable[[int, nn.Module
     """Retrieval among some captioned images, all their captions, for ``metrics.jsonl``."""
     assert data.valid is not None
     source = open_source(data.valid, columns=data.columns)
-    pictures: list[np.ndarray] = []
-    texts: list[str] = []
-    image_of: list[int] = []
-    for item in range(len(source)):
-        if len(pictures) == data.valid_images:
-            break
-        try:
-            captions, picture = source.captions(item), source.image(item, model.image_size)
-        except UnreadableImage:
-            continue
-        texts += captions
-        image_of += [len(pictures)] * len(captions)
-        pictures.append(picture)
+    items, pixels = read_first_images(
+        source, limit=data.valid_images, size=model.image_size, max_skipped_share=data.max_skipped_share
+    )
+    captions = [source.captions(item) for item in items]
+    texts = [text for of_image in captions for text in of_image]
     if not texts:
         raise UserError(f"{data.valid}: has no captioned image to measure retrieval on")
-    pixels_I3HW, image_of_T = channels_first(np.stack(pictures)), torch.tensor(image_of)
+    pixels_I3HW = channels_first(pixels)
+    image_of_T = torch.arange(len(items)).repeat_interleave(torch.tensor([len(of_image) for of_image in captions]))
 
     def run(step: int, objective: nn.Module) -> dict[str, float | int]:
         images_ID, texts_TD = model.embed_images(pixels_I3HW), model.embed_texts(texts)

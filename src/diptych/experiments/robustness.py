@@ -15,8 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from diptych.data.encode import picture_batches
-from diptych.data.skipped import SkippedItems
+from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import Source
 from diptych.data.splits import Labelled
 from diptych.errors import UserError
@@ -177,7 +176,7 @@ def accuracies(
         right: np.integer | np.ndarray = np.int64(0)
         count = 0
         chosen = np.arange(len(test.labels_N)) if items is None else items
-        for pixels_B3HW, kept in picture_batches(
+        for pixels_B3HW, kept in image_batches(
             test.source, chosen, size=size, skipped=SkippedItems(), workers=workers
         ):
             right = right + (classify(pixels_B3HW).cpu().numpy() == test.labels_N[kept]).sum(-1)

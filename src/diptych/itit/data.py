@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from diptych.data.encode import DataTokenizers, encode, origin
-from diptych.data.pixels import Chosen
-from diptych.data.sources import Source, open_finite
+from diptych.data.sources import Source, open_finite, require_pairs
 from diptych.data.sources.columns import Columns
-from diptych.data.splits import Rest, hold_back
+from diptych.data.splits import Rest, Subset, hold_back
 from diptych.data.store import Store
 from diptych.errors import UserError
 
@@ -40,14 +39,6 @@ class DataConfig:
     """Keep the text encoder's features on disk while they take less; beyond it they are computed in each step."""
 
 
-@dataclass(frozen=True, slots=True)
-class Subset:
-    """Examples of a source, raw or encoded."""
-
-    source: Source | Store
-    items: np.ndarray
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSplit:
     """Which items give pairs, which only their image, which only their text."""
@@ -56,23 +47,21 @@ class DataSplit:
     images: Subset
     texts: Subset
 
-    def raw_images(self) -> Chosen:
+    def raw_images(self) -> list[Subset[Source]]:
         """All pictures there are, each once, to train a tokenizer on."""
         return _raw((self.images, self.pairs) if self.images is not self.pairs else (self.pairs,), "images")
 
     def raw_texts(self) -> Iterator[str]:
         """All texts there are, to train a text encoder on."""
-        for source, items in _raw((self.texts, self.pairs) if self.texts is not self.pairs else (self.pairs,), "texts"):
-            for item in items:
-                yield from source.captions(int(item))
+        for part in _raw((self.texts, self.pairs) if self.texts is not self.pairs else (self.pairs,), "texts"):
+            for item in part.items:
+                yield from part.source.captions(int(item))
 
 
 def open_parts(data: DataConfig) -> DataSplit:
     """Open the sources and hold captions back. Raises UserError before anything is computed."""
     pairs = _open(data.pairs, data)
-    if not (pairs.has_images and pairs.has_captions):
-        lacks = "captions" if pairs.has_images else "images"
-        raise UserError(f"{data.pairs}: pairs need images and captions, and it has no {lacks}")
+    require_pairs(pairs, data.pairs)
     rests: dict[tuple[bool, bool], Rest] = {
         (False, False): "split",
         (False, True): "images",
@@ -104,8 +93,8 @@ def _open(spec: str, data: DataConfig) -> Source | Store:
     return Store.open(Path(spec)) if Store.is_one(spec) else open_finite(spec, data.columns)
 
 
-def _raw(parts: tuple[Subset, ...], what: str) -> list[tuple[Source, np.ndarray]]:
-    raw = [(part.source, part.items) for part in parts if not isinstance(part.source, Store) and len(part.items)]
+def _raw(parts: tuple[Subset, ...], what: str) -> list[Subset[Source]]:
+    raw = [part for part in parts if not isinstance(part.source, Store) and len(part.items)]
     if not raw:
         raise UserError(f"encoded data has no {what} to train on: give --tokenizer and --text-encoder, as it was made")
     return raw
@@ -116,7 +105,7 @@ def encode_part(
 ) -> Subset:
     """Encode what a stream needs of a source; data that is encoded already is used where it lies."""
     if isinstance(part.source, Store):
-        made_by = part.source.manifest["made_by"]["coders"]
+        made_by = part.source.manifest["made_by"]["tokenizers"]
         if made_by.rpartition("-")[0] != tokenizers.fingerprint.rpartition("-")[0]:
             raise UserError(f"{part.source.folder}: encoded with another tokenizer or text encoder: encode it again")
         return part
@@ -125,7 +114,7 @@ def encode_part(
         made_by, wanted = store.manifest["made_by"], origin(part.source, tokenizers, part.items)
         if made_by == wanted:
             return Subset(store, np.arange(len(store)))
-        if made_by["coders"] == wanted["coders"]:
+        if made_by["tokenizers"] == wanted["tokenizers"]:
             raise UserError(
                 f"{out}: encoded from other items ({made_by['source']} then, {part.source.name} now): "
                 "give the same data to continue, or train into another folder"

@@ -232,9 +232,9 @@ def data_tokenizers(
 
     return DataTokenizers(
         image_size=tokenizer.image_size,
-        tokens=lambda pixels_B3HW: tokenizer.encode(pixels_B3HW.to(device)),
-        ids=lambda texts: text_encoder.tokenize(texts, length=length)[0],
-        features=to_features if features else None,
+        tokenize_images=lambda pixels_B3HW: tokenizer.encode(pixels_B3HW.to(device)),
+        tokenize_texts=lambda texts: text_encoder.tokenize(texts, length=length)[0],
+        text_features=to_features if features else None,
         fingerprint=f"{weights_digest(tokenizer)}-{weights_digest(text_encoder)}-{length}-{features}",
     )
 

@@ -183,8 +183,8 @@ class ItitRun:
         pairs = one("pairs", with_features)
         return DataSplit(
             pairs=pairs,
-            images=pairs if parts.images is parts.pairs else one("images", replace(both, ids=None)),
-            texts=pairs if parts.texts is parts.pairs else one("texts", replace(with_features, tokens=None)),
+            images=pairs if parts.images is parts.pairs else one("images", replace(both, tokenize_texts=None)),
+            texts=pairs if parts.texts is parts.pairs else one("texts", replace(with_features, tokenize_images=None)),
         )
 
     def diptych(self, objective: ItitObjective, ready: "Prepared") -> Diptych:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from diptych.data.pixels import channels_first, read_images
+from diptych.data.pixels import channels_first, read_first_images
 from diptych.data.sources import Source
 from diptych.errors import UserError
 from diptych.eval.features import FeatureExtractor, feature_statistics, open_extractor
@@ -125,7 +125,7 @@ def evaluate_tokenizer_run(
 ) -> None:
     """Score the image tokenizer of a run: a line, ``metrics.json`` and a sheet of pictures before and after."""
     tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(pick_device(device))
-    pixels_BSS3 = read_images(source, limit=limit, size=tokenizer.image_size)[1]
+    pixels_BSS3 = read_first_images(source, limit=limit, size=tokenizer.image_size)[1]
     pixels_B3SS = channels_first(pixels_BSS3)
     score = evaluate_tokenizer(tokenizer, pixels_B3SS.split(64), extractor=open_extractor(features))
     after = tokenizer.decode(tokenizer.encode(pixels_B3SS[:_SHOWN])).permute(0, 2, 3, 1).cpu().numpy()

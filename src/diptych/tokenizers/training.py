@@ -9,10 +9,10 @@ from accelerate import PartialState
 from torch import Tensor
 
 from diptych.data.batch import ImageExamples, TextExamples
-from diptych.data.pixels import Chosen, pixel_stream
-from diptych.data.skipped import SkippedItems
-from diptych.data.sources import open_finite
+from diptych.data.pixels import SkippedItems, pixel_stream
+from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
+from diptych.data.splits import Subset
 from diptych.data.streams import BatchSampler, Stream
 from diptych.errors import UserError
 from diptych.eval.features import RandomFeatures
@@ -46,13 +46,15 @@ class TokenizerStage:
     """The optimiser."""
 
     def fit(
-        self, chosen: Chosen, out: Path, *, title: str = "tokenizer", max_skipped_share: float = 0.01
+        self, subsets: list[Subset[Source]], out: Path, *, title: str = "tokenizer", max_skipped_share: float = 0.01
     ) -> ImageTokenizer:
-        """Train on the chosen pictures in the folder ``out`` (resuming what is there)."""
+        """Train on the images of the subsets in the folder ``out`` (resuming what is there)."""
         tokenizer = ImageTokenizer.from_config(self.model, seed=self.train.seed)
         objective = VQGAN(tokenizer, self.objective, seed=self.train.seed)
         skipped = SkippedItems(max_skipped_share=max_skipped_share)
-        stream = pixel_stream(chosen, size=self.model.image_size, skipped=skipped, flip=self.flip, seed=self.train.seed)
+        stream = pixel_stream(
+            subsets, size=self.model.image_size, skipped=skipped, flip=self.flip, seed=self.train.seed
+        )
         batches = BatchSampler(
             {"images": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
         )
@@ -91,7 +93,7 @@ class TokenizerRun:
         if not source.has_images:
             raise UserError(f"{self.images}: has no images to train a tokenizer on")
         write_config(out, recipe=recipe, run=self)
-        self.stage.fit([(source, np.arange(len(source)))], out).save_pretrained(out / "tokenizer")
+        self.stage.fit([Subset(source, np.arange(len(source)))], out).save_pretrained(out / "tokenizer")
 
 
 # JOINED recipes.text_encoder

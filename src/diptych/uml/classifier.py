@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diptych.data.encode import picture_batches
-from diptych.data.pixels import decode_files
-from diptych.data.skipped import SkippedItems
+from diptych.data.pixels import SkippedItems, decode_files, image_batches
 from diptych.data.sources import Source
 from diptych.data.splits import Labelled
 from diptych.encoders import open_image_encoder
@@ -75,7 +73,7 @@ def evaluate_classifier_run(
     skipped = SkippedItems(max_skipped_share=max_skipped_share)
     right, count = np.zeros(len(classifier.classes)), np.zeros(len(classifier.classes))
     every, size = np.arange(len(source)), classifier.encoder.image_size
-    for pixels_B3SS, items in picture_batches(source, every, size=size, skipped=skipped, workers=workers, rows=_ROWS):
+    for pixels_B3SS, items in image_batches(source, every, size=size, skipped=skipped, workers=workers, rows=_ROWS):
         labels = labelled.labels_N[items]
         guessed = classifier.probabilities(pixels_B3SS).argmax(1).cpu().numpy()
         np.add.at(right, labels, guessed == labels)

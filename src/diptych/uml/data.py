@@ -14,9 +14,8 @@ from torch import Tensor
 
 from diptych.data.batch import LabelledImageExamples, LabelledVectorExamples
 from diptych.data.class_texts import Shots, choose_texts
-from diptych.data.pixels import Pictures, channels_first
-from diptych.data.skipped import SkippedItems
-from diptych.data.splits import Labelled
+from diptych.data.pixels import CachedImages, SkippedItems, channels_first
+from diptych.data.splits import Labelled, Subset
 from diptych.data.streams import Stream
 from diptych.encoders import ImageEncoder, PooledTextEncoder
 from diptych.uml.features import image_features, text_features
@@ -86,10 +85,10 @@ class PixelSide:
         self, labelled: Labelled, items: np.ndarray, *, size: int, skipped: SkippedItems, cache_mb: int
     ) -> None:
         self.labels_N = labelled.labels_N[items]
-        self.pictures = Pictures([(labelled.source, items)], size=size, skipped=skipped, cache_mb=cache_mb)
+        self.images = CachedImages([Subset(labelled.source, items)], size=size, skipped=skipped, cache_mb=cache_mb)
 
     def take(self, index: np.ndarray, epoch: np.ndarray) -> LabelledImageExamples:
-        pixels, index = self.pictures.take(index)  # a picture that stands in brings its own class
+        pixels, index = self.images.take(index)  # an image that stands in brings its own class
         return LabelledImageExamples(
             pixels_B3HW=channels_first(pixels), labels_B=torch.from_numpy(self.labels_N[index])
         )

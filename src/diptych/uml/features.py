@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diptych.data.audio import ClipTar, MelConfig, write_frames
+from diptych.data.audio import AudioTar, MelConfig, write_frames
 from diptych.data.batch import SequenceExamples
-from diptych.data.encode import picture_batches
-from diptych.data.skipped import SkippedItems
+from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import Source, find_files, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Labelled
+from diptych.data.store import VectorStore, check_free, write_vectors
 from diptych.data.streams import Stream
-from diptych.data.vectors import VectorStore, check_free, write_vectors
 from diptych.encoders import open_audio_encoder, open_image_encoder, open_text_encoder
 from diptych.encoders.image import ImageEncoder
 from diptych.encoders.text import PooledTextEncoder
@@ -91,7 +90,7 @@ def image_features(
     made_by = made_of(encoder) | {"source": source.name, "items": _digest_of_source(source, items)}
 
     def batches(keys: list[str]) -> Iterator[dict[str, np.ndarray]]:
-        pictures = picture_batches(
+        pictures = image_batches(
             source, items, size=encoder.image_size, skipped=skipped, workers=workers, rows=_ROWS
         )  # fmt: skip
         with eval_mode(_module(encoder)):
@@ -186,8 +185,8 @@ def write_sequences(
     keys: list[str] = []
     skipped = SkippedItems()
     manifest: dict[str, Any] = {"source": spec, "encoder": encoder, "classes": []}
-    source = ClipTar(Path(spec)) if kind == "sounds" else open_finite(spec, Columns())
-    if isinstance(source, ClipTar):
+    source = AudioTar(Path(spec)) if kind == "sounds" else open_finite(spec, Columns())
+    if isinstance(source, AudioTar):
         found = _sounds(source, encoder, device, keys, manifest)
     elif not (source.has_images if kind == "images" else source.has_captions):
         raise UserError(f"{spec}: has no {kind}")
@@ -215,7 +214,7 @@ def _images(
     labelled = None if source.label(0) is None else Labelled.of(source)
     manifest["classes"] = list(labelled.classes) if labelled else []
     place, every = next(encoder.parameters()).device, np.arange(len(source))
-    for pixels_B3HW, items in picture_batches(source, every, size=encoder.image_size, skipped=skipped, rows=_ROWS):
+    for pixels_B3HW, items in image_batches(source, every, size=encoder.image_size, skipped=skipped, rows=_ROWS):
         keys.extend(source.key(int(item)) for item in items)
         with eval_mode(encoder):
             x_BLD = encoder.tokens(pixels_B3HW.to(place))
@@ -233,7 +232,7 @@ def _texts(source: Source, name: str, device: Device, keys: list[str]) -> Sequen
                 yield *encoder.tokens(texts), {}
 
 
-def _sounds(clips: ClipTar, name: str, device: Device, keys: list[str], manifest: dict[str, Any]) -> Sequences:
+def _sounds(clips: AudioTar, name: str, device: Device, keys: list[str], manifest: dict[str, Any]) -> Sequences:
     encoder = open_audio_encoder(name).to(pick_device(device))
     manifest["classes"], arrays = clips.labels()
     for i, key in enumerate(clips.keys):  # one by one: clips of unequal lengths would be padded to the longest

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from diptych.data.store import VectorStore, check_free, write_vectors
 from diptych.data.streams import BatchSampler
-from diptych.data.vectors import VectorStore, check_free, write_vectors
 from diptych.errors import UserError
 from diptych.io import load_network
 from diptych.nn.inference import Device, eval_mode, pick_device

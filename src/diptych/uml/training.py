@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig
 from diptych.data.class_texts import Shots, texts_of
-from diptych.data.skipped import SkippedItems
+from diptych.data.pixels import SkippedItems
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Episode, Labelled, draw_episode, hold_out

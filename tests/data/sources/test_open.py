@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from diptych.data.scenes.source import ScenesSource
-from diptych.data.sources import Source, Spec, expand_braces, find_files, open_source
+from diptych.data.sources import Source, find_files, open_source, require_pairs
 from diptych.data.sources.decode import ImageLimits, UnreadableImage
+from diptych.data.sources.open import Spec, expand_braces
 from diptych.data.sources.text import TextSource
 from diptych.errors import UserError
 
@@ -154,3 +155,13 @@ def test_local_sources_load_neither_datasets_nor_torch_dataset_code(tmp_path):
         "assert not {'datasets', 'pandas', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "t.csv")], check=True)
+
+
+def test_pairs_need_both_sides(tmp_path):
+    (tmp_path / "a.txt").write_text("bread\n")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos/a.png")
+    require_pairs(ScenesSource(count=3), "scenes:")
+    for name, lacks in (("a.txt", "images"), ("photos", "captions")):
+        with pytest.raises(UserError, match=rf"^--it: pairs need images and captions, and it has no {lacks}$"):
+            require_pairs(open_source(str(tmp_path / name)), "--it")

@@ -1,7 +1,7 @@
-"""Tables that carry their images: parquet files and data sets of the hub, through the `datasets` library.
+"""Parquet files and data sets of the hub, through the `datasets` library.
 
-`datasets` keeps a memory-mapped copy of what it reads in its cache folder (HF_HOME), checks it against the files'
-times and sizes, and so reads any row without holding the others.
+`datasets` keeps a memory-mapped copy of what it reads in its cache folder (HF_HOME). It can therefore read any row
+without holding the others, and makes a new copy when the time or size of a file has changed.
 """
 
 import glob
@@ -21,6 +21,7 @@ from diptych.errors import UserError
 def open_parquet(
     paths: Sequence[Path], *, name: str, columns: Columns, split: str | None, limits: ImageLimits
 ) -> "ArrowSource | TableSource":
+    """One source from one or more parquet files. Raises UserError for a file that is damaged or holds no rows."""
     import datasets
 
     for path in paths:
@@ -35,7 +36,7 @@ def open_parquet(
 
 
 def _check(path: Path) -> None:
-    """Reads the footer, which says more plainly than `datasets` what is wrong with a file."""
+    """Read the footer of a file alone: its errors name the file and the reason, which those of `datasets` do not."""
     import pyarrow
     import pyarrow.parquet
 
@@ -56,7 +57,10 @@ def open_hub(
     split: str | None,
     limits: ImageLimits,
 ) -> "ArrowSource | TableSource":
-    """A data set of the hub; the one kind of source that may use the network."""
+    """A data set of the hub; the one kind of source that may use the network.
+
+    Raises UserError for a data set that cannot be loaded, and for a split that is unknown or has to be chosen.
+    """
     import datasets
 
     name = f"hub:{repository}"
@@ -76,7 +80,7 @@ def open_hub(
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """No progress bars and log lines of `datasets` meanwhile: errors come as exceptions too."""
+    """Turn the progress bars and log lines of `datasets` off; its errors come as exceptions too."""
     import datasets
 
     disabled, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
@@ -101,7 +105,7 @@ def _from_dataset(
     import datasets
 
     for column, feature in data.features.items():
-        if isinstance(feature, datasets.Image):  # bytes, so that our own limits hold
+        if isinstance(feature, datasets.Image):  # bytes, so that `limits` hold
             data = data.cast_column(column, datasets.Image(decode=False))
     if not len(data):
         raise UserError(f"{name}: holds no rows")
@@ -121,7 +125,7 @@ def _from_dataset(
 
 
 class ArrowSource:
-    """Rows with embedded images, read from the memory-mapped copy one by one."""
+    """Rows that hold their images, read from the memory-mapped copy one by one."""
 
     def __init__(self, data: Any, *, name: str, found: Found, limits: ImageLimits):
         self.name = name
@@ -156,7 +160,7 @@ class ArrowSource:
 
 
 def _class_name(feature: Any, value: Any) -> str | None:
-    """A ClassLabel's name for its number; -1 means unlabelled."""
+    """The label as text: of a ClassLabel the name of its number, None for -1, which means unlabelled."""
     if value is None or not hasattr(feature, "int2str"):
         return None if value is None else str(value)
     return feature.int2str(value) if value >= 0 else None

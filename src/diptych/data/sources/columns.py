@@ -1,4 +1,4 @@
-"""Which column holds the image, the captions and the label: by name where told, else by type and usual name."""
+"""Which columns of a table hold the image, the captions and the label: as named, else by type and usual name."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -30,14 +30,14 @@ _INNER = ("raw", "caption", "text", "sentence")
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Columns:
-    """Names of the columns (or fields) of a table; what is not named is guessed, an empty name means none."""
+    """Names of the columns (or fields) of a table. One that is not named is guessed; an empty name means none."""
 
     image: str | None = None
-    """Holds the image: a path relative to the table, or the image's bytes."""
+    """Name of the column of images: paths relative to the table, or the bytes of the images."""
     caption: str | None = None
-    """Holds the caption or a list of them; several columns are joined by commas."""
+    """Name of the column of captions or lists of captions; several names are separated by commas."""
     label: str | None = None
-    """Holds the class."""
+    """Name of the column of classes."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -53,7 +53,16 @@ class Found:
 
 
 def find_columns(table: Table, *, wanted: Columns, source: str) -> Found:
-    """``table`` maps every column name to a few of its values. Raises UserError that lists the columns."""
+    """The columns to use of a table of images, texts or both.
+
+    Args:
+        table: Every column name with a few of its values.
+        wanted: Names given by the user.
+        source: What messages call the table.
+
+    Raises UserError, which lists the columns, where a named column is missing, where several qualify, and where there
+    is neither an image nor a caption column.
+    """
     image = _find_image(table, wanted.image, source)
     found = find_fields(table, wanted=wanted, source=source, image=image)
     if image is None and not found.captions:
@@ -67,7 +76,7 @@ def find_columns(table: Table, *, wanted: Columns, source: str) -> Found:
 
 
 def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None = None) -> Found:
-    """The columns of captions, label and split, given the one of the image, if any."""
+    """The columns of captions, label and split, given the one of the image, if any. Raises as `find_columns`."""
     captions = _find_captions(table, wanted.caption, image, source)
     label = _named(table, wanted.label, "label", source) if wanted.label else None
     if wanted.label is None:

@@ -1,7 +1,7 @@
-"""Bytes or a file into a square RGB image, or one line that says why not.
+"""Decoding an image file, or its bytes, to a square of RGB pixels.
 
-Images come from strangers: sizes are read from the header and judged before a pixel is decoded, only formats whose
-decoders are part of Pillow itself are tried (EPS would start Ghostscript), and every fault becomes `UnreadableImage`.
+Images are not trusted: the size in the header is checked before a pixel is decoded, only formats whose decoders are
+part of Pillow itself are tried (EPS would start Ghostscript), and every fault becomes `UnreadableImage`.
 """
 
 import io
@@ -34,7 +34,7 @@ SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
     | {".ppm", ".pgm", ".pbm", ".avif", ".heic", ".heif"}
 )
-"""File names that are taken for images. HEIC is among them so that it is reported, not overlooked."""
+"""Suffixes of the files that are taken for images. HEIC is among them so that it is reported, not overlooked."""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -54,10 +54,10 @@ class UnreadableImage(UserError):  # noqa: N818 (named after what it is about)
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class ImageLimits:
-    """What an image may claim to be before it is decoded."""
+    """Limits on what the header of an image says, checked before it is decoded."""
 
     max_pixels: int = 100_000_000
-    """Largest width x height. Decoding costs about 4 bytes a pixel, in every thread that decodes."""
+    """Largest width x height in pixels. Decoding takes about 4 bytes a pixel in every thread that decodes."""
 
 
 def decode(
@@ -65,9 +65,9 @@ def decode(
 ) -> UInt8[np.ndarray, "size size 3"]:
     """The centre square of an image, resized to ``size`` x ``size`` RGB pixels.
 
-    Turned as its EXIF orientation says, first frame of an animation, transparency over white, cropped and then
-    resized with an antialiased bicubic filter. ``name`` is what messages call it (the path by default).
-    Raises UnreadableImage.
+    The image is turned as its EXIF orientation says; of an animation the first frame is used; transparency lies over
+    white; the square is resized with an antialiased bicubic filter. ``name`` is what messages call the image, by
+    default its path. Raises UnreadableImage, whose message names the image and the reason.
     """
     shown = repr(str(name or (data if isinstance(data, Path) else "image")))[1:-1]
     limits = limits or ImageLimits()
@@ -153,7 +153,7 @@ def _centre_square(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; transparency lies over white."""
+    """An image of any mode as RGB; transparency lies over white."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_grey(image)
     if image.has_transparency_data:
@@ -164,7 +164,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
-    """Deep greyscale to 8 bits; Pillow's own conversion would cut every value over 255."""
+    """Greyscale of 16 or 32 bits or of floats as 8 bits; Pillow's own conversion would cut every value over 255."""
     values = np.nan_to_num(np.asarray(image).astype(np.float32))
     deepest = 65535.0 if image.mode.startswith("I") else 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
     return Image.fromarray(np.round(values.clip(0, deepest) * (255.0 / deepest)).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""A folder of images: captions in `name.txt` beside `name.jpg` or in a metadata file, labels and splits as folders."""
+"""Folders of images: captions in `name.txt` beside `name.jpg` or in a metadata file, labels and splits as folders."""
 
 import os
 from collections.abc import Iterator
@@ -21,6 +21,11 @@ _OTHER_KINDS = (".tar", ".parquet", ".csv", ".tsv", ".json", ".jsonl")
 def open_folder(
     root: Path, *, name: str, columns: Columns, split: str | None, limits: ImageLimits
 ) -> "FolderSource | TableSource":
+    """A folder with all its sub-folders; as a table where it holds metadata files.
+
+    Raises UserError for a folder without images, for an unknown split, and for a text beside images that belongs to
+    none of them.
+    """
     files = sorted(_walk(root))
     tables = [file for file in files if PurePosixPath(file).name in _METADATA]
     if tables:
@@ -29,7 +34,7 @@ def open_folder(
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Relative paths of all files, hidden ones aside. Links to folders are followed, each folder once."""
+    """Relative paths of all files except hidden ones. Links to folders are followed; each folder is read once."""
     waiting, seen = [""], set()
     while waiting:
         folder = waiting.pop()
@@ -67,7 +72,7 @@ def _of_split(files: list[str], split: str | None, *, source: str) -> list[str]:
 def _open_metadata(
     root: Path, tables: list[str], *, name: str, columns: Columns, split: str | None, limits: ImageLimits
 ) -> TableSource:
-    """Metadata files as `datasets`' ImageFolder has them: one for all, or one in each split's folder."""
+    """A table of metadata files as in the ImageFolder of `datasets`: one for all, or one in each split's folder."""
     if split is not None and any(_split_of(table) for table in tables):
         tables, split = _of_split(tables, split, source=name), None
     rows, folders = [], []
@@ -79,7 +84,7 @@ def _open_metadata(
 
 
 class FolderSource:
-    """Images found under a folder; captions are read when asked for. An image without a side-car has none."""
+    """Images found under a folder. An image without a caption file beside it has no caption."""
 
     has_images = True
 
@@ -89,12 +94,14 @@ class FolderSource:
         self._files = [file for file in files if PurePosixPath(file).suffix.lower() in SUFFIXES]
         if not self._files:
             raise UserError(f"{name}: holds no images{_hint(files)}")
-        self._texts = self._side_cars(files)
+        self._texts = self._caption_files(files)
         self.has_captions = bool(self._texts)
 
-    def _side_cars(self, files: list[str]) -> set[str]:
-        """Stems that have a caption file. A text among images that belongs to none of them is a mistake: its
-        caption would be lost in silence."""
+    def _caption_files(self, files: list[str]) -> set[str]:
+        """The paths, without suffix, of the images that have a caption file.
+
+        A text among images that belongs to none of them raises UserError: its caption would be lost in silence.
+        """
         images = {os.path.splitext(file)[0] for file in self._files}
         folders = {os.path.dirname(file) for file in self._files}
         texts = {file[:-4] for file in files if file.endswith(".txt")}
@@ -122,7 +129,7 @@ class FolderSource:
         return decode(self._root / self._files[i], size, limits=self._limits)
 
     def label(self, i: int) -> str | None:
-        """The folder that holds the image, when that is not the root or a split."""
+        """The name of the folder that holds the image, unless that is the root or the folder of a split."""
         folder = PurePosixPath(self._files[i]).parent
         return folder.name if folder.name and str(folder) not in SPLITS else None
 

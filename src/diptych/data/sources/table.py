@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of one file, as its suffix (before a .gz) says."""
+    """The rows of a csv, tsv, json or jsonl file, which may end in .gz. Raises UserError for a damaged or empty one."""
     suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
     text = read_text(path)
     if suffix in (".csv", ".tsv"):
@@ -40,7 +40,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _read_delimited(text: str, path: Path, delimiter: str) -> list[dict[str, Any]]:
     first = text.split("\n", 1)[0]
-    if delimiter not in first:  # spreadsheets write ; in half of the world
+    if delimiter not in first:  # in many countries spreadsheets write ; into csv files
         delimiter = next((other for other in ";\t," if other in first), delimiter)
     try:
         return _read_cells(text, path, delimiter, csv.QUOTE_MINIMAL)
@@ -92,7 +92,7 @@ def _read_json_lines(text: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _read_json(text: str, path: Path) -> list[dict[str, Any]]:
-    """A list of objects or texts, an object that holds one such list, COCO captions, or (often misnamed) JSON lines."""
+    """Rows of a list of objects or texts, an object that holds one such list, COCO captions or misnamed JSON lines."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -116,7 +116,7 @@ def _is_rows(value: Any) -> bool:
 
 
 def _join_coco(images: list[dict], annotations: list[dict], path: Path) -> list[dict[str, Any]]:
-    """COCO keeps captions apart from the images they belong to."""
+    """Rows from COCO's two lists, which keep the captions apart from the images they belong to."""
     try:
         captions: dict[Any, list[str]] = {image["id"]: [] for image in images}
         for annotation in annotations:
@@ -149,7 +149,7 @@ def open_tables(
 def from_rows(
     rows: Sequence[Row], *, folders: Sequence[Path], name: str, columns: Columns, split: str | None, limits: ImageLimits
 ) -> "TableSource":
-    """``folders[i]`` is what the image path of row i is relative to."""
+    """A source from rows in memory; the image path of row i is relative to ``folders[i]``. Raises UserError."""
     found = find_columns(sample_columns(rows), wanted=columns, source=name)
     if found.embedded:
         raise UserError(f"{name}: images inside a {Path(name).suffix} table are not read; store their paths")
@@ -158,7 +158,7 @@ def from_rows(
 
 
 def sample_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Every column name with a few of its values, taken from the whole length of the table."""
+    """Every column name with a few of its values, evenly spaced over the table."""
     names = dict.fromkeys(name for row in rows for name in row)
     step = max(1, len(rows) // _SAMPLE)
     return {str(name): [row.get(name) for row in rows[::step]] for name in names}
@@ -182,8 +182,11 @@ def unknown_split(split: str, found: Iterable[str], *, source: str) -> UserError
 
 
 class TableSource:
-    """Rows in memory, images on disk. Rows that name the same image are one item with all their captions, so that
-    a table with a row per caption cannot put one image in two streams."""
+    """Rows in memory, images on disk.
+
+    Rows that name the same image are one item with all their captions, so that a table with a row per caption cannot
+    put one image into two streams.
+    """
 
     def __init__(self, rows: Iterable[tuple[Path, Row]], *, name: str, found: Found, limits: ImageLimits):
         self.name = name
@@ -214,7 +217,7 @@ class TableSource:
         return os.path.join(folder, value)
 
     def _check_files(self) -> None:
-        """A wrong base folder is found now, not after one error per image."""
+        """Raise UserError where none of the first images exists: paths are relative to another folder, then."""
         first = self._keys[:8]
         if not self._keys:
             raise UserError(f"{self.name}: holds no captions")

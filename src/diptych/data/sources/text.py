@@ -1,4 +1,4 @@
-"""Text files: strict UTF-8, one text a line, and what is done to every caption."""
+"""Text files, in strict UTF-8 with one text a line, and the cleaning of every caption."""
 
 import gzip
 import re
@@ -16,8 +16,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def clean(text: str) -> str:
-    """Control characters to spaces, runs of white space to one; half of a surrogate pair, which JSON can hold and
-    UTF-8 cannot, to U+FFFD."""
+    """The text with every run of control characters and white space as one space, and none at its ends.
+
+    Half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD.
+    """
     if text.isprintable() and "  " not in text:  # nearly every caption, and ten times quicker
         return text.strip()
     text = _CONTROL.sub(" ", text)
@@ -25,7 +27,7 @@ def clean(text: str) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The whole file, unpacked when its name ends in .gz."""
+    """The whole file, unpacked when its name ends in .gz. Raises UserError where it cannot be read."""
     try:
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
@@ -43,6 +45,7 @@ def read_text(path: Path) -> str:
 
 
 def decode_text(data: bytes, *, name: str) -> str:
+    """Bytes as text with `\\n` line ends. ``name`` is what messages call them. Raises as `read_text`."""
     if data[:4096].count(0) > len(data[:4096]) // 4:
         raise UserError(f"{name}: looks like UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
     try:
@@ -63,8 +66,10 @@ def _not_utf8(data: bytes, *, name: str, offset: int) -> NoReturn:
 
 
 class TextSource:
-    """Loose texts, one a line; empty lines are left out. Texts lie end to end in one buffer: ten million lines of
-    Python strings would cost a gigabyte more."""
+    """Texts without images, one a line; empty lines are left out.
+
+    They lie end to end in one buffer: ten million lines of Python strings would take a gigabyte more.
+    """
 
     has_images = False
     has_captions = True

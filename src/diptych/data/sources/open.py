@@ -1,0 +1,266 @@
+"""Opening a source: a short text, the spec, names any kind of data, and `open_source` finds its items.
+
+    folder/                                  images, with name.txt beside them or a metadata.csv / metadata.jsonl
+    table.csv .tsv .json .jsonl .parquet     a row per image or text
+    shards-{000..012}.tar                    WebDataset; also globs and lists with commas, as for every kind of file
+    texts.txt                                a text per line
+    hub:owner/name[:split][?config]          the one kind that may use the network
+    scenes:                                  the built-in world
+
+Options follow a question mark: `photos.tar?split=train&caption=title`. Files may end in .gz where they are text.
+
+Shapes: S pixels of a side.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+
+from diptych.data.sources.columns import Columns
+from diptych.data.sources.decode import SUFFIXES, ImageLimits
+from diptych.data.sources.table import SUFFIXES as TABLES
+from diptych.data.sources.table import open_tables, unknown_split
+from diptych.errors import UserError
+
+_OPTIONS = ("split", "image", "caption", "label")
+_HUB_OPTIONS = (*_OPTIONS, "config", "revision")
+_LIMITS = ImageLimits()
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Items that can be read in any order, from any thread. Pixels are decoded when asked for and never kept."""
+
+    @property
+    def name(self) -> str:
+        """What messages and reports call the source."""
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any item has an image."""
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether any item may have a caption."""
+
+    def __len__(self) -> int:
+        """Number of items."""
+
+    def key(self, i: int) -> str:
+        """A name of item ``i`` for messages and lists, for example its path."""
+
+    def captions(self, i: int) -> list[str]:
+        """All captions, clean and not empty; an empty list for an item that has none."""
+
+    def image(self, i: int, size: int) -> UInt8[np.ndarray, "S S 3"]:
+        """The centre square, resized to ``size``. Raises UnreadableImage for an image that cannot be used."""
+
+    def label(self, i: int) -> str | None:
+        """The name of the class, where the source knows classes."""
+
+
+@runtime_checkable
+class HasSides(Protocol):
+    """What a `Source` and a `Store` of encoded data have in common."""
+
+    @property
+    def has_images(self) -> bool: ...
+
+    @property
+    def has_captions(self) -> bool: ...
+
+
+def require_pairs(source: HasSides, name: str) -> None:
+    """Raise UserError where the source or store ``name`` lacks images or captions."""
+    if not (source.has_images and source.has_captions):
+        lacks = "captions" if source.has_images else "images"
+        raise UserError(f"{name}: pairs need images and captions, and it has no {lacks}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """The parts of the text that names a source."""
+
+    place: str
+    """Path, glob, list of files or name at the hub."""
+    options: dict[str, str]
+
+    @classmethod
+    def parse(cls, spec: str) -> "Spec":
+        """Take a spec apart. Raises UserError for an unknown option.
+
+        What follows a `?` is taken for options only where it looks like options: `?` is also a wildcard and may be in
+        a name.
+        """
+        place, _, tail = spec.rpartition("?")
+        allowed = _HUB_OPTIONS if spec.startswith("hub:") else _OPTIONS
+        if spec.startswith("hub:") and re.fullmatch(r"[\w.-]+(&.*)?", tail):
+            tail = f"config={tail}"
+        if not place or os.path.exists(spec) or not re.fullmatch(r"\w+=[^&]*(&\w+=[^&]*)*", tail):
+            return cls(place=spec, options={})
+        options = dict(part.split("=", 1) for part in tail.split("&"))
+        for name in options:
+            if name not in allowed:
+                raise UserError(f"{spec}: no option {name!r}; the options are {', '.join(allowed)}")
+        return cls(place=place, options=options)
+
+
+def open_source(
+    spec: str, *, columns: Columns | None = None, split: str | None = None, limits: ImageLimits = _LIMITS
+) -> Source:
+    """Open a source: find its items and columns, and read no pixels.
+
+    Raises UserError, one line, for whatever is missing, empty, ambiguous or damaged.
+
+    Args:
+        spec: Names the source, as at the top of this file. Its options take precedence over the arguments.
+        columns: Names of columns that cannot be guessed.
+        split: The one split to use; by default all items are used.
+        limits: Images beyond these are unreadable.
+    """
+    if spec.startswith("scenes:"):
+        from diptych.data.scenes.source import ScenesSource
+
+        if split is not None and "split=" not in spec:
+            spec += ("&" if "?" in spec else "?") + f"split={split}"
+        return ScenesSource.from_spec(spec)
+    parsed = Spec.parse(spec)
+    options = parsed.options
+    split = options.get("split", split) or None
+    named = {name: value for name, value in options.items() if name in ("image", "caption", "label")}
+    columns = replace(columns or Columns(), **named)
+    if spec.startswith("hub:"):
+        return _open_hub(parsed, columns=columns, split=split, limits=limits)
+    paths = find_files(parsed.place)
+    if _kind(paths[0]) == "text" and options:
+        raise UserError(f"{spec}: a text file has no columns and no splits")
+    return _open_files(paths, name=parsed.place, columns=columns, split=split, limits=limits)
+
+
+def open_finite(spec: str, columns: Columns) -> Source:
+    """Open a source that is gone through from end to end: of endless scenes the first 20,000."""
+    from diptych.data.scenes.source import ENDLESS, ScenesSource
+
+    source = open_source(spec, columns=columns)
+    if isinstance(source, ScenesSource) and source.count == ENDLESS:
+        return replace(source, count=20_000)
+    return source
+
+
+def _open_hub(spec: Spec, *, columns: Columns, split: str | None, limits: ImageLimits) -> Source:
+    from diptych.data.sources.arrow import open_hub
+
+    repository, _, inline = spec.place.removeprefix("hub:").partition(":")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
+        raise UserError(f"{spec.place}: a data set of the hub is written hub:owner/name[:split][?config]")
+    return open_hub(
+        repository,
+        config=spec.options.get("config"),
+        revision=spec.options.get("revision"),
+        columns=columns,
+        split=inline or split,
+        limits=limits,
+    )
+
+
+def _open_files(
+    paths: Sequence[Path], *, name: str, columns: Columns, split: str | None, limits: ImageLimits
+) -> Source:
+    kinds = {_kind(path) for path in paths}
+    if len(kinds) > 1:
+        raise UserError(f"{name}: files of different kinds ({', '.join(sorted(kinds))}) cannot be one source")
+    match kinds.pop():
+        case "folder":
+            from diptych.data.sources.folder import open_folder
+
+            if len(paths) > 1:
+                raise UserError(f"{name}: {len(paths)} folders; give the one folder that holds them")
+            return open_folder(paths[0], name=name, columns=columns, split=split, limits=limits)
+        case "tar":
+            from diptych.data.sources.webdataset import WebDatasetSource
+
+            return WebDatasetSource(paths, name=name, columns=columns, split=split, limits=limits)
+        case "parquet":
+            from diptych.data.sources.arrow import open_parquet
+
+            return open_parquet(paths, name=name, columns=columns, split=split, limits=limits)
+        case "table":
+            return open_tables(paths, name=name, columns=columns, split=split, limits=limits)
+    from diptych.data.sources.text import TextSource
+
+    if split is not None:
+        raise unknown_split(split, (), source=name)
+    return TextSource(list(paths), name=name)
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "folder"
+    name = path.name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    if suffix in TABLES:
+        return "table"
+    if suffix == ".txt":
+        return "text"
+    if name.endswith((".tar", ".parquet")):
+        return name.rpartition(".")[2]
+    if name.endswith((".tar.gz", ".tgz")):
+        raise UserError(f"{path}: a compressed tar allows no random access; gunzip it first")
+    if suffix in SUFFIXES:
+        raise UserError(f"{path}: is one image; give its folder")
+    raise UserError(
+        f"{path}: not a kind of source; give a folder of images, a .csv, .tsv, .json, .jsonl, .parquet, .tar or .txt "
+        "file, hub:owner/name or scenes:"
+    )
+
+
+def find_files(place: str) -> list[Path]:
+    """The files or the folder that a path, a glob, `{000..012}`, `{a,b}` or a list with commas stands for, in order."""
+    place = os.path.expanduser(place)
+    if os.path.exists(place):
+        return [Path(place)]
+    found: list[Path] = []
+    for part in _split_commas(place):
+        for pattern in expand_braces(part.strip()):
+            if os.path.exists(pattern):
+                matches = [pattern]
+            else:
+                matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []
+            if not matches:
+                raise UserError(
+                    f"{pattern or repr(place)}: {'matches no file' if '*' in pattern else 'does not exist'}"
+                )
+            found += [Path(match) for match in matches]
+    return list(dict.fromkeys(found))
+
+
+def _split_commas(text: str) -> list[str]:
+    return re.split(r",(?![^{}]*\})", text)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a{08..10}.tar` and `a{x,y}.tar` as the shell expands them."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    body = match.group(1)
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", body):
+        first, last = numbers.groups()
+        width = len(first) if first.startswith("0") else 0
+        if abs(int(last) - int(first)) > 1_000_000:
+            raise UserError(f"{pattern}: stands for more than a million files")
+        step = 1 if int(first) <= int(last) else -1
+        choices = [f"{n:0{width}d}" for n in range(int(first), int(last) + step, step)]
+    elif "," in body:
+        choices = body.split(",")
+    else:
+        return [pattern]
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [whole for choice in choices for whole in expand_braces(head + choice + tail)]
