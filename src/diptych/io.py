@@ -6,15 +6,24 @@ import os
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
 
 from diptych.errors import UserError, first_line
 
 if TYPE_CHECKING:  # torch takes a second to import, and mistakes in a command are answered without it
     import torch
-    from huggingface_hub import PyTorchModelHubMixin
 
-Network = TypeVar("Network", bound="PyTorchModelHubMixin")
+
+@runtime_checkable
+class Pretrained(Protocol):
+    """A network that can be read from a folder, such as huggingface_hub's PyTorchModelHubMixin."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, /, **options: Any) -> Self:
+        """The network in ``folder``."""
+
+
+Network = TypeVar("Network", bound=Pretrained)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
