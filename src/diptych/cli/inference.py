@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 """As in nn/inference.py, which would import torch."""
-Run = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
-Images = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE")]
-Source = Annotated[Positional[str], tyro.conf.arg(metavar="SRC")]
+RunArg = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+ImagesArg = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE")]
+SourceArg = Annotated[Positional[str], tyro.conf.arg(metavar="SRC")]
 
 
 # Caption and generate images: ITIT runs
 
 
-def caption(run: Run, images: Images, *, json: bool = False, beams: int | None = None, device: Device = "auto") -> None:
+def caption(
+    run: RunArg, images: ImagesArg, *, json: bool = False, beams: int | None = None, device: Device = "auto"
+) -> None:
     """Caption images: one line for each.
 
     Args:
@@ -47,7 +49,7 @@ def caption(run: Run, images: Images, *, json: bool = False, beams: int | None =
 
 
 def imagine(
-    run: Run,
+    run: RunArg,
     texts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")],
     *,
     out: Path,
@@ -88,7 +90,7 @@ def imagine(
 
 
 def cycle(
-    run: Run,
+    run: RunArg,
     *,
     text: str | None = None,
     image: Path | None = None,
@@ -135,8 +137,8 @@ def _open(run: Path, device: Device) -> "Diptych":
 
 
 def embed(
-    run: Run,
-    source: Source,
+    run: RunArg,
+    source: SourceArg,
     *,
     out: Path,
     texts: bool = False,
@@ -169,7 +171,7 @@ def embed(
 
 
 def search(
-    run: Run,
+    run: RunArg,
     text: Annotated[Positional[str | None], tyro.conf.arg(metavar="TEXT")] = None,
     *,
     index: Path,
@@ -208,8 +210,8 @@ def search(
 
 
 def classify(
-    run: Run,
-    images: Images,
+    run: RunArg,
+    images: ImagesArg,
     *,
     classes: Path | None = None,
     templates: Path | None = None,
@@ -256,7 +258,7 @@ def classify(
             print(f"{image}: " + ", ".join(f"{guess.name} {guess.probability:.1%}" for guess in predictions))
 
 
-def export(run: Run, *, out: Path) -> None:
+def export(run: RunArg, *, out: Path) -> None:
     """Export a dual encoder as a folder that open_clip reads. (RUN/model is one that transformers reads.)
 
     Args:
@@ -274,7 +276,7 @@ def export(run: Run, *, out: Path) -> None:
 
 
 def evaluate(
-    run: Run,
+    run: RunArg,
     *,
     data: str,
     limit: int | None = None,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from diptych.cli.inference import Device, Source
+from diptych.cli.inference import Device, SourceArg
 from diptych.errors import UserError
 
 RENAMED_FLAGS = {
@@ -67,7 +67,7 @@ def recipes() -> None:
 
 
 def encode(
-    source: Source,
+    source: SourceArg,
     *,
     run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
     out: Path,
@@ -100,7 +100,7 @@ def encode(
 
 
 def features(
-    source: Source,
+    source: SourceArg,
     *,
     kind: Literal["images", "texts", "sounds"],
     encoder: str | None = None,
