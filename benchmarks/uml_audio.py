@@ -31,7 +31,7 @@ from diptych.data.sources import Source, open_source
 from diptych.data.splits import draw_episode
 from diptych.data.store import VectorStore
 from diptych.encoders import open_image_encoder, open_text_encoder
-from diptych.eval.features import RandomFeatures
+from diptych.eval.frechet import RandomFeatures
 from diptych.experiments.few_shot import FewShotResult, gain, spread
 from diptych.rng import derive_seed
 from diptych.run_folder import write_json

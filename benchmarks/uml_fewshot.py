@@ -26,7 +26,7 @@ from diptych.data.sources import open_source
 from diptych.data.sources.decode import SUFFIXES
 from diptych.data.splits import Episode, Labelled, draw_episode, given_episodes, hold_out
 from diptych.encoders import open_image_encoder, open_text_encoder
-from diptych.eval.features import RandomFeatures
+from diptych.eval.frechet import RandomFeatures
 from diptych.experiments.few_shot import CONTROLS, FewShotConfig, accuracy_figure, as_json, few_shot, gain, show
 from diptych.uml.data import LabelledFeatures, frozen_side, text_side
 

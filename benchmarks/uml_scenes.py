@@ -21,7 +21,7 @@ from diptych.data.pixels import channels_first
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.splits import draw_episode
 from diptych.encoders import open_text_encoder
-from diptych.eval.features import RandomFeatures
+from diptych.eval.frechet import RandomFeatures
 from diptych.experiments.few_shot import FewShotConfig, accuracy_figure, as_json, few_shot, gain, show
 from diptych.tokenizers.recipes import encoder_tiny
 from diptych.uml.data import LabelledFeatures

@@ -1,10 +1,13 @@
-"""A file is whole or not there."""
+"""A file is whole or not there; weights are told apart and read back."""
 
 import os
 
 import pytest
+import torch
+from huggingface_hub import PyTorchModelHubMixin
 
-from diptych.io import write_bytes
+from diptych.errors import UserError
+from diptych.io import load_network, weights_digest, write_bytes
 
 
 def test_makes_the_folder_and_replaces(tmp_path):
@@ -23,3 +26,28 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+class Net(torch.nn.Module, PyTorchModelHubMixin):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.arange(4.0))
+
+
+def test_the_digest_follows_the_weights(tmp_path):
+    first, second = Net(), Net()
+    assert weights_digest(first) == weights_digest(second)
+    with torch.no_grad():
+        second.weight[0] += 1e-6
+    assert weights_digest(first) != weights_digest(second)
+
+
+def test_a_network_is_read_back_in_silence_or_refused_in_one_line(tmp_path, capsys):
+    Net().save_pretrained(tmp_path / "net")
+    assert weights_digest(load_network(Net, tmp_path / "net")) == weights_digest(Net())
+    assert capsys.readouterr() == ("", "")
+    (tmp_path / "net/model.safetensors").write_bytes(b"cut")
+    for folder in (tmp_path / "net", tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="the network cannot be read") as error:
+            load_network(Net, folder)
+        assert "\n" not in str(error.value)

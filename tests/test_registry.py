@@ -63,7 +63,7 @@ def test_networks_build_for_the_tokenizers_that_are_trained_first(name):
     run = RECIPES[name]()
     with torch.device("meta"):
         tokenizer = ImageTokenizer.from_config(run.tokenizer_stage.model)
-        stages = {"image_tokens": tokenizer.tokens, "codebook": tokenizer.codebook_size}
+        stages = {"image_tokens": tokenizer.tokens, "codebook_size": tokenizer.codebook_size}
         network = ITIT(replace(run.model, **stages, text_features=run.text_encoder_stage.model.width))
     assert network.image_bias.shape == (tokenizer.codebook_size,)
 

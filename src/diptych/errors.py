@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend."""
+"""The exception for mistakes of the user, and the short form of other exceptions."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, cut to its first line; the name of its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

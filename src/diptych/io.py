@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are whole or not there, and the weights of networks: their identity, and reading them back."""
 
 import hashlib
 import io
@@ -6,12 +6,24 @@ import os
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
 
-import torch
-from huggingface_hub import PyTorchModelHubMixin
+from diptych.errors import UserError, first_line
 
-from diptych.errors import UserError
+if TYPE_CHECKING:  # torch takes a second to import, and mistakes in a command are answered without it
+    import torch
+
+
+@runtime_checkable
+class Pretrained(Protocol):
+    """A network that can be read from a folder, such as huggingface_hub's PyTorchModelHubMixin."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, /, **options: Any) -> Self:
+        """The network in ``folder``."""
+
+
+Network = TypeVar("Network", bound=Pretrained)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
@@ -30,15 +42,10 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     return path
 
 
-# JOINED nn.weights
-#| Weights on disk and their identity.
+def weights_digest(module: "torch.nn.Module") -> str:
+    """16 hexadecimal digits that differ for different weights and are the same for equal ones."""
+    import torch
 
-
-Network = TypeVar("Network", bound=PyTorchModelHubMixin)
-
-
-def weights_digest(module: torch.nn.Module) -> str:
-    """Tells one set of weights from another."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -47,10 +54,11 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 
 def load_network(kind: type[Network], folder: Path) -> Network:
-    """The network that ``kind.save_pretrained`` wrote; UserError when a file is missing or damaged."""
+    """The network that ``kind.save_pretrained`` wrote. Raises UserError when a file is missing or damaged."""
     try:
         with redirect_stdout(io.StringIO()):  # huggingface_hub prints that it reads a folder
             return kind.from_pretrained(str(folder), local_files_only=True, strict=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: the network cannot be read ({reason}): copy or train it again") from error
+        raise UserError(
+            f"{folder}: the network cannot be read ({first_line(error)}): copy or train it again"
+        ) from error

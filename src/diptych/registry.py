@@ -1,51 +1,43 @@
-"""What can be trained. A recipe is a function that returns a complete run; variants call one another."""
+"""The recipes by name. A recipe is a function that returns a complete run; variants call one another."""
 
 from collections.abc import Callable
-from typing import Protocol
 
-from diptych.dual import recipes as ito_recipes
-from diptych.itit import recipes as itit_recipes
-from diptych.tokenizers import recipes as stage_recipes
-from diptych.uml import recipes as uml_recipes
-from diptych.uml import recipes as uml_ssl_recipes
-
-
-class Run(Protocol):
-    """A complete description of a training run: all its fields, and the way to carry it out."""
-
-    def fit(self, out, *, recipe: str): ...
-
+from diptych.dual import recipes as dual
+from diptych.itit import recipes as itit
+from diptych.run_folder import Run
+from diptych.tokenizers import recipes as tokenizers
+from diptych.uml import recipes as uml
 
 RECIPES: dict[str, Callable[[], Run]] = {
-    "itit-tiny": itit_recipes.itit_tiny,
-    "itit-small": itit_recipes.itit_small,
-    "itit-base": itit_recipes.itit_base,
-    "itit-large": itit_recipes.itit_large,
-    "itit-huge": itit_recipes.itit_huge,
-    "ito-tiny": ito_recipes.ito_tiny,
-    "ito-small": ito_recipes.ito_small,
-    "ito-base": ito_recipes.ito_base,
-    "ito-large": ito_recipes.ito_large,
-    "clip-tiny": ito_recipes.clip_tiny,
-    "clip-small": ito_recipes.clip_small,
-    "clip-base": ito_recipes.clip_base,
-    "clip-large": ito_recipes.clip_large,
-    "clip-aug-tiny": ito_recipes.clip_aug_tiny,
-    "clip-aug-small": ito_recipes.clip_aug_small,
-    "clip-aug-base": ito_recipes.clip_aug_base,
-    "siglip-tiny": ito_recipes.siglip_tiny,
-    "siglip-small": ito_recipes.siglip_small,
-    "siglip-base": ito_recipes.siglip_base,
-    "slip-tiny": ito_recipes.slip_tiny,
-    "slip-small": ito_recipes.slip_small,
-    "slip-base": ito_recipes.slip_base,
-    "uml-probe": uml_recipes.uml_probe,
-    "uml-finetune": uml_recipes.uml_finetune,
-    "uml-ssl": uml_ssl_recipes.uml_ssl,
-    "vqgan-tiny": stage_recipes.vqgan_tiny,
-    "vqgan-small": stage_recipes.vqgan_small,
-    "vqgan-paper": stage_recipes.vqgan_paper,
-    "text-encoder-tiny": stage_recipes.text_encoder_tiny,
-    "text-encoder-small": stage_recipes.text_encoder_small,
+    "itit-tiny": itit.itit_tiny,
+    "itit-small": itit.itit_small,
+    "itit-base": itit.itit_base,
+    "itit-large": itit.itit_large,
+    "itit-huge": itit.itit_huge,
+    "ito-tiny": dual.ito_tiny,
+    "ito-small": dual.ito_small,
+    "ito-base": dual.ito_base,
+    "ito-large": dual.ito_large,
+    "clip-tiny": dual.clip_tiny,
+    "clip-small": dual.clip_small,
+    "clip-base": dual.clip_base,
+    "clip-large": dual.clip_large,
+    "clip-aug-tiny": dual.clip_aug_tiny,
+    "clip-aug-small": dual.clip_aug_small,
+    "clip-aug-base": dual.clip_aug_base,
+    "siglip-tiny": dual.siglip_tiny,
+    "siglip-small": dual.siglip_small,
+    "siglip-base": dual.siglip_base,
+    "slip-tiny": dual.slip_tiny,
+    "slip-small": dual.slip_small,
+    "slip-base": dual.slip_base,
+    "uml-probe": uml.uml_probe,
+    "uml-finetune": uml.uml_finetune,
+    "uml-ssl": uml.uml_ssl,
+    "vqgan-tiny": tokenizers.vqgan_tiny,
+    "vqgan-small": tokenizers.vqgan_small,
+    "vqgan-paper": tokenizers.vqgan_paper,
+    "text-encoder-tiny": tokenizers.text_encoder_tiny,
+    "text-encoder-small": tokenizers.text_encoder_small,
 }
 """Recipes by the name that `diptych fit` takes. The docstring of each gives command, hardware, time and result."""

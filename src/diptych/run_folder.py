@@ -1,4 +1,4 @@
-"""The run folder: what a run was told, and what is kept of it."""
+"""The run folder: the settings a run was made with, and its parts."""
 
 import json
 import shutil
@@ -6,19 +6,34 @@ import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 from diptych.errors import UserError
 from diptych.io import write_bytes
 
+Kind = Literal["itit", "dual", "classifier", "feature encoder", "tokenizer", "text encoder"]
+"""What a run folder holds, which decides what the commands can do with it."""
+
 _LIBRARIES = ("diptych", "torch", "accelerate", "transformers", "diffusers", "datasets")
 
 
-def write_config(out: Path, *, recipe: str, run: Any, generation: dict[str, Any] | None = None) -> None:
-    """``config.json``: the recipe, all its fields, library versions and, in a git checkout of Diptych, its commit."""
+@runtime_checkable
+class Run(Protocol):
+    """A complete description of a training run: a dataclass of all its settings, and the method that carries it out."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    kind: ClassVar[Kind]
+
+    def fit(self, out: Path, *, recipe: str) -> object:
+        """Trains into the run folder ``out``, from where an earlier call stopped. ``recipe`` is written down there."""
+
+
+def write_config(out: Path, *, recipe: str, run: Run, generation: dict[str, Any] | None = None) -> None:
+    """Writes ``config.json``: kind of run, recipe, all fields, library versions and, in a git checkout, the commit."""
     out.mkdir(parents=True, exist_ok=True)
     content = {
         "recipe": recipe,
+        "kind": run.kind,
         "run": asdict(run),
         "generation": generation or {},
         "versions": {name: version(name) for name in _LIBRARIES},
@@ -28,32 +43,31 @@ def write_config(out: Path, *, recipe: str, run: Any, generation: dict[str, Any]
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """Raises UserError when ``run`` is no run folder."""
+    """What ``config.json`` holds. Raises UserError when ``run`` is no run folder or the file is damaged."""
     try:
-        return json.loads((run / "config.json").read_text())
+        config = json.loads((run / "config.json").read_text())
     except FileNotFoundError:
         raise UserError(f"{run}: no run folder (it has no config.json)") from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{run}/config.json: not readable ({error}): copy it again") from error
-
-
-Kind = Literal["itit", "dual", "classifier", "feature encoder", "tokenizer", "text encoder"]
-_KINDS: dict[str, Kind] = {"vqgan": "tokenizer", "text": "text encoder", "itit": "itit", "uml": "classifier"}
-_KINDS |= dict.fromkeys(("clip", "siglip", "slip", "ito"), "dual")
-_KINDS["uml-ssl"] = "feature encoder"
+    if not isinstance(config, dict):
+        raise UserError(f"{run}/config.json: not the settings of a run: copy it again")
+    return config
 
 
 def kind_of(run: Path) -> Kind:
-    """What a run folder holds, by the family its recipe belongs to. Raises UserError when it is no run folder."""
-    recipe = str(read_config(run).get("recipe"))
-    kind = _KINDS.get(recipe) or _KINDS.get(recipe.split("-")[0])
+    """What a run folder holds. Raises UserError when it is no run folder, or does not say what it holds."""
+    kind, kinds = read_config(run).get("kind"), get_args(Kind)
     if kind is None:
-        raise UserError(f"{run}: made by the unknown recipe {recipe!r}: use the version of Diptych that made it")
+        wanted = ", ".join(f'"{name}"' for name in kinds)
+        raise UserError(f'{run}/config.json: an older Diptych left out "kind": add it with one of the values {wanted}')
+    if kind not in kinds:
+        raise UserError(f"{run}: a run of the unknown kind {kind!r}: use the version of Diptych that made it")
     return kind
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Whatever ``model.save_pretrained`` writes. The folder appears whole and takes the place of an older one."""
+    """Writes what ``model.save_pretrained`` writes. The folder appears whole and takes the place of an older one."""
     fresh = folder.with_name(f".{folder.name}.fresh")
     model.save_pretrained(fresh)
     if folder.exists():
@@ -62,8 +76,14 @@ def save_model(model: Any, folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The file appears whole or not at all."""
+    """Writes ``value`` as JSON; what JSON does not know becomes its ``str``. The file appears whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=1, default=str) + "\n").encode())
+
+
+def part_of(name: str, part: str) -> str:
+    """The folder ``part`` of the run folder ``name`` (``tokenizer``, ``text_encoder``, ``model``), else ``name``."""
+    inside = Path(name) / part
+    return str(inside) if inside.is_dir() else name
 
 
 def _commit() -> str | None:
@@ -75,9 +95,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip() or None
-
-
-def part_of(name: str, part: str) -> str:
-    """``name`` may be an earlier run: then its ``part`` (``tokenizer``, ``text_encoder``) is meant."""
-    inside = Path(name) / part
-    return str(inside) if inside.is_dir() else name

@@ -1,5 +1,8 @@
+from dataclasses import fields, is_dataclass
+
 import pytest
 
+from diptych.cli.training import RENAMED_FLAGS, _renamed
 from diptych.data.store import Store
 from diptych.registry import RECIPES
 
@@ -20,9 +23,43 @@ def test_an_unknown_recipe_and_empty_lists(call, mistaken):
     mistaken(call("imagine", "run", "--out", "x"), "no text given")
 
 
+@pytest.mark.parametrize(
+    ("given", "now"),
+    [
+        (["--objective.cycles-from", "3"], "--objective.cycles-from is now --objective.cycle-start-step"),
+        (["--objective.cycles_from=3"], "--objective.cycles_from is now --objective.cycle-start-step"),
+        (["--objective.draw.steps", "3"], "--objective.draw.steps is now --objective.image-generation.steps"),
+        (
+            ["--tokenizer-stage.model.codes=9"],
+            "--tokenizer-stage.model.codes is now --tokenizer-stage.model.codebook-size",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_flag_by_its_old_name(call, mistaken, tmp_path, given, now):
+    mistaken(call("fit", "itit-tiny", "--out", tmp_path / "x", "--data.pairs", "scenes:", *given), f"diptych: {now}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_renamed_flags_are_flags_of_recipes_and_their_old_names_are_not():
+    flags = {flag for recipe in RECIPES.values() for flag in flags_of(recipe())}
+    assert [flag for flag in flags if _renamed(flag)] == []
+    assert [new for new in RENAMED_FLAGS.values() if not any(f".{new}." in f".{flag[2:]}." for flag in flags)] == []
+
+
+def flags_of(run, prefix: str = "--") -> list[str]:
+    """A flag for every field of a run at any depth."""
+    flags = []
+    for field in fields(run):
+        flag = prefix + field.name.replace("_", "-")
+        value = getattr(run, field.name)
+        flags += [flag, *(flags_of(value, f"{flag}.") if is_dataclass(value) else [])]
+    return flags
+
+
 def test_the_recipe_gets_its_fields(call, monkeypatch, tmp_path):
     got = []
-    monkeypatch.setattr("diptych.recipes.itit.ItitRun.fit", lambda run, out, *, recipe: got.append((run, out, recipe)))
+    monkeypatch.setattr("diptych.itit.training.ItitRun.fit", lambda run, out, *, recipe: got.append((run, out, recipe)))
     fields = ["--data.max-pairs", "5", "--train.steps", "7", "--tokenizer-stage.train.steps", "9", "--optim.lr", "0.5"]
     status, _, err = call("fit", "itit-tiny", "--out", tmp_path / "x", "--data.pairs", "scenes:", *fields)
     assert (status, err) == (0, "")
@@ -117,12 +154,20 @@ def an_unknown_option_of_scenes(folder):
 @pytest.mark.parametrize(
     "mistake",
     [
-        texts_in_utf16, texts_in_latin1, an_empty_folder, images_without_captions, a_table_without_the_column,
-        a_table_without_captions, texts_as_images, too_many_pairs, an_empty_file, cycles_that_never_begin,
+        texts_in_utf16,
+        texts_in_latin1,
+        an_empty_folder,
+        images_without_captions,
+        a_table_without_the_column,
+        a_table_without_captions,
+        texts_as_images,
+        too_many_pairs,
+        an_empty_file,
+        cycles_that_never_begin,
         an_unknown_option_of_scenes,
     ],
     ids=lambda mistake: mistake.__name__,
-)  # fmt: skip
+)
 def test_data_that_cannot_be_learned_from(call, tmp_path, mistake, mistaken):
     arguments, told = mistake(tmp_path)
     mistaken(call("fit", "itit-tiny", "--out", tmp_path / "out", *arguments), told)

@@ -1,14 +1,26 @@
-"""Frechet distance: against scipy and closed forms, streaming, and what the user is told."""
+"""Frechet distance against scipy and closed forms, and the feature extractors."""
 
+import json
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from torch.nn import functional as F
 
 from diptych.errors import UserError
-from diptych.eval.frechet import FeatureStatistics, frechet_distance
+from diptych.eval.frechet import (
+    FeatureStatistics,
+    HubExtractor,
+    RandomFeatures,
+    TorchScriptExtractor,
+    feature_statistics,
+    frechet_distance,
+)
+
+# The distance
 
 
 def draw(count: int, width: int, seed: int) -> torch.Tensor:
@@ -96,3 +108,139 @@ def test_misuse_is_explained():
         good.add(torch.zeros(2, 4))
     with pytest.raises(UserError, match="NaN"):
         good.add(torch.full((2, 3), torch.nan))
+
+
+# Feature extractors
+
+
+def images(count: int = 64, size: int = 32, seed: int = 0) -> torch.Tensor:
+    """Coloured blobs with an edge and some texture: smooth noise, cut, with a little fine noise."""
+    generator = torch.Generator().manual_seed(seed)
+    blobs = F.interpolate(torch.randn(count, 3, 4, 4, generator=generator), (size, size), mode="bicubic")
+    edges = torch.sign(blobs[:, :1]) * 0.4
+    fine = torch.randn(count, 3, size, size, generator=generator) * 0.1
+    return (110 + 45 * (blobs + edges + fine)).clamp(0, 255).to(torch.uint8)
+
+
+def blur(pixels, strength):
+    weight = torch.exp(-(torch.arange(-4, 5) ** 2) / (2 * strength**2))
+    weight = torch.outer(weight, weight) / weight.sum() ** 2
+    padded = F.pad(pixels.float(), (4, 4, 4, 4), mode="reflect")
+    return F.conv2d(padded, weight.expand(3, 1, 9, 9), groups=3).round().to(torch.uint8)
+
+
+def noise(pixels, strength):
+    rng = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(1))
+    return (pixels + strength * rng).round().clamp(0, 255).to(torch.uint8)
+
+
+def shift_colour(pixels, strength):
+    return (pixels + strength * torch.tensor([1.0, 0.0, -1.0]).view(3, 1, 1)).clamp(0, 255).to(torch.uint8)
+
+
+def collapse(pixels, kept):
+    return pixels[torch.arange(len(pixels)) % kept]
+
+
+def test_feature_statistics_walks_through_all_images():
+    class Means:
+        name = "means"
+
+        def __call__(self, pixels_BCHW):
+            return pixels_BCHW.float().mean((2, 3))
+
+    pixels = torch.randint(0, 256, (10, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    statistics = feature_statistics(Means(), pixels, batch_size=3)
+    assert statistics.count == 10
+    torch.testing.assert_close(statistics.mean_D, pixels.double().mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+    with pytest.raises(UserError, match="No images"):
+        feature_statistics(Means(), pixels[:0])
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "strengths"),
+    [(blur, (0.5, 1, 2)), (noise, (5, 15, 40)), (shift_colour, (5, 20, 60)), (collapse, (48, 16, 4))],
+)
+def test_distance_rises_with_the_corruption(corrupt, strengths):
+    extractor, pixels = RandomFeatures(), images()
+    real = feature_statistics(extractor, pixels)
+    distances = [float(frechet_distance(real, feature_statistics(extractor, corrupt(pixels, s)))) for s in strengths]
+    same = float(frechet_distance(real, feature_statistics(extractor, pixels.flip(0))))
+    assert same == pytest.approx(0, abs=1e-8)
+    assert distances == sorted(distances)
+    assert distances[0] > 0.001
+    assert distances[-1] > 2 * distances[0]
+
+
+def test_random_features_are_fixed_by_the_seed_and_leave_the_global_generator_alone():
+    pixels = images(4)
+    state = torch.get_rng_state()
+    first, second, other = RandomFeatures(), RandomFeatures(), RandomFeatures(seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first(pixels), second(pixels))
+    assert not torch.equal(first(pixels), other(pixels))
+    assert first(pixels).shape == (4, 304)
+    assert first.name != other.name
+
+
+def test_random_features_of_one_image_do_not_depend_on_the_batch():
+    extractor, pixels = RandomFeatures(), images(6, size=50)
+    torch.testing.assert_close(extractor(pixels)[2:3], extractor(pixels[2:3]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def vit_folder(tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTModel(ViTConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(tmp_path)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
+    settings |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1], "do_normalize": True}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+def test_hub_extractor_equals_the_model_on_normalised_pixels(vit_folder, monkeypatch):
+    from transformers import ViTModel
+
+    def refuse(*arguments, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    pixels = images(3, size=8)
+    features = HubExtractor(vit_folder)(pixels)
+    inputs = (pixels / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.2, 0.1]).view(3, 1, 1)
+    expected = ViTModel.from_pretrained(vit_folder).eval()(pixel_values=inputs).pooler_output
+    torch.testing.assert_close(features, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert HubExtractor(vit_folder)(images(2, size=20)).shape == (2, 16)  # resized to the model's 8 pixels
+
+
+def test_hub_extractor_explains_what_is_missing(vit_folder, tmp_path):
+    (vit_folder / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(UserError, match="names no input size"):
+        HubExtractor(vit_folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="cannot be loaded as a vision model"):
+        HubExtractor(tmp_path / "empty")
+
+
+class Means(torch.nn.Module):
+    def forward(self, pixels: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        means = pixels.float().mean((2, 3))
+        return means if return_features else means[:, :1]
+
+
+def test_torchscript_extractor(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # writing such files is discouraged; reading them is the point
+        torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
+    pixels = images(3)
+    torch.testing.assert_close(TorchScriptExtractor(tmp_path / "means.pt")(pixels), pixels.float().mean((2, 3)))
+    (tmp_path / "broken.pt").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="is not a TorchScript file"):
+        TorchScriptExtractor(tmp_path / "broken.pt")
+    with pytest.raises(UserError, match="is not a file"):
+        TorchScriptExtractor(tmp_path / "absent.pt")

@@ -7,7 +7,7 @@ from scipy.ndimage import gaussian_filter
 
 from diptych.data.scenes import Scene, ScenesSource, Thing, caption, render
 from diptych.data.scenes.world import BACKGROUNDS
-from diptych.eval.scenes import caption_accuracy, image_accuracy, recognise
+from diptych.eval.scenes import caption_accuracy, image_accuracy, recognize
 
 ONE = Scene((Thing("circle", "red", "small"),), "top left", "white")
 
@@ -39,24 +39,24 @@ def test_reads_nothing_where_nothing_is(level):
     noise = random.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
     clouds = gaussian_filter(random.normal(128, 400, (100, 32, 32, 3)), (0, 3, 3, 0)).clip(0, 255).astype(np.uint8)
     for pictures in (plain, worn(plain), flat, noise, clouds):
-        assert recognise(pictures, level=level) == [None] * len(pictures)
+        assert recognize(pictures, level=level) == [None] * len(pictures)
 
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_scenes_of_the_other_level_are_not_read(level):
     pixels = ScenesSource(level=3 - level).images(range(100), 32)
-    assert recognise(pixels, level=level) == [None] * 100
+    assert recognize(pixels, level=level) == [None] * 100
 
 
 def test_a_spoiled_picture_is_not_read():
     pixels = ScenesSource().images(range(100), 32)
     spoiled = pixels.copy()
     spoiled[:, 12:20, 2:10] = (140, 40, 170)
-    assert recognise(spoiled) == [None] * 100
+    assert recognize(spoiled) == [None] * 100
     torn = np.concatenate([pixels[:, :, :16], np.roll(pixels, 8, axis=1)[:, :, 16:]], axis=2)
     true = ScenesSource().scenes(range(100))
     central = [i for i in range(100) if true[i].layout == "centre"]
-    assert all(recognise(torn[central])[k] is None for k in range(len(central)))
+    assert all(recognize(torn[central])[k] is None for k in range(len(central)))
 
 
 def test_every_wrong_attribute_is_counted_and_only_that_one():

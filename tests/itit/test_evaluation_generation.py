@@ -5,7 +5,7 @@ from PIL import Image
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import open_source
 from diptych.errors import UserError
-from diptych.eval.features import RandomFeatures
+from diptych.eval.frechet import RandomFeatures
 from diptych.itit.evaluation import EvaluateConfig, evaluate, read_captioned
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.pipeline import Caption, Diptych

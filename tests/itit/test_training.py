@@ -46,7 +46,7 @@ def tiny_run(*, steps: int = 4, **data) -> ItitRun:
         ),
         text_encoder_stage=TextEncoderStage(
             model=replace(TextEncoderConfig.tiny(), width=16, layers=1, heads=2, feed_forward=16),
-            length=20,
+            max_text_len=20,
             train=loop(3),
             optim=rule,
         ),

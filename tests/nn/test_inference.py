@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from diptych.errors import UserError
-from diptych.nn.inference import autocast, eval_mode, pick_device
+from diptych.nn.inference import Prediction, autocast, eval_mode, pick_device, top_predictions
 
 
 def test_evaluating_restores_each_mode():
@@ -42,3 +42,16 @@ def test_a_cpu_takes_bf16_only_where_it_has_instructions_for_it(monkeypatch, abl
     for precision, bf16 in (("auto", expected), ("bf16", True), ("fp32", False)):
         with autocast(cpu, precision):
             assert torch.is_autocast_enabled("cpu") == bf16
+
+
+PROBABILITIES = torch.tensor([[0.25, 0.5, 0.125, 0.125], [0.0, 0.0, 0.25, 0.75]])
+
+
+def test_predictions_come_best_first():
+    first, second = top_predictions(PROBABILITIES, "abcd", top=2)
+    assert first == [Prediction(name="b", probability=0.5), Prediction(name="a", probability=0.25)]
+    assert [guess.name for guess in second] == ["d", "c"]
+
+
+def test_more_predictions_than_classes():
+    assert [len(predictions) for predictions in top_predictions(PROBABILITIES, "abcd", top=9)] == [4, 4]

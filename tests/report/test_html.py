@@ -13,7 +13,7 @@ from diptych.report.html import (
     Example,
     Facts,
     Figures,
-    Pictures,
+    Gallery,
     Section,
     Strip,
     Table,
@@ -23,7 +23,7 @@ from diptych.report.html import (
 from diptych.report.sheet import contact_sheet, png
 
 EVIL = "<script>alert('x')</script> & \"quotes\" $title"
-PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 LARGE = np.zeros((900, 600, 3), np.uint8)
 VOID = {"meta", "img", "path", "link", "br"}
 
@@ -34,7 +34,7 @@ class Outline(HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.open, self.tags, self.words = [], [], []
-        self.prefetch(page)
+        self.feed(page)
         self.close()
         assert not self.open, f"not closed: {self.open}"
 
@@ -57,17 +57,17 @@ class Outline(HTMLParser):
 @pytest.fixture
 def page(tmp_path):
     svg = curves({EVIL: [{"step": 1, "loss": 2.0}]}, panels=[Panel(title=EVIL, keys=["loss"])])
-    captioned = Captioned(picture=PICTURE, caption=EVIL, label=EVIL)
+    captioned = Captioned(image=IMAGE, caption=EVIL, label=EVIL)
     blocks = [
         Text(f"{EVIL}\n\nsecond `code`"),
         Text(EVIL, kind="code"),
         Text(EVIL, kind="note"),
         Table(head=["model", EVIL], rows=[[EVIL, 1.0], ["b", None]], caption=EVIL, best={EVIL: "low"}),
         Facts(items={EVIL: EVIL, "n": 12345}, size="large"),
-        Pictures([captioned, Captioned(picture=LARGE)]),
+        Gallery([captioned, Captioned(image=LARGE)]),
         Comparison([Example(EVIL, [captioned, Captioned(caption=EVIL)])]),
-        Strip([EVIL, PICTURE, EVIL]),
-        Figures(images=[*svg, png(contact_sheet([PICTURE]))], caption=EVIL),
+        Strip([EVIL, IMAGE, EVIL]),
+        Figures(images=[*svg, png(contact_sheet([IMAGE]))], caption=EVIL),
     ]
     sections = [Section(EVIL, blocks), Section("Two", []), Section("Three", [])]
     return write_report(tmp_path / "report.html", sections, title=EVIL, lead=EVIL, footer=EVIL).read_text("utf-8")
@@ -94,7 +94,7 @@ def test_links_lead_to_sections(page):
     assert len(anchors) == 3
 
 
-def test_pictures_are_lossless_when_tiny_and_small_when_large(page):
+def test_images_are_lossless_when_tiny_and_small_when_large(page):
     images = [attributes for tag, attributes in Outline(page).tags if tag == "img"]
     tiny = [image for image in images if image.get("width") == "32"]
     assert tiny

@@ -113,7 +113,7 @@ def test_save_and_load_give_equal_tokens_and_a_plain_diffusers_folder(tmp_path):
         "diffusion_pytorch_model.safetensors",
     }
     loaded = ImageTokenizer.from_pretrained(tmp_path / "tokenizer")
-    assert (loaded.size, loaded.codes, loaded.tokens, loaded.factor) == (16, 32, 64, 2)
+    assert (loaded.image_size, loaded.codebook_size, loaded.tokens, loaded.factor) == (16, 32, 64, 2)
     assert torch.equal(loaded.encode(pictures()), tokenizer.encode(pictures()))
     plain = VQModel.from_pretrained(tmp_path / "tokenizer")
     assert torch.equal(plain.quantize.embedding.weight, tokenizer.codebook)
@@ -125,7 +125,7 @@ def test_a_pipeline_folder_of_the_amused_kind(tmp_path):
     tokenizer.network.save_pretrained(tmp_path / "vqvae")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AmusedPipeline"}))
     loaded = ImageTokenizer.from_pretrained(tmp_path)
-    assert loaded.size == 32  # 16 x 16 tokens, as 2 pixels cannot have been meant
+    assert loaded.image_size == 32  # 16 x 16 tokens, as 2 pixels cannot have been meant
     assert ImageTokenizer.from_pretrained(tmp_path, size=16).tokens == 64
 
 

@@ -186,12 +186,12 @@ def test_randomness_comes_from_the_batch_and_the_seed(objective: SpanCorruption)
 
 def test_it_over_fits_one_batch(objective: SpanCorruption) -> None:
     batch = batch_of(objective, TEXTS[:16])
-    optimiser = torch.optim.AdamW(objective.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2)
     for _ in range(100):
         loss = objective(batch, 0).total
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert loss < 0.1
 
 

@@ -1,14 +1,30 @@
+"""The losses of the image tokenizer, its discriminator and its perceptual distance."""
+
 import dataclasses
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from diptych.data.batch import Batch, ImageExamples
+from diptych.errors import UserError
 from diptych.rng import StepRNG
 from diptych.tokenizers.codebook import CodebookConfig
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from diptych.tokenizers.vqgan import VQGAN, VQGANConfig, edge_distance, hinge, psnr
+from diptych.tokenizers.vqgan import (
+    VQGAN,
+    PatchDiscriminator,
+    PerceptualNetwork,
+    VQGANConfig,
+    edge_distance,
+    hinge,
+    psnr,
+)
+
+# The objective
+
 
 SMALL = ImageTokenizerConfig(image_size=16, codebook_size=32, code_dim=4, widths=(8, 16), blocks=1, groups=4, patch=2)
 PLAIN = VQGANConfig(adversarial_weight=0.0)
@@ -42,8 +58,8 @@ def test_total_is_the_sum_it_says():
     codes = made.tokenizer.codebook[made.tokenizer.encode(batch()["images"].pixels_B3HW)]
     flat = latents.flatten(2).transpose(1, 2)
     fake = made.tokenizer.reconstruct(codes.transpose(1, 2).view_as(latents))
-    likeness = (fake - real).abs().mean() + 2 * (fake - real).square().mean() + 0.5 * edge_distance(fake, real)
-    torch.testing.assert_close(losses.total, likeness + 1.3 * (flat - codes).square().mean())
+    reconstruction = (fake - real).abs().mean() + 2 * (fake - real).square().mean() + 0.5 * edge_distance(fake, real)
+    torch.testing.assert_close(losses.total, reconstruction + 1.3 * (flat - codes).square().mean())
     torch.testing.assert_close(losses.terms["psnr"], -10 * torch.log10((fake - real).square().mean()))
     assert all(not term.requires_grad for term in losses.terms.values())
 
@@ -62,10 +78,10 @@ def test_one_total_gives_generator_and_discriminator_each_its_own_gradient():
     together = gradients(made(batch(), 1).total, made)
 
     real = made.tokenizer.pixels_to_input(batch()["images"].pixels_B3HW)
-    quantised = made.codebook(made.tokenizer.latents(real), made.tokenizer.codebook, rng=StepRNG(0, 1), step=1)
-    fake = made.tokenizer.reconstruct(quantised.latents_BEhw)
+    quantized = made.codebook(made.tokenizer.latents(real), made.tokenizer.codebook, rng=StepRNG(0, 1), step=1)
+    fake = made.tokenizer.reconstruct(quantized.latents_BEhw)
     generator_loss = (
-        (fake - real).abs().mean() + edge_distance(fake, real) + quantised.codebook + 0.25 * quantised.commitment
+        (fake - real).abs().mean() + edge_distance(fake, real) + quantized.codebook + 0.25 * quantized.commitment
     ) - 0.5 * made.discriminator(fake).mean()
     generator = gradients(generator_loss, made)
     discriminator = gradients(hinge(made.discriminator(real), made.discriminator(fake.detach())), made)
@@ -89,9 +105,9 @@ def test_adaptive_balance_matches_the_lengths_of_the_gradients():
     made = objective(dataclasses.replace(GAN, adversarial_balance="adaptive"))
     real = made.tokenizer.pixels_to_input(batch()["images"].pixels_B3HW)
     fake = (real * 0.9).requires_grad_()
-    likeness = F.l1_loss(fake, real)
-    generator, _, scale = made._adversarial(fake, real, likeness)
-    lengths = [torch.autograd.grad(loss, fake, retain_graph=True)[0].norm() for loss in (likeness, generator)]
+    reconstruction = F.l1_loss(fake, real)
+    generator, _, scale = made._adversarial(fake, real, reconstruction)
+    lengths = [torch.autograd.grad(loss, fake, retain_graph=True)[0].norm() for loss in (reconstruction, generator)]
     torch.testing.assert_close(lengths[1] * scale, lengths[0], rtol=1e-3, atol=0)
     assert not scale.requires_grad
     made(batch(), 1).total.backward()
@@ -117,13 +133,122 @@ def test_one_batch_is_learned_by_heart():
         PLAIN, squared_weight=5.0, codebook=CodebookConfig(start=10, reset_every=10, reset_until=60)
     )
     made = VQGAN(ImageTokenizer.from_config(SMALL), config)
-    optimiser = torch.optim.AdamW(made.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(made.parameters(), 3e-3)
     seen = []
     for step in range(80):
         losses = made(batch(step), step)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         losses.total.backward()
-        optimiser.step()
+        optimizer.step()
         seen.append(losses.total.item())
     assert seen[-1] < seen[0] / 2
     assert losses.terms["perplexity"] > 8
+
+
+# The discriminator
+
+
+def images(*, seed: int = 0) -> torch.Tensor:
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def test_field_of_view_is_what_the_docstring_says():
+    for layers, sees in ((1, 16), (2, 34)):
+        discriminator = PatchDiscriminator(width=4, layers=layers).double()
+        for module in discriminator.modules():
+            if isinstance(module, torch.nn.GroupNorm):  # sees everything, on purpose; not a patch's business
+                module.forward = lambda x: x
+        picture = torch.rand(1, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+        verdicts = discriminator(picture)
+        middle = verdicts.shape[-1] // 2
+        verdicts[0, 0, middle, middle].backward()
+        touched = picture.grad[0].abs().sum(0).amax(1).nonzero()
+        assert touched.max() - touched.min() + 1 == sees
+
+
+def test_a_verdict_does_not_depend_on_the_other_images():
+    discriminator = PatchDiscriminator(width=8, layers=2)
+    together, alone = discriminator(images()), discriminator(images()[:1])
+    assert together.shape == (2, 1, 6, 6)
+    torch.testing.assert_close(together[:1], alone)
+
+
+def test_no_weight_is_left_uninitialized_and_no_buffers():
+    discriminator = PatchDiscriminator(width=8, layers=2)
+    assert not list(discriminator.buffers())
+    for name, weight in discriminator.named_parameters():
+        if weight.ndim == 4:
+            assert 0.01 < weight.std() < 0.03, name
+        else:
+            assert set(weight.unique().tolist()) <= {0.0, 1.0}, name
+
+
+# The perceptual distance
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    from transformers import ResNetConfig, ResNetModel
+
+    folder = tmp_path_factory.mktemp("backbone")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+        ResNetModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_edge_distance_by_hand():
+    left, right = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
+    left[..., 2:] = 1  # one vertical edge: a third of the horizontal differences at full size, all of them at half
+    assert edge_distance(left, right, scales=2).item() == pytest.approx((1 / 3 + 1) / 2)
+    assert edge_distance(left + 0.3, left, scales=2).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_edge_distance_minds_blur_more_than_l1_does():
+    sharp = torch.zeros(1, 3, 16, 16)
+    sharp[..., 8:] = 1
+    blurred = torch.nn.functional.avg_pool2d(
+        torch.nn.functional.pad(sharp, (2, 2, 0, 0), "replicate"), (1, 5), stride=1
+    )
+    darker = sharp - (blurred - sharp).abs().mean()  # as far off in L1
+    assert edge_distance(blurred, sharp) > 10 * edge_distance(darker, sharp)
+
+
+def test_network_tells_images_apart_and_gives_gradient_to_the_output_only(backbone):
+    network = PerceptualNetwork(backbone)
+    output, target = images(seed=0).requires_grad_(), images(seed=1).requires_grad_()
+    assert network(target, target).item() == 0
+    distance = network(output, target)
+    assert distance > 0.01
+    distance.backward()
+    assert output.grad.abs().sum() > 0
+    assert target.grad is None
+    assert all(weight.grad is None and not weight.requires_grad for weight in network.parameters())
+
+
+def test_network_has_one_map_per_layer_and_stays_in_evaluation_mode(backbone):
+    network = PerceptualNetwork(backbone).train()
+    assert not any(module.training for module in network.modules())
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    assert [layer.shape[1] for layer in network.features(images())] == [4, 4, 8]
+    for name, buffer in network.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_missing_weights_are_a_user_error(backbone, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in Path(backbone).iterdir():
+        shutil.copy(file, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("embedder.embedder.convolution.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="missing"):
+        PerceptualNetwork(str(tmp_path))
+
+
+def test_a_folder_without_a_backbone_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no vision model") as error:
+        PerceptualNetwork(str(tmp_path))
+    assert "\n" not in str(error.value)

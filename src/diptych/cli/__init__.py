@@ -1,4 +1,4 @@
-"""The command line. One function per command; heavy imports inside, so that --help answers at once."""
+"""The command line: one function for each command, its name, and the exit status of mistakes and interruptions."""
 
 import os
 import sys
@@ -10,6 +10,11 @@ from diptych.cli.inference import caption, classify, cycle, embed, evaluate, exp
 from diptych.cli.training import demo, encode, features, fit, fit_for_help, recipes
 from diptych.errors import UserError
 from diptych.train.interrupt import Interrupted
+
+_ABOUT = (
+    "Train a model to caption, generate, classify and search images "
+    "from few captioned images and many unpaired images and texts."
+)
 
 COMMANDS = {
     "demo": demo,
@@ -28,9 +33,9 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Entry point. Mistakes of the user end in one line and status 2."""
+    """Runs the command of ``sys.argv``. A mistake of the user ends in one line on stderr and status 2."""
     arguments = sys.argv[1:]
-    # Read by the libraries when they are imported: loading three small files needs no progress bars.
+    # The libraries read these when they are imported. Loading three small files needs no progress bars.
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.setdefault(name, "1")
     try:
@@ -51,8 +56,3 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         os._exit(141)
-
-
-_ABOUT = (
-    "Teach a model to caption, draw, classify and search from few captioned images, many bare images and loose texts."
-)

@@ -1,4 +1,7 @@
-"""Arguments that several commands have."""
+"""Commands on finished runs: caption and generate images, embed, search, classify, export, and scores.
+
+Heavy imports are inside the functions, so that --help and mistakes answer at once.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,36 +11,30 @@ from tyro.conf import Positional
 
 from diptych.errors import UserError
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-"""As in nn/inference.py, which would import torch."""
-Run = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
-Images = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE")]
-
-
-# JOINED cli.generation
-#| Commands on ITIT runs.
-
-
 if TYPE_CHECKING:
     from diptych.itit.pipeline import Diptych
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
+"""As in nn/inference.py, which would import torch."""
+RunArg = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+ImagesArg = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE")]
+SourceArg = Annotated[Positional[str], tyro.conf.arg(metavar="SRC")]
+
+
+# Caption and generate images: ITIT runs
+
 
 def caption(
-    run: Run,
-    images: Images,
-    *,
-    json: bool = False,
-    beams: int | None = None,
-    device: Device = "auto",
+    run: RunArg, images: ImagesArg, *, json: bool = False, beams: int | None = None, device: Device = "auto"
 ) -> None:
-    """Write one line about each image.
+    """Caption images: one line for each.
 
     Args:
-        run: Run folder.
-        images: Image files.
-        json: One JSON object a line, with file, caption and score.
-        beams: Beams of the search; 1 is greedy. Default: the run's own.
-        device: Where to compute.
+        run: Run folder of an itit recipe.
+        images: Image files to caption.
+        json: Print one JSON object a line, with file, caption and score.
+        beams: Number of beams of the search; 1 is greedy. Default: the setting of the run.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
     import json as json_format
 
@@ -45,14 +42,14 @@ def caption(
         raise UserError("no image given: diptych caption RUN IMAGE...")
 
     diptych = _open(run, device)
-    pictures = [diptych.read(image) for image in images]
-    for image, found in zip(images, diptych.captions(pictures, beams=beams), strict=True):
+    pixels = [diptych.read(image) for image in images]
+    for image, found in zip(images, diptych.captions(pixels, beams=beams), strict=True):
         record = {"file": str(image), "caption": found.text, "score": found.score}
         print(json_format.dumps(record, ensure_ascii=False) if json else found.text)
 
 
 def imagine(
-    run: Run,
+    run: RunArg,
     texts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")],
     *,
     out: Path,
@@ -62,38 +59,38 @@ def imagine(
     temperature: float | None = None,
     device: Device = "auto",
 ) -> None:
-    """Draw a picture for each text: PNG files and a contact sheet.
+    """Generate an image for each text: PNG files and a contact sheet.
 
     Args:
-        run: Run folder.
-        texts: Texts to draw.
-        out: Folder to write.
-        seed: Another seed draws other pictures.
-        steps: Rounds of parallel decoding. Default: the run's own, as for the next two.
-        guidance: How far to move away from drawing without text; 0 is off.
-        temperature: Noise in the order in which tokens are revealed.
-        device: Where to compute.
+        run: Run folder of an itit recipe.
+        texts: Texts to generate images for.
+        out: Folder for the images and the sheet.
+        seed: Seed of the generated images; another seed gives other images.
+        steps: Number of steps of parallel decoding. Default: the setting of the run.
+        guidance: Strength of classifier-free guidance towards the text; 0 is none. Default: the setting of the run.
+        temperature: Noise in the order in which tokens are chosen; 0 is none. Default: the setting of the run.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
     from dataclasses import replace
 
     if not texts:
         raise UserError("no text given: diptych imagine RUN TEXT... --out DIR")
 
+    diptych = _open(run, device)
     from diptych.report.sheet import contact_sheet, save_png
 
-    diptych = _open(run, device)
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
     config = replace(diptych.image_generation, **{name: value for name, value in given.items() if value is not None})
-    pictures = list(diptych.imagine(texts, seed=seed, config=config))
+    images = list(diptych.imagine(texts, seed=seed, config=config))
     out.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(pictures):
-        save_png(out / f"{number:03d}.png", picture)
-    sheet = save_png(out / "sheet.png", contact_sheet(pictures, captions=list(texts)))
+    for number, image in enumerate(images):
+        save_png(out / f"{number:03d}.png", image)
+    sheet = save_png(out / "sheet.png", contact_sheet(images, captions=list(texts)))
     print(f"written to {out}, all on {sheet}")
 
 
 def cycle(
-    run: Run,
+    run: RunArg,
     *,
     text: str | None = None,
     image: Path | None = None,
@@ -102,124 +99,61 @@ def cycle(
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
-    """From a text to a picture to a text, or from a picture to a text to a picture, and round again.
+    """Repeat text to image to text, or image to text to image: PNG files and a strip of all steps.
 
     Args:
-        run: Run folder.
+        run: Run folder of an itit recipe.
         text: Text to start from.
-        image: Image to start from instead.
-        rounds: How often to go round.
-        out: Folder for the pictures and a strip of all steps.
-        seed: Of the drawn pictures.
-        device: Where to compute.
+        image: Image file to start from instead.
+        rounds: Number of rounds; each adds an image and a text.
+        out: Folder for the images and the strip.
+        seed: Seed of the generated images.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
+    diptych = _open(run, device)
     from diptych.report.sheet import cycle_strip, save_png
 
-    steps = _open(run, device).cycle(text=text, image=image, rounds=rounds, seed=seed)
+    steps = [step.shown for step in diptych.cycle(text=text, image=image, rounds=rounds, seed=seed)]
     out.mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(steps):
-        if step.picture is None:
-            print(f"{number}: {step.text}")
-        else:
-            print(f"{number}: {save_png(out / f'{number:03d}.png', step.picture)}")
-    print(f"all steps on {save_png(out / 'strip.png', cycle_strip([step.shown for step in steps]))}")
+        shown = step if isinstance(step, str) else save_png(out / f"{number:03d}.png", step)
+        print(f"{number}: {shown}")
+    print(f"all steps on {save_png(out / 'strip.png', cycle_strip(steps))}")
 
 
 def _open(run: Path, device: Device) -> "Diptych":
-    from diptych.itit.pipeline import Diptych
     from diptych.run_folder import kind_of
 
     if (kind := kind_of(run)) != "itit":
-        raise UserError(f"{run}: a run of kind {kind!r} neither captions nor draws: give a run of an itit recipe")
+        raise UserError(
+            f"{run}: a run of kind {kind!r} neither captions nor generates images: give a run of an itit recipe"
+        )
+    from diptych.itit.pipeline import Diptych
+
     return Diptych.from_pretrained(run, device=device)
 
 
-# JOINED cli.scores
-#| The command that scores a run of any kind.
-
-
-def evaluate(
-    run: Run,
-    *,
-    data: str,
-    limit: int | None = None,
-    beams: int | None = None,
-    seed: int = 0,
-    features: str | None = None,
-    train: str | None = None,
-    umap: bool = False,
-    out: Path | None = None,
-    device: Device = "auto",
-) -> None:
-    """Score a run on data it has not seen: a table, metrics.json and a sheet.
-
-    ITIT: captions and pictures, on captioned images. An image tokenizer: what it keeps of images. A classifier: its
-    accuracy. A dual encoder: retrieval and modality gap on captioned images, zero-shot classes on labelled ones.
-
-    Args:
-        run: Run folder.
-        data: Images that the run has not seen, with captions or labels: any source.
-        limit: Score the first so many only. Scores of different subsets are not comparable.
-        beams: ITIT: beams for the captions. Default: the run's own.
-        seed: ITIT: of the drawn pictures.
-        features: For the Frechet distance: folder or hub name of a vision model of transformers, or a TorchScript file
-            (an Inception network gives FID). Default: a random network, which needs no download.
-        train: Dual encoder: labelled images to fit a linear probe to.
-        umap: Dual encoder: also draw a map of the embeddings, umap.png; needs the extra `umap`.
-        out: Folder for metrics.json and pictures. Default: RUN/evaluation.
-        device: Where to compute.
-    """
-    from diptych.run_folder import kind_of
-
-    out, kind = out or run / "evaluation", kind_of(run)
-    if kind == "dual":
-        from diptych.dual.evaluation import evaluate_dual_run
-
-        evaluate_dual_run(run, data, train=train, umap=umap, limit=limit, out=out, device=device)
-        return
-    from diptych.data.sources import open_source
-
-    source = open_source(data)
-    if kind == "classifier":
-        from diptych.uml.classifier import evaluate_classifier_run
-
-        evaluate_classifier_run(run, source, out=out, device=device)
-        return
-    if kind == "tokenizer":
-        from diptych.tokenizers.evaluation import evaluate_tokenizer_run
-
-        evaluate_tokenizer_run(run, source, limit=limit, features=features, out=out, device=device)
-        return
-    if kind != "itit":
-        raise UserError(f"{run}: a {kind} has no scores of its own: evaluate the run that uses it")
-    from diptych.itit.evaluation import EvaluateConfig, evaluate_run
-
-    config = EvaluateConfig(limit=limit, beams=beams, seed=seed)
-    evaluate_run(run, source, config, features=features, out=out, device=device)
-
-
-# JOINED cli.searching
-#| Commands that compare images with texts.
+# Embed, search, classify, export: dual encoders, and the encoders and classifiers of UML
 
 
 def embed(
-    run: Run,
-    source: Annotated[Positional[str], tyro.conf.arg(metavar="SRC")],
+    run: RunArg,
+    source: SourceArg,
     *,
     out: Path,
     texts: bool = False,
     workers: int = 2,
     device: Device = "auto",
 ) -> None:
-    """Embeddings of all images of a source, to be searched; by a uml-ssl run, of the features in a store.
+    """Embed all images of a source, for `diptych search`; a uml-ssl run embeds the features in a store.
 
     Args:
         run: Run folder of a dual encoder or of uml-ssl.
-        source: Any source; for uml-ssl the folder of a store of features.
-        out: Folder to write: `diptych search` takes it as its index. An earlier one is replaced.
-        texts: Embed its texts instead.
-        workers: Threads that decode images.
-        device: Where to compute.
+        source: Source of images or texts; for uml-ssl the folder of a store of features.
+        out: Folder for the embeddings, the index of `diptych search`. An earlier one is replaced.
+        texts: Embed the texts of the source instead of its images.
+        workers: Number of threads that decode images.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
     from diptych.run_folder import kind_of
 
@@ -237,7 +171,7 @@ def embed(
 
 
 def search(
-    run: Run,
+    run: RunArg,
     text: Annotated[Positional[str | None], tyro.conf.arg(metavar="TEXT")] = None,
     *,
     index: Path,
@@ -247,18 +181,18 @@ def search(
     out: Path | None = None,
     device: Device = "auto",
 ) -> None:
-    """What lies nearest to a text or an image: a line for each hit, with its cosine.
+    """Search for what is nearest to a text or an image: a line for each hit, with its cosine similarity.
 
     Args:
         run: Run folder of the dual encoder that made the index.
-        text: What to look for.
+        text: Text to search for.
         index: Folder that `diptych embed` wrote.
-        image: Look for this image instead.
-        top: How many hits.
-        method: exact compares with everything, about half a second a million. approximate is for more than that; it
-            builds an index of cells on first use and needs the extra `ann`.
-        out: Also write the pictures of the hits on a sheet, a PNG file.
-        device: Where to compute.
+        image: Image file to search for instead.
+        top: Number of hits.
+        method: Method of search. exact compares with every embedding, about half a second a million. approximate is
+            for more than that; it builds an index of cells on first use and needs the extra `ann`.
+        out: PNG file for a sheet of the images that were found. Default: none is written.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
     query = text if image is None else image
     if query is None or (text is not None and image is not None):
@@ -276,8 +210,8 @@ def search(
 
 
 def classify(
-    run: Run,
-    images: Images,
+    run: RunArg,
+    images: ImagesArg,
     *,
     classes: Path | None = None,
     templates: Path | None = None,
@@ -285,16 +219,16 @@ def classify(
     json: bool = False,
     device: Device = "auto",
 ) -> None:
-    """The most probable classes of each image. A dual encoder needs nothing but their names.
+    """Classify images: the most probable classes of each. A dual encoder needs the names of the classes alone.
 
     Args:
         run: Run folder of a classifier or a dual encoder.
-        images: Image files.
-        classes: Dual encoder: file with a class name a line.
+        images: Image files to classify.
+        classes: Dual encoder: file with the name of a class a line.
         templates: Dual encoder: file with a template a line, such as `a photo of a {}.` Default: a dozen of them.
-        top: How many classes.
-        json: One JSON object a line, with file and guesses.
-        device: Where to compute.
+        top: Number of classes to print for each image.
+        json: Print one JSON object a line, with file and guesses.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
     import json as json_format
     from dataclasses import asdict
@@ -307,15 +241,15 @@ def classify(
     from diptych.run_folder import kind_of
 
     if kind_of(run) == "classifier":
-        from diptych.uml import classifier as uml_runs
-
         if classes or templates:
             raise UserError(f"{run}: a classifier has learnt its classes: leave --classes and --templates away")
-        found = uml_runs.classify_run(run, images, top=top, device=device)
-    else:
-        from diptych.dual import search as dual_runs
+        from diptych.uml import classifier as uml
 
-        found = dual_runs.classify_run(run, images, classes=classes, templates=templates, top=top, device=device)
+        found = uml.classify_run(run, images, top=top, device=device)
+    else:
+        from diptych.dual import search as dual
+
+        found = dual.classify_run(run, images, classes=classes, templates=templates, top=top, device=device)
     for image, predictions in zip(images, found, strict=True):
         if json:
             record = {"file": str(image), "guesses": [asdict(guess) for guess in predictions]}
@@ -324,15 +258,78 @@ def classify(
             print(f"{image}: " + ", ".join(f"{guess.name} {guess.probability:.1%}" for guess in predictions))
 
 
-def export(run: Run, *, out: Path) -> None:
-    """The dual encoder of a run as a folder that open_clip reads. (RUN/model is one that transformers reads.)
+def export(run: RunArg, *, out: Path) -> None:
+    """Export a dual encoder as a folder that open_clip reads. (RUN/model is one that transformers reads.)
 
     Args:
         run: Run folder of a dual encoder.
-        out: Folder to write. Files of the same names are replaced.
+        out: Folder for the exported model. Files of the same names are replaced.
     """
     from diptych.dual.export import save_open_clip
     from diptych.dual.search import open_dual
 
     save_open_clip(open_dual(run, device="cpu"), out)
     print(f'open_clip.create_model_and_transforms("local-dir:{out}")')
+
+
+# Scores: runs of any kind
+
+
+def evaluate(
+    run: RunArg,
+    *,
+    data: str,
+    limit: int | None = None,
+    beams: int | None = None,
+    seed: int = 0,
+    features: str | None = None,
+    train: str | None = None,
+    umap: bool = False,
+    out: Path | None = None,
+    device: Device = "auto",
+) -> None:
+    """Score a run on data it has not seen: a table, metrics.json and a sheet.
+
+    An ITIT run is scored on captioned images by its captions and the images it generates, an image tokenizer by what it
+    keeps of images, a classifier by its accuracy on labelled images. A dual encoder is scored by retrieval and modality
+    gap on captioned images and by zero-shot classification on labelled ones.
+
+    Args:
+        run: Run folder of any recipe but text-encoder and uml-ssl.
+        data: Source of images with captions or labels that the run has not seen.
+        limit: Number of images to score, the first of the source. Scores of different subsets are not comparable.
+        beams: ITIT: number of beams of the search for captions; 1 is greedy. Default: the setting of the run.
+        seed: ITIT: seed of the generated images.
+        features: ITIT, image tokenizer: features of the Frechet distance, as folder or hub name of a vision model of
+            transformers, or as TorchScript file (an Inception network gives FID). Default: a random network, which
+            needs no download.
+        train: Dual encoder: source of labelled images to fit a linear probe to.
+        umap: Dual encoder: also write umap.png, a map of the embeddings; needs the extra `umap`.
+        out: Folder for metrics.json and the sheet. Default: RUN/evaluation.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+    """
+    from diptych.run_folder import kind_of
+
+    kind, out = kind_of(run), out or run / "evaluation"
+    if kind == "dual":
+        from diptych.dual.evaluation import evaluate_dual_run
+
+        evaluate_dual_run(run, data, train=train, umap=umap, limit=limit, out=out, device=device)
+    elif kind == "classifier":
+        from diptych.data.sources import open_source
+        from diptych.uml.classifier import evaluate_classifier_run
+
+        evaluate_classifier_run(run, open_source(data), out=out, device=device)
+    elif kind == "tokenizer":
+        from diptych.data.sources import open_source
+        from diptych.tokenizers.evaluation import evaluate_tokenizer_run
+
+        evaluate_tokenizer_run(run, open_source(data), limit=limit, features=features, out=out, device=device)
+    elif kind == "itit":
+        from diptych.data.sources import open_source
+        from diptych.itit.evaluation import EvaluateConfig, evaluate_run
+
+        config = EvaluateConfig(limit=limit, beams=beams, seed=seed)
+        evaluate_run(run, open_source(data), config, features=features, out=out, device=device)
+    else:
+        raise UserError(f"{run}: a {kind} has no scores of its own: evaluate the run that uses it")

@@ -1,4 +1,7 @@
-"""Commands that train, and what comes before."""
+"""Commands that train and that prepare data for training.
+
+Heavy imports are inside the functions, so that --help and mistakes answer at once.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -6,17 +9,43 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from diptych.cli.inference import Device
+from diptych.cli.inference import Device, SourceArg
 from diptych.errors import UserError
+
+RENAMED_FLAGS = {
+    "objective.cycles-from": "objective.cycle-start-step",
+    "objective.encoder-gradient": "objective.encoder-grad-scale",
+    "objective.smoothing": "objective.label-smoothing",
+    "objective.others-weight": "objective.aux-weight",
+    "objective.others-from": "objective.aux-start-step",
+    "objective.hide-for-image": "objective.image-masking",
+    "objective.hide-for-text": "objective.text-masking",
+    "objective.draw": "objective.image-generation",
+    "generation.draw": "generation.image",
+    "generation.write": "generation.text",
+    "train.accumulate": "train.grad-accum-steps",
+    "optim.clip": "optim.max-grad-norm",
+    "model.codebook": "model.codebook-size",
+    "model.vocabulary": "model.vocab-size",
+    "model.text-tokens": "model.max-text-len",
+    "model.text-length": "model.max-text-len",
+    "model.size": "model.image-size",
+    "model.codes": "model.codebook-size",
+    "data.side": "data.decode-size",
+    "stage.length": "stage.max-text-len",
+    "text-encoder-stage.length": "text-encoder-stage.max-text-len",
+}
+"""Former names of fields of recipes and their present names. A row covers the fields within a field, and the field in
+any part of a recipe: `model.codes` is also `--stage.model.codes`, `objective.draw` is also `--objective.draw.steps`."""
 
 
 def demo(*, out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> None:
-    """Train and compare on the built-in scenes, and write a report. No download; a CPU is enough.
+    """Train ITIT with and without unpaired data on the built-in scenes, and compare. No download; a CPU is enough.
 
     Args:
         out: Folder for the two runs, metrics.json and report.html.
-        quick: The same path in under a minute, for a first look; too short to learn much.
-        seed: Of everything random.
+        quick: Train for less than a minute, for a first look; too short to learn much.
+        seed: Seed of scenes, weights and training; another seed gives other scenes.
     """
     from diptych.itit.demo import run_demo
 
@@ -24,7 +53,7 @@ def demo(*, out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -
 
 
 def recipes() -> None:
-    """List what can be trained, with cost and expected result."""
+    """List the recipes, with the cost and the expected result of each."""
     from rich.console import Console
 
     from diptych.registry import RECIPES
@@ -38,21 +67,21 @@ def recipes() -> None:
 
 
 def encode(
-    source: Positional[str],
+    source: SourceArg,
     *,
     run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
     out: Path,
     features: bool = False,
     workers: int = 2,
 ) -> None:
-    """Images to tokens and texts to ids ahead of training, with the tokenizer and text encoder of a run.
+    """Encode images to tokens and texts to ids ahead of training, by the tokenizer and text encoder of a run.
 
     Args:
-        source: Any source of images, texts or both.
+        source: Source of images, texts or both.
         run: Run folder with tokenizer/ and text_encoder/.
-        out: Folder to write; `diptych fit` takes it as a source.
-        features: Also store the frozen text features.
-        workers: Threads that decode images.
+        out: Folder for the encoded data, which `diptych fit` takes as a source.
+        features: Also store the features of the frozen text encoder.
+        workers: Number of threads that decode images.
     """
     from dataclasses import replace
 
@@ -61,19 +90,19 @@ def encode(
     from diptych.itit.evaluation import run_coders
 
     opened = open_source(source)
-    what = run_coders(run, features=features)
-    what = replace(
-        what,
-        tokenize_images=what.tokenize_images if opened.has_images else None,
-        tokenize_texts=what.tokenize_texts if opened.has_captions else None,
+    both = run_coders(run, features=features)
+    needed = replace(
+        both,
+        tokenize_images=both.tokenize_images if opened.has_images else None,
+        tokenize_texts=both.tokenize_texts if opened.has_captions else None,
     )
-    store = encode_source(opened, out, what, workers=workers)
+    store = encode_source(opened, out, needed, workers=workers)
     skipped = store.manifest["skipped"]
     print(f"{len(store):,} items in {out}" + (f"; {skipped} skipped, see {out}/skipped.jsonl" if skipped else ""))
 
 
 def features(
-    source: Annotated[Positional[str], tyro.conf.arg(metavar="SRC")],
+    source: SourceArg,
     *,
     kind: Literal["images", "texts", "sounds"],
     encoder: str | None = None,
@@ -82,21 +111,25 @@ def features(
     hop: int = 160,
     device: Device = "auto",
 ) -> None:
-    """Features of every token or frame, for `diptych fit uml-ssl`.
+    """Compute features of every token or frame, for `diptych fit uml-ssl`.
 
     Args:
-        source: Any source of images or texts; of sounds, a tar of ogg, wav or flac.
-        kind: What to take from it.
-        encoder: Folder or hub name of transformers, or a run. Sounds may do without: log-mel frames.
-        out: Folder to write: a store.
-        length: Tokens or frames of an item; more are cut off.
-        hop: Log-mel frames: samples from one to the next, of 16,000 a second.
-        device: Where to compute.
+        source: Source of images or texts; for audio a tar of ogg, wav or flac files.
+        kind: Modality to take from the source.
+        encoder: Encoder that gives the features: a folder or hub name of transformers, or a run. Audio needs none: its
+            features are then log-mel frames.
+        out: Folder for the store of features.
+        length: Number of tokens or frames to keep of an item; what follows is cut off.
+        hop: Number of audio samples from one log-mel frame to the next, at 16,000 samples a second.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
     from diptych.uml.features import write_sequences
 
     store = write_sequences(source, kind, encoder=encoder, out=out, length=length, hop=hop, device=device)
     print(f"{len(store):,} {kind} in {out}, {store.vectors.shape[1]} positions of width {store.vectors.shape[2]}")
+
+
+_OUT = "Folder of the run; an interrupted run continues there."
 
 
 def fit(arguments: list[str]) -> None:
@@ -105,6 +138,11 @@ def fit(arguments: list[str]) -> None:
         tyro.cli(fit_for_help, prog="diptych fit", args=["--help"])
         return
     name, rest = arguments[0], arguments[1:]
+    for argument in rest:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and (now := _renamed(flag)) is not None:
+            raise UserError(f"{flag} is now {now}")
+
     from diptych.registry import RECIPES
 
     if name not in RECIPES:
@@ -114,21 +152,31 @@ def fit(arguments: list[str]) -> None:
     run.fit(out, recipe=name)
 
 
+def _renamed(flag: str) -> str | None:
+    """The present name of a flag in :data:`RENAMED_FLAGS`, None for any other flag."""
+    dotted = "." + flag.removeprefix("--").replace("_", "-") + "."
+    for old, new in RENAMED_FLAGS.items():
+        if f".{old}." in dotted:
+            return "--" + dotted.replace(f".{old}.", f".{new}.").strip(".")
+    return None
+
+
 def _parse_fit(kind: type, default: Any, arguments: list[str], *, prog: str, about: str | None) -> tuple[Path, Any]:
     fields = Annotated[kind, tyro.conf.arg(name="")]  # --train.steps, not --run.train.steps
+    folder = Annotated[Path, tyro.conf.arg(metavar="RUN", help=_OUT)]
 
-    def parse(*, out: Annotated[Path, tyro.conf.arg(metavar="RUN", help="Run folder.")], run: fields = default):
+    def parse(*, out: folder, run: fields = default):
         return out, run
 
     return tyro.cli(parse, prog=prog, description=about, args=arguments)
 
 
 def fit_for_help(recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIPE")], *, out: Path) -> None:
-    """Train a recipe, or go on where the same command stopped.
+    """Train a recipe, or continue where the same command stopped.
 
     Every field of the recipe is an option: `diptych fit RECIPE --help` lists them.
 
     Args:
-        recipe: See `diptych recipes`.
-        out: Run folder.
+        recipe: Name of a recipe; `diptych recipes` lists them.
+        out: Folder of the run; an interrupted run continues there.
     """

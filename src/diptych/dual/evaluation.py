@@ -31,7 +31,7 @@ from diptych.errors import UserError
 from diptych.eval.probe import linear_probe
 from diptych.io import write_bytes
 from diptych.nn.inference import Device, eval_mode
-from diptych.report.console import print_metrics
+from diptych.report import print_metrics
 from diptych.run_folder import write_json
 
 _MAPPED = 8192

@@ -27,9 +27,8 @@ from diptych.data.store import ResumableArrayWriter, VectorStore, check_free, fi
 from diptych.dual.metrics import ENSEMBLE, class_embeddings
 from diptych.dual.model import DualEncoder
 from diptych.errors import UserError
-from diptych.eval.predictions import Prediction, top_predictions
 from diptych.io import weights_digest
-from diptych.nn.inference import Device
+from diptych.nn.inference import Device, Prediction, top_predictions
 from diptych.report.sheet import contact_sheet
 from diptych.run_folder import kind_of
 

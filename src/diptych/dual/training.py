@@ -6,6 +6,7 @@ Shapes: I images, T texts, D width.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from diptych.dual.objectives.clip import ClipConfig, ClipObjective
 from diptych.dual.objectives.ito import ItoConfig, ItoObjective
 from diptych.dual.objectives.slip import SlipConfig, SlipObjective
 from diptych.errors import UserError
-from diptych.run_folder import part_of, save_model, write_config
+from diptych.run_folder import Kind, part_of, save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import join_processes
 from diptych.train.loop import Hook, TrainResult, train
@@ -56,6 +57,8 @@ class PairsData:
 @dataclass(kw_only=True, slots=True)
 class DualRun:
     """A dual encoder trained on pairs; a subclass for each family of recipes says by which objective."""
+
+    kind: ClassVar[Kind] = "dual"
 
     data: PairsData
     """What it learns from."""

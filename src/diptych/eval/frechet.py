@@ -1,29 +1,35 @@
-"""Frechet distance between two sets of images: FID with Inception features, "rFD" for a tokenizer's reconstructions.
+"""Frechet distance between two sets of images: FID with the features of Inception, "rFD" for reconstructions.
 
     d^2 = |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)
 
 where mu and C are mean and covariance of the features of either set (Dowson and Landau 1982; Heusel et al. 2017).
-Numbers are comparable only for the same extractor, the same number of images and the same treatment of the images: JPEG
-against PNG alone moved a published FID from 11.18 to 13.74. The extractors are in `diptych.eval.features`.
+Distances are comparable only for the same feature extractor, the same number of images and the same treatment of the
+images: JPEG against PNG alone moved a published FID from 11.18 to 13.74. Of the feature extractors below, only one that
+is asked for by a hub name uses the network.
 
-Shape suffixes: B batch, D width of the features.
+Shapes: B batch, C channels, H and W height and width, D width of the features.
 """
 
+import warnings
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import Protocol, Self, runtime_checkable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
+from diptych.encoders.image import HubImageEncoder, resize
 from diptych.errors import UserError
 
 
 class FeatureStatistics:
     """Mean and covariance of features that arrive in batches; two of them can be merged. 64-bit throughout.
 
-    Chan, Golub and LeVeque's update: it keeps the mean and the sum of squared deviations, so nothing is cancelled away
-    as in E[x^2] - E[x]^2. Memory: one D x D matrix of doubles, whatever the number of images.
+    Chan, Golub and LeVeque's update: it keeps the mean and the sum of squared deviations, so no digits are lost as
+    in E[x^2] - E[x]^2. Memory: one D x D matrix of doubles, whatever the number of images.
     """
 
     def __init__(self, width: int) -> None:
@@ -33,6 +39,7 @@ class FeatureStatistics:
 
     @property
     def width(self) -> int:
+        """Width D of the features."""
         return self.mean_D.shape[0]
 
     def add(self, features_BD: Float[Tensor, "B D"]) -> Self:
@@ -51,7 +58,7 @@ class FeatureStatistics:
         return self.merge(batch)
 
     def merge(self, other: "FeatureStatistics") -> Self:
-        """Adds what `other` has seen, e.g. on another device or rank."""
+        """Adds the samples of `other`, e.g. of another device or rank. Raises `UserError` for another width."""
         if other.width != self.width:
             raise UserError(f"Statistics of width {other.width} merged into width {self.width}: use one extractor.")
         if other.count:
@@ -74,7 +81,7 @@ class FeatureStatistics:
 
 @dataclass(kw_only=True, slots=True)
 class FrechetDistance:
-    """The distance and what to know about it. `float()` gives the value."""
+    """The distance and its parts. `float()` gives the value."""
 
     value: float
     """Squared Frechet distance, in the squared unit of the features (as FID is printed)."""
@@ -83,9 +90,9 @@ class FrechetDistance:
     covariance_term: float
     """The part from the covariances: wrong or missing variety."""
     counts: tuple[int, int]
-    """Images in either set."""
+    """Number of images in the first and in the second set."""
     warning: str | None
-    """Set when a set has no more images than features: the estimate is then far too high and only rough."""
+    """A sentence when a set has no more images than features: the estimate is then far too high and only rough."""
 
     def __float__(self) -> float:
         return self.value
@@ -120,3 +127,122 @@ def _root(matrix_DD: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
     """Root of a symmetric positive semi-definite matrix; eigenvalues below zero are rounding errors."""
     values_D, vectors_DD = torch.linalg.eigh(matrix_DD)
     return (vectors_DD * values_D.clamp(min=0).sqrt()) @ vectors_DD.T
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """Images to features. `name` goes into reports, as distances of different extractors are not comparable."""
+
+    name: str
+
+    def __call__(self, pixels_BCHW: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]: ...
+
+
+def feature_statistics(
+    extractor: FeatureExtractor, pixels_BCHW: UInt8[Tensor, "B 3 H W"], *, batch_size: int = 64
+) -> FeatureStatistics:
+    """Statistics of the features of all images, `batch_size` at a time. Raises `UserError` when there is no image."""
+    if not len(pixels_BCHW):
+        raise UserError("No images to measure: give at least two.")
+    batches = (extractor(batch_BCHW) for batch_BCHW in pixels_BCHW.split(batch_size))
+    first_BD = next(batches)
+    statistics = FeatureStatistics(first_BD.shape[1]).add(first_BD)
+    for features_BD in batches:
+        statistics.add(features_BD)
+    return statistics
+
+
+class RandomFeatures(nn.Module):
+    """304 features of a random, never trained convolutional network. The default: needs no download.
+
+    They depend on colour, layout, contrast, texture and sharpness at four scales, not on objects. So the distance shows
+    blur, noise, colour shifts and lost variety, but not whether a dog looks like a dog. It is not comparable with FID.
+    The same seed gives the same weights on every machine.
+
+    At 64, 32, 16 and 8 pixels: 3 x 3 convolution, ReLU, 3 x 3 convolution; the features are the logarithm of either
+    layer's mean absolute response. To these come the colours of a 4 x 4 thumbnail.
+    """
+
+    SIZE, SCALES, CHANNELS = 64, 4, 32
+    FLOOR = 0.02
+    """Added before the logarithm: responses below some 2 of 255 grey levels count as none."""
+
+    def __init__(self, *, seed: int = 0) -> None:
+        super().__init__()
+        self.name = f"random-conv-{seed}"
+        generator = torch.Generator().manual_seed(seed)
+        # `skip_init`: the usual constructor would draw from the global generator.
+        self.edges = skip_init(nn.Conv2d, 3, self.CHANNELS, 3, bias=False)
+        self.textures = skip_init(nn.Conv2d, self.CHANNELS, self.CHANNELS, 3, groups=4, bias=False)
+        for conv in (self.edges, self.textures):
+            nn.init.orthogonal_(conv.weight, generator=generator)
+            # A sum of zero ignores flat areas, whose brightness would outweigh detail. The thumbnail keeps the colours.
+            conv.weight.data -= conv.weight.data.mean((2, 3), keepdim=True)
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, pixels_BCHW: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        image_BCHW = resize(pixels_BCHW.to(self.edges.weight), self.SIZE) / 127.5 - 1
+        features = [F.adaptive_avg_pool2d(image_BCHW, 4).flatten(1)]
+        for _ in range(self.SCALES):
+            edges_BCHW = self.edges(image_BCHW)
+            textures_BCHW = self.textures(edges_BCHW.relu())
+            features += [(maps.abs().mean((2, 3)) + self.FLOOR).log() for maps in (edges_BCHW, textures_BCHW)]
+            image_BCHW = F.avg_pool2d(image_BCHW, 2)
+        return torch.cat(features, 1)
+
+
+class HubExtractor(nn.Module):
+    """Pooled features of any vision model of `transformers`, from a folder or by hub name.
+
+    A folder is read without the network. The images are resized to the model's square input, not cropped again.
+    """
+
+    def __init__(self, path_or_name: str | Path) -> None:
+        super().__init__()
+        self.name = str(path_or_name)
+        self.encoder = HubImageEncoder.from_pretrained(self.name).requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, pixels_BCHW: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        return self.encoder(pixels_BCHW)
+
+
+class TorchScriptExtractor(nn.Module):
+    """Features of a TorchScript file, e.g. the Inception network of FID; the file is the user's, never fetched.
+
+    The module gets bytes [B, 3, H, W] and returns [B, D]. When its `forward` knows `return_features`, as the Inception
+    file of StyleGAN does, it is set. Only FID with that network is comparable with published FIDs. Such a file can run
+    code when it is loaded: trust its source. Raises `UserError` for a file that is none, or gives no features.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.name = Path(path).name
+        if not Path(path).is_file():
+            raise UserError(f"{path} is not a file: give the path of a TorchScript file.")
+        try:
+            with warnings.catch_warnings():
+                # The format is on its way out, but it is the one in which FID's network is passed around.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self.model = torch.jit.load(str(path), map_location="cpu").eval()
+        except RuntimeError as error:
+            raise UserError(f"{path} is not a TorchScript file: save it with torch.jit.save.") from error
+        knows = any(argument.name == "return_features" for argument in self.model.forward.schema.arguments)
+        self.options = {"return_features": True} if knows else {}
+
+    @torch.no_grad()
+    def forward(self, pixels_BCHW: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        features = self.model(pixels_BCHW, **self.options)
+        if not isinstance(features, Tensor) or features.flatten(1).ndim != 2 or len(features) != len(pixels_BCHW):
+            raise UserError(f"{self.name} does not give one row of features per image: it is no feature extractor.")
+        return features.flatten(1).float()
+
+
+def open_extractor(name: str | None) -> FeatureExtractor:
+    """The random network for None, a TorchScript file, or else a model of `transformers` by folder or hub name."""
+    if name is None:
+        return RandomFeatures()
+    if Path(name).is_file():
+        return TorchScriptExtractor(name)
+    return HubExtractor(name)

@@ -1,4 +1,4 @@
-"""How much of the classes a linear classifier reads from frozen features.
+"""Linear probe: how well a linear classifier of frozen features tells classes apart.
 
 Shapes: N items, M test items, V validation items, D width, C classes.
 """
@@ -15,14 +15,14 @@ from diptych.errors import UserError
 from diptych.rng import derive_seed
 
 L2_GRID = tuple(10.0**-power for power in range(7))
-"""Strong to weak: each fit begins where the one before it ended."""
+"""Strengths of the l2 penalty, strong to weak: each fit begins where the one before it ended."""
 _VALIDATION = 0.2
 _ITERATIONS = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """A linear classifier of standardised features."""
+    """A linear classifier of features, which it standardizes."""
 
     mean_D: Float[Tensor, "D"]
     std_D: Float[Tensor, "D"]
@@ -34,30 +34,37 @@ class Linear:
         return (features_ND - self.mean_D) / self.std_D @ self.weight_DC + self.bias_C
 
     def accuracy(self, features_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"]) -> float:
+        """Share of the items whose most probable class is their label."""
         return (self(features_ND).argmax(1) == labels_N).float().mean().item()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What a probe found."""
+    """The result of a linear probe."""
 
     accuracy: float
-    """Of the test items."""
+    """Share of the test items that are classified correctly."""
     validation_accuracy: float
+    """The same of the validation items, by the classifier that was fitted without them."""
     l2: float
-    """The one with the best validation accuracy."""
+    """Strength of the l2 penalty with the best validation accuracy."""
 
 
 def linear_probe(
-    train_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"],
-    test_MD: Float[Tensor, "M D"], labels_M: Int[Tensor, "M"], *,
-    validation: tuple[Tensor, Tensor] | None = None, grid: Sequence[float] = L2_GRID, seed: int = 0,
-) -> Probe:  # fmt: skip
+    train_ND: Float[Tensor, "N D"],
+    labels_N: Int[Tensor, "N"],
+    test_MD: Float[Tensor, "M D"],
+    labels_M: Int[Tensor, "M"],
+    *,
+    validation: tuple[Tensor, Tensor] | None = None,
+    grid: Sequence[float] = L2_GRID,
+    seed: int = 0,
+) -> Probe:
     """Multinomial logistic regression with the l2 of ``grid`` that does best on validation items.
 
-    These are ``validation``, features [V D] and labels [V], or else a fifth of the training items drawn by ``seed``;
-    either way the classifier that is scored is fitted to training and validation items together. The test items choose
-    nothing. Raises UserError where there is too little to choose with.
+    The validation items are ``validation``, features [V D] and labels [V], or else a fifth of the training items drawn
+    by ``seed``. The classifier that is scored on the test items is fitted to training and validation items together.
+    Raises UserError where there are fewer than two training items to draw from.
     """
     if validation is None:
         if len(train_ND) < 2:
@@ -80,29 +87,39 @@ def linear_probe(
 
 
 def fit_linear(
-    features_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"], *,
-    classes: int, l2: float, start: Linear | None = None,
-) -> Linear:  # fmt: skip
-    """min mean cross-entropy + l2/2 ||W||^2, by L-BFGS. The problem is convex: ``start`` saves time, no more.
+    features_ND: Float[Tensor, "N D"],
+    labels_N: Int[Tensor, "N"],
+    *,
+    classes: int,
+    l2: float,
+    start: Linear | None = None,
+) -> Linear:
+    """The minimum of mean cross-entropy + l2/2 ||W||^2, by L-BFGS.
 
-    Features are standardised by their own mean and deviation, so that ``l2`` means the same for any encoder.
+    The problem is convex, so ``start``, where the search begins, changes the time and not the result.
+
+    Features are standardized by their own mean and deviation, so that ``l2`` means the same for any encoder.
     """
     mean_D, std_D = features_ND.mean(0), features_ND.std(0, correction=0).clamp_min(1e-6)
     normal_ND = (features_ND - mean_D) / std_D
     weight_DC = start.weight_DC.clone() if start else features_ND.new_zeros(features_ND.shape[1], classes)
     bias_C = start.bias_C.clone() if start else features_ND.new_zeros(classes)
     parameters = [weight_DC.requires_grad_(), bias_C.requires_grad_()]
-    optimiser = torch.optim.LBFGS(
-        parameters, max_iter=_ITERATIONS, history_size=20, tolerance_grad=1e-6, tolerance_change=1e-9,
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=_ITERATIONS,
+        history_size=20,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-9,
         line_search_fn="strong_wolfe",
-    )  # fmt: skip
+    )
 
     def closure() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = F.cross_entropy(normal_ND @ weight_DC + bias_C, labels_N) + l2 / 2 * weight_DC.square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
-        optimiser.step(closure)
+        optimizer.step(closure)
     return Linear(mean_D=mean_D, std_D=std_D, weight_DC=weight_DC.detach(), bias_C=bias_C.detach())

@@ -1,10 +1,10 @@
-"""How much of a scene a caption or a generated picture gets right, read without anything learned.
+"""How much of a scene of the built-in world a caption or a generated image gets right, without a learned model.
 
-The recogniser explains a picture by what could have drawn it: every shape at every size and place, a little moved,
-resized and blurred, each with the pair of colours that fits best. What the best explanation leaves over decides whether
-the picture shows a scene at all.
+Captions are parsed. Images are compared with templates: every shape at every size and place, a little moved, resized
+and blurred, each with the pair of colours that fits best. The error that the best template leaves decides whether the
+image shows a scene at all.
 
-Shapes: B pictures, H x W pixels, T templates, P pixels of the part of the picture under study.
+Shapes: B images of H x W or S x S pixels, T templates, P pixels of the part of the image that is compared.
 """
 
 from collections.abc import Sequence
@@ -21,50 +21,50 @@ from diptych.data.scenes.render import coverage
 from diptych.data.scenes.world import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, Level, Scene, Thing
 
 SIDE = 32
-"""Pictures are brought to this side before they are read: the smallest at which every scene is clear."""
+"""Side in pixels to which images are resized first: the smallest at which every scene is clear."""
 MOVES = (-0.024, -0.012, 0.0, 0.012, 0.024)
 SCALES = (0.95, 1.05)
 EDGES = (1.0, 2.5, 4.0)
-"""What the templates allow for: moves in x and y (shares of the side), changes of radius, edge widths in pixels."""
+"""Variations of the templates: moves in x and y (shares of the side), factors of the radius, edge widths in pixels."""
 OFF_COLOUR = 70.0
 """Largest distance in RGB from the named colour. The closest two names are 114 apart."""
 FAINT = 60.0
 """Smallest distance in RGB between a thing and its background; true ones are at least 100 apart."""
 LEFT_OVER = 60.0
-"""Largest distance in RGB between picture and explanation, averaged over a cell of ``CELL`` x ``CELL`` pixels. Noise
-and soft edges average out over a cell; a missing corner, a second thing or a bent outline do not."""
+"""Largest distance in RGB between image and explanation, averaged over a cell of ``CELL`` x ``CELL`` pixels. Noise
+and soft edges average out over a cell; a missing corner, a second thing or a bent outline does not."""
 CELL = 4
 LUMA = np.array((0.299, 0.587, 0.114), np.float32)
 LUMA_WEIGHT = 100.0
 """How much more a template's fit in brightness counts than its fit in colour. Codecs and small image tokenizers smear
 hue, so shapes are told apart by brightness; without the weight JPEG turns one small shape in seven into another."""
 ROWS = 256
-"""Pictures read at once, which bounds the memory for their products with every template."""
+"""Number of images compared at once, which bounds the memory for their products with every template."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SceneScore:
-    """Shares between 0 and 1."""
+    """Shares of the captions or images, between 0 and 1."""
 
     exact: float
-    """Right in every attribute."""
+    """Share that is right in every attribute."""
     readable: float
-    """In the language, or recognised as a scene at all."""
+    """Share that the grammar can parse or that shows a scene at all."""
     attributes: dict[str, float]
-    """Right in this attribute; what is not readable is wrong in all."""
+    """Share that is right in each attribute; what is not readable is wrong in all."""
 
 
 def caption_accuracy(captions: Sequence[str], scenes: Sequence[Scene]) -> SceneScore:
-    """Captions against the scenes they should describe, row by row."""
+    """Compares captions with the scenes they should describe, row by row."""
     return _score([parse(caption) for caption in captions], scenes)
 
 
 def image_accuracy(pixels: UInt8[np.ndarray, "B H W 3"], scenes: Sequence[Scene]) -> SceneScore:
-    """Pictures against the scenes they should show, row by row; all scenes of one level."""
+    """Compares images with the scenes they should show, row by row; all scenes must be of one level."""
     levels = {scene.level for scene in scenes}
     if len(levels) != 1:
         raise ValueError(f"scenes of levels {sorted(levels)}; score one level at a time, at least one scene")
-    return _score(recognise(pixels, level=levels.pop()), scenes)
+    return _score(recognize(pixels, level=levels.pop()), scenes)
 
 
 def _score(found: Sequence[Scene | None], scenes: Sequence[Scene]) -> SceneScore:
@@ -80,11 +80,11 @@ def _score(found: Sequence[Scene | None], scenes: Sequence[Scene]) -> SceneScore
     )
 
 
-def recognise(pixels: UInt8[np.ndarray, "B H W 3"], *, level: Level = 1) -> list[Scene | None]:
-    """The scene of this level that each picture shows, or None where it shows none. Any size of picture."""
+def recognize(pixels: UInt8[np.ndarray, "B H W 3"], *, level: Level = 1) -> list[Scene | None]:
+    """The scene of this level that each image shows, or None where it shows none. Images may have any size."""
     found: list[Scene | None] = []
     for start in range(0, len(pixels), ROWS):
-        found += _recognise(_shrink(pixels[start : start + ROWS]), level)
+        found += _recognize(_shrink(pixels[start : start + ROWS]), level)
     return found
 
 
@@ -93,11 +93,11 @@ def _shrink(pixels: np.ndarray) -> np.ndarray:
     return torch.nn.functional.adaptive_avg_pool2d(pixels_B3HW, SIDE).numpy()
 
 
-def _recognise(pixels_B3SS: np.ndarray, level: Level) -> list[Scene | None]:
+def _recognize(pixels_B3SS: np.ndarray, level: Level) -> list[Scene | None]:
     layouts = list(PLACES if level == 1 else RELATIONS)
-    told = [[_explain(pixels_B3SS, _templates(layout, slot)) for slot in range(level)] for layout in layouts]
-    best_B = np.argmin([np.sum([part.left_B for part in parts], axis=0) for parts in told], axis=0)
-    return [_scene(layouts[best], [part.read(row) for part in told[best]]) for row, best in enumerate(best_B)]
+    explained = [[_explain(pixels_B3SS, _templates(layout, slot)) for slot in range(level)] for layout in layouts]
+    best_B = np.argmin([np.sum([part.left_B for part in parts], axis=0) for parts in explained], axis=0)
+    return [_scene(layouts[best], [part.read(row) for part in explained[best]]) for row, best in enumerate(best_B)]
 
 
 def _scene(layout: str, parts: list[tuple[Thing, str] | None]) -> Scene | None:
@@ -110,16 +110,16 @@ def _scene(layout: str, parts: list[tuple[Thing, str] | None]) -> Scene | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Templates:
-    """All ways to draw one thing of a layout into the part of the picture that it has to itself."""
+    """All ways in which one thing of a layout can look in the part of the image that belongs to it."""
 
     view: tuple[slice, slice]
-    """That part: rows and columns."""
+    """Rows and columns of that part of the image."""
     window: tuple[slice, slice]
     """Rows and columns of the view outside which every template is empty."""
     kinds: list[tuple[str, str]]
     """Shape and size of each template."""
     cover_THW: np.ndarray
-    """Over the whole view."""
+    """Share of each pixel that the thing covers, over the whole view."""
     unit_TP: np.ndarray
     """Over the window, divided by the length that the template has once its mean over the view is taken off."""
 
@@ -147,15 +147,17 @@ def _lengths(cover_THW: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Explanation:
-    """The best template and colours for a part of every picture."""
+    """The best template and colours for a part of every image."""
 
     kinds: list[tuple[str, str]]
     left_B: np.ndarray
-    """Squared error that the explanation leaves, over the whole part."""
+    """Squared error that the explanation leaves over the whole part."""
     worst_B: np.ndarray
     """The same as a distance in RGB for the worst cell."""
     paint_B3: np.ndarray
+    """Colour of the thing in RGB."""
     ground_B3: np.ndarray
+    """Colour of the background in RGB."""
 
     def read(self, row: int) -> tuple[Thing, str] | None:
         """Thing and background, or None where the explanation does not hold."""

@@ -277,7 +277,7 @@ def _captions(both: list[ScoredRun]) -> Comparison:
             Example(
                 shown.references[row][0],
                 [
-                    Captioned(picture=shown.real_BSS3[row], label="scene"),
+                    Captioned(image=shown.real_BSS3[row], label="scene"),
                     *(Captioned(caption=c.evaluation.captions[row], label=c.title) for c in both),
                 ],
             )
@@ -291,11 +291,11 @@ def _pictures(both: list[ScoredRun]) -> Comparison:
     examples = []
     for row in range(min(_SHOWN, len(shown.keys))):
         drawn = [
-            Captioned(picture=c.evaluation.drawn_BSS3[row], label=c.title)
+            Captioned(image=c.evaluation.drawn_BSS3[row], label=c.title)
             for c in both
             if c.evaluation.drawn_BSS3 is not None
         ]
-        scene = Captioned(picture=shown.real_BSS3[row], label="scene")
+        scene = Captioned(image=shown.real_BSS3[row], label="scene")
         examples.append(Example(shown.references[row][0], [scene, *drawn]))
     return Comparison(examples)
 

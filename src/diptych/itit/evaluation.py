@@ -18,13 +18,13 @@ from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import Source
 from diptych.errors import UserError
 from diptych.eval.captions import score_captions
-from diptych.eval.features import (
+from diptych.eval.frechet import (
     FeatureExtractor,
     RandomFeatures,
     feature_statistics,
+    frechet_distance,
     open_extractor,
 )
-from diptych.eval.frechet import frechet_distance
 from diptych.eval.scenes import caption_accuracy, image_accuracy
 from diptych.io import write_bytes
 from diptych.itit.masking import Masking
@@ -32,7 +32,7 @@ from diptych.itit.model import Encoded
 from diptych.itit.objective import i2t_loss, t2i_loss, without_text
 from diptych.itit.pipeline import Diptych, data_tokenizers
 from diptych.nn.inference import Device, pick_device
-from diptych.report.console import print_metrics
+from diptych.report import print_metrics
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import read_config, write_json
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
@@ -222,10 +222,10 @@ def evaluate_run(
 def sheet(found: Evaluation, *, shown: int = _SHOWN, title: str = ""):
     """Real images with a reference, what was written about them, and what was drawn for that reference."""
     rows = {
-        "image": [Cell(picture=p, caption=t[0]) for p, t in zip(found.real_BSS3, found.references, strict=True)][:shown]
+        "image": [Cell(image=p, caption=t[0]) for p, t in zip(found.real_BSS3, found.references, strict=True)][:shown]
     }
     if found.captions:
         rows["caption"] = [Cell(caption=text) for text in found.captions[:shown]]
     if found.drawn_BSS3 is not None:
-        rows["drawn"] = [Cell(picture=picture) for picture in found.drawn_BSS3[:shown]]
+        rows["drawn"] = [Cell(image=picture) for picture in found.drawn_BSS3[:shown]]
     return comparison(rows, title=title)

@@ -51,9 +51,9 @@ class Samples:
         self._generate()
         sheet = comparison(
             {
-                "photo": [Cell(picture=p, caption=t) for p, t in zip(self.pixels, self.texts, strict=True)],
+                "photo": [Cell(image=p, caption=t) for p, t in zip(self.pixels, self.texts, strict=True)],
                 "caption": [Cell(caption=text) for text in self.captions],
-                "drawn": [Cell(picture=picture) for picture in self.drawn],
+                "drawn": [Cell(image=picture) for picture in self.drawn],
             },
             title=f"step {step:,}",
         )
@@ -76,7 +76,7 @@ class Samples:
         scores = sorted({key for record in records for key in record if key.startswith("valid/")})
         panels = [Panel(title="loss", keys=["loss"]), *losses]
         examples = [
-            Example(text, [Captioned(picture=real, label="image"), Captioned(picture=drawn, label="drawn"),
+            Example(text, [Captioned(image=real, label="image"), Captioned(image=drawn, label="drawn"),
                            Captioned(caption=written, label="caption")])
             for text, real, drawn, written in zip(self.texts, self.pixels, self.drawn, self.captions, strict=True)
         ]  # fmt: skip

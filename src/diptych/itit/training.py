@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
@@ -21,7 +21,7 @@ from diptych.itit.objective import ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych, data_tokenizers
 from diptych.itit.report import Samples
 from diptych.nn.inference import pick_device
-from diptych.run_folder import part_of, read_config, save_model, write_config
+from diptych.run_folder import Kind, part_of, read_config, save_model, write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.training import TextEncoderStage, TokenizerStage
@@ -43,6 +43,8 @@ class GenerationConfig:
 @dataclass(kw_only=True, slots=True)
 class ItitRun:
     """`diptych fit itit-*`: a network that captions and draws."""
+
+    kind: ClassVar[Kind] = "itit"
 
     data: DataConfig
     """What it learns from."""

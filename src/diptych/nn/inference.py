@@ -1,11 +1,16 @@
-"""Where a network computes, and how it computes when it does not learn."""
+"""Where a network computes, how it computes when it does not learn, and the classes it finds most probable.
 
-from collections.abc import Iterator
+Shapes: B images, C classes.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from diptych.errors import UserError
 
@@ -47,3 +52,22 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """A class and its probability."""
+
+    name: str
+    probability: float
+
+
+def top_predictions(
+    probabilities_BC: Float[Tensor, "B C"], names: Sequence[str], *, top: int
+) -> list[list[Prediction]]:
+    """The ``top`` classes of each image, all if there are fewer, best first."""
+    best = probabilities_BC.topk(min(top, len(names)))
+    return [
+        [Prediction(name=names[c], probability=p) for c, p in zip(classes, probabilities, strict=True)]
+        for classes, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]

@@ -1,7 +1,7 @@
 """Learning curves from ``metrics.jsonl``, as SVG.
 
 The ink of the SVG is ``currentColor`` and its rules are ``var(--rule)``, so that a page can set both for a dark
-background; a viewer that knows neither shows them on white as they are meant.
+background. A viewer that knows neither shows black ink and grey rules.
 """
 
 import io
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 INK, RULE = "#1d2129", "#dfe3e8"  # replaced in the finished SVG
 SERIES = ("#3b7be0", "#e0722b", "#1f9d76", "#b04fc4", "#c2983a", "#d1495b")
-"""Told apart with any colour vision, and legible on white and on near-black."""
+"""Colours that differ for any colour vision, and are legible on white and on near-black."""
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -49,17 +49,17 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One small figure: some keys of the records over another key."""
+    """One small figure with a curve for each of some keys of the records."""
 
     title: str
     keys: Sequence[str]
-    """A key that no run has is left out."""
+    """Keys of the records to plot. A key that no run has is left out."""
     label: str = ""
-    """Of the y axis."""
+    """Label of the y axis."""
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
-    """The records of a ``metrics.jsonl``. A last line that a kill cut short is left out; no file, no records."""
+    """The records of a ``metrics.jsonl``, none if there is no file. Lines that were cut short are left out."""
     path = Path(path)
     records: list[Record] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -96,14 +96,14 @@ def curves(
 
 
 def points(records: Sequence[Record], key: str, over: str) -> tuple[list[float], list[float]]:
-    """x and y of the records that have a finite number for both."""
+    """x and y of the records that have a finite number for both ``over`` and ``key``."""
     pairs: list[tuple[Any, Any]] = [(record.get(over), record.get(key)) for record in records]
     finite = [(float(x), float(y)) for x, y in pairs if _is_number(x) and _is_number(y)]
     return [x for x, _ in finite], [y for _, y in finite]
 
 
 def running_mean(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential, without the pull of its start: y_n = sum_k w^(n-k) v_k / sum_k w^(n-k)."""
+    """Exponential running mean without a bias to its start: y_n = sum_k w^(n-k) v_k / sum_k w^(n-k)."""
     means, total, mass = [], 0.0, 0.0
     for value in values:
         total, mass = weight * total + value, weight * mass + 1.0
@@ -139,7 +139,7 @@ def _draw(axes: "Axes", panel: Panel, runs: Mapping[str, Sequence[Record]], *, o
 
 
 def _short(value: float, _: float) -> str:
-    """10000 -> 10k: long step counts run into each other."""
+    """10000 -> 10k, as long step counts would overlap."""
     if abs(value) >= 1_000_000:
         return f"{value / 1_000_000:g}M"
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"

@@ -1,4 +1,8 @@
-"""HTML in small pieces: escaped text, pictures as data URIs."""
+"""The HTML report: one file, which fetches nothing when it is opened.
+
+A report is sections, a section is blocks, and a block is a small dataclass that renders its own HTML. All text is
+escaped, and images are data URIs.
+"""
 
 import base64
 import html
@@ -19,71 +23,87 @@ from PIL import Image
 from diptych.io import write_bytes
 
 TINY = 128
-"""Up to this many pixels a picture is stored without loss and shown with sharp pixels."""
+"""Largest side in pixels of an image that is stored without loss and shown with sharp pixels."""
 MAX_SIDE = 512
-"""Larger pictures are shrunk: a report is mailed around."""
+"""Side in pixels to which larger images are shrunk, so that a report can be sent by mail."""
 LIGHT = "color: #1d2129; --rule: #dfe3e8"
 DARK = "color: #e4e7ec; --rule: #323843"
-
-
-def inline(text: str) -> str:
-    """Escaped text, in which `backticks` set code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
-
-
-def paragraphs(text: str) -> str:
-    """Empty lines part paragraphs."""
-    return "".join(f"<p>{inline(part)}</p>" for part in re.split(r"\n\s*\n", text.strip()))
-
-
-def picture_tag(picture: UInt8[np.ndarray, "H W 3"], *, alt: str) -> str:
-    """An `<img>` with the picture in it, as wide as its place."""
-    image = Image.fromarray(picture)
-    size = "tiny" if max(image.size) <= TINY else "large"
-    buffer = io.BytesIO()
-    if size == "tiny":
-        image.save(buffer, "PNG", optimize=True)
-    else:
-        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        image.save(buffer, "JPEG", quality=90, subsampling=0, optimize=True)
-    source = data_uri("image/png" if size == "tiny" else "image/jpeg", buffer.getvalue())
-    shape = f'width="{image.width}" height="{image.height}"'
-    return f'<div class="picture {size}"><img src="{source}" {shape} alt="{html.escape(alt)}"></div>'
-
-
-def image_tag(data: bytes, *, alt: str) -> str:
-    """An `<img>` with a finished SVG or PNG in it. An image can run no script, whatever the SVG holds."""
-    kind, data = ("image/svg+xml", dark_ready(data)) if data.lstrip()[:1] == b"<" else ("image/png", data)
-    return f'<img src="{data_uri(kind, data)}" alt="{html.escape(alt)}">'
-
-
-def data_uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def dark_ready(svg: bytes) -> bytes:
-    """Give an SVG whose ink is `currentColor` and whose rules are `var(--rule)` both, for light and for dark pages."""
-    style = f"<style>svg {{ {LIGHT} }} @media (prefers-color-scheme: dark) {{ svg {{ {DARK} }} }}</style>"
-    head, tag, rest = svg.partition(b"<svg")
-    opening, end, body = rest.partition(b">")
-    return head + tag + opening + end + style.encode() + body
-
-
-# JOINED report.blocks
-#| The blocks a report is made of: each a small dataclass that writes its own HTML.
-
-
 Value = str | int | float | None
 
 
 @runtime_checkable
 class Block(Protocol):
-    def render(self) -> str: ...
+    """A part of a section."""
+
+    def render(self) -> str:
+        """Its HTML."""
+
+
+# The report
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+$style</style>
+</head>
+<body>
+<header>
+<svg class="mark" viewBox="0 0 26 18" aria-hidden="true"><path d="M1 3.5 12.2 1v16L1 14.5Z" fill="currentColor"/>\
+<path d="M25 3.5 13.8 1v16L25 14.5Z" fill="currentColor" opacity=".45"/></svg>
+<h1>$heading</h1>
+$lead
+$links
+</header>
+<main>
+$body
+</main>
+$footer
+</body>
+</html>
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading, which the top of the page links to, and the blocks under it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+    def render(self, anchor: str) -> str:
+        """Its HTML, with ``anchor`` as its id."""
+        body = "\n".join(block.render() for block in self.blocks)
+        return f'<section id="{anchor}">\n<h2>{inline(self.title)}</h2>\n{body}\n</section>'
+
+
+def write_report(
+    path: str | os.PathLike[str], sections: Sequence[Section], *, title: str, lead: str = "", footer: str = ""
+) -> Path:
+    """Writes the report to ``path``. The file appears whole or not at all."""
+    anchors = {f"section-{number}": section for number, section in enumerate(sections, start=1)}
+    links = "\n".join(f'<a href="#{anchor}">{inline(section.title)}</a>' for anchor, section in anchors.items())
+    page = PAGE.substitute(
+        title=html.escape(title),
+        style=(files("diptych.report") / "style.css").read_text(encoding="utf-8"),
+        heading=inline(title),
+        lead=f'<p class="lead">{inline(lead)}</p>' if lead else "",
+        links=f"<nav>{links}</nav>" if len(sections) > 2 else "",
+        body="\n".join(section.render(anchor) for anchor, section in anchors.items()),
+        footer=f"<footer>{inline(footer)}</footer>" if footer else "",
+    )
+    return write_bytes(path, page.encode())
+
+
+# The blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Paragraphs, parted by empty lines. A note stands out; code keeps its lines."""
+    """Paragraphs, separated by empty lines. A note stands out; code keeps its lines."""
 
     text: str
     kind: Literal["plain", "note", "code"] = "plain"
@@ -96,15 +116,15 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A row's first cell names it. Columns of numbers are set flush right."""
+    """The first cell of a row names it. Columns of numbers are aligned to the right."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Value]]
     caption: str = ""
     digits: int | Mapping[str, int] = 3
-    """Behind the point: of every column, or by head; 3 for those not named."""
+    """Number of decimals: of every column, or of each by its head; 3 for columns not named."""
     best: Mapping[str, Literal["high", "low"]] | None = None
-    """Columns whose best value is to stand out, by their head."""
+    """Columns whose best value stands out, by their head, and whether high or low is best."""
 
     def render(self) -> str:
         if any(len(row) != len(self.head) for row in self.rows):
@@ -142,7 +162,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """Names and values: a plain list, or large figures for the few numbers that matter most."""
+    """Names and values: a plain list, or large figures for the few most important numbers."""
 
     items: Mapping[str, Value]
     size: Literal["list", "large"] = "list"
@@ -157,33 +177,33 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captioned:
-    """A picture with words: what it shows, and a label such as the model it is from. The picture may be missing."""
+    """An image with a caption, and a label such as the model it is from. The image may be missing."""
 
-    picture: UInt8[np.ndarray, "H W 3"] | None = None
+    image: UInt8[np.ndarray, "H W 3"] | None = None
     caption: str = ""
     label: str = ""
 
     def render(self) -> str:
         label = f"<b>{inline(self.label)}</b>" if self.label else ""
-        if self.picture is None:
+        if self.image is None:
             return f'<figure><p class="card">{inline(self.caption)}</p><figcaption>{label}</figcaption></figure>'
         words = f"<figcaption>{label}{inline(self.caption)}</figcaption>" if label or self.caption else ""
-        return f"<figure>{picture_tag(self.picture, alt=self.caption or self.label)}{words}</figure>"
+        return f"<figure>{image_tag(self.image, alt=self.caption or self.label)}{words}</figure>"
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """A gallery in reading order, as many columns as fit."""
+class Gallery:
+    """Images in reading order, in as many columns as fit."""
 
     items: Sequence[Captioned]
 
     def render(self) -> str:
-        return f'<div class="pictures">{_rendered(self.items)}</div>'
+        return f'<div class="gallery">{_rendered(self.items)}</div>'
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A heading, such as the text that was drawn, and the pictures under it: the truth and each model's."""
+    """A heading, such as a text, and under it the true image and those that the models generated from it."""
 
     heading: str
     items: Sequence[Captioned]
@@ -191,7 +211,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Cards with what each model made of the same text or picture, side by side."""
+    """Cards that show the results of several models for the same text or image, side by side."""
 
     examples: Sequence[Example]
 
@@ -205,26 +225,24 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """A cycle: text -> picture -> text -> ..."""
+    """A cycle: text -> image -> text -> ..."""
 
     steps: Sequence[str | UInt8[np.ndarray, "H W 3"]]
 
     def render(self) -> str:
-        shown = [
-            f'<p class="card">{inline(s)}</p>' if isinstance(s, str) else picture_tag(s, alt="") for s in self.steps
-        ]
+        shown = [f'<p class="card">{inline(s)}</p>' if isinstance(s, str) else image_tag(s, alt="") for s in self.steps]
         return f'<ol class="strip">{"".join(f"<li>{step}</li>" for step in shown)}</ol>'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """Curves (SVG, from ``report.figures``) or sheets (PNG), side by side where there is room, and words for all."""
+    """Curves (SVG, from ``report.figures``) or sheets (PNG), side by side where there is room, with one caption."""
 
     images: Sequence[bytes]
     caption: str = ""
 
     def render(self) -> str:
-        images = "".join(image_tag(image, alt=self.caption) for image in self.images)
+        images = "".join(figure_tag(image, alt=self.caption) for image in self.images)
         caption = f"<figcaption>{inline(self.caption)}</figcaption>" if self.caption else ""
         return f'<figure><div class="figures">{images}</div>{caption}</figure>'
 
@@ -234,7 +252,7 @@ def _rendered(blocks: Sequence[Block]) -> str:
 
 
 def _is_numeric(values: Sequence[Value]) -> bool:
-    """Whether a column is one of numbers; a missing value does not change what the others are."""
+    """Whether a column holds numbers alone, missing values apart."""
     present = [value for value in values if value is not None]
     return bool(present) and all(isinstance(value, (int, float)) for value in present)
 
@@ -243,65 +261,52 @@ def _format(value: Value, digits: int) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:,.{digits}f}".replace(",", "\u202f")  # a narrow space parts thousands in every language
+        return f"{value:,.{digits}f}".replace(",", "\u202f")  # a separator of thousands in every language
     return f"{value:,}".replace(",", "\u202f") if isinstance(value, int) else value
 
 
-# JOINED report.html
-#| A report in one HTML file: nothing is fetched when it is opened, on any machine, now or in ten years.
-#|
-#| A report is sections, a section is blocks (``report.blocks``). All text is escaped.
+# HTML in small pieces
 
 
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-$style</style>
-</head>
-<body>
-<header>
-<svg class="mark" viewBox="0 0 26 18" aria-hidden="true"><path d="M1 3.5 12.2 1v16L1 14.5Z" fill="currentColor"/>\
-<path d="M25 3.5 13.8 1v16L25 14.5Z" fill="currentColor" opacity=".45"/></svg>
-<h1>$heading</h1>
-$lead
-$links
-</header>
-<main>
-$body
-</main>
-$footer
-</body>
-</html>
-""")
+def inline(text: str) -> str:
+    """Escaped text, in which `backticks` mark code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
-    title: str
-    blocks: Sequence[Block]
-
-    def render(self, anchor: str) -> str:
-        body = "\n".join(block.render() for block in self.blocks)
-        return f'<section id="{anchor}">\n<h2>{inline(self.title)}</h2>\n{body}\n</section>'
+def paragraphs(text: str) -> str:
+    """Escaped paragraphs of a text, in which empty lines separate them."""
+    return "".join(f"<p>{inline(part)}</p>" for part in re.split(r"\n\s*\n", text.strip()))
 
 
-def write_report(
-    path: str | os.PathLike[str], sections: Sequence[Section], *, title: str, lead: str = "", footer: str = ""
-) -> Path:
-    """Write the report to ``path``; the file is whole or not there."""
-    anchors = {f"section-{number}": section for number, section in enumerate(sections, start=1)}
-    links = "\n".join(f'<a href="#{anchor}">{inline(section.title)}</a>' for anchor, section in anchors.items())
-    page = PAGE.substitute(
-        title=html.escape(title),
-        style=(files("diptych.report") / "style.css").read_text(encoding="utf-8"),
-        heading=inline(title),
-        lead=f'<p class="lead">{inline(lead)}</p>' if lead else "",
-        links=f"<nav>{links}</nav>" if len(sections) > 2 else "",
-        body="\n".join(section.render(anchor) for anchor, section in anchors.items()),
-        footer=f"<footer>{inline(footer)}</footer>" if footer else "",
-    )
-    return write_bytes(path, page.encode())
+def image_tag(pixels: UInt8[np.ndarray, "H W 3"], *, alt: str) -> str:
+    """An `<img>` that holds the image, as wide as its place."""
+    image = Image.fromarray(pixels)
+    size = "tiny" if max(image.size) <= TINY else "large"
+    buffer = io.BytesIO()
+    if size == "tiny":
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        image.save(buffer, "JPEG", quality=90, subsampling=0, optimize=True)
+    source = data_uri("image/png" if size == "tiny" else "image/jpeg", buffer.getvalue())
+    shape = f'width="{image.width}" height="{image.height}"'
+    return f'<div class="image {size}"><img src="{source}" {shape} alt="{html.escape(alt)}"></div>'
+
+
+def figure_tag(data: bytes, *, alt: str) -> str:
+    """An `<img>` that holds a finished SVG or PNG. Scripts in an SVG do not run inside an `<img>`."""
+    kind, data = ("image/svg+xml", dark_ready(data)) if data.lstrip()[:1] == b"<" else ("image/png", data)
+    return f'<img src="{data_uri(kind, data)}" alt="{html.escape(alt)}">'
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    """A data URI of the MIME type ``kind``."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def dark_ready(svg: bytes) -> bytes:
+    """Sets the colours `currentColor` and `var(--rule)` of an SVG, for light and for dark pages."""
+    style = f"<style>svg {{ {LIGHT} }} @media (prefers-color-scheme: dark) {{ svg {{ {DARK} }} }}</style>"
+    head, tag, rest = svg.partition(b"<svg")
+    opening, end, body = rest.partition(b">")
+    return head + tag + opening + end + style.encode() + body

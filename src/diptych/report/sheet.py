@@ -1,4 +1,7 @@
-"""Fonts and line breaking for words drawn into pictures."""
+"""Contact sheets: images with words under them, as one PNG.
+
+Shapes: B images, H and W pixels.
+"""
 
 import io
 import os
@@ -16,58 +19,8 @@ from torch import Tensor
 
 from diptych.io import write_bytes
 
-Weight = Literal["regular", "bold"]
-
-
-@cache
-def font(size: int, weight: Weight = "regular") -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as matplotlib ships it: Pillow's own font has no letters beyond English."""
-    import matplotlib
-
-    name = {"regular": "DejaVuSans.ttf", "bold": "DejaVuSans-Bold.ttf"}[weight]
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
-
-
-def line_height(size: int) -> int:
-    return ceil(1.35 * size)
-
-
-def wrap(text: str, *, width: float, size: int, weight: Weight = "regular", lines: int = 6) -> list[str]:
-    """Break ``text`` into at most ``lines`` lines of ``width`` pixels; what does not fit ends in an ellipsis."""
-    face = font(size, weight)
-    broken: list[str] = []
-    for word in _words(text, width=width, face=face):
-        if broken and face.getlength(f"{broken[-1]} {word}") <= width:
-            broken[-1] += f" {word}"
-        else:
-            broken.append(word)
-    if len(broken) > lines:
-        last = broken[lines - 1]
-        while last and face.getlength(f"{last}…") > width:
-            last = last[:-1]
-        broken = [*broken[: lines - 1], f"{last.rstrip()}…"]
-    return broken
-
-
-def _words(text: str, *, width: float, face: ImageFont.FreeTypeFont) -> list[str]:
-    """The words of ``text``; one that is wider than a line is cut into pieces that are not."""
-    words = []
-    for word in text.split():
-        while len(word) > 1 and face.getlength(word) > width:
-            fits = next((cut for cut in range(len(word) - 1, 1, -1) if face.getlength(word[:cut]) <= width), 1)
-            words.append(word[:fits])
-            word = word[fits:]
-        words.append(word)
-    return words
-
-
-# JOINED report.sheet
-#| Contact sheets: pictures with words under them, as one PNG.
-#|
-#| Shapes: B pictures, H and W pixels.
-
-
 ImageLike = UInt8[np.ndarray, "H W 3"]
+Weight = Literal["regular", "bold"]
 
 PAPER, CARD, EDGE, INK, FAINT = "#ffffff", "#eef1f5", "#dfe3e8", "#1d2129", "#98a1b0"
 MARGIN, GAP, ARROW, LABEL_WIDTH = 20, 14, 30, 110
@@ -76,45 +29,48 @@ CAPTION, TITLE = 13, 18
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """A picture with a caption under it; without a picture, the caption on a card of a picture's size."""
+    """An image with a caption under it; without an image, the caption on a card of an image's size."""
 
-    picture: UInt8[np.ndarray, "H W 3"] | None = None
+    image: UInt8[np.ndarray, "H W 3"] | None = None
     caption: str = ""
 
 
 def from_pixels(pixels_B3HW: UInt8[Tensor, "B 3 H W"]) -> list[ImageLike]:
-    """The models' pixels as the arrays that pictures are in this package."""
+    """The pixels of a batch as one array [H W 3] for each image, as the sheets take them."""
     return list(np.ascontiguousarray(pixels_B3HW.cpu().numpy().transpose(0, 2, 3, 1)))
 
 
 def contact_sheet(
-    pictures: Sequence[ImageLike], *, captions: Sequence[str] = (), title: str = "", columns: int = 0, side: int = 160
+    images: Sequence[ImageLike], *, captions: Sequence[str] = (), title: str = "", columns: int = 0, side: int = 160
 ) -> Image.Image:
-    """Pictures in reading order, ``side`` pixels wide each; ``columns`` = 0 gives about twice as many as rows."""
-    if captions and len(captions) != len(pictures):
-        raise ValueError(f"{len(captions)} captions for {len(pictures)} pictures: give one each, or none")
-    texts = captions or [""] * len(pictures)
-    cells = [Cell(picture=picture, caption=text) for picture, text in zip(pictures, texts, strict=True)]
+    """Images in reading order, each ``side`` pixels wide; with ``columns`` = 0 there are twice as many columns as rows.
+
+    Raises ValueError for another number of captions than images.
+    """
+    if captions and len(captions) != len(images):
+        raise ValueError(f"{len(captions)} captions for {len(images)} images: give one each, or none")
+    texts = captions or [""] * len(images)
+    cells = [Cell(image=image, caption=text) for image, text in zip(images, texts, strict=True)]
     return _Sheet(rows=_chunks(cells, columns or ceil((2 * len(cells)) ** 0.5)), title=title, side=side).draw()
 
 
 def comparison(
     rows: Mapping[str, Sequence[Cell]], *, headings: Sequence[str] = (), title: str = "", side: int = 160
 ) -> Image.Image:
-    """A labelled row per model ("truth", "paired only", "ITIT") and a column per example, its heading above it."""
+    """A labelled row for each model ("truth", "paired only", "ITIT") and a column under a heading for each example."""
     cells, labels = list(rows.values()), list(rows)
     return _Sheet(rows=cells, labels=labels, headings=headings, title=title, side=side).draw()
 
 
 def cycle_strip(steps: Sequence[str | ImageLike], *, title: str = "", columns: int = 6, side: int = 160) -> Image.Image:
-    """text -> picture -> text -> ... in reading order with arrows; a long cycle goes on in the next line."""
-    cells = [Cell(caption=step) if isinstance(step, str) else Cell(picture=step) for step in steps]
+    """text -> image -> text -> ... in reading order with arrows; a long cycle continues on the next line."""
+    cells = [Cell(caption=step) if isinstance(step, str) else Cell(image=step) for step in steps]
     return _Sheet(rows=_chunks(cells, columns), between="arrow", title=title, side=side).draw()
 
 
-def scale(picture: ImageLike, *, side: int) -> Image.Image:
-    """Fit into a square of ``side``. Small pictures grow by whole factors: their pixels stay square and sharp."""
-    image = Image.fromarray(picture)
+def scale(pixels: ImageLike, *, side: int) -> Image.Image:
+    """Fits an image into a square of ``side`` pixels. Small ones grow by whole factors, so their pixels stay sharp."""
+    image = Image.fromarray(pixels)
     longest = max(image.size)
     if longest <= side:
         factor = side // longest
@@ -124,6 +80,7 @@ def scale(picture: ImageLike, *, side: int) -> Image.Image:
 
 
 def png(image: Image.Image | ImageLike) -> bytes:
+    """The bytes of a PNG file."""
     buffer = io.BytesIO()
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(buffer, "PNG", optimize=True)
@@ -131,7 +88,7 @@ def png(image: Image.Image | ImageLike) -> bytes:
 
 
 def save_png(path: str | os.PathLike[str], image: Image.Image | ImageLike) -> Path:
-    """Write a picture or a sheet; the file is whole or not there."""
+    """Writes an image or a sheet. The file appears whole or not at all."""
     return write_bytes(path, png(image))
 
 
@@ -142,7 +99,7 @@ def _chunks(cells: Sequence[Cell], columns: int) -> list[Sequence[Cell]]:
 
 @dataclass(kw_only=True, slots=True)
 class _Sheet:
-    """Rows of cells, and how to set them. All positions come from the sizes of the wrapped texts."""
+    """Rows of cells, and how to lay them out. All positions follow from the sizes of the wrapped texts."""
 
     rows: Sequence[Sequence[Cell]]
     labels: Sequence[str] = ()
@@ -185,15 +142,15 @@ class _Sheet:
         return GAP if self.between == "gap" else ARROW + GAP // 2
 
     def _caption(self, cell: Cell) -> list[str]:
-        return [] if cell.picture is None else wrap(cell.caption, width=self.side, size=CAPTION)
+        return [] if cell.image is None else wrap(cell.caption, width=self.side, size=CAPTION)
 
     def _cell(self, image: Image.Image, cell: Cell, *, x: int, y: int) -> None:
-        if cell.picture is not None:
-            scaled = scale(cell.picture, side=self.side)
+        if cell.image is not None:
+            scaled = scale(cell.image, side=self.side)
             x, y = x + (self.side - scaled.width) // 2, y + (self.side - scaled.height) // 2
             image.paste(scaled, (x, y))
             edge = (x - 1, y - 1, x + scaled.width, y + scaled.height)
-            ImageDraw.Draw(image).rectangle(edge, outline=EDGE)  # or a white picture would have no end
+            ImageDraw.Draw(image).rectangle(edge, outline=EDGE)  # or a white image would have no visible end
             return
         ImageDraw.Draw(image).rounded_rectangle((x, y, x + self.side - 1, y + self.side - 1), radius=6, fill=CARD)
         room = (self.side - GAP) // line_height(CAPTION)
@@ -206,7 +163,7 @@ class _Sheet:
 
 
 def _height(texts: Sequence[Sequence[str]], size: int) -> int:
-    """Of the tallest of some wrapped texts."""
+    """Height in pixels of the tallest of some wrapped texts."""
     return max((len(lines) for lines in texts), default=0) * line_height(size)
 
 
@@ -220,3 +177,49 @@ def _arrow(image: Image.Image, *, x: int, y: int) -> None:
     draw = ImageDraw.Draw(image)
     draw.line((x, y, x + ARROW - GAP, y), fill=FAINT, width=2)
     draw.polygon([(x + ARROW - GAP + 6, y), (x + ARROW - GAP - 2, y - 5), (x + ARROW - GAP - 2, y + 5)], fill=FAINT)
+
+
+# Lettering
+
+
+@cache
+def font(size: int, weight: Weight = "regular") -> ImageFont.FreeTypeFont:
+    """DejaVu Sans as matplotlib ships it: Pillow's own font has no letters beyond English."""
+    import matplotlib
+
+    name = {"regular": "DejaVuSans.ttf", "bold": "DejaVuSans-Bold.ttf"}[weight]
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+
+
+def line_height(size: int) -> int:
+    """Pixels from one line to the next."""
+    return ceil(1.35 * size)
+
+
+def wrap(text: str, *, width: float, size: int, weight: Weight = "regular", lines: int = 6) -> list[str]:
+    """Breaks ``text`` into at most ``lines`` lines of ``width`` pixels; what does not fit ends in an ellipsis."""
+    face = font(size, weight)
+    broken: list[str] = []
+    for word in _words(text, width=width, face=face):
+        if broken and face.getlength(f"{broken[-1]} {word}") <= width:
+            broken[-1] += f" {word}"
+        else:
+            broken.append(word)
+    if len(broken) > lines:
+        last = broken[lines - 1]
+        while last and face.getlength(f"{last}…") > width:
+            last = last[:-1]
+        broken = [*broken[: lines - 1], f"{last.rstrip()}…"]
+    return broken
+
+
+def _words(text: str, *, width: float, face: ImageFont.FreeTypeFont) -> list[str]:
+    """The words of ``text``; one that is wider than a line is cut into pieces that are not."""
+    words = []
+    for word in text.split():
+        while len(word) > 1 and face.getlength(word) > width:
+            fits = next((cut for cut in range(len(word) - 1, 1, -1) if face.getlength(word[:cut]) <= width), 1)
+            words.append(word[:fits])
+            word = word[fits:]
+        words.append(word)
+    return words

@@ -1,10 +1,10 @@
-"""Quantising latents with a codebook that is being learned and must not collapse.
+"""Quantizing latents with a codebook that is being learned and must not collapse.
 
-Shapes: B pictures, h and w positions, M = B·h·w latents, K codes, E width of a code.
+A code that is never the nearest one gets no gradient and stays dead. Two cures prevent that, and both give the same
+codes on every process. The codebook starts as a k-means of the encoder's outputs, and a code that has gone unused is
+moved onto a latent of the current batch.
 
-A code that is never the nearest one gets no gradient and stays dead. Two cures, both cheap and both the same on every
-process: the codebook starts as a k-means of the encoder's own outputs, and a code that has gone unused is moved onto a
-latent of the current batch.
+Shapes: B images, h and w positions, M = B·h·w latents, K codes, E width of a code.
 """
 
 from dataclasses import dataclass
@@ -22,34 +22,37 @@ from diptych.tokenizers.image_tokenizer import nearest_codes
 @dataclass(kw_only=True, slots=True)
 class CodebookConfig:
     start: int = 0
-    """Step at which the codebook is seeded from the encoder's outputs and quantisation begins; until then latents pass
-    as they are. -1 keeps the codebook that the tokenizer brings, for fine-tuning."""
+    """Step at which the codebook is seeded from the encoder's outputs and quantization begins; until then latents pass
+    unchanged. -1 keeps the codebook that the tokenizer brings, for fine-tuning."""
     reset_every: int = 20
-    """Steps between two searches for dead codes; 0 never resets."""
+    """Number of steps between two searches for dead codes; 0 never searches."""
     reset_until: int = 1_000_000
-    """No resets from this step on, so that the last steps polish a codebook that stands still."""
+    """Step from which dead codes are left alone, so that the last steps train a codebook that stands still."""
     dead_below: float = 0.05
-    """A code is dead when it is used less than this share of 1/K of the time."""
+    """Share of the average use 1/K below which a code counts as dead."""
     usage_decay: float = 0.95
-    """Per step, of the running use of every code."""
+    """Decay per step of the running mean of every code's use."""
     seeding_rounds: int = 10
-    """Rounds of k-means at the start."""
+    """Number of k-means rounds that seed the codebook."""
 
 
 @dataclass(frozen=True, slots=True)
-class Quantised:
+class Quantized:
     latents_BEhw: Tensor
-    """Codes in the forward pass; in the backward pass the gradient goes straight through to the encoder."""
+    """Codes in the forward pass. In the backward pass the gradient goes straight through to the encoder."""
     codebook: Tensor
-    """|sg(z) - e|², moves the codes to the latents."""
+    """The loss |sg(z) - e|², which moves codes to latents."""
     commitment: Tensor
-    """|z - sg(e)|², holds the latents to their codes."""
+    """The loss |z - sg(e)|², which holds latents to their codes."""
     perplexity: Tensor
     """exp of the entropy of the codes in this batch: how many codes are in effective use."""
 
 
 class Codebook(nn.Module):
-    """The trainer of a tokenizer's codes. Holds their running use; the codes themselves stay in the tokenizer."""
+    """Quantizes latents, seeds the codes of a tokenizer and revives dead ones.
+
+    The codes themselves belong to the tokenizer. This module keeps the running mean of each code's use.
+    """
 
     usage_K: Tensor
 
@@ -61,18 +64,19 @@ class Codebook(nn.Module):
 
     def forward(
         self, latents_BEhw: Float[Tensor, "B E h w"], codes_KE: Float[Tensor, "K E"], *, rng: StepRNG, step: int
-    ) -> Quantised:
+    ) -> Quantized:
+        """The nearest code of each latent, and the losses. In training mode ``codes_KE`` may be changed in place."""
         rows, _, height, width = latents_BEhw.shape
         latents_ME = latents_BEhw.permute(0, 2, 3, 1).flatten(0, 2).float()
         if step < self.config.start:
             zero = latents_ME.new_zeros(())
-            return Quantised(latents_BEhw, zero, zero, zero)
-        self._tend(latents_ME.detach(), codes_KE.detach(), rng, step)
+            return Quantized(latents_BEhw, zero, zero, zero)
+        self._maintain(latents_ME.detach(), codes_KE.detach(), rng, step)
         tokens_M = nearest_codes(latents_ME.detach(), codes_KE.detach())
         share_K = self._count(tokens_M)
         chosen_ME = F.embedding(tokens_M, codes_KE)
         through_ME = latents_ME + (chosen_ME - latents_ME).detach()
-        return Quantised(
+        return Quantized(
             latents_BEhw=through_ME.view(rows, height, width, -1).permute(0, 3, 1, 2).to(latents_BEhw.dtype),
             codebook=F.mse_loss(chosen_ME, latents_ME.detach()),
             commitment=F.mse_loss(latents_ME, chosen_ME.detach()),
@@ -87,14 +91,14 @@ class Codebook(nn.Module):
         return share_K
 
     @torch.no_grad()
-    def _tend(self, latents_ME: Tensor, codes_KE: Tensor, rng: StepRNG, step: int) -> None:
-        """Seeds the codebook at its first step, revives dead codes later. Changes the codes in place."""
+    def _maintain(self, latents_ME: Tensor, codes_KE: Tensor, rng: StepRNG, step: int) -> None:
+        """Seeds the codebook at its first step and revives dead codes later, in place."""
         config = self.config
         if not self.training:
             return
         if step == config.start:
-            everywhere_ME = _gather_rows(latents_ME)
-            codes_KE.copy_(k_means(everywhere_ME, len(codes_KE), config.seeding_rounds, rng.generator("codebook")))
+            latents_of_all_ME = _gather_rows(latents_ME)
+            codes_KE.copy_(k_means(latents_of_all_ME, len(codes_KE), config.seeding_rounds, rng.generator("codebook")))
             self.usage_K.fill_(1 / len(codes_KE))
         elif config.reset_every and step % config.reset_every == 0 and config.start < step < config.reset_until:
             dead_K = self.usage_K * len(codes_KE) < config.dead_below
@@ -104,7 +108,7 @@ class Codebook(nn.Module):
 
 
 def sample_rows(latents_ME: Float[Tensor, "M E"], rows: int, generator: torch.Generator) -> Float[Tensor, "rows E"]:
-    """Different rows as far as they go, then the same ones again."""
+    """``rows`` random latents, all different while there are enough of them, else with repetitions."""
     order = torch.randperm(len(latents_ME), generator=generator)
     return latents_ME[order.repeat(-(-rows // len(order)))[:rows].to(latents_ME.device)]
 
@@ -123,7 +127,7 @@ def k_means(
 
 
 def _gather_rows(latents_ME: Tensor) -> Tensor:
-    """The latents of all processes in rank order, so that each makes the same change to its copy of the codes."""
+    """The latents of all processes in rank order, so that each process changes its copy of the codes alike."""
     if not (dist.is_available() and dist.is_initialized()):
         return latents_ME
     pieces = [torch.empty_like(latents_ME) for _ in range(dist.get_world_size())]

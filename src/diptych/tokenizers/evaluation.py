@@ -1,6 +1,10 @@
-"""How much of a picture survives its tokens, and how much of the vocabulary is in use.
+"""Scores of the two stages that ITIT stands on.
 
-Shapes: B pictures, H and W pixels, N tokens of a picture, K codes.
+An image tokenizer is scored by how much of an image survives its tokens and how much of the vocabulary is in use.
+A text encoder is scored by how many directions its features vary in: where they are few, it does not tell texts apart.
+
+Shapes: B images of H x W or S x S pixels, N tokens of an image, K codes, X tokens of all texts together, F width of the
+text features.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,29 +18,37 @@ from torch import Tensor
 from diptych.data.pixels import channels_first, read_first_images
 from diptych.data.sources import Source
 from diptych.errors import UserError
-from diptych.eval.features import FeatureExtractor, feature_statistics, open_extractor
-from diptych.eval.frechet import FeatureStatistics, frechet_distance
+from diptych.eval.frechet import (
+    FeatureExtractor,
+    FeatureStatistics,
+    feature_statistics,
+    frechet_distance,
+    open_extractor,
+)
 from diptych.nn.inference import Device, pick_device
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import write_json
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
 
+_SHOWN = 8
+"""Number of images on the sheet of images before and after."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerScore:
     images: int
-    """How many pictures were measured."""
+    """Number of images that were measured."""
     psnr: float
-    """Peak signal-to-noise ratio in decibels, the mean over pictures; a perfect picture counts as 99."""
+    """Peak signal-to-noise ratio in decibels, the mean over images; a perfect image counts as 99."""
     perplexity: float
     """exp of the entropy of all tokens: how many codes are in effective use, at most K."""
     used: float
-    """Share of the K codes that occur at all. Small sets cannot use many."""
+    """Share of the K codes that occur at all. A small set of images cannot use many."""
     rfd: float | None
-    """Frechet distance between pictures and reconstructions in ``rfd_features``; None when not asked for."""
+    """Frechet distance between images and reconstructions in ``rfd_features``; None when not asked for."""
     rfd_features: str | None
-    """Which features: only FID's own network makes this the rFID of papers."""
+    """Name of the features. Only with the network of FID is the distance the rFID of papers."""
 
     def __str__(self) -> str:
         line = f"PSNR {self.psnr:.1f} dB, {self.used:.0%} of the codes in use, {self.perplexity:.0f} in effective use"
@@ -49,7 +61,10 @@ def evaluate_tokenizer(
     *,
     extractor: FeatureExtractor | None = None,
 ) -> TokenizerScore:
-    """Encodes and decodes every picture once. Raises UserError when there is none (two for the Frechet distance)."""
+    """Encodes and decodes every image once.
+
+    Raises UserError when there is no image, or only one and an ``extractor`` for the Frechet distance.
+    """
     psnr_sum, images, count_K = 0.0, 0, torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
     sides: tuple[FeatureStatistics, FeatureStatistics] | None = None
     for pixels_B3HW in batches:
@@ -62,7 +77,7 @@ def evaluate_tokenizer(
             seen = [feature_statistics(extractor, side) for side in (pixels_B3HW, output_B3HW)]
             sides = (sides[0].merge(seen[0]), sides[1].merge(seen[1])) if sides else (seen[0], seen[1])
     if not images:
-        raise UserError("no pictures to measure the image tokenizer on; give at least one")
+        raise UserError("no images to measure the image tokenizer on; give at least one")
     return TokenizerScore(
         images=images,
         psnr=psnr_sum / images,
@@ -74,62 +89,55 @@ def evaluate_tokenizer(
 
 
 def psnr_of_each(output_B3HW: UInt8[Tensor, "B 3 H W"], target_B3HW: UInt8[Tensor, "B 3 H W"]) -> Tensor:
-    """Decibels of every picture, [B]; at most 99."""
+    """Peak signal-to-noise ratio of every image, [B], in decibels; at most 99."""
     error_B = (output_B3HW.double() - target_B3HW.double()).square().mean((1, 2, 3))
     return (10 * torch.log10(255**2 / error_B)).clamp(max=99)
-
-
-_SHOWN = 8
-
-
-# JOINED eval.text_encoder
-#| Whether a text encoder tells texts apart.
-#|
-#| Shapes: X tokens of all texts together, F width of the features.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextEncoderScore:
-    texts: int
-    """How many were measured."""
-    effective_rank: float
-    """In how many directions the features of tokens vary."""
-    width: int
-    """In how many they could (F)."""
-
-    def __str__(self) -> str:
-        line = f"features vary in {self.effective_rank:.1f} of {self.width} directions"
-        # The encoder of `itit-tiny` reaches a third; one whose decoder had not learned to read it, a hundredth.
-        return (
-            f"{line}: too few to tell texts apart, train it longer" if self.effective_rank < self.width / 32 else line
-        )
-
-
-def evaluate_text_encoder(encoder: TextEncoder, texts: Sequence[str], *, length: int) -> TextEncoderScore:
-    """Encodes every text once."""
-    ids_BL, valid_BL = (side.to(encoder.embedding.weight.device) for side in encoder.tokenize(texts, length=length))
-    features_XF = encoder.features(ids_BL, valid_BL)[valid_BL]
-    return TextEncoderScore(texts=len(texts), effective_rank=effective_rank(features_XF), width=features_XF.shape[1])
-
-
-def effective_rank(features_XF: Float[Tensor, "X F"]) -> float:
-    """exp of the entropy of the shares that the principal directions have of the variance (after Roy and Vetterli,
-    2007, who take the singular values themselves)."""
-    variance_F = torch.linalg.svdvals((features_XF - features_XF.mean(0)).double()).square()
-    share_F = variance_F / variance_F.sum().clamp_min(torch.finfo(variance_F.dtype).tiny)
-    return torch.exp(torch.special.entr(share_F).sum()).item()
 
 
 def evaluate_tokenizer_run(
     run: Path, source: Source, *, limit: int | None, features: str | None, out: Path, device: Device
 ) -> None:
-    """Score the image tokenizer of a run: a line, ``metrics.json`` and a sheet of pictures before and after."""
+    """Scores the image tokenizer of a run: a line, ``metrics.json`` and a sheet of images before and after."""
     tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(pick_device(device))
     pixels_BSS3 = read_first_images(source, limit=limit, size=tokenizer.image_size)[1]
     pixels_B3SS = channels_first(pixels_BSS3)
     score = evaluate_tokenizer(tokenizer, pixels_B3SS.split(64), extractor=open_extractor(features))
     after = tokenizer.decode(tokenizer.encode(pixels_B3SS[:_SHOWN])).permute(0, 2, 3, 1).cpu().numpy()
     write_json(out / "metrics.json", {**asdict(score), "source": source.name})
-    rows = {"image": [Cell(picture=p) for p in pixels_BSS3[:_SHOWN]], "after": [Cell(picture=p) for p in after]}
+    rows = {"image": [Cell(image=p) for p in pixels_BSS3[:_SHOWN]], "after": [Cell(image=p) for p in after]}
     save_png(out / "sheet.png", comparison(rows, title=f"{run.name}: what the tokens keep"))
     print(f"{score}, on {score.images:,} images of {source.name}\nwritten to {out}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoderScore:
+    texts: int
+    """Number of texts that were measured."""
+    effective_rank: float
+    """Number of directions in which the features of tokens vary."""
+    width: int
+    """Number of directions in which they could vary (F)."""
+
+    def __str__(self) -> str:
+        line = f"features vary in {self.effective_rank:.1f} of {self.width} directions"
+        # The encoder of `itit-tiny` reaches a third; one whose decoder had not learned to read it, a hundredth.
+        if self.effective_rank < self.width / 32:
+            return f"{line}: too few to tell texts apart, train it longer"
+        return line
+
+
+def evaluate_text_encoder(encoder: TextEncoder, texts: Sequence[str], *, length: int) -> TextEncoderScore:
+    """Encodes every text once, cut to ``length`` tokens."""
+    ids_BL, valid_BL = (side.to(encoder.embedding.weight.device) for side in encoder.tokenize(texts, length=length))
+    features_XF = encoder.features(ids_BL, valid_BL)[valid_BL]
+    return TextEncoderScore(texts=len(texts), effective_rank=effective_rank(features_XF), width=features_XF.shape[1])
+
+
+def effective_rank(features_XF: Float[Tensor, "X F"]) -> float:
+    """exp of the entropy of the principal directions' shares of the variance.
+
+    Roy and Vetterli (2007) take the shares of the singular values instead.
+    """
+    variance_F = torch.linalg.svdvals((features_XF - features_XF.mean(0)).double()).square()
+    share_F = variance_F / variance_F.sum().clamp_min(torch.finfo(variance_F.dtype).tiny)
+    return torch.exp(torch.special.entr(share_F).sum()).item()

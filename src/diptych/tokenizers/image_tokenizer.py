@@ -1,10 +1,10 @@
-"""Pictures to tokens and back: a VQGAN, which is `diffusers.VQModel` with an interface of whole uint8 pictures.
+"""Images to tokens and back: a VQGAN, which is `diffusers.VQModel` with an interface of uint8 images.
 
-Shapes: B pictures, H and W pixels, h and w tokens down and across, N = h·w tokens, K codes, E width of a code,
+Shapes: B images, H and W pixels, h and w tokens down and across, N = h·w tokens, K codes, E width of a code,
 P side of the pixel patch that the network takes as one position (1: plain pixels).
 
 A saved tokenizer is a plain diffusers folder. Conventions on top of the format:
-- pictures are in [0, 1] where `lookup_from_codebook` is set, as in aMUSEd and in everything saved here, and in
+- images are in [0, 1] where `lookup_from_codebook` is set, as in aMUSEd and in everything saved here, and in
   [-1, 1] elsewhere, as in latent diffusion: the format itself does not record it;
 - `in_channels` = 3·P² says that pixels go in as P x P patches. P > 1 skips the stages at full resolution, which cost
   most of the time on a CPU.
@@ -32,21 +32,21 @@ if TYPE_CHECKING:  # diffusers takes seconds to import, so it is imported where 
 @dataclass(kw_only=True, slots=True)
 class ImageTokenizerConfig:
     image_size: int = 256
-    """Height and width of the pictures in pixels."""
+    """Height and width of an image in pixels."""
     codebook_size: int = 8192
-    """Number of codes K, the image vocabulary."""
+    """Number of codes K: the size of the image vocabulary."""
     code_dim: int = 256
-    """Width of a code. Narrow codes (8 to 32) keep more of a small codebook in use."""
+    """Width of a code in numbers. Narrow codes (8 to 32) keep more of a small codebook in use."""
     widths: tuple[int, ...] = (128, 128, 256, 256, 512)
-    """Channels of each resolution, finest first; every one after the first halves the resolution."""
+    """Numbers of channels at each resolution, finest first; every one after the first halves the resolution."""
     blocks: int = 2
-    """Residual blocks per resolution in the encoder; the decoder has one more."""
+    """Number of residual blocks at each resolution of the encoder; the decoder has one more."""
     groups: int = 32
-    """Groups of the group norms; divides every width."""
+    """Number of groups of the group norms; it divides every one of the widths."""
     patch: int = 1
-    """Pixels of a patch x patch square enter the network as one position; 1 is the usual VQGAN."""
+    """Side in pixels of the square that enters the network as one position; 1 is the usual VQGAN."""
     attention: bool = False
-    """Self-attention at the coarsest resolution."""
+    """Whether the coarsest resolution has self-attention."""
 
 
 def nearest_codes(latents_ME: Float[Tensor, "M E"], codebook_KE: Float[Tensor, "K E"]) -> Int[Tensor, "M"]:
@@ -61,7 +61,10 @@ def nearest_codes(latents_ME: Float[Tensor, "M E"], codebook_KE: Float[Tensor, "
 
 
 class ImageTokenizer(nn.Module):
-    """`image_size` x `image_size` pictures to `tokens` = (image_size / factor)² tokens out of `codes`."""
+    """Images of `image_size` x `image_size` pixels to `tokens` = (image_size / factor)² tokens out of `codebook_size`.
+
+    Raises UserError for a network that does not take RGB images of that size.
+    """
 
     def __init__(self, network: "VQModel", *, image_size: int):
         super().__init__()
@@ -72,10 +75,10 @@ class ImageTokenizer(nn.Module):
         self.patch, self.factor = _patch_and_factor(config)
         self.unit_range = bool(config["lookup_from_codebook"])
         if config["in_channels"] != 3 * self.patch**2 or config["norm_type"] != "group":
-            raise UserError("this VQModel does not take RGB pictures with group norms; choose another tokenizer")
+            raise UserError("this VQModel does not take RGB images with group norms; choose another tokenizer")
         if image_size % self.factor:
             raise UserError(
-                f"pictures of {image_size} pixels do not divide into tokens of {self.factor}; change the size"
+                f"images of {image_size} pixels do not divide into tokens of {self.factor}; change the size"
             )
 
     @classmethod
@@ -125,17 +128,18 @@ class ImageTokenizer(nn.Module):
         assert encoder_in.bias is not None
         assert decoder_out.bias is not None
         grey = 0.5 if self.unit_range else 0.0
-        with torch.no_grad():  # a grey picture goes in as zeros and comes out of zeros
+        with torch.no_grad():  # a grey image goes in as zeros and comes out of zeros
             encoder_in.bias.copy_(-grey * encoder_in.weight.sum((1, 2, 3)))
             decoder_out.bias.fill_(grey)
 
     @property
     def tokens(self) -> int:
-        """Tokens of a picture."""
+        """Number of tokens of an image."""
         return (self.image_size // self.factor) ** 2
 
     @property
     def codebook(self) -> Tensor:
+        """The codes, [K, E]."""
         return self.network.quantize.embedding.weight
 
     # The differentiable halves, for training
@@ -146,21 +150,25 @@ class ImageTokenizer(nn.Module):
         return unit_B3HW if self.unit_range else unit_B3HW * 2 - 1
 
     def latents(self, input_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B E h w"]:
+        """Latents of images in the input's range, before the nearest codes take their place."""
         return self.network.quant_conv(self.network.encoder(F.pixel_unshuffle(input_B3HW, self.patch)))
 
-    def reconstruct(self, quantised_BEhw: Float[Tensor, "B E h w"]) -> Float[Tensor, "B 3 H W"]:
-        """Codes to a picture in the input's range, not clipped."""
-        return F.pixel_shuffle(self.network.decoder(self.network.post_quant_conv(quantised_BEhw)), self.patch)
+    def reconstruct(self, quantized_BEhw: Float[Tensor, "B E h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Codes to images in the input's range, not clipped."""
+        return F.pixel_shuffle(self.network.decoder(self.network.post_quant_conv(quantized_BEhw)), self.patch)
 
     # Inference
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: UInt8[Tensor, "B 3 H W"], *, rows: int = 64) -> Int[Tensor, "B N"]:
-        """Tokens in raster order, int64, on the tokenizer's device; ``rows`` pictures at a time."""
+        """Tokens in raster order, int64, on the tokenizer's device; ``rows`` images at a time.
+
+        Raises UserError for images of another size.
+        """
         if pixels_B3HW.shape[-2:] != (self.image_size, self.image_size):
             height, width = pixels_B3HW.shape[-2:]
             raise UserError(
-                f"the tokenizer takes {self.image_size}x{self.image_size} pictures, got {height}x{width}; resize them"
+                f"the tokenizer takes {self.image_size}x{self.image_size} images, got {height}x{width}; resize them"
             )
         device = self.codebook.device
 
@@ -174,28 +182,31 @@ class ImageTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens_BN: Int[Tensor, "B N"], *, rows: int = 64) -> UInt8[Tensor, "B 3 H W"]:
-        """The inverse; ids must lie in [0, codes)."""
+        """Images of tokens in [0, K), on the tokenizer's device; ``rows`` images at a time.
+
+        Raises UserError for another number of tokens than an image of this tokenizer has.
+        """
         if tokens_BN.shape[1] != self.tokens:
-            raise UserError(f"a picture has {self.tokens} tokens, got {tokens_BN.shape[1]}; was the tokenizer changed?")
+            raise UserError(f"an image has {self.tokens} tokens, got {tokens_BN.shape[1]}; was the tokenizer changed?")
         side, device = self.image_size // self.factor, self.codebook.device
 
         def decode_rows(tokens: Tensor) -> Tensor:
             codes_BNE = F.embedding(tokens.to(device), self.codebook)
-            picture_B3HW = self.reconstruct(codes_BNE.transpose(1, 2).unflatten(2, (side, side)))
-            return self.output_to_pixels(picture_B3HW)
+            image_B3HW = self.reconstruct(codes_BNE.transpose(1, 2).unflatten(2, (side, side)))
+            return self.output_to_pixels(image_B3HW)
 
         with torch.autocast(device.type, enabled=False):
             return _in_pieces(decode_rows, tokens_BN, rows)
 
-    def output_to_pixels(self, picture_B3HW: Float[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B 3 H W"]:
-        """Back to bytes, clipped and rounded."""
-        unit_B3HW = picture_B3HW.float() if self.unit_range else (picture_B3HW.float() + 1) / 2
+    def output_to_pixels(self, image_B3HW: Float[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B 3 H W"]:
+        """The network's output as bytes, clipped and rounded."""
+        unit_B3HW = image_B3HW.float() if self.unit_range else (image_B3HW.float() + 1) / 2
         return unit_B3HW.clamp(0, 1).mul(255).round().to(torch.uint8)
 
     # Files
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and safetensors that ``VQModel.from_pretrained`` reads. Each file appears whole."""
+        """Writes config.json and safetensors for ``VQModel.from_pretrained``. Each file appears whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.network.register_to_config(sample_size=self.image_size)
@@ -209,8 +220,9 @@ class ImageTokenizer(nn.Module):
     def from_pretrained(cls, name: str | Path, *, image_size: int | None = None) -> "ImageTokenizer":
         """Any diffusers VQModel: a folder or a hub name, the model itself or a pipeline with one in ``vqvae``.
 
-        ``image_size`` overrides the recorded picture size. Where that gives fewer than 4 x 4 tokens it is taken for
-        diffusers' unset default (32, as in aMUSEd's) and 16 x 16 tokens are assumed instead.
+        ``image_size`` overrides the recorded size. A recorded size of fewer than 4 x 4 tokens is taken for diffusers'
+        unset default (32, as in aMUSEd's), and 16 x 16 tokens are assumed instead. Raises UserError for whatever is
+        missing, damaged or no VQModel.
         """
         from diffusers.models.autoencoders.vq_model import VQModel
 
@@ -229,7 +241,7 @@ class ImageTokenizer(nn.Module):
 
 
 def _find_config(name: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configuration and where it lies, as arguments of diffusers' loaders. A folder needs no network."""
+    """The configuration, and its place as arguments of diffusers' loaders. A folder is read without the network."""
     from diffusers.models.autoencoders.vq_model import VQModel
 
     local = Path(name).is_dir()
@@ -249,5 +261,5 @@ def _patch_and_factor(config: dict[str, Any]) -> tuple[int, int]:
     return patch, patch * 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def _in_pieces(function: Callable[[Tensor], Tensor], rows_tensor: Tensor, rows: int) -> Tensor:
-    return torch.cat([function(piece) for piece in rows_tensor.split(rows)])
+def _in_pieces(function: Callable[[Tensor], Tensor], values: Tensor, rows: int) -> Tensor:
+    return torch.cat([function(piece) for piece in values.split(rows)])

@@ -1,4 +1,4 @@
-"""Recipes for the two stages that ITIT stands on: image tokenizers and text encoders."""
+"""Recipes of image tokenizers and text encoders, and the stages of ITIT that they train."""
 
 import tyro
 
@@ -11,19 +11,19 @@ from diptych.train.config import OptimConfig, TrainConfig
 
 
 def vqgan_tiny() -> TokenizerRun:
-    """Image tokenizer for pictures of 32 pixels: 4 x 4 tokens out of 64.
+    """Image tokenizer for images of 32 pixels: 4 x 4 tokens out of 64.
 
     Command: diptych fit vqgan-tiny --images scenes: --out runs/vqgan
-    Cost: 70 s on two CPU cores; nine in ten unseen scenes are recognised after encoding and decoding.
+    Cost: 70 s on two CPU cores; nine in ten unseen scenes are recognized after encoding and decoding.
     """
     return TokenizerRun(images=tyro.MISSING, stage=tokenizer_tiny())
 
 
 def vqgan_small() -> TokenizerRun:
-    """Image tokenizer for photos of 64 pixels: 8 x 8 tokens out of 128.
+    """Image tokenizer for natural images of 64 pixels: 8 x 8 tokens out of 128.
 
-    Command: diptych fit vqgan-small --images photos/ --out runs/vqgan
-    Cost: ten minutes on one core of a Xeon with AMX; 20.7 dB on photos of Flickr8k.
+    Command: diptych fit vqgan-small --images images/ --out runs/vqgan
+    Cost: ten minutes on one core of a Xeon with AMX; 20.7 dB on images of Flickr8k.
     """
     return TokenizerRun(images=tyro.MISSING, stage=tokenizer_small())
 
@@ -31,7 +31,7 @@ def vqgan_small() -> TokenizerRun:
 def vqgan_paper() -> TokenizerRun:
     """The paper's image tokenizer: 256 pixels to 16 x 16 tokens out of 8192.
 
-    Command: torchrun --nproc-per-node 8 -m diptych fit vqgan-paper --images 'photos-{000..099}.tar' --out runs/vqgan
+    Command: torchrun --nproc-per-node 8 -m diptych fit vqgan-paper --images 'images-{000..099}.tar' --out runs/vqgan
     Cost: days on eight GPUs. Not measured by us.
     """
     return TokenizerRun(images=tyro.MISSING, stage=tokenizer_paper())
@@ -47,7 +47,7 @@ def text_encoder_tiny() -> TextEncoderRun:
 
 
 def text_encoder_small() -> TextEncoderRun:
-    """Text encoder for captions of photos.
+    """Text encoder for captions of natural images.
 
     Command: diptych fit text-encoder-small --texts captions.txt --out runs/text
     Cost: ten minutes on one core of a Xeon with AMX.
@@ -56,6 +56,7 @@ def text_encoder_small() -> TextEncoderRun:
 
 
 def tokenizer_tiny() -> TokenizerStage:
+    """4 x 4 tokens out of 64, for scenes of 32 pixels."""
     return TokenizerStage(
         # Few codes, each seen often: with 512 the network reached a third of the accuracy in that time (docs/log.md).
         model=ImageTokenizerConfig(
@@ -71,11 +72,12 @@ def tokenizer_tiny() -> TokenizerStage:
 
 
 def tokenizer_small() -> TokenizerStage:
+    """8 x 8 tokens out of 128, for natural images of 64 pixels."""
     return TokenizerStage(
         model=ImageTokenizerConfig(
             image_size=64, codebook_size=128, code_dim=8, widths=(64, 128), blocks=1, groups=8, patch=4
         ),
-        # No discriminator: at 64 pixels and 64 tokens it drew a grid over every picture (docs/log.md).
+        # No discriminator: at 64 pixels and 64 tokens it put a grid over every image (docs/log.md).
         objective=VQGANConfig(
             adversarial_weight=0.0, squared_weight=10.0, codebook=CodebookConfig(start=400, reset_until=2400)
         ),
@@ -85,6 +87,7 @@ def tokenizer_small() -> TokenizerStage:
 
 
 def tokenizer_paper() -> TokenizerStage:
+    """16 x 16 tokens out of 8192, for images of 256 pixels, as in the paper."""
     return TokenizerStage(
         model=ImageTokenizerConfig(),
         objective=VQGANConfig(adversarial_balance="adaptive", adversarial_start=50_000),
@@ -94,18 +97,20 @@ def tokenizer_paper() -> TokenizerStage:
 
 
 def encoder_tiny() -> TextEncoderStage:
+    """Texts of up to 24 tokens in the language of the built-in scenes."""
     return TextEncoderStage(
         model=TextEncoderConfig.tiny(),
-        length=24,
+        max_text_len=24,
         train=TrainConfig(steps=300, batch_size=64, checkpoint_every=300, tensorboard=False),
         optim=OptimConfig(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=30),
     )
 
 
 def encoder_small() -> TextEncoderStage:
+    """Texts of up to 32 tokens, such as captions of natural images."""
     return TextEncoderStage(
         model=TextEncoderConfig.small(),
-        length=32,
+        max_text_len=32,
         train=TrainConfig(steps=1500, batch_size=64, eval_every=1500),
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=100),
     )

@@ -4,11 +4,11 @@
     input    a <extra_id_0> above a blue <extra_id_1> </s>
     target   <extra_id_0> red circle <extra_id_1> star </s>
 
-Its encoder half becomes the frozen text encoder where no published T5 can be had or none knows the domain.
+Its encoder becomes the frozen text encoder where no published T5 is at hand or none knows the domain.
 
-Departure: T5 packs texts into long rows and always opens a row with a visible span and closes it with a hidden one.
-A caption is a row of its own here; that rule would hide the last words of every caption and never the first. Spans are
-placed uniformly over all ways to place them without touching one another.
+Departure: T5 packs texts into long rows, which always begin with a visible span and end with a hidden one. Here each
+caption is a row; that rule would hide the last words of every caption and never the first. Spans are placed uniformly
+over all ways to place them without touching one another.
 
 Shapes: B texts, L text tokens, K spans at most, T target tokens, V vocabulary rows.
 """
@@ -24,10 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data.batch import Batch, TextExamples
+from diptych.encoders.loading import fuse_gelu
 from diptych.errors import UserError
 from diptych.nn.losses import text_loss
 from diptych.rng import StepRNG, derive_seed
-from diptych.tokenizers.text_encoder import TextEncoder, fuse_gelu
+from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.train.objective import Losses, Objective
 
 PAD, EOS = TextEncoder.pad_id, TextEncoder.eos_id
@@ -40,38 +41,38 @@ class TextEncoderConfig:
     """A small T5 to train from scratch. The defaults suit 100,000 captions and ten minutes of two CPU cores."""
 
     vocab_size: int = 8192
-    """Ids of the tokenizer at most, sentinels included."""
+    """Largest number of ids of the tokenizer, sentinels included."""
     sentinels: int = 100
-    """`<extra_id_*>` marks; a text can have at most as many hidden spans."""
+    """Number of sentinels `<extra_id_*>`; a text has at most as many hidden spans."""
     lowercase: bool = False
-    """Train the tokenizer on lower-cased text and lower-case whatever it reads later."""
+    """Whether the tokenizer lower-cases all text, in training and later."""
     width: int = 256
-    """Features per token."""
+    """Number of features of a token."""
     layers: int = 4
-    """Blocks of the encoder, the half that is kept."""
+    """Number of blocks of the encoder, the half that is kept."""
     decoder_layers: int = 2
-    """Blocks of the decoder, which only serves the training."""
+    """Number of blocks of the decoder, which only serves the training."""
     heads: int = 4
-    """Attention heads; they share the width."""
+    """Number of attention heads; it divides the width."""
     feed_forward: int = 512
-    """Width inside the gated feed-forward layers."""
+    """Number of features inside the gated feed-forward layers."""
     noise_density: float = 0.15
-    """Share of the tokens that is hidden; at least one token of every text is."""
+    """Share of the tokens that is hidden, at least one token of every text."""
     mean_span: float = 3.0
     """Mean length of a hidden span, in tokens."""
 
     @classmethod
     def tiny(cls) -> "TextEncoderConfig":
-        """For a grammar of some sixty words: seconds of CPU."""
+        """For a grammar of some sixty words. Trains in seconds on a CPU."""
         return cls(vocab_size=512, sentinels=16, width=64, layers=2, decoder_layers=1, feed_forward=128)
 
     @classmethod
     def small(cls) -> "TextEncoderConfig":
-        """For captions of photos."""
+        """For captions of natural images."""
         return cls(vocab_size=4096, lowercase=True)
 
     def t5(self, *, vocab_real: int) -> "transformers.T5Config":
-        """The `transformers` configuration. No dropout: it would draw from the global generator."""
+        """The `transformers` configuration. No dropout, as it would draw from the global generator."""
         if self.width % self.heads:
             raise UserError(f"width={self.width} cannot be shared by heads={self.heads}: use a multiple")
         return transformers.T5Config(
@@ -91,7 +92,7 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spans:
-    """Where the hidden spans of each text lie. Unused spans start at L and are 0 long."""
+    """Starts and lengths of the hidden spans of each text. Unused spans start at L and are 0 long."""
 
     starts_BK: Int[Tensor, "B K"]
     lengths_BK: Int[Tensor, "B K"]
@@ -106,18 +107,18 @@ def place_spans(
     uniform_BL: Float[Tensor, "B L"],
     gaps_uniform_BM: Float[Tensor, "B M"],
 ) -> Spans:
-    """At most ``most`` hidden spans in each text of ``words_B`` tokens (its `</s>` not counted).
+    """Places at most ``most`` hidden spans in each text of ``words_B`` tokens, its `</s>` not counted.
 
-    round(density * words) tokens, at least one, in round(tokens / mean_span) spans, at least one. Both the lengths of
-    the spans and the gaps between them are uniformly random compositions, drawn from ``uniform_BL`` and
-    ``gaps_uniform_BM`` (M = L + 1).
+    A text has round(noise_density * words) hidden tokens, but at least one, in round(tokens / mean_span) spans, but at
+    least one. The lengths of the spans and the gaps between them are uniformly random compositions, which follow from
+    the uniform numbers ``uniform_BL`` and ``gaps_uniform_BM`` (M = L + 1).
     """
     most_hidden = _most_hidden(uniform_BL.shape[1], noise_density)
     hidden_B = (words_B * noise_density + 0.5).long().clamp(min=1, max=most_hidden).minimum(words_B)
     spans_B = (hidden_B / mean_span + 0.5).long().clamp(min=1, max=most).minimum(hidden_B)
     spans_B = spans_B.minimum(words_B - hidden_B + 1)  # neighbours are a visible token apart
     lengths_BK = _compose(hidden_B, spans_B, uniform=uniform_BL, most=most)
-    # Gaps between spans hold at least one token, the two outer ones may be empty: lend each of those a token.
+    # Gaps between spans hold at least one token, but the two outer ones may be empty: each is lent one here.
     gaps_BK = _compose(words_B - hidden_B + 2, spans_B + 1, uniform=gaps_uniform_BM, most=most + 1)[:, :most]
     starts_BK = gaps_BK.cumsum(1) - 1 + lengths_BK.cumsum(1) - lengths_BK
     used_BK = torch.arange(most, device=words_B.device) < spans_B[:, None]
@@ -144,7 +145,7 @@ def _compose(total_B: Tensor, parts_B: Tensor, *, uniform: Tensor, most: int) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corrupted:
-    """What the encoder reads and what the decoder must say."""
+    """The input of the encoder and the target of the decoder."""
 
     ids_BL: Int[Tensor, "B L"]
     valid_BL: Bool[Tensor, "B L"]
@@ -160,7 +161,7 @@ def corrupt(
     sentinels_K: Int[Tensor, "K"],
     target_length: int,
 ) -> Corrupted:
-    """Each hidden span becomes one sentinel; the target lists every sentinel with the tokens it stands for, and `</s>`.
+    """Replaces each hidden span by a sentinel. The target lists each sentinel with the tokens of its span, then `</s>`.
 
     Rows are compacted by computing the place of every token in its new row and scattering; what is dropped goes to
     a column beyond the end. Shapes depend on no value, so this compiles and never waits for the device.
@@ -174,25 +175,25 @@ def corrupt(
     sentinel_BL = sentinels_K[span_BL.clamp(min=0)]
 
     kept_BL = valid_BL & (~hidden_BL | first_BL)
-    to_BL = torch.where(kept_BL, kept_BL.cumsum(1) - 1, length)
-    input_BL = _scatter(to_BL, torch.where(first_BL, sentinel_BL, ids_BL), width=length)
+    place_BL = torch.where(kept_BL, kept_BL.cumsum(1) - 1, length)
+    input_BL = _scatter(place_BL, torch.where(first_BL, sentinel_BL, ids_BL), width=length)
 
-    said_BL = torch.where(hidden_BL, hidden_BL.cumsum(1) + span_BL, target_length)
-    mark_BL = torch.where(first_BL, hidden_BL.cumsum(1) - 1 + span_BL, target_length)
+    target_place_BL = torch.where(hidden_BL, hidden_BL.cumsum(1) + span_BL, target_length)
+    sentinel_place_BL = torch.where(first_BL, hidden_BL.cumsum(1) - 1 + span_BL, target_length)
     end_B1 = (hidden_BL.sum(1) + first_BL.sum(1))[:, None]
-    to_BX = torch.cat([said_BL, mark_BL, end_B1], dim=1)
-    said_BX = torch.cat([ids_BL, sentinel_BL, ids_BL.new_full((rows, 1), EOS)], dim=1)
-    target_BT = _scatter(to_BX, said_BX, width=target_length)
+    place_BX = torch.cat([target_place_BL, sentinel_place_BL, end_B1], dim=1)
+    token_BX = torch.cat([ids_BL, sentinel_BL, ids_BL.new_full((rows, 1), EOS)], dim=1)
+    target_BT = _scatter(place_BX, token_BX, width=target_length)
     target_valid_BT = torch.arange(target_length, device=ids_BL.device) <= end_B1
     return Corrupted(ids_BL=input_BL, valid_BL=input_BL != PAD, target_BT=target_BT, target_valid_BT=target_valid_BT)
 
 
-def _scatter(to: Tensor, values: Tensor, *, width: int) -> Tensor:
-    return values.new_full((len(to), width + 1), PAD).scatter_(1, to, values)[:, :width]
+def _scatter(place: Tensor, values: Tensor, *, width: int) -> Tensor:
+    return values.new_full((len(place), width + 1), PAD).scatter_(1, place, values)[:, :width]
 
 
 class SpanCorruption(Objective):
-    """Trains a T5 from scratch; :meth:`text_encoder` takes the frozen encoder out of it."""
+    """Trains a T5 from scratch on the stream ``texts``; :meth:`text_encoder` gives its encoder, frozen."""
 
     sentinels_K: Tensor
 
@@ -211,17 +212,18 @@ class SpanCorruption(Objective):
     def forward(self, batch: Batch, step: int) -> Losses:
         texts: TextExamples = batch["texts"]
         corrupted = self.corrupt(texts.ids_BL, texts.valid_BL, rng=batch.rng)
-        spoken_BT = F.pad(corrupted.target_BT, (1, -1), value=PAD)  # T5's decoder starts from the pad id
+        decoder_input_BT = F.pad(corrupted.target_BT, (1, -1), value=PAD)  # T5's decoder starts from the pad id
         logits_BTV = self.t5(
             input_ids=corrupted.ids_BL,
             attention_mask=corrupted.valid_BL[:, None, None],
-            decoder_input_ids=spoken_BT,
+            decoder_input_ids=decoder_input_BT,
             use_cache=False,
         ).logits
         loss = text_loss(logits_BTV, corrupted.target_BT, corrupted.target_valid_BT, label_smoothing=0.0)
         return Losses(loss, {"spans": loss.detach()})
 
     def corrupt(self, ids_BL: Tensor, valid_BL: Tensor, *, rng: StepRNG) -> Corrupted:
+        """Texts with random hidden spans."""
         (rows, length), config = ids_BL.shape, self.config
         hidden = _most_hidden(length, config.noise_density)
         most = min(max(1, int(hidden / config.mean_span + 0.5)), config.sentinels)

@@ -17,21 +17,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from diptych.encoders.loading import fuse_gelu
-from diptych.errors import UserError
+from diptych.errors import UserError, first_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
 class TextEncoder(nn.Module):
-    """T5 features for the image side: no weight of it ever learns, and dropout never comes on, whatever ``train()``.
+    """The encoder of a T5 with frozen weights, always in evaluation mode.
 
     Gradients still flow *through* it, from :meth:`features_from_embeddings` to its input: the image-to-text-to-image
-    cycle needs them. Features at invalid positions are exactly zero, and nothing there reaches the valid ones.
+    cycle needs them. Features at invalid positions are exactly zero, and what stands there does not change the others.
+
+    Raises UserError for a tokenizer that is not T5's or does not fit the model.
     """
 
     pad_id = 0
     eos_id = 1
+    banned_V: Tensor
+    """True for ids that a caption must never contain: pad, unk, sentinels and rows without a token."""
 
     def __init__(self, t5: "transformers.T5EncoderModel", tokenizer: PreTrainedTokenizerBase):
         super().__init__()
@@ -41,13 +45,17 @@ class TextEncoder(nn.Module):
         self.width: int = t5.config.d_model
         self.vocab_rows: int = self.embedding.weight.shape[0]
         self.vocab_real: int = len(tokenizer)
-        """Ids below this one have a token; T5's embedding has a few rows more."""
+        """Number of ids that have a token. T5's embedding has a few rows more."""
         self._check_tokenizer()
         sentinels = {i for token, i in tokenizer.get_vocab().items() if _SENTINEL.fullmatch(token)}
         self._controls = frozenset(sentinels | {self.pad_id, self.eos_id})
-        unwritten = sentinels | {self.pad_id, tokenizer.unk_token_id} | set(range(self.vocab_real, self.vocab_rows))
-        self.banned_ids: tuple[int, ...] = tuple(sorted(i for i in unwritten if i is not None))
-        """Ids that a caption must never contain: pad, unk, sentinels and rows without a token."""
+        unwanted = sentinels | {self.pad_id, tokenizer.unk_token_id} | set(range(self.vocab_real, self.vocab_rows))
+        self.banned_ids: tuple[int, ...] = tuple(sorted(i for i in unwanted if i is not None))
+        """The ids of ``banned_V``, in rising order."""
+        banned_V = torch.zeros(self.vocab_rows, dtype=torch.bool)
+        banned_V[list(self.banned_ids)] = True
+        # The tokenizer says which they are, so they are no part of the weights.
+        self.register_buffer("banned_V", banned_V, persistent=False)
 
     def _check_tokenizer(self) -> None:
         found = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
@@ -72,9 +80,10 @@ class TextEncoder(nn.Module):
     # Text and ids
 
     def tokenize(self, texts: Sequence[str], *, length: int) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
-        """Ids and their validity on the CPU. Every row ends in `</s>`, also a truncated one, and is padded with 0.
+        """Ids and their validity on the CPU. Every row ends in `</s>`, also one that is cut off, and is padded with 0.
 
-        `<pad>`, `</s>` and sentinels written out in a text are dropped: texts are data, they steer nothing.
+        `<pad>`, `</s>` and sentinels written out in a text are dropped: a text must not control the model. Raises
+        UserError for a ``length`` below 1.
         """
         if length < 1:
             raise UserError(f"length={length} leaves no room for the end of a text: use 1 or more")
@@ -98,17 +107,17 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, ids_BL: Int[Tensor, "B L"], valid_BL: Bool[Tensor, "B L"]) -> Float[Tensor, "B L F"]:
-        """Features of real text. Built without gradient; the result may be used where gradients flow."""
+        """Features of texts given as ids, without a gradient."""
         return self.features_from_embeddings(self.embedding(ids_BL), valid_BL)
 
     def features_from_embeddings(
         self, embeds_BLF: Float[Tensor, "B L F"], valid_BL: Bool[Tensor, "B L"]
     ) -> Float[Tensor, "B L F"]:
-        """As :meth:`features`, from rows of (or mixtures over) ``embedding``; differentiable in ``embeds_BLF``."""
+        """As :meth:`features`, from rows of ``embedding`` or mixtures of them; differentiable in ``embeds_BLF``."""
         # A row without any valid token would have nothing to attend to and give NaN; its features are zeroed below.
         attend_BL = valid_BL | ~valid_BL.any(dim=1, keepdim=True)
         # Four dimensions, so that transformers takes it as it is: its own check of a flat one waits for the device.
-        # In the precision of its own weights whatever the training's, so that features are the same cached or not.
+        # In the precision of the weights, whatever that of the training: cached features must equal computed ones.
         with torch.autocast(embeds_BLF.device.type, enabled=False):
             embeds_BLF = embeds_BLF.to(self.embedding.weight.dtype)
             features_BLF = self.t5(inputs_embeds=embeds_BLF, attention_mask=attend_BL[:, None, None]).last_hidden_state
@@ -137,16 +146,14 @@ class TextEncoder(nn.Module):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
             part = "weights"
             options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
-            loaded: Any = transformers.T5EncoderModel.from_pretrained(
-                name, **options, **where
-            )  # its annotation knows no second result
-            t5, report = loaded
+            loaded: Any = transformers.T5EncoderModel.from_pretrained(name, **options, **where)
+            t5, report = loaded  # its annotation names the first of the two only
             if report["missing_keys"]:
                 raise UserError(f"{sorted(report['missing_keys'])[0]} is missing")
             part = "tokenizer"
             return cls(t5, tokenizer)
-        except Exception as error:  # every library below has its own idea of what a broken file raises
-            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        except Exception as error:  # the libraries differ in what they raise for a broken file
+            reason = first_line(error)
             raise UserError(f"text encoder {name}, {part}: {reason}; give the folder or hub name of a T5") from error
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

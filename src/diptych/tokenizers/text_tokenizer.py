@@ -4,9 +4,9 @@ Ids, as in T5: 0 `<pad>`, 1 `</s>`, 2 `<unk>`, then the pieces, then the sentine
 (the highest id is sentinel 0). The model is a Unigram model over `▁`-marked words, so the result is a plain
 `tokenizer.json` that `transformers.AutoTokenizer` loads.
 
-The pieces are chosen here and not by `tokenizers.UnigramTrainer`: that one counts a candidate once for every
-distinct word instead of every word of the text. It spells a corpus of sixty words out in letters, cuts `Two` into
-`Tw o`, and orders its vocabulary differently from run to run.
+The pieces are chosen here and not by `tokenizers.UnigramTrainer`, which counts a candidate once for every distinct word
+instead of every word of the text. It spells a corpus of sixty words out in letters, cuts `Two` into `Tw o`, and orders
+its vocabulary differently from run to run.
 """
 
 import math
@@ -21,11 +21,11 @@ from diptych.errors import UserError
 PAD, EOS, UNK = CONTROLS = ("<pad>", "</s>", "<unk>")
 SPACE = "▁"
 _OVERSHOOT = 1.5
-"""Candidates for every piece that is kept."""
+"""Number of candidates for every piece that is kept."""
 _ROUNDS = 2
-"""Rounds of (segment the corpus, recount the pieces) after each choice of pieces."""
+"""Number of times that the corpus is segmented and the pieces recounted after each choice of pieces."""
 _UNUSED = 1
-"""Count of a piece that the best segmentation never uses (a letter, mostly): it must stay possible."""
+"""Count given to a piece that the best segmentation never uses, mostly a letter, so that it stays possible."""
 
 
 def train_tokenizer(
@@ -33,7 +33,7 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A T5-format tokenizer with at most ``vocab_size`` ids, sentinels included; the same texts give the same one.
 
-    Text survives a round trip up to NFKC normalisation, runs of white space, letters that ``texts`` never showed
+    Text survives a round trip up to NFKC normalization, runs of white space, letters that ``texts`` never showed
     (`<unk>`) and, with ``lowercase``, case. Frequent words become single tokens; in a corpus of few distinct words
     all of them do. Raises UserError when there is no text or no room for it.
     """
@@ -79,7 +79,7 @@ def _choose(words: Counter[str], *, room: int) -> list[tuple[str, float]]:
 
 
 def _ordered(counts: Mapping[str, int]) -> list[str]:
-    """By falling count, ties by the piece itself: the order in which texts arrive must not show."""
+    """By falling count, ties by the piece itself, so that the order of the texts does not matter."""
     return sorted(counts, key=lambda piece: (-counts[piece], piece))
 
 

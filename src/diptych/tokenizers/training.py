@@ -1,8 +1,12 @@
-"""Training an image tokenizer, on its own or as the first stage of ITIT."""
+"""Training image tokenizers and text encoders, each on its own or as a stage of ITIT.
+
+A stage says how; a run adds where the data come from, and is what `diptych fit` carries out.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from accelerate import PartialState
@@ -15,8 +19,8 @@ from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
 from diptych.data.streams import BatchSampler, Stream
 from diptych.errors import UserError
-from diptych.eval.features import RandomFeatures
-from diptych.run_folder import write_config, write_json
+from diptych.eval.frechet import RandomFeatures
+from diptych.run_folder import Kind, write_config, write_json
 from diptych.tokenizers.evaluation import evaluate_text_encoder, evaluate_tokenizer
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
@@ -27,28 +31,32 @@ from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.loop import train
 
 _SCORED = 512
-"""Pictures of the training set that a finished tokenizer is scored on; `diptych evaluate` scores it on others."""
+"""Number of images or texts of the training set that a finished stage is scored on."""
 
 
 @dataclass(kw_only=True, slots=True)
 class TokenizerStage:
-    """How an image tokenizer is trained, wherever its pictures come from."""
+    """How an image tokenizer is trained, wherever its images come from."""
 
     model: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
-    """The network."""
+    """Size and shape of the network."""
     objective: VQGANConfig = field(default_factory=VQGANConfig)
-    """Its losses."""
+    """Weights of the losses."""
     flip: bool = True
-    """Mirror every other picture."""
+    """Whether images are mirrored left to right, each in half of the epochs at random."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The loop."""
+    """Length and bookkeeping of the training."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.99), weight_decay=0.0))
-    """The optimiser."""
+    """Optimizer and learning rate."""
 
     def fit(
         self, subsets: list[Subset[Source]], out: Path, *, title: str = "tokenizer", max_skipped_share: float = 0.01
     ) -> ImageTokenizer:
-        """Train on the images of the subsets in the folder ``out`` (resuming what is there)."""
+        """Trains on the images of ``subsets`` in the folder ``out``, from its newest checkpoint if it has one.
+
+        Prints the score on some of these images and writes it to ``tokenizer.json``; images that could not be read are
+        listed in ``skipped.jsonl``. Raises UserError when more than ``max_skipped_share`` of the images are unreadable.
+        """
         tokenizer = ImageTokenizer.from_config(self.model, seed=self.train.seed)
         objective = VQGAN(tokenizer, self.objective, seed=self.train.seed)
         skipped = SkippedItems(max_skipped_share=max_skipped_share)
@@ -65,13 +73,13 @@ class TokenizerStage:
         with result.eval_mode(objective):
             if PartialState().is_main_process:
                 score = evaluate_tokenizer(tokenizer, _first(stream, _SCORED), extractor=RandomFeatures())
-                print(f"{title}: {score}, on {score.images:,} of its own pictures", flush=True)
+                print(f"{title}: {score}, on {score.images:,} of its own images", flush=True)
                 write_json(out / "tokenizer.json", asdict(score))
             return ImageTokenizer(tokenizer.network, image_size=tokenizer.image_size).cpu()
 
 
 def _first(stream: Stream[ImageExamples], count: int) -> Iterator[Tensor]:
-    """The first pictures of a stream, in batches."""
+    """The first ``count`` images of a stream, in batches of about 64."""
     for rows in np.array_split(np.arange(min(count, stream.size)), -(-min(count, stream.size) // 64)):
         yield stream.take(rows, np.zeros_like(rows)).pixels_B3HW
 
@@ -80,15 +88,17 @@ def _first(stream: Stream[ImageExamples], count: int) -> Iterator[Tensor]:
 class TokenizerRun:
     """`diptych fit vqgan-*`: an image tokenizer from a source of images."""
 
+    kind: ClassVar[Kind] = "tokenizer"
+
     images: str
-    """Images to learn from: any source."""
+    """Source of the images to learn from."""
     columns: Columns = field(default_factory=Columns)
-    """Names of columns that cannot be guessed."""
+    """Names of the source's columns where they cannot be guessed."""
     stage: TokenizerStage = field(default_factory=TokenizerStage)
-    """How it is trained."""
+    """How the tokenizer is trained."""
 
     def fit(self, out: Path, *, recipe: str) -> None:
-        """Leaves ``out/tokenizer``, a plain diffusers folder."""
+        """Leaves ``out/tokenizer``, a plain diffusers folder. Raises UserError for a source without images."""
         source = open_finite(self.images, self.columns)
         if not source.has_images:
             raise UserError(f"{self.images}: has no images to train a tokenizer on")
@@ -96,49 +106,46 @@ class TokenizerRun:
         self.stage.fit([Subset(source, np.arange(len(source)))], out).save_pretrained(out / "tokenizer")
 
 
-# JOINED recipes.text_encoder
-#| Training a small T5 on the texts at hand, on its own or as the second stage of ITIT.
-
-
-_SCORED = 512
-
-
 @dataclass(kw_only=True, slots=True)
 class TextEncoderStage:
     """How a text encoder is trained, wherever its texts come from."""
 
     model: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    """The network and its span corruption."""
-    length: int = 64
-    """Most tokens of a text while training."""
+    """Size and shape of the network, and its span corruption."""
+    max_text_len: int = 64
+    """Largest number of tokens of a text; longer texts are cut off while training."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The loop."""
+    """Length and bookkeeping of the training."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.98), weight_decay=0.01))
-    """The optimiser."""
+    """Optimizer and learning rate."""
 
     def fit(self, texts: Iterable[str], out: Path, *, title: str = "text encoder") -> TextEncoder:
-        """Train a tokenizer and a T5 in the folder ``out`` (resuming what is there)."""
+        """Trains a text tokenizer and a T5 in the folder ``out``, from its newest checkpoint if it has one.
+
+        Prints the score on some of these texts and writes it to ``text_encoder.json``. Raises UserError for texts
+        without a word.
+        """
         texts = list(texts)
         tokenizer = train_tokenizer(
             texts, vocab_size=self.model.vocab_size, sentinels=self.model.sentinels, lowercase=self.model.lowercase
         )
         objective = SpanCorruption(tokenizer, config=self.model, seed=self.train.seed)
-        ids_XL, valid_XL = objective.text_encoder().tokenize(texts, length=self.length)
+        ids_XL, valid_XL = objective.text_encoder().tokenize(texts, length=self.max_text_len)
         longest = int(valid_XL.sum(1).max())
         ids_XL, valid_XL = ids_XL[:, :longest], valid_XL[:, :longest]
 
         def take(index: np.ndarray, epoch: np.ndarray) -> TextExamples:
             return TextExamples(ids_BL=ids_XL[index], valid_BL=valid_XL[index])
 
+        stream = Stream(size=len(texts), take=take)
         batches = BatchSampler(
-            {"texts": Stream(size=len(texts), take=take)},
-            multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed,
-        )  # fmt: skip
-        identity = {"model": asdict(self.model), "length": self.length}
+            {"texts": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
+        )
+        identity = {"model": asdict(self.model), "max_text_len": self.max_text_len}
         train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
         encoder = objective.text_encoder()
         if PartialState().is_main_process:
-            score = evaluate_text_encoder(encoder, texts[:_SCORED], length=self.length)
+            score = evaluate_text_encoder(encoder, texts[:_SCORED], length=self.max_text_len)
             print(f"{title}: {score}, on {score.texts:,} of its own texts", flush=True)
             write_json(out / "text_encoder.json", asdict(score))
         return encoder
@@ -148,15 +155,20 @@ class TextEncoderStage:
 class TextEncoderRun:
     """`diptych fit text-encoder-*`: a small T5 from a source of texts."""
 
+    kind: ClassVar[Kind] = "text encoder"
+
     texts: str
-    """Texts to learn from: any source."""
+    """Source of the texts to learn from."""
     columns: Columns = field(default_factory=Columns)
-    """Names of columns that cannot be guessed."""
+    """Names of the source's columns where they cannot be guessed."""
     stage: TextEncoderStage = field(default_factory=TextEncoderStage)
-    """How it is trained."""
+    """How the text encoder is trained."""
 
     def fit(self, out: Path, *, recipe: str) -> None:
-        """Leaves ``out/text_encoder``, a plain transformers folder with its tokenizer."""
+        """Leaves ``out/text_encoder``, a plain transformers folder with its tokenizer.
+
+        Raises UserError for a source without texts.
+        """
         source = open_finite(self.texts, self.columns)
         if not source.has_captions:
             raise UserError(f"{self.texts}: has no texts to train a text encoder on")

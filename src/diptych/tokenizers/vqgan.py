@@ -1,14 +1,20 @@
-"""VQGAN: train an image tokenizer (Esser et al., 2021), with the losses of Muse's appendix.
+"""VQGAN: the training objective of an image tokenizer (Esser et al., 2021), with the losses of Muse's appendix.
 
     L = |x - x̂|₁ + λ_s |x - x̂|² + λ_p d(x, x̂) + |sg(z) - e|² + β |z - sg(e)|² - λ_a D(x̂)
     L_D = max(0, 1 - D(x)) + max(0, 1 + D(sg(x̂)))
 
-where x̂ decodes the codes e nearest to the latents z of x, d is a perceptual distance, D the discriminator.
+where x̂ decodes the codes e nearest to the latents z of the image x, d is a perceptual distance and D the discriminator,
+a PatchGAN (Isola et al., 2017). By default d compares edges at three scales and needs no network. Given a vision model,
+d compares its features as LPIPS does, without LPIPS's learned weights (Zhang et al., 2018).
 
-Both are one sum and one optimiser step: the generator's term goes through a discriminator whose weights are detached,
-the discriminator's through detached reconstructions, so every parameter gets the gradient of its own loss only.
+L and L_D are one sum and take one optimizer step. The generator's term of L goes through a discriminator whose weights
+are detached, and L_D reads detached reconstructions, so every parameter gets the gradient of its own loss only.
 
-Shapes: B pictures, H and W pixels, E width of a code, h and w tokens down and across.
+Departure: the discriminator of pix2pix has batch norms, this one has group norms. A verdict then depends on one image
+only, there are no running statistics, and losses are the same for any split of the rows over processes.
+
+Shapes: B images, H and W pixels, E width of a code, h and w tokens of an image or verdicts of the discriminator down
+and across, C channels and N tokens of a vision model's layer.
 """
 
 from dataclasses import dataclass, field
@@ -27,33 +33,43 @@ from diptych.tokenizers.codebook import Codebook, CodebookConfig
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.train.objective import Losses, Objective
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 @dataclass(kw_only=True, slots=True)
 class VQGANConfig:
     squared_weight: float = 0.0
-    """λ_s, for small flat pictures: an absolute error alone is content with the background, their median colour."""
+    """Weight λ_s of the squared error. Small flat images need it: the absolute error alone is content with the
+    background, which is their median colour."""
     perceptual: str | None = None
-    """Folder or hub name of a vision model that judges likeness; none compares edges at three scales instead."""
+    """Folder or hub name of the vision model that gives the perceptual distance; None compares edges instead."""
     perceptual_weight: float = 1.0
-    """λ_p."""
+    """Weight λ_p of the perceptual distance."""
     commitment_weight: float = 0.25
-    """β."""
+    """Weight β of the commitment loss, which holds the latents to their codes."""
     adversarial_weight: float = 0.1
-    """λ_a; 0 leaves the discriminator out."""
+    """Weight λ_a of the discriminator's verdict in the tokenizer's loss; 0 trains without a discriminator."""
     adversarial_start: int = 10_000
-    """Step at which the discriminator begins to learn and to judge."""
+    """Step from which the discriminator learns and its verdict counts."""
     adversarial_balance: Literal["fixed", "adaptive"] = "fixed"
-    """adaptive scales λ_a so that at the reconstruction its gradient is as long as that of the other losses."""
+    """Scale of λ_a: fixed takes it as it is; adaptive scales it at every step so that the gradients of verdict and
+    reconstruction losses at the reconstructed image are equally long."""
     discriminator_width: int = 64
-    """Channels after the discriminator's first convolution."""
+    """Number of channels after the discriminator's first convolution."""
     discriminator_layers: int = 3
-    """Each doubles the discriminator's field of view."""
+    """Number of the discriminator's convolutions before its verdict. 1, 2 or 3 see 16, 34 or 70 pixels a side."""
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
-    """How codes are seeded and revived."""
+    """How codes are seeded and how unused ones are revived."""
 
 
 class VQGAN(Objective):
-    """Reads the stream ``images`` of pixels; trains ``tokenizer`` in place."""
+    """Trains ``tokenizer`` in place on the stream ``images`` of pixels.
+
+    The terms are ``pixel``, ``perceptual``, ``codebook``, ``psnr`` in decibels, ``perplexity`` of the codes in the
+    batch and, from ``adversarial_start`` on, ``adversarial`` and ``discriminator``. ``seed`` decides the weights of the
+    discriminator. Raises UserError for a perceptual model that cannot be loaded.
+    """
 
     def __init__(self, tokenizer: ImageTokenizer, config: VQGANConfig, *, seed: int = 0):
         super().__init__()
@@ -74,68 +90,65 @@ class VQGAN(Objective):
         images: ImageExamples = batch["images"]
         real = self.tokenizer.pixels_to_input(images.pixels_B3HW)
         latents_BEhw = self.tokenizer.latents(real)
-        quantised = self.codebook(latents_BEhw, self.tokenizer.codebook, rng=batch.rng, step=step)
-        fake = self.tokenizer.reconstruct(quantised.latents_BEhw).float()
-        pixel, perceptual = F.l1_loss(fake, real), self._look(fake, real)
+        quantized = self.codebook(latents_BEhw, self.tokenizer.codebook, rng=batch.rng, step=step)
+        fake = self.tokenizer.reconstruct(quantized.latents_BEhw).float()
+        pixel, perceptual = F.l1_loss(fake, real), self._perceptual_distance(fake, real)
         squared = F.mse_loss(fake, real)
-        likeness = pixel + self.config.squared_weight * squared + self.config.perceptual_weight * perceptual
-        total = likeness + quantised.codebook + self.config.commitment_weight * quantised.commitment
+        reconstruction = pixel + self.config.squared_weight * squared + self.config.perceptual_weight * perceptual
+        total = reconstruction + quantized.codebook + self.config.commitment_weight * quantized.commitment
         terms = {
             "pixel": pixel,
             "perceptual": perceptual,
-            "codebook": quantised.codebook,
+            "codebook": quantized.codebook,
             "psnr": psnr(squared, peak=1.0 if self.tokenizer.unit_range else 2.0),
-            "perplexity": quantised.perplexity,
+            "perplexity": quantized.perplexity,
         }
         if self.discriminator is not None and step >= self.config.adversarial_start:
-            generator, discriminator, scale = self._adversarial(fake, real, likeness)
+            generator, discriminator, scale = self._adversarial(fake, real, reconstruction)
             total = total + self.config.adversarial_weight * scale * generator + discriminator
             terms |= {"adversarial": generator, "discriminator": discriminator}
         return Losses(total, {name: value.detach() for name, value in terms.items()})
 
-    def _look(self, fake: Tensor, real: Tensor) -> Tensor:
+    def _perceptual_distance(self, fake: Tensor, real: Tensor) -> Tensor:
         if self.perceptual is None:
             return edge_distance(fake, real)
         if not self.tokenizer.unit_range:
             fake, real = (fake + 1) / 2, (real + 1) / 2
         return self.perceptual(fake, real)
 
-    def _adversarial(self, fake: Tensor, real: Tensor, likeness: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """The generator's loss, the discriminator's, and the balance of the first against ``likeness``."""
+    def _adversarial(self, fake: Tensor, real: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The loss of the generator, the loss of the discriminator, and the scale of the first of them.
+
+        The scale is that of ``adversarial_balance`` against the loss ``reconstruction``.
+        """
         assert self.discriminator is not None
         frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
         generator = -functional_call(self.discriminator, frozen, (fake,)).mean()
         discriminator = hinge(self.discriminator(real), self.discriminator(fake.detach()))
         if self.config.adversarial_balance == "fixed" or not torch.is_grad_enabled():
             return generator, discriminator, 1.0
-        # taming-transformers measures both at the last layer's weights; at the picture itself it is cheaper.
-        wanted, other = (torch.autograd.grad(loss, fake, retain_graph=True)[0].norm() for loss in (likeness, generator))
+        # taming-transformers measures both gradients at the weights of the last layer; at the image it is cheaper.
+        wanted, other = (
+            torch.autograd.grad(loss, fake, retain_graph=True)[0].norm() for loss in (reconstruction, generator)
+        )
         return generator, discriminator, (wanted / (other + 1e-6)).clamp(max=1e4)
 
 
 def hinge(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """max(0, 1 - D(x)) + max(0, 1 + D(x̂)), averaged; 2 for a discriminator that knows nothing."""
+    """max(0, 1 - D(x)) + max(0, 1 + D(x̂)), averaged. A discriminator that gives 0 for everything has a loss of 2."""
     return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
 
 
 def psnr(squared_error: Tensor, *, peak: float) -> Tensor:
-    """Peak signal-to-noise ratio in decibels of a mean squared error of pictures that range over ``peak``."""
+    """Peak signal-to-noise ratio in decibels of a mean squared error of images whose values range over ``peak``."""
     return -10 * torch.log10(squared_error.clamp_min(1e-10) / peak**2)
 
 
-# JOINED models.discriminator
-#| PatchGAN: tells real pictures from reconstructions, one verdict per overlapping patch.
-#|
-#| Shapes: B pictures, H and W pixels, h and w verdicts down and across.
-#|
-#| Departures from pix2pix: group norms instead of batch norms, so that a verdict depends on one picture only and the
-#| discriminator has no running statistics; losses are then the same for any split of the rows.
-
-
 class PatchDiscriminator(nn.Module):
-    """``layers`` convolutions of stride 2, each doubling the width up to eight times, then one verdict per position.
+    """Tells real images from reconstructions, with one verdict for each of many overlapping patches.
 
-    A verdict sees 16, 34 or 70 pixels a side for 1, 2 or 3 layers.
+    After a first convolution of ``width`` channels come ``layers`` more, each of twice the channels up to eight times
+    ``width``. All have stride 2 but the last. A verdict sees 16, 34 or 70 pixels a side for 1, 2 or 3 layers.
     """
 
     def __init__(self, *, width: int = 64, layers: int = 3):
@@ -162,23 +175,9 @@ class PatchDiscriminator(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, picture_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 h w"]:
-        """Logits, positive for real."""
-        return self.stages(picture_B3HW)
-
-
-# JOINED models.perceptual
-#| How different two pictures look: distances of features instead of pixels.
-#|
-#| Shapes: B pictures, H and W pixels; C channels, h and w positions or N tokens of a layer's features.
-#|
-#| Without any network, :func:`edge_distance` compares edges at several scales. With a folder or hub name,
-#| :class:`PerceptualNetwork` compares the layers of a frozen vision model, in the manner of LPIPS without its learned
-#| weights (Zhang et al., 2018).
-
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+    def forward(self, image_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 h w"]:
+        """Logits, positive where the patch is taken for real."""
+        return self.stages(image_B3HW)
 
 
 def edge_distance(
@@ -186,8 +185,8 @@ def edge_distance(
 ) -> Float[Tensor, ""]:
     """Mean absolute difference of the horizontal and vertical pixel differences, averaged over ``scales`` halvings.
 
-    A plain L1 loss is content with a blurred outline; this one is not, as a blurred edge has the wrong slope
-    everywhere. Costs less than one convolution at full resolution and needs no weights.
+    An absolute error of pixels hardly notices a blurred outline. This distance does, as a blurred edge has the wrong
+    slope everywhere. It costs less than one convolution at full resolution and needs no weights.
     """
     difference = left_B3HW - right_B3HW  # linear, so the difference of edges is the edges of the difference
     total = difference.new_zeros(())
@@ -199,11 +198,13 @@ def edge_distance(
 
 
 class PerceptualNetwork(nn.Module):
-    """Mean squared difference of channel-normalised features, averaged over the layers of a frozen vision model.
+    """Mean squared difference of channel-normalized features, averaged over the layers of a frozen vision model.
 
     ``name`` is a folder or hub name of a vision model that ``transformers.AutoModel`` loads: ResNet, ConvNeXt, RegNet,
-    Swin and the like take pictures of any size, a ViT only those of its own. Pictures are in [0, 1] and are normalised
+    Swin and the like take images of any size, a ViT only those of its own size. Images are in [0, 1] and are normalized
     as ImageNet's. (AutoModel and not AutoBackbone: transformers 5 asks the hub for the latter even for a folder.)
+
+    Raises UserError where no such model can be loaded or weights of it are missing.
     """
 
     mean: Tensor
@@ -219,33 +220,33 @@ class PerceptualNetwork(nn.Module):
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{name}: no vision model that transformers can load; name another or none") from error
-        # A model of two towers, such as CLIP: the picture's.
+        # Of a model of two towers, such as CLIP, the one for images.
         self.backbone = getattr(model, "vision_model", model).requires_grad_(False)
         if missing := [key for key in loading["missing_keys"] if "pooler" not in key]:
-            raise UserError(f"{name}: weights are missing ({min(missing)}), so it cannot judge pictures; name another")
+            raise UserError(f"{name}: weights are missing ({min(missing)}), so it cannot judge images; name another")
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.train(False)
 
     def train(self, mode: bool = True) -> "PerceptualNetwork":
-        """Stays in evaluation mode: a frozen judge must not drift with its batch norms."""
+        """Stays in evaluation mode: the running statistics of batch norms would change a frozen network."""
         return super().train(False)
 
-    def features(self, picture_B3HW: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
-        """One tensor per layer, [B, C, h, w] of convolutional networks and [B, N, C] of transformers, of length 1."""
-        layers = self.backbone((picture_B3HW - self.mean) / self.std, output_hidden_states=True).hidden_states
+    def features(self, image_B3HW: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
+        """The features of each layer, [B, C, h, w] or [B, N, C], with unit length over the channels."""
+        layers = self.backbone((image_B3HW - self.mean) / self.std, output_hidden_states=True).hidden_states
         return [F.normalize(layer, dim=1 if layer.ndim == 4 else 2, eps=1e-6) for layer in layers]
 
     def forward(
         self, output_B3HW: Float[Tensor, "B 3 H W"], target_B3HW: Float[Tensor, "B 3 H W"]
     ) -> Float[Tensor, ""]:
-        """The gradient reaches ``output`` only."""
+        """The distance of two batches of images. The gradient reaches ``output_B3HW`` only."""
         with torch.no_grad():
             wanted = self.features(target_B3HW)
         pairs = zip(self.features(output_B3HW), wanted, strict=True)
-        return torch.stack([_squared(mine, theirs) for mine, theirs in pairs]).mean()
+        return torch.stack([_squared_distance(output, target) for output, target in pairs]).mean()
 
 
-def _squared(mine: Tensor, theirs: Tensor) -> Tensor:
+def _squared_distance(output: Tensor, target: Tensor) -> Tensor:
     """Squared distance over channels, averaged over everything else."""
-    return (mine - theirs).square().sum(1 if mine.ndim == 4 else 2).mean()
+    return (output - target).square().sum(1 if output.ndim == 4 else 2).mean()

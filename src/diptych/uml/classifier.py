@@ -16,9 +16,8 @@ from diptych.data.sources import Source
 from diptych.data.splits import Labelled
 from diptych.encoders import open_image_encoder
 from diptych.errors import UserError
-from diptych.eval.predictions import Prediction, top_predictions
 from diptych.io import load_network
-from diptych.nn.inference import Device, eval_mode, pick_device
+from diptych.nn.inference import Device, Prediction, eval_mode, pick_device, top_predictions
 from diptych.run_folder import write_json
 from diptych.uml.head import SharedHead
 from diptych.uml.training import IMAGE

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from diptych.data.streams import BatchSampler
 from diptych.errors import UserError
 from diptych.io import load_network
 from diptych.nn.inference import Device, eval_mode, pick_device
-from diptych.run_folder import save_model, write_config
+from diptych.run_folder import Kind, save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.loop import train
 from diptych.uml.features import feature_statistics, read_rows, sequence_stream
@@ -28,6 +29,8 @@ _ROWS = 64
 @dataclass(kw_only=True, slots=True)
 class UmlSslRun:
     """`diptych fit uml-ssl`: a better encoder of one modality from features of several, without a pair."""
+
+    kind: ClassVar[Kind] = "feature encoder"
 
     target: str
     """Store of the features that a better representation is wanted of."""

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from diptych.data.streams import BatchSampler
 from diptych.encoders import ScratchConfig, open_image_encoder, open_text_encoder, scratch_encoder
 from diptych.errors import UserError
 from diptych.nn.inference import pick_device
-from diptych.run_folder import save_model, write_config, write_json
+from diptych.run_folder import Kind, save_model, write_config, write_json
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import join_processes
 from diptych.train.loop import Hook, TrainResult, train
@@ -65,6 +65,8 @@ class UmlData:
 @dataclass(kw_only=True, slots=True)
 class UmlRun:
     """`diptych fit uml-probe` and `uml-finetune`."""
+
+    kind: ClassVar[Kind] = "classifier"
 
     data: UmlData
     """What it learns from."""

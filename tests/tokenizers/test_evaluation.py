@@ -1,10 +1,21 @@
+"""Scores of image tokenizers and text encoders."""
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from diptych.errors import UserError
-from diptych.tokenizers.evaluation import evaluate_tokenizer, psnr_of_each
+from diptych.tokenizers.evaluation import (
+    TextEncoderScore,
+    effective_rank,
+    evaluate_text_encoder,
+    evaluate_tokenizer,
+    psnr_of_each,
+)
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+
+# Image tokenizers
+
 
 CODES = 4
 
@@ -48,7 +59,7 @@ def test_numbers_of_a_tokenizer_that_is_known():
     assert score.rfd == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_without_features_and_without_pictures():
+def test_without_features_and_without_images():
     assert evaluate_tokenizer(Grey(), [flat(1)]).rfd is None
     with pytest.raises(UserError, match="at least one"):
         evaluate_tokenizer(Grey(), [])
@@ -63,3 +74,29 @@ def test_a_real_tokenizer():
     score = evaluate_tokenizer(ImageTokenizer.from_config(config), [flat(3, 200)])
     assert 0 < score.psnr < 99
     assert 1 <= score.perplexity <= 16
+
+
+# Text encoders
+
+
+def test_the_rank_counts_directions_of_equal_variance():
+    directions = torch.eye(8)[:3]
+    features = torch.cat([directions, -directions]) * 5 + 7
+    assert effective_rank(features) == pytest.approx(3)
+    features[0] *= 1 + 1e-9
+    features[:, 3] += 1e-4 * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])  # hardly any variance, hardly any rank
+    assert effective_rank(features) == pytest.approx(3, abs=0.01)
+    assert effective_rank(torch.ones(4, 8)) == pytest.approx(1)
+
+
+def test_padding_is_no_direction(text_encoder, scene_texts):
+    short, long = (evaluate_text_encoder(text_encoder, scene_texts[:40], length=length) for length in (24, 40))
+    assert short == long
+    assert (short.texts, short.width) == (40, 16)
+    assert 2 < short.effective_rank < 16
+
+
+def test_a_warning_for_features_that_hardly_vary():
+    told = [str(TextEncoderScore(texts=9, effective_rank=rank, width=256)) for rank in (20.4, 2.2)]
+    assert told[0] == "features vary in 20.4 of 256 directions"
+    assert told[1].startswith("features vary in 2.2 of 256 directions: too few")

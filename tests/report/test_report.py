@@ -1,4 +1,4 @@
-from diptych.report.console import print_metrics
+from diptych.report import print_metrics
 
 
 def test_a_table_under_a_title_that_stays_whole(capsys):

@@ -1,0 +1,384 @@
+"""The commands on finished runs: what they print and write, and how mistakes end."""
+
+import io
+import json
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diptych.data.scenes.source import ScenesSource
+from diptych.data.store import VectorStore
+from diptych.run_folder import read_config, write_config, write_json
+from diptych.tokenizers.recipes import text_encoder_tiny, vqgan_tiny
+from diptych.uml.recipes import uml_probe
+
+# Caption and generate images
+
+
+TEST = "scenes:?split=test&count=8"
+
+
+def test_caption(call, run, photo):
+    status, out, err = call("caption", run, photo, photo)
+    assert (status, err) == (0, "")
+    first, second, rest = out.split("\n")
+    assert (first, rest) == (second, "")
+    status, out, _ = call("caption", run, photo, "--json")
+    record = json.loads(out)
+    assert (record["file"], record["caption"]) == (str(photo), first)
+    assert record["score"] < 0
+    status, out, _ = call("caption", run, photo, "--json", "--beams", "1")
+    assert json.loads(out)["score"] is None
+
+
+@pytest.mark.slow
+def test_a_caption_in_a_process_of_its_own(run, photo, tmp_path):
+    """Nothing but captions on stdout, and nothing on stderr."""
+    command = [sys.executable, "-m", "diptych", "caption", str(run), str(photo), "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert json.loads(found.stdout)["file"] == str(photo)
+
+
+def read(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_imagine(call, run, tmp_path, mistaken):
+    status, out, err = call("imagine", run, "a red circle", "a blue square", "--out", tmp_path / "drawn", "--seed", 3)
+    assert (status, err) == (0, "")
+    assert str(tmp_path / "drawn/sheet.png") in out
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["000.png", "001.png", "sheet.png"]
+    assert read(tmp_path / "drawn/000.png").shape == (32, 32, 3)
+    assert (read(tmp_path / "drawn/000.png") != read(tmp_path / "drawn/001.png")).any()
+    call("imagine", run, "a red circle", "a blue square", "--out", tmp_path / "again", "--seed", 3)
+    np.testing.assert_array_equal(read(tmp_path / "drawn/001.png"), read(tmp_path / "again/001.png"))
+    settings = ["--steps", 1, "--guidance", 0.5, "--temperature", 0]
+    call("imagine", run, "a red circle", "--out", tmp_path / "other", "--seed", 3, *settings)
+    assert (read(tmp_path / "drawn/000.png") != read(tmp_path / "other/000.png")).any()
+    mistaken(call("imagine", run, "a", "--out", tmp_path / "none", "--steps", 0), "0 drawing steps")
+    assert not (tmp_path / "none").exists()
+
+
+def test_ten_thousand_characters_are_cut_by_the_tokenizer(call, run, tmp_path):
+    status, _, err = call("imagine", run, "a small red circle " * 527, "--out", tmp_path / "drawn")
+    assert (status, err) == (0, "")
+    assert (tmp_path / "drawn/sheet.png").stat().st_size > 0
+
+
+def test_cycle(call, run, photo, tmp_path, mistaken):
+    status, out, err = call("cycle", run, "--text", "a red circle", "--rounds", 2, "--out", tmp_path / "text")
+    assert (status, err) == (0, "")
+    assert out.startswith("0: a red circle\n1: ")
+    assert sorted(path.name for path in (tmp_path / "text").iterdir()) == ["001.png", "003.png", "strip.png"]
+    call("cycle", run, "--image", photo, "--rounds", 1, "--out", tmp_path / "image")
+    assert sorted(path.name for path in (tmp_path / "image").iterdir()) == ["000.png", "002.png", "strip.png"]
+    mistaken(call("cycle", run, "--out", tmp_path / "none"), "give one of them")
+    mistaken(call("cycle", run, "--text", "a", "--image", photo, "--out", tmp_path / "none"), "give one of them")
+    assert not (tmp_path / "none").exists()
+
+
+def png_of_zeros(width: int, height: int) -> bytes:
+    """One bit a pixel: four hundred million pixels in fifty kilobytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
+    rows = zlib.compress(bytes(height * (1 + (width + 7) // 8)), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("cut.jpg", jpeg()[:-500], "cut.jpg"),
+        ("stub.jpg", jpeg()[:30], "stub.jpg"),
+        ("empty.png", b"", "empty (0 bytes)"),
+        ("huge.png", png_of_zeros(20_000, 20_000), "20000 x 20000 pixels"),
+        ("text.png", b"not an image\n", "not an image"),
+        ("two\nlines.png", b"", "two\\nlines.png"),
+        ("missing.png", None, "does not exist"),
+        ("folder.png", ..., "is not a file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.endswith("g") else "",
+)
+def test_an_unusable_image(call, run, photo, tmp_path, name, content, told, mistaken):
+    file = tmp_path / name
+    if content is ...:
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content)
+    mistaken(call("caption", run, photo, file), told)
+    if name != "two\nlines.png":
+        mistaken(call("cycle", run, "--image", file, "--out", tmp_path / "out"), file, told)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["caption", "imagine", "cycle", "encode", "evaluate"])
+def test_a_run_that_is_not_there_or_damaged(call, run, photo, tmp_path, command, mistaken):
+    out = tmp_path / "out"
+
+    def arguments(run):
+        return {
+            "caption": ["caption", run, photo],
+            "imagine": ["imagine", run, "a red circle", "--out", out],
+            "cycle": ["cycle", run, "--text", "a red circle", "--out", out],
+            "encode": ["encode", TEST, "--run", run, "--out", out],
+            "evaluate": ["evaluate", run, "--data", TEST, "--out", out],
+        }[command]
+
+    mistaken(call(*arguments(tmp_path / "nowhere")), tmp_path / "nowhere")
+    for part in ("model", "text_encoder", "tokenizer"):
+        if (command, part) != ("encode", "model"):
+            (weights,) = (run / part).glob("*.safetensors")
+            weights.write_bytes(weights.read_bytes()[:-1000])
+            mistaken(call(*arguments(run)), run / part)
+    assert not out.exists()
+
+
+# Embed, search, classify, export
+
+
+SOURCE = ScenesSource(count=12)
+SRC = "scenes:?count=12"
+
+
+@pytest.fixture
+def store(call, dual_run, tmp_path):
+    assert call("embed", dual_run, SRC, "--out", tmp_path / "store") == (0, f"12 images in {tmp_path}/store\n", "")
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def texts(call, dual_run, tmp_path):
+    status, out, _ = call("embed", dual_run, SRC, "--texts", "--out", tmp_path / "texts")
+    assert (status, out) == (0, f"12 texts in {tmp_path}/texts\n")
+    return tmp_path / "texts"
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """Item 3 as a file."""
+    Image.fromarray(SOURCE.image(3, 16)).save(tmp_path / "scene.png")
+    return tmp_path / "scene.png"
+
+
+def test_an_image_finds_itself(call, dual_run, store, scene, tmp_path):
+    status, out, err = call("search", dual_run, "--index", store, "--image", scene, "--top", 4)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) == 4
+    assert lines[0] == f"1.000  {SOURCE.key(3)}"
+    scores = [float(line.split()[0]) for line in lines]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_text_finds_itself(call, dual_run, texts):
+    text = SOURCE.captions(5)[0]
+    status, out, err = call("search", dual_run, text, "--index", texts, "--top", 99)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == f"1.000  {text}"
+    assert len(out.splitlines()) == 12
+
+
+def test_a_sheet_of_the_hits(call, dual_run, store, tmp_path):
+    status, out, _ = call("search", dual_run, "a red circle", "--index", store, "--out", tmp_path / "sheet.png")
+    assert status == 0
+    assert len(out.splitlines()) == 10
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    item = next(i for i in range(12) if out.splitlines()[0].endswith(f"  {SOURCE.key(i)}"))
+    windows = np.lib.stride_tricks.sliding_window_view(sheet[:200, :40], (120, 1, 3))  # where the first hit is
+    assert (windows[:, 30, 0, :, 0] == SOURCE.image(item, 160)[20:140, 10]).all((1, 2)).any()
+
+
+def test_approximate_search(call, dual_run, store, scene):
+    pytest.importorskip("faiss")
+    exact, approximate = (
+        call("search", dual_run, "--index", store, "--image", scene, "--method", method)
+        for method in ("exact", "approximate")
+    )
+    assert exact[0] == approximate[0] == 0
+    assert exact[1].splitlines()[0] == approximate[1].splitlines()[0]
+
+
+def test_unreadable_images_are_counted_and_listed(call, dual_run, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(100):
+        Image.fromarray(SOURCE.image(number % 12, 16)).save(tmp_path / f"photos/{number:03d}.png")
+    (tmp_path / "photos/050.png").write_bytes(b"not an image")
+    status, out, _ = call("embed", dual_run, tmp_path / "photos", "--out", tmp_path / "store")
+    assert (status, out) == (0, f"99 images in {tmp_path}/store; 1 skipped, see {tmp_path}/store/skipped.jsonl\n")
+    assert json.loads((tmp_path / "store/skipped.jsonl").read_text())["key"].endswith("050.png")
+    assert len(VectorStore.open(tmp_path / "store")) == 99
+
+
+def test_classify(call, dual_run, scene, photo, tmp_path):
+    (tmp_path / "names.txt").write_text("red circle\n\nblue square\ngreen star\n")
+    command = ["classify", dual_run, scene, photo, "--classes", tmp_path / "names.txt"]
+    status, out, err = call(*command)
+    assert (status, err) == (0, "")
+    first, second = out.splitlines()
+    assert first.startswith(f"{scene}: ")
+    assert second.startswith(f"{photo}: ")
+    assert first.count("%") == 3
+    status, out, _ = call(*command, "--json", "--top", 2)
+    record = json.loads(out.splitlines()[0])
+    assert record["file"] == str(scene)
+    assert [guess["name"] in first for guess in record["guesses"]] == [True, True]
+    (tmp_path / "templates.txt").write_text("the {} of all\n")
+    assert call(*command, "--templates", tmp_path / "templates.txt")[1] != call(*command)[1]
+
+
+def test_searches_that_make_no_sense(call, mistaken, dual_run, store, texts, photo, tmp_path):
+    def search(*more):
+        return call("search", dual_run, *more, "--index", store)
+
+    mistaken(search(), "search for a text or for an image")
+    mistaken(search("a dog", "--image", photo), "search for a text or for an image")
+    mistaken(search(" \t"), "an empty text")
+    mistaken(search("a dog", "--top", 0), "the best 0")
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:100])
+    mistaken(search("--image", tmp_path / "cut.png"), tmp_path / "cut.png")
+    mistaken(call("search", dual_run, "a", "--index", texts, "--out", tmp_path / "x.png"), texts, "--out")
+    mistaken(call("search", tmp_path / "nowhere", "a", "--index", store), "nowhere: no run folder")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_store_that_is_not_there_damaged_or_of_another_model(call, mistaken, dual_run, store, dual_encoder, tmp_path):
+    mistaken(call("search", dual_run, "a", "--index", tmp_path / "nowhere"), "nowhere: no such folder")
+    with open(store / "vectors.npy", "r+b") as file:
+        file.truncate(300)
+    mistaken(call("search", dual_run, "a", "--index", store), store, "not a complete store")
+    call("embed", dual_run, SRC, "--out", store)
+    (dual_run / "model").rename(dual_run / "old")
+    mistaken(call("search", dual_run, "a", "--index", store), dual_run, "no finished run")
+    bias = dual_encoder.clip.visual_projection.weight
+    bias.data += 0.01
+    dual_encoder.save_pretrained(dual_run / "model")
+    bias.data -= 0.01
+    mistaken(call("search", dual_run, "a", "--index", store), store, "made by another model", "diptych embed")
+
+
+def test_a_source_that_has_changed_gives_no_sheet(call, mistaken, dual_run, photo, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo.rename(tmp_path / "photos/one.png")
+    call("embed", dual_run, tmp_path / "photos", "--out", tmp_path / "store")
+    search = ["search", dual_run, "a", "--index", tmp_path / "store", "--out", tmp_path / "sheet.png"]
+    (tmp_path / "photos/one.png").rename(tmp_path / "photos/two.png")
+    mistaken(call(*search), "not what it was", "embed it again")
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    mistaken(call(*search), tmp_path / "photos", "does not exist")
+    assert not (tmp_path / "sheet.png").exists()
+    assert call(*search[:-2])[1].endswith("one.png\n")
+
+
+def test_what_cannot_be_embedded(call, mistaken, dual_run, tmp_path):
+    (tmp_path / "texts.txt").write_text("a red circle\n")
+    out = ["--out", tmp_path / "out"]
+    mistaken(call("embed", dual_run, tmp_path / "texts.txt", *out), "has no images")
+    mistaken(call("embed", dual_run, tmp_path / "nowhere", *out), "nowhere")
+    mistaken(call("embed", tmp_path / "nowhere", SRC, *out), "no run folder")
+    mistaken(call("embed", dual_run, SRC, "--out", tmp_path), tmp_path, "holds no vectors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_that_cannot_be_told(call, mistaken, dual_run, photo, tmp_path):
+    def classify(classes: str, *more):
+        (tmp_path / "names.txt").write_text(classes)
+        return call("classify", dual_run, photo, "--classes", tmp_path / "names.txt", *more)
+
+    mistaken(classify("\n \n"), "names.txt: is empty")
+    mistaken(classify("dog\ncat\ndog\n"), "names.txt: 'dog' stands there twice")
+    mistaken(classify("dog\n", "--top", 0), "the best 0 classes")
+    (tmp_path / "templates.txt").write_text("a photo\n")
+    mistaken(classify("dog\n", "--templates", tmp_path / "templates.txt"), "'a photo' has no {}")
+    mistaken(call("classify", dual_run, photo), "--classes")
+    mistaken(call("classify", dual_run), "no image given")
+    mistaken(call("classify", dual_run, photo, "--classes", tmp_path / "nowhere.txt"), "nowhere.txt: does not exist")
+
+
+def test_a_run_of_another_kind(call, mistaken, run, dual_run, photo, tmp_path):
+    (tmp_path / "names.txt").write_text("dog\n")
+    mistaken(call("embed", run, SRC, "--out", tmp_path / "out"), run, "itit")
+    mistaken(call("classify", run, photo, "--classes", tmp_path / "names.txt"), run, "itit")
+    write_config(tmp_path / "uml", recipe="uml-probe", run=uml_probe())
+    mistaken(call("classify", tmp_path / "uml", photo, "--classes", tmp_path / "names.txt"), "leave --classes")
+    for command in (["caption", dual_run, photo], ["imagine", dual_run, "a", "--out", tmp_path / "out"]):
+        mistaken(call(*command), dual_run, "neither captions nor generates images")
+    mistaken(
+        call("cycle", dual_run, "--text", "a", "--out", tmp_path / "out"),
+        dual_run,
+        "neither captions nor generates images",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_export(call, mistaken, dual_run, run, tmp_path):
+    out = tmp_path / "open_clip"
+    assert call("export", dual_run, "--out", out) == (
+        0,
+        f'open_clip.create_model_and_transforms("local-dir:{out}")\n',
+        "",
+    )
+    assert {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"} <= {f.name for f in out.iterdir()}
+    mistaken(call("export", run, "--out", tmp_path / "no"), "holds no dual encoder")
+    assert not (tmp_path / "no").exists()
+
+
+# Scores
+
+
+@pytest.mark.filterwarnings("ignore:Covariance")
+def test_evaluate(call, run, tmp_path):
+    status, out, err = call("evaluate", run, "--data", TEST, "--beams", 1)
+    assert (status, err) == (0, "")
+    assert "caption_accuracy" in out
+    folder = run / "evaluation"
+    assert sorted(path.name for path in folder.iterdir()) == ["captions.jsonl", "metrics.json", "sheet.png"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["images"] == 8
+    assert {"cider", "caption_accuracy", "image_accuracy"} <= metrics.keys()
+    assert len((folder / "captions.jsonl").read_text().splitlines()) == 8
+    call("evaluate", run, "--data", TEST, "--limit", 3, "--out", tmp_path / "three")
+    assert json.loads((tmp_path / "three/metrics.json").read_text())["images"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:Covariance")
+def test_evaluate_a_tokenizer(call, tokenizer, photo, tmp_path, mistaken):
+    run = tmp_path / "vqgan"
+    tokenizer.save_pretrained(run / "tokenizer")
+    write_config(run, recipe="vqgan-tiny", run=vqgan_tiny())
+    status, out, err = call("evaluate", run, "--data", TEST, "--limit", 4)
+    assert (status, err) == (0, "")
+    assert "PSNR" in out
+    assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["metrics.json", "sheet.png"]
+    metrics = json.loads((run / "evaluation/metrics.json").read_text())
+    assert metrics["images"] == 4
+    assert {"psnr", "used", "perplexity", "rfd"} <= metrics.keys()
+    write_config(run, recipe="text-encoder-tiny", run=text_encoder_tiny())
+    mistaken(call("evaluate", run, "--data", TEST), run, "text encoder")
+    write_json(run / "config.json", read_config(run) | {"kind": "newer than this"})
+    mistaken(call("evaluate", run, "--data", TEST), run, "newer than this")
+    write_json(run / "config.json", {"recipe": "vqgan-tiny"})
+    mistaken(call("evaluate", run, "--data", TEST), run / "config.json", '"kind"', '"tokenizer"')
+
+
+def test_evaluate_a_dual_encoder(call, dual_run):
+    status, out, err = call("evaluate", dual_run, "--data", TEST, "--train", "scenes:?count=40")
+    assert (status, err) == (0, "")
+    assert "retrieval/mean_r1" in out
+    metrics = json.loads((dual_run / "evaluation/metrics.json").read_text())
+    assert metrics["images"] == 8
+    assert {"zero_shot/top1", "linear_probe/accuracy", "modality/accuracy"} <= metrics.keys()
