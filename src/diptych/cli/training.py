@@ -58,10 +58,10 @@ def encode(
 
     from diptych.data.encode import encode as encode_source
     from diptych.data.sources import open_source
-    from diptych.itit.evaluation import run_coders
+    from diptych.itit.pipeline import run_data_tokenizers
 
     opened = open_source(source)
-    what = run_coders(run, features=features)
+    what = run_data_tokenizers(run, features=features)
     what = replace(
         what, tokens=what.tokens if opened.has_images else None, ids=what.ids if opened.has_captions else None
     )

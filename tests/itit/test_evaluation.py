@@ -1,12 +1,15 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from diptych.data.pixels import read_captioned
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import open_source
 from diptych.errors import UserError
 from diptych.eval.features import RandomFeatures
-from diptych.itit.evaluation import EvaluateConfig, evaluate, read_captioned
+from diptych.itit import evaluation as module
+from diptych.itit.evaluation import EvaluateConfig, evaluate, information_gain
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.pipeline import Caption, Diptych
 
@@ -22,7 +25,7 @@ def diptych(tokenizer, text_encoder, model) -> Diptych:
         text_encoder,
         model,
         image_generation=ImageGenerationConfig(steps=2, guidance=0.0),
-        text=TextGenerationConfig(beams=2),
+        text_generation=TextGenerationConfig(beams=2),
     )
 
 
@@ -63,18 +66,18 @@ def test_a_fresh_network_gets_bad_ones(diptych):
     assert found.metrics["caption_accuracy"] == 0
     assert found.metrics["image_accuracy"] == 0
     assert found.captions == diptych.caption(list(SCENES.images(range(8), 32)), beams=1)
-    np.testing.assert_array_equal(found.drawn_BSS3, diptych.imagine([texts[0] for texts in found.references]))
+    np.testing.assert_array_equal(found.generated_BSS3, diptych.imagine([texts[0] for texts in found.references]))
     np.testing.assert_array_equal(found.real_BSS3, SCENES.images(range(8), 32))
     assert found.keys == [SCENES.key(i) for i in range(8)]
     again = evaluate(diptych, SCENES, GREEDY)
     assert again.metrics == found.metrics
     other = evaluate(diptych, SCENES, EvaluateConfig(beams=1, seed=1))
-    assert (other.drawn_BSS3 != found.drawn_BSS3).any()
+    assert (other.generated_BSS3 != found.generated_BSS3).any()
 
 
 def test_either_side_may_be_left_out(diptych):
-    found = evaluate(diptych, SCENES, EvaluateConfig(beams=1, pictures=False))
-    assert found.drawn_BSS3 is None
+    found = evaluate(diptych, SCENES, EvaluateConfig(beams=1, images=False))
+    assert found.generated_BSS3 is None
     assert "image_accuracy" not in found.metrics
     found = evaluate(diptych, SCENES, EvaluateConfig(captions=False), extractor=RandomFeatures(seed=1))
     assert found.captions == []
@@ -131,3 +134,46 @@ def test_sources_and_limits_that_cannot_be_scored(diptych, photos, tmp_path):
         evaluate(diptych, open_source(str(tmp_path / "texts/a.txt")), GREEDY)
     with pytest.raises(UserError, match="a limit of 0 images"):
         evaluate(diptych, SCENES, EvaluateConfig(limit=0))
+
+
+# Information gain
+
+
+@pytest.fixture
+def exact(tokenizer, text_encoder, model) -> Diptych:
+    return Diptych(tokenizer, text_encoder, model, precision="fp32")
+
+
+@pytest.fixture
+def pairs(tokenizer, text_encoder, scene_texts):
+    ids, _ = text_encoder.tokenize(scene_texts[:6], length=20)
+    tokens = torch.randint(tokenizer.codebook_size, (6, tokenizer.tokens), generator=torch.Generator().manual_seed(0))
+    return tokens, ids
+
+
+def test_equal_captions_tell_nothing(exact, pairs):
+    tokens, ids = pairs
+    found = information_gain(exact, tokens, ids[:1].expand(6, -1))
+    assert (found.caption, found.image) == (0.0, 0.0)
+
+
+def test_rows_come_in_pieces_and_padding_is_not_counted(exact, pairs, monkeypatch):
+    tokens, ids = pairs
+    whole = information_gain(exact, tokens, ids)
+    monkeypatch.setattr(module, "_ROWS", 4)
+    pieces = information_gain(exact, tokens, torch.nn.functional.pad(ids, (0, 2)))
+    assert (pieces.caption, pieces.image) == pytest.approx((whole.caption, whole.image), abs=1e-5)
+
+
+def test_what_was_learned_is_found(exact, pairs):
+    """A few steps on the pairs themselves; the image's side is learned from a text's features alone."""
+    tokens, ids = pairs
+    rule = torch.optim.Adam(exact.model.parameters(), lr=3e-3)
+    for _ in range(150):
+        caption = module._caption_loss(exact, module._encode_image(exact, tokens), ids)
+        rule.zero_grad()
+        (caption + module._image_loss(exact, tokens, ids)).backward()
+        rule.step()
+    found = information_gain(exact, tokens, ids)
+    assert found.caption > 0.3
+    assert found.image > 0.3
