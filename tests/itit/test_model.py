@@ -85,7 +85,7 @@ def test_a_text_token_sees_the_image_and_only_earlier_text(model, tokens):
     assert (model.text_logits(prefix, ids) - model.text_logits(-prefix, ids)).abs().amin(-1).max() > 0
 
 
-def test_writing_step_by_step_equals_the_whole(model, tokens):
+def test_decoding_step_by_step_equals_the_whole(model, tokens):
     prefix = model.encode(model.embed_image(tokens)).image_BKD
     ids = torch.randint(3, 30, (3, 6))
     decoding = model.start_text(prefix)

@@ -145,8 +145,8 @@ def test_the_folder_works_elsewhere(done, tmp_path):
     shutil.copytree(done, tmp_path / "copy", ignore=shutil.ignore_patterns("stages", "encoded", "checkpoints"))
     here, there = Diptych.from_pretrained(done), Diptych.from_pretrained(tmp_path / "copy")
     assert there.image_generation == IMAGES
-    pictures = list(ScenesSource(count=3).images(range(3), 32))
-    assert there.captions(pictures) == here.captions(pictures)
+    images = list(ScenesSource(count=3).images(range(3), 32))
+    assert there.captions(images) == here.captions(images)
     np.testing.assert_array_equal(there.imagine(["a red circle"]), here.imagine(["a red circle"]))
 
 
@@ -252,9 +252,9 @@ def test_cycles_must_begin_before_the_end():
 
 def test_a_stage_on_its_own(tmp_path):
     run = tiny_run()
-    pictures = TokenizerRun(images="scenes:?count=12", stage=run.tokenizer_stage)
-    pictures.fit(tmp_path / "pictures", recipe="vqgan-tiny")
-    assert ImageTokenizer.from_pretrained(tmp_path / "pictures/tokenizer").codebook_size == 16
+    images = TokenizerRun(images="scenes:?count=12", stage=run.tokenizer_stage)
+    images.fit(tmp_path / "images", recipe="vqgan-tiny")
+    assert ImageTokenizer.from_pretrained(tmp_path / "images/tokenizer").codebook_size == 16
     texts = TextEncoderRun(texts="scenes:?count=12", stage=run.text_encoder_stage)
     texts.fit(tmp_path / "texts", recipe="text-encoder-tiny")
     assert TextEncoder.from_pretrained(tmp_path / "texts/text_encoder").width == 16

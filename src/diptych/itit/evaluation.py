@@ -169,19 +169,14 @@ def information_gain(diptych: Diptych, tokens_BN: Int[Tensor, "B N"], ids_BL: In
         rows = slice(start, start + _ROWS)
         tokens, right, wrong = (part[rows].to(diptych.device) for part in (tokens_BN, ids_BL, others_BL))
         share = len(tokens) / len(ids_BL)
-        encoded = _encode_image(diptych, tokens)
+        encoded = diptych.model.encode(diptych.model.embed_image(tokens))
         caption += share * (_caption_loss(diptych, encoded, wrong) - _caption_loss(diptych, encoded, right)).item()
         image += share * (_image_loss(diptych, tokens, wrong) - _image_loss(diptych, tokens, right)).item()
     return InformationGain(caption, image)
 
 
-def _encode_image(diptych: Diptych, tokens_BN: Tensor) -> Encoded:
-    """The encoder's pass over whole images and the empty text."""
-    return diptych.model.encode(diptych.model.embed_image(tokens_BN))
-
-
 def _caption_loss(diptych: Diptych, encoded: Encoded, ids_BL: Tensor) -> Tensor:
-    """Nats per token of captions, given whole images."""
+    """Nats per token of captions, given the encoder's pass over whole images and the empty text."""
     logits_BLV = diptych.model.text_logits(encoded.image_BKD, shift_right(ids_BL))
     return text_loss(logits_BLV, ids_BL, ids_BL != diptych.text_encoder.pad_id, label_smoothing=0.0)
 

@@ -107,7 +107,8 @@ class ItitObjective(Objective):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The weighted sum of the losses that are on at this step, and each of them unweighted."""
-        config, rng, measured = self.config, batch.rng, {}
+        config, rng = self.config, batch.rng
+        measured: dict[str, Tensor] = {}
         pairs: PairExamples = batch["pairs"]
         for_image, for_text = pairs[0::2], pairs[1::2]  # so any even run of rows holds as many of each
         losses = {"t2i": self.t2i_loss(for_image, rng)}
