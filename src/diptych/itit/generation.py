@@ -49,6 +49,77 @@ class TextGenerationConfig:
     """Power of GIT's length penalty ((5 + length) / 6); larger values favour longer texts."""
 
 
+@torch.no_grad()
+def generate_image_tokens(
+    model: ITIT,
+    features_BLF: Float[Tensor, "B L F"],
+    valid_BL: Bool[Tensor, "B L"],
+    config: ImageGenerationConfig,
+    *,
+    rng: StepRNG,
+    known: tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]] | None = None,
+) -> Int[Tensor, "B N"]:
+    """Generate the image tokens of each text from its frozen features.
+
+    ``known`` (tokens, hidden) keeps part of an image: only its hidden positions are generated.
+    """
+    rows, positions = len(features_BLF), model.config.image_tokens
+    device = features_BLF.device
+    if known is None:
+        tokens_BN = torch.zeros(rows, positions, dtype=torch.long, device=device)
+        hidden_BN = torch.ones(rows, positions, dtype=torch.bool, device=device)
+    else:
+        tokens_BN, hidden_BN = known
+
+    def logits(canvas: Canvas, features: Tensor | None, valid: Tensor | None) -> Tensor:
+        keep = _visible_first(canvas) if config.drop else None
+        image = model.embed_image(canvas.tokens_BN)
+        encoded = model.encode(image, hidden_BN=canvas.hidden_BN, keep_BK=keep, features_BLF=features, valid_BL=valid)
+        return model.image_logits(encoded, canvas.hidden_BN)
+
+    return parallel_decode(
+        guided(
+            lambda canvas: logits(canvas, features_BLF, valid_BL),
+            lambda canvas: logits(canvas, None, None),
+            guidance=config.guidance,
+            ramp=config.guidance_ramp,
+        ),
+        tokens_BN,
+        hidden_BN,
+        steps=config.steps,
+        temperature=config.temperature,
+        token_temperature=config.token_temperature,
+        rng=rng,
+    )
+
+
+@torch.no_grad()
+def generate_text(
+    model: ITIT,
+    tokens_BN: Int[Tensor, "B N"],
+    config: TextGenerationConfig,
+    *,
+    banned_V: Bool[Tensor, "V"],
+    length: int,
+) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B"] | None]:
+    """Generate a text for each image; all image tokens are visible and the encoder gets the empty text.
+
+    Returns ids of at most ``length`` tokens, without those of ``banned_V``, and the scores of the beam search (None
+    with one beam).
+    """
+    prefix_BND = model.encode(model.embed_image(tokens_BN)).image_BKD
+    rows = len(tokens_BN)
+    if config.beams == 1:
+        return greedy(model.start_text(prefix_BND), rows, length=length, banned_V=banned_V), None
+    decoding = model.start_text(prefix_BND, beams=config.beams)
+    return beam_search(
+        decoding, rows, beams=config.beams, length=length, banned_V=banned_V, length_power=config.length_power
+    )
+
+
+# Parallel decoding
+
+
 @dataclass(frozen=True, slots=True)
 class Canvas:
     """An image in the middle of parallel decoding: its known tokens, and which positions are still hidden."""
@@ -151,51 +222,7 @@ def sample_tokens(
     return sampled_BN, log_p_BNC.gather(-1, sampled_BN[..., None]).squeeze(-1)
 
 
-@torch.no_grad()
-def generate_image_tokens(
-    model: ITIT,
-    features_BLF: Float[Tensor, "B L F"],
-    valid_BL: Bool[Tensor, "B L"],
-    config: ImageGenerationConfig,
-    *,
-    rng: StepRNG,
-    known: tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]] | None = None,
-) -> Int[Tensor, "B N"]:
-    """Generate the image tokens of each text from its frozen features.
-
-    ``known`` (tokens, hidden) keeps part of an image: only its hidden positions are generated.
-    """
-    rows, positions = len(features_BLF), model.config.image_tokens
-    device = features_BLF.device
-    if known is None:
-        tokens_BN = torch.zeros(rows, positions, dtype=torch.long, device=device)
-        hidden_BN = torch.ones(rows, positions, dtype=torch.bool, device=device)
-    else:
-        tokens_BN, hidden_BN = known
-
-    def logits(canvas: Canvas, features: Tensor | None, valid: Tensor | None) -> Tensor:
-        keep = _visible_first(canvas) if config.drop else None
-        image = model.embed_image(canvas.tokens_BN)
-        encoded = model.encode(image, hidden_BN=canvas.hidden_BN, keep_BK=keep, features_BLF=features, valid_BL=valid)
-        return model.image_logits(encoded, canvas.hidden_BN)
-
-    return parallel_decode(
-        guided(
-            lambda canvas: logits(canvas, features_BLF, valid_BL),
-            lambda canvas: logits(canvas, None, None),
-            guidance=config.guidance,
-            ramp=config.guidance_ramp,
-        ),
-        tokens_BN,
-        hidden_BN,
-        steps=config.steps,
-        temperature=config.temperature,
-        token_temperature=config.token_temperature,
-        rng=rng,
-    )
-
-
-def _visible_first(canvas: "Canvas") -> Tensor | None:
+def _visible_first(canvas: Canvas) -> Tensor | None:
     """Half of the positions, all visible ones among them, as in training; None while more than half are visible."""
     half = canvas.hidden_BN.shape[1] // 2
     if canvas.most_known > half:
@@ -203,28 +230,7 @@ def _visible_first(canvas: "Canvas") -> Tensor | None:
     return canvas.hidden_BN.long().argsort(dim=1, stable=True)[:, :half]
 
 
-@torch.no_grad()
-def generate_text(
-    model: ITIT,
-    tokens_BN: Int[Tensor, "B N"],
-    config: TextGenerationConfig,
-    *,
-    banned_V: Bool[Tensor, "V"],
-    length: int,
-) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B"] | None]:
-    """Generate a text for each image; all image tokens are visible and the encoder gets the empty text.
-
-    Returns ids of at most ``length`` tokens, without those of ``banned_V``, and the scores of the beam search (None
-    with one beam).
-    """
-    prefix_BND = model.encode(model.embed_image(tokens_BN)).image_BKD
-    rows = len(tokens_BN)
-    if config.beams == 1:
-        return greedy(model.start_text(prefix_BND), rows, length=length, banned_V=banned_V), None
-    decoding = model.start_text(prefix_BND, beams=config.beams)
-    return beam_search(
-        decoding, rows, beams=config.beams, length=length, banned_V=banned_V, length_power=config.length_power
-    )
+# Greedy decoding
 
 
 def greedy(decoding: Decoding, rows: int, *, length: int, banned_V: Bool[Tensor, "V"]) -> Int[Tensor, "B L"]:
