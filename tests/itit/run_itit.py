@@ -1,9 +1,9 @@
-"""Trains a run of test_itit.py in processes that torchrun starts: run_itit.py OUT TOKENIZERS."""
+"""Trains a run of test_training.py in processes that torchrun starts: run_itit.py OUT TOKENIZERS."""
 
 import sys
 from pathlib import Path
 
-from test_itit import tiny_run_without_dropout
+from test_training import tiny_run_without_dropout
 
 if __name__ == "__main__":
     tiny_run_without_dropout(sys.argv[2]).fit(Path(sys.argv[1]), recipe="itit-tiny")

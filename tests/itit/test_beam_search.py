@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from diptych.errors import UserError
-from diptych.itit.beam_search import EOS, PAD, beam_search, greedy
+from diptych.itit.beam_search import beam_search
+from diptych.itit.generation import greedy
+from diptych.itit.model import EOS, PAD
 
 V, L = 4, 3
 NONE_BANNED = torch.zeros(V, dtype=torch.bool)

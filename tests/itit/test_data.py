@@ -9,7 +9,7 @@ from diptych.data.encode import DataTokenizers, encode
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.store import Store
 from diptych.errors import UserError
-from diptych.itit.data import DataConfig, Subset, encode_part, open_parts
+from diptych.itit.data import DataConfig, Subset, encode_subset, open_data
 
 PAIRS = DataConfig(pairs="scenes:?count=21", max_pairs=6)
 IMAGES, TEXTS = "scenes:?count=9&seed=1", "scenes:?count=8&seed=2"
@@ -38,7 +38,7 @@ def items(part: Subset) -> set[int]:
     [(None, None, (8, 7)), (None, TEXTS, (15, None)), (IMAGES, None, (None, 15)), (IMAGES, TEXTS, (None, None))],
 )
 def test_what_max_pairs_holds_back_serves_the_side_that_is_not_given(images, texts, held_back):
-    parts = open_parts(replace(PAIRS, images=images, texts=texts))
+    parts = open_data(replace(PAIRS, images=images, texts=texts))
     assert len(items(parts.pairs)) == 6
     own = [parts.pairs]
     for part, given, count in ((parts.images, IMAGES, held_back[0]), (parts.texts, TEXTS, held_back[1])):
@@ -59,25 +59,25 @@ def test_what_max_pairs_holds_back_serves_the_side_that_is_not_given(images, tex
 @pytest.mark.parametrize("texts", [None, TEXTS])
 @pytest.mark.parametrize("max_pairs", [None, 21])
 def test_with_nothing_held_back_the_pairs_serve_as_both(images, texts, max_pairs):
-    parts = open_parts(DataConfig(pairs="scenes:?count=21", images=images, texts=texts, max_pairs=max_pairs))
+    parts = open_data(DataConfig(pairs="scenes:?count=21", images=images, texts=texts, max_pairs=max_pairs))
     assert items(parts.pairs) == set(range(21))
     assert (parts.images is parts.pairs) == (images is None)
     assert (parts.texts is parts.pairs) == (texts is None)
 
 
 def test_the_split_follows_from_its_seed_alone():
-    first, again, other = (open_parts(replace(PAIRS, split_seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (open_data(replace(PAIRS, split_seed=seed)) for seed in (0, 0, 1))
     assert items(first.pairs) == items(again.pairs) != items(other.pairs)
-    fewer = open_parts(replace(PAIRS, max_pairs=3))
+    fewer = open_data(replace(PAIRS, max_pairs=3))
     assert items(fewer.pairs) < items(first.pairs)
 
 
 def test_the_tokenizers_learn_from_everything_once():
-    parts = open_parts(replace(PAIRS, images=IMAGES))
+    parts = open_data(replace(PAIRS, images=IMAGES))
     images, texts = parts.raw_images(), list(parts.raw_texts())
     assert sorted(len(part.items) for part in images) == [6, 9]
     assert sorted(texts) == sorted(ScenesSource(count=21).captions(item)[0] for item in range(21))
-    alone = open_parts(DataConfig(pairs="scenes:?count=21"))
+    alone = open_data(DataConfig(pairs="scenes:?count=21"))
     assert [len(part.items) for part in alone.raw_images()] == [21]
     assert len(list(alone.raw_texts())) == 21
 
@@ -99,7 +99,7 @@ def test_sources_that_cannot_serve(tmp_path, monkeypatch, changes, told):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.png").write_bytes(b"")
     with pytest.raises(UserError, match=told) as caught:
-        open_parts(replace(PAIRS, **changes))
+        open_data(replace(PAIRS, **changes))
     assert "\n" not in str(caught.value)
 
 
@@ -109,10 +109,10 @@ def store(tmp_path) -> Store:
 
 
 def test_encoded_data_is_a_source_like_others(store, tmp_path):
-    parts = open_parts(replace(PAIRS, pairs=str(store.folder)))
+    parts = open_data(replace(PAIRS, pairs=str(store.folder)))
     assert isinstance(parts.pairs.source, Store)
-    assert items(parts.pairs) == items(open_parts(PAIRS).pairs)
-    assert encode_part(parts.pairs, tmp_path / "out", tokenizers(), data=PAIRS) is parts.pairs
+    assert items(parts.pairs) == items(open_data(PAIRS).pairs)
+    assert encode_subset(parts.pairs, tmp_path / "out", tokenizers(), data=PAIRS) is parts.pairs
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="give --tokenizer and --text-encoder"):
         parts.raw_images()
@@ -121,15 +121,15 @@ def test_encoded_data_is_a_source_like_others(store, tmp_path):
 
 
 def test_cached_features_are_no_other_encoding(store, tmp_path):
-    part = open_parts(replace(PAIRS, pairs=str(store.folder))).pairs
-    assert encode_part(part, tmp_path / "out", tokenizers("a-b-24-True"), data=PAIRS) is part
+    part = open_data(replace(PAIRS, pairs=str(store.folder))).pairs
+    assert encode_subset(part, tmp_path / "out", tokenizers("a-b-24-True"), data=PAIRS) is part
 
 
 @pytest.mark.parametrize("fingerprint", ["x-b-24-False", "a-x-24-False", "a-b-32-False"])
 def test_data_of_other_coders_is_refused(store, tmp_path, fingerprint):
-    part = open_parts(replace(PAIRS, pairs=str(store.folder))).pairs
+    part = open_data(replace(PAIRS, pairs=str(store.folder))).pairs
     with pytest.raises(UserError, match="encoded with another tokenizer or text encoder") as caught:
-        encode_part(part, tmp_path / "out", tokenizers(fingerprint), data=PAIRS)
+        encode_subset(part, tmp_path / "out", tokenizers(fingerprint), data=PAIRS)
     assert str(store.folder) in str(caught.value)
 
 
@@ -137,20 +137,20 @@ def test_parts_are_encoded_once(tmp_path):
     def never(pixels):
         raise AssertionError("encoded again")
 
-    part = open_parts(PAIRS).pairs
-    first = encode_part(part, tmp_path / "out", tokenizers(), data=PAIRS)
+    part = open_data(PAIRS).pairs
+    first = encode_subset(part, tmp_path / "out", tokenizers(), data=PAIRS)
     assert items(first) == set(range(6))
     expected = [ScenesSource(count=21).key(int(item)) for item in part.items]
     assert (tmp_path / "out/keys.txt").read_text().split() == expected
-    second = encode_part(part, tmp_path / "out", tokenizers(tokenize_images=never), data=PAIRS)
+    second = encode_subset(part, tmp_path / "out", tokenizers(tokenize_images=never), data=PAIRS)
     np.testing.assert_array_equal(second.source.array("tokens"), first.source.array("tokens"))
-    third = encode_part(part, tmp_path / "out", tokenizers("c-d-24-False"), data=PAIRS)
+    third = encode_subset(part, tmp_path / "out", tokenizers("c-d-24-False"), data=PAIRS)
     assert third.source.manifest["made_by"]["tokenizers"] == "c-d-24-False"
 
 
 @pytest.mark.parametrize("changes", [{"split_seed": 1}, {"pairs": "scenes:?count=21&seed=5"}])
 def test_a_run_is_not_continued_with_other_data(tmp_path, changes):
-    encode_part(open_parts(PAIRS).pairs, tmp_path / "out", tokenizers(), data=PAIRS)
-    other = open_parts(replace(PAIRS, **changes)).pairs
+    encode_subset(open_data(PAIRS).pairs, tmp_path / "out", tokenizers(), data=PAIRS)
+    other = open_data(replace(PAIRS, **changes)).pairs
     with pytest.raises(UserError, match="encoded from other items"):
-        encode_part(other, tmp_path / "out", tokenizers(), data=PAIRS)
+        encode_subset(other, tmp_path / "out", tokenizers(), data=PAIRS)

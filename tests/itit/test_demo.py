@@ -15,12 +15,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Covariance")
 
 def shrunk(run):
     """The demo's own recipe with a few steps of a small network."""
-    pictures = ImageTokenizerConfig(
+    images = ImageTokenizerConfig(
         image_size=32, codebook_size=16, code_dim=4, widths=(8, 8), blocks=1, groups=4, patch=4
     )
     short = {"steps": 3, "batch_size": 4, "quiet": True, "workers": 0, "device": "cpu", "tensorboard": False}
     stages = {
-        "tokenizer_stage": replace(run.tokenizer_stage, model=pictures),
+        "tokenizer_stage": replace(run.tokenizer_stage, model=images),
         "text_encoder_stage": run.text_encoder_stage,
     }
     return replace(
@@ -88,7 +88,7 @@ def test_both_run_folders_load(shown):
 def test_the_report_needs_nothing_else(shown):
     out, _ = shown
     report = (out / "report.html").read_text()
-    for title in ("What was learned", "Captions", "Pictures", "Cycles", "Curves"):
+    for title in ("What was learned", "Captions", "Images", "Cycles", "Curves"):
         assert f">{title}</h2>" in report
     assert not re.search(r"""(src|href)\s*=\s*(["'](?!data:|#)|[^"'])""", report)
     assert not re.search(r"url\((?!data:|['\"]data:|#)|@import", report)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from diptych.itit.model import ITIT, SIZES, ItitConfig
+from diptych.itit.model import ITIT, SIZES, ItitConfig, shift_right
 
 PAPER = {"base": 221e6, "large": 487e6, "huge": 868e6}
 
@@ -85,7 +85,7 @@ def test_a_text_token_sees_the_image_and_only_earlier_text(model, tokens):
     assert (model.text_logits(prefix, ids) - model.text_logits(-prefix, ids)).abs().amin(-1).max() > 0
 
 
-def test_writing_step_by_step_equals_the_whole(model, tokens):
+def test_decoding_step_by_step_equals_the_whole(model, tokens):
     prefix = model.encode(model.embed_image(tokens)).image_BKD
     ids = torch.randint(3, 30, (3, 6))
     decoding = model.start_text(prefix)
@@ -104,11 +104,23 @@ def test_beams_share_a_prefix_and_reorder_the_rest(model, tokens):
     torch.testing.assert_close(found, expected.expand(2, -1), atol=1e-5, rtol=1e-5)
 
 
+def test_the_inputs_of_the_text_decoder_begin_with_the_pad_id():
+    assert shift_right(torch.tensor([[5, 6, 1], [7, 1, 0]])).tolist() == [[0, 5, 6], [0, 7, 1]]
+
+
+def test_the_network_takes_its_sizes_from_the_tokenizers(tokenizer, text_encoder):
+    found = ItitConfig(width=8, depth=1, heads=1, text_decoder_heads=1).build(tokenizer, text_encoder).config
+    assert (found.image_tokens, found.codebook_size) == (tokenizer.tokens, tokenizer.codebook_size)
+    assert (found.text_features, found.vocab_size) == (text_encoder.width, text_encoder.vocab_rows)
+    assert (found.width, found.max_text_len) == (8, 64)
+
+
 def test_no_weight_is_left_uninitialised():
     """Built on the meta device and moved without values, then initialised: every weight must have been written."""
-    config = ItitConfig(image_tokens=4, codebook_size=8, max_text_len=4, text_features=4, vocab_size=8, width=8, depth=1,
-                        heads=1, image_decoder_depth=1, text_decoder_width=8, text_decoder_depth=1,
-                        text_decoder_heads=1)  # fmt: skip
+    small = {"image_tokens": 4, "codebook_size": 8, "max_text_len": 4, "text_features": 4, "vocab_size": 8}
+    encoder = {"width": 8, "depth": 1, "heads": 1, "image_decoder_depth": 1}
+    text_decoder = {"text_decoder_width": 8, "text_decoder_depth": 1, "text_decoder_heads": 1}
+    config = ItitConfig(**small, **encoder, **text_decoder)
     empty = torch.empty
 
     def poisoned(*size, **options):

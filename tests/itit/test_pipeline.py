@@ -12,13 +12,13 @@ from diptych.errors import UserError
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.pipeline import Diptych
 
-DRAW = ImageGenerationConfig(steps=3, guidance=1.0, temperature=4.0)
-WRITE = TextGenerationConfig(beams=2)
+IMAGES = ImageGenerationConfig(steps=3, guidance=1.0, temperature=4.0)
+TEXTS = TextGenerationConfig(beams=2)
 
 
 @pytest.fixture
 def made(tokenizer, text_encoder, model) -> Diptych:
-    return Diptych(tokenizer, text_encoder, model, image_generation=DRAW, text_generation=WRITE, precision="fp32")
+    return Diptych(tokenizer, text_encoder, model, image_generation=IMAGES, text_generation=TEXTS, precision="fp32")
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def pixels() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def wide() -> np.ndarray:
-    """Taller than wide and larger than the tokenizer's pictures."""
+    """Taller than wide and larger than the tokenizer's images."""
     return np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
 
 
@@ -59,9 +59,9 @@ def test_bf16_is_near_fp32(made, run, pixels):
     assert near.imagine(["a red circle"]).shape == (1, 32, 32, 3)
 
 
-def test_many_pictures_are_written_about_in_pieces(made, pixels, monkeypatch):
+def test_many_images_are_captioned_in_pieces(made, pixels, monkeypatch):
     whole = made.captions(list(pixels))
-    monkeypatch.setattr("diptych.pipeline._ROWS", 2)
+    monkeypatch.setattr("diptych.itit.pipeline._ROWS", 2)
     pieces = made.captions(list(pixels))
     assert [caption.text for caption in pieces] == [caption.text for caption in whole]
     assert [c.score for c in pieces] == pytest.approx([c.score for c in whole], abs=1e-4)
@@ -103,7 +103,7 @@ def test_other_arrays_are_refused(made, wrong):
         made.caption([wrong])
 
 
-def test_pictures_follow_from_text_and_seed(made, scene_texts):
+def test_images_follow_from_text_and_seed(made, scene_texts):
     first = made.imagine(scene_texts[:3], seed=1)
     assert (first.shape, first.dtype) == ((3, 32, 32, 3), np.uint8)
     np.testing.assert_array_equal(first, made.imagine(scene_texts[:3], seed=1))
@@ -111,22 +111,22 @@ def test_pictures_follow_from_text_and_seed(made, scene_texts):
     assert (first[0] != made.imagine([scene_texts[0]] * 2, seed=1)[1]).any()
 
 
-def test_drawing_takes_other_settings(made, scene_texts):
+def test_images_can_be_generated_with_other_settings(made, scene_texts):
     sure = ImageGenerationConfig(steps=1, guidance=0.0, token_temperature=0.0)
     found = made.imagine_tokens(scene_texts[:2], config=sure)
     assert found.shape == (2, made.tokenizer.tokens)
     assert torch.equal(found, made.imagine_tokens(scene_texts[:2], seed=9, config=sure))
 
 
-def test_many_texts_are_drawn_in_pieces(made, scene_texts, monkeypatch):
-    monkeypatch.setattr("diptych.pipeline._ROWS", 2)
+def test_many_texts_are_imagined_in_pieces(made, scene_texts, monkeypatch):
+    monkeypatch.setattr("diptych.itit.pipeline._ROWS", 2)
     found = made.imagine_tokens(scene_texts[:1] * 5)
     assert len(found) == 5
     assert len({tuple(row) for row in found.tolist()}) == 5  # no piece repeats the random numbers of another
 
 
 @pytest.mark.parametrize("text", ["", "红色的圆", "a red circle " * 800, "<pad></s><extra_id_0>", "\0"])
-def test_any_text_can_be_drawn(made, text):
+def test_any_text_can_be_imagined(made, text):
     assert made.imagine([text]).shape == (1, 32, 32, 3)
 
 
@@ -139,14 +139,14 @@ def test_no_text_and_a_text_without_its_list_are_refused(made):
 
 def test_a_cycle_alternates(made, scene_texts, pixels):
     steps = made.cycle(text=scene_texts[0], rounds=2, seed=3)
-    assert [step.picture is None for step in steps] == [True, False, True, False, True]
+    assert [step.image is None for step in steps] == [True, False, True, False, True]
     assert steps[0].shown == scene_texts[0]
     np.testing.assert_array_equal(steps[1].shown, made.imagine([scene_texts[0]], seed=3)[0])
-    assert steps[2].shown == made.caption([steps[1].picture])[0]
+    assert steps[2].shown == made.caption([steps[1].image])[0]
     again = made.cycle(text=scene_texts[0], rounds=2, seed=3)
-    np.testing.assert_array_equal(steps[3].picture, again[3].picture)
+    np.testing.assert_array_equal(steps[3].image, again[3].image)
     steps = made.cycle(image=pixels[0], rounds=1)
-    assert [step.picture is None for step in steps] == [False, True, False]
+    assert [step.image is None for step in steps] == [False, True, False]
 
 
 @pytest.mark.parametrize("given", [{}, {"text": "a", "image": "b.png"}, {"text": "a", "rounds": 0}])
@@ -157,17 +157,17 @@ def test_a_cycle_needs_one_start_and_a_round(made, given):
 
 def test_a_run_folder_is_the_same_diptych(made, run, pixels, scene_texts):
     loaded = diptych.Diptych.from_pretrained(run, device="cpu", precision="fp32")
-    assert (loaded.image_generation, loaded.text_generation) == (DRAW, WRITE)
+    assert (loaded.image_generation, loaded.text_generation) == (IMAGES, TEXTS)
     assert loaded.captions(list(pixels)) == made.captions(list(pixels))
     np.testing.assert_array_equal(loaded.imagine(scene_texts[:2]), made.imagine(scene_texts[:2]))
-    assert loaded.tokenizers.fingerprint == made.tokenizers.fingerprint
+    assert loaded.data_tokenizers.fingerprint == made.data_tokenizers.fingerprint
     moved = run.rename(run.with_name("elsewhere"))
     (moved / "config.json").unlink()
     assert Diptych.from_pretrained(str(moved)).image_generation == ImageGenerationConfig()
 
 
-def test_coders_and_their_fingerprint(made, pixels, scene_texts, tokenizer):
-    tokenizers = made.tokenizers
+def test_data_tokenizers_and_their_fingerprint(made, pixels, scene_texts, tokenizer):
+    tokenizers = made.data_tokenizers
     pixels_B3HW = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     assert torch.equal(tokenizers.tokenize_images(pixels_B3HW), tokenizer.encode(pixels_B3HW))
     assert tokenizers.tokenize_texts(scene_texts[:2]).shape == (2, made.model.config.max_text_len)
@@ -176,7 +176,7 @@ def test_coders_and_their_fingerprint(made, pixels, scene_texts, tokenizer):
     with torch.no_grad():
         tokenizer.codebook[0, 0] += 1
     try:
-        assert made.tokenizers.fingerprint != before
+        assert made.data_tokenizers.fingerprint != before
     finally:
         with torch.no_grad():
             tokenizer.codebook[0, 0] -= 1
@@ -245,7 +245,7 @@ def test_a_damaged_config_is_named(run, content):
     one_line(caught, str(run / "config.json"))
 
 
-def test_an_unreadable_picture_is_named(made, tmp_path, wide):
+def test_an_unreadable_image_is_named(made, tmp_path, wide):
     buffer = io.BytesIO()
     Image.fromarray(wide).save(buffer, "JPEG")
     (tmp_path / "cut.jpg").write_bytes(buffer.getvalue()[:500])

@@ -25,7 +25,7 @@ from diptych.tokenizers.vqgan import VQGANConfig
 from diptych.train.config import OptimConfig, TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Covariance")
-DRAW = ImageGenerationConfig(steps=2, guidance=0.0, temperature=1.0)
+IMAGES = ImageGenerationConfig(steps=2, guidance=0.0, temperature=1.0)
 
 
 def loop(steps: int, **changes) -> TrainConfig:
@@ -35,30 +35,25 @@ def loop(steps: int, **changes) -> TrainConfig:
 
 def tiny_run(*, steps: int = 4, **data) -> ItitRun:
     """Three steps of either stage, four of the network."""
-    rule = OptimConfig(lr=1e-3, warmup_steps=0, schedule="constant")
+    optim = OptimConfig(lr=1e-3, warmup_steps=0, schedule="constant")
+    images = ImageTokenizerConfig(
+        image_size=32, codebook_size=16, code_dim=4, widths=(8, 8), blocks=1, groups=4, patch=4
+    )
+    texts = replace(TextEncoderConfig.tiny(), width=16, layers=1, heads=2, feed_forward=16)
+    network = {"width": 16, "depth": 1, "heads": 2, "image_decoder_depth": 1, "max_text_len": 16, "dropout": 0.1}
+    network |= {"text_decoder_width": 16, "text_decoder_depth": 1, "text_decoder_heads": 2}
     return ItitRun(
         data=DataConfig(**{"pairs": "scenes:?count=40", "max_pairs": 10, "workers": 1, **data}),
         tokenizer_stage=TokenizerStage(
-            model=ImageTokenizerConfig(image_size=32, codebook_size=16, code_dim=4, widths=(8, 8), blocks=1, groups=4, patch=4),
-            objective=VQGANConfig(adversarial_weight=0.0),
-            train=loop(3),
-            optim=rule,
+            model=images, objective=VQGANConfig(adversarial_weight=0.0), train=loop(3), optim=optim
         ),
-        text_encoder_stage=TextEncoderStage(
-            model=replace(TextEncoderConfig.tiny(), width=16, layers=1, heads=2, feed_forward=16),
-            max_text_len=20,
-            train=loop(3),
-            optim=rule,
-        ),
-        model=ItitConfig(
-            width=16, depth=1, heads=2, image_decoder_depth=1, max_text_len=16, text_decoder_width=16,
-            text_decoder_depth=1, text_decoder_heads=2, dropout=0.1,
-        ),
-        objective=ItitObjectiveConfig(cycle_start_step=1, image_generation=DRAW),
+        text_encoder_stage=TextEncoderStage(model=texts, max_text_len=20, train=loop(3), optim=optim),
+        model=ItitConfig(**network),
+        objective=ItitObjectiveConfig(cycle_start_step=1, image_generation=IMAGES),
         train=loop(steps, ema=0.9),
-        optim=rule,
-        generation=GenerationConfig(image=DRAW, text=TextGenerationConfig(beams=2)),
-    )  # fmt: skip
+        optim=optim,
+        generation=GenerationConfig(image=IMAGES, text=TextGenerationConfig(beams=2)),
+    )
 
 
 def tiny_run_without_dropout(tokenizers: str) -> ItitRun:
@@ -105,7 +100,7 @@ def test_a_run_folder_is_complete(done):
     config = json.loads((done / "config.json").read_text())
     assert config["recipe"] == "itit-tiny"
     assert config["run"]["data"]["max_pairs"] == 10
-    assert config["generation"]["write"]["beams"] == 2
+    assert config["generation"]["text"]["beams"] == 2
     assert {"diptych", "torch"} <= config["versions"].keys()
     assert [path.name for path in (done / "samples").iterdir()] == ["step-00000004.png"]
 
@@ -149,9 +144,9 @@ def test_the_report_needs_nothing_else(done):
 def test_the_folder_works_elsewhere(done, tmp_path):
     shutil.copytree(done, tmp_path / "copy", ignore=shutil.ignore_patterns("stages", "encoded", "checkpoints"))
     here, there = Diptych.from_pretrained(done), Diptych.from_pretrained(tmp_path / "copy")
-    assert there.image_generation == DRAW
-    pictures = list(ScenesSource(count=3).images(range(3), 32))
-    assert there.captions(pictures) == here.captions(pictures)
+    assert there.image_generation == IMAGES
+    images = list(ScenesSource(count=3).images(range(3), 32))
+    assert there.captions(images) == here.captions(images)
     np.testing.assert_array_equal(there.imagine(["a red circle"]), here.imagine(["a red circle"]))
 
 
@@ -162,7 +157,11 @@ def test_the_same_command_again_changes_nothing(done, tmp_path, monkeypatch):
     def never(*args, **options):
         raise AssertionError("trained again")
 
-    for name in ("recipes.tokenizer.VQGAN", "recipes.text_encoder.SpanCorruption", "objectives.itit.t2i_loss"):
+    for name in (
+        "tokenizers.training.VQGAN",
+        "tokenizers.training.SpanCorruption",
+        "itit.objective.ItitObjective.forward",
+    ):
         monkeypatch.setattr(f"diptych.{name}", never)
     result = tiny_run(valid="scenes:?split=test&count=6").fit(tmp_path / "run", recipe="itit-tiny")
     assert (result.step, result.finished) == (4, True)
@@ -216,11 +215,11 @@ def test_a_run_keeps_the_tokenizers_it_began_with(started):
 
 def test_only_the_seed_decides_the_first_weights(done):
     run = tiny_run()
-    ready = run.prepare(done)
-    first, again = run.build(ready), run.build(ready)
+    inputs = run.prepare(done)
+    first, again = run.build(inputs), run.build(inputs)
     assert all((a == b).all() for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
     run.train = replace(run.train, seed=1)
-    other = run.build(ready)
+    other = run.build(inputs)
     assert (first.model.word_embedding.weight != other.model.word_embedding.weight).any()
 
 
@@ -253,9 +252,9 @@ def test_cycles_must_begin_before_the_end():
 
 def test_a_stage_on_its_own(tmp_path):
     run = tiny_run()
-    pictures = TokenizerRun(images="scenes:?count=12", stage=run.tokenizer_stage)
-    pictures.fit(tmp_path / "pictures", recipe="vqgan-tiny")
-    assert ImageTokenizer.from_pretrained(tmp_path / "pictures/tokenizer").codes == 16
+    images = TokenizerRun(images="scenes:?count=12", stage=run.tokenizer_stage)
+    images.fit(tmp_path / "images", recipe="vqgan-tiny")
+    assert ImageTokenizer.from_pretrained(tmp_path / "images/tokenizer").codebook_size == 16
     texts = TextEncoderRun(texts="scenes:?count=12", stage=run.text_encoder_stage)
     texts.fit(tmp_path / "texts", recipe="text-encoder-tiny")
     assert TextEncoder.from_pretrained(tmp_path / "texts/text_encoder").width == 16

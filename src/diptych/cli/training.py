@@ -87,10 +87,10 @@ def encode(
 
     from diptych.data.encode import encode as encode_source
     from diptych.data.sources import open_source
-    from diptych.itit.evaluation import run_coders
+    from diptych.itit.pipeline import run_data_tokenizers
 
     opened = open_source(source)
-    both = run_coders(run, features=features)
+    both = run_data_tokenizers(run, features=features)
     needed = replace(
         both,
         tokenize_images=both.tokenize_images if opened.has_images else None,

@@ -203,9 +203,7 @@ def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, devi
         for begin in shown:
             items = np.arange(begin, min(begin + _ROWS, len(source)))
             if side == "images":
-                pixels, items = read_images(
-                    source, items, size=encoder.image_size, skipped=skipped, threads=threads
-                )
+                pixels, items = read_images(source, items, size=encoder.image_size, skipped=skipped, threads=threads)
                 skipped.check(len(source))
                 keys = [source.key(int(item)) for item in items]
                 rows_BD = encoder.embed_images(channels_first(pixels)) if keys else None

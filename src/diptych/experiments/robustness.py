@@ -176,9 +176,7 @@ def accuracies(
         right: np.integer | np.ndarray = np.int64(0)
         count = 0
         chosen = np.arange(len(test.labels_N)) if items is None else items
-        for pixels_B3HW, kept in image_batches(
-            test.source, chosen, size=size, skipped=SkippedItems(), workers=workers
-        ):
+        for pixels_B3HW, kept in image_batches(test.source, chosen, size=size, skipped=SkippedItems(), workers=workers):
             right = right + (classify(pixels_B3HW).cpu().numpy() == test.labels_N[kept]).sum(-1)
             count += len(kept)
         found[name] = right / count

@@ -1,6 +1,6 @@
-"""Writing text a token at a time: greedy, and beam search with GIT's length penalty.
+"""Beam search with GIT's length penalty.
 
-Shapes: B rows, W beams of a row, L text tokens, V vocabulary.
+Shapes: B rows, W beams of a row, X hypotheses to choose from, L text tokens, V vocabulary.
 """
 
 from typing import Protocol, runtime_checkable
@@ -10,38 +10,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diptych.errors import UserError
-
-PAD, EOS = 0, 1
-"""T5's ids. As T5 has no id to begin a text with, its pad id begins one."""
+from diptych.itit.model import EOS, PAD
 
 
 @runtime_checkable
 class Decoding(Protocol):
-    """A text decoder in the middle of a text."""
+    """A text decoder that has read part of a text, such as :class:`diptych.itit.model.TextDecoding`."""
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Logits [B V] of the token after ``ids_B``, the newest token of each row."""
         ...
 
     def reorder(self, rows_B: Tensor) -> None:
-        """Row b goes on from what row ``rows_B[b]`` has written."""
+        """Let row b continue the text of row ``rows_B[b]``."""
         ...
-
-
-def greedy(decoding: Decoding, rows: int, *, length: int, banned_V: Bool[Tensor, "V"]) -> Int[Tensor, "B L"]:
-    """The likeliest token at each step. Rows end in `</s>` (also when cut at ``length``) and are padded with 0."""
-    newest_B = torch.full((rows,), PAD, device=banned_V.device)
-    finished_B = torch.zeros(rows, dtype=torch.bool, device=banned_V.device)
-    ids_BL = torch.full((rows, length), PAD, device=banned_V.device)
-    for position in range(length):
-        if bool(finished_B.all()):
-            break
-        logits_BV = decoding.step(newest_B).masked_fill(banned_V, -torch.inf)
-        newest_B = logits_BV.argmax(-1) if position + 1 < length else torch.full_like(newest_B, EOS)
-        newest_B = newest_B.masked_fill(finished_B, PAD)
-        ids_BL[:, position] = newest_B
-        finished_B |= newest_B == EOS
-    return ids_BL
 
 
 def beam_search(
@@ -53,11 +35,19 @@ def beam_search(
     banned_V: Bool[Tensor, "V"],
     length_power: float = 0.6,
 ) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B"]]:
-    """The best of ``beams`` hypotheses by log p / ((5 + length) / 6) ** length_power, and that score.
+    """The text with the best log p / ((5 + length) / 6) ** length_power of each row, and that score.
 
-    ``decoding`` holds rows * beams rows, the beams of a row side by side. The length counts `</s>`. GIT's penalty
-    (after Wu et al., 2016) is not what `transformers` calls ``length_penalty``. With beams >= V ** L this is
-    exhaustive search.
+    The length counts `</s>`. GIT's penalty (after Wu et al., 2016) is not what `transformers` calls
+    ``length_penalty``. With beams >= V ** L this is exhaustive search.
+
+    Args:
+        decoding: holds rows * beams rows, the beams of a row side by side.
+        beams: hypotheses of a row that are continued at each position.
+        length: most tokens of a text, `</s>` included. A text that is cut there ends in `</s>` too.
+        banned_V: ids that no text may contain.
+
+    Raises:
+        UserError: less than one beam.
     """
     if beams < 1:
         raise UserError(f"{beams} beams: at least one is needed")

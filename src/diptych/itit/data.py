@@ -1,8 +1,9 @@
-"""From the sources a user names to what each stage learns from."""
+"""The data of an ITIT run: which items of the sources give pairs, unpaired images and unpaired texts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -16,50 +17,58 @@ from diptych.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
+    """The sources of an ITIT run, and how they are split and encoded."""
+
     pairs: str
     """Captioned images: folder, table, tars, hub:owner/name, scenes:, or a folder made by `diptych encode`."""
     images: str | None = None
-    """Bare images. Not given: what `max-pairs` holds back, else the images of the pairs."""
+    """Unpaired images. Default: what `max-pairs` holds back, else the images of the pairs."""
     texts: str | None = None
-    """Loose texts. Not given: what `max-pairs` holds back, else the captions of the pairs."""
+    """Unpaired texts. Default: what `max-pairs` holds back, else the captions of the pairs."""
     valid: str | None = None
-    """Captioned images for the samples during training. Not given: some of the pairs."""
+    """Captioned images for the samples and scores during training. Default: some of the pairs, without scores."""
     max_pairs: int | None = None
-    """Keep the captions of this many images only. The other images serve as bare images, the other captions as loose
-    texts; if neither `images` nor `texts` is given, one half as the one and the other half as the other."""
+    """Number of images that keep their captions. The other images become unpaired images, the other captions unpaired
+    texts; if neither `images` nor `texts` is given, one half becomes the former and the other half the latter."""
     split_seed: int = 0
-    """Which ones keep their captions."""
+    """Seed of the choice of images that keep their captions."""
     columns: Columns = field(default_factory=Columns)
     """Names of columns that cannot be guessed."""
     workers: int = 2
-    """Threads that decode images."""
+    """Number of threads that decode images."""
     max_skipped_share: float = 0.01
-    """Share of unreadable images that is left out without stopping."""
+    """Largest share of unreadable images that is skipped; the run stops at more."""
     feature_cache_mb: int = 2048
-    """Keep the text encoder's features on disk while they take less; beyond it they are computed in each step."""
+    """Largest size in MiB of the text encoder's features on disk. Larger features are computed in each step instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSplit:
-    """Which items give pairs, which only their image, which only their text."""
+    """The items that give pairs, those that give only their image and those that give only their texts.
+
+    ``images`` or ``texts`` is the same object as ``pairs`` where the pairs serve as unpaired data too.
+    """
 
     pairs: Subset
     images: Subset
     texts: Subset
 
     def raw_images(self) -> list[Subset[Source]]:
-        """All pictures there are, each once, to train a tokenizer on."""
+        """All images, each once, to train an image tokenizer on. Raises UserError if all are encoded already."""
         return _raw((self.images, self.pairs) if self.images is not self.pairs else (self.pairs,), "images")
 
     def raw_texts(self) -> Iterator[str]:
-        """All texts there are, to train a text encoder on."""
-        for part in _raw((self.texts, self.pairs) if self.texts is not self.pairs else (self.pairs,), "texts"):
-            for item in part.items:
-                yield from part.source.captions(int(item))
+        """All texts, to train a text encoder on. Raises UserError if all are encoded already."""
+        for subset in _raw((self.texts, self.pairs) if self.texts is not self.pairs else (self.pairs,), "texts"):
+            for item in subset.items:
+                yield from subset.source.captions(int(item))
 
 
-def open_parts(data: DataConfig) -> DataSplit:
-    """Open the sources and hold captions back. Raises UserError before anything is computed."""
+def open_data(data: DataConfig) -> DataSplit:
+    """Open the sources and hold captions back.
+
+    Raises UserError for a source that is missing or lacks what it is given for.
+    """
     pairs = _open(data.pairs, data)
     require_pairs(pairs, data.pairs)
     rests: dict[tuple[bool, bool], Rest] = {
@@ -73,19 +82,20 @@ def open_parts(data: DataConfig) -> DataSplit:
     kept = Subset(pairs, split.pairs)
     return DataSplit(
         pairs=kept,
-        images=_unpaired(data, "images", Subset(pairs, split.images), kept),
-        texts=_unpaired(data, "texts", Subset(pairs, split.texts), kept),
+        images=_unpaired("images", data.images, data, held_back=Subset(pairs, split.images), pairs=kept),
+        texts=_unpaired("texts", data.texts, data, held_back=Subset(pairs, split.texts), pairs=kept),
     )
 
 
-def _unpaired(data: DataConfig, name: str, held_back: Subset, pairs: Subset) -> Subset:
-    """Bare images or texts: a source of their own, or what was held back, or the same side of the pairs."""
-    spec = getattr(data, name)
+def _unpaired(
+    side: Literal["images", "texts"], spec: str | None, data: DataConfig, *, held_back: Subset, pairs: Subset
+) -> Subset:
+    """Unpaired images or texts: a source of their own, else what was held back, else the same side of the pairs."""
     if spec is None:
         return held_back if len(held_back.items) else pairs
     source = _open(spec, data)
-    if not (source.has_images if name == "images" else source.has_captions):
-        raise UserError(f"{spec}: it is given as --data.{name} but has no {'images' if name == 'images' else 'texts'}")
+    if not (source.has_images if side == "images" else source.has_captions):
+        raise UserError(f"{spec}: it is given as --data.{side} but has no {side}")
     return Subset(source, np.arange(len(source)))
 
 
@@ -93,34 +103,48 @@ def _open(spec: str, data: DataConfig) -> Source | Store:
     return Store.open(Path(spec)) if Store.is_one(spec) else open_finite(spec, data.columns)
 
 
-def _raw(parts: tuple[Subset, ...], what: str) -> list[Subset[Source]]:
-    raw = [part for part in parts if not isinstance(part.source, Store) and len(part.items)]
+def _raw(subsets: tuple[Subset, ...], side: Literal["images", "texts"]) -> list[Subset[Source]]:
+    raw = [each for each in subsets if not isinstance(each.source, Store) and len(each.items)]
     if not raw:
-        raise UserError(f"encoded data has no {what} to train on: give --tokenizer and --text-encoder, as it was made")
+        raise UserError(f"encoded data has no {side} to train on: give --tokenizer and --text-encoder, as it was made")
     return raw
 
 
-def encode_part(
-    part: Subset, out: Path, tokenizers: DataTokenizers, *, data: DataConfig, advance=lambda done, total: None
+def encode_subset(
+    subset: Subset,
+    out: Path,
+    tokenizers: DataTokenizers,
+    *,
+    data: DataConfig,
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Subset:
-    """Encode what a stream needs of a source; data that is encoded already is used where it lies."""
-    if isinstance(part.source, Store):
-        made_by = part.source.manifest["made_by"]["tokenizers"]
+    """Encode a subset into the store ``out``, unless that has been done; encoded data is used where it lies.
+
+    ``advance`` is called with the number of encoded items and that of all items. Raises UserError for data that other
+    tokenizers encoded, and for a store ``out`` of other items.
+    """
+    if isinstance(subset.source, Store):
+        made_by = subset.source.manifest["made_by"]["tokenizers"]
         if made_by.rpartition("-")[0] != tokenizers.fingerprint.rpartition("-")[0]:
-            raise UserError(f"{part.source.folder}: encoded with another tokenizer or text encoder: encode it again")
-        return part
+            raise UserError(f"{subset.source.folder}: encoded with another tokenizer or text encoder: encode it again")
+        return subset
     if Store.is_one(out):
         store = Store.open(out)
-        made_by, wanted = store.manifest["made_by"], origin(part.source, tokenizers, part.items)
+        made_by, wanted = store.manifest["made_by"], origin(subset.source, tokenizers, subset.items)
         if made_by == wanted:
             return Subset(store, np.arange(len(store)))
         if made_by["tokenizers"] == wanted["tokenizers"]:
             raise UserError(
-                f"{out}: encoded from other items ({made_by['source']} then, {part.source.name} now): "
+                f"{out}: encoded from other items ({made_by['source']} then, {subset.source.name} now): "
                 "give the same data to continue, or train into another folder"
             )
     store = encode(
-        part.source, out, tokenizers, indices=part.items, workers=data.workers,
-        max_skipped_share=data.max_skipped_share, advance=advance,
-    )  # fmt: skip
+        subset.source,
+        out,
+        tokenizers,
+        indices=subset.items,
+        workers=data.workers,
+        max_skipped_share=data.max_skipped_share,
+        advance=advance,
+    )
     return Subset(store, np.arange(len(store)))

@@ -1,22 +1,21 @@
-"""Scores of a run that captions and draws, on captioned images it has not seen.
+"""Scores of an ITIT run on captioned images that it has not seen: of its captions, of its images, of both together.
 
-Shapes: B images, S pixels a side.
+Shapes: B images, S pixels a side, N image tokens, L text tokens.
 """
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from PIL import Image
 from torch import Tensor
 
-from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import channels_first, read_captioned
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import Source
-from diptych.errors import UserError
 from diptych.eval.captions import score_captions
 from diptych.eval.frechet import (
     FeatureExtractor,
@@ -25,185 +24,189 @@ from diptych.eval.frechet import (
     frechet_distance,
     open_extractor,
 )
-from diptych.eval.scenes import caption_accuracy, image_accuracy
+from diptych.eval.scenes import SceneScore, caption_accuracy, image_accuracy
 from diptych.io import write_bytes
-from diptych.itit.masking import Masking
-from diptych.itit.model import Encoded
-from diptych.itit.objective import i2t_loss, t2i_loss, without_text
-from diptych.itit.pipeline import Diptych, data_tokenizers
-from diptych.nn.inference import Device, pick_device
+from diptych.itit.model import Encoded, shift_right
+from diptych.itit.pipeline import Diptych
+from diptych.nn.inference import Device
+from diptych.nn.losses import image_loss, text_loss
 from diptych.report import print_metrics
 from diptych.report.sheet import Cell, comparison, save_png
-from diptych.run_folder import read_config, write_json
-from diptych.tokenizers.image_tokenizer import ImageTokenizer
-from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.run_folder import write_json
+
+_ROWS = 64
+"""Number of rows whose information gain is computed at once."""
+_SHOWN = 8
+"""Number of images on the sheet."""
+_GAIN_NOTE = (
+    "caption_information_gain and image_information_gain are in nats per token: what a caption's tokens gain in "
+    "log-probability from their own image rather than another one, and an image's tokens from their own caption."
+)
 
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
+    """Which scores are computed, and on how many images."""
+
     limit: int | None = None
-    """Images to score, the first of the source; None: all (of `scenes:` without a count, 1000). Scores of different
-    subsets are not comparable."""
+    """Number of images to score, the first of the source. None takes all (of `scenes:` without a count, 1000). Scores
+    of different subsets are not comparable."""
     beams: int | None = None
-    """Beams for the captions; None: the run's own."""
+    """Number of beams for the captions. None takes the run's own."""
     seed: int = 0
-    """Of the drawn pictures."""
+    """Seed of the generated images."""
     captions: bool = True
-    """Score captions."""
-    pictures: bool = True
-    """Score pictures drawn for each image's first caption."""
+    """Score generated captions."""
+    images: bool = True
+    """Score images generated from each image's first caption."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Scores and what they were computed from, row by row."""
+    """Scores, and row by row what they were computed from."""
 
     metrics: dict[str, float]
     notes: list[str]
-    """What to know when reading them."""
+    """What a reader of the metrics must know."""
     keys: list[str]
+    """Names of the images in their source."""
     references: list[list[str]]
+    """True captions of each image."""
     real_BSS3: np.ndarray
     captions: list[str] = field(default_factory=list)
-    drawn_BSS3: np.ndarray | None = None
+    """Generated captions; empty if they were left out."""
+    generated_BSS3: np.ndarray | None = None
 
 
 def evaluate(
     diptych: Diptych, source: Source, config: EvaluateConfig, *, extractor: FeatureExtractor | None = None
 ) -> Evaluation:
-    """CIDEr-D, BLEU, ROUGE-L and variety of captions; Frechet distance of drawn to real pictures; what captions and
-    pictures tell of each other.
+    """Score captions, generated images, and the information gain of both, on the captioned images of ``source``.
 
-    On ``scenes:`` also the exact accuracies. Real pictures are cut to their centre square and resized to the
-    tokenizer's size, without any compression. Raises UserError for a source without images or captions.
+    Captions: CIDEr-D, BLEU, ROUGE-L and variety. Images: the Frechet distance of generated to real images, on features
+    of ``extractor`` (default: a random network). Both: :func:`information_gain`, in nats per token. On `scenes:` also
+    the exact accuracies. Real images are cut to their centre square and resized to the tokenizer's size, without
+    compression. Raises UserError for a source without images or captions.
     """
     items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.image_size)
     references = [source.captions(item) for item in items]
     first = [texts[0] for texts in references]
+    scenes = source.scenes(items) if isinstance(source, ScenesSource) else None
     metrics: dict[str, float] = {"images": len(items)}
     notes: list[str] = []
-    written: list[str] = []
-    drawn = None
-    scenes = source.scenes(items) if isinstance(source, ScenesSource) else None
+    captions: list[str] = []
+    generated = None
     if config.captions:
         tokens_BN = diptych.tokenize(pixels)
-        written = [caption.text for caption in diptych.caption_tokens(tokens_BN, beams=config.beams)]
-        scores = score_captions(written, references)
+        captions = [caption.text for caption in diptych.caption_tokens(tokens_BN, beams=config.beams)]
+        scores = score_captions(captions, references)
         metrics |= scores.table()
         notes += scores.warnings
         if scenes is not None:
-            metrics |= _flat("caption", caption_accuracy(written, scenes))
-        if config.pictures:
+            metrics |= _scene_metrics("caption", caption_accuracy(captions, scenes))
+        if config.images:
             length = diptych.model.config.max_text_len
-            known = information_gain(diptych, tokens_BN, diptych.text_encoder.tokenize(first, length=length)[0])
-            metrics |= {"caption_grounding": known.caption, "image_grounding": known.picture}
-    if config.pictures:
-        drawn = diptych.imagine(first, seed=config.seed)
-        measured, note = _frechet(pixels, drawn, extractor or RandomFeatures())
-        metrics |= measured
+            gain = information_gain(diptych, tokens_BN, diptych.text_encoder.tokenize(first, length=length)[0])
+            metrics |= {"caption_information_gain": gain.caption, "image_information_gain": gain.image}
+            notes.append(_GAIN_NOTE)
+    if config.images:
+        generated = diptych.imagine(first, seed=config.seed)
+        distance, note = _frechet(pixels, generated, extractor or RandomFeatures())
+        metrics |= distance
         notes += [note] if note else []
         if scenes is not None:
-            metrics |= _flat("image", image_accuracy(drawn, scenes))
-    keys = [source.key(item) for item in items]
+            metrics |= _scene_metrics("image", image_accuracy(generated, scenes))
     return Evaluation(
-        metrics=metrics, notes=notes, keys=keys, references=references, real_BSS3=pixels, captions=written,
-        drawn_BSS3=drawn,
-    )  # fmt: skip
+        metrics=metrics,
+        notes=notes,
+        keys=[source.key(item) for item in items],
+        references=references,
+        real_BSS3=pixels,
+        captions=captions,
+        generated_BSS3=generated,
+    )
 
 
-def _frechet(real: np.ndarray, drawn: np.ndarray, extractor: Any) -> tuple[dict[str, float], str | None]:
-    statistics = [feature_statistics(extractor, channels_first(pixels)) for pixels in (real, drawn)]
-    if len(real) < 2:
+def _frechet(
+    real_BSS3: np.ndarray, generated_BSS3: np.ndarray, extractor: FeatureExtractor
+) -> tuple[dict[str, float], str | None]:
+    """The Frechet distance under its metric's name, and a note for the reader if there is one."""
+    statistics = [feature_statistics(extractor, channels_first(pixels)) for pixels in (real_BSS3, generated_BSS3)]
+    if len(real_BSS3) < 2:
         return {}, "The Frechet distance needs two images or more."
     found = frechet_distance(*statistics)
     return {f"frechet/{extractor.name}": found.value}, found.warning
 
 
-def _flat(side: str, score: Any) -> dict[str, float]:
+def _scene_metrics(side: str, score: SceneScore) -> dict[str, float]:
     attributes = {f"{side}_{name.replace(' ', '_')}": value for name, value in score.attributes.items()}
     return {f"{side}_accuracy": score.exact, f"{side}_readable": score.readable} | attributes
 
 
-# JOINED eval.grounding
-#| How much captions and pictures of a run hang together: before cycles can teach anything, this must be above zero.
-#|
-#| T2I2T learns from pictures drawn for loose texts. A network whose pictures do not depend on the text can then only learn
-#| to write whatever the picture shows; the same holds the other way round.
-#|
-#| Shapes: B rows, N image tokens, L text tokens.
-
-
-_ROWS = 64
+# Information gain
 
 
 @dataclass(frozen=True, slots=True)
 class InformationGain:
-    """Nats a token that the right partner saves against another row's: 0 where nothing was learned. As a wrong partner
-    misleads a sure network, it may exceed the mutual information of the two."""
+    """Mean gain in log-probability from the right partner rather than another row's, in nats per token.
+
+    It is 0 where nothing was learned. A wrong partner misleads a confident network, so it may exceed the mutual
+    information of captions and images.
+    """
 
     caption: float
-    """Of a caption's tokens, from seeing its picture (I2T)."""
-    picture: float
-    """Of a picture's tokens, from reading its caption with the whole picture hidden (T2I)."""
+    """Gain of a caption's tokens from its image (I2T)."""
+    image: float
+    """Gain of an image's tokens from its caption, with the whole image hidden (T2I)."""
 
 
 @torch.no_grad()
-def information_gain(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> InformationGain:
-    """Over pairs of image tokens and text ids, each against the next row's."""
-    caption = picture = 0.0
+def information_gain(diptych: Diptych, tokens_BN: Int[Tensor, "B N"], ids_BL: Int[Tensor, "B L"]) -> InformationGain:
+    """How much captions and images say about each other, on pairs of image tokens and text ids.
+
+    Each row is compared with the next one's caption. Cycles cannot teach anything before the gain is above zero: T2I2T
+    learns from images generated for unpaired texts, and if these do not depend on the text, it can only learn to
+    describe whatever such an image shows. The same holds for I2T2I.
+    """
+    caption = image = 0.0
     others_BL = ids_BL.roll(1, 0)
     for start in range(0, len(ids_BL), _ROWS):
         rows = slice(start, start + _ROWS)
         tokens, right, wrong = (part[rows].to(diptych.device) for part in (tokens_BN, ids_BL, others_BL))
         share = len(tokens) / len(ids_BL)
-        read = _shown(diptych, tokens)
-        caption += share * (_caption_loss(diptych, read, wrong) - _caption_loss(diptych, read, right)).item()
-        picture += share * (_picture_loss(diptych, tokens, wrong) - _picture_loss(diptych, tokens, right)).item()
-    return InformationGain(caption, picture)
+        encoded = diptych.model.encode(diptych.model.embed_image(tokens))
+        caption += share * (_caption_loss(diptych, encoded, wrong) - _caption_loss(diptych, encoded, right)).item()
+        image += share * (_image_loss(diptych, tokens, wrong) - _image_loss(diptych, tokens, right)).item()
+    return InformationGain(caption, image)
 
 
-def _shown(diptych: Diptych, tokens_BN: Tensor) -> Encoded:
-    """The encoder's pass over whole pictures."""
-    every_BN = torch.arange(tokens_BN.shape[1], device=tokens_BN.device).expand_as(tokens_BN)
-    return without_text(diptych.model, tokens_BN, Masking(torch.zeros_like(tokens_BN, dtype=torch.bool), every_BN))
+def _caption_loss(diptych: Diptych, encoded: Encoded, ids_BL: Tensor) -> Tensor:
+    """Nats per token of captions, given the encoder's pass over whole images and the empty text."""
+    logits_BLV = diptych.model.text_logits(encoded.image_BKD, shift_right(ids_BL))
+    return text_loss(logits_BLV, ids_BL, ids_BL != diptych.text_encoder.pad_id, label_smoothing=0.0)
 
 
-def _caption_loss(diptych: Diptych, read: Encoded, ids_BL: Tensor) -> Tensor:
-    valid_BL = ids_BL != diptych.text_encoder.pad_id
-    return i2t_loss(diptych.model, read, ids_BL, valid_BL, label_smoothing=0.0, encoder_grad_scale=1.0)
+def _image_loss(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Tensor:
+    """Nats per token of images, given captions; every image token is hidden, and none enters the encoder."""
+    model, valid_BL = diptych.model, ids_BL != diptych.text_encoder.pad_id
+    hidden_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
+    encoded = model.encode(
+        model.embed_image(tokens_BN),
+        hidden_BN=hidden_BN,
+        keep_BK=tokens_BN[:, :0],
+        features_BLF=diptych.text_encoder.features(ids_BL, valid_BL),
+        valid_BL=valid_BL,
+    )
+    return image_loss(model.image_logits(encoded, hidden_BN), tokens_BN, hidden_BN, label_smoothing=0.0)
 
 
-def _picture_loss(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Tensor:
-    """With every token hidden, and none of them in the encoder."""
-    valid_BL = ids_BL != diptych.text_encoder.pad_id
-    hidden = Masking(torch.ones_like(tokens_BN, dtype=torch.bool), tokens_BN[:, :0])
-    features_BLF = diptych.text_encoder.features(ids_BL, valid_BL)
-    return t2i_loss(diptych.model, tokens_BN, features_BLF, valid_BL, hidden, label_smoothing=0.0)
-
-
-# JOINED recipes.runs
-#| Commands on finished runs.
-
-
-_SHOWN = 8
-
-
-def run_coders(run: Path, *, features: bool) -> DataTokenizers:
-    """The coders of a run, finished or not."""
-    for part in ("tokenizer", "text_encoder"):
-        if not (run / part).is_dir():
-            raise UserError(f"{run}: has no {part}/: give a run of an itit recipe")
-    device = pick_device("auto")
-    tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(device)
-    text_encoder = TextEncoder.from_pretrained(run / "text_encoder").to(device)
-    length = read_config(run)["run"]["model"]["max_text_len"]
-    return data_tokenizers(tokenizer, text_encoder, length=length, features=features)
+# The command
 
 
 def evaluate_run(
     run: Path, source: Source, config: EvaluateConfig, *, features: str | None, out: Path, device: Device
 ) -> None:
-    """Score a run; print a table, write ``metrics.json``, ``captions.jsonl`` and ``sheet.png`` into ``out``."""
+    """Score a run; print a table, and write ``metrics.json``, ``captions.jsonl`` and ``sheet.png`` into ``out``."""
     diptych = Diptych.from_pretrained(run, device=device)
     found = evaluate(diptych, source, config, extractor=open_extractor(features))
     print_metrics(found.metrics, title=f"{run} on {source.name}", notes=found.notes)
@@ -219,13 +222,13 @@ def evaluate_run(
     print(f"written to {out}")
 
 
-def sheet(found: Evaluation, *, shown: int = _SHOWN, title: str = ""):
-    """Real images with a reference, what was written about them, and what was drawn for that reference."""
+def sheet(found: Evaluation, *, shown: int = _SHOWN, title: str = "") -> Image.Image:
+    """Real images with their first caption, the captions generated for them, and the images generated from it."""
     rows = {
         "image": [Cell(image=p, caption=t[0]) for p, t in zip(found.real_BSS3, found.references, strict=True)][:shown]
     }
     if found.captions:
         rows["caption"] = [Cell(caption=text) for text in found.captions[:shown]]
-    if found.drawn_BSS3 is not None:
-        rows["drawn"] = [Cell(image=picture) for picture in found.drawn_BSS3[:shown]]
+    if found.generated_BSS3 is not None:
+        rows["generated"] = [Cell(image=pixels) for pixels in found.generated_BSS3[:shown]]
     return comparison(rows, title=title)

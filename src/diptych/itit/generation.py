@@ -1,44 +1,146 @@
-"""Parallel decoding of image tokens (MaskGIT), as ITIT draws with it, and guidance.
+"""Generation with ITIT: images by parallel decoding (MaskGIT) with guidance, texts greedily or by beam search.
 
-Shapes: B rows, N image tokens, C codebook entries.
+The cycles of the objective, the evaluation and the commands all generate through ``generate_image_tokens`` and
+``generate_text``.
+
+Shapes: B rows, N image tokens, C codebook entries, L text tokens, F width of the frozen text features, V vocabulary.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diptych.errors import UserError
-from diptych.itit.beam_search import beam_search, greedy
-from diptych.itit.model import ITIT
+from diptych.itit.beam_search import Decoding, beam_search
+from diptych.itit.model import EOS, ITIT, PAD
 from diptych.rng import StepRNG
+from diptych.tokenizers.text_encoder import TextEncoder
+
+
+@dataclass(kw_only=True, slots=True)
+class ImageGenerationConfig:
+    """Generation of an image from a text. The defaults are the paper's."""
+
+    steps: int = 24
+    """Number of rounds of parallel decoding (S)."""
+    guidance: float = 2.0
+    """Strength of guidance, lambda of l_g = (1 + lambda) l_c - lambda l_u; 0 switches it off and halves the cost."""
+    guidance_ramp: bool = False
+    """Linear rise of guidance from 0 over the rounds, as in Muse, instead of a constant one."""
+    temperature: float = 32.0
+    """Factor t on the Gumbel noise of the confidence, which decides the order in which tokens are revealed."""
+    token_temperature: float = 1.0
+    """Temperature of the distribution that tokens are sampled from; 0 takes the likeliest token."""
+    drop: bool = True
+    """Omission of hidden tokens from the encoder, as in training; without it all tokens enter, which is slower."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TextGenerationConfig:
+    """Generation of a text from an image. The defaults are the paper's."""
+
+    beams: int = 4
+    """Number of beams of the search; 1 is greedy decoding."""
+    length_power: float = 0.6
+    """Power of GIT's length penalty ((5 + length) / 6); larger values favour longer texts."""
+
+
+@torch.no_grad()
+def generate_image_tokens(
+    model: ITIT,
+    features_BLF: Float[Tensor, "B L F"],
+    valid_BL: Bool[Tensor, "B L"],
+    config: ImageGenerationConfig,
+    *,
+    rng: StepRNG,
+    known: tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]] | None = None,
+) -> Int[Tensor, "B N"]:
+    """Generate the image tokens of each text from its frozen features.
+
+    ``known`` (tokens, hidden) keeps part of an image: only its hidden positions are generated.
+    """
+    rows, positions = len(features_BLF), model.config.image_tokens
+    device = features_BLF.device
+    if known is None:
+        tokens_BN = torch.zeros(rows, positions, dtype=torch.long, device=device)
+        hidden_BN = torch.ones(rows, positions, dtype=torch.bool, device=device)
+    else:
+        tokens_BN, hidden_BN = known
+
+    def logits(canvas: Canvas, features: Tensor | None, valid: Tensor | None) -> Tensor:
+        keep = _visible_first(canvas) if config.drop else None
+        image = model.embed_image(canvas.tokens_BN)
+        encoded = model.encode(image, hidden_BN=canvas.hidden_BN, keep_BK=keep, features_BLF=features, valid_BL=valid)
+        return model.image_logits(encoded, canvas.hidden_BN)
+
+    return parallel_decode(
+        guided(
+            lambda canvas: logits(canvas, features_BLF, valid_BL),
+            lambda canvas: logits(canvas, None, None),
+            guidance=config.guidance,
+            ramp=config.guidance_ramp,
+        ),
+        tokens_BN,
+        hidden_BN,
+        steps=config.steps,
+        temperature=config.temperature,
+        token_temperature=config.token_temperature,
+        rng=rng,
+    )
+
+
+@torch.no_grad()
+def generate_text(
+    model: ITIT,
+    tokens_BN: Int[Tensor, "B N"],
+    config: TextGenerationConfig,
+    *,
+    banned_V: Bool[Tensor, "V"],
+    length: int,
+) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B"] | None]:
+    """Generate a text for each image; all image tokens are visible and the encoder gets the empty text.
+
+    Returns ids of at most ``length`` tokens, without those of ``banned_V``, and the scores of the beam search (None
+    with one beam).
+    """
+    prefix_BND = model.encode(model.embed_image(tokens_BN)).image_BKD
+    rows = len(tokens_BN)
+    if config.beams == 1:
+        return greedy(model.start_text(prefix_BND), rows, length=length, banned_V=banned_V), None
+    decoding = model.start_text(prefix_BND, beams=config.beams)
+    return beam_search(
+        decoding, rows, beams=config.beams, length=length, banned_V=banned_V, length_power=config.length_power
+    )
+
+
+# Parallel decoding
 
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """A picture on its way: known tokens, and which positions are still hidden."""
+    """An image in the middle of parallel decoding: its known tokens, and which positions are still hidden."""
 
     tokens_BN: Int[Tensor, "B N"]
     hidden_BN: Bool[Tensor, "B N"]
     progress: float
-    """s / S: 0 at the first step, below 1 at the last."""
+    """Share of the rounds that are over, s / S: 0 in the first round, below 1 in the last."""
     most_known: int
-    """No row has more known tokens than this (known without asking the device)."""
+    """Upper bound on the known tokens of a row. It follows from the schedule, without a wait for the device."""
 
 
 Logits = Callable[[Canvas], Tensor]
-"""Logits [B N C] of every position of a canvas."""
+"""Returns logits [B N C] of every position of a canvas."""
 
 
 def guided(conditional: Logits, unconditional: Logits, *, guidance: float, ramp: bool = False) -> Logits:
     """Classifier-free guidance: l_g = (1 + lambda) l_c - lambda l_u.
 
-    ``guidance`` is the paper's lambda (scale 1 + lambda in the convention of `diffusers`). With ``ramp`` it rises
-    linearly from 0 over the steps, as in Muse; the paper does not say, and the default does not.
+    ``guidance`` is the paper's lambda; `diffusers` calls 1 + lambda the scale. With ``ramp`` lambda rises linearly from
+    0 over the rounds, as in Muse. The paper does not mention a ramp.
     """
     if guidance == 0:
         return conditional
@@ -60,16 +162,20 @@ def parallel_decode(
     token_temperature: float = 1.0,
     rng: StepRNG,
 ) -> Int[Tensor, "B N"]:
-    """Fill the hidden positions in ``steps`` rounds, the surest first. Known tokens never change.
+    """Fill the hidden positions in ``steps`` rounds, the most confident first. Known tokens never change.
 
-    At step s each hidden token is sampled; its confidence is log p(sampled) + t (1 - s/S) Gumbel, and
-    floor(n cos(pi/2 (s+1)/S)) of a row's n hidden tokens stay hidden: those of least confidence.
+    In round s each hidden token is sampled; its confidence is log p(sampled) + t (1 - s/S) Gumbel. The
+    floor(n cos(pi/2 (s+1)/S)) least confident of a row's n hidden tokens stay hidden.
 
-    Departure: at least one token of a row is revealed in each round, so short grids finish early instead of idling.
+    Departure: every round reveals at least one token of a row, so short grids finish early instead of idling.
 
     Args:
-        temperature: t, of the confidence. It is not multiplied into itself from step to step.
+        steps: S, the number of rounds.
+        temperature: t, the factor on the noise. It is not multiplied into itself from round to round.
         token_temperature: divides the logits that tokens are sampled from; 0 takes the likeliest.
+
+    Raises:
+        UserError: less than one round.
     """
     if steps < 1:
         raise UserError(f"{steps} drawing steps: at least one is needed")
@@ -92,7 +198,7 @@ def parallel_decode(
 
 
 def _still_hidden(first: Tensor, rounds: int, steps: int) -> Tensor:
-    """How many of ``first`` hidden tokens are left after so many rounds."""
+    """How many of ``first`` hidden tokens are still hidden after ``rounds`` of ``steps`` rounds."""
     cosine = 0.0 if rounds >= steps else math.cos(math.pi / 2 * rounds / steps)
     return torch.minimum((first * cosine).floor().long(), first - rounds).clamp_min(0)
 
@@ -102,8 +208,8 @@ def sample_tokens(
 ) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"]]:
     """Sample each position's token by inverting its cumulative distribution at ``chance_BN`` in [0, 1).
 
-    One random number a position, where the Gumbel trick would take one a code. Returns the tokens and the logarithm
-    of their probability under ``logits_BNC`` (at temperature 1).
+    This takes one random number for a position; the Gumbel trick takes one for each code. Returns the tokens and the
+    logarithm of their probability under ``logits_BNC`` (at temperature 1).
     """
     log_p_BNC = logits_BNC.log_softmax(-1)
     if temperature == 0:
@@ -116,78 +222,6 @@ def sample_tokens(
     return sampled_BN, log_p_BNC.gather(-1, sampled_BN[..., None]).squeeze(-1)
 
 
-# JOINED sampling.itit
-#| ITIT's two ways to generate, used alike by the cycles, the evaluators and the command line.
-#|
-#| Shapes: B rows, N image tokens, L text tokens, F width of the frozen text features, V vocabulary.
-
-
-@dataclass(kw_only=True, slots=True)
-class ImageGenerationConfig:
-    """How a picture is drawn from a text. The defaults are the paper's."""
-
-    steps: int = 24
-    """Rounds of parallel decoding (S)."""
-    guidance: float = 2.0
-    """Lambda of l_g = (1 + lambda) l_c - lambda l_u; 0 switches guidance off and halves the cost."""
-    guidance_ramp: bool = False
-    """Let guidance rise linearly from 0, as Muse does."""
-    temperature: float = 32.0
-    """t, of the noise on the confidence; it decides the order in which tokens are revealed."""
-    token_temperature: float = 1.0
-    """Of the distribution that tokens are sampled from; 0 takes the likeliest."""
-    drop: bool = True
-    """Leave hidden tokens out of the encoder as in training; False feeds all of them (slower)."""
-
-
-@dataclass(kw_only=True, slots=True)
-class TextGenerationConfig:
-    """How a text is written about a picture. The defaults are the paper's."""
-
-    beams: int = 4
-    """Beams of the search; 1 is greedy."""
-    length_power: float = 0.6
-    """Power of GIT's length penalty ((5 + length) / 6)."""
-
-
-@torch.no_grad()
-def generate_image_tokens(
-    model: ITIT,
-    features_BLF: Float[Tensor, "B L F"],
-    valid_BL: Bool[Tensor, "B L"],
-    config: ImageGenerationConfig,
-    *,
-    rng: StepRNG,
-    known: tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]] | None = None,
-) -> Int[Tensor, "B N"]:
-    """Image tokens for texts: the T2I inference pipeline. ``known`` (tokens, hidden) keeps part of a picture."""
-    rows, positions = len(features_BLF), model.config.image_tokens
-    device = features_BLF.device
-    if known is None:
-        tokens_BN = torch.zeros(rows, positions, dtype=torch.long, device=device)
-        hidden_BN = torch.ones(rows, positions, dtype=torch.bool, device=device)
-    else:
-        tokens_BN, hidden_BN = known
-
-    def logits(canvas: Canvas, *, features: Tensor | None, valid: Tensor | None) -> Tensor:
-        keep = _visible_first(canvas) if config.drop else None
-        image = model.embed_image(canvas.tokens_BN)
-        encoded = model.encode(image, hidden_BN=canvas.hidden_BN, keep_BK=keep, features_BLF=features, valid_BL=valid)
-        return model.image_logits(encoded, canvas.hidden_BN)
-
-    conditional = partial(logits, features=features_BLF, valid=valid_BL)
-    unconditional = partial(logits, features=None, valid=None)
-    return parallel_decode(
-        guided(conditional, unconditional, guidance=config.guidance, ramp=config.guidance_ramp),
-        tokens_BN,
-        hidden_BN,
-        steps=config.steps,
-        temperature=config.temperature,
-        token_temperature=config.token_temperature,
-        rng=rng,
-    )
-
-
 def _visible_first(canvas: Canvas) -> Tensor | None:
     """Half of the positions, all visible ones among them, as in training; None while more than half are visible."""
     half = canvas.hidden_BN.shape[1] // 2
@@ -196,21 +230,27 @@ def _visible_first(canvas: Canvas) -> Tensor | None:
     return canvas.hidden_BN.long().argsort(dim=1, stable=True)[:, :half]
 
 
-@torch.no_grad()
-def generate_text(
-    model: ITIT,
-    tokens_BN: Int[Tensor, "B N"],
-    config: TextGenerationConfig,
-    *,
-    banned_V: Bool[Tensor, "V"],
-    length: int,
-) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B"] | None]:
-    """Text ids for pictures, all image tokens visible and the text empty; and their scores if beams were used."""
-    prefix_BND = model.encode(model.embed_image(tokens_BN)).image_BKD
-    rows = len(tokens_BN)
-    if config.beams == 1:
-        return greedy(model.start_text(prefix_BND), rows, length=length, banned_V=banned_V), None
-    decoding = model.start_text(prefix_BND, beams=config.beams)
-    return beam_search(
-        decoding, rows, beams=config.beams, length=length, banned_V=banned_V, length_power=config.length_power
-    )
+# Greedy decoding
+
+
+def greedy(decoding: Decoding, rows: int, *, length: int, banned_V: Bool[Tensor, "V"]) -> Int[Tensor, "B L"]:
+    """Take the likeliest token at each step. Rows end in `</s>`, also when cut at ``length``, and are padded with 0."""
+    newest_B = torch.full((rows,), PAD, device=banned_V.device)
+    finished_B = torch.zeros(rows, dtype=torch.bool, device=banned_V.device)
+    ids_BL = torch.full((rows, length), PAD, device=banned_V.device)
+    for position in range(length):
+        if bool(finished_B.all()):
+            break
+        logits_BV = decoding.step(newest_B).masked_fill(banned_V, -torch.inf)
+        newest_B = logits_BV.argmax(-1) if position + 1 < length else torch.full_like(newest_B, EOS)
+        newest_B = newest_B.masked_fill(finished_B, PAD)
+        ids_BL[:, position] = newest_B
+        finished_B |= newest_B == EOS
+    return ids_BL
+
+
+def banned_tokens(text_encoder: TextEncoder) -> Bool[Tensor, "V"]:
+    """The ids that no generated text may contain: padding, unknown, sentinels and rows without a token."""
+    banned_V = torch.zeros(text_encoder.vocab_rows, dtype=torch.bool, device=text_encoder.embedding.weight.device)
+    banned_V[list(text_encoder.banned_ids)] = True
+    return banned_V

@@ -1,4 +1,4 @@
-"""Which image tokens a training pass hides (to be predicted) and which it drops (out of the encoder).
+"""Random choice of the image tokens that are hidden, to be predicted, and of those that do not enter the encoder.
 
 Shapes: B rows, N image tokens, K tokens kept for the encoder.
 """
@@ -16,32 +16,36 @@ from diptych.rng import StepRNG
 
 @dataclass(kw_only=True, slots=True)
 class MaskingConfig:
-    """A normal distribution of the hidden share, cut at both ends (Table 3)."""
+    """Normal distribution of the share of hidden tokens in a row, cut at both ends (Table 3)."""
 
     low: float = 0.5
-    """Least share of tokens hidden. Just this share is dropped: it is hidden in every row."""
+    """Smallest share of hidden tokens, between 0 and 1. The same share of tokens does not enter the encoder."""
     high: float = 1.0
-    """Largest share of tokens hidden."""
+    """Largest share of hidden tokens, between 0 and 1."""
     mode: float = 0.75
-    """Mode of the normal distribution."""
+    """Mode of the normal distribution, as a share."""
     std: float = 0.25
-    """Its standard deviation before the cut."""
+    """Standard deviation of the normal distribution before the cut, as a share."""
 
 
 @dataclass(frozen=True, slots=True)
 class Masking:
+    """The hidden tokens of each row, and those that enter the encoder."""
+
     hidden_BN: Bool[Tensor, "B N"]
+    """True where a token is to be predicted."""
     keep_BK: Int[Tensor, "B K"]
-    """Positions that enter the encoder: all visible ones, filled up with hidden ones to K = N - floor(low N)."""
+    """Positions that enter the encoder: all visible ones, and hidden ones up to K = N - floor(low N)."""
 
 
 def sample_masking(
     config: MaskingConfig, rows: int, positions: int, *, rng: StepRNG, name: str, device: torch.device
 ) -> Masking:
-    """Draw a share for every row and hide that many of its tokens at random.
+    """Sample a share for every row, and hide that share of its tokens at random.
 
-    One random order a row decides all: its first tokens are visible, its last are dropped, so that what is dropped
-    is always hidden and batches stay rectangular whatever the shares.
+    Each row has one random order of its tokens: the first ones are visible, and the last ones do not enter the encoder.
+    So dropped tokens are always hidden, and batches stay rectangular whatever the shares. Raises UserError for shares
+    that are no range within 0 and 1.
     """
     if not 0 <= config.low <= config.high <= 1:
         raise UserError(f"hidden share from {config.low} to {config.high}: give 0 <= low <= high <= 1")
@@ -58,7 +62,7 @@ def sample_masking(
 
 
 def _truncated_normal(chance_B: Tensor, config: MaskingConfig) -> Tensor:
-    """Inverse of the cut normal's cumulative distribution."""
+    """Shares at the quantiles ``chance_B`` of the cut normal distribution."""
 
     def below(x: float) -> float:
         return 0.5 * (1 + math.erf((x - config.mode) / (config.std * math.sqrt(2))))

@@ -8,7 +8,7 @@ the text decoder's image prefix, F width of the frozen text features, V vocabula
 width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -16,6 +16,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from diptych.nn.transformer import Blocks, LayerCache, init_weights, prefix_causal
+from diptych.tokenizers.image_tokenizer import ImageTokenizer
+from diptych.tokenizers.text_encoder import TextEncoder
+
+PAD, EOS = 0, 1
+"""T5's ids of padding and of the end of a text. As T5 has no id to begin a text with, PAD begins one."""
+
+
+def shift_right(ids_BL: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """t_0 .. t_{L-1}, the text decoder's inputs for the prediction of ``ids_BL``; t_0 is PAD."""
+    inputs_BL = ids_BL.roll(1, dims=1)
+    inputs_BL[:, 0] = PAD
+    return inputs_BL
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,45 +35,54 @@ class ItitConfig:
     """The defaults are ITIT-B of the paper (221M parameters)."""
 
     image_tokens: int = 256
-    """Tokens of an image (N)."""
+    """Number of tokens of an image (N). A run takes it from its image tokenizer."""
     codebook_size: int = 8192
-    """Entries of the image tokenizer's codebook (C)."""
+    """Number of entries of the codebook (C). A run takes it from its image tokenizer."""
     max_text_len: int = 64
-    """Most tokens of a text, `</s>` included (L)."""
+    """Largest number of tokens of a text, `</s>` included (L)."""
     text_features: int = 4096
-    """Width of the frozen text encoder's features (F)."""
+    """Width of the frozen text features (F). A run takes it from its text encoder."""
     vocab_size: int = 32128
-    """Rows of the text encoder's embedding (V)."""
+    """Number of rows of the word embedding (V). A run takes it from its text encoder."""
     width: int = 768
     """Width of the encoder and the image decoder (D)."""
     depth: int = 12
-    """Blocks of the encoder."""
+    """Number of blocks of the encoder."""
     heads: int = 12
-    """Attention heads of the encoder and the image decoder."""
+    """Number of attention heads of the encoder and of the image decoder."""
     image_decoder_depth: int = 8
-    """Blocks of the image decoder."""
+    """Number of blocks of the image decoder."""
     text_decoder_width: int = 768
     """Width of the text decoder (W)."""
     text_decoder_depth: int = 6
-    """Blocks of the text decoder."""
+    """Number of blocks of the text decoder."""
     text_decoder_heads: int = 12
-    """Attention heads of the text decoder."""
+    """Number of attention heads of the text decoder."""
     dropout: float = 0.1
-    """Dropout of attention, of both branches of a block and of the input."""
+    """Probability of dropout of attention, of both branches of a block and of the input."""
+
+    def build(self, tokenizer: ImageTokenizer, text_encoder: TextEncoder) -> "ITIT":
+        """The network for this tokenizer and this text encoder, whose sizes replace the config's own."""
+        sizes = {"image_tokens": tokenizer.tokens, "codebook_size": tokenizer.codebook_size}
+        sizes |= {"text_features": text_encoder.width, "vocab_size": text_encoder.vocab_rows}
+        return ITIT(replace(self, **sizes))
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What the encoder makes of an image and a text."""
+    """Output of the encoder for an image and a text."""
 
     image_BKD: Tensor
+    """Features of the image tokens that entered the encoder."""
     keep_BK: Tensor
-    """Which of the N positions the K features belong to."""
+    """Position of each of the K features among the N."""
     text_BLD: Tensor
     """Features of the text; of the null text (L = 1) where none was given."""
     valid_BL: Tensor
+    """True for text positions that are no padding."""
 
     def detach(self) -> "Encoded":
+        """The same features without gradient."""
         return Encoded(self.image_BKD.detach(), self.keep_BK, self.text_BLD.detach(), self.valid_BL)
 
 
@@ -99,6 +120,7 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         nn.init.zeros_(self.image_bias)
 
     def embed_image(self, tokens_BN: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
+        """Embeddings of image tokens, without their positions: the input of :meth:`encode`."""
         return self.token_embedding(tokens_BN)
 
     def encode(
@@ -117,7 +139,7 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
             keep_BK: positions that enter the encoder. It must hold every visible one; the rest are dropped to save
                 computation. None: all enter.
             features_BLF: frozen features of the text; None stands for the empty text.
-            valid_BL: which of the L are real; needed with ``features_BLF``.
+            valid_BL: True for text positions that are no padding; needed with ``features_BLF``.
         """
         rows, positions = image_BND.shape[:2]
         if hidden_BN is not None:
@@ -134,7 +156,7 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         else:
             assert valid_BL is not None
             text = self.text_projection(features_BLF) + self.text_position.weight[: features_BLF.shape[1]]
-            attend = _look_at_valid(valid_BL, image.shape[1])
+            attend = _attend_to_valid(valid_BL, image.shape[1])
         x = self.input_dropout(self.input_norm(torch.cat([image, text.to(image.dtype)], dim=1)))
         x = self.encoder(x, attend=attend)
         kept = keep_BK.shape[1]
@@ -151,16 +173,16 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
             : positions + encoded.text_BLD.shape[1]
         ].to(features.dtype)
         is_null = encoded.text_BLD.shape[1] == 1
-        x = self.image_decoder(x, attend=None if is_null else _look_at_valid(encoded.valid_BL, positions))
+        x = self.image_decoder(x, attend=None if is_null else _attend_to_valid(encoded.valid_BL, positions))
         return self.image_head(x[:, :positions]) @ self.token_embedding.weight.T + self.image_bias
 
     def text_logits(
         self, prefix_BPD: Float[Tensor, "B P D"] | None, inputs_BL: Int[Tensor, "B L"]
     ) -> Float[Tensor, "B L V"]:
-        """Logits of the token after each of ``inputs_BL`` (which starts with the id that begins a text).
+        """Logits of the token after each of ``inputs_BL``, whose first is PAD (see :func:`shift_right`).
 
-        The prefix, image features of the encoder, sees itself; text sees the prefix and the text before it. None
-        leaves the image out (the T2T ablation).
+        The prefix holds image features of the encoder and attends to itself; text attends to the prefix and to the text
+        before it. None leaves the image out (the T2T control).
         """
         length = inputs_BL.shape[1]
         text = self.word_embedding(inputs_BL) + self.word_position.weight[:length]
@@ -170,12 +192,12 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         return x[:, prefix.shape[1] :] @ self.word_embedding.weight.T
 
     def start_text(self, prefix_BPD: Float[Tensor, "B P D"], *, beams: int = 1) -> "TextDecoding":
-        """Begin to write one token at a time, each prefix repeated for ``beams`` neighbouring rows."""
+        """Start to decode a text token by token; each prefix is repeated for ``beams`` neighbouring rows."""
         return TextDecoding(self, prefix_BPD, beams=beams)
 
 
 class TextDecoding:
-    """The text decoder with its past cached: the same logits as :meth:`ITIT.text_logits`, a position at a time."""
+    """The text decoder with a cache: the same logits as :meth:`ITIT.text_logits`, one position at a time."""
 
     def __init__(self, model: ITIT, prefix_BPD: Tensor, *, beams: int) -> None:
         self.model = model
@@ -200,28 +222,38 @@ class TextDecoding:
         return x[:, 0] @ model.word_embedding.weight.T
 
     def reorder(self, rows_B: Int[Tensor, "B"]) -> None:
-        """Row b goes on from what row ``rows_B[b]`` has written; both must have the same prefix."""
+        """Let row b continue the text of row ``rows_B[b]``; both must have the same prefix."""
         for layer in self.cache:
             layer.reorder(rows_B, start=self.prefix)
 
 
-def _look_at_valid(valid_BL: Tensor, images: int) -> Bool[Tensor, "B 1 1 S"]:
-    """Every position may look at all image positions and at real text."""
+def _attend_to_valid(valid_BL: Tensor, images: int) -> Bool[Tensor, "B 1 1 S"]:
+    """Lets every position attend to all image positions and to text that is no padding."""
     always = valid_BL.new_ones(len(valid_BL), images)
     return torch.cat([always, valid_BL], dim=1)[:, None, None]
 
 
 SIZES: dict[str, ItitConfig] = {
     "tiny": ItitConfig(
-        width=128, depth=2, heads=4, image_decoder_depth=1, text_decoder_width=128, text_decoder_depth=1,
+        width=128,
+        depth=2,
+        heads=4,
+        image_decoder_depth=1,
+        text_decoder_width=128,
+        text_decoder_depth=1,
         text_decoder_heads=4,
     ),
     "small": ItitConfig(
-        width=192, depth=4, heads=4, image_decoder_depth=2, text_decoder_width=192, text_decoder_depth=2,
+        width=192,
+        depth=4,
+        heads=4,
+        image_decoder_depth=2,
+        text_decoder_width=192,
+        text_decoder_depth=2,
         text_decoder_heads=4,
     ),
     "base": ItitConfig(),
     "large": ItitConfig(width=1024, depth=24, heads=16),
     "huge": ItitConfig(width=1280, depth=32, heads=16),
-}  # fmt: skip
-"""Named sizes. Base, large and huge are the paper's; tiny and small are for one or two CPU cores and one small GPU."""
+}
+"""Sizes by name. Base, large and huge are the paper's; tiny and small are for two CPU cores or one small GPU."""

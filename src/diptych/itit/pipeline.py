@@ -1,6 +1,9 @@
-"""A trained run as one object: caption, imagine, cycle.
+"""A finished ITIT run as one object that captions images and generates images from texts.
 
-Shapes: B rows, H and W pixels, N image tokens, L text tokens, V vocabulary.
+Also here: the tokenizers of a run, which prepare its data, and its encoder as an image encoder for other learners.
+
+Shapes: B rows, H and W pixels, S pixels a side of a square image, N image tokens, L text tokens, V vocabulary,
+D encoder width.
 """
 
 import io
@@ -24,46 +27,53 @@ from diptych.encoders.image import ImageEncoder, resize
 from diptych.encoders.loading import load
 from diptych.errors import UserError
 from diptych.io import load_network, weights_digest
-from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig, generate_image_tokens, generate_text
+from diptych.itit.generation import (
+    ImageGenerationConfig,
+    TextGenerationConfig,
+    banned_tokens,
+    generate_image_tokens,
+    generate_text,
+)
 from diptych.itit.model import ITIT
 from diptych.nn.inference import Device, Precision, autocast, pick_device
 from diptych.rng import StepRNG
+from diptych.run_folder import read_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
 
 ImageLike = str | Path | Image.Image | np.ndarray
-"""A path, a PIL image, or uint8 [H W 3]."""
+"""A path, a PIL image, or uint8 pixels [H W 3]."""
 
 _ROWS = 64
-"""Rows generated at once."""
+"""Number of rows generated at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caption:
-    """A written caption."""
+    """A generated caption."""
 
     text: str
     score: float | None
-    """Length-normalised log-probability of the beam search; None for greedy writing."""
+    """Length-normalized log-probability from the beam search; None with one beam."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CycleStep:
-    """One link of a cycle: a text, or a picture uint8 [S S 3]."""
+    """One step of a cycle: either a text or an image, uint8 [S S 3]."""
 
     text: str | None = None
-    picture: np.ndarray | None = None
+    image: np.ndarray | None = None
 
     @property
     def shown(self) -> str | np.ndarray:
-        """Whichever it is."""
-        found = self.text if self.picture is None else self.picture
+        """The text or the image of this step."""
+        found = self.text if self.image is None else self.image
         assert found is not None
         return found
 
 
 class Diptych:
-    """A captioner and image generator: tokenizer, frozen text encoder and ITIT network.
+    """Captions images and generates images, with an image tokenizer, a frozen text encoder and an ITIT network.
 
     >>> diptych = Diptych.from_pretrained("runs/demo/itit")
     >>> diptych.caption(["photo.jpg"])
@@ -88,8 +98,7 @@ class Diptych:
         self.model = model.to(self.device).eval()
         self.image_generation = image_generation or ImageGenerationConfig()
         self.text_generation = text_generation or TextGenerationConfig()
-        self.banned_V = torch.zeros(text_encoder.vocab_rows, dtype=torch.bool, device=self.device)
-        self.banned_V[list(text_encoder.banned_ids)] = True
+        self.banned_V = banned_tokens(self.text_encoder)
 
     @classmethod
     def from_pretrained(cls, run: str | Path, *, device: Device = "auto", precision: Precision = "auto") -> "Diptych":
@@ -98,8 +107,8 @@ class Diptych:
         Args:
             run: folder with ``tokenizer/``, ``text_encoder/`` and ``model/``.
             device: ``auto`` takes CUDA, then MPS, then the CPU.
-            precision: of the ITIT network, as in training: ``auto`` is bf16 where the device multiplies it, else fp32.
-                Tokenizer and text encoder always compute in fp32.
+            precision: precision of the ITIT network. ``auto`` is bf16 where the device multiplies it, else fp32, as in
+                training. The tokenizer and the text encoder always compute in fp32.
 
         Raises:
             UserError: the folder is no finished run, or a file in it is damaged.
@@ -110,7 +119,7 @@ class Diptych:
         for part in ("tokenizer", "text_encoder", "model"):
             if not (run / part).is_dir():
                 raise UserError(f"{run}: has no {part}/, so it is no finished ITIT run: let `diptych fit` finish it")
-        image_generation, text_generation = _generation(run)
+        image_generation, text_generation = _generation_of(run)
         return cls(
             ImageTokenizer.from_pretrained(run / "tokenizer"),
             TextEncoder.from_pretrained(run / "text_encoder"),
@@ -123,34 +132,29 @@ class Diptych:
 
     @property
     def data_tokenizers(self) -> DataTokenizers:
-        """What `encode` needs to prepare data for this run."""
+        """The tokenizers with which data for this run is encoded."""
         return data_tokenizers(self.tokenizer, self.text_encoder, length=self.model.config.max_text_len)
 
-    # Generation
+    # Captions
 
-    def caption(self, pictures: Sequence[ImageLike], *, beams: int | None = None) -> list[str]:
-        """One caption per picture."""
-        return [caption.text for caption in self.captions(pictures, beams=beams)]
+    def caption(self, images: Sequence[ImageLike], *, beams: int | None = None) -> list[str]:
+        """One caption for each image. ``beams`` None takes the run's own number."""
+        return [caption.text for caption in self.captions(images, beams=beams)]
 
-    def captions(self, pictures: Sequence[ImageLike], *, beams: int | None = None) -> list[Caption]:
-        """One caption per picture, with its score."""
+    def captions(self, images: Sequence[ImageLike], *, beams: int | None = None) -> list[Caption]:
+        """One caption for each image, with its score."""
         found: list[Caption] = []
-        for start in range(0, len(pictures), _ROWS):
-            pixels = np.stack([self.read(picture) for picture in pictures[start : start + _ROWS]])
+        for start in range(0, len(images), _ROWS):
+            pixels = np.stack([self.read(image) for image in images[start : start + _ROWS]])
             found += self.caption_tokens(self.tokenize(pixels), beams=beams)
         return found
 
-    def tokenize(self, pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Int[Tensor, "B N"]:
-        """Image tokens of pictures of the tokenizer's size."""
-        pieces = channels_first(pixels_BSS3).split(_ROWS)
-        return torch.cat([self.tokenizer.encode(piece.to(self.device)) for piece in pieces])
-
     def caption_tokens(self, tokens_BN: Tensor, *, beams: int | None = None) -> list[Caption]:
-        """As :meth:`captions`, from image tokens."""
+        """One caption with its score for each row of image tokens."""
         config = self.text_generation if beams is None else replace(self.text_generation, beams=beams)
+        length = self.model.config.max_text_len
         found: list[Caption] = []
         for piece in tokens_BN.to(self.device).split(_ROWS):
-            length = self.model.config.max_text_len
             with autocast(self.device, self.precision):
                 ids_BL, score_B = generate_text(self.model, piece, config, banned_V=self.banned_V, length=length)
             scores = [None] * len(piece) if score_B is None else score_B.tolist()
@@ -158,24 +162,33 @@ class Diptych:
             found += [Caption(text=text, score=score) for text, score in zip(texts, scores, strict=True)]
         return found
 
+    def tokenize(self, pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Int[Tensor, "B N"]:
+        """Image tokens of images that have the tokenizer's size."""
+        pieces = channels_first(pixels_BSS3).split(_ROWS)
+        return torch.cat([self.tokenizer.encode(piece.to(self.device)) for piece in pieces])
+
+    # Images
+
     def imagine(
         self, texts: Sequence[str], *, seed: int = 0, config: ImageGenerationConfig | None = None
     ) -> UInt8[np.ndarray, "B S S 3"]:
-        """One picture per text, uint8. The same seed draws the same pictures."""
+        """One image for each text. The same seed generates the same images.
+
+        ``config`` None takes the run's own settings. Raises UserError when no list of texts is given.
+        """
         tokens_BN = self.imagine_tokens(texts, seed=seed, config=config)
         return self.tokenizer.decode(tokens_BN).permute(0, 2, 3, 1).cpu().numpy()
 
     def imagine_tokens(
         self, texts: Sequence[str], *, seed: int = 0, config: ImageGenerationConfig | None = None
-    ) -> Tensor:
-        """As :meth:`imagine`, before the tokenizer makes pixels of it: [B N]."""
+    ) -> Int[Tensor, "B N"]:
+        """The image tokens that :meth:`imagine` decodes to pixels."""
         if not texts or isinstance(texts, str):
             raise UserError("no text to imagine" if not texts else f"one text, {texts!r:.60}: give a list of texts")
+        length = self.model.config.max_text_len
         found = []
         for start in range(0, len(texts), _ROWS):
-            ids_BL, valid_BL = self.text_encoder.tokenize(
-                list(texts[start : start + _ROWS]), length=self.model.config.max_text_len
-            )
+            ids_BL, valid_BL = self.text_encoder.tokenize(list(texts[start : start + _ROWS]), length=length)
             ids_BL, valid_BL = ids_BL.to(self.device), valid_BL.to(self.device)
             features_BLF = self.text_encoder.features(ids_BL, valid_BL)
             rng = StepRNG(seed, start)
@@ -185,45 +198,64 @@ class Diptych:
                 )
         return torch.cat(found)
 
+    # Both in turn
+
     def cycle(
         self, *, text: str | None = None, image: ImageLike | None = None, rounds: int = 3, seed: int = 0
     ) -> list[CycleStep]:
-        """From a text to a picture to a text, or from a picture to a text to a picture, ``rounds`` times over."""
+        """From a text to an image to a text, or from an image to a text to an image, ``rounds`` times.
+
+        Returns the start and two steps for each round. Raises UserError unless either a text or an image is given.
+        """
         if (text is None) == (image is None):
             raise UserError("a cycle starts from a text or from an image: give one of them")
         if rounds < 1:
             raise UserError(f"{rounds} rounds: at least one is needed")
-        steps = [CycleStep(text=text) if image is None else CycleStep(picture=self.read(image))]
+        steps = [CycleStep(text=text) if image is None else CycleStep(image=self.read(image))]
         for turn in range(2 * rounds):
             last = steps[-1]
-            if last.picture is None:
+            if last.image is None:
                 assert last.text is not None
-                steps.append(CycleStep(picture=self.imagine([last.text], seed=seed + turn)[0]))
+                steps.append(CycleStep(image=self.imagine([last.text], seed=seed + turn)[0]))
             else:
-                steps.append(CycleStep(text=self.caption([last.picture])[0]))
+                steps.append(CycleStep(text=self.caption([last.image])[0]))
         return steps
 
-    def read(self, picture: ImageLike) -> UInt8[np.ndarray, "S S 3"]:
-        """A picture at the tokenizer's size: its centre square, resized."""
-        if isinstance(picture, np.ndarray):
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
-                raise UserError(f"a picture of {picture.dtype} {picture.shape}: give uint8 [height, width, 3]")
-            if picture.shape[:2] == (self.tokenizer.image_size, self.tokenizer.image_size):
-                return picture
-            picture = Image.fromarray(picture)
-        if isinstance(picture, Image.Image):
+    def read(self, image: ImageLike) -> UInt8[np.ndarray, "S S 3"]:
+        """The image's centre square, resized to the tokenizer's size. Raises UserError for other arrays."""
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+                raise UserError(f"an image of {image.dtype} {image.shape}: give uint8 [height, width, 3]")
+            if image.shape[:2] == (self.tokenizer.image_size, self.tokenizer.image_size):
+                return image
+            image = Image.fromarray(image)
+        if isinstance(image, Image.Image):
             lossless = io.BytesIO()
-            exif = picture.getexif()  # tells which side is up
+            exif = image.getexif()  # tells which side is up
             # PNG and TIFF hold all modes between them.
-            picture.save(lossless, "TIFF" if picture.mode in ("CMYK", "LAB", "YCbCr", "F", "I") else "PNG", exif=exif)
+            image.save(lossless, "TIFF" if image.mode in ("CMYK", "LAB", "YCbCr", "F", "I") else "PNG", exif=exif)
             return decode(lossless.getvalue(), self.tokenizer.image_size)
-        return decode(Path(picture), self.tokenizer.image_size)
+        return decode(Path(image), self.tokenizer.image_size)
+
+
+def _generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfig]:
+    """The run's own settings for images and texts; the defaults for a folder without ``config.json``."""
+    try:
+        found = json.loads((run / "config.json").read_text())["generation"]
+        return ImageGenerationConfig(**found["image"]), TextGenerationConfig(**found["text"])
+    except FileNotFoundError:
+        return ImageGenerationConfig(), TextGenerationConfig()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run}/config.json: cannot be used ({error}): copy it again") from error
 
 
 def data_tokenizers(
     tokenizer: ImageTokenizer, text_encoder: TextEncoder, *, length: int, features: bool = False
 ) -> DataTokenizers:
-    """Pixels to tokens and texts to ids (and, if wanted, to frozen features)."""
+    """Both tokenizers as the encoding of data needs them; with ``features``, the text encoder's features too.
+
+    Texts are cut to ``length`` tokens.
+    """
     device = text_encoder.embedding.weight.device
 
     def to_features(ids_BL: Tensor) -> Tensor:
@@ -239,19 +271,20 @@ def data_tokenizers(
     )
 
 
-def _generation(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfig]:
-    """The run's own settings for drawing and writing."""
-    try:
-        found = json.loads((run / "config.json").read_text())["generation"]
-        return ImageGenerationConfig(**found["image"]), TextGenerationConfig(**found["text"])
-    except FileNotFoundError:
-        return ImageGenerationConfig(), TextGenerationConfig()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run}/config.json: cannot be used ({error}): copy it again") from error
+def run_data_tokenizers(run: Path, *, features: bool) -> DataTokenizers:
+    """The data tokenizers of a run, finished or not. Raises UserError for a folder that is no ITIT run."""
+    for part in ("tokenizer", "text_encoder"):
+        if not (run / part).is_dir():
+            raise UserError(f"{run}: has no {part}/: give a run of an itit recipe")
+    device = pick_device("auto")
+    tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(device)
+    text_encoder = TextEncoder.from_pretrained(run / "text_encoder").to(device)
+    length = read_config(run)["run"]["model"]["max_text_len"]
+    return data_tokenizers(tokenizer, text_encoder, length=length, features=features)
 
 
 class ItitImageEncoder(ImageEncoder):
-    """An ITIT run's encoder: the mean of its output over the image tokens, without any text."""
+    """The encoder of an ITIT run for images without text: the mean of its output over the image tokens."""
 
     def __init__(self, tokenizer: ImageTokenizer, network: ITIT) -> None:
         super().__init__()
@@ -262,19 +295,22 @@ class ItitImageEncoder(ImageEncoder):
 
     @classmethod
     def from_pretrained(cls, folder: str) -> Self:
-        """From a run folder, or any with `tokenizer` and `model` in it."""
+        """Load a run folder, or any folder with `tokenizer` and `model` in it."""
         with redirect_stdout(io.StringIO()):  # huggingface_hub prints that it reads a folder
             network = load(str(Path(folder) / "model"), "an ITIT network", ITIT.from_pretrained, strict=True)
         return cls(ImageTokenizer.from_pretrained(Path(folder) / "tokenizer"), network).eval()
 
     def forward(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        """One feature vector for each image; pixels from 0 to 255 of any size."""
         return self.tokens(pixels_B3HW).mean(1)
 
     def tokens(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        """One feature vector for each image token."""
         pixels = resize(pixels_B3HW.to(self.tokenizer.codebook.device).float(), self.image_size).round()
         tokens_BN = self.tokenizer.encode(pixels.to(torch.uint8))
         return self.network.encode(self.network.embed_image(tokens_BN)).image_BKD
 
     def save_pretrained(self, folder: Path) -> None:
+        """Write ``folder/tokenizer`` and ``folder/model``."""
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.network.save_pretrained(folder / "model")

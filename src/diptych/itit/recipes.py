@@ -1,4 +1,4 @@
-"""Recipes for ITIT in all sizes. Base, large and huge are the paper's; tiny and small are for what is at hand."""
+"""Recipes for ITIT in all sizes. Base, large and huge are the paper's; tiny and small are for small machines."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from diptych.train.config import OptimConfig, TrainConfig
 
 
 def itit_tiny() -> ItitRun:
-    """ITIT of 0.9M parameters for pictures of 32 pixels: the one that `diptych demo` trains.
+    """ITIT of 0.9M parameters for images of 32 pixels: the one that `diptych demo` trains.
 
     Command: diptych fit itit-tiny --data.pairs scenes:?count=36048 --data.max-pairs 48 --out runs/tiny
     Cost: six minutes on two CPU cores.
@@ -40,7 +40,7 @@ def itit_tiny() -> ItitRun:
 
 
 def itit_small() -> ItitRun:
-    """ITIT of 5M parameters for photos of 64 pixels, for two CPU cores or one small GPU.
+    """ITIT of 5M parameters for images of 64 pixels, for two CPU cores or one small GPU.
 
     Command: diptych fit itit-small --data.pairs 'photos.tar?split=train' --data.max-pairs 600
              --data.texts captions.txt.gz --out runs/photos
@@ -61,9 +61,8 @@ def itit_small() -> ItitRun:
         optim=OptimConfig(lr=1e-3, warmup_steps=100),
         generation=GenerationConfig(
             image=ImageGenerationConfig(steps=16, guidance=2.0, temperature=4.0),
-            text=TextGenerationConfig(
-                length_power=1.0
-            ),  # at the paper's 0.6 a network this small prefers captions of a word
+            # At the paper's power of 0.6 a network this small prefers captions of one word.
+            text=TextGenerationConfig(length_power=1.0),
         ),
     )
 
@@ -72,9 +71,9 @@ def itit_base() -> ItitRun:
     """ITIT-B of the paper: 221M parameters, 256 pixels, batch 2048, 1.5M steps.
 
     Command: torchrun --nproc-per-node 8 -m diptych fit itit-base --data.pairs 'cc3m-{000..331}.tar'
-             --data.images 'bare-{0000..0999}.tar' --data.texts texts.txt.gz
+             --data.images 'images-{0000..0999}.tar' --data.texts texts.txt.gz
              --tokenizer amused/amused-256 --text-encoder google/t5-v1_1-xxl --out runs/base
-    Cost: the paper's needed a TPU pod; not measured by us.
+    Cost: a TPU pod for the paper; not measured here.
     Expected: FID 13.4, CIDEr 32.1 (zero-shot COCO) with CC3M pairs and WebLI's images and texts.
     """
     return ItitRun(

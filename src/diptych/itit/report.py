@@ -1,6 +1,7 @@
-"""Sample pictures and captions while a run trains, and the report at its end."""
+"""Samples and quick scores while a run trains, and the report at its end."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,26 +21,29 @@ from diptych.run_folder import read_config
 from diptych.train.logging import Measured
 
 _SHOWN = 8
+"""Number of images in the samples."""
 _SCORED = 128
-LOSSES = ("t2i", "i2t", "i2i", "t2i2t", "i2t2i", "t2t", "unpaired_i2i")
+"""Number of validation images that are scored during training."""
+_LOSSES = ("t2i", "i2t", "i2i", "t2i2t", "i2t2i", "t2t", "unpaired_i2i")
 
 
 class Samples:
-    """Eight captioned images: what the network writes about them and draws for their captions.
+    """Eight captioned images, with the captions and the images that the network in training generates for them.
 
-    From ``data.valid`` (then the first 128 of it are also scored, quickly, with greedy captions), else some pairs.
+    They come from ``config.valid``, whose first 128 images are also scored, quickly and with greedy captions. Without
+    it they come from the pairs, and nothing is scored.
     """
 
-    def __init__(self, diptych: Diptych, parts: DataSplit, data: DataConfig, folder: Path) -> None:
+    def __init__(self, diptych: Diptych, data: DataSplit, config: DataConfig, folder: Path) -> None:
         self.diptych, self.folder = diptych, folder
-        self.valid = open_source(data.valid, columns=data.columns) if data.valid else None
+        self.valid = open_source(config.valid, columns=config.columns) if config.valid else None
         if self.valid is not None:
             items, pixels = read_captioned(self.valid, limit=_SHOWN, size=diptych.tokenizer.image_size)
             self.pixels = list(pixels)
             self.texts = [self.valid.captions(item)[0] for item in items]
         else:
-            assert isinstance(parts.pairs.source, Store)
-            pairs = parts.pairs.source.pairs(parts.pairs.items, seed=0)
+            assert isinstance(data.pairs.source, Store)
+            pairs = data.pairs.source.pairs(data.pairs.items, seed=0)
             rows = np.arange(min(_SHOWN, pairs.size))
             shown = pairs.take(rows, np.zeros_like(rows))
             self.pixels = list(diptych.tokenizer.decode(shown.tokens_BN).permute(0, 2, 3, 1).cpu().numpy())
@@ -48,12 +52,12 @@ class Samples:
     @torch.no_grad()
     def run(self, step: int, objective: nn.Module) -> dict[str, Measured]:
         """Write ``samples/step-N.png``; return that sheet and the quick scores."""
-        self._generate()
+        captions, generated = self._generate()
         sheet = comparison(
             {
-                "photo": [Cell(image=p, caption=t) for p, t in zip(self.pixels, self.texts, strict=True)],
-                "caption": [Cell(caption=text) for text in self.captions],
-                "drawn": [Cell(image=picture) for picture in self.drawn],
+                "image": [Cell(image=p, caption=t) for p, t in zip(self.pixels, self.texts, strict=True)],
+                "caption": [Cell(caption=text) for text in captions],
+                "generated": [Cell(image=pixels) for pixels in generated],
             },
             title=f"step {step:,}",
         )
@@ -64,39 +68,50 @@ class Samples:
         scores = evaluate(self.diptych, self.valid, EvaluateConfig(limit=_SCORED, beams=1)).metrics
         return {"samples": sheet} | {f"valid/{name}": value for name, value in scores.items() if name != "images"}
 
-    def _generate(self) -> None:
-        self.captions = self.diptych.caption(self.pixels)
-        self.drawn = list(self.diptych.imagine(self.texts))
-
     def report(self, run: Path, *, recipe: str) -> None:
-        """``report.html``: curves, samples, a cycle and the settings."""
-        self._generate()  # nothing has been yet if the run was finished before
+        """Write ``report.html`` into the run folder: samples, a cycle, curves and settings."""
         records = read_metrics(run / "metrics.jsonl")
-        losses = [Panel(title=name, keys=[f"loss/{name}"]) for name in LOSSES]
-        scores = sorted({key for record in records for key in record if key.startswith("valid/")})
+        losses = [Panel(title=name, keys=[f"loss/{name}"]) for name in _LOSSES]
         panels = [Panel(title="loss", keys=["loss"]), *losses]
-        examples = [
-            Example(text, [Captioned(image=real, label="image"), Captioned(image=drawn, label="drawn"),
-                           Captioned(caption=written, label="caption")])
-            for text, real, drawn, written in zip(self.texts, self.pixels, self.drawn, self.captions, strict=True)
-        ]  # fmt: skip
-        about = "Each image under its own caption; what the network drew for the caption and wrote about the image."
-        cycle = Strip([step.shown for step in self.diptych.cycle(text=self.texts[0], rounds=3)])
         sections = [
-            Section("Samples", [Text(about), ComparisonBlock(examples)]),
-            Section("A cycle", [Text("Text to picture to text, three times over."), cycle]),
+            Section("Samples", self._samples()),
+            Section("A cycle", self._cycle()),
             Section("Curves", [Figures(images=curves({recipe: records}, panels=panels, smooth=0.95))]),
-        ]  # fmt: skip
+        ]
+        scores = sorted({key for record in records for key in record if key.startswith("valid/")})
         if scores:
-            shown = [Panel(title=name.removeprefix("valid/"), keys=[name]) for name in scores]
-            sections.append(Section("Validation", [Figures(images=curves({recipe: records}, panels=shown))]))
+            panels = [Panel(title=name.removeprefix("valid/"), keys=[name]) for name in scores]
+            sections.append(Section("Validation", [Figures(images=curves({recipe: records}, panels=panels))]))
         config = read_config(run)
         facts = {"recipe": recipe, **{f"{name} version": value for name, value in config["versions"].items()}}
         sections.append(Section("Settings", [Facts(items=facts), Text(_listed(config["run"]), kind="code")]))
         write_report(run / "report.html", sections, title=f"Diptych: {recipe}", lead=str(run.name))
 
+    def _generate(self) -> tuple[list[str], list[np.ndarray]]:
+        """A caption for each image and an image for each text, with the network's present weights."""
+        return self.diptych.caption(self.pixels), list(self.diptych.imagine(self.texts))
 
-def _listed(fields: dict, prefix: str = "") -> str:
+    def _samples(self) -> list[Any]:
+        examples = []
+        for text, real, caption, generated in zip(self.texts, self.pixels, *self._generate(), strict=True):
+            shown = [
+                Captioned(image=real, label="image"),
+                Captioned(image=generated, label="generated"),
+                Captioned(caption=caption, label="caption"),
+            ]
+            examples.append(Example(text, shown))
+        about = (
+            "Each image under its own caption, with the image generated from that caption and the caption generated "
+        )
+        return [Text(about + "from the image."), ComparisonBlock(examples)]
+
+    def _cycle(self) -> list[Any]:
+        steps = self.diptych.cycle(text=self.texts[0], rounds=3)
+        return [Text("Text to image to text, three times in a row."), Strip([step.shown for step in steps])]
+
+
+def _listed(fields: dict[str, Any], prefix: str = "") -> str:
+    """One line for each field, nested ones with a dotted name."""
     lines = []
     for name, value in fields.items():
         lines.append(_listed(value, f"{prefix}{name}.") if isinstance(value, dict) else f"{prefix}{name} = {value}")

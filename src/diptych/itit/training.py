@@ -1,22 +1,22 @@
-"""Training ITIT: the stages of a run, from the sources to a folder that captions and draws."""
+"""Training of ITIT: the stages of a run, from its sources to a folder that captions and generates images."""
 
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from accelerate import PartialState
-from torch import nn
 
 from diptych.data.encode import DataTokenizers
+from diptych.data.store import Store
 from diptych.data.streams import BatchSampler
 from diptych.errors import UserError
-from diptych.itit.data import DataConfig, DataSplit, Subset, encode_part, open_parts
+from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open_data
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.model import ITIT, ItitConfig
+from diptych.itit.model import ItitConfig
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych, data_tokenizers
 from diptych.itit.report import Samples
@@ -32,50 +32,63 @@ from diptych.train.loop import Hook, TrainResult, train
 
 @dataclass(kw_only=True, slots=True)
 class GenerationConfig:
-    """How the trained run draws and writes unless told otherwise."""
+    """How a trained run generates, unless a command says otherwise."""
 
     image: ImageGenerationConfig = field(default_factory=ImageGenerationConfig)
-    """Pictures from texts."""
+    """Settings of the generation of images from texts."""
     text: TextGenerationConfig = field(default_factory=TextGenerationConfig)
-    """Texts from pictures."""
+    """Settings of the generation of texts from images."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingInputs:
+    """The frozen tokenizer and text encoder of a run, and its data encoded with both."""
+
+    tokenizer: ImageTokenizer
+    text_encoder: TextEncoder
+    encoded: DataSplit
 
 
 @dataclass(kw_only=True, slots=True)
 class ItitRun:
-    """`diptych fit itit-*`: a network that captions and draws."""
+    """`diptych fit itit-*`: a network that captions images and generates images from texts."""
 
     kind: ClassVar[Kind] = "itit"
 
     data: DataConfig
-    """What it learns from."""
+    """Sources of the pairs, the unpaired images and the unpaired texts, and how they are split."""
     tokenizer: str | None = None
-    """Image tokenizer: a diffusers VQModel folder, an earlier run or a hub name. Not given: one is trained first."""
+    """Image tokenizer: a diffusers VQModel folder, an earlier run or a hub name. Default: one is trained first."""
     text_encoder: str | None = None
-    """Text encoder: a T5 folder, an earlier run or a hub name. Not given: one is trained first."""
+    """Text encoder: a T5 folder, an earlier run or a hub name. Default: one is trained first."""
     tokenizer_stage: TokenizerStage = field(default_factory=TokenizerStage)
-    """How the image tokenizer is trained, if it is."""
+    """Training of the image tokenizer, if none is given."""
     text_encoder_stage: TextEncoderStage = field(default_factory=TextEncoderStage)
-    """How the text encoder is trained, if it is."""
+    """Training of the text encoder, if none is given."""
     model: ItitConfig = field(default_factory=ItitConfig)
-    """The network. Image tokens, codebook, text features and vocabulary follow from the two above."""
+    """Sizes of the network. Those of image tokens, codebook, text features and vocabulary follow from the two above."""
     objective: ItitObjectiveConfig = field(default_factory=ItitObjectiveConfig)
-    """Its losses."""
+    """Losses on pairs and on unpaired data."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The loop."""
+    """Settings of the training loop: steps, batch size, checkpoints, hardware."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """The optimiser."""
+    """Settings of the optimizer."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    """How the result draws and writes."""
+    """Settings with which the trained run generates, unless a command says otherwise."""
 
     def fit(self, out: Path, *, recipe: str) -> TrainResult:
-        """All stages, each resumed or skipped if it has been done before. Leaves a self-contained run folder."""
+        """Run all stages; a stage that an earlier call has begun is resumed, and one that it has finished is skipped.
+
+        Leaves a run folder that needs nothing outside it. Raises UserError for settings or data that cannot be used.
+        """
         self.check()
-        self._check_stages(out)
-        ready = self.prepare(out)
+        self._check_tokenizers_are_those_of(out)
+        inputs = self.prepare(out)
         write_config(out, recipe=recipe, run=self, generation=asdict(self.generation))
-        objective = self.build(ready)
-        samples = Samples(self.diptych(objective, ready), ready.encoded, self.data, out / "samples")
-        result = self.train_on(ready, objective, out, hooks=[Hook(every=self.train.eval_every, run=samples.run)])
+        objective = self.build(inputs)
+        samples = Samples(self.diptych(objective, inputs), inputs.encoded, self.data, out / "samples")
+        hooks = [Hook(every=self.train.eval_every, run=samples.run)]
+        result = self.train_on(inputs, objective, out, hooks=hooks)
         if result.finished and PartialState().is_main_process:
             with result.eval_mode(objective):
                 samples.report(out, recipe=recipe)
@@ -84,14 +97,15 @@ class ItitRun:
     def check(self) -> None:
         """Raise UserError for combinations of fields that no stage would notice early."""
         unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
-        if unpaired and self.objective.cycle_start_step >= self.train.steps:
+        start, steps = self.objective.cycle_start_step, self.train.steps
+        if unpaired and start >= steps:
             raise UserError(
-                f"--objective.cycle-start-step {self.objective.cycle_start_step} is not before --train.steps {self.train.steps}, "
+                f"--objective.cycle-start-step {start} is not before --train.steps {steps}, "
                 "so unpaired data would never be used: lower it, or switch --objective.texts and .images off"
             )
 
-    def _check_stages(self, out: Path) -> None:
-        """What a run was begun with it keeps: its tokenizers are not trained or copied again."""
+    def _check_tokenizers_are_those_of(self, out: Path) -> None:
+        """Raise UserError if the run in ``out`` was begun with another tokenizer or text encoder: it keeps its own."""
         if not (out / "config.json").is_file():
             return
         before = read_config(out)["run"]
@@ -100,45 +114,107 @@ class ItitRun:
             if (before[given], before[stage]["model"]) != (now[given], now[stage]["model"]):
                 raise UserError(f"{out}: begun with another {given}: give the same one, or train into another folder")
 
-    def prepare(self, out: Path) -> "Prepared":
-        """Tokenizer, text encoder and encoded data, made in ``out`` or found there."""
-        join_processes(self.train.device)
-        parts = open_parts(self.data)
-        tokenizer = self._tokenizer(parts, out)
-        text_encoder = self._text_encoder(parts, out)
-        return Prepared(tokenizer, text_encoder, self._encode(parts, tokenizer, text_encoder, out))
+    # The stages before the network's training
 
-    def build(self, ready: "Prepared") -> ItitObjective:
+    def prepare(self, out: Path) -> TrainingInputs:
+        """Open the data, get the tokenizer and the text encoder, and encode the data with both, all in ``out``."""
+        join_processes(self.train.device)
+        data = open_data(self.data)
+        tokenizer = self._tokenizer(data, out)
+        text_encoder = self._text_encoder(data, out)
+        return TrainingInputs(tokenizer, text_encoder, self._encode(data, tokenizer, text_encoder, out))
+
+    def _tokenizer(self, data: DataSplit, out: Path) -> ImageTokenizer:
+        """The image tokenizer in ``out``; if there is none yet, the given one is copied there or one is trained."""
+        if _is_missing(out / "tokenizer"):
+            if self.tokenizer is not None:
+                made = ImageTokenizer.from_pretrained(part_of(self.tokenizer, "tokenizer"))
+            else:
+                folder, share = out / "stages" / "tokenizer", self.data.max_skipped_share
+                images = data.raw_images()
+                made = self.tokenizer_stage.fit(images, folder, title="1/3 tokenizer", max_skipped_share=share)
+            _save_once(made, out / "tokenizer")
+        return ImageTokenizer.from_pretrained(out / "tokenizer")
+
+    def _text_encoder(self, data: DataSplit, out: Path) -> TextEncoder:
+        """The text encoder in ``out``; if there is none yet, the given one is copied there or one is trained."""
+        if _is_missing(out / "text_encoder"):
+            if self.text_encoder is not None:
+                made = TextEncoder.from_pretrained(part_of(self.text_encoder, "text_encoder"))
+            else:
+                folder = out / "stages" / "text_encoder"
+                made = self.text_encoder_stage.fit(data.raw_texts(), folder, title="2/3 text encoder")
+            _save_once(made, out / "text_encoder")
+        return TextEncoder.from_pretrained(out / "text_encoder")
+
+    def _encode(self, data: DataSplit, tokenizer: ImageTokenizer, text_encoder: TextEncoder, out: Path) -> DataSplit:
+        """Image tokens and text ids of all data, and the text features if they are small enough to be stored."""
+        device, length = pick_device(self.train.device), self.model.max_text_len
+        tokenizer, text_encoder = tokenizer.to(device), text_encoder.to(device)
+        captions = _count_captions(data.texts) + (0 if data.texts is data.pairs else _count_captions(data.pairs))
+        features_mb = captions * length * text_encoder.width * 2 / 2**20
+        cached = features_mb <= self.data.feature_cache_mb
+        both = data_tokenizers(tokenizer, text_encoder, length=length)
+        with_features = data_tokenizers(tokenizer, text_encoder, length=length, features=cached)
+
+        def encode(subset: Subset, name: str, tokenizers: DataTokenizers) -> Subset:
+            with PartialState().main_process_first():
+                folder = out / "encoded" / name
+                return encode_subset(subset, folder, tokenizers, data=self.data, advance=_progress(name))
+
+        pairs = images = texts = encode(data.pairs, "pairs", with_features)
+        if data.images is not data.pairs:
+            images = encode(data.images, "images", replace(both, tokenize_texts=None))
+        if data.texts is not data.pairs:
+            texts = encode(data.texts, "texts", replace(with_features, tokenize_images=None))
+        return DataSplit(pairs=pairs, images=images, texts=texts)
+
+    # The network and its training
+
+    def build(self, inputs: TrainingInputs) -> ItitObjective:
         """The network with its objective; its initial weights follow from ``train.seed`` alone."""
-        config = replace(
-            self.model,
-            image_tokens=ready.tokenizer.tokens,
-            codebook_size=ready.tokenizer.codebook_size,
-            text_features=ready.text_encoder.width,
-            vocab_size=ready.text_encoder.vocab_rows,
-        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
-            return ItitObjective(ITIT(config), ready.text_encoder, self.objective)
+            model = self.model.build(inputs.tokenizer, inputs.text_encoder)
+            return ItitObjective(model, inputs.text_encoder, self.objective)
+
+    def diptych(self, objective: ItitObjective, inputs: TrainingInputs) -> Diptych:
+        """The network in training as a pipeline, which captions and generates with its present weights."""
+        return Diptych(
+            inputs.tokenizer,
+            inputs.text_encoder,
+            objective.model,
+            image_generation=self.generation.image,
+            text_generation=self.generation.text,
+            device=pick_device(self.train.device),
+        )
 
     def train_on(
-        self, ready: "Prepared", objective: ItitObjective, out: Path, *, hooks: Sequence[Hook] = (), title: str = "ITIT"
+        self,
+        inputs: TrainingInputs,
+        objective: ItitObjective,
+        out: Path,
+        *,
+        hooks: Sequence[Hook] = (),
+        title: str = "ITIT",
     ) -> TrainResult:
-        """The last stage: train on encoded data and save ``out/model``."""
-        stores = {name: getattr(ready.encoded, name) for name in ("pairs", "images", "texts")}
-        pairs, images, texts = stores["pairs"], stores["images"], stores["texts"]
+        """Train on the encoded data, and save the network in ``out/model``."""
+        seed, data = self.train.seed, inputs.encoded
         batches = BatchSampler(
             {
-                "pairs": pairs.source.pairs(pairs.items, seed=self.train.seed),
-                "images": images.source.images(images.items),
-                "texts": texts.source.texts(texts.items),
+                "pairs": _store(data.pairs).pairs(data.pairs.items, seed=seed),
+                "images": _store(data.images).images(data.images.items),
+                "texts": _store(data.texts).texts(data.texts.items),
             },
-            multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed,
-        )  # fmt: skip
+            multiples=objective.streams,
+            batch_size=self.train.batch_size,
+            seed=seed,
+        )
+        subsets = {"pairs": data.pairs, "images": data.images, "texts": data.texts}
         identity = {
             "model": asdict(objective.model.config),
             "objective": asdict(self.objective),
-            "data": {name: [len(part.items), part.source.manifest["made_by"]] for name, part in stores.items()},
+            "data": {name: [len(each.items), _store(each).manifest["made_by"]] for name, each in subsets.items()},
         }
         result = train(
             objective, batches, out=out, train=self.train, optim=self.optim, hooks=hooks, title=title, identity=identity
@@ -148,88 +224,37 @@ class ItitRun:
                 save_model(objective.model, out / "model")
         return result
 
-    # Stages
 
-    def _tokenizer(self, parts: DataSplit, out: Path) -> ImageTokenizer:
-        def make() -> ImageTokenizer:
-            if self.tokenizer is not None:
-                return ImageTokenizer.from_pretrained(part_of(self.tokenizer, "tokenizer"))
-            folder, share = out / "stages" / "tokenizer", self.data.max_skipped_share
-            return self.tokenizer_stage.fit(parts.raw_images(), folder, title="1/3 tokenizer", max_skipped_share=share)
-
-        return _once(out / "tokenizer", make, ImageTokenizer.from_pretrained)
-
-    def _text_encoder(self, parts: DataSplit, out: Path) -> TextEncoder:
-        def make() -> TextEncoder:
-            if self.text_encoder is not None:
-                return TextEncoder.from_pretrained(part_of(self.text_encoder, "text_encoder"))
-            folder = out / "stages" / "text_encoder"
-            return self.text_encoder_stage.fit(parts.raw_texts(), folder, title="2/3 text encoder")
-
-        return _once(out / "text_encoder", make, TextEncoder.from_pretrained)
-
-    def _encode(self, parts: DataSplit, tokenizer: ImageTokenizer, text_encoder: TextEncoder, out: Path) -> DataSplit:
-        device = pick_device(self.train.device)
-        tokenizer, text_encoder = tokenizer.to(device), text_encoder.to(device)
-        both = data_tokenizers(tokenizer, text_encoder, length=self.model.max_text_len)
-        captions = _captions(parts.texts) + (0 if parts.texts is parts.pairs else _captions(parts.pairs))
-        features_mb = captions * self.model.max_text_len * text_encoder.width * 2 / 2**20
-        cached = features_mb <= self.data.feature_cache_mb
-        with_features = data_tokenizers(tokenizer, text_encoder, length=self.model.max_text_len, features=cached)
-
-        def one(name: str, what: DataTokenizers) -> Subset:
-            part = getattr(parts, name)
-            with PartialState().main_process_first():
-                return encode_part(part, out / "encoded" / name, what, data=self.data, advance=_say(name))
-
-        pairs = one("pairs", with_features)
-        return DataSplit(
-            pairs=pairs,
-            images=pairs if parts.images is parts.pairs else one("images", replace(both, tokenize_texts=None)),
-            texts=pairs if parts.texts is parts.pairs else one("texts", replace(with_features, tokenize_images=None)),
-        )
-
-    def diptych(self, objective: ItitObjective, ready: "Prepared") -> Diptych:
-        """The network in training as something that captions and draws."""
-        device = pick_device(self.train.device)
-        image, text = self.generation.image, self.generation.text
-        return Diptych(
-            ready.tokenizer, ready.text_encoder, objective.model,
-            image_generation=image, text_generation=text, device=device,
-        )  # fmt: skip
+def _is_missing(folder: Path) -> bool:
+    """Whether no process has made ``folder`` yet. All processes answer alike: none goes on before all have looked."""
+    missing = not folder.is_dir()
+    PartialState().wait_for_everyone()
+    return missing
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """All that ITIT trains with."""
-
-    tokenizer: ImageTokenizer
-    text_encoder: TextEncoder
-    encoded: DataSplit
+def _save_once(made: ImageTokenizer | TextEncoder, folder: Path) -> None:
+    """Save from the first process; the others wait, as every process reads the saved files."""
+    if PartialState().is_main_process:
+        save_model(made, folder)
+    PartialState().wait_for_everyone()
 
 
-def _once(folder: Path, make: Callable[[], Any], load: Callable[[Path], Any]) -> Any:
-    """What ``folder`` holds; if it does not exist yet, make and save it. Every process reads the same files."""
-    if not folder.is_dir():
-        made = make()
-        if PartialState().is_main_process:
-            save_model(made, folder)
-        PartialState().wait_for_everyone()
-    loaded = load(folder)
-    assert isinstance(loaded, nn.Module)
-    return loaded
+def _store(subset: Subset) -> Store:
+    assert isinstance(subset.source, Store)
+    return subset.source
 
 
-def _captions(part: Subset) -> int:
-    if hasattr(part.source, "starts"):
-        return 0  # encoded already, with or without features
-    sample = part.items[:: max(1, len(part.items) // 256)]
-    mean = sum(len(part.source.captions(int(item))) for item in sample) / max(1, len(sample))
-    return int(mean * len(part.items))
+def _count_captions(subset: Subset) -> int:
+    """Estimate from up to 256 items; 0 for data that is encoded already, with or without features."""
+    if isinstance(subset.source, Store):
+        return 0
+    source, sample = subset.source, subset.items[:: max(1, len(subset.items) // 256)]
+    mean = sum(len(source.captions(int(item))) for item in sample) / max(1, len(sample))
+    return int(mean * len(subset.items))
 
 
-def _say(name: str) -> Callable[[int, int], None]:
-    """One line that counts in a terminal; elsewhere only its end."""
+def _progress(name: str) -> Callable[[int, int], None]:
+    """Prints one line that counts in a terminal; elsewhere only its end."""
 
     def advance(done: int, total: int) -> None:
         if done == total or sys.stdout.isatty():

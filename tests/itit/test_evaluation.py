@@ -1,12 +1,15 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from diptych.data.pixels import read_captioned
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import open_source
 from diptych.errors import UserError
 from diptych.eval.frechet import RandomFeatures
-from diptych.itit.evaluation import EvaluateConfig, evaluate, read_captioned
+from diptych.itit import evaluation as module
+from diptych.itit.evaluation import EvaluateConfig, evaluate, information_gain
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.pipeline import Caption, Diptych
 
@@ -22,27 +25,27 @@ def diptych(tokenizer, text_encoder, model) -> Diptych:
         text_encoder,
         model,
         image_generation=ImageGenerationConfig(steps=2, guidance=0.0),
-        text=TextGenerationConfig(beams=2),
+        text_generation=TextGenerationConfig(beams=2),
     )
 
 
 @pytest.fixture
 def oracle(diptych, monkeypatch) -> Diptych:
-    """Knows every scene: what it writes and draws is right."""
-    written = [Caption(text=SCENES.captions(i)[0], score=None) for i in range(8)]
-    monkeypatch.setattr(Diptych, "caption_tokens", lambda self, tokens_BN, beams=None: written)
+    """Knows every scene: its captions and images are right."""
+    captions = [Caption(text=SCENES.captions(i)[0], score=None) for i in range(8)]
+    monkeypatch.setattr(Diptych, "caption_tokens", lambda self, tokens_BN, beams=None: captions)
     monkeypatch.setattr(Diptych, "imagine", lambda self, texts, seed=0, config=None: SCENES.images(range(8), 32))
     return diptych
 
 
 @pytest.fixture
-def photos(tmp_path):
-    """Six pictures; the second has no caption, the fourth two."""
+def folder(tmp_path):
+    """Six images; the second has no caption, the fourth two."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 40, 40, 3), np.uint8)
-    for i, picture in enumerate(pixels):
-        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
         if i != 1:
-            (tmp_path / f"{i}.txt").write_text(f"picture {i}\n" + "another text\n" * (i == 3))
+            (tmp_path / f"{i}.txt").write_text(f"image {i}\n" + "another text\n" * (i == 3))
     return tmp_path
 
 
@@ -63,18 +66,18 @@ def test_a_fresh_network_gets_bad_ones(diptych):
     assert found.metrics["caption_accuracy"] == 0
     assert found.metrics["image_accuracy"] == 0
     assert found.captions == diptych.caption(list(SCENES.images(range(8), 32)), beams=1)
-    np.testing.assert_array_equal(found.drawn_BSS3, diptych.imagine([texts[0] for texts in found.references]))
+    np.testing.assert_array_equal(found.generated_BSS3, diptych.imagine([texts[0] for texts in found.references]))
     np.testing.assert_array_equal(found.real_BSS3, SCENES.images(range(8), 32))
     assert found.keys == [SCENES.key(i) for i in range(8)]
     again = evaluate(diptych, SCENES, GREEDY)
     assert again.metrics == found.metrics
     other = evaluate(diptych, SCENES, EvaluateConfig(beams=1, seed=1))
-    assert (other.drawn_BSS3 != found.drawn_BSS3).any()
+    assert (other.generated_BSS3 != found.generated_BSS3).any()
 
 
 def test_either_side_may_be_left_out(diptych):
-    found = evaluate(diptych, SCENES, EvaluateConfig(beams=1, pictures=False))
-    assert found.drawn_BSS3 is None
+    found = evaluate(diptych, SCENES, EvaluateConfig(beams=1, images=False))
+    assert found.generated_BSS3 is None
     assert "image_accuracy" not in found.metrics
     found = evaluate(diptych, SCENES, EvaluateConfig(captions=False), extractor=RandomFeatures(seed=1))
     assert found.captions == []
@@ -82,35 +85,35 @@ def test_either_side_may_be_left_out(diptych):
     assert "caption_accuracy" not in found.metrics
 
 
-def test_other_sources_have_no_accuracies(diptych, photos):
-    found = evaluate(diptych, open_source(str(photos)), GREEDY)
+def test_other_sources_have_no_accuracies(diptych, folder):
+    found = evaluate(diptych, open_source(str(folder)), GREEDY)
     assert found.keys == ["0.png", "2.png", "3.png", "4.png", "5.png"]
-    assert found.references[2] == ["picture 3", "another text"]
+    assert found.references[2] == ["image 3", "another text"]
     assert "cider" in found.metrics
     assert not any("accuracy" in name for name in found.metrics)
 
 
-def test_one_image_has_no_frechet_distance(diptych, photos):
-    found = evaluate(diptych, open_source(str(photos)), EvaluateConfig(beams=1, limit=1))
+def test_one_image_has_no_frechet_distance(diptych, folder):
+    found = evaluate(diptych, open_source(str(folder)), EvaluateConfig(beams=1, limit=1))
     assert found.metrics["images"] == 1
     assert not any(name.startswith("frechet") for name in found.metrics)
     assert any("two images or more" in note for note in found.notes)
 
 
-def test_the_first_readable_captioned_items_are_read(photos):
-    (photos / "2.png").write_bytes(b"")
+def test_the_first_readable_captioned_items_are_read(folder):
+    (folder / "2.png").write_bytes(b"")
     for i in range(200):
-        Image.new("RGB", (2, 2)).save(photos / f"more-{i}.png")
-    source = open_source(str(photos))
+        Image.new("RGB", (2, 2)).save(folder / f"more-{i}.png")
+    source = open_source(str(folder))
     items, pixels = read_captioned(source, limit=3, size=32)
     assert [source.key(item) for item in items] == ["0.png", "3.png", "4.png"]
     np.testing.assert_array_equal(pixels, [source.image(item, 32) for item in items])
 
 
-def test_too_many_unreadable_images_stop(photos):
-    (photos / "2.png").write_bytes(b"")
+def test_too_many_unreadable_images_stop(folder):
+    (folder / "2.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"1 of 6 items are unreadable.*2\.png"):
-        read_captioned(open_source(str(photos)), limit=None, size=32)
+        read_captioned(open_source(str(folder)), limit=None, size=32)
 
 
 @pytest.mark.parametrize(("count", "limit", "read"), [(5, None, 5), (5, 3, 3), (5, 9, 5), (1200, None, 1200)])
@@ -124,10 +127,63 @@ def test_endless_scenes_are_cut_at_a_thousand():
     assert len(read_captioned(ScenesSource(), limit=None, size=16)[0]) == 1000
 
 
-def test_sources_and_limits_that_cannot_be_scored(diptych, photos, tmp_path):
+def test_sources_and_limits_that_cannot_be_scored(diptych, folder, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text("bread\n")
     with pytest.raises(UserError, match="scores need images and captions"):
         evaluate(diptych, open_source(str(tmp_path / "texts/a.txt")), GREEDY)
     with pytest.raises(UserError, match="a limit of 0 images"):
         evaluate(diptych, SCENES, EvaluateConfig(limit=0))
+
+
+# Information gain
+
+
+@pytest.fixture
+def exact(tokenizer, text_encoder, model) -> Diptych:
+    return Diptych(tokenizer, text_encoder, model, precision="fp32")
+
+
+@pytest.fixture
+def pairs(tokenizer, text_encoder, scene_texts):
+    ids, _ = text_encoder.tokenize(scene_texts[:6], length=20)
+    tokens = torch.randint(tokenizer.codebook_size, (6, tokenizer.tokens), generator=torch.Generator().manual_seed(0))
+    return tokens, ids
+
+
+def test_evaluate_reports_it_and_says_its_unit(diptych):
+    found = evaluate(diptych, SCENES, GREEDY)
+    assert {"caption_information_gain", "image_information_gain"} <= found.metrics.keys()
+    assert any("nats per token" in note for note in found.notes)
+    alone = evaluate(diptych, SCENES, EvaluateConfig(beams=1, images=False))
+    assert "caption_information_gain" not in alone.metrics
+    assert not any("nats per token" in note for note in alone.notes)
+
+
+def test_equal_captions_tell_nothing(exact, pairs):
+    tokens, ids = pairs
+    found = information_gain(exact, tokens, ids[:1].expand(6, -1))
+    assert (found.caption, found.image) == (0.0, 0.0)
+
+
+def test_rows_come_in_pieces_and_padding_is_not_counted(exact, pairs, monkeypatch):
+    tokens, ids = pairs
+    whole = information_gain(exact, tokens, ids)
+    monkeypatch.setattr(module, "_ROWS", 4)
+    pieces = information_gain(exact, tokens, torch.nn.functional.pad(ids, (0, 2)))
+    assert (pieces.caption, pieces.image) == pytest.approx((whole.caption, whole.image), abs=1e-5)
+
+
+def test_what_was_learned_is_found(exact, pairs):
+    """A few steps on the pairs themselves; the image's side is learned from a text's features alone."""
+    tokens, ids = pairs
+    rule = torch.optim.Adam(exact.model.parameters(), lr=3e-3)
+    for _ in range(150):
+        encoded = exact.model.encode(exact.model.embed_image(tokens))
+        caption = module._caption_loss(exact, encoded, ids)
+        rule.zero_grad()
+        (caption + module._image_loss(exact, tokens, ids)).backward()
+        rule.step()
+    found = information_gain(exact, tokens, ids)
+    assert found.caption > 0.3
+    assert found.image > 0.3

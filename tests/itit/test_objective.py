@@ -1,12 +1,19 @@
-"""The whole objective: what each loss trains, what it must not, and that nothing depends on how rows are split."""
+"""The whole objective: what each loss trains, what it must not, and that nothing depends on how rows are split.
+
+The cycles are compared with the paper's definition, written out densely.
+"""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+from diptych.itit import objective as module
 from diptych.itit.generation import ImageGenerationConfig
+from diptych.itit.masking import Masking
+from diptych.itit.model import shift_right
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, LossWeights
+from diptych.nn.losses import image_loss, text_loss
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
 
@@ -131,9 +138,8 @@ def test_cached_features_change_no_loss(model, text_encoder, batch):
 
 def test_two_processes_have_the_losses_of_one(model, text_encoder, batch):
     def part(rank):
-        rows = {name: getattr(batch, name) for name in ("pairs", "images", "texts")}
-        cut = {name: items[rank * len(items) // 2 : (rank + 1) * len(items) // 2] for name, items in rows.items()}
-        return replace(batch, rng=StepRNG(0, 0, rank, 2), **cut)
+        cut = {name: rows[rank * len(rows) // 2 : (rank + 1) * len(rows) // 2] for name, rows in batch.streams.items()}
+        return replace(batch, rng=StepRNG(0, 0, rank, 2), streams=cut)
 
     whole = objective(model, text_encoder)(batch, 0).terms
     parts = [objective(model, text_encoder)(part(rank), 0).terms for rank in (0, 1)]
@@ -191,3 +197,108 @@ def test_compiling_takes_the_blocks_but_not_their_cached_form(model, text_encode
     assert whole(batch, 0).total.item() == plain
     assert len(calls) > sum(isinstance(module, Block) for module in model.modules())
     assert all(cache is None for cache in calls)
+
+
+# The cycles against the paper's definition
+
+
+def masking(model, rows, seen):
+    hidden = torch.ones(rows, model.config.image_tokens, dtype=torch.bool)
+    hidden[:, seen] = False
+    return Masking(hidden, torch.arange(model.config.image_tokens).expand(rows, -1))
+
+
+def dense_one_hot(logits):
+    soft = logits.softmax(-1)
+    return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]) + (soft - soft.detach())
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model, ours, dense):
+    torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-5)
+    one, two = gradients(model, ours), gradients(model, dense)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+@pytest.fixture
+def cycles(model, text_encoder, batch, monkeypatch) -> ItitObjective:
+    """An objective whose cycles generate the batch's own images and texts, and hide the same positions always."""
+    hidden = {"first": [0, 3, 5], "second": [1, 2, 3, 4]}
+    monkeypatch.setattr(module, "generate_image_tokens", lambda *_, **options: batch["images"].tokens_BN)
+    monkeypatch.setattr(module, "generate_text", lambda *_, **options: (batch["texts"].ids_BL, None))
+    monkeypatch.setattr(
+        module, "sample_masking", lambda *_, name, **options: masking(model, 4, hidden[name.split("/")[1]])
+    )
+    return objective(model, text_encoder, label_smoothing=0.1, encoder_grad_scale=0.1, gumbel=1.0)
+
+
+def test_t2i2t_equals_the_dense_definition(model, text_encoder, batch, cycles):
+    texts, rng = batch["texts"], StepRNG(0, 0)
+    features = text_encoder.features(texts.ids_BL, texts.valid_BL)
+    pseudo = batch["images"].tokens_BN
+    first, second = masking(model, 4, [0, 3, 5]), masking(model, 4, [1, 2, 3, 4])
+    ours = cycles.t2i2t_loss(texts, rng)
+
+    with torch.no_grad():
+        encoded = model.encode(
+            model.embed_image(pseudo), hidden_BN=first.hidden_BN, features_BLF=features, valid_BL=texts.valid_BL
+        )
+    logits = model.image_logits(encoded, first.hidden_BN)
+    noisy = logits + rng.gumbel("gumbel", *logits.shape)
+    pseudo_hot = torch.nn.functional.one_hot(pseudo, model.config.codebook_size).float()
+    one_hot = torch.where(first.hidden_BN[..., None], dense_one_hot(noisy), pseudo_hot)
+    image = one_hot @ model.token_embedding.weight
+    prefix = model.encode(image, hidden_BN=second.hidden_BN, keep_BK=second.keep_BK).image_BKD
+    prefix = 0.1 * prefix + (0.9 * prefix).detach()
+    logits = model.text_logits(prefix, shift_right(texts.ids_BL))
+    dense = text_loss(logits, texts.ids_BL, texts.valid_BL, label_smoothing=0.1)
+    assert_same(model, ours, dense)
+
+
+def test_i2t2i_equals_the_dense_definition(model, text_encoder, batch, cycles):
+    tokens = batch["images"].tokens_BN
+    longest = int(batch["texts"].valid_BL.sum(1).max())
+    pseudo, valid = batch["texts"].ids_BL[:, :longest], batch["texts"].valid_BL[:, :longest]
+    first, second = masking(model, 4, [0, 3, 5]), masking(model, 4, [1, 2, 3, 4])
+    banned = torch.zeros(text_encoder.vocab_rows, dtype=torch.bool)
+    banned[list(text_encoder.banned_ids)] = True
+    ours, distinct = cycles.i2t2i_loss(batch["images"], StepRNG(0, 0))
+    assert distinct == len(set(map(tuple, pseudo.tolist()))) / 4
+
+    with torch.no_grad():
+        prefix = model.encode(model.embed_image(tokens), hidden_BN=first.hidden_BN, keep_BK=first.keep_BK).image_BKD
+    logits = model.text_logits(prefix, shift_right(pseudo)).masked_fill(banned, -torch.inf)
+    embedded = dense_one_hot(logits) @ text_encoder.embedding.weight
+    features = text_encoder.features_from_embeddings(embedded, valid)
+    encoded = model.encode(
+        model.embed_image(tokens),
+        hidden_BN=second.hidden_BN,
+        keep_BK=second.keep_BK,
+        features_BLF=features,
+        valid_BL=valid,
+    )
+    dense = image_loss(model.image_logits(encoded, second.hidden_BN), tokens, second.hidden_BN, label_smoothing=0.1)
+    assert_same(model, ours, dense)
+
+
+def test_what_was_visible_stays(model, batch, cycles, monkeypatch):
+    """Where I' was visible, ~I is I' in the second pass of T2I2T."""
+    images = []
+    encode = model.encode
+
+    def watched(image_BND, **options):
+        images.append(image_BND)
+        return encode(image_BND, **options)
+
+    monkeypatch.setattr(model, "encode", watched)
+    cycles.t2i2t_loss(batch["texts"], StepRNG(0, 0))
+    expected = model.embed_image(batch["images"].tokens_BN)
+    torch.testing.assert_close(images[-1][:, [0, 3, 5]], expected[:, [0, 3, 5]])
+    assert (images[-1] != expected).any()

@@ -1,0 +1,282 @@
+import math
+
+import pytest
+import torch
+
+from diptych.errors import UserError
+from diptych.itit.generation import (
+    Canvas,
+    ImageGenerationConfig,
+    TextGenerationConfig,
+    banned_tokens,
+    generate_image_tokens,
+    generate_text,
+    guided,
+    parallel_decode,
+    sample_tokens,
+)
+from diptych.rng import StepRNG
+
+# Parallel decoding
+
+B, N, C = 4, 12, 5
+
+
+def fixed_logits(canvas):
+    return torch.zeros(*canvas.tokens_BN.shape, C)
+
+
+def decode(logits=fixed_logits, tokens=None, hidden=None, steps=6, temperature=4.0, seed=0, **options):
+    tokens = torch.full((B, N), 2) if tokens is None else tokens
+    hidden = torch.ones(B, N, dtype=torch.bool) if hidden is None else hidden
+    return parallel_decode(
+        logits, tokens, hidden, steps=steps, temperature=temperature, rng=StepRNG(seed, 0), **options
+    )
+
+
+def test_known_tokens_never_change_whatever_the_temperature():
+    hidden = torch.rand(B, N, generator=torch.Generator().manual_seed(0)) > 0.5
+    tokens = torch.full((B, N), 7)  # a code that is never sampled
+    for temperature in (0.0, 32.0, 1e6):
+        found = decode(tokens=tokens, hidden=hidden, temperature=temperature)
+        assert torch.equal(found == 7, ~hidden)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 24])
+def test_all_tokens_are_known_after_the_steps(steps):
+    seen: list[Canvas] = []
+
+    def logits(canvas):
+        seen.append(canvas)
+        return fixed_logits(canvas)
+
+    decode(logits, steps=steps)
+    counts = [int(canvas.hidden_BN.sum(1)[0]) for canvas in seen]
+    cosine = [math.floor(N * math.cos(math.pi / 2 * s / steps)) for s in range(steps)]
+    assert counts == [min(c, N - s) for s, c in enumerate(cosine)][: len(counts)]
+    assert counts == sorted(set(counts), reverse=True)
+    assert len(seen) == min(steps, N)
+    for canvas in seen:
+        assert (~canvas.hidden_BN).sum(1).max() <= canvas.most_known
+
+
+def test_rows_with_unequal_numbers_of_hidden_tokens_each_keep_their_schedule():
+    hidden = torch.zeros(2, N, dtype=torch.bool)
+    hidden[0, :10] = True
+    hidden[1, :3] = True
+    counts = []
+
+    def logits(canvas):
+        counts.append(canvas.hidden_BN.sum(1).tolist())
+        return fixed_logits(canvas)
+
+    decode(logits, tokens=torch.full((2, N), 7), hidden=hidden, steps=5)
+    assert [c[0] for c in counts] == [10, 9, 8, 5, 3]
+    assert [c[1] for c in counts] == [3, 2, 1, 0, 0]
+
+
+def test_the_surest_tokens_come_first_without_noise():
+    """Position k is certain to degree k; at temperature 0 the last positions are revealed first."""
+    order = []
+
+    def logits(canvas):
+        order.append(canvas.hidden_BN[0].clone())
+        sure = torch.zeros(*canvas.tokens_BN.shape, C)
+        sure[..., 0] = torch.arange(N) * 2.0
+        return sure
+
+    decode(logits, temperature=0.0, token_temperature=0.0, steps=6)
+    for mask in order:
+        assert mask.int().tolist() == sorted(mask.int().tolist(), reverse=True)
+
+
+def test_seeded():
+    assert torch.equal(decode(seed=3), decode(seed=3))
+    assert not torch.equal(decode(seed=3), decode(seed=4))
+
+
+def test_two_processes_generate_what_one_generates():
+    whole = decode()
+    tokens, hidden = torch.full((B // 2, N), 2), torch.ones(B // 2, N, dtype=torch.bool)
+    parts = [
+        parallel_decode(fixed_logits, tokens, hidden, steps=6, temperature=4.0, rng=StepRNG(0, 0, rank, 2))
+        for rank in (0, 1)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_guidance_is_the_papers():
+    canvas = Canvas(torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool), 0.25, 0)
+    conditional, unconditional = torch.randn(1, 2, 3), torch.randn(1, 2, 3)
+    found = guided(lambda _: conditional, lambda _: unconditional, guidance=2.0)(canvas)
+    torch.testing.assert_close(found, 3 * conditional - 2 * unconditional)
+    ramp = guided(lambda _: conditional, lambda _: unconditional, guidance=2.0, ramp=True)(canvas)
+    torch.testing.assert_close(ramp, 1.5 * conditional - 0.5 * unconditional)
+
+    def never(_):
+        raise AssertionError("guidance 0 must not pay for the unconditional pass")
+
+    assert guided(lambda _: conditional, never, guidance=0.0)(canvas) is conditional
+
+
+def test_tokens_are_sampled_from_the_distribution():
+    logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf])
+    chance = torch.rand(1, 20_000, generator=torch.Generator().manual_seed(0))
+    sampled, log_p = sample_tokens(logits.expand(1, 20_000, 4), chance)
+    share = torch.bincount(sampled[0], minlength=4) / 20_000
+    torch.testing.assert_close(share, logits.softmax(-1), atol=0.01, rtol=0)
+    torch.testing.assert_close(log_p, logits.log_softmax(-1)[sampled])
+    hot, _ = sample_tokens(logits.expand(1, 20_000, 4), chance, temperature=0.5)
+    torch.testing.assert_close(
+        torch.bincount(hot[0], minlength=4) / 20_000, (logits / 0.5).softmax(-1), atol=0.01, rtol=0
+    )
+    assert (sample_tokens(logits.expand(1, 9, 4), chance[:, :9], temperature=0)[0] == 2).all()
+
+
+def test_no_steps():
+    with pytest.raises(UserError, match="at least one"):
+        decode(steps=0)
+
+
+# Generation with the network
+
+
+@pytest.fixture
+def model(model):
+    """Fresh weights give nearly the same chance to every token; larger ones have an opinion."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight *= 10
+    return model.eval()
+
+
+@pytest.fixture
+def text(text_encoder, scene_texts):
+    ids_BL, valid_BL = text_encoder.tokenize(scene_texts[:3], length=20)
+    return text_encoder.features(ids_BL, valid_BL), valid_BL
+
+
+@pytest.fixture
+def banned_V(text_encoder):
+    banned_V = torch.zeros(text_encoder.vocab_rows, dtype=torch.bool)
+    banned_V[list(text_encoder.banned_ids)] = True
+    return banned_V
+
+
+@pytest.fixture
+def tokens_BN(tokenizer):
+    return torch.randint(tokenizer.codebook_size, (3, tokenizer.tokens), generator=torch.Generator().manual_seed(0))
+
+
+def generated(model, text, *, seed=0, known=None, **settings):
+    config = ImageGenerationConfig(**{"steps": 4, "guidance": 0.0, "temperature": 4.0} | settings)
+    return generate_image_tokens(model, *text, config, rng=StepRNG(seed, 0), known=known)
+
+
+def test_images_follow_from_text_and_random_numbers(model, text, tokenizer):
+    first = generated(model, text)
+    assert (first.shape, first.dtype) == ((3, tokenizer.tokens), torch.int64)
+    assert first.min() >= 0
+    assert first.max() < tokenizer.codebook_size
+    assert torch.equal(first, generated(model, text))
+    assert not torch.equal(first, generated(model, text, seed=1))
+    assert not first.requires_grad
+
+
+def test_the_text_steers_the_image(model, text):
+    """With the same random numbers, other features give another image."""
+    features_BLF, valid_BL = text
+    assert not torch.equal(generated(model, text), generated(model, (features_BLF.flip(0), valid_BL.flip(0))))
+
+
+def test_guidance_goes_through_a_pass_without_text(model, text, monkeypatch):
+    seen = []
+    encode = model.encode
+
+    def watched(*args, **options):
+        seen.append(options["features_BLF"] is None)
+        return encode(*args, **options)
+
+    monkeypatch.setattr(model, "encode", watched)
+    plain = generated(model, text)
+    assert seen == [False] * 4
+    seen.clear()
+    strong = generated(model, text, guidance=8.0)
+    assert sorted(seen) == [False] * 4 + [True] * 4
+    assert not torch.equal(plain, strong)
+
+
+def test_known_tokens_stay(model, text, tokens_BN):
+    hidden_BN = torch.arange(tokens_BN.shape[1]).expand_as(tokens_BN) >= tokens_BN.shape[1] // 2
+    found = generated(model, text, known=(tokens_BN, hidden_BN))
+    assert torch.equal(found[~hidden_BN], tokens_BN[~hidden_BN])
+    assert not torch.equal(found, tokens_BN)
+    nothing = torch.zeros_like(hidden_BN)
+    assert torch.equal(generated(model, text, known=(tokens_BN, nothing)), tokens_BN)
+
+
+def test_the_encoder_gets_every_visible_token_and_half_at_most(model, text, monkeypatch, tokens_BN):
+    encode, kept = model.encode, []
+
+    def watched(image_BND, *, hidden_BN, keep_BK, **options):
+        if keep_BK is not None:
+            visible = (~hidden_BN).sum(1)
+            assert torch.equal((~hidden_BN).gather(1, keep_BK).sum(1), visible)
+        kept.append(None if keep_BK is None else keep_BK.shape[1])
+        return encode(image_BND, hidden_BN=hidden_BN, keep_BK=keep_BK, **options)
+
+    monkeypatch.setattr(model, "encode", watched)
+    generated(model, text, steps=6)
+    half = tokens_BN.shape[1] // 2
+    assert kept[0] == half
+    assert kept[-1] is None
+    kept.clear()
+    generated(model, text, steps=6, drop=False)
+    assert kept == [None] * 6
+
+
+def test_one_beam_is_greedy_and_has_no_score(model, tokens_BN, banned_V):
+    ids_BL, score_B = generate_text(model, tokens_BN, TextGenerationConfig(beams=1), banned_V=banned_V, length=10)
+    assert ids_BL.shape == (3, 10)
+    assert score_B is None
+
+
+def test_beams_find_at_least_as_good_a_text(model, tokens_BN, banned_V):
+    """Scored by the decoder itself, uncached: log p / ((5 + length) / 6) ** power."""
+    config = TextGenerationConfig(beams=5, length_power=0.6)
+    ids_BL, score_B = generate_text(model, tokens_BN, config, banned_V=banned_V, length=8)
+    greedy_BL, _ = generate_text(model, tokens_BN, TextGenerationConfig(beams=1), banned_V=banned_V, length=8)
+
+    def score(ids_BL):
+        prefix = model.encode(model.embed_image(tokens_BN)).image_BKD
+        inputs_BL = torch.cat([torch.zeros_like(ids_BL[:, :1]), ids_BL[:, :-1]], 1)
+        log_p = model.text_logits(prefix, inputs_BL).log_softmax(-1).gather(-1, ids_BL[..., None])[..., 0]
+        length_B = (ids_BL != 0).sum(1)
+        return (log_p * (ids_BL != 0)).sum(1) / ((5 + length_B) / 6) ** 0.6
+
+    with torch.no_grad():
+        torch.testing.assert_close(score_B, score(ids_BL), rtol=1e-4, atol=1e-4)
+        assert (score_B >= score(greedy_BL) - 1e-4).all()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_banned_ids_are_never_generated_and_every_text_ends(model, tokens_BN, banned_V, beams):
+    ids_BL, _ = generate_text(model, tokens_BN, TextGenerationConfig(beams=beams), banned_V=banned_V, length=6)
+    for row in ids_BL.tolist():
+        end = row.index(1)
+        assert not any(banned_V[i] for i in row[:end])
+        assert not any(row[end + 1 :])
+
+
+def test_the_paper_generates_images_in_24_steps_and_texts_with_four_beams():
+    assert (ImageGenerationConfig().steps, ImageGenerationConfig().guidance, ImageGenerationConfig().temperature) == (
+        24,
+        2.0,
+        32.0,
+    )
+    assert TextGenerationConfig().beams == 4
+
+
+def test_banned_tokens_are_those_of_the_text_encoder(text_encoder, banned_V):
+    assert torch.equal(banned_tokens(text_encoder), banned_V)
