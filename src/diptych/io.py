@@ -6,7 +6,7 @@ import os
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diptych.errors import UserError, first_line
 
@@ -14,16 +14,7 @@ if TYPE_CHECKING:  # torch takes a second to import, and mistakes in a command a
     import torch
 
 
-@runtime_checkable
-class Pretrained(Protocol):
-    """A network that can be read from a folder, such as huggingface_hub's PyTorchModelHubMixin."""
-
-    @classmethod
-    def from_pretrained(cls, folder: str, /, **options: Any) -> Self:
-        """The network in ``folder``."""
-
-
-Network = TypeVar("Network", bound=Pretrained)
+Network = TypeVar("Network")
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
@@ -55,9 +46,10 @@ def weights_digest(module: "torch.nn.Module") -> str:
 
 def load_network(kind: type[Network], folder: Path) -> Network:
     """The network that ``kind.save_pretrained`` wrote. Raises UserError when a file is missing or damaged."""
+    mixin: Any = kind  # huggingface_hub's PyTorchModelHubMixin, which imports torch
     try:
         with redirect_stdout(io.StringIO()):  # huggingface_hub prints that it reads a folder
-            return kind.from_pretrained(str(folder), local_files_only=True, strict=True)
+            return mixin.from_pretrained(str(folder), local_files_only=True, strict=True)
     except Exception as error:
         raise UserError(
             f"{folder}: the network cannot be read ({first_line(error)}): copy or train it again"
