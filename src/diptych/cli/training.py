@@ -73,7 +73,7 @@ def encode(
 def features(
     source: Annotated[Positional[str], tyro.conf.arg(metavar="SRC")],
     *,
-    kind: Literal["images", "texts", "sounds"],
+    kind: Literal["images", "texts", "audio"],
     encoder: str | None = None,
     out: Path,
     length: int = 64,
