@@ -4,23 +4,27 @@ With few images, a classifier cannot tell attributes from chance. Texts about th
 texts about other classes say it wrongly.
 """
 
+import math
+import statistics
+
 import numpy as np
 import pytest
 
 from diptych.data.splits import draw_episode
-from diptych.experiments.few_shot import CONTROLS, FewShotConfig, accuracy_figure, as_json, few_shot, gain, show
+from diptych.experiments.few_shot import (
+    CONTROLS,
+    FewShotConfig,
+    FewShotResult,
+    accuracy_figure,
+    as_json,
+    few_shot,
+    gain,
+    show,
+    spread,
+    table,
+)
 from diptych.uml.data import LabelledFeatures
 from diptych.uml.head import SharedHeadConfig
-
-import math
-import statistics
-
-import pytest
-
-from diptych.experiments.few_shot import CONTROLS, FewShotResult, gain, spread, table
-
-
-
 
 COLOURS, SHAPES = 4, 4
 CLASSES = COLOURS * SHAPES
@@ -36,13 +40,18 @@ def features(labels: np.ndarray, *, width: int, noise: float, seed: int) -> Labe
 
 
 @pytest.fixture(scope="module")
-def outcomes():
+def results():
     images = features(np.arange(60 * CLASSES) % CLASSES, width=24, noise=2.0, seed=0)
     texts = features(np.arange(6 * CLASSES) % CLASSES, width=16, noise=0.3, seed=1)
     config = FewShotConfig(
-        shots=(1, 2), seeds=(1, 2, 3), lrs=(1e-2,), aux_weights=(1.0,), steps=200, eval_every=40,
+        shots=(1, 2),
+        seeds=(1, 2, 3),
+        lrs=(1e-2,),
+        aux_weights=(1.0,),
+        steps=200,
+        eval_every=40,
         head=SharedHeadConfig(logit_scale=4.0),
-    )  # fmt: skip
+    )
     episodes = {
         (shots, seed): draw_episode(images.labels_N[: 16 * CLASSES], shots, seed=seed)
         for shots in config.shots
@@ -51,33 +60,33 @@ def outcomes():
     return few_shot(images, texts, episodes, np.arange(16 * CLASSES, 60 * CLASSES), config)
 
 
-def test_every_control_is_tried_on_every_episode(outcomes):
-    tried = {(each.control, each.shots, each.seed) for each in outcomes}
+def test_every_control_is_tried_on_every_episode(results):
+    tried = {(each.control, each.shots, each.seed) for each in results}
     assert tried == {(name, shots, seed) for name in CONTROLS for shots in (1, 2) for seed in (1, 2, 3)}
-    assert len(outcomes) == len(tried)
+    assert len(results) == len(tried)
     without = {"image only", "init only"}
-    assert all((each.chosen["aux_weight"] == 0) == (each.control in without) for each in outcomes)
+    assert all((each.chosen["aux_weight"] == 0) == (each.control in without) for each in results)
 
 
-def test_related_texts_help_and_unrelated_ones_do_not(outcomes):
-    start = gain(outcomes, "UML init", "image only")
+def test_related_texts_help_and_unrelated_ones_do_not(results):
+    start = gain(results, "UML init", "image only")
     assert start.is_real
     assert start.mean > 0.05, start
     for related, unrelated in (("UML", "unrelated text"), ("UML init", "unrelated init")):
-        found = gain(outcomes, related, unrelated)
+        found = gain(results, related, unrelated)
         assert found.is_real
         assert found.mean > 0.03, found
-        assert gain(outcomes, unrelated, "image only").mean < 0.01
+        assert gain(results, unrelated, "image only").mean < 0.01
 
 
-def test_the_report_has_table_sentences_figure_and_numbers(outcomes, capsys):
-    show(outcomes, title="attributes")
+def test_the_report_has_table_sentences_figure_and_numbers(results, capsys):
+    show(results, title="attributes")
     told = capsys.readouterr().out
     for name in CONTROLS:
         assert name in told
     assert "UML against image only: " in told
-    assert b"<svg" in accuracy_figure(outcomes, title="attributes")
-    found = as_json(outcomes)
+    assert b"<svg" in accuracy_figure(results, title="attributes")
+    found = as_json(results)
     assert len(found["outcomes"]) == 36
     assert {each["shots"] for each in found["gains"]} == {"all", 1, 2}
 
@@ -90,7 +99,7 @@ def test_fewer_texts_can_be_asked_for():
     assert len(few_shot(images, texts, episodes, np.arange(CLASSES), config)) == len(CONTROLS)
 
 
-def outcomes(differences, *, shots=(1, 2)):
+def made_up(differences, *, shots=(1, 2)):
     """UML better than image only by ``differences``, one for each (shots, seed)."""
     found = []
     for number, difference in enumerate(differences):
@@ -111,24 +120,24 @@ def test_all_controls_are_there():
 
 def test_a_gain_is_paired_so_that_seeds_and_shots_cancel():
     differences = [0.02, 0.03, 0.01, 0.02]
-    found = gain(outcomes(differences), "UML", "image only")
+    found = gain(made_up(differences), "UML", "image only")
     assert found.mean == pytest.approx(0.02)
     assert found.error == pytest.approx(statistics.stdev(differences) / 2)
     assert found.pairs == 4
     assert found.is_real
     assert str(found) == "UML against image only: +2.00 ± 0.41 points over 4 pairs, a gain beyond the noise"
-    assert gain(outcomes(differences), "UML", "image only", shots=1).mean == pytest.approx(0.015)
-    assert "a loss beyond" in str(gain(outcomes(differences), "image only", "UML"))
+    assert gain(made_up(differences), "UML", "image only", shots=1).mean == pytest.approx(0.015)
+    assert "a loss beyond" in str(gain(made_up(differences), "image only", "UML"))
 
 
 def test_noise_is_called_noise():
-    found = gain(outcomes([0.02, -0.03, 0.01, -0.01]), "UML", "image only")
+    found = gain(made_up([0.02, -0.03, 0.01, -0.01]), "UML", "image only")
     assert not found.is_real
     assert str(found).endswith("within the noise")
 
 
 def test_the_table_has_a_row_for_each_control_and_never_drops_one():
-    found = outcomes([0.02, 0.03, 0.01, 0.02])
+    found = made_up([0.02, 0.03, 0.01, 0.02])
     rows = table(found)
     assert [row[0] for row in rows] == ["", *CONTROLS]
     assert rows[0][1:] == ["1 shot", "2 shots", "mean"]

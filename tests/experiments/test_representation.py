@@ -2,18 +2,11 @@ import math
 
 import numpy as np
 import pytest
-
-from diptych.errors import UserError
-from diptych.experiments.representation import fieller, fit_exchange
-
-import pytest
 import torch
 
-from diptych.experiments import representation as geometry
-from diptych.experiments.representation import class_margin, margins, silhouette
-
-
-
+from diptych.errors import UserError
+from diptych.experiments import representation
+from diptych.experiments.representation import class_margin, fieller, fit_exchange, margins, silhouette
 
 SHOTS = np.array([1.0, 2, 4, 8, 16])
 IMAGES, TEXTS = (grid.ravel() for grid in np.meshgrid(SHOTS, SHOTS, indexing="ij"))
@@ -108,7 +101,7 @@ def naive_margin(features, labels) -> float:
 
 @pytest.mark.parametrize("rows", [1024, 5])
 def test_silhouette_equals_a_naive_loop(cloud, rows, monkeypatch):
-    monkeypatch.setattr(geometry, "_ROWS", rows)
+    monkeypatch.setattr(representation, "_ROWS", rows)
     assert silhouette(*cloud) == pytest.approx(naive_silhouette(*cloud), abs=1e-6)
 
 

@@ -1,18 +1,20 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-
-from diptych.experiments.theory import View, block_information, estimate, shared_information, variance_along
-
-
-from dataclasses import replace
-
-import pytest
 import torch
 
-from diptych.experiments.theory import SubspaceTrial, kept, run_trial
-
+from diptych.experiments.theory import (
+    SubspaceTrial,
+    View,
+    block_information,
+    estimate,
+    kept,
+    run_trial,
+    shared_information,
+    variance_along,
+)
 
 
 def view(seed: int, *, count: int = 6, axes: int = 5, shared: int = 3, nuisance: int = 2, noise: float = 0.7) -> View:

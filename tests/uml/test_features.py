@@ -1,16 +1,3 @@
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-
-from diptych.data.scenes.source import ScenesSource
-from diptych.data.skipped import SkippedItems
-from diptych.data.sources import open_source
-from diptych.encoders import ScratchConfig, open_text_encoder, scratch_encoder
-from diptych.errors import UserError
-from diptych.nn.inference import eval_mode
-from diptych.uml.features import image_features, text_features
-
 import io
 import json
 import tarfile
@@ -23,22 +10,15 @@ from PIL import Image
 from transformers import ViTConfig, ViTModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from diptych.cli.training import features
-from diptych.data.vectors import VectorStore
-from diptych.encoders import open_audio_encoder, open_image_encoder, open_text_encoder
-from diptych.errors import UserError
-from diptych.nn.inference import eval_mode
-
-import numpy as np
-import pytest
-import torch
-
+from diptych.data.scenes.source import ScenesSource
+from diptych.data.skipped import SkippedItems
+from diptych.data.sources import open_source
 from diptych.data.streams import BatchSampler
 from diptych.data.vectors import VectorStore, write_vectors
+from diptych.encoders import ScratchConfig, open_audio_encoder, open_image_encoder, open_text_encoder, scratch_encoder
 from diptych.errors import UserError
-from diptych.uml.features import feature_statistics, read_rows, sequence_stream
-
-
-
+from diptych.nn.inference import eval_mode
+from diptych.uml.features import feature_statistics, image_features, read_rows, sequence_stream, text_features
 
 CONFIG = ScratchConfig(image_size=16, patch=8, width=8, depth=1, heads=2)
 
@@ -88,14 +68,14 @@ def test_they_are_made_once_and_again_when_anything_changes(folder, tmp_path_fac
     assert len(stores()) == 4
 
 
-def test_an_unreadable_picture_is_left_out_and_told(folder, tmp_path_factory):
+def test_an_unreadable_image_is_left_out_and_told(folder, tmp_path_factory):
     (folder / "2.png").write_bytes(b"nothing")
     skipped = SkippedItems(max_skipped_share=0.5)
-    options = {"cache": tmp_path_factory.mktemp("cache"), "skips": skipped}
+    options = {"cache": tmp_path_factory.mktemp("cache"), "skipped": skipped}
     store = image_features(scratch_encoder(CONFIG, seed=0), open_source(str(folder)), np.arange(5), **options)
     assert store.array("items").tolist() == [0, 1, 3, 4]
     assert list(skipped.reasons) == ["2.png"]
-    options = {"cache": tmp_path_factory.mktemp("strict"), "skips": SkippedItems(max_skipped_share=0.0)}
+    options = {"cache": tmp_path_factory.mktemp("strict"), "skipped": SkippedItems(max_skipped_share=0.0)}
     with pytest.raises(UserError, match="over the tolerated"):
         image_features(scratch_encoder(CONFIG, seed=0), open_source(str(folder)), np.arange(5), **options)
 
@@ -143,9 +123,9 @@ def test_tokens_of_images_keep_their_classes(tmp_path):
     settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
     (encoder / "preprocessor_config.json").write_text(json.dumps(settings))
     for name, grey in (("white", 255), ("black", 0)):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / "photos" / name / "1.png")
-    features(str(tmp_path / "photos"), kind="images", encoder=str(encoder), out=tmp_path / "store", length=5)
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / "images" / name / "1.png")
+    features(str(tmp_path / "images"), kind="images", encoder=str(encoder), out=tmp_path / "store", length=5)
     store = VectorStore.open(tmp_path / "store")
     assert store.manifest["classes"] == ["black", "white"]
     assert store.vectors.shape == (2, 5, 16)  # four patches and the class token
@@ -170,23 +150,28 @@ def clips(tmp_path):
     return tmp_path / "clips.tar"
 
 
-def test_sounds_without_an_encoder_become_log_mel_frames(clips, tmp_path):
-    features(str(clips), kind="sounds", out=tmp_path / "store", length=10, hop=400)
+def test_audio_without_an_encoder_become_log_mel_frames(clips, tmp_path):
+    features(str(clips), kind="audio", out=tmp_path / "store", length=10, hop=400)
     store = VectorStore.open(tmp_path / "store")
     assert store.vectors.shape == (2, 10, 64)
     assert store.array("lengths").tolist() == [10, 4]
     assert (store.array("labels").tolist(), store.array("fold").tolist()) == ([0, 0], [3, 3])
 
 
-def test_sounds_through_an_encoder(clips, tmp_path):
+def test_audio_through_an_encoder(clips, tmp_path):
     torch.manual_seed(0)
     config = Wav2Vec2Config(
-        **SMALL, conv_dim=(8, 8), conv_stride=(20, 16), conv_kernel=(20, 16), num_feat_extract_layers=2,
-        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
+        **SMALL,
+        conv_dim=(8, 8),
+        conv_stride=(20, 16),
+        conv_kernel=(20, 16),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
     Wav2Vec2Model(config).save_pretrained(tmp_path / "encoder")
     Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(tmp_path / "encoder")
-    features(str(clips), kind="sounds", encoder=str(tmp_path / "encoder"), out=tmp_path / "store", length=20)
+    features(str(clips), kind="audio", encoder=str(tmp_path / "encoder"), out=tmp_path / "store", length=20)
     store = VectorStore.open(tmp_path / "store")
     assert open_audio_encoder(tmp_path / "encoder").width == store.vectors.shape[2] == 16
     assert store.array("lengths").tolist() == [15, 5]  # 4,800 and 1,600 samples at 320 a frame
@@ -200,7 +185,7 @@ def test_mistakes_are_told(tmp_path):
     with pytest.raises(UserError, match="has no images"):
         features(str(tmp_path / "texts.txt"), kind="images", encoder="any", out=tmp_path / "store")
     with pytest.raises(UserError, match="choose another folder"):
-        features("any", kind="sounds", out=tmp_path)
+        features("any", kind="audio", out=tmp_path)
 
 
 def store_of(folder, vectors: np.ndarray, **arrays: np.ndarray) -> VectorStore:
@@ -230,7 +215,7 @@ def test_without_lengths_everything_is_real(tmp_path):
 
 
 def test_statistics_leave_padding_out(store, monkeypatch):
-    monkeypatch.setattr("diptych.data.sequences._ROWS", 4)  # in two pieces
+    monkeypatch.setattr("diptych.uml.features._STATISTICS_ROWS", 4)  # in two pieces
     lengths = store.array("lengths")
     real = np.concatenate([store.vectors[i, : lengths[i]] for i in range(6)]).astype(np.float64)
     mean, scale = feature_statistics(store)
