@@ -1,11 +1,12 @@
-"""What a gain from unpaired texts consists of: their price in images, accuracy under shifts, how classes lie apart.
+"""What a gain from unpaired texts consists of: texts that replace an image, robustness, and how classes lie apart.
 
     python benchmarks/uml_analyses.py --data caltech101.tar --meta meta.json --encoder E --text-encoder T --json FILE
 
-Options are those of uml_fewshot.py, which lies beside it. Exchange rate: UML with lambda 1 on a grid of image shots and
-text shots, a plane through its test accuracies. Then, at the most shots, every control: margin and silhouette of the
-test images in the shared space, and accuracy on corrupted test images. Learning rates are chosen on validation images.
-Fails when a number is not finite; a null result is no failure. Two minutes of one CPU core.
+It has the options of uml_fewshot.py, in the same folder, and some of its own. The exchange rate is that of a plane
+fitted to the test accuracies of UML with lambda 1 on a grid of image shots and text shots. At the largest number of
+shots, every control is measured: margin and silhouette of the test images in the shared space, and accuracy on
+corrupted test images. Learning rates are chosen on validation images. It fails when a number is not finite, and not for
+a null result. It takes two minutes of one CPU core.
 """
 
 import math
@@ -25,7 +26,7 @@ from uml_fewshot import drawn, published
 from diptych.data.class_texts import choose_texts, permuted
 from diptych.data.pixels import SkippedItems
 from diptych.encoders import open_image_encoder, open_text_encoder
-from diptych.experiments.classifier_bank import Bank, Member, Trained
+from diptych.experiments.classifier_bank import BankMember, ClassifierBank, TrainedMember
 from diptych.experiments.few_shot import CONTROLS
 from diptych.experiments.representation import class_margin, fit_exchange, silhouette
 from diptych.experiments.robustness import accuracies, corrupted
@@ -33,7 +34,7 @@ from diptych.nn.inference import eval_mode
 from diptych.rng import derive_seed
 from diptych.run_folder import write_json
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.uml.data import frozen_side, text_side
+from diptych.uml.data import class_text_features, labelled_image_features
 from diptych.uml.head import SharedHead
 from diptych.uml.training import IMAGE, TEXT
 
@@ -41,40 +42,43 @@ from diptych.uml.training import IMAGE, TEXT
 @dataclass(kw_only=True)
 class Options(Setting):
     text_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 30)
-    """Texts of each class, for the exchange rate."""
+    """Numbers of texts of each class, for the exchange rate."""
     severities: tuple[int, ...] = (1, 3, 5)
-    """Of the corruptions."""
+    """Severities of the corruptions, from 1 to 5."""
     shifted: int = 300
-    """Test images that are corrupted."""
+    """Number of test images that are corrupted."""
 
 
 class Lab:
-    """LabelledFeatures of a task, and classifiers trained on them."""
+    """The features of a task, and classifiers trained on them."""
 
     def __init__(self, options: Options) -> None:
         self.options, self.task = options, published(options) if options.meta else drawn(options)
         self.encoder = open_image_encoder(options.encoder)
         every = np.arange(len(self.task.labelled.labels_N))
         skipped = SkippedItems(max_skipped_share=0.0)
-        self.images = frozen_side(
+        self.images = labelled_image_features(
             self.encoder, self.task.labelled, every, cache=options.cache, skipped=skipped, workers=2
         )
         encoder = open_text_encoder(options.text_encoder)
-        self.texts = text_side(encoder, self.task.texts, shots="all", cache=options.cache, seed=0)
+        self.texts = class_text_features(encoder, self.task.texts, shots="all", cache=options.cache, seed=0)
         self.classes = len(self.task.labelled.classes)
 
-    def member(self, *, shots: int, seed: int, texts: int | None = None, control: str = "UML") -> Member:
-        """A classifier of so many images and texts a class (None: all)."""
+    def member(self, *, shots: int, seed: int, texts: int | None = None, control: str = "UML") -> BankMember:
+        """A classifier of so many images and texts of each class; None is all texts."""
         labels_T, wanted = self.texts.labels_N, CONTROLS[control]
         rows = np.arange(len(labels_T)) if texts is None else choose_texts(labels_T, texts, seed=seed)
         other = permuted(self.classes, seed=seed)
-        return Member(
-            episode=self.task.episodes[shots, seed], text_rows=rows,
+        return BankMember(
+            episode=self.task.episodes[shots, seed],
+            text_rows=rows,
             text_labels=other[labels_T[rows]] if wanted.texts == "permuted" else labels_T[rows],
-            aux_weight=0.0 if wanted.texts == "none" else 1.0, init=wanted.init, seed=seed,
-        )  # fmt: skip
+            aux_weight=0.0 if wanted.texts == "none" else 1.0,
+            init=wanted.init,
+            seed=seed,
+        )
 
-    def train(self, members: Sequence[Member]) -> list[tuple[Trained, SharedHead]]:
+    def train(self, members: Sequence[BankMember]) -> list[tuple[TrainedMember, SharedHead]]:
         """Each with the learning rate that is best on its validation images."""
         grid, best = self.options.grid, []
         widths = {IMAGE: self.images.vectors_ND.shape[1], TEXT: self.texts.vectors_ND.shape[1]}
@@ -91,7 +95,7 @@ class Lab:
                 warmup_steps=50,
                 final_lr=0.01,
             )
-            bank = Bank(members, self.images, self.texts, head=head, train=train, optim=optim)
+            bank = ClassifierBank(members, self.images, self.texts, head=head, train=train, optim=optim)
             found = [(one, bank.head(n)) for n, one in enumerate(bank.fit(self.task.test, patience=grid.patience))]
             best = [new if not best or new[0].score.beats(best[n][0].score) else best[n] for n, new in enumerate(found)]
         return best

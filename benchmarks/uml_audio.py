@@ -1,11 +1,12 @@
-"""Do captions and photos help to tell sounds apart? Few-shot ESC-10: audio alone, + text, + images, and controls.
+"""Do captions and images help to classify audio? Few-shot ESC-10: audio alone, + text, + images, and controls.
 
     python benchmarks/uml_audio.py --data esc10.tar --texts captions.txt.gz
-        [--photos flickr8k.tar] [--pictures caltech101.tar] [--text-encoder NAME] [--image-encoder NAME] [--json FILE]
+        [--captioned-images flickr8k.tar] [--labelled-images caltech101.tar]
+        [--text-encoder NAME] [--image-encoder NAME] [--json FILE]
 
-Sounds: mean and standard deviation of log-mel frames. Texts: captions that name the thing that sounds; no caption
-belongs to a clip. Images: photos whose captions name it, and pictures of a class of that name; chainsaws and sneezing
-have none. Each seed tests on one of the five folds, whose recordings occur in no other, and learns from the rest; the
+Audio: mean and standard deviation of log-mel frames. Texts: captions that name what is heard; no caption belongs to a
+clip. Images: images whose captions name it, and images of a class of that name; chainsaws and sneezing have none. Each
+seed tests on one of the five folds, whose recordings occur in no other, and learns from the rest; the
 step is selected on min(4, k) clips a class, nothing on the test fold. Without encoders the texts are read by a small T5
 trained here on the captions, and images by a random network. Three minutes of one CPU core.
 """
@@ -39,8 +40,7 @@ from diptych.tokenizers.recipes import encoder_tiny
 from diptych.uml.features import read_rows
 from diptych.uml.head import SharedHead, SharedHeadConfig
 from diptych.uml.objective import uml_loss
-from diptych.uml.selection import Score, select
-from diptych.uml.training import start_head
+from diptych.uml.training import Score, select_best, start_head
 
 WORDS = {
     "Baby cry": r"bab(y|ies)|infants?|toddlers?",
@@ -54,15 +54,15 @@ WORDS = {
     "Rooster": r"roosters?|chickens?",
     "Sea waves": r"waves?|ocean",
 }
-"""What a caption about the thing that sounds says."""
-PICTURES = {"Clock tick": "watch", "Helicopter": "helicopter", "Rooster": "rooster"}
-"""Classes of Caltech101 that show it."""
+"""Pattern of what is heard in each class, as captions name it."""
+LABELS = {"Clock tick": "watch", "Helicopter": "helicopter", "Rooster": "rooster"}
+"""Classes of Caltech101 that show what is heard."""
 NO_IMAGES = ("Chainsaw", "Person sneeze")
 MOST_TEXTS, MOST_IMAGES = 30, 60
 AUDIO, TEXT, IMAGE = "audio", "text", "image"
 STEPS, EVERY = 300, 20
-Side = tuple[Tensor, Tensor]
-"""LabelledFeatures [N D] and labels [N]."""
+Labelled = tuple[Tensor, Tensor]
+"""Features [N D] and labels [N]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,16 +89,15 @@ WAYS = {
 CONTROL = next(iter(WAYS))
 
 
-def sounds(store: VectorStore) -> Tensor:
+def clip_features(store: VectorStore) -> Tensor:
     """Mean and standard deviation over the frames, [N 2F]."""
     rows = read_rows(store, np.arange(len(store)))
-    assert rows.features_BLF is not None
-    clips = [frames[valid] for frames, valid in zip(rows.features_BLF, rows.valid, strict=True)]
+    clips = [frames[valid] for frames, valid in zip(rows.features_BSF, rows.valid_BS, strict=True)]
     return torch.stack([torch.cat([frames.mean(0), frames.std(0)]) for frames in clips])
 
 
 def naming(captions: Iterable[str], name: str) -> list[int]:
-    """Places of the captions that name what makes the sound, and nothing that makes another."""
+    """Indices of the captions that name what is heard in the class, and nothing of another class."""
     own, others = WORDS[name], "|".join(pattern for other, pattern in WORDS.items() if other != name)
     found = []
     for place, caption in enumerate(captions):
@@ -113,7 +112,7 @@ def some(items: list[int], most: int, *parts: int | str) -> list[int]:
     return sorted(rng.permutation(items)[:most].tolist())
 
 
-def texts(source: Source, classes: list[str], encoder) -> Side:
+def texts(source: Source, classes: list[str], encoder) -> Labelled:
     captions = [text for item in range(len(source)) for text in source.captions(item)]
     chosen = [some(naming(captions, name), MOST_TEXTS, "texts", name) for name in classes]
     print("texts: " + ", ".join(f"{name} {len(found)}" for name, found in zip(classes, chosen, strict=True)))
@@ -121,15 +120,15 @@ def texts(source: Source, classes: list[str], encoder) -> Side:
     return vectors_ND, torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(f) for f in chosen]))
 
 
-def images(photos: Source | None, pictures: Source | None, classes: list[str], encoder) -> Side:
+def images(captioned: Source | None, labelled: Source | None, classes: list[str], encoder) -> Labelled:
     chosen: list[tuple[Source, list[int], int]] = []
-    if photos is not None:
-        captions = [" ".join(photos.captions(item)) for item in range(len(photos))]
-        chosen += [(photos, naming(captions, name), label) for label, name in enumerate(classes)]
-    if pictures is not None:
-        labels = [pictures.label(item) for item in range(len(pictures))]
+    if captioned is not None:
+        captions = [" ".join(captioned.captions(item)) for item in range(len(captioned))]
+        chosen += [(captioned, naming(captions, name), label) for label, name in enumerate(classes)]
+    if labelled is not None:
+        labels = [labelled.label(item) for item in range(len(labelled))]
         for label, name in enumerate(classes):
-            chosen.append((pictures, [i for i, found in enumerate(labels) if found == PICTURES.get(name)], label))
+            chosen.append((labelled, [i for i, found in enumerate(labels) if found == LABELS.get(name)], label))
     size = getattr(encoder, "image_size", RandomFeatures.SIZE)
     vectors, labels_found = [], []
     for source, items, label in chosen:
@@ -142,33 +141,33 @@ def images(photos: Source | None, pictures: Source | None, classes: list[str], e
 
 
 def fit(
-    way: Way, train: Side, valid: Side, others: Mapping[str, Side], *, classes: int, seed: int
+    way: Way, train: Labelled, valid: Labelled, others: Mapping[str, Labelled], *, classes: int, seed: int
 ) -> tuple[SharedHead, Score]:
     """Train a shared classifier on all rows at once; return it as it was at the selected step."""
-    widths = {AUDIO: train[0].shape[1]} | {name: side[0].shape[1] for name, side in others.items()}
+    widths = {AUDIO: train[0].shape[1]} | {name: x_ND.shape[1] for name, (x_ND, _) in others.items()}
     config = SharedHeadConfig(widths=widths, anchor=TEXT, classes=classes)
     images_ND = others[IMAGE][0] if IMAGE in others else None
     head = start_head(config, images_ND, others[TEXT], init="anchor" if way.init else "random", seed=seed)
     head.fit_statistics(train[0], AUDIO)
-    sides = {AUDIO: train} | {name: others[name] for name in way.others}
+    known = {AUDIO: train} | {name: others[name] for name in way.others}
     if way.unrelated:
         wrong = torch.from_numpy(permuted(classes, seed=seed))
-        sides |= {name: (sides[name][0], wrong[sides[name][1]]) for name in way.others}
+        known |= {name: (known[name][0], wrong[known[name][1]]) for name in way.others}
     # A modality that shows some classes only says nothing about the others.
-    present = {name: labels_N.unique() for name, (_, labels_N) in sides.items()}
-    labels = {name: torch.searchsorted(present[name], labels_N) for name, (_, labels_N) in sides.items()}
-    optimiser = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.01)
+    present = {name: labels_N.unique() for name, (_, labels_N) in known.items()}
+    labels = {name: torch.searchsorted(present[name], labels_N) for name, (_, labels_N) in known.items()}
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.01)
     scores: list[Score] = []
     kept = head.state_dict()
     for step in range(1, STEPS + 1):
-        logits = {name: head(x_ND, name)[:, present[name]] for name, (x_ND, _) in sides.items()}
-        loss, _ = uml_loss(logits, labels, dict.fromkeys(sides, 1.0))
-        optimiser.zero_grad()
+        logits = {name: head(x_ND, name)[:, present[name]] for name, (x_ND, _) in known.items()}
+        loss, _ = uml_loss(logits, labels, dict.fromkeys(known, 1.0))
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if step % EVERY == 0:
             scores.append(score(head, valid, step))
-            if (best := select(scores, patience=10)) == scores[-1]:
+            if (best := select_best(scores, patience=10)) == scores[-1]:
                 kept = {name: value.clone() for name, value in head.state_dict().items()}
     head.load_state_dict(kept)
     assert best is not None
@@ -176,21 +175,21 @@ def fit(
 
 
 @torch.no_grad()
-def score(head: SharedHead, side: Side, step: int) -> Score:
-    logits_NC, labels_N = head(side[0], AUDIO), side[1]
+def score(head: SharedHead, examples: Labelled, step: int) -> Score:
+    logits_NC, labels_N = head(examples[0], AUDIO), examples[1]
     accuracy = float((logits_NC.argmax(1) == labels_N).float().mean())
     return Score(step=step, accuracy=accuracy, loss=float(F.cross_entropy(logits_NC, labels_N)))
 
 
 def trial(
-    store: VectorStore, features_ND: Tensor, others: Mapping[str, Side], *, shots: int, seed: int
+    store: VectorStore, features_ND: Tensor, others: Mapping[str, Labelled], *, shots: int, seed: int
 ) -> list[FewShotResult]:
-    """Every way on one fold, learnt from ``shots`` clips a class of the other folds."""
+    """Every way on one fold, learned from ``shots`` clips a class of the other folds."""
     labels_N, fold_N, classes = store.array("labels"), store.array("fold"), store.manifest["classes"]
     assert labels_N is not None
     assert fold_N is not None
     test, rest = (np.flatnonzero((fold_N == 1 + seed % 5) == asked) for asked in (True, False))
-    # Standardised by clips whose labels are not looked at, of which there are plenty.
+    # Standardized by clips whose labels are not looked at, of which there are plenty.
     features_ND = (features_ND - features_ND[rest].mean(0)) / features_ND[rest].std(0)
     episode = draw_episode(labels_N[rest], shots, seed=seed)
     y_N = torch.from_numpy(np.array(labels_N))
@@ -200,10 +199,15 @@ def trial(
         if set(way.others) <= set(others):
             head, best = fit(way, train, valid, others, classes=len(classes), seed=seed)
             tested = score(head, (features_ND[test], y_N[test]), best.step)
-            found.append(FewShotResult(
-                control=name, shots=shots, seed=seed, accuracy=tested.accuracy, valid_accuracy=best.accuracy,
+            result = FewShotResult(
+                control=name,
+                shots=shots,
+                seed=seed,
+                accuracy=tested.accuracy,
+                valid_accuracy=best.accuracy,
                 chosen={"step": best.step},
-            ))  # fmt: skip
+            )
+            found.append(result)
     return found
 
 
@@ -222,45 +226,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="tar of ogg and json {label, fold}")
     parser.add_argument("--texts", required=True, help="source of captions")
-    parser.add_argument("--photos", help="source of captioned photos")
-    parser.add_argument("--pictures", help="source of pictures sorted into classes")
+    parser.add_argument("--captioned-images", help="source of captioned images")
+    parser.add_argument("--labelled-images", help="source of images sorted into classes")
     parser.add_argument("--text-encoder", help="folder, run or hub name")
     parser.add_argument("--image-encoder", help="folder, run or hub name")
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4], help="numbers of clips of each class")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
     options = parser.parse_args()
     captions = open_source(options.texts)
     with tempfile.TemporaryDirectory() as folder:
         store = write_frames(options.data, Path(folder) / "frames", config=MelConfig(window=1024, hop=640))
-        features_ND = sounds(store)
+        features_ND = clip_features(store)
         others = {TEXT: texts(captions, store.manifest["classes"], text_encoder(options.text_encoder, captions))}
-        if options.photos or options.pictures:
+        if options.captioned_images or options.labelled_images:
             encoder = open_image_encoder(options.image_encoder) if options.image_encoder else RandomFeatures()
-            sources = [open_source(spec) if spec else None for spec in (options.photos, options.pictures)]
+            specs = (options.captioned_images, options.labelled_images)
+            sources = [open_source(spec) if spec else None for spec in specs]
             others[IMAGE] = images(*sources, store.manifest["classes"], encoder)
-        outcomes = [
-            outcome
+        results = [
+            result
             for shots, seed in product(options.shots, range(options.seeds))
-            for outcome in trial(store, features_ND, others, shots=shots, seed=seed)
+            for result in trial(store, features_ND, others, shots=shots, seed=seed)
         ]
-    report(outcomes, options.shots, options.json)
+    report(results, options.shots, options.json)
 
 
-def report(outcomes: list[FewShotResult], every: list[int], file: Path | None) -> None:
-    ways = list(dict.fromkeys(outcome.control for outcome in outcomes))
+def report(results: list[FewShotResult], every: list[int], file: Path | None) -> None:
+    ways = list(dict.fromkeys(result.control for result in results))
     print(f"{'accuracy, mean and standard deviation over seeds':50}" + "".join(f"{s:>8} shots" for s in every))
     for way in ways:
-        cells = [spread(outcomes, way, shots) for shots in every]
+        cells = [spread(results, way, shots) for shots in every]
         print(f"{way:50}" + "".join(f"{mean:8.1%} {deviation:5.1%}" for mean, deviation in cells))
     for way, shots in product(ways[1:], [*every, None]):
-        print(f"{f'{shots} shots' if shots else 'all shots'}: {gain(outcomes, way, CONTROL, shots=shots)}")
+        print(f"{f'{shots} shots' if shots else 'all shots'}: {gain(results, way, CONTROL, shots=shots)}")
     for own, control in (("+ text", "+ unrelated text"), ("+ text + images", "+ unrelated text + unrelated images")):
         if own in ways:
-            print(f"all shots: {gain(outcomes, own, control)}")
+            print(f"all shots: {gain(results, own, control)}")
     if file:
-        write_json(file, [asdict(outcome) for outcome in outcomes])
-    alone = spread(outcomes, CONTROL, every[-1])[0]
+        write_json(file, [asdict(result) for result in results])
+    alone = spread(results, CONTROL, every[-1])[0]
     print(f"verdict: audio alone with {every[-1]} shots a class is right {alone:.1%} of the time (a guess: 10 %)")
     sys.exit(alone < 0.2)
 

@@ -1,12 +1,13 @@
-"""Supervised UML, few shots: all controls for each number of labelled images, from raw images to the table.
+"""Few-shot supervised UML: all controls for each number of labelled images, from image files to the table.
 
-    python benchmarks/uml_fewshot.py --data photos/ --texts descriptions.json --encoder E --text-encoder T --json FILE
+    python benchmarks/uml_fewshot.py --data images/ --texts descriptions.json --encoder E --text-encoder T --json FILE
     python benchmarks/uml_fewshot.py --data caltech101.tar --meta meta.json --encoder E --text-encoder T --json FILE
 
-`--encoder` and `--text-encoder` take folders or hub names of transformers and runs of Diptych. `--meta` brings class
-names, splits, few-shot indices and descriptions of a published split; without it, classes are those of `--data`, a
-share of whose images is the test set, and few-shot images are drawn. Settings are chosen on validation images only.
-Writes a figure beside FILE. Fails when a control is missing or a number is not finite; a null result is no failure.
+`--encoder` and `--text-encoder` take folders or hub names of transformers, and runs of Diptych. `--meta` names a file
+with the class names, splits, few-shot indices and descriptions of a published split. Without it, classes are those of
+`--data`, a share of whose images is the test set, and few-shot images are drawn at random. Settings are chosen on
+validation images only. A figure is written beside FILE. It fails when a control is missing or a number is not finite,
+and not for a null result.
 """
 
 import json
@@ -28,7 +29,7 @@ from diptych.data.splits import Episode, Labelled, draw_episode, given_episodes,
 from diptych.encoders import open_image_encoder, open_text_encoder
 from diptych.eval.frechet import RandomFeatures
 from diptych.experiments.few_shot import CONTROLS, FewShotConfig, accuracy_figure, as_json, few_shot, gain, show
-from diptych.uml.data import LabelledFeatures, frozen_side, text_side
+from diptych.uml.data import LabelledFeatures, class_text_features, labelled_image_features
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -36,25 +37,25 @@ TEMPLATES = ("a photo of a {}.",)
 @dataclass(kw_only=True)
 class Options:
     data: str
-    """Labelled images: any source."""
+    """Source of labelled images."""
     encoder: str
-    """Image encoder; random is a network that was never trained, which any trained one should beat."""
+    """Image encoder; random is an untrained network, which any trained one should beat."""
     text_encoder: str
-    """Text encoder."""
+    """Text encoder: a folder, hub name or run."""
     json: Path
-    """File for all numbers; the figure lies beside it."""
+    """File for all numbers; the figure is written beside it."""
     meta: Path | None = None
-    """Class names, splits, few-shot indices and descriptions."""
+    """File of class names, splits, few-shot indices and descriptions."""
     texts: str | None = None
-    """Texts about the classes: JSON or folder. Not given: the descriptions of `meta`, else a template."""
+    """Texts about the classes: a JSON file or a folder; if not given, the descriptions of `meta`, else a template."""
     templates: bool = False
-    """Use a template for the texts, whatever descriptions there are."""
+    """Whether texts are made from a template although there are descriptions."""
     test_share: float = 0.3
-    """Without `meta`: share of each class that is the test set."""
+    """Share of the images of each class that is the test set, if `meta` is not given."""
     cache: Path = Path("runs/features")
     """Folder for the features of the encoders."""
     grid: FewShotConfig = field(default_factory=FewShotConfig)
-    """What is trained and chosen from."""
+    """Settings of the few-shot grid."""
 
 
 @dataclass
@@ -98,16 +99,16 @@ def drawn(options: Options) -> Task:
     return Task(labelled, episodes, parts.valid, texts_of(options.texts, labelled.classes, templates=TEMPLATES))
 
 
-def image_side(options: Options, labelled: Labelled) -> LabelledFeatures:
-    """LabelledFeatures of all images, each at the place of its image: none may be unreadable."""
+def features_of_images(options: Options, labelled: Labelled) -> LabelledFeatures:
+    """Features of all images, in their order: none may be unreadable."""
     every, skipped = np.arange(len(labelled.labels_N)), SkippedItems(max_skipped_share=0.0)
     if options.encoder != "random":
         encoder = open_image_encoder(options.encoder)
-        return frozen_side(encoder, labelled, every, cache=options.cache, skipped=skipped, workers=2)
+        return labelled_image_features(encoder, labelled, every, cache=options.cache, skipped=skipped, workers=2)
     network = RandomFeatures()
-    pictures = image_batches(labelled.source, every, size=RandomFeatures.SIZE, skipped=skipped)
+    readable = image_batches(labelled.source, every, size=RandomFeatures.SIZE, skipped=skipped)
     return LabelledFeatures(
-        vectors_ND=np.concatenate([network(pixels) for pixels, _ in pictures]), labels_N=labelled.labels_N
+        vectors_ND=np.concatenate([network(pixels) for pixels, _ in readable]), labels_N=labelled.labels_N
     )
 
 
@@ -117,21 +118,22 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     grid, every = options.grid, np.arange(len(task.labelled.labels_N))
     if options.encoder == options.text_encoder:  # two towers of one model: their spaces are one
         grid = replace(grid, head=replace(grid.head, projection="identity"))
-    images = image_side(options, task.labelled)
+    images = features_of_images(options, task.labelled)
     shots: Shots = "mean" if grid.text_shots == "mean" else "all"
-    texts = text_side(open_text_encoder(options.text_encoder), task.texts, shots=shots, cache=options.cache, seed=0)
+    encoder = open_text_encoder(options.text_encoder)
+    texts = class_text_features(encoder, task.texts, shots=shots, cache=options.cache, seed=0)
     encoded = time.process_time() - began
     print(f"{len(every):,} images and {len(texts.labels_N):,} texts encoded: {encoded:.0f} s of CPU", flush=True)
-    outcomes = few_shot(images, texts, task.episodes, task.test, grid, say=lambda line: print(line, flush=True))
+    results = few_shot(images, texts, task.episodes, task.test, grid, say=lambda line: print(line, flush=True))
     title = f"{len(task.labelled.classes)} classes"
-    show(outcomes, title=title)
+    show(results, title=title)
     seconds = time.process_time() - began
-    found = as_json(outcomes) | {"options": asdict(replace(options, grid=grid)), "cpu_seconds": seconds}
+    found = as_json(results) | {"options": asdict(replace(options, grid=grid)), "cpu_seconds": seconds}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
-    options.json.with_suffix(".svg").write_bytes(accuracy_figure(outcomes, title=title))
-    whole = {each.control for each in outcomes} == set(CONTROLS) and all(math.isfinite(o.accuracy) for o in outcomes)
-    print(f"verdict: {gain(outcomes, 'UML', 'image only')} ({seconds:.0f} s of CPU)" if whole else "verdict: not whole")
+    options.json.with_suffix(".svg").write_bytes(accuracy_figure(results, title=title))
+    whole = {each.control for each in results} == set(CONTROLS) and all(math.isfinite(o.accuracy) for o in results)
+    print(f"verdict: {gain(results, 'UML', 'image only')} ({seconds:.0f} s of CPU)" if whole else "verdict: not whole")
     sys.exit(not whole)
 
 

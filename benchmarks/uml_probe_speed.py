@@ -1,9 +1,9 @@
-"""Epochs per second of the linear probe: on cached features, and decoding and encoding every picture in every epoch.
+"""Epochs per second of the linear probe: on cached features, and decoding and encoding every image in every epoch.
 
-    python benchmarks/uml_probe_speed.py --data photos/ [--encoder E] [--json FILE]
+    python benchmarks/uml_probe_speed.py --data images/ [--encoder E] [--json FILE]
 
-Both train the same classifier by the same update in one process; without `--encoder` the images are encoded by a small
-ViT with random weights, which costs what a trained one of its size costs. Fails when caching gains less than fivefold.
+Both train the same classifier by the same update in one process. Without `--encoder` the images are encoded by a small
+ViT with random weights, which is as fast as a trained one. It fails when caching is less than five times as fast.
 """
 
 import json as json_format
@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from diptych.encoders import ScratchConfig, open_image_encoder, scratch_encoder
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import Devices
 from diptych.train.step import TrainStep
-from diptych.uml.data import LabelledFeatures, PixelSide, frozen_side
+from diptych.uml.data import LabelledFeatures, LabelledImages, labelled_image_features
 from diptych.uml.head import SharedHeadConfig
 from diptych.uml.objective import UmlConfig, UmlObjective
 from diptych.uml.training import IMAGE, TEXT, start_head
@@ -49,29 +48,29 @@ def seconds_a_step(objective: UmlObjective, streams: dict[str, Stream], *, steps
 
 def main(*, data: str, encoder: str | None = None, json: Path | None = None, images: int = 1000) -> None:
     """Args:
-    data: Labelled images: any source.
-    encoder: Image encoder: folder, hub name or run.
+    data: Source of labelled images.
+    encoder: Image encoder: a folder, hub name or run.
     json: File for the numbers.
-    images: How many of the images to take.
+    images: Number of images to train on.
     """
     labelled = Labelled.of(open_source(data))
     items = np.random.Generator(np.random.PCG64(0)).permutation(len(labelled.labels_N))[:images]
-    network: Any = open_image_encoder(encoder) if encoder else scratch_encoder(ScratchConfig(), seed=0)
+    network = open_image_encoder(encoder) if encoder else scratch_encoder(ScratchConfig(), seed=0)
     network.requires_grad_(False)
     skipped, classes = SkippedItems(), len(labelled.classes)
     vectors = torch.randn(TEXTS * classes, WIDTH, generator=torch.Generator().manual_seed(0)).numpy()
     texts = LabelledFeatures(vectors_ND=vectors, labels_N=np.arange(TEXTS * classes) % classes)
     with tempfile.TemporaryDirectory() as cache:
         began = time.perf_counter()
-        cached = frozen_side(network, labelled, items, cache=Path(cache), skipped=skipped, workers=2)
+        cached = labelled_image_features(network, labelled, items, cache=Path(cache), skipped=skipped, workers=2)
         once = time.perf_counter() - began
-        pixels = PixelSide(labelled, items, size=network.image_size, skipped=skipped, cache_mb=0)
+        pixels = LabelledImages(labelled, items, size=network.image_size, skipped=skipped, cache_mb=0)
         config = SharedHeadConfig(widths={IMAGE: network.width, TEXT: WIDTH}, classes=classes, features="unit")
         found = {}
-        for name, side, encoding, steps in (("uncached", pixels, network, 12), ("cached", cached, None, 300)):
+        for name, examples, encoding, steps in (("uncached", pixels, network, 12), ("cached", cached, None, 300)):
             head = start_head(config, None, texts.tensors(), init="random", seed=0)
             objective = UmlObjective(head, UmlConfig(), target=IMAGE, encoder=encoding)
-            step = seconds_a_step(objective, {IMAGE: side.stream(), TEXT: texts.stream()}, steps=steps)
+            step = seconds_a_step(objective, {IMAGE: examples.stream(), TEXT: texts.stream()}, steps=steps)
             found[name] = ROWS / (step * len(items))
     gain = found["cached"] / found["uncached"]
     for name, speed in found.items():

@@ -1,12 +1,13 @@
-"""Supervised UML where related text provably carries information: the built-in scenes, classes = colour x shape.
+"""Supervised UML where related text is known to carry information: the built-in scenes, with colour x shape as classes.
 
     python benchmarks/uml_scenes.py --out runs/uml_scenes [--json FILE] [--world 0]
 
-Images are features of a random, never trained network; texts are captions of *other* scenes, by a small T5 trained on
-captions. What captions can teach is which classes share a colour or a shape. Two CPU minutes.
+Features of images are those of an untrained network; features of texts are those of captions of *other* scenes, by a
+small T5 that is trained on captions. Captions can teach which classes share a colour or a shape. It takes two minutes
+of one CPU core.
 
-Fails unless UML with text start beats the image alone and unrelated texts beyond the noise, and unrelated texts do not
-beat the image alone.
+It fails unless UML with text start is better than the image alone and than unrelated texts, beyond the noise, and
+unrelated texts are not better than the image alone.
 """
 
 import json as json_format
@@ -27,7 +28,7 @@ from diptych.tokenizers.recipes import encoder_tiny
 from diptych.uml.data import LabelledFeatures
 from diptych.uml.head import SharedHeadConfig
 
-PICTURES, TESTED, CAPTIONS = 3000, 1000, 600
+IMAGES, TESTED, CAPTIONS = 3000, 1000, 600
 SHOTS, SEEDS = (1, 2, 4, 8), (1, 2, 3, 4, 5)
 
 
@@ -36,7 +37,7 @@ def classes_of(world: ScenesSource) -> list[str]:
     return [f"{thing.colour} {thing.shape}" for thing in things]
 
 
-def features_of_pictures(world: ScenesSource, names: list[str]) -> LabelledFeatures:
+def features_of_images(world: ScenesSource, names: list[str]) -> LabelledFeatures:
     network = RandomFeatures()
     parts = np.array_split(np.arange(len(world)), 16)
     vectors_ND = torch.cat([network(channels_first(world.images(part, 32))) for part in parts])
@@ -58,26 +59,30 @@ def main(*, out: Path, json: Path | None = None, steps: int = 200, world: int = 
     """Args:
     out: Folder for the text encoder and the figure.
     json: File for all numbers.
-    steps: Updates of every classifier.
-    world: Other scenes. Settings were made on those of 0.
+    steps: Number of optimizer updates of every classifier.
+    world: Number of the set of scenes. Settings were chosen on set 0.
     """
-    scenes, other = ScenesSource(count=PICTURES, seed=2 * world), ScenesSource(count=2000, seed=2 * world + 1)
+    scenes, other = ScenesSource(count=IMAGES, seed=2 * world), ScenesSource(count=2000, seed=2 * world + 1)
     names = sorted(set(classes_of(scenes)))
-    images, texts = features_of_pictures(scenes, names), features_of_captions(other, names, out)
+    images, texts = features_of_images(scenes, names), features_of_captions(other, names, out)
     config = FewShotConfig(
-        shots=SHOTS, seeds=SEEDS, steps=steps, eval_every=50, aux_weights=(0.3, 1.0, 3.0),
-        head=SharedHeadConfig(features="standard", logit_scale=4.0),  # layers of the network differ in scale by far
-    )  # fmt: skip
+        shots=SHOTS,
+        seeds=SEEDS,
+        steps=steps,
+        eval_every=50,
+        aux_weights=(0.3, 1.0, 3.0),
+        head=SharedHeadConfig(features="standard", logit_scale=4.0),  # the scales of the network's layers differ a lot
+    )
     known = images.labels_N[:-TESTED]
     episodes = {(shots, seed): draw_episode(known, shots, seed=seed) for shots in SHOTS for seed in SEEDS}
-    test = np.arange(PICTURES - TESTED, PICTURES)
-    outcomes = few_shot(images, texts, episodes, test, config, say=lambda line: print(line, flush=True))
-    show(outcomes, title=f"scenes, {len(names)} classes")
-    (out / "uml_scenes.svg").write_bytes(accuracy_figure(outcomes, title="Scenes: 20 classes"))
+    test = np.arange(IMAGES - TESTED, IMAGES)
+    results = few_shot(images, texts, episodes, test, config, say=lambda line: print(line, flush=True))
+    show(results, title=f"scenes, {len(names)} classes")
+    (out / "uml_scenes.svg").write_bytes(accuracy_figure(results, title="Scenes: 20 classes"))
     if json:
-        json.write_text(dumps(as_json(outcomes)))
-    real = [gain(outcomes, "UML init", worse) for worse in ("image only", "unrelated init")]
-    unrelated = [gain(outcomes, name, "image only") for name in ("unrelated text", "unrelated init")]
+        json.write_text(dumps(as_json(results)))
+    real = [gain(results, "UML init", worse) for worse in ("image only", "unrelated init")]
+    unrelated = [gain(results, name, "image only") for name in ("unrelated text", "unrelated init")]
     good = all(g.is_real and g.mean > 0 for g in real) and not any(g.is_real and g.mean > 0 for g in unrelated)
     told = "related text helps and unrelated text does not" if good else "related text does not help as it should"
     print(f"verdict: {told}; {real[0]}")

@@ -148,10 +148,10 @@ def subspaces(check: Checks, seeds: int) -> dict[str, dict[str, list[float]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--repetitions", type=int, default=20_000)
-    parser.add_argument("--seeds", type=int, default=5, help="of the autoencoder experiment")
-    parser.add_argument("--seed", type=int, default=0, help="of designs and noise")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument("--repetitions", type=int, default=20_000, help="number of simulated estimates")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds of the autoencoder experiment")
+    parser.add_argument("--seed", type=int, default=0, help="seed of designs and noise")
     options = parser.parse_args()
     check, case = Checks(), cases(np.random.default_rng(options.seed))
     variances = measure(case, repetitions=options.repetitions, rng=np.random.default_rng((options.seed, 1)))

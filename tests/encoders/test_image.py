@@ -105,13 +105,13 @@ def test_an_itit_run_gives_the_mean_of_its_image_tokens(model, tokenizer, tmp_pa
     model.save_pretrained(tmp_path / "run" / "model")
     encoder = open_image_encoder(tmp_path / "run")
     assert isinstance(encoder, ItitImageEncoder)
-    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with eval_mode(model):
-        expected = model.encode(model.embed_image(tokenizer.encode(pictures))).image_BKD
-    torch.testing.assert_close(run(encoder, pictures), expected.mean(1))
+        expected = model.encode(model.embed_image(tokenizer.encode(images))).image_BKD
+    torch.testing.assert_close(run(encoder, images), expected.mean(1))
     assert encoder_width(tmp_path / "run", "image") == encoder.width == 16
     encoder.save_pretrained(tmp_path / "classifier" / "encoder")
-    torch.testing.assert_close(run(open_image_encoder(tmp_path / "classifier"), pictures), expected.mean(1))
+    torch.testing.assert_close(run(open_image_encoder(tmp_path / "classifier"), images), expected.mean(1))
 
 
 def test_a_dual_run_gives_the_embedding_of_its_image_tower(text_encoder, tmp_path):
@@ -124,10 +124,10 @@ def test_a_dual_run_gives_the_embedding_of_its_image_tower(text_encoder, tmp_pat
     dual = DualEncoder.from_config(config, tokens, seed=0)
     dual.save_pretrained(tmp_path / "run" / "model")
     tokens.save_pretrained(tmp_path / "run" / "tokenizer")  # as a run does; an ITIT run has such a folder too
-    pictures = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     encoder = open_image_encoder(tmp_path / "run")
-    found = torch.nn.functional.normalize(run(encoder, pictures), dim=1)
-    torch.testing.assert_close(found, dual.embed_images(pictures), rtol=1e-4, atol=1e-5)
+    found = torch.nn.functional.normalize(run(encoder, images), dim=1)
+    torch.testing.assert_close(found, dual.embed_images(images), rtol=1e-4, atol=1e-5)
     assert encoder_width(tmp_path / "run", "image") == 12
 
 

@@ -38,9 +38,13 @@ def save_text_model(tmp_path, text_encoder):
 
 def small(text_encoder, **more):
     return {
-        "vocab_size": text_encoder.vocab_rows, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 16, **more,
-    }  # fmt: skip
+        "vocab_size": text_encoder.vocab_rows,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        **more,
+    }
 
 
 def gpt2(text_encoder):

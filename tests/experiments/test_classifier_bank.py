@@ -6,7 +6,7 @@ import torch
 
 from diptych.data.splits import draw_episode
 from diptych.data.streams import BatchSampler
-from diptych.experiments.classifier_bank import Bank, Member
+from diptych.experiments.classifier_bank import BankMember, ClassifierBank
 from diptych.nn.inference import eval_mode
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.loop import train
@@ -18,9 +18,16 @@ from diptych.uml.training import IMAGE, TEXT, start_head
 CLASSES = 3
 HEAD = SharedHeadConfig(widths={IMAGE: 6, TEXT: 4}, classes=CLASSES)
 TRAIN = TrainConfig(
-    steps=25, batch_size=8, eval_every=5, checkpoint_every=25, workers=0, precision="fp32", quiet=True, device="cpu",
+    steps=25,
+    batch_size=8,
+    eval_every=5,
+    checkpoint_every=25,
+    workers=0,
+    precision="fp32",
+    quiet=True,
+    device="cpu",
     tensorboard=False,
-)  # fmt: skip
+)
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=None, warmup_steps=3)
 
 
@@ -45,10 +52,15 @@ def texts():
 
 def member(images, texts, **changes):
     settings = {
-        "episode": draw_episode(images.labels_N, 2, seed=1), "text_rows": np.arange(12), "text_labels": texts.labels_N,
-        "aux_weight": 0.7, "init": "random", "seed": 3, **changes,
-    }  # fmt: skip
-    return Member(**settings)
+        "episode": draw_episode(images.labels_N, 2, seed=1),
+        "text_rows": np.arange(12),
+        "text_labels": texts.labels_N,
+        "aux_weight": 0.7,
+        "init": "random",
+        "seed": 3,
+        **changes,
+    }
+    return BankMember(**settings)
 
 
 def by_the_loop(one, images, texts, tmp_path, *, learn_scale):
@@ -74,7 +86,7 @@ def test_each_classifier_is_the_one_of_the_plain_loop(images, texts, tmp_path, l
         member(images, texts, seed=5, aux_weight=0.0, episode=draw_episode(images.labels_N, 1, seed=2)),
     ]
     config = SharedHeadConfig(widths=HEAD.widths, classes=CLASSES, learn_scale=learn_scale)
-    bank = Bank(members, images, texts, head=config, train=TRAIN, optim=OPTIM)
+    bank = ClassifierBank(members, images, texts, head=config, train=TRAIN, optim=OPTIM)
     test = np.arange(40, 60)
     bank.fit(test, patience=10)
     for number, one in enumerate(members):
@@ -85,12 +97,12 @@ def test_each_classifier_is_the_one_of_the_plain_loop(images, texts, tmp_path, l
 
 
 def test_what_is_tried_are_the_selected_weights(images, texts):
-    wild = replace(OPTIM, lr=1.0)  # which comes to no rest, so that the last weights are not the best
+    wild = replace(OPTIM, lr=1.0)  # too large to converge, so the last weights are not the best
     test = np.arange(40, 60)
-    bank = Bank([member(images, texts)], images, texts, head=HEAD, train=TRAIN, optim=wild)
+    bank = ClassifierBank([member(images, texts)], images, texts, head=HEAD, train=TRAIN, optim=wild)
     (found,) = bank.fit(test, patience=10)
     assert found.score.step < TRAIN.steps
-    again = Bank([member(images, texts)], images, texts, head=HEAD, train=TRAIN, optim=wild)
+    again = ClassifierBank([member(images, texts)], images, texts, head=HEAD, train=TRAIN, optim=wild)
     again._steps(0, found.score.step)
     logits = again._logits(0, again.weights, test)
     assert np.array_equal(found.right_N, (logits.argmax(1) == torch.from_numpy(images.labels_N[test])).numpy())
@@ -101,7 +113,7 @@ def test_with_lambda_zero_texts_change_nothing(images, texts):
     other = LabelledFeatures(vectors_ND=texts.vectors_ND * -3 + 1, labels_N=texts.labels_N)
     found = []
     for side in (texts, other):
-        bank = Bank([member(images, side, aux_weight=0.0)], images, side, head=HEAD, train=TRAIN, optim=OPTIM)
+        bank = ClassifierBank([member(images, side, aux_weight=0.0)], images, side, head=HEAD, train=TRAIN, optim=OPTIM)
         bank.fit(np.arange(40, 60), patience=10)
         found.append(bank.weights["head.weight"].detach())
     assert torch.equal(*found)
@@ -109,11 +121,11 @@ def test_with_lambda_zero_texts_change_nothing(images, texts):
 
 def test_a_clip_over_all_classifiers_is_refused(images, texts):
     with pytest.raises(AssertionError, match="all classifiers together"):
-        Bank([member(images, texts)], images, texts, head=HEAD, train=TRAIN, optim=OptimConfig())
+        ClassifierBank([member(images, texts)], images, texts, head=HEAD, train=TRAIN, optim=OptimConfig())
 
 
 def test_validation_does_not_move_the_weights(images, texts):
-    bank = Bank([member(images, texts)], images, texts, head=HEAD, train=TRAIN, optim=OPTIM)
+    bank = ClassifierBank([member(images, texts)], images, texts, head=HEAD, train=TRAIN, optim=OPTIM)
     before = bank.weights["head.weight"].detach().clone()
     with eval_mode(bank.template):
         bank._validate(0, bank.members[0], step=1)

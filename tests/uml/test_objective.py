@@ -7,6 +7,7 @@ from torch import nn
 
 from diptych.data.augment import ViewConfig
 from diptych.data.batch import Batch, LabelledImageExamples, LabelledVectorExamples
+from diptych.encoders import ImageEncoder
 from diptych.nn.inference import eval_mode
 from diptych.rng import StepRNG
 from diptych.train.objective import Objective
@@ -92,7 +93,7 @@ def test_the_shared_classifier_learns_from_both_and_the_projection_from_images()
     torch.testing.assert_close(projected, alone)  # texts reach it not at all
 
 
-class Encoder(nn.Module):
+class Encoder(ImageEncoder):
     def __init__(self):
         super().__init__()
         self.dropout = nn.Dropout(0.5)
@@ -102,13 +103,13 @@ class Encoder(nn.Module):
         return self.linear(self.dropout(pixels.flatten(1).float() / 255))
 
 
-def pictures(rows=4):
+def images(rows=4):
     pixels = torch.randint(0, 256, (rows, 3, 2, 2), dtype=torch.uint8)
     return LabelledImageExamples(pixels_B3HW=pixels, labels_B=torch.randint(3, (rows,)))
 
 
 def test_the_encoder_learns_from_images_only():
-    rows = {"image": pictures(), "text": vectors(4, 4)}
+    rows = {"image": images(), "text": vectors(4, 4)}
     found = {}
     for weight in (0.0, 5.0):
         torch.manual_seed(0)
@@ -122,7 +123,7 @@ def test_the_encoder_learns_from_images_only():
 
 def test_validation_does_not_leave_evaluation_mode_behind():
     learner = objective(encoder=Encoder()).train()
-    rows = batch(image=pictures(), text=vectors(4, 4))
+    rows = batch(image=images(), text=vectors(4, 4))
     with eval_mode(learner):
         assert not learner.encoder.dropout.training
         assert learner(rows, 0).total == learner(rows, 0).total
@@ -130,9 +131,9 @@ def test_validation_does_not_leave_evaluation_mode_behind():
     assert learner(rows, 0).total != learner(rows, 0).total
 
 
-def test_views_of_the_pictures_follow_from_the_step():
+def test_views_of_the_images_follow_from_the_step():
     learner = objective(encoder=Encoder().eval(), view=ViewConfig(jitter=0.0, grey=0.0, blur=0.0))
-    items = {"image": pictures(), "text": vectors(4, 4)}
+    items = {"image": images(), "text": vectors(4, 4)}
     first, second = (Batch(rng=StepRNG(0, step), streams=items) for step in (0, 1))
     assert learner(first, 0).total == learner(first, 0).total
     assert learner(first, 0).total != learner(second, 1).total

@@ -93,18 +93,18 @@ def test_the_sum_and_its_curriculum(model, batch):
     assert objective.streams == {"audio": 1, "text": 1, "image": 1}
     alone, together = objective(batch, 4), objective(batch, 5)
     assert set(alone.terms) == {"audio"}
-    torch.testing.assert_close(alone.total, loss_of(model, batch.more["audio"], "audio"))
+    torch.testing.assert_close(alone.total, loss_of(model, batch["audio"], "audio"))
     parts = {name: loss_of(model, items, name) for name, items in batch.streams.items()}
     torch.testing.assert_close(together.total, parts["audio"] + 0.25 * (parts["text"] + parts["image"]))
 
 
 def test_it_can_over_fit_one_batch(model, batch):
     objective = UmlSsl(model, UmlSslConfig(aux_start_step=0), target="audio")
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     first = objective(batch, 0).total.item()
     for _ in range(150):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = objective(batch, 0).total
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert loss.item() < 0.01 * first

@@ -29,12 +29,12 @@ def make_store(folder, *, width: int, seed: int, items: int = 24, places: int = 
 
 @pytest.fixture
 def run(tmp_path) -> UmlSslRun:
-    make_store(tmp_path / "sounds", width=4, seed=0)
-    make_store(tmp_path / "photos", width=6, seed=1, items=10)
+    make_store(tmp_path / "audio", width=4, seed=0)
+    make_store(tmp_path / "images", width=6, seed=1, items=10)
     make_store(tmp_path / "texts", width=3, seed=2, items=7)
     return UmlSslRun(
-        target=str(tmp_path / "sounds"),
-        others=f"{tmp_path / 'photos'},{tmp_path / 'texts'}",
+        target=str(tmp_path / "audio"),
+        others=f"{tmp_path / 'images'},{tmp_path / 'texts'}",
         model=SharedTransformerConfig(width=16, depth=1, heads=2),
         objective=UmlSslConfig(aux_start_step=3),
         train=TrainConfig(
@@ -54,21 +54,21 @@ def weights(out) -> bytes:
 
 def test_the_run_folder_embeds_without_the_other_modalities(run, tmp_path):
     run.fit(tmp_path / "run", recipe="uml-ssl")
-    before = embed_features(tmp_path / "run", VectorStore.open(tmp_path / "sounds"), device="cpu")
+    before = embed_features(tmp_path / "run", VectorStore.open(tmp_path / "audio"), device="cpu")
     assert before.shape == (24, 16)
     shutil.move(tmp_path / "run", tmp_path / "copy")
-    for other in ("photos", "texts"):
+    for other in ("images", "texts"):
         shutil.rmtree(tmp_path / other)
-    again = embed_features(tmp_path / "copy", VectorStore.open(tmp_path / "sounds"), device="cpu")
+    again = embed_features(tmp_path / "copy", VectorStore.open(tmp_path / "audio"), device="cpu")
     np.testing.assert_array_equal(again, before)
     assert kind_of(tmp_path / "copy") == "feature encoder"
 
 
 def test_a_store_of_features_becomes_one_of_embeddings(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("diptych.recipes.uml_ssl._ROWS", 10)  # in pieces
+    monkeypatch.setattr("diptych.uml.ssl_training._ROWS", 10)  # in pieces
     run.fit(tmp_path / "run", recipe="uml-ssl")
-    features = VectorStore.open(tmp_path / "sounds")
-    embed(tmp_path / "run", str(tmp_path / "sounds"), out=tmp_path / "embedded", device="cpu")
+    features = VectorStore.open(tmp_path / "audio")
+    embed(tmp_path / "run", str(tmp_path / "audio"), out=tmp_path / "embedded", device="cpu")
     found = VectorStore.open(tmp_path / "embedded")
     wanted = embed_features(tmp_path / "run", features, device="cpu")
     np.testing.assert_allclose(found.vectors, wanted, atol=2e-3)
@@ -100,7 +100,7 @@ def test_mistakes_are_told(run, tmp_path):
         replace(run, others=str(tmp_path / "nowhere")).fit(tmp_path / "run", recipe="uml-ssl")
     run.fit(tmp_path / "run", recipe="uml-ssl")
     with pytest.raises(UserError, match=r"width 6, but the target of .* has width 4"):
-        embed_features(tmp_path / "run", VectorStore.open(tmp_path / "photos"))
+        embed_features(tmp_path / "run", VectorStore.open(tmp_path / "images"))
     with pytest.raises(UserError, match="trained with other settings"):
         replace(run, others="").fit(tmp_path / "run", recipe="uml-ssl")
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import open_source
@@ -16,15 +17,15 @@ from diptych.run_folder import kind_of
 from diptych.train.config import OptimConfig
 from diptych.uml.classifier import Classifier, classify_run, evaluate_classifier_run
 from diptych.uml.recipes import uml_finetune, uml_probe
-from diptych.uml.training import UmlData
+from diptych.uml.training import BestWeights, Score, UmlData, patience_is_over, select_best
 
 TINY = ScratchConfig(image_size=16, patch=4, width=24, depth=1, heads=2)
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
+def images(tmp_path_factory):
     """A folder of circles and squares, 12 each; a folder of texts about them."""
-    root, source = tmp_path_factory.mktemp("photos"), ScenesSource(count=200)
+    root, source = tmp_path_factory.mktemp("images"), ScenesSource(count=200)
     for shape in ("circle", "square"):
         (root / "images" / shape).mkdir(parents=True)
         items = [i for i in range(200) if source.label(i) == shape][:12]
@@ -37,18 +38,25 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def encoders(photos, text_encoder):
-    scratch_encoder(TINY, seed=0).save_pretrained(photos / "encoder")
-    text_encoder.save_pretrained(photos / "text_encoder")
-    return {"encoder": str(photos / "encoder"), "text_encoder": str(photos / "text_encoder")}
+def encoders(images, text_encoder):
+    scratch_encoder(TINY, seed=0).save_pretrained(images / "encoder")
+    text_encoder.save_pretrained(images / "text_encoder")
+    return {"encoder": str(images / "encoder"), "text_encoder": str(images / "text_encoder")}
 
 
-def small(run, photos, encoders, **changes):
-    data = UmlData(images=str(photos / "images"), texts=str(photos / "texts"), valid_share=0.25)
+def small(run, images, encoders, **changes):
+    data = UmlData(images=str(images / "images"), texts=str(images / "texts"), valid_share=0.25)
     train = replace(
-        run.train, steps=12, batch_size=8, eval_every=4, checkpoint_every=6, workers=0, quiet=True, device="cpu",
+        run.train,
+        steps=12,
+        batch_size=8,
+        eval_every=4,
+        checkpoint_every=6,
+        workers=0,
+        quiet=True,
+        device="cpu",
         tensorboard=False,
-    )  # fmt: skip
+    )
     optim = OptimConfig(lr=1e-2, warmup_steps=2, max_grad_norm=None)
     return replace(run, **{**encoders, "data": data, "train": train, "optim": optim, "scratch": TINY, **changes})
 
@@ -57,17 +65,17 @@ def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_probe_leaves_a_run_that_classifies_without_texts(photos, encoders, tmp_path):
-    run = small(uml_probe(), photos, encoders)
+def test_a_probe_leaves_a_run_that_classifies_without_texts(images, encoders, tmp_path):
+    run = small(uml_probe(), images, encoders)
     assert run.fit(tmp_path / "run", recipe="uml-probe").finished
     assert kind_of(tmp_path / "run") == "classifier"
-    files = sorted((photos / "images" / "circle").iterdir())[:3]
+    files = sorted((images / "images" / "circle").iterdir())[:3]
     found = classify_run(tmp_path / "run", files, top=2, device="cpu")
     assert [{guess.name for guess in predictions} for predictions in found] == [{"circle", "square"}] * 3
     assert all(sum(g.probability for g in predictions) == pytest.approx(1) for predictions in found)
     assert all(predictions[0].probability >= predictions[1].probability for predictions in found)
 
-    source = open_source(str(photos / "images"))
+    source = open_source(str(images / "images"))
     metrics = evaluate_classifier_run(tmp_path / "run", source, out=tmp_path / "scores", device="cpu")
     assert json.loads((tmp_path / "scores" / "metrics.json").read_text()) == metrics
     assert metrics["images"] == 24
@@ -76,8 +84,8 @@ def test_a_probe_leaves_a_run_that_classifies_without_texts(photos, encoders, tm
     assert metrics["per_class"]["circle"] >= guessed.count("circle") / 12
 
 
-def test_the_frozen_encoder_is_as_it_was_and_its_features_are_made_once(photos, encoders, tmp_path, monkeypatch):
-    run = small(uml_probe(), photos, encoders)
+def test_the_frozen_encoder_is_as_it_was_and_its_features_are_made_once(images, encoders, tmp_path, monkeypatch):
+    run = small(uml_probe(), images, encoders)
     run = replace(run, data=replace(run.data, cache=tmp_path / "cache"))
     run.fit(tmp_path / "run", recipe="uml-probe")
     before, after = open_image_encoder(encoders["encoder"]), open_image_encoder(tmp_path / "run" / "encoder")
@@ -85,15 +93,15 @@ def test_the_frozen_encoder_is_as_it_was_and_its_features_are_made_once(photos, 
         assert torch.equal(old, new)
 
     def refuse(*arguments, **options):
-        raise AssertionError("a picture was read again")
+        raise AssertionError("an image was read again")
 
-    monkeypatch.setattr("diptych.recipes.features.image_batches", refuse)
+    monkeypatch.setattr("diptych.uml.features.image_batches", refuse)
     run.fit(tmp_path / "again", recipe="uml-probe")
     assert lines(tmp_path / "again")[-1]["valid/accuracy"] == lines(tmp_path / "run")[-1]["valid/accuracy"]
 
 
-def test_a_resumed_probe_is_the_uninterrupted_one(photos, encoders, tmp_path):
-    run = small(uml_probe(), photos, encoders)
+def test_a_resumed_probe_is_the_uninterrupted_one(images, encoders, tmp_path):
+    run = small(uml_probe(), images, encoders)
     run = replace(run, optim=replace(run.optim, schedule="constant"))
     run.fit(tmp_path / "whole", recipe="uml-probe")
     replace(run, train=replace(run.train, steps=6)).fit(tmp_path / "cut", recipe="uml-probe")
@@ -105,37 +113,37 @@ def test_a_resumed_probe_is_the_uninterrupted_one(photos, encoders, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_patience_ends_the_run(photos, encoders, tmp_path):
+def test_patience_ends_the_run(images, encoders, tmp_path):
     """A rate of nearly nothing never finds better weights than those of the first validation."""
-    run = replace(small(uml_probe(), photos, encoders), patience=1)
+    run = replace(small(uml_probe(), images, encoders), patience=1)
     run = replace(run, optim=replace(run.optim, lr=1e-30), train=replace(run.train, eval_every=2))
     result = run.fit(tmp_path / "run", recipe="uml-probe")
     assert (result.step, result.finished) == (4, True)
     assert (tmp_path / "run" / "head").is_dir()
 
 
-def test_one_shot_with_a_large_batch(photos, encoders, tmp_path):
-    run = small(uml_probe(), photos, encoders)
+def test_one_shot_with_a_large_batch(images, encoders, tmp_path):
+    run = small(uml_probe(), images, encoders)
     run = replace(run, data=replace(run.data, shots=1), train=replace(run.train, batch_size=32))
     assert run.fit(tmp_path / "run", recipe="uml-probe").step == 12
     assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run") if "loss" in line)
 
 
-def test_fine_tuning_trains_the_encoder_and_keeps_its_format(photos, encoders, tmp_path):
-    run = small(uml_finetune(), photos, encoders)
+def test_fine_tuning_trains_the_encoder_and_keeps_its_format(images, encoders, tmp_path):
+    run = small(uml_finetune(), images, encoders)
     run.fit(tmp_path / "run", recipe="uml-finetune")
     before, after = open_image_encoder(encoders["encoder"]), open_image_encoder(tmp_path / "run" / "encoder")
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     metrics = evaluate_classifier_run(
-        tmp_path / "run", open_source(str(photos / "images")), out=tmp_path / "scores", device="cpu"
+        tmp_path / "run", open_source(str(images / "images")), out=tmp_path / "scores", device="cpu"
     )
     assert 0 <= metrics["accuracy"] <= 1
-    again = small(uml_probe(), photos, encoders | {"encoder": str(tmp_path / "run")})
+    again = small(uml_probe(), images, encoders | {"encoder": str(tmp_path / "run")})
     assert again.fit(tmp_path / "probe", recipe="uml-probe").finished  # a run's encoder may serve another run
 
 
-def test_a_new_encoder_is_trained_from_nothing(photos, encoders, tmp_path):
-    run = small(uml_finetune(), photos, encoders | {"encoder": "scratch"})
+def test_a_new_encoder_is_trained_from_nothing(images, encoders, tmp_path):
+    run = small(uml_finetune(), images, encoders | {"encoder": "scratch"})
     run.fit(tmp_path / "run", recipe="uml-finetune")
     found = Classifier.from_pretrained(tmp_path / "run", device="cpu")
     pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
@@ -143,10 +151,10 @@ def test_a_new_encoder_is_trained_from_nothing(photos, encoders, tmp_path):
         assert found.encoder(pixels).shape == (1, 24)
 
 
-def test_mistakes_are_told_before_anything_is_computed(photos, encoders, tmp_path):
+def test_mistakes_are_told_before_anything_is_computed(images, encoders, tmp_path):
     with pytest.raises(UserError, match="has learnt nothing"):
-        small(uml_probe(), photos, encoders | {"encoder": "scratch"}).fit(tmp_path / "run", recipe="uml-probe")
-    tuned = small(uml_finetune(), photos, encoders)
+        small(uml_probe(), images, encoders | {"encoder": "scratch"}).fit(tmp_path / "run", recipe="uml-probe")
+    tuned = small(uml_finetune(), images, encoders)
     with pytest.raises(UserError, match="centred needs features that stay"):
         replace(tuned, head=replace(tuned.head, features="centred")).check()
     with pytest.raises(UserError, match="no finished classifier"):
@@ -156,3 +164,43 @@ def test_mistakes_are_told_before_anything_is_computed(photos, encoders, tmp_pat
 
 def test_the_recipes_are_listed():
     assert {"uml-probe", "uml-finetune"} <= RECIPES.keys()
+
+
+def scores(*pairs):
+    return [Score(step=step, accuracy=a, loss=loss) for step, (a, loss) in enumerate(pairs, 1)]
+
+
+def test_the_best_accuracy_is_selected_and_the_loss_decides_between_equals():
+    assert select_best(scores((0.5, 1.0), (0.7, 2.0), (0.6, 0.1)), patience=10).step == 2
+    assert select_best(scores((0.5, 1.0), (0.5, 0.8), (0.5, 0.9)), patience=10).step == 2
+    assert select_best([], patience=10) is None
+
+
+@pytest.mark.parametrize(("patience", "step"), [(1, 1), (2, 1), (3, 4)])
+def test_patience_ends_the_search(patience, step):
+    rising_late = scores((0.5, 1.0), (0.4, 1.0), (0.4, 1.0), (0.9, 1.0))
+    assert select_best(rising_late, patience=patience).step == step
+    assert patience_is_over(rising_late, patience=patience) == (patience < 3)
+    assert not patience_is_over(rising_late[:1], patience=patience)
+
+
+def test_the_weights_of_the_best_step_are_kept(tmp_path):
+    network, best = nn.Linear(1, 1), BestWeights(tmp_path, patience=10)
+    for step, accuracy in ((1, 0.2), (2, 0.8), (3, 0.5)):
+        nn.init.constant_(network.weight, step)
+        best.offer(Score(step=step, accuracy=accuracy, loss=1.0), network)
+    best.load_into(network)
+    assert network.weight.item() == 2
+    assert BestWeights(tmp_path, patience=10).score == best.score
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
+    network, best = nn.Linear(1, 1), BestWeights(tmp_path, patience=10)
+    for step, accuracy in ((1, 0.2), (2, 0.8), (3, 0.9)):
+        best.offer(Score(step=step, accuracy=accuracy, loss=1.0), network)
+    again = BestWeights(tmp_path, patience=10)
+    nn.init.constant_(network.weight, 7)
+    again.offer(Score(step=2, accuracy=0.8, loss=1.0), network)
+    assert [score.step for score in again.scores] == [1, 2]
+    again.load_into(other := nn.Linear(1, 1))
+    assert torch.equal(other.weight, network.weight)

@@ -46,10 +46,10 @@ def test_order_counts(model):
     ).abs().max() > 1e-4
 
 
-def test_features_are_standardised(model):
+def test_features_are_standardized(model):
     own = model.modalities["text"]
     x_BSF = own.mean_F + own.scale_F * torch.tensor([[[1.0, -2.0, 0.5], [9.0, 9.0, 9.0]]])
-    found = model.standardised(x_BSF, torch.tensor([[True, False]]), modality="text")
+    found = model.standardized(x_BSF, torch.tensor([[True, False]]), modality="text")
     torch.testing.assert_close(found, torch.tensor([[[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]]]))
 
 
@@ -63,7 +63,7 @@ def test_it_is_saved_with_its_statistics(model, tmp_path):
     )
 
 
-def test_no_weight_is_left_uninitialised():
+def test_no_weight_is_left_uninitialized():
     """Two networks made after one seeding from different memory are the same."""
     torch.manual_seed(0)
     first = SharedTransformer(CONFIG)

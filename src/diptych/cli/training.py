@@ -104,7 +104,7 @@ def encode(
 def features(
     source: SourceArg,
     *,
-    kind: Literal["images", "texts", "sounds"],
+    kind: Literal["images", "texts", "audio"],
     encoder: str | None = None,
     out: Path,
     length: int = 64,

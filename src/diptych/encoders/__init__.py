@@ -1,10 +1,12 @@
-"""Encoders of images, texts and sound, each opened by the name of a folder, of a hub model or of a run of Diptych.
+"""Encoders of images, texts and audio. Each is opened by a folder, by a hub name, or by a run folder of Diptych.
 
     open_image_encoder   DINOv2, ViT, CLIP, ResNet, ConvNeXt ...; an ITIT, a dual or a classifier run
     open_text_encoder    T5, BERT, GPT, Llama, CLIP ...; a dual or a text encoder run
     open_audio_encoder   wav2vec 2.0, HuBERT, AST, Whisper ...
 
-Each gives pooled features [B D] and token features [B N D]; ``encoder_width`` reads D and loads nothing else.
+All three kinds have the same shape: calling an encoder gives pooled features [B D], ``tokens`` gives the features of
+every token or frame [B N D], ``width`` is D, and ``preprocessing`` records what else decides the features besides the
+weights. ``encoder_width`` reads D from a configuration without loading any weights.
 """
 
 from diptych.encoders.audio import AudioEncoder, open_audio_encoder

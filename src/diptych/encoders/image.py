@@ -1,4 +1,4 @@
-"""Image encoders: any vision model of `transformers`, Diptych's own, or a small one to be trained from scratch.
+"""Image encoders: any vision model of `transformers`, an ITIT run, or a small ViT to be trained from scratch.
 
 Shapes: B rows, H and W pixels, N tokens, D width of the features.
 """
@@ -18,62 +18,76 @@ from torch.nn import functional as F
 from diptych.encoders.loading import is_itit, is_projected, load, load_config, load_weights, resolve, tower_of, width_of
 from diptych.errors import UserError
 
-Pooling = Literal["auto", "cls", "mean"]
-_POOLING = "diptych_pooling"
+ImagePooling = Literal["auto", "cls", "mean"]
+_POOLING_KEY = "diptych_pooling"
+"""Where `preprocessor_config.json` keeps the pooling."""
 _WHAT = "a vision model"
 
 
 class ImageEncoder(nn.Module):
-    """From pixels [B 3 S S], bytes or floats from 0 to 255, to features [B D]; differentiable in its weights."""
+    """From pixels to features; differentiable in its weights. The base class of all image encoders."""
 
     width: int
     """D."""
     image_size: int
-    """S: the side that images are best decoded at. Others are resized."""
+    """S, the side in pixels at which images are best decoded. Images of another size are resized."""
     preprocessing: dict[str, Any]
-    """What besides the weights decides the features; part of the key of cached ones."""
+    """What decides the features besides the weights; part of the name of cached features."""
+
+    def forward(self, pixels_B3HW: Tensor) -> Tensor:
+        """Pooled features [B D]. Pixels are bytes, or floats from 0 to 255."""
+        raise NotImplementedError
 
     def tokens(self, pixels_B3HW: Tensor) -> Tensor:
-        """[B N D]: of every patch or position."""
+        """Features of every patch or position [B N D]."""
         raise NotImplementedError
 
     def save_pretrained(self, folder: Path) -> None:
-        """A folder that :func:`open_image_encoder` reads, and the library that the network comes from."""
+        """Write a folder that :func:`open_image_encoder` reads, and the library of the network too."""
         raise NotImplementedError
 
 
 class HubImageEncoder(ImageEncoder):
-    """A vision model of `transformers` with the resizing and normalisation of its `preprocessor_config.json`.
+    """A vision model of `transformers` with the resizing and normalization of its `preprocessor_config.json`.
 
-    Pooling "auto" is the model's own (CLIP's shared embedding, DINOv2's and ViT's pooler, the mean of a convolutional
-    network); the CLS token where its weights came without the pooler, which would then be random.
+    Pooling "auto" is the model's own: CLIP's shared embedding, the pooler of DINOv2 and ViT, the mean of a
+    convolutional network. If the weights came without the pooler, which would then be random, it is the CLS token.
     """
 
     image_mean: Tensor
     image_std: Tensor
 
     def __init__(
-        self, network: "transformers.PreTrainedModel", *, settings: dict[str, Any], pooling: Pooling, has_pooler: bool
-    ):
+        self,
+        network: "transformers.PreTrainedModel",
+        *,
+        settings: dict[str, Any],
+        pooling: ImagePooling,
+        has_pooler: bool,
+    ) -> None:
         super().__init__()
         self.network, self.settings = network, settings
         self.width = width_of(network.config, "image")
         self.image_size = _input_size(settings, str(network.name_or_path))
-        self.pooling: Pooling = "cls" if pooling == "auto" and not has_pooler else pooling
+        self.projected = is_projected(network.config)
+        self.pooling: ImagePooling = "cls" if pooling == "auto" and not has_pooler else pooling
         self.scale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
-        normalise = settings.get("do_normalize", True)
+        normalize = settings.get("do_normalize", True)
         for name, default in (("image_mean", 0.5), ("image_std", 0.5)):
-            value = settings.get(name, default) if normalise else float(name == "image_std")
+            value = settings.get(name, default) if normalize else float(name == "image_std")
             vector = torch.tensor(value, dtype=torch.float32).expand(3).reshape(3, 1, 1).clone()
             self.register_buffer(name, vector, persistent=False)
         self.preprocessing = {
-            "size": self.image_size, "scale": self.scale, "mean": self.image_mean.flatten().tolist(),
-            "std": self.image_std.flatten().tolist(), "pooling": self.pooling,
-        }  # fmt: skip
+            "size": self.image_size,
+            "scale": self.scale,
+            "mean": self.image_mean.flatten().tolist(),
+            "std": self.image_std.flatten().tolist(),
+            "pooling": self.pooling,
+        }
 
     @classmethod
-    def from_pretrained(cls, name: str, *, pooling: Pooling = "auto") -> Self:
-        """From a folder (nothing touches the network) or a hub name. Raises UserError."""
+    def from_pretrained(cls, name: str, *, pooling: ImagePooling = "auto") -> Self:
+        """From a folder, which needs no internet, or a hub name. Raises UserError if it cannot be loaded."""
         config = load_config(name, _WHAT)
         projected = is_projected(config)
         kind = transformers.CLIPVisionModelWithProjection if projected else transformers.AutoModel
@@ -81,15 +95,15 @@ class HubImageEncoder(ImageEncoder):
         network, has_pooler = load_weights(name, _WHAT, kind, tower=tower)
         settings, _ = load(name, _WHAT, transformers.ImageProcessingMixin.get_image_processor_dict)
         if pooling == "auto":
-            pooling = settings.get(_POOLING, "auto")
-        # Of another model with two towers, such as SigLIP, the picture's.
+            pooling = settings.get(_POOLING_KEY, "auto")
+        # Other models with two towers, such as SigLIP, keep their image tower here.
         network = network if projected else getattr(network, "vision_model", network)
         return cls(network, settings=settings, pooling=pooling, has_pooler=has_pooler).eval()
 
     def forward(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         output = self._run(pixels_B3HW)
         if self.pooling == "auto":
-            pooled = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
+            pooled = output.image_embeds if self.projected else output.pooler_output
             if pooled is not None:
                 return pooled.flatten(1)
         tokens_BND = _as_tokens(output.last_hidden_state)
@@ -104,68 +118,79 @@ class HubImageEncoder(ImageEncoder):
 
     def save_pretrained(self, folder: Path) -> None:
         self.network.save_pretrained(folder)
-        settings = self.settings | {_POOLING: self.pooling}
+        settings = self.settings | {_POOLING_KEY: self.pooling}
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
 @dataclass(kw_only=True, slots=True)
 class ScratchConfig:
-    """A small ViT (Dosovitskiy et al., 2021) to be trained from scratch: 2.7M parameters."""
+    """A small ViT (Dosovitskiy et al., 2021) to be trained from scratch, by default with 2.7M parameters."""
 
     image_size: int = 64
-    """Side of the pictures."""
+    """Side of the images, in pixels."""
     patch: int = 8
-    """Side of a patch."""
+    """Side of a patch, in pixels."""
     width: int = 192
-    """Features per patch."""
+    """Number of features of each patch."""
     depth: int = 6
-    """Blocks."""
+    """Number of transformer blocks."""
     heads: int = 3
-    """Attention heads."""
+    """Number of attention heads of a block."""
     dropout: float = 0.0
-    """Dropout inside the blocks."""
+    """Dropout rate inside the blocks."""
 
 
 def scratch_encoder(config: ScratchConfig, *, seed: int) -> HubImageEncoder:
-    """A new encoder whose weights follow from ``seed`` alone; its features are the mean over patches."""
+    """A new encoder whose weights follow from ``seed`` alone; its features are the mean over patches.
+
+    Raises UserError for sizes that do not divide.
+    """
     if config.image_size % config.patch or config.width % config.heads:
         raise UserError(f"a ViT cannot have these sizes: patch must divide image_size, heads the width ({config})")
     vit = transformers.ViTConfig(
-        hidden_size=config.width, num_hidden_layers=config.depth, num_attention_heads=config.heads,
-        intermediate_size=4 * config.width, image_size=config.image_size, patch_size=config.patch,
+        hidden_size=config.width,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        intermediate_size=4 * config.width,
+        image_size=config.image_size,
+        patch_size=config.patch,
         hidden_dropout_prob=config.dropout,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = transformers.ViTModel(vit, add_pooling_layer=False)
-    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": config.image_size}}
-    settings["size"]["width"] = config.image_size  # type: ignore[index]
+    size = {"height": config.image_size, "width": config.image_size}
+    settings = {"image_processor_type": "ViTImageProcessor", "size": size}
     return HubImageEncoder(network, settings=settings, pooling="mean", has_pooler=False).eval()
 
 
-def open_image_encoder(name: str | Path, *, pooling: Pooling = "auto") -> ImageEncoder:
-    """By folder, hub name or run folder, in evaluation mode. Raises UserError."""
+def open_image_encoder(name: str | Path, *, pooling: ImagePooling = "auto") -> ImageEncoder:
+    """The encoder of a folder, hub name or run folder, in evaluation mode. Raises UserError if it cannot be loaded.
+
+    ``pooling`` has no effect on an ITIT run, whose feature is the mean over its image tokens.
+    """
     found = resolve(name, "image")
     if is_itit(found):
-        # By name: this module lies below the learners, so it may not import one; ITIT's own file knows how to open it.
+        # Resolved by name when it is needed: this module lies below the learners, so it may not import one of them.
         return resolve_name("diptych.itit.pipeline:ItitImageEncoder").from_pretrained(found)
     return HubImageEncoder.from_pretrained(found, pooling=pooling)
 
 
 def resize(pixels_BCHW: Float[Tensor, "B 3 H W"], size: int) -> Float[Tensor, "B 3 S S"]:
+    """Bicubic, to ``size`` pixels a side, in the range from 0 to 255. Pixels of that size are returned as they are."""
     if pixels_BCHW.shape[-2:] == (size, size):
         return pixels_BCHW
-    # Without the filter (antialias) a reduction makes patterns of its own.
+    # Without the antialias filter a smaller image shows patterns that are not in the larger one.
     return F.interpolate(pixels_BCHW, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
 
 
 def _as_tokens(hidden: Tensor) -> Tensor:
-    """[B N D], also of the maps [B D H W] of a convolutional network."""
+    """[B N D] as it is; the maps [B D H W] of a convolutional network as [B H*W D]."""
     return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
 
 
 def _input_size(settings: dict[str, Any], name: str) -> int:
-    """The side of the model's square input: the crop's when it crops, else the size it resizes to."""
+    """The side in pixels of the model's square input: that of the crop if it crops, else the size it resizes to."""
     size = settings.get("crop_size") if settings.get("do_center_crop") else None
     size = size or settings.get("size")
     if isinstance(size, dict):

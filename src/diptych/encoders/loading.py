@@ -1,4 +1,4 @@
-"""What a name stands for, and what can be known of a model without loading it."""
+"""Loading encoders: which folder a name stands for, what a configuration tells, and weights that are all there."""
 
 import json
 from collections.abc import Callable
@@ -19,11 +19,11 @@ PARTS: dict[Modality, tuple[str, ...]] = {
     "text": ("text_encoder", "model"),
     "audio": ("encoder",),
 }
-"""Where a run folder keeps its encoder: a classifier run in ``encoder``, a dual encoder in ``model``."""
+"""Folders of a run in which its encoder may be: a classifier run has it in ``encoder``, a dual run in ``model``."""
 
 
 def resolve(name: str | Path, modality: Modality) -> str:
-    """The folder or hub name that is meant: a run folder stands for its encoder of this modality."""
+    """The folder or hub name to load: a run folder's encoder of this modality, or else ``name`` itself."""
     if modality == "image" and is_itit(name):
         return str(name)
     for part in PARTS[modality]:
@@ -41,56 +41,62 @@ def is_itit(folder: str | Path) -> bool:
 
 
 def offline(name: str) -> dict[str, Any]:
-    """Options of the loaders of transformers: nothing touches the network for a folder."""
+    """Options for the loaders of `transformers`, so that a folder is loaded without the internet."""
     return {"local_files_only": Path(name).is_dir()}
 
 
 def load(name: str, what: str, loader: Callable[..., T], **options: Any) -> T:
-    """``loader(name)``; whatever a broken or missing file raises becomes a UserError of one line."""
+    """``loader(name)``. Raises UserError, in one line, for whatever a broken or missing file raises."""
     folder = Path(name)
     if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2):
         raise UserError(f"{name}: no such folder; give the folder or hub name of {what}")
     try:
         return loader(name, **offline(name), **options)
-    except Exception as error:  # every library below has its own idea of what a broken file raises
+    except Exception as error:  # the libraries raise different errors for broken files
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(f"{name} cannot be loaded as {what}: {reason}") from error
 
 
 def load_config(name: str, what: str) -> "transformers.PretrainedConfig":
+    """The configuration alone. Raises UserError as :func:`load` does."""
     return load(name, what, transformers.AutoConfig.from_pretrained)
 
 
 def is_projected(config: "transformers.PretrainedConfig") -> bool:
-    """Whether the model is (a tower of) a CLIP, whose pooled features are its shared embedding."""
-    names = getattr(config, "architectures", None) or ()
+    """Whether the model is a CLIP or a tower of one, whose pooled features are its shared embedding."""
+    names = config.architectures or ()
     return config.model_type == "clip" or any(name.endswith("ModelWithProjection") for name in names)
 
 
 def width_of(config: "transformers.PretrainedConfig", modality: Modality) -> int:
-    """Width of the pooled features."""
+    """Width of the pooled features.
+
+    Configurations of `transformers` have no common field for it: models of several modalities keep one configuration
+    for each, and convolutional networks a width for each stage.
+    """
     if is_projected(config):
         return config.projection_dim
     towers = {"image": "vision_config", "text": "text_config", "audio": "audio_config"}
     config = getattr(config, towers[modality], None) or config
-    sizes = getattr(config, "hidden_sizes", None)  # of each stage of a convolutional network
+    sizes = getattr(config, "hidden_sizes", None)  # the last stage's is that of the features
     return sizes[-1] if sizes else config.hidden_size
 
 
 def encoder_width(name: str | Path, modality: Modality) -> int:
-    """Width of an encoder's pooled features, from its configuration: a 3B model is not loaded for one number."""
+    """Width of an encoder's pooled features, read from its configuration without loading its weights."""
     if modality == "image" and is_itit(found := resolve(name, modality)):
         return json.loads((Path(found) / "model" / "config.json").read_text())["width"]
-    return width_of(load_config(resolve(name, modality), f"an encoder of {modality}s"), modality)
+    what = f"{'a' if modality == 'text' else 'an'} {modality} encoder"
+    return width_of(load_config(resolve(name, modality), what), modality)
 
 
 def load_weights(
     name: str, what: str, kind: Any, *, tower: "transformers.PretrainedConfig | None" = None
 ) -> tuple[Any, bool]:
-    """The model and whether its pooler was in the file. Raises UserError for any other weight that was not:
-    transformers would fill it with random numbers and only warn.
+    """The model, and whether its pooler was in the file.
 
-    ``tower`` is the configuration of the half of a CLIP that ``kind`` stands for.
+    Raises UserError for any other weight that was not in the file: `transformers` would fill it with random numbers
+    and only warn. ``tower`` is the configuration of the tower of a CLIP that ``kind`` stands for.
     """
     options = {"config": tower} if tower is not None else {}
     verbosity = logging.get_verbosity()
@@ -111,15 +117,19 @@ def load_weights(
 def tower_of(
     config: "transformers.PretrainedConfig", kind: type, part: Literal["vision_config", "text_config"]
 ) -> "transformers.PretrainedConfig":
-    """The configuration of one tower of a CLIP. Its width is the whole's, whatever the part says."""
+    """The configuration of one tower of a CLIP, with the embedding width of the whole, which its own may not have."""
     tower = getattr(config, part, config)
     tower.projection_dim, tower.architectures = config.projection_dim, [kind.__name__]
     return tower
 
 
-def fuse_gelu(t5: "transformers.PreTrainedModel") -> "transformers.PreTrainedModel":
-    """Replaces T5 v1.1's GELU, seven small operations in `transformers`, by the one kernel that computes the same."""
-    for module in t5.modules():
-        if isinstance(getattr(module, "act", None), transformers.activations.NewGELUActivation):
-            module.act = nn.GELU(approximate="tanh")
-    return t5
+def fuse_gelu(network: "transformers.PreTrainedModel") -> "transformers.PreTrainedModel":
+    """Replaces the tanh GELU of `transformers`, which takes seven small operations, by the one kernel that computes it.
+
+    T5 v1.1 and GPT-2 have this activation. The network is changed in place and returned.
+    """
+    for module in network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, transformers.activations.NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return network

@@ -1,4 +1,4 @@
-"""Text encoders: any encoder or decoder language model of `transformers`, with one vector for a text.
+"""Text encoders: any encoder or decoder language model of `transformers`, from texts to features.
 
 Shapes: B texts, L text tokens, D width of the features.
 """
@@ -25,24 +25,32 @@ from diptych.encoders.loading import (
 )
 from diptych.errors import UserError
 
-Pooling = Literal["auto", "mean", "cls", "last"]
+TextPooling = Literal["auto", "mean", "cls", "last"]
 _WHAT = "a text model"
 _ROWS = 256
 """Texts encoded at once."""
 
 
 class PooledTextEncoder(nn.Module):
-    """A frozen language model. Padding reaches neither the features of a text nor their pooling.
+    """A frozen language model of `transformers` with its tokenizer: from texts to features [B D].
 
-    Pooling "auto" is CLIP's shared embedding where there is one, else the mean over the valid tokens.
+    Padding reaches neither the features of a text nor their pooling. Pooling "auto" is CLIP's shared embedding where
+    there is one, else the mean over the valid tokens.
     """
+
+    width: int
+    """D."""
+    length: int
+    """Number of tokens of a text that are read; the rest is cut off."""
+    preprocessing: dict[str, Any]
+    """What decides the features besides the weights; part of the name of cached features."""
 
     def __init__(
         self,
         network: "transformers.PreTrainedModel",
         tokenizer: PreTrainedTokenizerBase,
         *,
-        pooling: Pooling,
+        pooling: TextPooling,
         length: int,
     ) -> None:
         super().__init__()
@@ -50,25 +58,26 @@ class PooledTextEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.width = width_of(network.config, "text")
         self.projected = is_projected(network.config)
-        self.pooling: Pooling = "mean" if pooling == "auto" and not self.projected else pooling
+        self.pooling: TextPooling = "mean" if pooling == "auto" and not self.projected else pooling
+        # Not every model has a longest text: T5's positions are relative.
         self.length = min(length, getattr(network.config, "max_position_embeddings", None) or length)
-        self.preprocessing: dict[str, Any] = {"length": self.length, "pooling": self.pooling}
+        self.preprocessing = {"length": self.length, "pooling": self.pooling}
 
     @classmethod
-    def from_pretrained(cls, name: str, *, pooling: Pooling = "auto", length: int = 128) -> Self:
-        """From a folder (nothing touches the network) or a hub name. Raises UserError."""
+    def from_pretrained(cls, name: str, *, pooling: TextPooling = "auto", length: int = 128) -> Self:
+        """From a folder, which needs no internet, or a hub name. Raises UserError if it cannot be loaded."""
         config = load_config(name, _WHAT)
         projected = is_projected(config)
         kind: Any = transformers.CLIPTextModelWithProjection if projected else transformers.AutoModel
         if config.model_type == "t5":
-            # Diptych's own have no decoder, and a published one's need not be loaded.
+            # Diptych's own T5 models have no decoder, and that of a published one need not be loaded.
             kind = transformers.T5EncoderModel
         tower = tower_of(config, kind, "text_config") if projected else None
         network, _ = load_weights(name, _WHAT, kind, tower=tower)
         tokenizer = load(name, "a tokenizer", transformers.AutoTokenizer.from_pretrained)
-        if len(tokenizer) - len(tokenizer.all_special_ids) < 2:  # transformers makes an empty one where there is none
+        if len(tokenizer) - len(tokenizer.all_special_ids) < 2:  # transformers makes an empty one if there is none
             raise UserError(f"{name}: its tokenizer has no words: tokenizer.json or its like is missing")
-        if tokenizer.pad_token_id is None:  # decoders are trained without padding; what stands there is never valid
+        if tokenizer.pad_token_id is None:  # decoders are trained without padding, which is never valid here
             if tokenizer.eos_token is None:
                 raise UserError(f"{name}: its tokenizer has neither a padding nor an end token")
             tokenizer.pad_token = tokenizer.eos_token
@@ -78,7 +87,7 @@ class PooledTextEncoder(nn.Module):
         return cls(network, tokenizer, pooling=pooling, length=length)
 
     def train(self, mode: bool = True) -> "PooledTextEncoder":
-        """Stays in evaluation mode, whatever happens around it."""
+        """Ignores ``mode``: a frozen encoder stays in evaluation mode when the modules around it are trained."""
         return super().train(False)
 
     @torch.no_grad()
@@ -89,7 +98,7 @@ class PooledTextEncoder(nn.Module):
 
     @torch.no_grad()
     def tokens(self, texts: Sequence[str]) -> tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"]]:
-        """Features of every token, zero where there is none, and which there are."""
+        """Features of every token, zero at padding, and which tokens are valid."""
         output, valid_BL = self._run(texts)
         return output.last_hidden_state.masked_fill(~valid_BL[..., None], 0.0), valid_BL
 
@@ -107,10 +116,15 @@ class PooledTextEncoder(nn.Module):
         return (hidden_BLD * weight_BL1).sum(1) / weight_BL1.sum(1)
 
     def _run(self, texts: Sequence[str]) -> tuple[Any, Tensor]:
+        """The network's output and the valid tokens [B L]. Raises UserError for a text without tokens."""
         encoded = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt",
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self.length,
+            return_tensors="pt",
             return_attention_mask=True,
-        )  # fmt: skip
+        )
         device = next(self.network.parameters()).device
         ids_BL, valid_BL = encoded["input_ids"].to(device), encoded["attention_mask"].to(device).bool()
         if not bool(valid_BL.any(1).all()):
@@ -118,6 +132,9 @@ class PooledTextEncoder(nn.Module):
         return self.network(input_ids=ids_BL, attention_mask=valid_BL.long()), valid_BL
 
 
-def open_text_encoder(name: str | Path, *, pooling: Pooling = "auto", length: int = 128) -> PooledTextEncoder:
-    """By folder, hub name or run folder; at most ``length`` tokens of a text are read. Raises UserError."""
+def open_text_encoder(name: str | Path, *, pooling: TextPooling = "auto", length: int = 128) -> PooledTextEncoder:
+    """The encoder of a folder, hub name or run folder, which reads at most ``length`` tokens of a text.
+
+    Raises UserError if it cannot be loaded.
+    """
     return PooledTextEncoder.from_pretrained(resolve(name, "text"), pooling=pooling, length=length)

@@ -1,8 +1,15 @@
-"""Supervised UML beside its controls, and whether a gain is more than noise.
+"""The few-shot grid: supervised UML beside its controls, for several numbers of labelled images and several seeds.
 
-The published tables compare with a baseline of fewer parameters, and an independent reproduction found no gain over
-lambda = 0. So no result of ours stands without all of these, which have the same parameters. Where lambda is chosen,
-more settings are tried; unrelated texts get as many tries as related ones.
+    few_shot                       train the grid; settings are chosen on validation images, never on test images
+    gain, spread, table            what the results say: gains with standard errors, means over seeds
+    show, accuracy_figure, as_json print it, draw it, store it
+
+The published tables compare UML with a baseline of fewer parameters, and an independent reproduction found no gain over
+lambda = 0. Every result here is therefore shown beside all ``CONTROLS``, whose classifiers have the same parameters.
+Controls with texts try several values of lambda, those without have none to try; so the controls with unrelated texts
+tell how much the additional tries alone bring.
+
+Shapes: N images, T texts.
 """
 
 import math
@@ -16,7 +23,7 @@ import numpy as np
 
 from diptych.data.class_texts import Shots, choose_texts, permuted
 from diptych.data.splits import Episode
-from diptych.experiments.classifier_bank import Bank, Member, Trained
+from diptych.experiments.classifier_bank import BankMember, ClassifierBank, TrainedMember
 from diptych.report.figures import Panel, curves
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.uml.data import LabelledFeatures
@@ -27,8 +34,10 @@ from diptych.uml.training import IMAGE, TEXT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
+    """A way to train the classifier."""
+
     texts: Literal["none", "own", "permuted"]
-    """none is lambda = 0; permuted takes texts about one class for texts about another."""
+    """Texts to learn from: none sets lambda to 0; permuted gives every class the texts of another class."""
     init: Init
 
 
@@ -49,7 +58,36 @@ COMPARISONS = (
     ("unrelated text", "image only"),
     ("unrelated init", "image only"),
 )
-"""The gain of the first over the second is told."""
+"""The pairs of controls to report the gain of, the first over the second."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FewShotConfig:
+    """The grid. Its defaults are smaller than the paper's grid, which trains 60 settings for 12,800 steps each."""
+
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Numbers of labelled images of each class to learn from."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Seeds of the repetitions; each decides texts, initial weights and the order of batches."""
+    text_shots: Shots = "all"
+    """Texts of each class to learn from: a number of random ones, `all`, or `mean`, the mean of all their features,
+    which the caller computes."""
+    lrs: tuple[float, ...] = (1e-2, 1e-3)
+    """Learning rates to choose from."""
+    weight_decays: tuple[float, ...] = (0.01,)
+    """Weight decays to choose from."""
+    batch_sizes: tuple[int, ...] = (32,)
+    """Batch sizes to choose from, in examples of each modality."""
+    aux_weights: tuple[float, ...] = (0.3, 1.0)
+    """Weights of the texts' loss (lambda) to choose from, for the controls that learn from texts."""
+    steps: int = 1000
+    """Number of optimizer updates of every classifier."""
+    eval_every: int = 50
+    """Number of steps from one validation to the next."""
+    patience: int = 10
+    """Number of validations in a row without a better one after which no later weights are selected."""
+    head: SharedHeadConfig = field(default_factory=SharedHeadConfig)
+    """Architecture of the classifier; widths and classes follow from the features."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,94 +98,11 @@ class FewShotResult:
     shots: int
     seed: int
     accuracy: float
-    """On the test images."""
+    """Share of the test images that are classified rightly."""
     valid_accuracy: float
+    """Share of the validation images that are classified rightly."""
     chosen: dict[str, Any]
-    """Hyper-parameters and step."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gain:
-    """A mean difference of accuracies, paired over seeds and shots, and the standard error of that mean."""
-
-    better: str
-    worse: str
-    mean: float
-    error: float
-    pairs: int
-
-    @property
-    def is_real(self) -> bool:
-        """Beyond two standard errors, to either side."""
-        return abs(self.mean) > 2 * self.error
-
-    def __str__(self) -> str:
-        points, error = f"{100 * self.mean:+.2f}", f"{100 * self.error:.2f}"
-        direction = "a gain" if self.mean > 0 else "a loss"
-        verdict = f"{direction} beyond the noise" if self.is_real else "within the noise"
-        return f"{self.better} against {self.worse}: {points} ± {error} points over {self.pairs} pairs, {verdict}"
-
-
-def gain(outcomes: Sequence[FewShotResult], better: str, worse: str, *, shots: int | None = None) -> Gain:
-    """Of one control over another, for one number of shots or over all."""
-    chosen = [each for each in outcomes if shots is None or each.shots == shots]
-    ours = {(each.shots, each.seed): each.accuracy for each in chosen if each.control == better}
-    theirs = {(each.shots, each.seed): each.accuracy for each in chosen if each.control == worse}
-    differences = [ours[key] - theirs[key] for key in sorted(ours.keys() & theirs.keys())]
-    assert len(differences) > 1, "one pair has no standard error"
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return Gain(better=better, worse=worse, mean=statistics.mean(differences), error=error, pairs=len(differences))
-
-
-def spread(outcomes: Sequence[FewShotResult], control: str, shots: int) -> tuple[float, float]:
-    """Mean and standard deviation of the accuracy over the seeds."""
-    found = [each.accuracy for each in outcomes if (each.control, each.shots) == (control, shots)]
-    return statistics.mean(found), statistics.stdev(found) if len(found) > 1 else math.nan
-
-
-def table(outcomes: Sequence[FewShotResult]) -> list[list[str]]:
-    """A row for each control: mean and standard deviation in per cent for each number of shots, then the mean."""
-    every = sorted({each.shots for each in outcomes})
-    rows = [["", *(f"{shots} shot{'s' * (shots > 1)}" for shots in every), "mean"]]
-    for control in CONTROLS:
-        cells = [spread(outcomes, control, shots) for shots in every]
-        mean = statistics.mean(mean for mean, _ in cells)
-        rows.append([control, *(f"{100 * m:.2f} ± {100 * sd:.2f}" for m, sd in cells), f"{100 * mean:.2f}"])
-    return rows
-
-
-# JOINED recipes.fewshot
-#| The few-shot protocol: every control, number of shots and seed, its settings chosen on validation images.
-#|
-#| Shapes: N images, T texts.
-
-
-@dataclass(kw_only=True, slots=True)
-class FewShotConfig:
-    """The grid. Its defaults are smaller than the paper's, which wants 12,800 steps of each of 60 settings."""
-
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Labelled images of each class."""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """StepRNG of images, texts and weights."""
-    text_shots: Shots = "all"
-    """Texts of each class: a number of random ones, all, or one that is the mean of all."""
-    lrs: tuple[float, ...] = (1e-2, 1e-3)
-    """Learning rates to choose from."""
-    weight_decays: tuple[float, ...] = (0.01,)
-    """Weight decays to choose from."""
-    batch_sizes: tuple[int, ...] = (32,)
-    """Batch sizes to choose from."""
-    aux_weights: tuple[float, ...] = (0.3, 1.0)
-    """Lambdas to choose from, wherever texts are learnt from."""
-    steps: int = 1000
-    """Updates of every classifier."""
-    eval_every: int = 50
-    """Steps between validations."""
-    patience: int = 10
-    """Validations without a better one after which later weights are not taken."""
-    head: SharedHeadConfig = field(default_factory=SharedHeadConfig)
-    """The classifier."""
+    """The chosen settings, and the selected step."""
 
 
 def few_shot(
@@ -159,33 +114,43 @@ def few_shot(
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[FewShotResult]:
-    """All controls on all episodes, keyed by (shots, seed). ``test`` never decides anything."""
+    """Train every control for every number of shots and seed.
+
+    Args:
+        images: Features of all images.
+        texts: Features of all texts about the classes.
+        episodes: Which images to learn from and to select on, for each (shots, seed).
+        test: Which images to test on; they decide nothing.
+        config: The grid.
+        say: Told a line of progress after each number of shots.
+    """
     classes = int(images.labels_N.max()) + 1
     widths = {IMAGE: images.vectors_ND.shape[1], TEXT: texts.vectors_ND.shape[1]}
     head = replace(config.head, widths=widths, classes=classes, anchor=TEXT)
-    outcomes = []
+    results: list[FewShotResult] = []
     for shots in config.shots:
-        tried: dict[tuple[str, int], list[tuple[dict, Trained]]] = {}
+        tried: dict[tuple[str, int], list[tuple[dict[str, Any], TrainedMember]]] = {}
         for lr, decay, rows in product(config.lrs, config.weight_decays, config.batch_sizes):
             train, optim = _settings(config, lr=lr, weight_decay=decay, batch_size=rows)
             names, members = _members(config, shots, episodes, texts, classes=classes)
-            bank = Bank(members, images, texts, head=head, train=train, optim=optim)
-            for (name, seed), member, found in zip(
-                names, members, bank.fit(test, patience=config.patience), strict=True
-            ):
+            bank = ClassifierBank(members, images, texts, head=head, train=train, optim=optim)
+            trained = bank.fit(test, patience=config.patience)
+            for (name, seed), member, found in zip(names, members, trained, strict=True):
                 chosen = {"lr": lr, "weight_decay": decay, "batch_size": rows, "aux_weight": member.aux_weight}
                 tried.setdefault((name, seed), []).append((chosen, found))
-        outcomes += [_choose(name, shots, seed, found) for (name, seed), found in tried.items()]
+        results += [_choose(name, shots, seed, found) for (name, seed), found in tried.items()]
         say(f"{shots} shots: {sum(len(each) for each in tried.values())} classifiers trained")
-    return outcomes
+    return results
 
 
-def _settings(config: FewShotConfig, *, lr: float, weight_decay: float, batch_size: int):
+def _settings(
+    config: FewShotConfig, *, lr: float, weight_decay: float, batch_size: int
+) -> tuple[TrainConfig, OptimConfig]:
     train = TrainConfig(steps=config.steps, batch_size=batch_size, eval_every=config.eval_every)
     warmup = min(50, config.steps // 10)
     optim = OptimConfig(
         lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, max_grad_norm=None, warmup_steps=warmup, final_lr=0.01
-    )  # fmt: skip
+    )
     return train, optim
 
 
@@ -196,72 +161,126 @@ def _members(
     texts: LabelledFeatures,
     *,
     classes: int,
-) -> tuple[list[tuple[str, int]], list[Member]]:
-    """A classifier for each control, seed and lambda, and the (control, seed) of each."""
+) -> tuple[list[tuple[str, int]], list[BankMember]]:
+    """A classifier to be trained for each control, seed and lambda; before them the (control, seed) of each."""
     names, members = [], []
     for seed in config.seeds:
         count = config.text_shots
-        rows = (
-            choose_texts(texts.labels_N, count, seed=seed) if isinstance(count, int) else np.arange(len(texts.labels_N))
-        )
+        every = np.arange(len(texts.labels_N))
+        rows = choose_texts(texts.labels_N, count, seed=seed) if isinstance(count, int) else every
         own = texts.labels_N[rows]
         labels = {"none": own, "own": own, "permuted": permuted(classes, seed=seed)[own]}
         for name, control in CONTROLS.items():
             for weight in (0.0,) if control.texts == "none" else config.aux_weights:
+                member = BankMember(
+                    episode=episodes[shots, seed],
+                    text_rows=rows,
+                    text_labels=labels[control.texts],
+                    aux_weight=weight,
+                    init=control.init,
+                    seed=seed,
+                )
                 names.append((name, seed))
-                members.append(Member(
-                    episode=episodes[shots, seed], text_rows=rows, text_labels=labels[control.texts],
-                    aux_weight=weight, init=control.init, seed=seed,
-                ))  # fmt: skip
+                members.append(member)
     return names, members
 
 
-def _choose(name: str, shots: int, seed: int, tried: Sequence[tuple[dict, Trained]]) -> FewShotResult:
-    """The settings of the best validation; of equals the first."""
+def _choose(name: str, shots: int, seed: int, tried: Sequence[tuple[dict[str, Any], TrainedMember]]) -> FewShotResult:
+    """The result with the settings of the best validation, the first of equals."""
     chosen, found = tried[0]
     for settings, other in tried[1:]:
         if other.score.beats(found.score):
             chosen, found = settings, other
     return FewShotResult(
-        control=name, shots=shots, seed=seed, accuracy=float(found.right_N.mean()),
-        valid_accuracy=found.score.accuracy, chosen=chosen | {"step": found.score.step},
-    )  # fmt: skip
+        control=name,
+        shots=shots,
+        seed=seed,
+        accuracy=float(found.right_N.mean()),
+        valid_accuracy=found.score.accuracy,
+        chosen=chosen | {"step": found.score.step},
+    )
 
 
-# JOINED recipes.fewshot_report
-#| What a few-shot grid found, as a table, a figure and plain sentences.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """The mean difference of two controls' accuracies, paired by seed and shots, and the mean's standard error."""
+
+    better: str
+    worse: str
+    mean: float
+    error: float
+    pairs: int
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the mean is more than two standard errors from zero, to either side."""
+        return abs(self.mean) > 2 * self.error
+
+    def __str__(self) -> str:
+        points, error = f"{100 * self.mean:+.2f}", f"{100 * self.error:.2f}"
+        direction = "a gain" if self.mean > 0 else "a loss"
+        verdict = f"{direction} beyond the noise" if self.is_real else "within the noise"
+        return f"{self.better} against {self.worse}: {points} ± {error} points over {self.pairs} pairs, {verdict}"
 
 
-def show(outcomes: Sequence[FewShotResult], *, title: str) -> None:
-    """The table with all controls, and what each comparison comes to."""
+def gain(results: Sequence[FewShotResult], better: str, worse: str, *, shots: int | None = None) -> Gain:
+    """The gain of one control over another, for one number of shots or over all of them."""
+    chosen = [each for each in results if shots is None or each.shots == shots]
+    ours = {(each.shots, each.seed): each.accuracy for each in chosen if each.control == better}
+    theirs = {(each.shots, each.seed): each.accuracy for each in chosen if each.control == worse}
+    differences = [ours[key] - theirs[key] for key in sorted(ours.keys() & theirs.keys())]
+    assert len(differences) > 1, "one pair has no standard error"
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return Gain(better=better, worse=worse, mean=statistics.mean(differences), error=error, pairs=len(differences))
+
+
+def spread(results: Sequence[FewShotResult], control: str, shots: int) -> tuple[float, float]:
+    """Mean and standard deviation of the accuracy over the seeds; NaN is the deviation of a single seed."""
+    found = [each.accuracy for each in results if (each.control, each.shots) == (control, shots)]
+    return statistics.mean(found), statistics.stdev(found) if len(found) > 1 else math.nan
+
+
+def table(results: Sequence[FewShotResult]) -> list[list[str]]:
+    """A row for each control: mean and standard deviation in per cent for each number of shots, then the mean."""
+    every = sorted({each.shots for each in results})
+    rows = [["", *(f"{shots} shot{'s' * (shots > 1)}" for shots in every), "mean"]]
+    for control in CONTROLS:
+        cells = [spread(results, control, shots) for shots in every]
+        mean = statistics.mean(mean for mean, _ in cells)
+        rows.append([control, *(f"{100 * m:.2f} ± {100 * sd:.2f}" for m, sd in cells), f"{100 * mean:.2f}"])
+    return rows
+
+
+def show(results: Sequence[FewShotResult], *, title: str) -> None:
+    """Print the table of all controls, and a sentence for the gain of each comparison."""
     from rich.console import Console
     from rich.table import Table
 
-    head, *rows = table(outcomes)
+    head, *rows = table(results)
     print(f"{title}: test accuracy, %, mean ± standard deviation over seeds")
     shown = Table(*head)
     for row in rows:
         shown.add_row(*row)
     Console(width=120).print(shown)
     for better, worse in COMPARISONS:
-        print(gain(outcomes, better, worse))
+        print(gain(results, better, worse))
 
 
-def accuracy_figure(outcomes: Sequence[FewShotResult], *, title: str) -> bytes:
-    """Accuracy against shots, a line for each control, as SVG."""
-    every = sorted({each.shots for each in outcomes})
+def accuracy_figure(results: Sequence[FewShotResult], *, title: str) -> bytes:
+    """An SVG figure of the mean accuracy against the number of shots, with a line for each control."""
+    every = sorted({each.shots for each in results})
     runs = {
-        control: [{"shots": shots, "accuracy": 100 * spread(outcomes, control, shots)[0]} for shots in every]
+        control: [{"shots": shots, "accuracy": 100 * spread(results, control, shots)[0]} for shots in every]
         for control in CONTROLS
     }
     return curves(runs, panels=[Panel(title=title, keys=["accuracy"], label="test accuracy, %")], over="shots")[0]
 
 
-def as_json(outcomes: Sequence[FewShotResult]) -> dict[str, Any]:
-    """All single numbers, and the gains for each number of shots and over all."""
-    every = sorted({each.shots for each in outcomes})
+def as_json(results: Sequence[FewShotResult]) -> dict[str, Any]:
+    """All results, and all gains for each number of shots and over all of them, as JSON values."""
+    every = sorted({each.shots for each in results})
     gains = []
     for better, worse in COMPARISONS:
-        gains.append(asdict(gain(outcomes, better, worse)) | {"shots": "all"})
-        gains += [asdict(gain(outcomes, better, worse, shots=shots)) | {"shots": shots} for shots in every]
-    return {"outcomes": [asdict(each) for each in outcomes], "gains": gains}
+        gains.append(asdict(gain(results, better, worse)) | {"shots": "all"})
+        gains += [asdict(gain(results, better, worse, shots=shots)) | {"shots": shots} for shots in every]
+    return {"outcomes": [asdict(each) for each in results], "gains": gains}

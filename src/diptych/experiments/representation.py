@@ -1,15 +1,20 @@
-"""How many texts an image is worth: accuracy as a plane over the shots of both.
+"""What training with texts changes: how many texts an image is worth, and how classes lie in the space of features.
 
-    accuracy = a + b f(images) + c f(texts),     exchange = b / c
+The exchange rate fits accuracy as a plane over the shots of images and of texts:
 
-With f the identity, as in the paper, b / c texts a class help as much as one more image a class. With f the binary
-logarithm, b / c is how often the texts must double to help as much as twice the images; since accuracy flattens with
-more of either, this plane fits better over a wide grid.
+    accuracy = a + b f(images) + c f(texts),     exchange rate = b / c
 
-Departure: the paper gives no uncertainty. A ratio of two estimates has none that is symmetric, and none at all where
-its denominator may be zero; Fieller's interval says so.
+With f the identity, as in the paper, b / c more texts of each class help as much as one more image of each class. With
+f the binary logarithm, b / c is the number of doublings of the texts that help as much as doubling the images. Accuracy
+flattens with more of either, so this second plane fits better over a wide grid.
 
-Shapes: P points of the grid, repetitions with other seeds among them.
+Departure: the paper gives no uncertainty. The interval of a ratio of two estimates is not symmetric, and is unbounded
+if the denominator cannot be told from zero. Fieller's interval has both properties.
+
+The geometry of a space of features is measured by how far its classes lie apart (:func:`class_margin`) and by how
+compact they are (:func:`silhouette`).
+
+Shapes: P points of the grid, those of all seeds; N items, D width of the features, C classes.
 """
 
 import math
@@ -25,30 +30,33 @@ from torch import Tensor
 from diptych.errors import UserError
 
 _Z = 1.959964
-"""Of a 95 % interval."""
-
+"""Standard errors from the estimate to either end of a 95 % interval."""
+_ROWS = 1024
+"""Items whose distances to all others are in memory at once."""
 
 Scale = Literal["linear", "log2"]
+"""The f of the plane: the identity or the binary logarithm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """A fitted plane and its ratio of slopes, with 95 % intervals."""
+    """A fitted plane and its exchange rate, the ratio of its slopes, with a 95 % interval."""
 
     scale: Scale
     intercept: float
     image_slope: float
     image_error: float
-    """Standard error of the slope."""
+    """Standard error of the image slope."""
     text_slope: float
     text_error: float
+    """Standard error of the text slope."""
     explained: float
     """Share of the variance of accuracy that the plane explains (R squared)."""
     ratio: float
-    """Image slope over text slope."""
+    """Image slope divided by text slope."""
     low: float
     high: float
-    """Ends of the ratio's interval; infinite where the text slope cannot be told from zero."""
+    """Ends of the ratio's interval, infinite if the text slope cannot be told from zero."""
 
     def __str__(self) -> str:
         image = f"{self.image_slope:.4f} +- {self.image_error:.4f} for images"
@@ -60,10 +68,16 @@ class Exchange:
 
 
 def fit_exchange(
-    images_P: Float[np.ndarray, "P"], texts_P: Float[np.ndarray, "P"], accuracy_P: Float[np.ndarray, "P"], *,
+    images_P: Float[np.ndarray, "P"],
+    texts_P: Float[np.ndarray, "P"],
+    accuracy_P: Float[np.ndarray, "P"],
+    *,
     scale: Scale = "linear",
-) -> Exchange:  # fmt: skip
-    """Least squares over all points. Raises UserError for a grid that fixes no plane."""
+) -> Exchange:
+    """Fit the plane by least squares over all points: shots of images, shots of texts, and accuracy in [0, 1].
+
+    Raises UserError for points that determine no plane, and for 0 shots on the scale "log2".
+    """
     if scale == "log2":
         if min(images_P.min(), texts_P.min()) <= 0:
             raise UserError("0 shots have no logarithm: leave points without images or texts out, or fit linearly")
@@ -78,16 +92,26 @@ def fit_exchange(
     low, high = fieller(plane[1], plane[2], covariance[1:, 1:])
     total = float(np.square(accuracy_P - accuracy_P.mean()).sum())
     return Exchange(
-        scale=scale, intercept=float(plane[0]), image_slope=float(plane[1]), image_error=math.sqrt(covariance[1, 1]),
-        text_slope=float(plane[2]), text_error=math.sqrt(covariance[2, 2]), explained=1 - squares / total,
-        ratio=float(plane[1] / plane[2]), low=low, high=high,
-    )  # fmt: skip
+        scale=scale,
+        intercept=float(plane[0]),
+        image_slope=float(plane[1]),
+        image_error=math.sqrt(covariance[1, 1]),
+        text_slope=float(plane[2]),
+        text_error=math.sqrt(covariance[2, 2]),
+        explained=1 - squares / total,
+        ratio=float(plane[1] / plane[2]),
+        low=low,
+        high=high,
+    )
 
 
 def fieller(top: float, bottom: float, covariance: Float[np.ndarray, "2 2"], *, z: float = _Z) -> tuple[float, float]:
-    """The r for which top - r bottom cannot be told from zero: the interval of top / bottom.
+    """Fieller's interval of the ratio top / bottom of two estimates: all r with
 
-    (top - r bottom)^2 <= z^2 (V_tt - 2 r V_tb + r^2 V_bb) is a quadratic in r, bounded where bottom differs from zero.
+        (top - r bottom)^2 <= z^2 (V_tt - 2 r V_tb + r^2 V_bb)
+
+    where V is the covariance of (top, bottom). These are the r for which top - r bottom cannot be told from zero. The
+    interval is infinite if bottom cannot be told from zero.
     """
     v_tt, v_tb, v_bb = z * z * covariance[0, 0], z * z * covariance[0, 1], z * z * covariance[1, 1]
     a, b, c = bottom**2 - v_bb, top * bottom - v_tb, top**2 - v_tt
@@ -97,27 +121,18 @@ def fieller(top: float, bottom: float, covariance: Float[np.ndarray, "2 2"], *, 
     return float((b - root) / a), float((b + root) / a)
 
 
-# JOINED eval.geometry
-#| How classes lie in a space of features: how far apart, and how compact.
-#|
-#| Shapes: N items, D width of the features, C classes.
-
-
-_ROWS = 1024
-
-
 def margins(scores_NC: Float[Tensor, "N C"], labels_N: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
-    """Score of an item's class less the best score of another: negative where the item is taken for another class."""
+    """Score of an item's own class minus the best score of another; negative for an item that is classified wrongly."""
     own_N = scores_NC.gather(1, labels_N[:, None])[:, 0]
     others_NC = scores_NC.scatter(1, labels_N[:, None], -torch.inf)
     return own_N - others_NC.max(1).values
 
 
 def class_margin(features_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"]) -> float:
-    """Mean :func:`margins` of the cosines to the mean features of the classes.
+    """The mean of :func:`margins` with, as scores, the cosines to the mean features of the classes.
 
-    An item does not count in the mean of its own class, which it would pull towards itself; items that are alone in
-    their class are left out.
+    The mean of an item's own class leaves the item out, which would pull it towards itself. Items that are alone in
+    their class are left out of the result.
     """
     unit_ND = F.normalize(features_ND.double(), dim=1)
     one_hot_NC = F.one_hot(labels_N).double()
@@ -133,8 +148,8 @@ def class_margin(features_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"]) 
 def silhouette(features_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"]) -> float:
     """Rousseeuw (1987): the mean of (b - a) / max(a, b).
 
-    a is an item's mean distance to the others of its class, b that to the items of the nearest other class. An item
-    that is alone in its class counts 0.
+    For each item, a is its mean distance to the others of its class, and b its mean distance to the items of the
+    nearest other class. An item that is alone in its class counts 0.
     """
     features_ND = features_ND.double()
     one_hot_NC = F.one_hot(labels_N).double()

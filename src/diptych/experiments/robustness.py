@@ -1,9 +1,12 @@
-"""Test images made worse on purpose: the built-in shift between what was learned from and what is asked about.
+"""Robustness: the accuracy of a classifier on test images that are not like those it learned from.
 
-Strengths follow Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
-Perturbations"; lengths in pixels are theirs at 224 pixels, scaled to the size of the picture.
+    accuracies                          of a classifier on any number of test sets
+    corrupt, CorruptedSource, corrupted test images with artificial corruptions, as the built-in shift
 
-Shapes: H and W pixels.
+The strengths of the corruptions follow Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common
+Corruptions and Perturbations". Their lengths are for images of 224 pixels, and are scaled to the size of the image.
+
+Shapes: B images, H and W pixels, M classifiers.
 """
 
 import io
@@ -23,9 +26,12 @@ from diptych.rng import derive_seed
 
 SEVERITIES = (1, 2, 3, 4, 5)
 _THEIR_SIZE = 224
+"""Side in pixels of the images that the strengths were chosen for."""
 
+Classify = Callable[[Tensor], Tensor]
+"""Pixels uint8 [B 3 H W] to the number [B] of each one's class; or [M B], for M classifiers that share an encoder."""
 _Change = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
-"""A picture as floats in [0, 1], a strength, and random numbers, to floats that may leave [0, 1]."""
+"""An image as floats in [0, 1], a strength, and random numbers, to an image of floats that may leave [0, 1]."""
 
 
 def _noise(x_HW3: np.ndarray, std: float, rng: np.random.Generator) -> np.ndarray:
@@ -81,24 +87,28 @@ _CHANGES: dict[str, tuple[_Change, tuple[float, ...]]] = {
     "jpeg": (_jpeg, (25, 18, 15, 10, 7)),
     "pixelate": (_pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
 }
+"""Each corruption with its strengths at the five severities."""
 CORRUPTIONS = tuple(_CHANGES)
 
 
 def corrupt(
-    picture_HW3: UInt8[np.ndarray, "H W 3"], name: str, severity: int, *, seed: int
+    image_HW3: UInt8[np.ndarray, "H W 3"], name: str, severity: int, *, seed: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The picture, changed by one of ``CORRUPTIONS`` with a severity of 1 to 5. Noise follows from ``seed``."""
+    """The image, changed by one of ``CORRUPTIONS`` with a severity of 1 to 5. Noise follows from ``seed``.
+
+    Raises UserError for another name or severity.
+    """
     if name not in _CHANGES:
         raise UserError(f"no corruption {name!r}: choose {', '.join(CORRUPTIONS)}")
     if severity not in SEVERITIES:
         raise UserError(f"a severity of {severity}: choose 1 to {SEVERITIES[-1]}")
     change, strengths = _CHANGES[name]
-    return _to_bytes(change(picture_HW3 / 255, strengths[severity - 1], np.random.default_rng(seed)))
+    return _to_bytes(change(image_HW3 / 255, strengths[severity - 1], np.random.default_rng(seed)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorruptedSource:
-    """Another source with every image corrupted, each in its own way that never changes."""
+    """Another source with every image corrupted. The noise of an image follows from ``seed`` and the image's key."""
 
     source: Source
     corruption: str
@@ -127,7 +137,7 @@ class CorruptedSource:
         return self.source.captions(i)
 
     def image(self, i: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
-        """At ``size``, which is what strengths are relative to."""
+        """The corrupted image. It is resized to ``size`` first, so that strengths are relative to that size."""
         own = derive_seed(self.seed, self.corruption, self.severity, self.source.key(i))
         return corrupt(self.source.image(i, size), self.corruption, self.severity, seed=own)
 
@@ -135,20 +145,10 @@ class CorruptedSource:
         return self.source.label(i)
 
 
-# JOINED eval.robustness
-#| Accuracy of a classifier where the test images are not like those it learned from.
-#|
-#| Shapes: B images, H and W pixels, M classifiers.
-
-
-Classify = Callable[[Tensor], Tensor]
-"""Pixels uint8 [B 3 H W] to the place [B] of each one's class; or [M B], for M classifiers that share an encoder."""
-
-
 def corrupted(
     test: Labelled, *, corruptions: Iterable[str] = CORRUPTIONS, severities: Iterable[int] = SEVERITIES, seed: int = 0
 ) -> dict[str, Labelled]:
-    """The same test images under every corruption at every severity, by `corruption/severity`."""
+    """The test images under every corruption at every severity, by the name `corruption/severity`."""
     found = {}
     for name in corruptions:
         for severity in severities:
@@ -160,23 +160,24 @@ def corrupted(
 def accuracies(
     classify: Classify, tests: Mapping[str, Labelled], *, size: int, items: np.ndarray | None = None, workers: int = 2
 ) -> dict[str, np.floating | np.ndarray]:
-    """Share of images classified rightly in each of ``tests``: further test sources, :func:`corrupted` ones, or both.
-
-    A number for each test, or [M].
+    """Share of the images of each test set that are classified rightly: a number, or [M] for M classifiers.
 
     Args:
-        classify: The classifier; its classes are numbered as those of every test.
-        tests: Labelled images by a name for them.
-        size: Side of the pixels that ``classify`` is given.
-        items: Which items of each test to ask about. Default: all.
-        workers: Threads that decode.
+        classify: The classifier, or several; they number classes as every test set does.
+        tests: Test sets by name: other sources of the same classes, :func:`corrupted` ones, or both.
+        size: Side in pixels of the images that ``classify`` is given.
+        items: Which items of each test set to classify. Default: all.
+        workers: Number of threads that decode images.
+
+    Unreadable images are left out; UserError is raised for too many of them.
     """
     found: dict[str, np.floating | np.ndarray] = {}
     for name, test in tests.items():
         right: np.integer | np.ndarray = np.int64(0)
         count = 0
         chosen = np.arange(len(test.labels_N)) if items is None else items
-        for pixels_B3HW, kept in image_batches(test.source, chosen, size=size, skipped=SkippedItems(), workers=workers):
+        readable = image_batches(test.source, chosen, size=size, skipped=SkippedItems(), workers=workers)
+        for pixels_B3HW, kept in readable:
             right = right + (classify(pixels_B3HW).cpu().numpy() == test.labels_N[kept]).sum(-1)
             count += len(kept)
         found[name] = right / count

@@ -1,6 +1,6 @@
-"""Commands on finished classifier runs. No text is needed any more.
+"""Using a finished classifier run: classifying images, and its accuracy on labelled images. It needs no texts.
 
-Shapes: B images, C classes.
+Shapes: B images, C classes, S side of an image in pixels.
 """
 
 import json
@@ -14,7 +14,7 @@ from torch import Tensor
 from diptych.data.pixels import SkippedItems, decode_files, image_batches
 from diptych.data.sources import Source
 from diptych.data.splits import Labelled
-from diptych.encoders import open_image_encoder
+from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
 from diptych.io import load_network
 from diptych.nn.inference import Device, Prediction, eval_mode, pick_device, top_predictions
@@ -23,18 +23,19 @@ from diptych.uml.head import SharedHead
 from diptych.uml.training import IMAGE
 
 _ROWS = 128
+"""Images classified at once."""
 
 
 class Classifier:
-    """The encoder and the head of a run."""
+    """The image encoder and the head of a run, on one device and in evaluation mode."""
 
-    def __init__(self, encoder: Any, head: SharedHead, classes: Sequence[str], *, device: str) -> None:
+    def __init__(self, encoder: ImageEncoder, head: SharedHead, classes: Sequence[str], *, device: str) -> None:
         self.encoder, self.head, self.classes = encoder.to(device).eval(), head.to(device).eval(), tuple(classes)
         self.device = device
 
     @classmethod
     def from_pretrained(cls, run: Path, *, device: Device = "auto") -> "Classifier":
-        """Raises UserError for a run folder that is not finished or not whole."""
+        """The classifier of a run folder. Raises UserError if the run is not finished or a file is missing."""
         try:
             classes = json.loads((run / "classes.json").read_text())
         except (OSError, ValueError) as error:
@@ -43,16 +44,20 @@ class Classifier:
         return cls(open_image_encoder(run / "encoder"), head, classes, device=pick_device(device))
 
     def probabilities(self, pixels_B3SS: Tensor) -> Tensor:
-        """[B C]"""
+        """Probability of each class [B C] for pixels from 0 to 255."""
         with eval_mode(self.encoder), eval_mode(self.head):
             return self.head(self.encoder(pixels_B3SS.to(self.device)), IMAGE).softmax(1)
 
     def predictions(self, pixels_B3SS: Tensor, *, top: int) -> list[list[Prediction]]:
+        """The ``top`` most probable classes of each image, best first."""
         return top_predictions(self.probabilities(pixels_B3SS), self.classes, top=top)
 
 
 def classify_run(run: Path, images: Sequence[Path], *, top: int = 1, device: Device = "auto") -> list[list[Prediction]]:
-    """The ``top`` most probable classes of each image, best first."""
+    """The ``top`` most probable classes of each image file, best first.
+
+    Raises UserError for a run that is not finished, and for a file that is no image.
+    """
     classifier = Classifier.from_pretrained(run, device=device)
     found: list[list[Prediction]] = []
     for begin in range(0, len(images), _ROWS):
@@ -64,7 +69,11 @@ def classify_run(run: Path, images: Sequence[Path], *, top: int = 1, device: Dev
 def evaluate_classifier_run(
     run: Path, source: Source, *, out: Path, device: Device = "auto", workers: int = 2, max_skipped_share: float = 0.01
 ) -> dict[str, Any]:
-    """Accuracy, and that of each class, on labelled images: a table and ``metrics.json``."""
+    """Accuracy of a run on labelled images, as a whole and of each class. Printed, and written to ``out/metrics.json``.
+
+    Raises UserError for a run that is not finished, for labels that it does not know, and if more than
+    ``max_skipped_share`` of the images cannot be read.
+    """
     from rich.console import Console
 
     classifier = Classifier.from_pretrained(run, device=device)
@@ -79,13 +88,18 @@ def evaluate_classifier_run(
         np.add.at(count, labels, 1)
     per_class = {name: r / n for name, r, n in zip(classifier.classes, right, count, strict=True) if n}
     metrics = {
-        "accuracy": right.sum() / count.sum(), "mean_class_accuracy": float(np.mean(list(per_class.values()))),
-        "images": int(count.sum()), "skipped": len(skipped), "source": source.name, "per_class": per_class,
-    }  # fmt: skip
+        "accuracy": right.sum() / count.sum(),
+        "mean_class_accuracy": float(np.mean(list(per_class.values()))),
+        "images": int(count.sum()),
+        "skipped": len(skipped),
+        "source": source.name,
+        "per_class": per_class,
+    }
     write_json(out / "metrics.json", metrics)
     Console().print(
         f"{run} on {source.name}: {metrics['accuracy']:.1%} of {metrics['images']:,} images right, "
         f"{metrics['mean_class_accuracy']:.1%} as a mean over {len(per_class)} classes; written to {out}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )
     return metrics

@@ -1,9 +1,14 @@
-"""Feature sequences of a vector store as rows of a batch: tokens of an image or a text, frames of a sound.
+"""Features of frozen encoders on disk: one vector per item in a cache, and stores of feature sequences.
 
-A store of [items, length, width] may have an array `lengths` (default: all positions are real); items of a store of
-[items, width] are sequences of one position.
+    image_features, text_features   vectors of images or texts, computed once, for supervised UML
+    write_sequences                 features of every token or frame, for self-supervised UML (`diptych features`)
+    sequence_stream, read_rows      the sequences of such a store as rows of a batch
 
-Shapes: B rows, L positions, F width of the features.
+A cached store lies in a folder whose name is a digest of all that decides its content: the encoder's weights, how it
+prepares its input, and the items. A store of sequences holds vectors [items, length, width] and may have an array
+``lengths``; without it all positions are valid. The items of a store of [items, width] are sequences of one position.
+
+Shapes: B rows, L positions of the store, S positions of a batch, D and F width of the features, H and W pixels.
 """
 
 import hashlib
@@ -24,104 +29,77 @@ from diptych.data.sources.columns import Columns
 from diptych.data.splits import Labelled
 from diptych.data.store import VectorStore, check_free, write_vectors
 from diptych.data.streams import Stream
-from diptych.encoders import open_audio_encoder, open_image_encoder, open_text_encoder
-from diptych.encoders.image import ImageEncoder
-from diptych.encoders.text import PooledTextEncoder
+from diptych.encoders import (
+    ImageEncoder,
+    PooledTextEncoder,
+    open_audio_encoder,
+    open_image_encoder,
+    open_text_encoder,
+)
 from diptych.errors import UserError
 from diptych.io import weights_digest
 from diptych.nn.inference import Device, eval_mode, pick_device
 
-_ROWS = 256
-"""Examples read at once where all are read."""
+_CACHE_ROWS = 128
+"""Items encoded at once for the cache."""
+_SEQUENCE_ROWS = 64
+"""Items encoded at once for a store of sequences."""
+_STATISTICS_ROWS = 256
+"""Items read at once for statistics over a store."""
 _SMALLEST_SCALE = 1e-4
-"""A feature that hardly varies is not blown up."""
+"""Least standard deviation of a feature, so that dividing by it does not enlarge a feature that hardly varies."""
+
+SequenceKind = Literal["images", "texts", "audio"]
+SequenceBatches = Iterator[tuple[Tensor, Tensor, dict[str, np.ndarray]]]
+"""Features [B L D], which positions are valid [B L], and further arrays of the items."""
 
 
-def sequence_stream(store: VectorStore) -> Stream:
-    """All items. Raises UserError for lengths that cannot be."""
-    lengths = store.array("lengths")
-    most = store.vectors.shape[1] if store.vectors.ndim == 3 else 1
-    if lengths is not None and len(lengths) and not 1 <= lengths.min() <= lengths.max() <= most:
-        raise UserError(
-            f"{store.folder}: lengths of {lengths.min()} to {lengths.max()}, but 1 to {most} is possible: make it again"
-        )
-    return Stream(size=len(store), take=lambda index, _: read_rows(store, index))
-
-
-def read_rows(store: VectorStore, index: np.ndarray) -> SequenceExamples:
-    """The items ``index``, padded with whatever the store holds there to the longest of them."""
-    vectors, lengths = store.vectors[index].astype(np.float32), store.array("lengths")
-    if vectors.ndim == 2:
-        vectors = vectors[:, None]
-    count = np.full(len(index), vectors.shape[1]) if lengths is None else np.asarray(lengths[index])
-    longest = int(count.max())
-    valid = np.arange(longest) < count[:, None]
-    return SequenceExamples(features_BSF=torch.from_numpy(vectors[:, :longest]), valid_BS=torch.from_numpy(valid))
-
-
-def feature_statistics(store: VectorStore) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each feature over all valid positions, float32 [F]."""
-    count, total, squares = 0, 0.0, 0.0
-    for start in range(0, len(store), _ROWS):
-        rows = read_rows(store, np.arange(start, min(start + _ROWS, len(store))))
-        found = rows.features_BSF[rows.valid_BS].numpy().astype(np.float64)
-        count, total, squares = count + len(found), total + found.sum(0), squares + np.square(found).sum(0)
-    mean = np.asarray(total) / count
-    scale = np.sqrt(np.maximum(np.asarray(squares) / count - mean**2, 0)).clip(_SMALLEST_SCALE)
-    return mean.astype(np.float32), scale.astype(np.float32)
-
-
-# JOINED recipes.features
-#| LabelledFeatures of frozen encoders: computed once, kept on disk, memory-mapped.
-#|
-#| A store's folder is named by what decides its content: the encoder's weights, how it prepares its input, and the items.
-#|
-#| Shapes: B rows, H and W pixels, D width of the features.
-
-
-_ROWS = 128
+# Cached vectors
 
 
 def image_features(
     encoder: ImageEncoder, source: Source, items: np.ndarray, *, cache: Path, skipped: SkippedItems, workers: int = 2
 ) -> VectorStore:
-    """LabelledFeatures of ``items``, in their order. Pictures that cannot be read are left out and recorded in ``skips``; the
-    array ``items`` of the store tells which ones are there."""
-    made_by = made_of(encoder) | {"source": source.name, "items": _digest_of_source(source, items)}
+    """The store of the features of ``items``, in their order; computed if ``cache`` does not have it yet.
+
+    Images that cannot be read are left out and recorded in ``skipped``, which raises UserError for too many of them.
+    The store's array ``items`` tells which are there.
+    """
+    made_by = encoder_identity(encoder) | {"source": source.name, "items": _items_digest(source, items)}
 
     def batches(keys: list[str]) -> Iterator[dict[str, np.ndarray]]:
-        pictures = image_batches(
-            source, items, size=encoder.image_size, skipped=skipped, workers=workers, rows=_ROWS
-        )  # fmt: skip
-        with eval_mode(_module(encoder)):
-            for pixels_B3HW, found in pictures:
+        readable = image_batches(
+            source, items, size=encoder.image_size, skipped=skipped, workers=workers, rows=_CACHE_ROWS
+        )
+        with eval_mode(encoder):
+            for pixels_B3HW, found in readable:
                 keys += [source.key(int(item)) for item in found]
-                features_BD = encoder(pixels_B3HW.to(_device(encoder)))
+                features_BD = encoder(pixels_B3HW.to(_device_of(encoder)))
                 yield {"vectors": features_BD.float().cpu().numpy(), "items": found.astype(np.int64)}
 
-    return _once(cache, made_by, batches)
+    return _cached(cache, made_by, batches)
 
 
 def text_features(encoder: PooledTextEncoder, texts: Sequence[str], *, cache: Path) -> VectorStore:
-    """LabelledFeatures of ``texts``, in their order."""
+    """The store of the features of ``texts``, in their order; computed if ``cache`` does not have it yet."""
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    made_by = made_of(encoder) | {"texts": len(texts), "items": digest}
+    made_by = encoder_identity(encoder) | {"texts": len(texts), "items": digest}
 
     def batches(keys: list[str]) -> Iterator[np.ndarray]:
         keys += [str(number) for number in range(len(texts))]
-        for begin in range(0, len(texts), _ROWS):
-            yield encoder(texts[begin : begin + _ROWS]).float().cpu().numpy()
+        for begin in range(0, len(texts), _CACHE_ROWS):
+            yield encoder(texts[begin : begin + _CACHE_ROWS]).float().cpu().numpy()
 
-    return _once(cache, made_by, batches)
+    return _cached(cache, made_by, batches)
 
 
-def made_of(encoder: Any) -> dict[str, Any]:
-    """What of an encoder decides its features."""
+def encoder_identity(encoder: ImageEncoder | PooledTextEncoder) -> dict[str, Any]:
+    """What decides an encoder's features, as JSON values."""
     return {"weights": weights_digest(encoder), "preprocessing": encoder.preprocessing}
 
 
-def _once(cache: Path, made_by: dict[str, Any], batches: Callable[[list[str]], Iterator[Any]]) -> VectorStore:
-    """The store of ``made_by``, found or made; ``batches`` yields its arrays and appends its keys to the list."""
+def _cached(cache: Path, made_by: dict[str, Any], batches: Callable[[list[str]], Iterator[Any]]) -> VectorStore:
+    """The store of ``made_by``, found or computed. ``batches`` yields its arrays and appends its keys to the list."""
     made_by = json.loads(json.dumps(made_by))
     name = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:24]
     if VectorStore.is_one(cache / name):
@@ -132,52 +110,48 @@ def _once(cache: Path, made_by: dict[str, Any], batches: Callable[[list[str]], I
     return write_vectors(cache / name, batches(keys), keys=keys, manifest={"made_by": made_by})
 
 
-def _digest_of_source(source: Source, items: np.ndarray) -> str:
-    """Names of the items, and size and date of the files that the source was opened from."""
+def _items_digest(source: Source, items: np.ndarray) -> str:
+    """A digest of the items' keys, and of size and date of the files that the source was opened from."""
     digest = hashlib.sha256("\n".join(source.key(int(item)) for item in items).encode(errors="surrogateescape"))
     try:
         files = find_files(source.name)
     except UserError:
-        files = []  # the built-in scenes, or a data set of the hub, whose name and revision say it all
+        files = []  # the built-in scenes, or a data set of the hub: its name and revision identify it
     for file in files:
         status = file.stat()
         digest.update(f"{file}:{status.st_size}:{status.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
-def _module(encoder: Any) -> nn.Module:
-    assert isinstance(encoder, nn.Module)
-    return encoder
+def _device_of(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
 
 
-def _device(encoder: Any) -> torch.device:
-    weight: Tensor = next(_module(encoder).parameters())
-    return weight.device
-
-
-# JOINED recipes.sequences
-#| Token and frame features of images, texts or sounds: stores that `fit uml-ssl` learns from.
-#|
-#| Shapes: B rows, L positions, D width of the features, H and W pixels.
-
-
-Kind = Literal["images", "texts", "sounds"]
-_ROWS = 64
-
-Sequences = Iterator[tuple[Tensor, Tensor, dict[str, np.ndarray]]]
-"""LabelledFeatures [B L D], which of them are real [B L], and further arrays."""
+# Writing sequences
 
 
 def write_sequences(
-    spec: str, kind: Kind, *, encoder: str | None, out: Path, length: int, hop: int, device: Device = "auto"
+    spec: str, kind: SequenceKind, *, encoder: str | None, out: Path, length: int, hop: int, device: Device = "auto"
 ) -> VectorStore:
-    """The store ``out`` [items, length, D] of ``encoder``'s features, in half precision.
+    """Write the store ``out`` of the features of every token or frame [items, length, D], in half precision.
 
-    Images and sounds keep their classes as ``labels``. Sounds, a tar of them, need no encoder: without one they become
-    log-mel frames every ``hop`` samples.
+    Images and audio keep their classes as the array ``labels``. Audio, a tar of clips, needs no encoder: without one
+    its features are log-mel frames.
+
+    Args:
+        spec: Any source of images or texts; for audio the path of a tar.
+        kind: What to take from the source.
+        encoder: Folder, hub name or run of the encoder.
+        out: Folder to write.
+        length: Number of positions of an item; further ones are cut off.
+        hop: Samples from one log-mel frame to the next.
+        device: Where to compute.
+
+    Raises UserError for a source without such items, for images or texts without an encoder, and for an ``out`` that
+    holds anything but a store.
     """
     check_free(out)
-    if kind == "sounds" and encoder is None:
+    if kind == "audio" and encoder is None:
         config = MelConfig(hop=hop)
         return write_frames(Path(spec), out, config=config, seconds=(config.window + (length - 1) * hop) / config.rate)
     if encoder is None:
@@ -185,58 +159,102 @@ def write_sequences(
     keys: list[str] = []
     skipped = SkippedItems()
     manifest: dict[str, Any] = {"source": spec, "encoder": encoder, "classes": []}
-    source = AudioTar(Path(spec)) if kind == "sounds" else open_finite(spec, Columns())
+    source = AudioTar(Path(spec)) if kind == "audio" else open_finite(spec, Columns())
     if isinstance(source, AudioTar):
-        found = _sounds(source, encoder, device, keys, manifest)
+        batches = _audio_sequences(source, encoder, device, keys, manifest)
     elif not (source.has_images if kind == "images" else source.has_captions):
         raise UserError(f"{spec}: has no {kind}")
     elif kind == "images":
-        found = _images(source, encoder, device, keys, manifest, skipped)
+        batches = _image_sequences(source, encoder, device, keys, manifest, skipped)
     else:
-        found = _texts(source, encoder, device, keys)
-    store = write_vectors(out, (_cut(*each, length=length) for each in found), keys=keys, manifest=manifest)
+        batches = _text_sequences(source, encoder, device, keys)
+    store = write_vectors(out, (_cut(*batch, length=length) for batch in batches), keys=keys, manifest=manifest)
     if len(skipped):
         skipped.write(out / "skipped.jsonl")
     return store
 
 
 def _cut(x_BLD: Tensor, valid_BL: Tensor, further: dict[str, np.ndarray], *, length: int) -> dict[str, np.ndarray]:
-    """The first ``length`` positions, filled up with zeros."""
+    """Arrays of the store: the first ``length`` positions, padded with zeros."""
     x_BLD = x_BLD[:, :length].float().cpu()
     vectors = torch.nn.functional.pad(x_BLD, (0, 0, 0, length - x_BLD.shape[1])).numpy().astype(np.float16)
     return {"vectors": vectors, "lengths": valid_BL[:, :length].sum(1).cpu().numpy(), **further}
 
 
-def _images(
+def _image_sequences(
     source: Source, name: str, device: Device, keys: list[str], manifest: dict[str, Any], skipped: SkippedItems
-) -> Sequences:
+) -> SequenceBatches:
+    """Tokens of all readable images; appends their keys and sets the manifest's classes."""
     encoder = open_image_encoder(name).to(pick_device(device))
     labelled = None if source.label(0) is None else Labelled.of(source)
     manifest["classes"] = list(labelled.classes) if labelled else []
-    place, every = next(encoder.parameters()).device, np.arange(len(source))
-    for pixels_B3HW, items in image_batches(source, every, size=encoder.image_size, skipped=skipped, rows=_ROWS):
+    every = np.arange(len(source))
+    for pixels_B3HW, items in image_batches(
+        source, every, size=encoder.image_size, skipped=skipped, rows=_SEQUENCE_ROWS
+    ):
         keys.extend(source.key(int(item)) for item in items)
         with eval_mode(encoder):
-            x_BLD = encoder.tokens(pixels_B3HW.to(place))
+            x_BLD = encoder.tokens(pixels_B3HW.to(_device_of(encoder)))
         labels = {"labels": labelled.labels_N[items]} if labelled else {}
         yield x_BLD, torch.ones(x_BLD.shape[:2], dtype=torch.bool), labels
 
 
-def _texts(source: Source, name: str, device: Device, keys: list[str]) -> Sequences:
+def _text_sequences(source: Source, name: str, device: Device, keys: list[str]) -> SequenceBatches:
+    """Tokens of all texts; appends the texts to the keys."""
     encoder = open_text_encoder(name).to(pick_device(device))
-    for begin in range(0, len(source), _ROWS):
-        items = range(begin, min(begin + _ROWS, len(source)))
+    for begin in range(0, len(source), _SEQUENCE_ROWS):
+        items = range(begin, min(begin + _SEQUENCE_ROWS, len(source)))
         if texts := [text for item in items for text in source.captions(item)]:
             keys.extend(texts)
             with eval_mode(encoder):
                 yield *encoder.tokens(texts), {}
 
 
-def _sounds(clips: AudioTar, name: str, device: Device, keys: list[str], manifest: dict[str, Any]) -> Sequences:
+def _audio_sequences(
+    clips: AudioTar, name: str, device: Device, keys: list[str], manifest: dict[str, Any]
+) -> SequenceBatches:
+    """Frames of all clips; appends their keys and sets the manifest's classes."""
     encoder = open_audio_encoder(name).to(pick_device(device))
     manifest["classes"], arrays = clips.labels()
     for i, key in enumerate(clips.keys):  # one by one: clips of unequal lengths would be padded to the longest
         keys.append(key)
         with eval_mode(encoder):
-            found = encoder.tokens([clips.wave(i, rate=encoder.rate)])
-        yield *found, {name: array[i : i + 1] for name, array in arrays.items()}
+            x_BLD, valid_BL = encoder.tokens([clips.wave(i, rate=encoder.rate)])
+        yield x_BLD, valid_BL, {name: array[i : i + 1] for name, array in arrays.items()}
+
+
+# Reading sequences
+
+
+def sequence_stream(store: VectorStore) -> Stream:
+    """All items of a store of sequences. Raises UserError for lengths that its arrays cannot have."""
+    lengths = store.array("lengths")
+    most = store.vectors.shape[1] if store.vectors.ndim == 3 else 1
+    if lengths is not None and len(lengths) and not 1 <= lengths.min() <= lengths.max() <= most:
+        raise UserError(
+            f"{store.folder}: lengths of {lengths.min()} to {lengths.max()}, but 1 to {most} is possible: make it again"
+        )
+    return Stream(size=len(store), take=lambda index, _: read_rows(store, index))
+
+
+def read_rows(store: VectorStore, index: np.ndarray) -> SequenceExamples:
+    """The items ``index`` as float32, cut to the longest of them. Padding holds whatever the store holds there."""
+    vectors, lengths = store.vectors[index].astype(np.float32), store.array("lengths")
+    if vectors.ndim == 2:
+        vectors = vectors[:, None]
+    count = np.full(len(index), vectors.shape[1]) if lengths is None else np.asarray(lengths[index])
+    longest = int(count.max())
+    valid = np.arange(longest) < count[:, None]
+    return SequenceExamples(features_BSF=torch.from_numpy(vectors[:, :longest]), valid_BS=torch.from_numpy(valid))
+
+
+def feature_statistics(store: VectorStore) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each feature over all valid positions of the store, float32 [F] each."""
+    count, total, squares = 0, 0.0, 0.0
+    for start in range(0, len(store), _STATISTICS_ROWS):
+        rows = read_rows(store, np.arange(start, min(start + _STATISTICS_ROWS, len(store))))
+        found = rows.features_BSF[rows.valid_BS].numpy().astype(np.float64)
+        count, total, squares = count + len(found), total + found.sum(0), squares + np.square(found).sum(0)
+    mean = np.asarray(total) / count
+    scale = np.sqrt(np.maximum(np.asarray(squares) / count - mean**2, 0)).clip(_SMALLEST_SCALE)
+    return mean.astype(np.float32), scale.astype(np.float32)

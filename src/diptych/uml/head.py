@@ -19,28 +19,31 @@ from diptych.errors import UserError
 @dataclass(kw_only=True, slots=True)
 class SharedHeadConfig:
     widths: dict[str, int] = field(default_factory=dict)
-    """Width of each modality's features. Follows from the encoders."""
+    """Width of each modality's features, by its name; follows from the encoders."""
     anchor: str = "text"
-    """The modality whose features enter the head as they are; the others are projected to its width."""
+    """Name of the modality whose features enter the head as they are; the others are projected to its width."""
     classes: int = 0
-    """Classes to tell apart. Follows from the data."""
+    """Number of classes to tell apart; follows from the data."""
     features: Literal["raw", "unit", "centred", "standard"] = "centred"
-    """What is done to features first: nothing; length one; before that, the mean of the training features off; and each
-    divided by its standard deviation."""
+    """Preparation of the features: raw leaves them, unit scales them to length one, centred first subtracts the mean
+    of the training features, standard also divides by their standard deviation."""
     projection: Literal["zero", "random", "identity"] = "zero"
-    """How projections begin. random is the paper's; its noise stays in few-shot classifiers. identity is for encoders
-    that already share one space: the two towers of a dual one."""
+    """Initial weights of the projections. random is the paper's, whose noise stays in few-shot classifiers; identity
+    is for encoders that already share one space, such as the two towers of a dual encoder."""
     logit_scale: float = 16.0
     """Factor on the logits of every modality."""
     learn_scale: bool = False
-    """Learn that factor, one for each modality."""
+    """Whether that factor is learned, one for each modality."""
 
 
 class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["uml"]):
-    """r_m = s_m W P_m z_m, where the classifier W is one for all modalities m, and P is 1 for the anchor.
+    """Logits s_m W P_m z_m of the features z_m of modality m.
 
-    Random weights are normal with the inverse of their input width as variance: the rows of W are as long as those of
-    :meth:`init_from_anchor`, and P keeps the length of features.
+    All modalities share the classifier W; the scale s_m and the projection P_m are the modality's own, and P_m is the
+    identity for the anchor. Random weights are normal with the inverse of their input width as variance, so the rows of
+    W are as long as those of :meth:`init_from_anchor`, and P_m keeps the length of features.
+
+    Raises UserError for an anchor that is no modality, and for an identity projection between unequal widths.
     """
 
     def __init__(self, config: SharedHeadConfig) -> None:
@@ -60,6 +63,7 @@ class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=[
         self.init_weights()
 
     def init_weights(self) -> None:
+        """Start anew, with the distributions named above."""
         nn.init.normal_(self.head.weight, std=self.width**-0.5)
         for name, projection in self.projections.items():
             assert isinstance(projection, nn.Linear)
@@ -76,16 +80,17 @@ class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=[
             nn.init.constant_(scale, math.log(self.config.logit_scale))
 
     def forward(self, features_BD: Float[Tensor, "B D"], modality: str) -> Float[Tensor, "B C"]:
-        """Logits."""
+        """Logits of one modality's features."""
         learned = self.config.learn_scale
         scale = self.log_scales[modality].exp() if learned else self.config.logit_scale
         return scale * self.head(self.project(self.prepared(features_BD, modality), modality))
 
     def project(self, features_BD: Float[Tensor, "B D"], modality: str) -> Float[Tensor, "B W"]:
+        """Prepared features in the shared space; those of the anchor as they are."""
         return self.projections[modality](features_BD) if modality in self.projections else features_BD
 
     def prepared(self, features_BD: Float[Tensor, "B D"], modality: str) -> Float[Tensor, "B D"]:
-        """LabelledFeatures as they enter."""
+        """Features as they enter the projection: see ``SharedHeadConfig.features``."""
         if self.config.features == "raw":
             return features_BD
         centre_D, spread_D = self.get_buffer(f"centre_{modality}"), self.get_buffer(f"spread_{modality}")
@@ -93,17 +98,17 @@ class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=[
 
     @torch.no_grad()
     def fit_statistics(self, features_ND: Float[Tensor, "N D"], modality: str) -> None:
-        """Take mean and standard deviation of the training features, as far as features are to be prepared by them."""
+        """Store the mean and standard deviation of the training features that their preparation needs."""
         if self.config.features in ("centred", "standard"):
             self.get_buffer(f"centre_{modality}").copy_(features_ND.mean(0))
         if self.config.features == "standard":
             spread_D = features_ND.std(0, correction=0)
-            # A feature that is constant in training says nothing: it stays as it is, and so near zero.
+            # A feature that is constant in training is not divided, so it stays near zero after centring.
             self.get_buffer(f"spread_{modality}").copy_(spread_D.where(spread_D > 1e-6, torch.ones_like(spread_D)))
 
     @torch.no_grad()
     def init_from_anchor(self, features_TD: Float[Tensor, "T D"], labels_T: Int[Tensor, "T"]) -> None:
-        """Each class's weight becomes the mean feature of its texts, at length one."""
+        """Set each class's weight to the mean prepared feature of its texts, scaled to length one."""
         prepared_TW = self.prepared(features_TD, self.config.anchor)
         sums_CW = torch.zeros_like(self.head.weight).index_add_(0, labels_T, prepared_TW)
         self.head.weight.copy_(F.normalize(sums_CW, dim=-1))

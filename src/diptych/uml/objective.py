@@ -1,8 +1,14 @@
-"""Supervised UML: one classifier of several modalities, none of whose rows belong together.
+"""Supervised UML: one classifier learns from several modalities whose examples are not paired.
+
+    L = sum over modalities m of w_m CE(h(z_m), c_m)
+
+where h is the shared classifier, z_m the features and c_m the classes of modality m's examples. The weight w of the
+target modality is 1, that of the others is lambda.
 
 Gupta et al., "Better Together: Leveraging Unpaired Multimodal Data for Stronger Unimodal Models", supervised variant.
 
-Shapes: B rows of a modality, D width of its features, C classes.
+Shapes: B rows of a modality (another number for each), D width of its features, C classes,
+H and W pixels.
 """
 
 from collections.abc import Mapping
@@ -12,10 +18,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from diptych.data.augment import ViewConfig, draw_view, make_view
 from diptych.data.batch import Batch, LabelledImageExamples, LabelledVectorExamples
+from diptych.encoders import ImageEncoder
 from diptych.train.objective import Losses, Objective
 from diptych.uml.head import SharedHead
 
@@ -25,9 +32,9 @@ Init = Literal["random", "anchor"]
 @dataclass(kw_only=True, slots=True)
 class UmlConfig:
     aux_weight: float = 1.0
-    """Weight of each modality beside the target (lambda); 0 is the control of a target that learns alone."""
+    """Weight of the loss of every modality but the target (lambda); 0 is the control: the target learns alone."""
     init: Init = "random"
-    """How the classifier begins; anchor is each class's mean feature of the anchor, that is, of its texts."""
+    """Initial weights of the classifier; anchor starts each class as the mean feature of its texts."""
 
 
 def uml_loss(
@@ -35,24 +42,30 @@ def uml_loss(
     labels: Mapping[str, Int[Tensor, "_"]],
     weights: Mapping[str, float | Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = sum over modalities m of w_m CE(h(z_m), c_m), and its unweighted parts.
+    """L, and its unweighted term of each modality.
 
-    The target's weight is 1, the others' lambda: CE(h(z_img), c_img) + lambda CE(h(z_txt), c_txt).
+    With images as target it is CE(h(z_img), c_img) + lambda CE(h(z_txt), c_txt).
     """
     terms = {name: F.cross_entropy(logits[name].float(), labels[name]) for name in logits}
     return torch.stack([weights[name] * loss for name, loss in terms.items()]).sum(), terms
 
 
 class UmlObjective(Objective):
-    """A stream for each modality, drawn independently of the others; whichever is short begins anew.
+    """The classifier with its loss. Every modality has a stream of its own; short ones begin anew sooner.
 
-    Rows are cached features (``vectors_BD``), or pictures of the target where its ``encoder`` learns too.
+    Examples are cached features. Those of the target are images if its ``encoder`` is trained too, each seen in a
+    random ``view``.
     """
 
     def __init__(
-        self, head: SharedHead, config: UmlConfig, *, target: str, encoder: nn.Module | None = None,
+        self,
+        head: SharedHead,
+        config: UmlConfig,
+        *,
+        target: str,
+        encoder: ImageEncoder | None = None,
         view: ViewConfig | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.head, self.encoder = head, encoder
         self.config, self.target, self.view = config, target, view
@@ -62,20 +75,22 @@ class UmlObjective(Objective):
     def forward(self, batch: Batch, step: int) -> Losses:
         logits, labels = {}, {}
         for name in self.streams:
-            items: LabelledVectorExamples | LabelledImageExamples = batch[name]
-            labels[name] = items.labels_B
-            logits[name] = self.head(self.features(items, batch), name)
+            examples: LabelledVectorExamples | LabelledImageExamples = batch[name]
+            labels[name] = examples.labels_B
+            logits[name] = self.head(self.features(examples, batch), name)
         total, terms = uml_loss(logits, labels, self.weights)
         right_B = logits[self.target].argmax(1) == labels[self.target]
         terms[f"{self.target}/accuracy"] = right_B.float().mean()
         return Losses(total, {name: term.detach() for name, term in terms.items()})
 
-    def features(self, items: LabelledVectorExamples | LabelledImageExamples, batch: Batch) -> Float[Tensor, "B D"]:
-        if isinstance(items, LabelledVectorExamples):
-            return items.vectors_BD
+    def features(self, examples: LabelledVectorExamples | LabelledImageExamples, batch: Batch) -> Float[Tensor, "B D"]:
+        """The cached features, or those that the encoder computes of a random view of the images."""
+        if isinstance(examples, LabelledVectorExamples):
+            return examples.vectors_BD
         assert self.encoder is not None
-        pixels = items.pixels_B3HW
+        pixels_B3HW: Tensor = examples.pixels_B3HW
         if self.view is not None:
-            drawn = draw_view(batch.rng, "view", len(items))
-            pixels = make_view(pixels, drawn, self.view, size=pixels.shape[-1]).clamp(0, 1) * 255
-        return self.encoder(pixels)
+            drawn = draw_view(batch.rng, "view", len(examples))
+            view_B3HW = make_view(pixels_B3HW, drawn, self.view, size=pixels_B3HW.shape[-1])
+            pixels_B3HW = view_B3HW.clamp(0, 1) * 255
+        return self.encoder(pixels_B3HW)

@@ -1,4 +1,4 @@
-"""Recipes for supervised UML: the paper's linear probe and its full fine-tune."""
+"""Recipes of UML: the supervised linear probe and full fine-tune, and the self-supervised encoder of features."""
 
 from dataclasses import replace
 
@@ -13,32 +13,37 @@ from diptych.uml.trunk import SharedTransformerConfig
 
 
 def uml_probe() -> UmlRun:
-    """A linear classifier of a frozen encoder's images, helped by texts about the classes.
+    """A linear classifier on a frozen image encoder, helped by texts about the classes.
 
-    Command: diptych fit uml-probe --data.images photos/ --data.texts descriptions.json --encoder facebook/dinov2-small
+    Command: diptych fit uml-probe --data.images images/ --data.texts descriptions.json --encoder facebook/dinov2-small
              --text-encoder google/t5-v1_1-base --out runs/probe
-    Cost: each image and text is encoded once; then seconds.
+    Cost: each image and each text is encoded once; the training after that takes seconds.
     """
     return UmlRun(
         data=UmlData(images=tyro.MISSING),
         encoder=tyro.MISSING,
         text_encoder=tyro.MISSING,
         train=TrainConfig(
-            steps=12_800, batch_size=32, eval_every=100, checkpoint_every=3200, workers=0, precision="fp32",
+            steps=12_800,
+            batch_size=32,
+            eval_every=100,
+            checkpoint_every=3200,
+            workers=0,
+            precision="fp32",
             tensorboard=False,
         ),
         optim=OptimConfig(
             lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, max_grad_norm=None, warmup_steps=50, final_lr=0.01
         ),
-    )  # fmt: skip
+    )
 
 
 def uml_finetune() -> UmlRun:
-    """The same with the image encoder trained along. `--encoder scratch` trains a small ViT from nothing.
+    """A linear classifier and its image encoder, trained together; `--encoder scratch` starts with a new small ViT.
 
-    Command: diptych fit uml-finetune --data.images photos/ --data.texts descriptions.json
+    Command: diptych fit uml-finetune --data.images images/ --data.texts descriptions.json
              --encoder facebook/dinov2-small --text-encoder google/t5-v1_1-base --out runs/tuned
-    Cost: that of training the encoder.
+    Cost: that of training the image encoder.
     """
     return replace(
         uml_probe(),
@@ -50,15 +55,11 @@ def uml_finetune() -> UmlRun:
     )
 
 
-# JOINED recipes.uml_ssl_recipes
-#| Recipes of self-supervised UML.
-
-
 def uml_ssl() -> UmlSslRun:
-    """A better encoder of one modality's features, with the help of unpaired features of others.
+    """An encoder of one modality's features that also learns from unpaired features of other modalities.
 
-    Command: diptych fit uml-ssl --target photos.store --others captions.store,sounds.store --out runs/uml
-    Cost: 1.0 s of one CPU core a step and modality, for 32 sequences of 124 positions; two hours with one other.
+    Command: diptych fit uml-ssl --target images.store --others captions.store,audio.store --out runs/uml
+    Cost: 1.0 s of one CPU core for a step and modality, with 32 sequences of 124 positions; two hours with one other.
     """
     return UmlSslRun(
         target=tyro.MISSING,

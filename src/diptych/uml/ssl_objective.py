@@ -1,11 +1,11 @@
-"""Self-supervised UML: every modality predicts its next embedding through the same trunk, nothing is paired.
+"""Self-supervised UML: each modality predicts its next feature through a shared trunk, without pairs.
 
     L = sum_m w_m MSE(g_m(h(f_m x))[:, :-1], x[:, 1:])
 
-with f_m and g_m linear maps of modality m's own and h the shared causal transformer. A row of one position has no next
-one and is reconstructed. The target modality trains alone at first.
+where f_m and g_m are linear maps of modality m alone and h is the causal transformer that all share. A row of one
+position has no next one, so it is reconstructed. The target modality trains alone at first.
 
-Departure: padding is left out of loss, attention and mean, which the released code forgets.
+Departure: padding is left out of the loss, the attention and the mean. The released code includes it.
 
 Shapes: B rows, S positions, F width of a modality's features, D width of the trunk.
 """
@@ -25,13 +25,13 @@ from diptych.uml.trunk import SharedTransformer
 @dataclass(kw_only=True, slots=True)
 class UmlSslConfig:
     aux_weight: float = 1.0
-    """Weight of each modality beside the target (lambda); 0 is the control of a target that learns alone."""
+    """Weight of the loss of every modality but the target (lambda); 0 is the control: the target learns alone."""
     aux_start_step: int = 500
-    """Step at which the other modalities join."""
+    """Step from which the other modalities' losses are added."""
 
 
 class UmlSsl(Objective):
-    """One stream of features a modality, by its name; the ``target`` is the one that is wanted in the end."""
+    """The network with its loss. Every modality has a stream of its own; ``target`` is the one to be represented."""
 
     def __init__(self, model: SharedTransformer, config: UmlSslConfig, *, target: str) -> None:
         super().__init__()
@@ -40,9 +40,9 @@ class UmlSsl(Objective):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         terms: dict[str, Tensor] = {}
-        for name, items in batch.streams.items():
+        for name, examples in batch.streams.items():
             if name == self.target or step >= self.config.aux_start_step:
-                terms[name] = next_embedding_loss(self.model, items.features_BSF, items.valid_BS, modality=name)
+                terms[name] = next_embedding_loss(self.model, examples.features_BSF, examples.valid_BS, modality=name)
         weighted = [loss * (1.0 if name == self.target else self.config.aux_weight) for name, loss in terms.items()]
         return Losses(torch.stack(weighted).sum(), {name: loss.detach() for name, loss in terms.items()})
 
@@ -50,8 +50,8 @@ class UmlSsl(Objective):
 def next_embedding_loss(
     model: SharedTransformer, x_BSF: Float[Tensor, "B S F"], valid_BS: Bool[Tensor, "B S"], *, modality: str
 ) -> Float[Tensor, ""]:
-    """The mean over rows of each row's mean squared error, over the positions whose target is real."""
-    x_BSF = model.standardised(x_BSF, valid_BS, modality=modality)
+    """The mean squared error of each row over the positions whose next one is valid, then the mean over rows."""
+    x_BSF = model.standardized(x_BSF, valid_BS, modality=modality)
     predicted_BSF = model.predict(model.trunk(x_BSF, modality=modality), modality=modality)
     single_B1 = valid_BS.sum(1, keepdim=True) == 1
     wanted_BSF = torch.where(single_B1[..., None], x_BSF, x_BSF.roll(-1, dims=1))

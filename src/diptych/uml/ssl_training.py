@@ -1,4 +1,7 @@
-"""Self-supervised UML on stored features: the target modality learns with the help of others, nothing is paired."""
+"""Training self-supervised UML on stored feature sequences, and embedding stores with the network of a run.
+
+Shapes: N items of a store, B rows, D width of the trunk.
+"""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -22,31 +25,36 @@ from diptych.uml.ssl_objective import UmlSsl, UmlSslConfig
 from diptych.uml.trunk import SharedTransformer, SharedTransformerConfig
 
 TARGET = "target"
+"""Name of the target modality and of its stream."""
 _ROWS = 64
-"""Examples embedded at once."""
+"""Items embedded at once."""
 
 
 @dataclass(kw_only=True, slots=True)
 class UmlSslRun:
-    """`diptych fit uml-ssl`: a better encoder of one modality from features of several, without a pair."""
+    """Self-supervised UML, as `diptych fit uml-ssl` trains it: an encoder of one modality's features, without pairs."""
 
     kind: ClassVar[Kind] = "feature encoder"
 
     target: str
-    """Store of the features that a better representation is wanted of."""
+    """Folder of the target's store: the features of which a better representation is learned."""
     others: str = ""
-    """Stores of the other modalities, separated by commas. None is the control of a target that learns alone."""
+    """Folders of the other modalities' stores, separated by commas; without any, the target learns alone."""
     model: SharedTransformerConfig = field(default_factory=SharedTransformerConfig)
-    """The network. Its features follow from the stores."""
+    """Architecture of the network; the widths of the features follow from the stores."""
     objective: UmlSslConfig = field(default_factory=UmlSslConfig)
-    """Its losses."""
+    """Weight and start of the other modalities' losses."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The loop."""
+    """Settings of the training loop."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """The optimiser."""
+    """Settings of the optimizer."""
 
     def fit(self, out: Path, *, recipe: str) -> None:
-        """Leaves ``out/model``, which embeds features of the target without anything of the others."""
+        """Train in the run folder ``out``, or go on there.
+
+        It leaves ``out/model``, which embeds features of the target without the other modalities. Raises UserError for
+        stores that cannot be read and for fields with which they would never be used.
+        """
         stores = self.open()
         streams = {name: sequence_stream(store) for name, store in stores.items()}
         write_config(out, recipe=recipe, run=self)
@@ -68,9 +76,10 @@ class UmlSslRun:
         """The stores by modality: ``target``, ``other_1``, ``other_2`` and so on."""
         others = [place for place in self.others.split(",") if place]
         places = {TARGET: self.target} | {f"other_{number}": place for number, place in enumerate(others, start=1)}
-        if others and self.objective.aux_start_step >= self.train.steps:
+        start, steps = self.objective.aux_start_step, self.train.steps
+        if others and start >= steps:
             raise UserError(
-                f"--objective.aux-start-step {self.objective.aux_start_step} is not before --train.steps {self.train.steps}, "
+                f"--objective.aux-start-step {start} is not before --train.steps {steps}, "
                 "so the other modalities would never be used: lower it, or leave --others out"
             )
         return {name: VectorStore.open(Path(place)) for name, place in places.items()}
@@ -87,12 +96,19 @@ class UmlSslRun:
 
 
 def embed_features(run: Path, store: VectorStore, *, device: Device = "auto") -> np.ndarray:
-    """Embeddings [N D] of target features by the network of a `uml-ssl` run."""
+    """Embeddings [N D] of the target features in ``store`` by the network of a `uml-ssl` run.
+
+    Raises UserError for features of another width than the run's target has.
+    """
     return np.concatenate([found for _, found in _embeddings(run, store, device)])
 
 
 def embed_store(run: Path, folder: Path, *, out: Path, device: Device = "auto") -> VectorStore:
-    """The store ``folder`` with embeddings in place of its features, in half precision. Labels and the like stay."""
+    """Write the store ``out``: that of ``folder`` with embeddings in place of its features, in half precision.
+
+    Other arrays, such as the labels, are copied. Raises UserError as :func:`embed_features` does, and for an ``out``
+    that holds anything but a store.
+    """
     check_free(out)
     store = VectorStore.open(folder)
     further = {name: array for name, array in store.further.items() if name != "lengths"}
@@ -105,7 +121,7 @@ def embed_store(run: Path, folder: Path, *, out: Path, device: Device = "auto") 
 
 
 def _embeddings(run: Path, store: VectorStore, device: Device) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Some items at a time: which they are [B], and their embeddings [B D]."""
+    """Some items at a time: their indices [B] and their embeddings [B D]."""
     model = load_network(SharedTransformer, run / "model").to(pick_device(device))
     wanted, found = model.config.features[TARGET], store.vectors.shape[-1]
     if wanted != found:
@@ -113,6 +129,5 @@ def _embeddings(run: Path, store: VectorStore, device: Device) -> Iterator[tuple
     place = next(model.parameters()).device
     for index in np.array_split(np.arange(len(store)), max(1, -(-len(store) // _ROWS))):
         rows = read_rows(store, index).to(place)
-        assert rows.features_BSF is not None
         with eval_mode(model):
             yield index, model.embed(rows.features_BSF, rows.valid_BS, modality=TARGET).cpu().numpy()

@@ -1,6 +1,15 @@
-"""Training supervised UML: a classifier of images that also learns from texts about their classes."""
+"""Training supervised UML: a classifier of images that also learns from texts about their classes.
 
+    UmlRun        the run: data, encoders, classifier, loss, training
+    start_head    the classifier at its start
+    BestWeights   which weights are kept: those of the best validation accuracy
+
+Shapes: N images, D width of their features, C classes.
+"""
+
+import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -9,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig
@@ -18,85 +28,95 @@ from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Episode, Labelled, draw_episode, hold_out
 from diptych.data.streams import BatchSampler
-from diptych.encoders import ScratchConfig, open_image_encoder, open_text_encoder, scratch_encoder
+from diptych.encoders import ImageEncoder, ScratchConfig, open_image_encoder, open_text_encoder, scratch_encoder
+from diptych.encoders.image import ImagePooling
+from diptych.encoders.text import TextPooling
 from diptych.errors import UserError
 from diptych.nn.inference import pick_device
 from diptych.run_folder import Kind, save_model, write_config, write_json
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import join_processes
+from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
-from diptych.uml.data import LabelledFeatures, PixelSide, frozen_side, text_side
-from diptych.uml.features import made_of
+from diptych.uml.data import LabelledFeatures, LabelledImages, class_text_features, labelled_image_features
+from diptych.uml.features import encoder_identity
 from diptych.uml.head import SharedHead, SharedHeadConfig
 from diptych.uml.objective import Init, UmlConfig, UmlObjective
-from diptych.uml.selection import Best, Score
 
 IMAGE, TEXT = "image", "text"
+"""Names of the modalities, and of their streams."""
 
 
 @dataclass(kw_only=True, slots=True)
 class UmlData:
     images: str
-    """Labelled images: a folder with a folder for each class, or any source with labels."""
+    """Source of labelled images: a folder with a folder for each class, or any source with labels."""
     valid: str | None = None
-    """Labelled images to select the best weights on. Not given: some of `images`."""
+    """Source of labelled images on which the best weights are selected; if not given, some of `images`."""
     valid_share: float = 0.1
-    """Share of each class that is held back for that, where neither `valid` nor `shots` is given."""
+    """Share of the images of each class that is held back to select the weights, if neither `valid` nor `shots` is
+    given."""
     shots: int | None = None
-    """Learn from so many random images of each class only, and select on min(4, shots) others."""
+    """Number of random images of each class to learn from, and min(4, shots) others to select on; if not given, all."""
     texts: str | None = None
-    """Texts about the classes: a JSON file {class: [sentence, ...]} or a folder of CLASS.txt. Not given: templates."""
+    """Texts about the classes: a JSON file {class: [sentence, ...]} or a folder of CLASS.txt; if not given, the
+    templates."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
-    """Texts made from the names of the classes, where none are given."""
+    """Templates of texts, with {} for the name of the class, which are used if no texts are given."""
     text_shots: Shots = "all"
-    """Texts of each class to learn from: a number of random ones, all, or one that is the mean of all."""
+    """Texts of each class to learn from: a number of random ones, `all`, or `mean`, the mean of all their features."""
     cache: Path | None = None
-    """Folder for the features of frozen encoders, which runs may share. Not given: within the run folder."""
+    """Folder for the features of frozen encoders, which runs may share; if not given, one in the run folder."""
     columns: Columns = field(default_factory=Columns)
-    """Names of columns that cannot be guessed."""
+    """Names of the columns that cannot be guessed."""
     workers: int = 2
-    """Threads that decode images ahead of training."""
+    """Number of threads that decode images."""
     cache_mb: int = 1024
-    """Fine-tuning: decoded pictures stay in memory if all of them take no more than this."""
+    """Memory for decoded images of a tuned encoder, in MiB; if all of them take more, they are decoded every epoch."""
     max_skipped_share: float = 0.01
-    """Share of unreadable images that is left out without stopping."""
+    """Largest share of unreadable images that is left out without stopping."""
 
 
 @dataclass(kw_only=True, slots=True)
 class UmlRun:
-    """`diptych fit uml-probe` and `uml-finetune`."""
+    """Supervised UML, as `diptych fit uml-probe` and `diptych fit uml-finetune` train it."""
 
     kind: ClassVar[Kind] = "classifier"
 
     data: UmlData
-    """What it learns from."""
+    """Images and texts to learn from."""
     encoder: str
-    """Image encoder: a folder or hub name of transformers, an ITIT, dual or classifier run, or scratch: a new one."""
+    """Image encoder: a folder or hub name of transformers, an ITIT, dual or classifier run, or `scratch` for a new
+    one."""
     text_encoder: str
-    """Text encoder, always frozen: a folder or hub name of transformers, a dual, ITIT or text encoder run."""
-    pooling: Literal["auto", "cls", "mean"] = "auto"
-    """How an image's tokens become one vector; auto is the encoder's own way."""
-    text_pooling: Literal["auto", "mean", "cls", "last"] = "auto"
-    """The same for texts: auto is CLIP's shared embedding, else the mean; last suits decoders."""
+    """Text encoder, always frozen: a folder or hub name of transformers, or a dual, ITIT or text encoder run."""
+    pooling: ImagePooling = "auto"
+    """Pooling of an image's tokens to one vector; auto is the encoder's own."""
+    text_pooling: TextPooling = "auto"
+    """Pooling of a text's tokens to one vector; auto is CLIP's shared embedding, else the mean; last suits decoders."""
     train_encoder: Literal["frozen", "tuned"] = "frozen"
-    """frozen learns the classifier from cached features; tuned trains the image encoder along."""
+    """Training of the image encoder: `frozen` learns the classifier from cached features, `tuned` trains both."""
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
-    """The new encoder, if it is one."""
+    """Architecture of the new image encoder, if `encoder` is `scratch`."""
     view: ViewConfig = field(default_factory=ViewConfig)
-    """Random views of the pictures while the encoder is tuned; a frozen one sees each picture once, as it is."""
+    """Random views of the images for a tuned encoder; a frozen one is given every image once, as it is."""
     head: SharedHeadConfig = field(default_factory=SharedHeadConfig)
-    """The classifier. Its widths and classes follow from encoders and data."""
+    """Architecture of the classifier; its widths and classes follow from the encoders and the data."""
     objective: UmlConfig = field(default_factory=UmlConfig)
-    """Its loss."""
+    """Loss and start of the classifier."""
     patience: int = 10
-    """Validations in a row without a better one after which training ends."""
+    """Number of validations in a row without a better one after which training ends."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The loop."""
+    """Settings of the training loop."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """The optimiser."""
+    """Settings of the optimizer."""
 
     def fit(self, out: Path, *, recipe: str) -> TrainResult:
-        """Leaves ``out/encoder``, ``out/head`` and ``out/classes.json``, which classify without any text."""
+        """Train in the run folder ``out``, or go on there.
+
+        A finished run leaves ``out/encoder``, ``out/head`` and ``out/classes.json``, which classify without any text.
+        Raises UserError for fields or data that cannot be trained with.
+        """
         self.check()
         join_processes(self.train.device)
         labelled = Labelled.of(open_finite(self.data.images, self.data.columns))
@@ -104,18 +124,26 @@ class UmlRun:
         texts = self._texts(labelled.classes, cache=self.data.cache or out / "features")
         write_config(out, recipe=recipe, run=self)
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
-        images, valid = self._sides(labelled, encoder, cache=self.data.cache or out / "features", skipped=skipped)
+        images, valid = self._images(labelled, encoder, cache=self.data.cache or out / "features", skipped=skipped)
         objective = self.build(encoder, images, texts, classes=len(labelled.classes))
         batches = BatchSampler(
             {IMAGE: images.stream(), TEXT: texts.stream()},
-            multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed,
-        )  # fmt: skip
-        best = Best(out / "best", patience=self.patience)
+            multiples=objective.streams,
+            batch_size=self.train.batch_size,
+            seed=self.train.seed,
+        )
+        best = BestWeights(out / "best", patience=self.patience)
         hook = Hook(every=self.train.eval_every, run=_validation(valid, best), over=best.is_over)
         result = train(
-            objective, batches, out=out, train=self.train, optim=self.optim, hooks=[hook], title=recipe,
+            objective,
+            batches,
+            out=out,
+            train=self.train,
+            optim=self.optim,
+            hooks=[hook],
+            title=recipe,
             identity=self._identity(objective, encoder, images, texts),
-        )  # fmt: skip
+        )
         if len(skipped):
             skipped.write(out / "skipped.jsonl")
         if result.finished and PartialState().is_main_process:
@@ -123,7 +151,7 @@ class UmlRun:
         return result
 
     def check(self) -> None:
-        """Raise UserError for combinations of fields that would fail late or train nothing."""
+        """Raises UserError for combinations of fields that would fail late or train nothing."""
         if self.train_encoder == "frozen" and self.encoder == "scratch":
             raise UserError("a new encoder that stays frozen has learnt nothing: give --encoder, or fit uml-finetune")
         if self.train_encoder == "tuned" and self.head.features in ("centred", "standard"):
@@ -135,59 +163,68 @@ class UmlRun:
             raise UserError(f"--objective.aux-weight is {self.objective.aux_weight}; it must be 0 or more")
 
     def build(
-        self, encoder: Any, images: "LabelledFeatures | PixelSide", texts: LabelledFeatures, *, classes: int
+        self, encoder: ImageEncoder, images: LabelledFeatures | LabelledImages, texts: LabelledFeatures, *, classes: int
     ) -> UmlObjective:
-        """The classifier with its loss; its initial weights follow from ``train.seed`` and the texts."""
-        config = replace(
-            self.head, widths={IMAGE: encoder.width, TEXT: texts.vectors_ND.shape[1]}, anchor=TEXT, classes=classes
-        )  # fmt: skip
+        """The classifier with its loss; its initial weights follow from ``train.seed``, the images and the texts."""
+        widths = {IMAGE: encoder.width, TEXT: texts.vectors_ND.shape[1]}
+        config = replace(self.head, widths=widths, anchor=TEXT, classes=classes)
         known = images.tensors()[0] if isinstance(images, LabelledFeatures) else None
         head = start_head(config, known, texts.tensors(), init=self.objective.init, seed=self.train.seed)
-        learning = {"encoder": encoder, "view": self.view} if self.train_encoder == "tuned" else {}
-        return UmlObjective(head, self.objective, target=IMAGE, **learning)
+        if self.train_encoder == "tuned":
+            return UmlObjective(head, self.objective, target=IMAGE, encoder=encoder, view=self.view)
+        return UmlObjective(head, self.objective, target=IMAGE)
 
     def _texts(self, classes: tuple[str, ...], *, cache: Path) -> LabelledFeatures:
         texts = texts_of(self.data.texts, classes, templates=self.data.templates)
         encoder = open_text_encoder(self.text_encoder, pooling=self.text_pooling).to(pick_device(self.train.device))
         with PartialState().main_process_first():
-            return text_side(encoder, texts, shots=self.data.text_shots, cache=cache, seed=self.train.seed)
+            return class_text_features(encoder, texts, shots=self.data.text_shots, cache=cache, seed=self.train.seed)
 
-    def _open_encoder(self) -> Any:
+    def _open_encoder(self) -> ImageEncoder:
         if self.encoder == "scratch":
             return scratch_encoder(self.scratch, seed=self.train.seed)
         return open_image_encoder(self.encoder, pooling=self.pooling)
 
-    def _sides(self, labelled: Labelled, encoder: Any, *, cache: Path, skipped: SkippedItems) -> tuple[Any, Any]:
+    def _images(
+        self, labelled: Labelled, encoder: ImageEncoder, *, cache: Path, skipped: SkippedItems
+    ) -> tuple[LabelledFeatures | LabelledImages, LabelledFeatures | LabelledImages]:
         """Images to learn from and images to select on."""
         data = self.data
 
-        def side(part: Labelled, items: np.ndarray) -> LabelledFeatures | PixelSide:
+        def prepare(part: Labelled, items: np.ndarray) -> LabelledFeatures | LabelledImages:
             if self.train_encoder == "tuned":
-                return PixelSide(part, items, size=encoder.image_size, skipped=skipped, cache_mb=data.cache_mb)
+                return LabelledImages(part, items, size=encoder.image_size, skipped=skipped, cache_mb=data.cache_mb)
             with PartialState().main_process_first():
-                return frozen_side(encoder, part, items, cache=cache, skipped=skipped, workers=data.workers)
+                return labelled_image_features(encoder, part, items, cache=cache, skipped=skipped, workers=data.workers)
 
         episode = self._episode(labelled.labels_N)
         if data.valid is None:
-            return side(labelled, episode.train), side(labelled, episode.valid)
+            return prepare(labelled, episode.train), prepare(labelled, episode.valid)
         valid = Labelled.of(open_finite(data.valid, data.columns), labelled.classes)
-        return side(labelled, episode.train), side(valid, np.arange(len(valid.labels_N)))
+        return prepare(labelled, episode.train), prepare(valid, np.arange(len(valid.labels_N)))
 
     def _episode(self, labels_N: np.ndarray) -> Episode:
+        """Which images to learn from, and which to select on."""
         if self.data.shots is not None:
             return draw_episode(labels_N, self.data.shots, seed=self.train.seed)
         if self.data.valid is None:
             return hold_out(labels_N, self.data.valid_share, seed=self.train.seed)
         return Episode(train=np.arange(len(labels_N)), valid=np.arange(0))
 
-    def _identity(self, objective: UmlObjective, encoder: Any, images: Any, texts: LabelledFeatures) -> dict[str, Any]:
-        """What decides the losses besides the loop's own fields."""
+    def _identity(
+        self,
+        objective: UmlObjective,
+        encoder: ImageEncoder,
+        images: LabelledFeatures | LabelledImages,
+        texts: LabelledFeatures,
+    ) -> dict[str, Any]:
+        """What decides the losses besides the loop's own fields; a resumed run must have the same."""
         data = {IMAGE: images.labels_N.tolist(), TEXT: texts.labels_N.tolist()}
         return {
             "head": asdict(objective.head.config),
             "objective": asdict(self.objective),
             "view": asdict(self.view),
-            "encoder": made_of(encoder),
+            "encoder": encoder_identity(encoder),
             "text_encoder": self.text_encoder,
             "data": data,
         }
@@ -196,7 +233,11 @@ class UmlRun:
 def start_head(
     config: SharedHeadConfig, images_ND: Tensor | None, texts: tuple[Tensor, Tensor], *, init: Init, seed: int
 ) -> SharedHead:
-    """A new head: random weights follow from ``seed`` alone; the rest from the features that it is to learn from."""
+    """A new classifier, whose random weights follow from ``seed`` alone.
+
+    Its statistics are those of ``images_ND``, which is None for features that will change, and of the texts. With
+    ``init`` "anchor" its weights are the mean features of the texts. ``texts``: features [T D] and labels [T].
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = SharedHead(config)
@@ -208,13 +249,14 @@ def start_head(
     return head
 
 
-def _validation(valid: "LabelledFeatures | PixelSide", best: Best):
-    """Accuracy and loss on the images to select on, for ``metrics.jsonl`` and for :class:`Best`."""
+def _validation(valid: LabelledFeatures | LabelledImages, best: "BestWeights") -> Callable[..., dict[str, Measured]]:
+    """A hook's function: accuracy and loss on the images to select on, also offered to ``best``."""
 
-    def run(step: int, objective: nn.Module) -> dict[str, float | int]:
+    def run(step: int, objective: nn.Module) -> dict[str, Measured]:
         assert isinstance(objective, UmlObjective)
         device = objective.head.head.weight.device
-        if isinstance(valid, PixelSide):
+        if isinstance(valid, LabelledImages):
+            assert objective.encoder is not None
             vectors_ND, labels_N = valid.features(objective.encoder, device)
         else:
             vectors_ND, labels_N = valid.tensors(device)
@@ -227,8 +269,10 @@ def _validation(valid: "LabelledFeatures | PixelSide", best: Best):
     return run
 
 
-def _finish(out: Path, objective: UmlObjective, encoder: Any, classes: tuple[str, ...], best: Best) -> None:
-    """The selected weights, saved so that they classify without texts and without this data."""
+def _finish(
+    out: Path, objective: UmlObjective, encoder: ImageEncoder, classes: tuple[str, ...], best: "BestWeights"
+) -> None:
+    """Save the selected weights so that they classify without the texts and without this data."""
     best.load_into(objective)
     save_model(objective.head, out / "head")
     save_model(encoder, out / "encoder")
@@ -238,3 +282,67 @@ def _finish(out: Path, objective: UmlObjective, encoder: Any, classes: tuple[str
         f"{out}: {best.score.accuracy:.1%} of the validation images right after step {best.score.step}",
         file=sys.stderr,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """The result of a validation after so many steps."""
+
+    step: int
+    accuracy: float
+    loss: float
+
+    def beats(self, other: "Score | None") -> bool:
+        """Whether the accuracy is higher, or the same with a lower loss: few validation images give many equals."""
+        return other is None or (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
+
+
+def select_best(scores: list[Score], *, patience: int) -> Score | None:
+    """The best of ``scores``, in the order of their steps, up to where ``patience`` in a row were no better."""
+    best, waited = None, 0
+    for score in scores:
+        if waited == patience:
+            break
+        best, waited = (score, 0) if score.beats(best) else (best, waited + 1)
+    return best
+
+
+def patience_is_over(scores: list[Score], *, patience: int) -> bool:
+    """Whether the last ``patience`` scores were no better, so that no further one can be selected."""
+    best = select_best(scores, patience=patience)
+    return best is not None and len(scores) - 1 - scores.index(best) >= patience
+
+
+class BestWeights:
+    """Keeps the weights of the selected step, and all scores, in a folder. A resumed run goes on with them."""
+
+    def __init__(self, folder: Path, *, patience: int) -> None:
+        self.folder, self.patience = folder, patience
+        found = folder / "scores.json"
+        self.scores = [Score(**each) for each in json.loads(found.read_text())] if found.is_file() else []
+
+    @property
+    def score(self) -> Score | None:
+        """The selected score, None before the first."""
+        return select_best(self.scores, patience=self.patience)
+
+    def is_over(self, step: int) -> bool:
+        """Whether no step after ``step`` can be selected any more."""
+        return patience_is_over([each for each in self.scores if each.step <= step], patience=self.patience)
+
+    def offer(self, score: Score, objective: nn.Module) -> None:
+        """Record a score, and keep the weights if it is selected. Scores are offered in the order of their steps.
+
+        Known scores of this step and of later ones are from before a resume, and are dropped.
+        """
+        self.scores = [*(each for each in self.scores if each.step < score.step), score]
+        if self.score == score:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft = self.folder / ".weights.safetensors"
+            save_file({name: value.contiguous() for name, value in objective.state_dict().items()}, draft)
+            draft.replace(self.folder / "weights.safetensors")
+        write_json(self.folder / "scores.json", [asdict(each) for each in self.scores])
+
+    def load_into(self, objective: nn.Module) -> None:
+        """Give ``objective`` the selected weights."""
+        objective.load_state_dict(load_file(self.folder / "weights.safetensors"))

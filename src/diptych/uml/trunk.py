@@ -1,9 +1,9 @@
-"""The self-supervised UML network: linear maps in and out per modality around one causal transformer that all share.
+"""The network of self-supervised UML: a causal transformer that all modalities share, between linear maps of each.
 
 Gupta et al., "Better Together: Leveraging Unpaired Multimodal Data for Stronger Unimodal Models".
 
-Departure: features are standardised by the training data of their modality, so that a mean squared error weighs the
-same whatever the scale of an encoder; positions are sinusoids, since sequences may be of any length.
+Departure: features are standardized by the training data of their modality, so that one loss weight means the same for
+encoders of any scale. Positions are sinusoids, because sequences may have any length.
 
 Shapes: B rows, S positions, F width of a modality's features, D width of the trunk.
 """
@@ -22,24 +22,24 @@ from diptych.nn.transformer import Blocks, init_weights, prefix_causal
 
 @dataclass(kw_only=True, slots=True)
 class SharedTransformerConfig:
-    """The paper's sizes: 5 blocks and 5 heads; 4 and 4 at width 256 for images with text, the default here."""
+    """The default is the paper's network for images with text. Its other networks have 5 blocks and 5 heads."""
 
     features: dict[str, int] = field(default_factory=dict)
-    """Width of each modality's features, by its name."""
+    """Width of each modality's features, by its name; follows from the stores."""
     width: int = 256
     """Width of the trunk."""
     depth: int = 4
-    """Blocks of the trunk."""
+    """Number of transformer blocks of the trunk."""
     heads: int = 4
-    """Its attention heads."""
+    """Number of attention heads of a block."""
     dropout: float = 0.1
-    """In attention and on both branches of a block."""
+    """Dropout rate, in attention and on both branches of a block."""
 
 
 class SharedTransformer(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["uml"]):
-    """f_m, h and g_m: ``trunk`` is h(f_m x), ``predict`` is g_m of it.
+    """The maps f_m and g_m and the trunk h: :meth:`trunk` is h(f_m x), :meth:`predict` applies g_m to it.
 
-    Rows are padded at their end. So no valid position looks at padding, as attention is causal.
+    Rows are padded at their end, so causal attention keeps every valid position from looking at padding.
     """
 
     def __init__(self, config: SharedTransformerConfig) -> None:
@@ -56,40 +56,40 @@ class SharedTransformer(nn.Module, PyTorchModelHubMixin, library_name="diptych",
 
     @torch.no_grad()
     def set_statistics(self, mean_F: np.ndarray, scale_F: np.ndarray, *, modality: str) -> None:
-        """Mean and standard deviation of a modality's features, to standardise by."""
+        """Set the mean and standard deviation by which a modality's features are standardized."""
         own = self._own(modality)
         own.mean_F.copy_(torch.from_numpy(mean_F))
         own.scale_F.copy_(torch.from_numpy(scale_F))
 
-    def standardised(
+    def standardized(
         self, x_BSF: Float[Tensor, "B S F"], valid_BS: Bool[Tensor, "B S"], *, modality: str
     ) -> Float[Tensor, "B S F"]:
-        """What the other methods work on; zero at padding, whatever was there."""
+        """Features in units of their standard deviation, as :meth:`trunk` takes them; zero at padding."""
         own = self._own(modality)
         return ((x_BSF - own.mean_F) / own.scale_F).masked_fill(~valid_BS[..., None], 0)
 
     def trunk(self, x_BSF: Float[Tensor, "B S F"], *, modality: str) -> Float[Tensor, "B S D"]:
-        """What each position knows of itself and of those before it."""
+        """Hidden states of standardized features; each position attends to itself and to those before it."""
         places, device = x_BSF.shape[1], x_BSF.device
         x_BSD = self._own(modality).into(x_BSF)
         x_BSD = x_BSD + _sinusoids(places, x_BSD.shape[-1], device=device)
         return self.blocks(x_BSD, attend=prefix_causal(0, places, device=device))
 
     def predict(self, hidden_BSD: Float[Tensor, "B S D"], *, modality: str) -> Float[Tensor, "B S F"]:
-        """The next features."""
+        """The predicted next feature of each position, standardized."""
         return self._own(modality).out(hidden_BSD)
 
     def embed(
         self, x_BSF: Float[Tensor, "B S F"], valid_BS: Bool[Tensor, "B S"], *, modality: str
     ) -> Float[Tensor, "B D"]:
         """The representation of each row of raw features: the mean of the trunk over its valid positions."""
-        hidden_BSD = self.trunk(self.standardised(x_BSF, valid_BS, modality=modality), modality=modality)
+        hidden_BSD = self.trunk(self.standardized(x_BSF, valid_BS, modality=modality), modality=modality)
         kept_BSD = hidden_BSD.masked_fill(~valid_BS[..., None], 0)
         return kept_BSD.sum(1) / valid_BS.sum(1, keepdim=True)
 
 
 class _Modality(nn.Module):
-    """All that belongs to one modality alone."""
+    """The linear maps and statistics of one modality."""
 
     mean_F: Tensor
     scale_F: Tensor
@@ -103,7 +103,7 @@ class _Modality(nn.Module):
 
 
 def _sinusoids(places: int, width: int, *, device: torch.device) -> Float[Tensor, "S D"]:
-    """Vaswani et al. (2017): sines in the first half of the width, cosines in the rest."""
+    """The positions of Vaswani et al. (2017): sines in the first half of the width, cosines in the rest."""
     rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
     angle = torch.arange(places, device=device)[:, None] * rate
     return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]
