@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from diptych.data.scenes.source import ScenesSource
-from diptych.data.sources import Source, Spec, expand_braces, find_files, open_source
+from diptych.data.sources import Source, Spec, expand_braces, find_files, open_source, require_pairs
 from diptych.data.sources.decode import ImageLimits, UnreadableImage
 from diptych.data.sources.text import TextSource
 from diptych.errors import UserError
@@ -154,3 +154,14 @@ def test_local_sources_load_neither_datasets_nor_torch_dataset_code(tmp_path):
         "assert not {'datasets', 'pandas', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "t.csv")], check=True)
+
+
+def test_pairs_need_images_and_captions(tmp_path):
+    require_pairs(ScenesSource(count=2), "scenes:")
+    (tmp_path / "texts.txt").write_text("a\n")
+    with pytest.raises(UserError, match=r"^mine: pairs need images and captions, and it has no images$"):
+        require_pairs(open_source(str(tmp_path / "texts.txt")), "mine")
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "texts.txt").unlink()
+    with pytest.raises(UserError, match=r"^mine: pairs need images and captions, and it has no captions$"):
+        require_pairs(open_source(str(tmp_path)), "mine")

@@ -230,3 +230,10 @@ def open_finite(spec: str, columns: Columns) -> Source:
     if isinstance(source, ScenesSource) and source.count == ENDLESS:
         return replace(source, count=20_000)
     return source
+
+
+def require_pairs(source: Source, name: str) -> None:
+    """Raises UserError when ``source``, which the user calls ``name``, lacks images or captions."""
+    if not (source.has_images and source.has_captions):
+        lacks = "captions" if source.has_images else "images"
+        raise UserError(f"{name}: pairs need images and captions, and it has no {lacks}")
