@@ -3,9 +3,9 @@
     python benchmarks/ito_cost.py [--sizes tiny small vit_b_16] [--objectives clip ito-0 ito ...] [--json FILE]
 
 Time: forward and backward in bf16, a step of each objective in turn; the median over rounds of the ratio to CLIP in the
-same round. Each objective has a process of its own and has warmed up, as in training: in one process each would find a
-heap that the others have torn, and the largest pays for it with page faults. On a CPU it is CPU time, which other
-programs disturb less than the clock. Views are made within the step; pictures are decoded already.
+same round. Each objective has a process of its own and has warmed up, as in training: objectives that share a process
+fragment each other's heap, and the largest pays for it with page faults. On a CPU it is CPU time, which other programs
+disturb less than the clock. A step includes making the views, but not decoding the images.
 
 Memory: fp32 weights, gradients and two moments, and all that is saved for the backward pass, in bf16 and with each
 storage counted once, for 256 rows: a line through two small batches. That is what is held when the backward pass
@@ -29,39 +29,47 @@ from torch import nn
 
 from diptych.data.augment import ViewConfig
 from diptych.data.batch import Batch, CaptionedImageExamples
-from diptych.dual import model as sizes
-from diptych.dual.model import DualEncoder, train_clip_tokenizer
-from diptych.dual.objectives.clip import ClipConfig, ClipObjective
-from diptych.dual.objectives.ito import ItoConfig, ItoObjective
-from diptych.dual.objectives.slip import SlipConfig, SlipObjective
+from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
+from diptych.dual.objectives.base import PairsConfig
+from diptych.dual.objectives.clip import ClipConfig
+from diptych.dual.objectives.ito import ItoConfig
+from diptych.dual.objectives.slip import SlipConfig
 from diptych.rng import StepRNG
 
-OBJECTIVES = {
-    "clip": lambda model: ClipObjective(model, ClipConfig()),
-    "clip-aug": lambda model: ClipObjective(model, ClipConfig(augment=ViewConfig())),
-    "siglip": lambda model: ClipObjective(model, ClipConfig(loss="sigmoid")),
-    "slip": lambda model: SlipObjective(model, SlipConfig(hidden=8 * model.width, projected=model.width // 2)),
-    "ito-0": lambda model: ItoObjective(model, ItoConfig(fusion_weight=0.0)),
-    "ito": lambda model: ItoObjective(model, ItoConfig()),
-    "ito, not lean": lambda model: ItoObjective(model, ItoConfig(lean=False)),
-}
+OBJECTIVES = ("clip", "clip-aug", "siglip", "slip", "ito-0", "ito", "ito, not lean")
+SIZES = {"tiny": DualEncoderConfig.tiny, "small": DualEncoderConfig.small, "vit_b_16": DualEncoderConfig.vit_b_16}
 ROWS = {"tiny": 128, "small": 32, "vit_b_16": 16}
 JUDGED = ("small", "vit_b_16")
 TIME_BAR, MEMORY_BAR, MEMORY_ROWS = 2.0, 1.7, 256
 WARM_UP = 4  # steps until a process has the memory that it needs
 
 
+def objective_config(name: str, width: int) -> PairsConfig:
+    """The settings of an objective on towers whose common space has this width."""
+    configs: dict[str, PairsConfig] = {
+        "clip": ClipConfig(),
+        "clip-aug": ClipConfig(augment=ViewConfig()),
+        "siglip": ClipConfig(loss="sigmoid"),
+        "slip": SlipConfig(hidden=8 * width, projected=width // 2),
+        "ito-0": ItoConfig(fusion_weight=0.0),
+        "ito": ItoConfig(),
+        "ito, not lean": ItoConfig(lean=False),
+    }
+    return configs[name]
+
+
 def build(name: str, size: str, device: str) -> nn.Module:
-    config = getattr(sizes, size)()
+    config = SIZES[size]()
     tokenizer = train_clip_tokenizer(["the same words again and again"] * 3, vocab_size=600, length=77)
     model = DualEncoder.from_config(config, tokenizer, seed=0)
     # The batch holds random ids; the table has the size of a real vocabulary.
     model.clip.text_model.embeddings.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
-    return OBJECTIVES[name](model).to(device)
+    model.tune_for_training()
+    return objective_config(name, model.width).build(model).to(device)
 
 
 def batch_for(objective: nn.Module, *, rows: int, length: int, device: str) -> Batch:
-    """Random pictures, and texts of which the longest has ``length`` tokens and the shortest half as many."""
+    """Random images, and texts of which the longest has ``length`` tokens and the shortest half as many."""
     generator = torch.Generator().manual_seed(0)
     side, length = objective.model.image_size * 3 // 2, min(length, objective.model.max_text_len)
     lengths_B = torch.randint(length // 2, length + 1, (rows,), generator=generator)
@@ -181,10 +189,11 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     over = [
         f"{size} {what} x{found[size]['ito'][what]:.2f}"
-        for size in JUDGED if size in found
+        for size in JUDGED
+        if size in found
         for what, bar in (("time", TIME_BAR), ("memory", MEMORY_BAR))
         if found[size]["ito"][what] > bar
-    ]  # fmt: skip
+    ]
     print(f"verdict: ITO is {'over the bar: ' + ', '.join(over) if over else 'within 2.0x time and 1.7x memory'}")
     sys.exit(bool(over))
 

@@ -1,4 +1,4 @@
-"""ITO and what it is compared with on Flickr8k: small towers, equal steps, retrieval on the test split.
+"""ITO and the methods that it is compared with on Flickr8k: small towers, equal steps, retrieval on the test split.
 
     taskset -c 1 python benchmarks/ito_flickr8k.py --data flickr8k_96.tar [--runs DIR] [--json FILE]
         [--arms clip clip-2 clip-aug siglip slip slip-2 ito-0 ito ito-crops ...] [--seeds 0 1 2] [--steps 1800]
@@ -40,11 +40,11 @@ BAR = 1.15
 R1 = "mean_r1"
 
 
-CROPS = ViewConfig(jitter=0.0, grey=0.0, blur=0.0)  # crops and mirror images alone, in their true colours
+CROPS = ViewConfig(jitter=0.0, grey=0.0, blur=0.0)  # crops and mirror images alone, with unchanged colours
 
 
 def changed(recipe: Callable[[], DualRun], **fields: Any) -> Callable[[], DualRun]:
-    """The same with other fields of its objective."""
+    """``recipe`` with other values in the given fields of its objective."""
 
     def build() -> DualRun:
         run = recipe()
@@ -73,7 +73,7 @@ ARMS: dict[str, Callable[[], DualRun]] = {
 
 
 def one(arm: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
-    """Train and test a run, unless it is there."""
+    """Train and test a run, unless its result is there already."""
     out = options.runs / f"{arm}-{seed}"
     if (out / "result.json").is_file():
         return json.loads((out / "result.json").read_text())
@@ -122,7 +122,7 @@ def _first_photos(path: str, count: int) -> bytes:
 
 
 def test(folder: Path, spec: str) -> dict[str, float]:
-    """Retrieval among all test photos and all their captions, and how far apart the modalities lie."""
+    """Retrieval among all test images and all their captions, and the distance between the modalities' means."""
     model, source = DualEncoder.from_pretrained(folder), open_source(spec)
     captions = [source.captions(item) for item in range(len(source))]
     pixels = channels_first(np.stack([source.image(item, model.image_size) for item in range(len(source))]))
@@ -134,11 +134,19 @@ def test(folder: Path, spec: str) -> dict[str, float]:
 
 
 SHOWN = {
-    "image_to_text/r1": "I>T R@1", "image_to_text/r5": "R@5", "image_to_text/r10": "R@10",
-    "text_to_image/r1": "T>I R@1", "text_to_image/r5": "R@5", "text_to_image/r10": "R@10",
-    R1: "mean R@1", "dev_last": "dev last", "dev_best": "dev best", "dev_best_step": "at step", "gap": "gap",
+    "image_to_text/r1": "I>T R@1",
+    "image_to_text/r5": "R@5",
+    "image_to_text/r10": "R@10",
+    "text_to_image/r1": "T>I R@1",
+    "text_to_image/r5": "R@5",
+    "text_to_image/r10": "R@10",
+    R1: "mean R@1",
+    "dev_last": "dev last",
+    "dev_best": "dev best",
+    "dev_best_step": "at step",
+    "gap": "gap",
     "seconds": "seconds",
-}  # fmt: skip
+}
 
 
 def show(results: dict[str, list[dict[str, float]]]) -> None:
@@ -156,7 +164,7 @@ def _cell(key: str, found: list[dict[str, float]]) -> str:
     return f"{statistics.mean(values) * factor:.2f}{spread}"
 
 
-def generate_image_tokens(options: argparse.Namespace) -> None:
+def draw_curves(options: argparse.Namespace) -> None:
     """`dev_r1.svg` and `dev_r10.svg`, in %, means over the seeds."""
     runs = {}
     for arm in options.arms:
@@ -194,14 +202,14 @@ def main() -> None:
             print(f"{arm} seed {seed}: test {R1} {results[arm][-1][R1]:.4f}", flush=True)
     show(results)
     if options.figures:
-        generate_image_tokens(options)
+        draw_curves(options)
     if options.json:
         write_json(options.json, results)
     sys.exit(not verdict(results))
 
 
 def verdict(results: dict[str, list[dict[str, float]]]) -> bool:
-    """Prints the gains over CLIP in R@1, which is judged, and in R@5 and R@10, which are less noisy."""
+    """Print the gains over CLIP in R@1, which is judged, and in R@5 and R@10, which are less noisy."""
     if not {"clip", "ito"} <= results.keys():
         print("verdict: needs the arms clip and ito")
         return False

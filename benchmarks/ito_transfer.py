@@ -1,12 +1,12 @@
-"""What dual encoders make of pictures of another kind: Caltech101 by the names of its classes and by a linear probe.
+"""Dual encoders on images of another kind: Caltech101 by the names of its classes and by a linear probe.
 
     python benchmarks/ito_transfer.py --run RUN [RUN ...] --data caltech101_64.tar --meta meta.json [--json FILE]
         [--pairs flickr8k_96.tar?split=test [--map FILE.png]]
 
 `--meta` holds "classnames" and "items": [file, number of the class, split]. The l2 of the probe is chosen on the split
-"val", and the test split is scored once. An untrained encoder of the same shape is the control: what its features give
-a probe is owed to the pixels. `--pairs` adds the modality gap among captioned photos, and `--map` a UMAP picture of
-them, a panel for each run, which needs the extra `umap`. Two minutes a run on one core. Fails if the features of a run
+"val", and the test split is scored once. An untrained encoder of the same shape is the control: it shows what a
+probe reads from the pixels alone. `--pairs` adds the modality gap among captioned images, and `--map` a UMAP of them
+with a panel for each run, which needs the extra `umap`. Two minutes a run on one core. Fails if the features of a run
 are not better than its control's.
 """
 
@@ -22,10 +22,9 @@ import torch
 from transformers import CLIPModel
 
 from diptych.data.sources import Source, open_source
-from diptych.dual.evaluation import embed_pairs, look_at
+from diptych.dual.evaluation import embed_pairs, embed_source
 from diptych.dual.metrics import ENSEMBLE, PLAIN, class_accuracy, class_embeddings, modality_gap, modality_map
-from diptych.dual.model import DualEncoder
-from diptych.dual.search import open_dual
+from diptych.dual.model import DualEncoder, open_dual
 from diptych.eval.probe import linear_probe
 from diptych.io import write_bytes
 
@@ -38,16 +37,16 @@ def untrained(encoder: DualEncoder) -> DualEncoder:
 
 def transfer(encoder: DualEncoder, source: Source, meta: dict[str, Any]) -> dict[str, float]:
     place = {str(Path(file).with_suffix("")): (label, split) for file, label, split in meta["items"]}
-    seen = look_at(encoder, source)
-    told = [place[source.key(int(item))] for item in seen.items_I]
+    images = embed_source(encoder, source)
+    told = [place[source.key(int(item))] for item in images.items_I]
     labels_I = torch.tensor([label for label, _ in told])
     train, val, test = (torch.tensor([split == name for _, split in told]) for name in ("train", "val", "test"))
     metrics: dict[str, float] = {}
     for name, templates in (("zero_shot_one_prompt", PLAIN), ("zero_shot", ENSEMBLE)):
         classes_CD = class_embeddings(encoder.embed_texts, meta["classnames"], templates=templates)
-        accuracy = class_accuracy(seen.embedding_ID[test] @ classes_CD.T, labels_I[test])
+        accuracy = class_accuracy(images.embedding_ID[test] @ classes_CD.T, labels_I[test])
         metrics |= {f"{name}/{key}": value for key, value in asdict(accuracy).items()}
-    states_IW = seen.state_IW
+    states_IW = images.state_IW
     probe = linear_probe(
         states_IW[train], labels_I[train], states_IW[test], labels_I[test], validation=(states_IW[val], labels_I[val])
     )
@@ -64,7 +63,7 @@ def main() -> int:
     parser.add_argument("--map", type=Path)
     options = parser.parse_args()
     if options.map and not options.pairs:
-        parser.error("--map shows captioned photos: give --pairs")
+        parser.error("--map shows captioned images: give --pairs")
     meta, source = json.loads(options.meta.read_text()), open_source(options.data)
 
     results, spaces = {}, {}
@@ -73,7 +72,7 @@ def main() -> int:
         found = transfer(encoder, source, meta)
         found["probe/untrained"] = transfer(untrained(encoder), source, meta)["probe/accuracy"]
         if options.pairs:
-            pairs = embed_pairs(encoder, look_at(encoder, open_source(options.pairs)))
+            pairs = embed_pairs(encoder, embed_source(encoder, open_source(options.pairs)))
             spaces[run.name] = (pairs.images_ID, pairs.first_ID)
             found |= {f"modality/{key}": value for key, value in asdict(modality_gap(*spaces[run.name])).items()}
         results[run.name] = found

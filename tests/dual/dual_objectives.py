@@ -5,6 +5,7 @@ dual_objectives.py OUT: every process writes the losses and gradients that it ha
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,9 +15,10 @@ from diptych.data.augment import ViewConfig
 from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual.fusion import FusionConfig
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
-from diptych.dual.objectives.clip import ClipConfig, ClipObjective
-from diptych.dual.objectives.ito import ItoConfig, ItoObjective
-from diptych.dual.objectives.slip import SlipConfig, SlipObjective
+from diptych.dual.objectives.base import PairsConfig
+from diptych.dual.objectives.clip import ClipConfig
+from diptych.dual.objectives.ito import ItoConfig
+from diptych.dual.objectives.slip import SlipConfig
 from diptych.rng import StepRNG
 
 ROWS = 8
@@ -31,26 +33,20 @@ def encoder() -> DualEncoder:
     return DualEncoder.from_config(CONFIG, tokenizer, seed=0)
 
 
-def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return make()
-
-
-OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
-    "clip": lambda **c: ClipObjective(encoder(), ClipConfig(**c)),
-    "clip-views": lambda **c: ClipObjective(encoder(), ClipConfig(views=3, captions=2, augment=ViewConfig(), **c)),
-    "siglip": lambda **c: ClipObjective(encoder(), ClipConfig(loss="sigmoid", **c)),
-    "slip": lambda **c: SlipObjective(encoder(), SlipConfig(hidden=12, projected=6, **c)),
-    "ito-0": lambda **c: ItoObjective(encoder(), ItoConfig(fusion_weight=0.0, **c)),
-    "ito": lambda **c: ItoObjective(encoder(), ItoConfig(fusion=FusionConfig(head_width=4), **c)),
-    "ito-captions": lambda **c: ItoObjective(
-        encoder(), ItoConfig(views=3, captions=2, fusion=FusionConfig(head_width=4), **c)
-    ),
+CONFIGS: dict[str, Callable[..., PairsConfig]] = {
+    "clip": ClipConfig,
+    "clip-views": partial(ClipConfig, views=3, captions=2, augment=ViewConfig()),
+    "siglip": partial(ClipConfig, loss="sigmoid"),
+    "slip": partial(SlipConfig, hidden=12, projected=6),
+    "ito-0": partial(ItoConfig, fusion_weight=0.0),
+    "ito": partial(ItoConfig, fusion=FusionConfig(head_width=4)),
+    "ito-captions": partial(ItoConfig, views=3, captions=2, fusion=FusionConfig(head_width=4)),
 }
 
 
 def objective(name: str, **changes) -> nn.Module:
-    return _seeded(lambda: OBJECTIVES[name](**changes))
+    torch.manual_seed(0)
+    return CONFIGS[name](**changes).build(encoder())
 
 
 def batch(module: nn.Module, *, rows: slice = slice(None), rng: StepRNG | None = None, rows_all: int = ROWS) -> Batch:
@@ -78,7 +74,7 @@ def result(module: nn.Module, given: Batch, wrap: Callable[[nn.Module], nn.Modul
 
 
 class _Plain(nn.Module):
-    """What DistributedDataParallel can look into."""
+    """The objective with tensors as its outputs, which DistributedDataParallel can find."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -97,7 +93,7 @@ def main(out: Path) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     share = ROWS // world
     found = {}
-    for name in OBJECTIVES:
+    for name in CONFIGS:
         for chunk in (None, 3):
             module = objective(name, chunk=chunk)
             given = batch(module, rows=slice(rank * share, (rank + 1) * share), rng=StepRNG(0, 0, rank, world))

@@ -1,9 +1,9 @@
-"""Trains a run of test_ito.py in processes that torchrun starts: run_ito.py OUT."""
+"""Trains a run of test_training.py in processes that torchrun starts: run_ito.py OUT."""
 
 import sys
 from pathlib import Path
 
-from test_ito import small_run
+from test_training import small_run
 
 if __name__ == "__main__":
     small_run().fit(Path(sys.argv[1]), recipe="ito-tiny")

@@ -4,14 +4,15 @@ import torch
 
 from diptych.data.pixels import SkippedItems
 from diptych.data.sources.decode import UnreadableImage
-from diptych.dual.data import CaptionIds, pair_stream
+from diptych.dual import data as module
+from diptych.dual.data import CaptionIds, PairsData, pair_stream, read_valid_pairs
 from diptych.errors import UserError
 
 PAD = 9
 
 
 class Counted:
-    """Item i is a picture of the value i; its captions are i % 4 texts: "i", "i i", "i i i"."""
+    """Item i is an image of the value i; its captions are i % 4 texts: "i", "i i", "i i i"."""
 
     has_images, has_captions, name = True, True, "counted"
 
@@ -59,7 +60,7 @@ def take(stream, rows, epoch=0):
     return stream.take(np.array(rows), np.full(len(rows), epoch))
 
 
-def test_a_picture_comes_with_a_caption_of_its_own():
+def test_an_image_comes_with_a_caption_of_its_own():
     stream = stream_of(Counted(40))
     assert stream.size == 30  # every fourth has no caption
     items = take(stream, range(30))
@@ -86,14 +87,14 @@ def test_several_captions_lie_side_by_side_and_differ():
     assert few.ids_BL.tolist() == [[1, 1, 1]]
 
 
-def test_a_picture_that_stands_in_brings_its_own_caption():
+def test_an_image_that_replaces_another_brings_its_own_caption():
     items = take(stream_of(Counted(40, broken=(1, 2)), skipped=SkippedItems(max_skipped_share=0.5)), [0, 1, 2])
     assert items.pixels_B3HW[:, 0, 0, 0].tolist() == [3, 3, 3]
     assert items.ids_BL[:, 0].tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize(("cache_mb", "decoded"), [(0, 6), (1, 3)])
-def test_pictures_that_fit_are_decoded_once(cache_mb, decoded):
+def test_images_that_fit_are_decoded_once(cache_mb, decoded):
     source = Counted(40, broken=(1,))
     stream = stream_of(source, cache_mb=cache_mb, skipped=SkippedItems(max_skipped_share=0.5))
     before = source.decoded
@@ -107,3 +108,22 @@ def test_pictures_that_fit_are_decoded_once(cache_mb, decoded):
 def test_a_source_without_captions_is_refused():
     with pytest.raises(UserError, match="counted: no item has a caption"):
         CaptionIds.read(Counted(4), np.array([0]), tokenize)
+
+
+def valid_pairs(monkeypatch, source, **fields):
+    monkeypatch.setattr(module, "open_source", lambda spec, columns: source)
+    return read_valid_pairs("counted", PairsData(pairs="unused", **fields), size=2)
+
+
+def test_retrieval_is_measured_on_the_first_readable_images_and_all_their_captions(monkeypatch):
+    found = valid_pairs(monkeypatch, Counted(40, broken=(1,)), valid_images=5, max_skipped_share=0.5)
+    assert found.pixels_I3SS[:, 0, 0, 0].tolist() == [0, 2, 3, 4]
+    assert found.texts == ["2", "2 2", "3", "3 3", "3 3 3"]
+    assert found.image_of_T.tolist() == [1, 1, 2, 2, 2]
+
+
+def test_retrieval_needs_a_caption_and_readable_images(monkeypatch):
+    with pytest.raises(UserError, match="counted: has no captioned image to measure retrieval on"):
+        valid_pairs(monkeypatch, Counted(1))
+    with pytest.raises(UserError, match="1 of 5 items are unreadable"):
+        valid_pairs(monkeypatch, Counted(40, broken=(1,)), valid_images=5)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from diptych.data.scenes.source import ScenesSource
-from diptych.dual.evaluation import Pairs, embed_pairs, evaluate_dual_run, look_at, score_classes
+from diptych.dual.evaluation import EmbeddedPairs, embed_pairs, embed_source, evaluate_dual_run, score_classes
 from diptych.dual.metrics import modality_gap
 from diptych.errors import UserError
 
@@ -36,25 +36,25 @@ def test_what_a_captioned_and_labelled_source_is_scored_by(dual_run, capsys):
 
 def test_the_probe_learns_the_shapes_from_an_untrained_tower(dual_encoder):
     """And is fitted to the training items: with their labels permuted it is no better than chance."""
-    seen, train = look_at(dual_encoder, SOURCE), look_at(dual_encoder, ScenesSource(count=300, seed=1))
-    assert seen.labels is not None
-    chance = max(seen.labels.count(label) for label in seen.labels) / 60
-    assert score_classes(dual_encoder, seen, train=train)["linear_probe/accuracy"] > chance + 0.1
+    images, train = embed_source(dual_encoder, SOURCE), embed_source(dual_encoder, ScenesSource(count=300, seed=1))
+    assert images.labels is not None
+    chance = max(images.labels.count(label) for label in images.labels) / 60
+    assert score_classes(dual_encoder, images, train=train)["linear_probe/accuracy"] > chance + 0.1
 
 
 def test_one_folder_is_no_class(dual_encoder):
     one = next(i for i in range(60) if SOURCE.label(i) == "circle")
-    seen = look_at(dual_encoder, SOURCE)
-    assert replace(seen, items_I=seen.items_I[one : one + 1]).labels is None
-    assert len(seen.labels or []) == 60
+    images = embed_source(dual_encoder, SOURCE)
+    assert replace(images, items_I=images.items_I[one : one + 1]).labels is None
+    assert len(images.labels or []) == 60
 
 
-def test_what_is_looked_at_is_what_is_embedded(dual_encoder):
-    seen = look_at(dual_encoder, SOURCE, limit=5)
+def test_a_source_is_embedded_as_its_pixels_are(dual_encoder):
+    images = embed_source(dual_encoder, SOURCE, limit=5)
     pixels = torch.from_numpy(SOURCE.images(np.arange(5), 16)).permute(0, 3, 1, 2).contiguous()
-    torch.testing.assert_close(seen.embedding_ID, dual_encoder.embed_images(pixels))
-    assert seen.state_IW.shape == (5, 32)
-    assert seen.items_I.tolist() == list(range(5))
+    torch.testing.assert_close(images.embedding_ID, dual_encoder.embed_images(pixels))
+    assert images.state_IW.shape == (5, 32)
+    assert images.items_I.tolist() == list(range(5))
 
 
 def test_pairs_leave_out_images_without_captions(dual_encoder, tmp_path):
@@ -66,9 +66,9 @@ def test_pairs_leave_out_images_without_captions(dual_encoder, tmp_path):
     )
     from diptych.data.sources import open_source
 
-    seen = look_at(dual_encoder, open_source(str(tmp_path)))
-    pairs = embed_pairs(dual_encoder, seen)
-    torch.testing.assert_close(pairs.images_ID, seen.embedding_ID[[0, 2]])
+    images = embed_source(dual_encoder, open_source(str(tmp_path)))
+    pairs = embed_pairs(dual_encoder, images)
+    torch.testing.assert_close(pairs.images_ID, images.embedding_ID[[0, 2]])
     assert pairs.image_of_T.tolist() == [0, 0, 1]
     torch.testing.assert_close(pairs.first_ID, dual_encoder.embed_texts(["one", "three"]))
 
@@ -77,7 +77,7 @@ def test_the_gap_is_of_first_captions(dual_run):
     found = evaluate(dual_run)
     assert found["modality/distance"] > 0
     images = torch.eye(4)
-    pairs = Pairs(images_ID=images, texts_TD=images.repeat_interleave(2, 0), image_of_T=torch.arange(8) // 2)
+    pairs = EmbeddedPairs(images_ID=images, texts_TD=images.repeat_interleave(2, 0), image_of_T=torch.arange(8) // 2)
     assert modality_gap(pairs.images_ID, pairs.first_ID).distance == 0
 
 
@@ -91,8 +91,8 @@ def test_a_map(dual_run, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Flat))
     evaluate(dual_run, umap=True)
-    with Image.open(dual_run / "evaluation/umap.png") as picture:
-        assert picture.size[0] > 300
+    with Image.open(dual_run / "evaluation/umap.png") as image:
+        assert image.size[0] > 300
 
 
 def test_what_cannot_be_scored(dual_run, dual_encoder, monkeypatch, tmp_path):

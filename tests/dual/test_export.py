@@ -36,10 +36,10 @@ def test_images_are_embedded_alike(encoder, folder):
     model, pixels = config["model_cfg"], config["preprocess_cfg"]
     size = encoder.image_size
     assert model["vision_cfg"]["image_size"] == size
-    pictures = torch.randint(256, (3, 3, size, size), dtype=torch.uint8)
+    images = torch.randint(256, (3, 3, size, size), dtype=torch.uint8)
     mean, std = (torch.tensor(pixels[name])[:, None, None] for name in ("mean", "std"))
     patch = model["vision_cfg"]["patch_size"]
-    grid = F.conv2d((pictures / 255 - mean) / std, state["visual.conv1.weight"], stride=patch)
+    grid = F.conv2d((images / 255 - mean) / std, state["visual.conv1.weight"], stride=patch)
     tokens = grid.flatten(2).transpose(1, 2)
     first = state["visual.class_embedding"].expand(3, 1, -1)
     x = torch.cat([first, tokens], dim=1) + state["visual.positional_embedding"]
@@ -47,7 +47,7 @@ def test_images_are_embedded_alike(encoder, folder):
     x = transform(norm(x, state, "visual.ln_pre"), state, "visual.transformer", model["vision_cfg"], heads, mask=None)
     found = norm(x[:, 0], state, "visual.ln_post") @ state["visual.proj"]
     assert found.shape == (3, model["embed_dim"])
-    torch.testing.assert_close(F.normalize(found, dim=-1), encoder.embed_images(pictures))
+    torch.testing.assert_close(F.normalize(found, dim=-1), encoder.embed_images(images))
 
 
 def test_texts_are_embedded_alike(encoder, folder):

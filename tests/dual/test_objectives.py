@@ -1,4 +1,4 @@
-"""What holds of every objective on pairs: `dual/objectives/clip.py`, `ito.py`, `slip.py`, `pairs.py`, and `nn/gradients.py`."""
+"""What all objectives on pairs have in common, what each computes, and that two processes compute the same as one."""
 
 import os
 import subprocess
@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from dual_objectives import OBJECTIVES, ROWS, batch, objective, result
+from dual_objectives import CONFIGS, ROWS, batch, objective, result
 
 from diptych.data.batch import CaptionedImageExamples
 from diptych.dual.losses import info_nce, nt_xent, sigmoid_loss
 from diptych.dual.model import TowerOutput
+from diptych.dual.objectives.base import Views, captions_of
 
 SCRIPT = Path(__file__).with_name("dual_objectives.py")
-NAMES = list(OBJECTIVES)
+NAMES = list(CONFIGS)
 
 
 def assert_same(found, wanted):
@@ -75,8 +76,8 @@ def test_padding_changes_nothing(name, alone):
 
     pairs = CaptionedImageExamples(
         pixels_B3HW=given["pairs"].pixels_B3HW,
-        ids_BL=longer(given["pairs"].ids, 5),
-        valid_BL=longer(given["pairs"].valid, False),
+        ids_BL=longer(given["pairs"].ids_BL, 5),
+        valid_BL=longer(given["pairs"].valid_BL, False),
     )
     assert_same(result(module, replace(given, streams={"pairs": pairs})), alone[name])
 
@@ -96,9 +97,7 @@ def test_it_fits_one_batch(name):
 
 
 def embedded(name):
-    """The objective, and what the towers make of its views and captions, all in one batch."""
-    from diptych.dual.objectives.base import Views, captions_of
-
+    """The objective, and the towers' outputs for its views and captions, all in one batch."""
     module = objective(name)
     given = batch(module)
     c, rows = module.config, slice(0, ROWS)
@@ -110,16 +109,14 @@ def embedded(name):
     return module, given, images, texts, valid.split(ROWS)
 
 
-def split(features):
-    """TowerOutput of all views in one batch, view by view."""
-    parts = zip(
-        *(side.split(ROWS) for side in (features.pooled_BD, features.state_BW, features.tokens_BSD)), strict=True
-    )
+def split(output):
+    """The output for all views in one batch, view by view."""
+    parts = zip(*(side.split(ROWS) for side in (output.pooled_BD, output.state_BW, output.tokens_BSD)), strict=True)
     return [TowerOutput(pooled_BD=pooled, state_BW=state, tokens_BSD=tokens) for pooled, state, tokens in parts]
 
 
-def unit(features):
-    return torch.nn.functional.normalize(features, dim=-1)
+def unit(vectors):
+    return torch.nn.functional.normalize(vectors, dim=-1)
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-views", "ito-0"])

@@ -18,9 +18,16 @@ from diptych.train.config import OptimConfig, TrainConfig
 
 NAMES = [name for name in RECIPES if name.split("-")[0] in ("ito", "clip", "siglip", "slip")]
 MODEL = DualEncoderConfig(
-    image_size=16, patch=8, image_width=16, image_depth=1, max_text_len=16, text_width=16, text_depth=1,
-    vocab_size=540, width=16,
-)  # fmt: skip
+    image_size=16,
+    patch=8,
+    image_width=16,
+    image_depth=1,
+    max_text_len=16,
+    text_width=16,
+    text_depth=1,
+    vocab_size=540,
+    width=16,
+)
 
 
 def small_run(name: str = "ito-tiny", *, steps: int = 4, **changes):
@@ -28,9 +35,16 @@ def small_run(name: str = "ito-tiny", *, steps: int = 4, **changes):
     run.data = PairsData(pairs="scenes:?count=24", valid="scenes:?split=test&count=6")
     run.model = MODEL
     run.train = TrainConfig(
-        steps=steps, batch_size=8, eval_every=2, checkpoint_every=2, device="cpu", precision="fp32", workers=0,
-        tensorboard=False, quiet=True,
-    )  # fmt: skip
+        steps=steps,
+        batch_size=8,
+        eval_every=2,
+        checkpoint_every=2,
+        device="cpu",
+        precision="fp32",
+        workers=0,
+        tensorboard=False,
+        quiet=True,
+    )
     run.optim = OptimConfig(lr=1e-3, warmup_steps=2, schedule="constant")
     if hasattr(run.objective, "hidden"):
         run.objective.hidden = 8
@@ -95,7 +109,7 @@ def test_chunks_change_no_loss_and_may_change_on_resume(done, tmp_path):
 def test_accumulation_is_refused_and_the_mend_named(tmp_path):
     run = small_run()
     run.train.grad_accum_steps = 2
-    with pytest.raises(UserError, match=r"train\.accumulate is 2.*objective\.chunk"):
+    with pytest.raises(UserError, match=r"train\.grad_accum_steps is 2.*objective\.chunk"):
         run.fit(tmp_path, recipe="ito-tiny")
 
 
@@ -118,7 +132,7 @@ def test_a_given_tokenizer_is_used(done, tmp_path):
     assert not (tmp_path / "tokenizer").exists()
 
 
-def test_bare_images_and_unequal_widths_are_refused(tmp_path):
+def test_texts_without_images_and_unequal_widths_are_refused(tmp_path):
     (tmp_path / "texts.txt").write_text("a\nb\n")
     run = small_run()
     run.data.pairs = str(tmp_path / "texts.txt")

@@ -266,7 +266,7 @@ def export(run: RunArg, *, out: Path) -> None:
         out: Folder for the exported model. Files of the same names are replaced.
     """
     from diptych.dual.export import save_open_clip
-    from diptych.dual.search import open_dual
+    from diptych.dual.model import open_dual
 
     save_open_clip(open_dual(run, device="cpu"), out)
     print(f'open_clip.create_model_and_transforms("local-dir:{out}")')

@@ -1,43 +1,64 @@
-"""Pictures with their captions as one stream: what dual encoders learn from.
+"""Images with their captions: what dual encoders learn from, and what their retrieval is measured on while training.
 
-Shapes: B rows, M captions of a row, L tokens of a caption.
+Shapes: B rows, M captions of a row, L tokens of a caption, I images, T texts, S side of an image in pixels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from diptych.data.batch import CaptionedImageExamples
-from diptych.data.pixels import CachedImages, SkippedItems, channels_first
-from diptych.data.sources import Source
+from diptych.data.pixels import CachedImages, SkippedItems, channels_first, read_first_images
+from diptych.data.sources import Source, open_source
+from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
 from diptych.data.streams import Stream, choose
 from diptych.errors import UserError
 
 _AT_ONCE = 4096
+"""Number of captions tokenized at once."""
 
 Tokenize = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 """Texts to ids, not padded."""
 
 
+@dataclass(kw_only=True, slots=True)
+class PairsData:
+    pairs: str
+    """Captioned images to learn from: folder, table, tars, hub:owner/name or scenes:."""
+    valid: str | None = None
+    """Captioned images on which retrieval is measured while training."""
+    valid_images: int = 1000
+    """Number of images that retrieval is measured on: the first ones of `valid`."""
+    columns: Columns = field(default_factory=Columns)
+    """Names of table columns that cannot be guessed."""
+    decode_size: int | None = None
+    """Side of decoded images, in pixels; views are cropped from these. Not given: 1.5 times the side of a view."""
+    cache_mb: int = 1024
+    """Memory for decoded images, in MB. They are kept only if all of them fit."""
+    max_skipped_share: float = 0.01
+    """Largest share of unreadable images that is left out without stopping, 0 to 1."""
+
+
 @dataclass(frozen=True, slots=True)
 class CaptionIds:
-    """The captions of many items as ids, end to end: some 50 bytes a caption."""
+    """The captions of many items as ids, end to end: some 50 bytes for each caption."""
 
     items: np.ndarray
-    """CaptionedImageExamples of the source that have captions."""
+    """Items of the source that have captions."""
     first: np.ndarray
-    """Number of each item's first caption, and one more for the end."""
+    """Number of each item's first caption, and one more entry for the end."""
     starts: np.ndarray
-    """Where each caption begins in ``ids``, and one more for the end."""
+    """Where each caption begins in ``ids``, and one more entry for the end."""
     ids: np.ndarray
 
     @classmethod
     def read(cls, source: Source, items: np.ndarray, tokenize: Tokenize) -> "CaptionIds":
-        """Raises UserError when no item has a caption."""
+        """Tokenize all captions of ``items``. Raises UserError when no item has a caption."""
         counts, lengths, flat = [], [], []
         waiting: list[str] = []
 
@@ -63,7 +84,10 @@ class CaptionIds:
     def take(
         self, index: np.ndarray, epoch: np.ndarray, *, captions: int, seed: int, pad: int
     ) -> tuple[Tensor, Tensor]:
-        """Ids and validity [B, M L] of ``captions`` of each item, drawn anew for each epoch, all different where there are enough."""
+        """Ids and validity [B, M L] of ``captions`` captions of each item.
+
+        They are drawn anew in each epoch, and all different where the item has enough.
+        """
         count = np.diff(self.first)[index]
         chosen_BM = choose(count, index, epoch, seed)[:, None] + np.arange(captions)
         number_N = (self.first[index][:, None] + chosen_BM % count[:, None]).ravel()
@@ -85,13 +109,45 @@ def pair_stream(
     skipped: SkippedItems,
     cache_mb: int,
     seed: int,
-) -> Stream:
-    """Every captioned picture once an epoch, with ``per_image`` of its captions side by side: ids [B, M L]."""
+) -> Stream[CaptionedImageExamples]:
+    """Every captioned image once an epoch, resized to ``size``, with ``per_image`` of its captions side by side.
+
+    The captions of a row are ids [B, M L], padded with ``pad``.
+    """
     images = CachedImages([Subset(source, captions.items)], size=size, skipped=skipped, cache_mb=cache_mb)
 
     def take(index: np.ndarray, epoch: np.ndarray) -> CaptionedImageExamples:
-        pixels, index = images.take(index)  # an image that stands in brings its own captions
+        pixels, index = images.take(index)  # an image that replaces an unreadable one brings its own captions
         ids_BL, valid_BL = captions.take(index, epoch, captions=per_image, seed=seed, pad=pad)
         return CaptionedImageExamples(pixels_B3HW=channels_first(pixels), ids_BL=ids_BL, valid_BL=valid_BL)
 
     return Stream(size=images.count, take=take)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidPairs:
+    """Images and all their captions."""
+
+    pixels_I3SS: UInt8[Tensor, "I 3 S S"]
+    texts: list[str]
+    image_of_T: Int[Tensor, "T"]
+    """Row of each text's image."""
+
+
+def read_valid_pairs(spec: str, data: PairsData, *, size: int) -> ValidPairs:
+    """The readable ones among the first ``data.valid_images`` images of the source ``spec``, resized to ``size``.
+
+    Raises UserError when none of them has a caption, and when too many are unreadable.
+    """
+    source = open_source(spec, columns=data.columns)
+    items, pixels = read_first_images(
+        source, limit=data.valid_images, size=size, max_skipped_share=data.max_skipped_share
+    )
+    captions = [source.captions(item) for item in items]
+    if not any(captions):
+        raise UserError(f"{spec}: has no captioned image to measure retrieval on")
+    return ValidPairs(
+        pixels_I3SS=channels_first(pixels),
+        texts=[text for texts in captions for text in texts],
+        image_of_T=torch.arange(len(captions)).repeat_interleave(torch.tensor([len(texts) for texts in captions])),
+    )

@@ -1,7 +1,7 @@
 """A dual encoder as a folder that open_clip reads: `open_clip.create_model_and_transforms("local-dir:FOLDER")`.
 
-open_clip is not needed for it. Its names are those of the first CLIP: one matrix for queries, keys and values, and
-projections that stand on the right of what they project.
+Writing it does not need open_clip. The names of weights are those of the first CLIP, which has one matrix for queries,
+keys and values, and projections that are multiplied from the right.
 """
 
 import json
@@ -21,7 +21,7 @@ WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 
 
 def save_open_clip(encoder: DualEncoder, folder: str | os.PathLike[str]) -> None:
-    """Weights, configuration and tokenizer. Raises UserError for an activation that open_clip cannot be told of."""
+    """Write weights, configuration and tokenizer. Raises UserError for an activation that open_clip does not have."""
     folder = Path(folder)
     config = open_clip_config(encoder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def save_open_clip(encoder: DualEncoder, folder: str | os.PathLike[str]) -> None
 
 
 def open_clip_config(encoder: DualEncoder) -> dict[str, Any]:
-    """What `open_clip_config.json` holds."""
+    """The content of `open_clip_config.json`. Raises UserError for an activation that open_clip does not have."""
     clip: Any = encoder.clip.config
     image, text = clip.vision_config, clip.text_config
     activations = {image.hidden_act, text.hidden_act}
@@ -42,19 +42,26 @@ def open_clip_config(encoder: DualEncoder) -> dict[str, Any]:
 
     def tower(config: Any) -> dict[str, Any]:
         return {
-            "width": config.hidden_size, "layers": config.num_hidden_layers,
-            "mlp_ratio": config.intermediate_size / config.hidden_size, "norm_kwargs": {"eps": config.layer_norm_eps},
-        }  # fmt: skip
+            "width": config.hidden_size,
+            "layers": config.num_hidden_layers,
+            "mlp_ratio": config.intermediate_size / config.hidden_size,
+            "norm_kwargs": {"eps": config.layer_norm_eps},
+        }
 
     image_cfg = {
-        "image_size": image.image_size, "patch_size": image.patch_size,
+        "image_size": image.image_size,
+        "patch_size": image.patch_size,
         "head_width": image.hidden_size // image.num_attention_heads,
-    }  # fmt: skip
+    }
     text_cfg = {
-        "context_length": text.max_position_embeddings, "vocab_size": text.vocab_size,
-        "heads": text.num_attention_heads, "pool_type": "eos", "eos_id": encoder.tokenizer.eos_token_id,
-        "pad_id": encoder.tokenizer.pad_token_id, "hf_tokenizer_name": ".",  # any name: it takes the folder's own
-    }  # fmt: skip
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "heads": text.num_attention_heads,
+        "pool_type": "eos",
+        "eos_id": encoder.tokenizer.eos_token_id,
+        "pad_id": encoder.tokenizer.pad_token_id,
+        "hf_tokenizer_name": ".",  # any name will do: open_clip reads the tokenizer in the folder
+    }
     return {
         "model_cfg": {
             "embed_dim": encoder.width,
@@ -63,14 +70,16 @@ def open_clip_config(encoder: DualEncoder) -> dict[str, Any]:
             "text_cfg": tower(text) | text_cfg,
         },
         "preprocess_cfg": {
-            "mean": encoder.mean_311.flatten().tolist(), "std": encoder.std_311.flatten().tolist(),
-            "interpolation": "bicubic", "resize_mode": "shortest",
+            "mean": encoder.mean_311.flatten().tolist(),
+            "std": encoder.std_311.flatten().tolist(),
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
         },
-    }  # fmt: skip
+    }
 
 
 def open_clip_state(encoder: DualEncoder) -> dict[str, Tensor]:
-    """All weights under open_clip's names."""
+    """All weights by their names in open_clip."""
     clip: Any = encoder.clip  # parts of transformers' modules have no types
     image, text = clip.vision_model, clip.text_model
     return {

@@ -1,4 +1,4 @@
-"""ITO's fusion module: an image's and its caption's tokens become one vector. It exists only while training.
+"""ITO's fusion module: the tokens of an image and of its caption become one vector. It exists in training alone.
 
 Shapes: B rows, S image tokens (CLS first), L text tokens, T = S + L, D width, H heads, E width of one head.
 """
@@ -17,15 +17,15 @@ from diptych.nn.transformer import Block, init_weights, rounded
 @dataclass(kw_only=True, slots=True)
 class FusionConfig:
     depth: int = 2
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     head_width: int = 64
-    """Width of an attention head; the paper has 8 at a width of 512."""
+    """Width of an attention head; the paper has 8 heads at a width of 512."""
 
 
 class Fusion(nn.Module):
     """[image tokens + sin-cos positions | text tokens + text positions] -> pre-norm blocks -> LayerNorm -> position 0.
 
-    Nobody reads the other positions of the last block, so it computes only position 0; see :func:`first_position`.
+    The last block computes position 0 alone, as the others are not used; see :func:`first_position`.
     """
 
     positions_SD: Tensor
@@ -46,7 +46,7 @@ class Fusion(nn.Module):
         valid_BL: Bool[Tensor, "B L"],
         positions_LD: Float[Tensor, "L D"],
     ) -> Float[Tensor, "B D"]:
-        """The fused vectors, L2-normalised, fp32. Invalid text tokens are not attended to.
+        """The fused vectors, L2-normalized, fp32. Invalid text tokens are not attended to.
 
         ``positions_LD`` are the text tower's learned positions, projected to this width.
         """
@@ -63,8 +63,9 @@ def first_position(block: Block, x_BTD: Tensor, attend_B11T: Tensor) -> Tensor:
     """Position 0 of ``block(x_BTD, attend=...)``, at a small part of its cost.
 
     One query per head needs no keys and values: q (x W_k)' = (q W_k') x' and sum_t a_t (x_t W_v) = (sum_t a_t x_t) W_v,
-    so the weights of keys and values meet one vector per head instead of all T tokens. (The bias of the keys adds the
-    same to all scores of a query, which softmax does not see; that of the values comes through whole.)
+    so the weights of keys and values are multiplied with one vector per head instead of all T tokens. (The bias of the
+    keys adds the same to all scores of a query, which softmax ignores; the bias of the values is added as it is, since
+    the weights of attention sum to 1.)
     """
     attention = block.attention
     normed_BTD = rounded(block.norm_attention(x_BTD))
@@ -84,7 +85,10 @@ def first_position(block: Block, x_BTD: Tensor, attend_B11T: Tensor) -> Tensor:
 
 
 def sin_cos_table(tokens: int, width: int) -> Float[Tensor, "S D"]:
-    """Fixed 2-D positions: a quarter of the width each for sin and cos of the row and the column; zero for CLS."""
+    """Fixed 2-D positions: a quarter of the width each for sin and cos of the row and the column; zero for CLS.
+
+    Raises ValueError where the patches form no square or the width is no multiple of 4.
+    """
     side = math.isqrt(tokens - 1)
     if side * side != tokens - 1 or width % 4:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Losses that compare all rows of a batch with one another, as pure functions of embeddings.
 
-They are given the rows of all processes (`nn/gradients.py`) and never learn how many processes there are. Similarities
-and losses are fp32 whatever the precision of the towers. Embeddings are L2-normalised unless said otherwise.
+They take the rows of all processes (`nn/gradients.py` gathers them) and do not depend on the number of processes.
+Similarities and losses are fp32, whatever the precision of the towers. All embeddings are L2-normalized.
 
 Shapes: B rows, V image views of a row, M captions of a row, D width.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 def similarities(
     a_BD: Float[Tensor, "B D"], b_BD: Float[Tensor, "B D"], scale: Float[Tensor, ""] | float
 ) -> Float[Tensor, "B B"]:
-    """s a b' in fp32, also under autocast."""
+    """s a b': the scaled cosines of all rows of a with all rows of b, in fp32 also under autocast."""
     with torch.autocast(a_BD.device.type, enabled=False):
         return scale * (a_BD.float() @ b_BD.float().T)
 
@@ -23,7 +23,7 @@ def similarities(
 def info_nce(
     image_BD: Float[Tensor, "B D"], text_BD: Float[Tensor, "B D"], scale: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
-    """CLIP's loss: [ CE(s I T', i) + CE(s T I', i) ] / 2, where row i belongs to row i."""
+    """CLIP's loss: [ CE(s I T', i) + CE(s T I', i) ] / 2, where text i belongs to image i."""
     logits_BB = similarities(image_BD, text_BD, scale)
     own_B = torch.arange(len(logits_BB), device=logits_BB.device)
     return (F.cross_entropy(logits_BB, own_B) + F.cross_entropy(logits_BB.T, own_B)) / 2

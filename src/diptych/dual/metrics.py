@@ -1,12 +1,15 @@
-"""Does a picture find its captions among all texts, and a text its picture among all pictures?
+"""What embeddings of images and texts are scored by: retrieval, zero-shot classification and the modality gap.
 
-Shapes: I images, T texts (several may belong to an image), Q queries, D width.
+Everything here takes L2-normalized embeddings and knows no model and no data.
+
+Shapes: I images, T texts (several may belong to an image), Q queries, B images to classify, C classes, N pairs,
+D width.
 """
 
 import io
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -24,23 +27,46 @@ from diptych.report.figures import SERIES, STYLE
 from diptych.rng import derive_seed
 
 _SCORES = 2**24
-"""Similarities held at once: 64 MB, and as much again for what belongs together."""
+"""Number of similarities held at once: 64 MB, and as much again for which of them are right."""
+_L2 = 1e-3
+"""Weight decay of the classifier that measures the modality gap."""
+
+PLAIN = ("a photo of a {}.",)
+"""One prompt for each class."""
+ENSEMBLE = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a picture of a {}.",
+    "a close-up photo of a {}.",
+    "a blurry photo of a {}.",
+    "a bright photo of a {}.",
+    "a dark photo of a {}.",
+    "a cropped photo of a {}.",
+    "a drawing of a {}.",
+    "a {} in the background.",
+    "there is a {} in the picture.",
+    "{}",
+)
+"""Prompts in the manner of captions. The mean of their embeddings is nearer to the meaning of a name than any one."""
+
+
+# Retrieval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recall:
-    """Of one direction: the share of queries with a right answer among the first 1, 5 and 10."""
+    """One direction: the share of queries that have a right target among their 1, 5 and 10 best, 0 to 1."""
 
     r1: float
     r5: float
     r10: float
     median_rank: float
-    """1 is best."""
+    """Median over queries of the place of the best right target; 1 is best."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retrieval:
-    """Both directions."""
+    """Recall in both directions."""
 
     images: int
     texts: int
@@ -49,19 +75,23 @@ class Retrieval:
 
     @property
     def mean_r1(self) -> float:
+        """The mean of R@1 over both directions."""
         return (self.image_to_text.r1 + self.text_to_image.r1) / 2
 
     def table(self) -> dict[str, float]:
-        """Flat, for reports."""
-        sides = (("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image))
-        found = {f"{name}/{key}": getattr(side, key) for name, side in sides for key in side.__dataclass_fields__}
+        """All numbers by flat names such as ``image_to_text/r1``, for reports."""
+        sides = {"image_to_text": asdict(self.image_to_text), "text_to_image": asdict(self.text_to_image)}
+        found = {f"{side}/{name}": value for side, recall in sides.items() for name, value in recall.items()}
         return {"images": self.images, "texts": self.texts, **found, "mean_r1": self.mean_r1}
 
 
 def retrieval(
     images_ID: Float[Tensor, "I D"], texts_TD: Float[Tensor, "T D"], *, image_of_T: Int[Tensor, "T"]
 ) -> Retrieval:
-    """Recall by cosine; embeddings are L2-normalised and ``image_of_T`` is the row of each text's image."""
+    """Recall by cosine: does an image find its texts among all texts, and a text its image among all images?
+
+    ``image_of_T`` is the row of each text's image.
+    """
     own_I = torch.arange(len(images_ID), device=images_ID.device)
     return Retrieval(
         images=len(images_ID),
@@ -72,14 +102,17 @@ def retrieval(
 
 
 def ranks(
-    queries_QD: Float[Tensor, "Q D"], targets_TD: Float[Tensor, "T D"], *,
-    group_Q: Int[Tensor, "Q"], group_T: Int[Tensor, "T"],
-) -> Int[Tensor, "Q"]:  # fmt: skip
-    """Place of the best right target of each query; a target is right when it is of the query's group.
+    queries_QD: Float[Tensor, "Q D"],
+    targets_TD: Float[Tensor, "T D"],
+    *,
+    group_Q: Int[Tensor, "Q"],
+    group_T: Int[Tensor, "T"],
+) -> Int[Tensor, "Q"]:
+    """The place of each query's best right target among the wrong ones; a target is right if it has the query's group.
 
-    The first place is 1. A wrong target that scores the same stands before the right one: a model that gives
-    everything the same embedding finds nothing. Right targets do not stand in each other's way. A query without any
-    right target comes last.
+    The first place is 1. A wrong target that scores the same as the right one is placed before it, so that a model that
+    embeds everything alike finds nothing. Other right targets are not counted. A query without a right target gets the
+    last place.
     """
     found = []
     for start in range(0, len(queries_QD), rows := max(1, _SCORES // max(1, len(targets_TD)))):
@@ -96,45 +129,26 @@ def _recall(rank_Q: Int[Tensor, "Q"]) -> Recall:
     return Recall(r1=r1, r5=r5, r10=r10, median_rank=rank_Q.float().median().item())
 
 
-# JOINED eval.zeroshot
-#| Classes told by their names alone: the class whose text lies nearest to the picture.
-#|
-#| Shapes: B pictures, C classes, D width.
-
-
-PLAIN = ("a photo of a {}.",)
-ENSEMBLE = (
-    "a photo of a {}.",
-    "a photo of the {}.",
-    "a picture of a {}.",
-    "a close-up photo of a {}.",
-    "a blurry photo of a {}.",
-    "a bright photo of a {}.",
-    "a dark photo of a {}.",
-    "a cropped photo of a {}.",
-    "a drawing of a {}.",
-    "a {} in the background.",
-    "there is a {} in the picture.",
-    "{}",
-)
-"""Ways in which captions speak of a thing. One prompt is one point; their mean lies nearer to the meaning."""
+# Zero-shot classification
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassAccuracy:
-    """Shares of pictures."""
+    """Shares of the images, 0 to 1."""
 
     top1: float
+    """Share with the right class as the best."""
     top5: float
-    """The right class is among the five best: no skill where there are five classes or fewer."""
+    """Share with the right class among the five best: always 1 where there are five classes or fewer."""
 
 
 def class_embeddings(
     embed: Callable[[list[str]], Tensor], names: Sequence[str], *, templates: Sequence[str] = ENSEMBLE
 ) -> Float[Tensor, "C D"]:
-    """One L2-normalised embedding a class: the mean over the normalised embeddings of its prompts.
+    """One L2-normalized embedding for each class: the normalized mean over the embeddings of its prompts.
 
-    ``embed`` gives L2-normalised embeddings. Raises UserError for a template without the place ``{}`` of the name.
+    ``embed`` turns texts into L2-normalized embeddings. Raises UserError for a template without ``{}``, the place of
+    the name.
     """
     prompts = [text for texts in from_templates(names, templates) for text in texts]
     mean_CD = embed(prompts).unflatten(0, (len(names), len(templates))).mean(1)
@@ -142,34 +156,31 @@ def class_embeddings(
 
 
 def class_accuracy(scores_BC: Float[Tensor, "B C"], labels_B: Int[Tensor, "B"]) -> ClassAccuracy:
-    """A class that scores the same as the right one counts as better."""
+    """How often the right class scores best. Another class with the same score counts as better."""
     right_B1 = scores_BC.gather(1, labels_B[:, None])
     rank_B = (scores_BC >= right_B1).sum(1)
     top1, top5 = ((rank_B <= k).float().mean().item() for k in (1, 5))
     return ClassAccuracy(top1=top1, top5=top5)
 
 
-# JOINED eval.modality
-#| Do images and texts live in one space, or in two clouds side by side?
-#|
-#| Shapes: N pairs, D width.
-
-
-_L2 = 1e-3
+# The modality gap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModalityGap:
-    """How far apart the two kinds of embeddings are."""
+    """Whether images and texts share one region of the space or lie in two separate clouds."""
 
     distance: float
-    """Between the mean image and the mean text; embeddings have length 1, so that 0 is together and 2 opposite."""
+    """Distance between the mean image and the mean text, from 0 (the same) to 2 (opposite)."""
     accuracy: float
-    """Of a linear classifier that tells images from texts, on pairs it has not seen; 0.5 is intertwined."""
+    """Accuracy of a linear classifier that tells images from texts, on pairs it has not seen; 0.5 is chance."""
 
 
 def modality_gap(images_ND: Float[Tensor, "N D"], texts_ND: Float[Tensor, "N D"], *, seed: int = 0) -> ModalityGap:
-    """Of L2-normalised pairs: half of them, drawn by ``seed``, trains the classifier and the other half tests it."""
+    """The gap of pairs of embeddings. Half of the pairs, drawn by ``seed``, trains the classifier, the others test it.
+
+    Raises UserError for fewer than two pairs.
+    """
     pairs = len(images_ND)
     if pairs < 2:
         raise UserError(f"a modality gap needs two pairs or more, not {pairs}")
@@ -183,13 +194,14 @@ def modality_gap(images_ND: Float[Tensor, "N D"], texts_ND: Float[Tensor, "N D"]
 
 
 def modality_map(spaces: dict[str, tuple[Tensor, Tensor]], *, seed: int = 0) -> bytes:
-    """A PNG with a panel for each model: UMAP of its image and text embeddings (both [N D]), by cosine.
+    """A PNG with a panel for each model of ``spaces``: UMAP by cosine of its image and text embeddings (both [N D]).
 
-    Distances within a panel mean something, places and axes nothing. Raises UserError without the extra ``umap``.
+    Only distances within a panel can be compared; positions and axes carry no meaning. Raises UserError where the extra
+    ``umap`` is not installed.
     """
     umap = import_umap()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that one seed means one thread, and what numba deprecates in itself
+        warnings.simplefilter("ignore")  # UMAP warns that a seed means one thread, numba of its own deprecations
         flat = {
             name: umap.UMAP(metric="cosine", random_state=seed).fit_transform(torch.cat(sides).cpu().numpy())
             for name, sides in spaces.items()
@@ -208,7 +220,7 @@ def modality_map(spaces: dict[str, tuple[Tensor, Tensor]], *, seed: int = 0) -> 
 
 
 def import_umap() -> Any:
-    """The module. Raises UserError where it is not installed."""
+    """The module ``umap``. Raises UserError where it is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,7 +1,11 @@
-"""An image tower and a text tower that meet in one space: a plain `transformers.CLIPModel` with its processor.
+"""A dual encoder: an image tower and a text tower that map into one space. It is a plain `transformers.CLIPModel` with
+its processor, so that any tool that loads CLIP loads it.
 
-Shapes: B rows, H and W pixels, L text tokens, S tokens of an image (CLS and patches) or a text, W width of a tower, D
-width of the space.
+The file holds the sizes, the network, and the training of a text tokenizer in CLIP's format.
+
+Shapes: B rows, H and W pixels, L text tokens, S tokens of an image (CLS and patches) or of a text, W width of a tower,
+D width of the common space, Y and X rows and columns of patches (X is also the inner width of an MLP), P numbers of a
+patch, E width of an attention head.
 """
 
 import json
@@ -17,83 +21,94 @@ import transformers
 from jaxtyping import Bool, Float, Int, UInt8
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, PreTrainedTokenizerBase
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers.masking_utils import sdpa_mask
 
 from diptych.errors import UserError
 from diptych.nn.inference import Device, eval_mode, pick_device
+from diptych.nn.transformer import attention, rounded
+from diptych.run_folder import kind_of
 
 LARGEST_SCALE = 100.0
-_HEAD = 64
+_HEAD_WIDTH = 64
+_ATTENTION = "diptych"
 
 
 @dataclass(kw_only=True, slots=True)
 class DualEncoderConfig:
     image_size: int = 224
-    """Side of the pictures that the image tower sees."""
+    """Side of the images that the image tower sees, in pixels."""
     patch: int = 16
-    """Side of a patch; an image becomes (image-size / patch)^2 tokens and CLS."""
+    """Side of a patch, in pixels; an image becomes (image-size / patch)^2 tokens and CLS."""
     image_width: int = 768
-    """Width of the image tower. Heads are 64 wide in both towers."""
+    """Width of the image tower. Attention heads are 64 wide in both towers."""
     image_depth: int = 12
-    """Blocks of the image tower."""
+    """Number of transformer blocks of the image tower."""
     max_text_len: int = 77
-    """Most tokens of a text, its two marks included."""
+    """Largest number of tokens of a text, its start and end marks included; longer texts are cut."""
     text_width: int = 512
     """Width of the text tower."""
     text_depth: int = 12
-    """Blocks of the text tower."""
+    """Number of transformer blocks of the text tower."""
     vocab_size: int = 49408
-    """Most entries of the text tokenizer, where it is trained."""
+    """Largest number of entries of the text tokenizer, where it is trained."""
     width: int = 512
-    """Width of the space in which images and texts meet."""
+    """Width of the common space of images and texts."""
 
+    @classmethod
+    def tiny(cls) -> "DualEncoderConfig":
+        """For images of 64 pixels and short captions on one CPU core."""
+        return cls(
+            image_size=64,
+            patch=16,
+            image_width=128,
+            image_depth=4,
+            max_text_len=32,
+            text_width=128,
+            text_depth=3,
+            vocab_size=4096,
+            width=128,
+        )
 
-def tiny() -> DualEncoderConfig:
-    """For pictures of 64 pixels and short captions on one CPU core."""
-    return DualEncoderConfig(
-        image_size=64, patch=16, image_width=128, image_depth=4, max_text_len=32, text_width=128, text_depth=3,
-        vocab_size=4096, width=128,
-    )  # fmt: skip
+    @classmethod
+    def small(cls) -> "DualEncoderConfig":
+        """ViT-S/16 with a text tower of the same width, as in open_clip."""
+        return cls(image_width=384, text_width=384, width=384)
 
+    @classmethod
+    def vit_b_16(cls) -> "DualEncoderConfig":
+        """CLIP's ViT-B/16: 150M parameters."""
+        return cls()
 
-def small() -> DualEncoderConfig:
-    """ViT-S/16 beside a text tower as wide, as open_clip has it."""
-    return DualEncoderConfig(image_width=384, text_width=384, width=384)
-
-
-def vit_b_16() -> DualEncoderConfig:
-    """CLIP's ViT-B/16: 150M parameters."""
-    return DualEncoderConfig()
-
-
-def vit_l_16() -> DualEncoderConfig:
-    """CLIP's larger text tower beside ViT-L/16."""
-    return DualEncoderConfig(image_width=1024, image_depth=24, text_width=768, width=768)
+    @classmethod
+    def vit_l_16(cls) -> "DualEncoderConfig":
+        """ViT-L/16 with CLIP's larger text tower."""
+        return cls(image_width=1024, image_depth=24, text_width=768, width=768)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TowerOutput:
-    """A side of a pair after its projection, not normalised."""
+    """What a tower computes for a batch of images or of texts. Nothing is L2-normalized."""
 
     pooled_BD: Float[Tensor, "B D"]
-    """What is compared: the image's CLS, the text's end mark."""
+    """The embedding: the projected CLS token of an image, the projected end mark of a text."""
     state_BW: Float[Tensor, "B W"]
-    """The same before the projection, normed."""
+    """The same token after the tower's last LayerNorm and before the projection."""
     tokens_BSD: Float[Tensor, "B S D"] | None = None
-    """All tokens, normed and projected like the pooled one, where they were asked for."""
+    """All tokens after LayerNorm and projection, where the caller asked for them."""
 
 
 class DualEncoder(nn.Module):
-    """CLIP's two towers, its tokenizer and its way of preparing pixels."""
+    """CLIP's two towers, its tokenizer and its preparation of pixels."""
 
     mean_311: Tensor
     std_311: Tensor
 
     def __init__(self, clip: "transformers.CLIPModel", processor: "transformers.CLIPProcessor") -> None:
-        from diptych.dual.clip_speed import quicken
-
         super().__init__()
-        self.clip, self.processor = quicken(clip), processor
+        clip.set_attn_implementation(_ATTENTION)
+        self.clip, self.processor = clip, processor
         self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         config: Any = clip.config  # its annotations allow parts that a finished configuration never lacks
         self.image_size: int = config.vision_config.image_size
@@ -101,13 +116,13 @@ class DualEncoder(nn.Module):
         self.text_tower_width: int = config.text_config.hidden_size
         self.max_text_len: int = config.text_config.max_position_embeddings
         self.width: int = config.projection_dim
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(processor.image_processor, f"image_{name}"))
-            self.register_buffer(f"{name}_311", values.view(3, 1, 1), persistent=False)
+        pixels = processor.image_processor
+        for name, values in (("mean_311", pixels.image_mean), ("std_311", pixels.image_std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     @classmethod
     def from_config(cls, config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> "DualEncoder":
-        """Random weights, as CLIP initialises them; they follow from ``seed`` alone."""
+        """Random weights with CLIP's initialization; they follow from ``seed`` alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             clip = transformers.CLIPModel(_clip_config(config, tokenizer))
@@ -122,17 +137,41 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
-        """Keep the scale at 100 or below, as CLIP does after each update."""
+        """Set the scale to 100 where it is larger, as CLIP does after each update."""
         self.clip.logit_scale.clamp_(max=torch.tensor(LARGEST_SCALE).log().item())
 
     # Training
 
+    def tune_for_training(self) -> None:
+        """Make two parts of the towers cheaper under bf16 autocast. Training runs ask for it; nothing else does.
+
+        The first layer becomes a matrix product, which takes a sixth of the convolution's time in bf16 on a CPU. Each
+        LayerNorm before attention rounds its output once, where the three products that read it would each round it and
+        keep a copy (8 % of the memory of a step of ViT-S/16). In fp32 results stay the same up to rounding; the weights
+        keep their names.
+        """
+        clip: Any = self.clip
+        embeddings = clip.vision_model.embeddings
+        embeddings.patch_embedding = PatchProduct(embeddings.patch_embedding)
+        for layer in (*clip.vision_model.encoder.layers, *clip.text_model.encoder.layers):
+            layer.layer_norm1.register_forward_hook(_round_output)
+
+    def recompute_image_activations(self) -> None:
+        """From now on the backward pass recomputes the outputs of the image tower's GELUs, its widest tensors.
+
+        This saves a sixth of the tower's memory for a hundredth of its time. Losses and gradients stay the same, and so
+        do the names of the weights.
+        """
+        clip: Any = self.clip
+        for layer in clip.vision_model.encoder.layers:
+            layer.mlp = RecomputingMLP(layer.mlp)
+
     def text_positions(self, length: int) -> Float[Tensor, "L W"]:
-        """The text tower's learned positions."""
+        """The text tower's learned embeddings of the first ``length`` positions."""
         return self.clip.text_model.embeddings.position_embedding.weight[:length]
 
     def encode_images(self, pixels_B3HW: Float[Tensor, "B 3 H W"], *, keep_tokens: bool = False) -> TowerOutput:
-        """``pixels_B3HW`` in [0, 1], of side ``image_size``."""
+        """``pixels_B3HW`` lie in [0, 1]; H and W are ``image_size``. ``keep_tokens`` asks for ``tokens_BSD``."""
         normal_B3HW = (pixels_B3HW - self.mean_311) / self.std_311
         states_BSW = self.clip.vision_model(pixel_values=normal_B3HW).last_hidden_state
         if not keep_tokens:
@@ -145,30 +184,32 @@ class DualEncoder(nn.Module):
     def encode_texts(
         self, ids_BL: Int[Tensor, "B L"], valid_BL: Bool[Tensor, "B L"], *, keep_tokens: bool = False
     ) -> TowerOutput:
-        """Padding is on the right, where causal attention hides it: only tokens at invalid positions are arbitrary."""
+        """Padding is on the right, where causal attention hides it from every valid token. In ``tokens_BSD`` the values
+        at invalid positions mean nothing."""
         states_BLW = self.clip.text_model(input_ids=ids_BL).last_hidden_state
         state_BW = states_BLW[torch.arange(len(ids_BL), device=ids_BL.device), valid_BL.sum(1) - 1]
         tokens_BLD = self.clip.text_projection(states_BLW) if keep_tokens else None
         return TowerOutput(pooled_BD=self.clip.text_projection(state_BW), state_BW=state_BW, tokens_BSD=tokens_BLD)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
-        """Ids and their validity on the CPU, as long as the longest text. Marks written out in a text are letters."""
-        told = self._cut(texts, padding=True, return_tensors="pt")
-        return told["input_ids"], told["attention_mask"].bool()
+        """Ids and validity on the CPU; L is the length of the longest text. A mark such as ``<|endoftext|>`` that is
+        written out in a text is read as ordinary letters."""
+        encoded = self._tokenizer_output(texts, padding=True, return_tensors="pt")
+        return encoded["input_ids"], encoded["attention_mask"].bool()
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same without padding."""
-        return self._cut(texts)["input_ids"]
+        """The ids of each text, without padding."""
+        return self._tokenizer_output(texts)["input_ids"]
 
-    def _cut(self, texts: Sequence[str], **how: Any) -> Any:
+    def _tokenizer_output(self, texts: Sequence[str], **options: Any) -> Any:
         return self.tokenizer(
-            list(texts), truncation=True, max_length=self.max_text_len, split_special_tokens=True, **how
+            list(texts), truncation=True, max_length=self.max_text_len, split_special_tokens=True, **options
         )
 
-    # Use
+    # Inference
 
     def embed_images(self, pixels_B3HW: UInt8[Tensor, "B 3 H W"], *, batch_size: int = 64) -> Float[Tensor, "B D"]:
-        """L2-normalised embeddings of square pictures of side ``image_size``, fp32, on the encoder's device."""
+        """L2-normalized embeddings, fp32, on the encoder's device. H and W are ``image_size``."""
         with eval_mode(self):
             parts = [
                 self.encode_images(part.to(self.mean_311.device).float() / 255).pooled_BD
@@ -177,7 +218,7 @@ class DualEncoder(nn.Module):
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Float[Tensor, "B D"]:
-        """L2-normalised embeddings, fp32, on the encoder's device."""
+        """L2-normalized embeddings, fp32, on the encoder's device."""
         device = self.mean_311.device
         parts = []
         with eval_mode(self):
@@ -190,7 +231,10 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], *, device: Device = "cpu") -> "DualEncoder":
-        """From a CLIP folder (nothing touches the network) or a hub name. Raises UserError for what is no CLIP."""
+        """Load a CLIP from a folder, without any use of the network, or by its hub name.
+
+        Raises UserError when ``name`` holds no readable CLIP.
+        """
         where: dict[str, Any] = {"local_files_only": Path(name).is_dir()}
         try:
             config = transformers.CLIPConfig.from_pretrained(name, **where)
@@ -199,23 +243,35 @@ class DualEncoder(nn.Module):
             clip = transformers.CLIPModel.from_pretrained(name, dtype=torch.float32, **where)
             processor = transformers.AutoProcessor.from_pretrained(name, **where)
             return cls(clip, processor).to(pick_device(device))
-        except Exception as error:  # every library below has its own idea of what a broken file raises
+        except Exception as error:  # transformers, safetensors and json each raise their own kinds for a broken file
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             raise UserError(f"dual encoder {name}: {reason}; give the folder or hub name of a CLIP") from error
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """A plain folder for `CLIPModel` and `AutoProcessor`."""
+        """Write a plain folder for `CLIPModel` and `AutoProcessor`."""
         self.clip.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
 
+def open_dual(run: Path, *, device: Device) -> DualEncoder:
+    """The dual encoder of a run folder. Raises UserError for a run of another kind, or one that is not finished."""
+    if (kind := kind_of(run)) != "dual":
+        raise UserError(f"{run}: a run of kind {kind!r} holds no dual encoder: give a run of clip, siglip, slip or ito")
+    if not (run / "model").is_dir():
+        raise UserError(f"{run}: has no model/, so it is no finished run: let `diptych fit` finish it")
+    return DualEncoder.from_pretrained(run / "model", device=device)
+
+
 def _clip_config(config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> "transformers.CLIPConfig":
     def tower(width: int, depth: int) -> dict[str, Any]:
-        # GELU is one kernel where CLIP's own "quick" GELU is three.
         return {
-            "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth, "hidden_act": "gelu",
-            "num_attention_heads": max(1, width // _HEAD), "projection_dim": config.width,
-        }  # fmt: skip
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": depth,
+            "num_attention_heads": max(1, width // _HEAD_WIDTH),
+            "hidden_act": "gelu",  # one kernel; CLIP's own "quick" GELU is three
+            "projection_dim": config.width,
+        }
 
     text = tower(config.text_width, config.text_depth) | {
         "vocab_size": len(tokenizer),
@@ -231,37 +287,97 @@ def _clip_config(config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase) 
     return transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=config.width)
 
 
-# JOINED models.clip_tokenizer
-#| Training a tokenizer in CLIP's format, a byte-level BPE over lower-cased words, on the user's own texts.
-#|
-#| The result is a `transformers.CLIPTokenizer`. Ids, as in CLIP: 256 bytes, 256 bytes that end a word, the merges, then
-#| `<|startoftext|>` and `<|endoftext|>`, which also pads. Any text can be spelled: no letter is unknown.
+class PatchProduct(nn.Module):
+    """CLIP's first layer, whose windows do not overlap, as one matrix product with the weight of ``convolution``."""
 
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.patch = convolution.weight, convolution.kernel_size
+
+    def forward(self, pixels_B3HW: Tensor) -> Tensor:
+        height, width = self.patch
+        grid_B3YyXx = pixels_B3HW.unflatten(3, (-1, width)).unflatten(2, (-1, height))
+        patches_BYXP = grid_B3YyXx.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(patches_BYXP, self.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
+def _round_output(module: nn.Module, inputs: Any, x_BSW: Tensor) -> Tensor:
+    """A forward hook."""
+    return rounded(x_BSW)
+
+
+class RecomputingMLP(nn.Module):
+    """A CLIP MLP that keeps the input of its GELU for the backward pass, and recomputes the output.
+
+    It takes over the layers of the given MLP under the same names. Only GELU is computed twice: recomputation stops
+    as soon as the last tensor that the backward pass needs is there, which is before the second matrix product.
+    """
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.activation_fn = mlp.fc1, mlp.fc2, mlp.activation_fn
+
+    def forward(self, x_BSW: Tensor) -> Tensor:
+        return checkpoint(self._second_half, self.fc1(x_BSW), use_reentrant=False, preserve_rng_state=False)
+
+    def _second_half(self, wide_BSX: Tensor) -> Tensor:
+        return self.fc2(self.activation_fn(wide_BSX))
+
+
+def _attend(
+    module: nn.Module,
+    q_BHSE: Tensor,
+    k_BHSE: Tensor,
+    v_BHSE: Tensor,
+    attend: Tensor | None,
+    *,
+    is_causal: bool = False,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """`nn/transformer.py`'s attention under the interface of transformers; here H counts heads.
+
+    It is several times as fast as transformers' own in bf16 on a CPU, and the same kernel elsewhere.
+    """
+    causal = is_causal and attend is None
+    return attention(q_BHSE, k_BHSE, v_BHSE, attend=attend, causal=causal).transpose(1, 2), None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+
+
+# The text tokenizer: a byte-level BPE over lower-cased words, as CLIP's. The ids are, in this order: 256 bytes, 256
+# bytes that end a word, the merges, `<|startoftext|>`, and `<|endoftext|>`, which also pads. As every byte has an id,
+# every text can be spelled.
 
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-_LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
-_SMALLEST = 2 * len(_LETTERS) + 2
+_BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+_SMALLEST_VOCAB = 2 * len(_BYTES) + 2
 
 
 def train_clip_tokenizer(texts: Iterable[str], *, vocab_size: int, length: int) -> CLIPTokenizer:
-    """A tokenizer of at most ``vocab_size`` ids that cuts texts to ``length`` ids; merges that occur once are left out.
+    """Train a tokenizer of at most ``vocab_size`` ids that cuts texts to ``length`` ids.
 
-    Raises UserError when there is no text or no room for all bytes.
+    Pairs that occur once are not merged. Raises UserError when there is no text, or when ``vocab_size`` has no room
+    for all bytes.
     """
-    if vocab_size < _SMALLEST:
-        raise UserError(f"model.vocab-size is {vocab_size}; all bytes need at least {_SMALLEST}")
-    whole = CLIPTokenizer().backend_tokenizer  # CLIP's own rules of lower case and of what is a word
+    if vocab_size < _SMALLEST_VOCAB:
+        raise UserError(f"model.vocab-size is {vocab_size}; all bytes need at least {_SMALLEST_VOCAB}")
+    original = CLIPTokenizer().backend_tokenizer  # CLIP's own rules of lower case and of where a word ends
     learner = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END))
-    learner.normalizer, learner.pre_tokenizer = whole.normalizer, whole.pre_tokenizer
+    learner.normalizer, learner.pre_tokenizer = original.normalizer, original.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2, min_frequency=2, initial_alphabet=_LETTERS, end_of_word_suffix=_WORD_END,
+        vocab_size=vocab_size - 2,
+        min_frequency=2,
+        initial_alphabet=_BYTES,
+        end_of_word_suffix=_WORD_END,
         show_progress=False,
-    )  # fmt: skip
+    )
     learner.train_from_iterator(texts, trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    merges: list[Any] = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     if not merges:
         raise UserError("the texts for the tokenizer are empty or never repeat themselves: give more of them")
-    merges = merges[: vocab_size - _SMALLEST]  # the trainer counts only the word ends that occur
-    pieces = [*_LETTERS, *(letter + _WORD_END for letter in _LETTERS), *("".join(pair) for pair in merges)]
+    merges = merges[: vocab_size - _SMALLEST_VOCAB]  # the trainer counts only those word ends that occur
+    pieces = [*_BYTES, *(byte + _WORD_END for byte in _BYTES), *("".join(pair) for pair in merges)]
     ids = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, _START, _END]))}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=length)  # type: ignore[arg-type]
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=length)

@@ -3,7 +3,6 @@
 import tyro
 
 from diptych.data.augment import ViewConfig
-from diptych.dual import model as sizes
 from diptych.dual.model import DualEncoderConfig
 from diptych.dual.objectives.ito import ItoConfig
 from diptych.dual.objectives.slip import SlipConfig
@@ -12,14 +11,14 @@ from diptych.train.config import OptimConfig, TrainConfig
 
 
 def ito_tiny() -> ItoRun:
-    """ITO for pictures of 64 pixels, on one CPU core.
+    """ITO for images of 64 pixels, on one CPU core.
 
-    Departs from the paper: a step has two captions of each image (docs/log.md).
+    Departure from the paper: a step has two captions of each image (docs/log.md).
 
     Command: diptych fit ito-tiny --data.pairs 'photos.tar?split=train' --data.valid 'photos.tar?split=dev'
              --out runs/ito
     Cost: twenty minutes.
-    Expected: mean R@1 2.5 %, R@10 14.1 % among Flickr8k's test photos and captions (docs/results.md).
+    Expected: mean R@1 2.5 %, R@10 14.1 % among Flickr8k's test images and captions (docs/results.md).
     """
     return ItoRun(**_tiny(), objective=ItoConfig(captions=2))
 
@@ -28,7 +27,7 @@ def ito_small() -> ItoRun:
     """ITO with ViT-S/16, for one GPU.
 
     Command: diptych fit ito-small --data.pairs 'shards/{000..099}.tar' --out runs/ito
-    Cost: hours on one GPU. Not measured by us.
+    Cost: hours on one GPU. Not measured.
     """
     return ItoRun(**_small())
 
@@ -37,7 +36,7 @@ def ito_base() -> ItoRun:
     """The paper's ITO with ViT-B/16, as on CC12M: about 30 epochs of 12 million pairs.
 
     Command: torchrun --nproc-per-node 8 -m diptych fit ito-base --data.pairs 'cc12m-{0000..1242}.tar' --out runs/ito
-    Cost: days on eight GPUs. Not measured by us. Paper: 38.4 zero-shot over 26 sets, CLIP 34.1.
+    Cost: days on eight GPUs. Not measured. Paper: 38.4 zero-shot over 26 sets, CLIP 34.1.
     """
     return ItoRun(**_base())
 
@@ -46,7 +45,7 @@ def ito_large() -> ItoRun:
     """ITO with ViT-L/16.
 
     Command: torchrun --nproc-per-node 8 -m diptych fit ito-large --data.pairs 'cc12m-{0000..1242}.tar' --out runs/ito
-    Cost: weeks on eight GPUs. Not measured by us.
+    Cost: weeks on eight GPUs. Not measured.
     """
     return ItoRun(**_large())
 
@@ -77,7 +76,7 @@ def clip_large() -> ClipRun:
 
 
 def clip_aug_tiny() -> ClipRun:
-    """CLIP with ITO's augmentation, beside `ito-tiny`: the control that tells the augmentation from the views.
+    """CLIP with ITO's augmentation, beside `ito-tiny`: shows what the augmentation does without further views.
 
     Cost: as clip-tiny. Expected: R@1 1.2 %, R@10 9.1 %, less than clip-tiny's.
     """
@@ -95,7 +94,7 @@ def clip_aug_base() -> ClipRun:
 
 
 def siglip_tiny() -> ClipRun:
-    """SigLIP beside `ito-tiny`: CLIP with a loss for each pair of an image and a text on its own.
+    """SigLIP beside `ito-tiny`: CLIP with a separate loss for each combination of an image and a text.
 
     Cost: as clip-tiny. Expected: R@1 1.4 %, R@10 9.3 %.
     """
@@ -144,7 +143,7 @@ def _sigmoid(run: ClipRun) -> ClipRun:
 
 def _tiny() -> dict:
     return _fields(
-        sizes.tiny(),
+        DualEncoderConfig.tiny(),
         TrainConfig(steps=1800, batch_size=128, eval_every=180, checkpoint_every=900, tensorboard=False, workers=1),
         OptimConfig(lr=1e-3, warmup_steps=100, weight_decay=0.2),
     )
@@ -152,7 +151,7 @@ def _tiny() -> dict:
 
 def _small() -> dict:
     return _fields(
-        sizes.small(),
+        DualEncoderConfig.small(),
         TrainConfig(steps=50_000, batch_size=1024, workers=12),
         OptimConfig(lr=1e-3, warmup_steps=2000, weight_decay=0.1),
     )
@@ -160,17 +159,17 @@ def _small() -> dict:
 
 def _base() -> dict:
     return _fields(
-        sizes.vit_b_16(),
+        DualEncoderConfig.vit_b_16(),
         TrainConfig(steps=160_000, batch_size=2048, workers=16),
         OptimConfig(lr=1e-3, warmup_steps=10_000, weight_decay=0.1),
     )
 
 
 def _large() -> dict:
-    return _base() | {"model": sizes.vit_l_16()}
+    return _base() | {"model": DualEncoderConfig.vit_l_16()}
 
 
 def _fields(model: DualEncoderConfig, train: TrainConfig, optim: OptimConfig) -> dict:
-    """CLIP's moments, which all of these share; the paper clips no gradient."""
+    """The fields that all recipes share. Moments are CLIP's; gradients are not clipped, as in the paper."""
     optim.betas, optim.eps, optim.max_grad_norm = (0.9, 0.98), 1e-6, None
     return {"data": PairsData(pairs=tyro.MISSING), "model": model, "train": train, "optim": optim}

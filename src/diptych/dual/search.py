@@ -1,6 +1,9 @@
-"""Which of many vectors lie nearest, exactly.
+"""The commands `embed`, `search` and `classify` on runs of dual encoders, and the nearest-neighbour search below them.
 
-Shapes: Q queries, N vectors, D width, K hits of a query, B vectors of a block, C of those in the cache.
+Search is exact (:func:`nearest`) or approximate (:func:`nearest_approximate`, which needs the extra ``ann``).
+
+Shapes: Q queries, N stored vectors, D width, K hits of a query, B rows of a batch or vectors of a block, C vectors of a
+block that are in the cache or classes, H and W pixels.
 """
 
 import sys
@@ -25,35 +28,51 @@ from diptych.data.sources.columns import Columns
 from diptych.data.sources.text import clean, read_text
 from diptych.data.store import ResumableArrayWriter, VectorStore, check_free, finish_vectors
 from diptych.dual.metrics import ENSEMBLE, class_embeddings
-from diptych.dual.model import DualEncoder
+from diptych.dual.model import open_dual
 from diptych.errors import UserError
 from diptych.io import weights_digest
 from diptych.nn.inference import Device, Prediction, top_predictions
 from diptych.report.sheet import contact_sheet
-from diptych.run_folder import kind_of
+
+Side = Literal["images", "texts"]
+Method = Literal["exact", "approximate"]
 
 BLOCK = 16_384
-"""Vectors whose scores are held at once."""
+"""Number of vectors whose scores are held at once."""
 _CACHED = 1024
-"""Vectors converted to fp32 at once: they are still in the cache (2 MB at width 512) when they are multiplied."""
+"""Number of vectors converted to fp32 at once: few enough to stay in the cache (2 MB at width 512) until multiplied."""
 _QUERIES = 256
+"""Number of queries searched at once."""
+PROBES = 32
+"""Number of cells that an approximate search visits for each query."""
+_SAMPLE = 64
+"""Number of vectors for each cell from which the centres of the cells are learnt."""
+_INDEX = "index.faiss"
+_ROWS = 256
+"""Number of items of a source that are embedded between two points to which an interrupted `embed` returns."""
+_THUMBNAIL = 160
+"""Side of an image on a contact sheet, in pixels."""
+
+
+# Nearest neighbours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hits:
-    """The best of each query, best first."""
+    """The nearest vectors of each query, best first."""
 
     scores_QK: Float[Tensor, "Q K"]
     """Inner products in fp32: cosines where the vectors have length 1."""
     items_QK: Int[Tensor, "Q K"]
+    """Rows of the vectors; -1 where an approximate search found fewer than K."""
 
 
 def nearest(queries_QD: Float[Tensor, "Q D"], vectors_ND: np.ndarray, *, k: int, block: int = BLOCK) -> Hits:
-    """The ``k`` vectors (all, if there are fewer) with the largest inner product with each query.
+    """The ``k`` vectors (all, if there are fewer) with the largest inner product with each query: an exact search.
 
-    Every vector is scored in fp32 as it is stored, and the best of each ``block`` are merged into the best so far, so
-    that there is never a matrix of all similarities. ``vectors_ND`` may be a memory map larger than memory,
-    fp16 or fp32. Among equal scores any may come first.
+    The vectors are scored in fp32, one ``block`` after another, and the best of each block are merged into the best so
+    far, so that the matrix of all similarities never exists. ``vectors_ND`` is fp16 or fp32 and may be a memory map
+    larger than memory. The order among equal scores is not defined.
     """
     assert k > 0, k
     stored_ND = _as_tensor(vectors_ND)
@@ -65,7 +84,7 @@ def nearest(queries_QD: Float[Tensor, "Q D"], vectors_ND: np.ndarray, *, k: int,
 
 def _nearest(queries_QD: Tensor, stored_ND: Tensor, k: int, block: int) -> Hits:
     scores_BQ = queries_QD.new_empty(min(block, len(stored_ND)), len(queries_QD))
-    # Both are written again and again: new memory for each block would cost more than the arithmetic.
+    # Both buffers are used again for every block: new memory for each would cost more than the arithmetic.
     buffer_CD = queries_QD.new_empty(min(_CACHED, len(scores_BQ)), queries_QD.shape[1])
     scores_QK = queries_QD.new_empty(len(queries_QD), 0)
     items_QK = torch.empty_like(scores_QK, dtype=torch.int64)
@@ -80,7 +99,7 @@ def _nearest(queries_QD: Tensor, stored_ND: Tensor, k: int, block: int) -> Hits:
 
 
 def _score(vectors_BD: Tensor, queries_QD: Tensor, buffer_CD: Tensor, scores_BQ: Tensor) -> Tensor:
-    """Fills ``scores_BQ``."""
+    """Fill ``scores_BQ`` with the inner products and return it; ``buffer_CD`` holds vectors converted to fp32."""
     pieces = zip(vectors_BD.split(len(buffer_CD)), scores_BQ.split(len(buffer_CD)), strict=True)
     for some_CD, scores_CQ in pieces:
         if (some_CD.dtype, some_CD.device) != (buffer_CD.dtype, buffer_CD.device):
@@ -90,31 +109,20 @@ def _score(vectors_BD: Tensor, queries_QD: Tensor, buffer_CD: Tensor, scores_BQ:
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:
-    with warnings.catch_warnings():  # of memory mapped for reading only, which nobody here writes to
+    with warnings.catch_warnings():  # torch warns that the memory map is read-only; nothing here writes to it
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(array)
 
 
-# JOINED eval.approximate
-#| Searching more vectors than one waits for: an inverted file of faiss beside the store, by the extra ``ann``.
-#|
-#| The vectors are sorted into about sqrt(N) cells; a query visits the ``PROBES`` cells whose centres lie nearest. What it
-#| finds has the scores of exact search (up to fp16), but a neighbour in a cell that was not visited is missed.
-#|
-#| Shapes: Q queries, N vectors, D width, K hits of a query.
-
-
-PROBES = 32
-_INDEX = "index.faiss"
-_SAMPLE = 64
-"""Vectors per cell from which the cells are learnt."""
-
-
 def nearest_approximate(queries_QD: Float[Tensor, "Q D"], store: VectorStore, *, k: int, probes: int = PROBES) -> Hits:
-    """As `search.nearest`, by an index that the first call builds and leaves in the store's folder.
+    """As :func:`nearest`, for more vectors than one wants to wait for, by an inverted file of faiss.
 
-    Building takes about half a minute a million vectors on two cores, and memory for all of them in fp16. A query
-    whose cells hold fewer than ``k`` vectors gets -1 for the rest. Raises UserError without faiss.
+    The vectors are sorted into about sqrt(N) cells, and a query visits the ``probes`` cells with the nearest centres.
+    The scores are those of exact search (up to fp16), but a neighbour in a cell that is not visited is missed. A query
+    whose cells hold fewer than ``k`` vectors gets item -1 for the rest.
+
+    The first call builds the index and leaves it in the store's folder. This takes about half a minute for each million
+    vectors on two cores, and memory for all of them in fp16. Raises UserError where faiss is not installed.
     """
     faiss = _import_faiss()
     file = store.folder / _INDEX
@@ -150,42 +158,27 @@ def _import_faiss() -> Any:
     return faiss
 
 
-# JOINED recipes.dual_runs
-#| Commands on runs of dual encoders: embed, search, classify.
-#|
-#| Shapes: B rows, C classes, D width, H and W pixels.
-
-
-Side = Literal["images", "texts"]
-Method = Literal["exact", "approximate"]
-_ROWS = 256
-_THUMBNAIL = 160
+# The commands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hit:
+class SearchResult:
+    """An image or a text that a search found."""
+
     score: float
-    """Cosine."""
+    """Cosine with the query."""
     key: str
-    """Of an image its name in the source; of a text the text."""
+    """Of an image, its name in the source; of a text, the text."""
     item: int
-    """Its place in the source."""
-
-
-def open_dual(run: Path, *, device: Device) -> DualEncoder:
-    """Raises UserError for a run of another kind, or one that is not finished."""
-    if (kind := kind_of(run)) != "dual":
-        raise UserError(f"{run}: a run of kind {kind!r} holds no dual encoder: give a run of clip, siglip, slip or ito")
-    if not (run / "model").is_dir():
-        raise UserError(f"{run}: has no model/, so it is no finished run: let `diptych fit` finish it")
-    return DualEncoder.from_pretrained(run / "model", device=device)
+    """Number of the item in the source."""
 
 
 def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, device: Device) -> tuple[VectorStore, int]:
-    """Embeddings of all images or all texts of a source, as a store in half precision. Interrupted, it goes on where it
-    stopped.
+    """Embed all images or all texts of the source ``spec`` into the store ``out``, in half precision.
 
-    Also gives the number of pictures that cannot be read: they are left out and listed in ``skipped.jsonl``.
+    An interrupted call goes on where it stopped. Returns the store and the number of unreadable images, which are left
+    out and listed in ``skipped.jsonl``. Raises UserError for a source without that side, and when too many images are
+    unreadable.
     """
     check_free(out)
     source = open_finite(spec, Columns())
@@ -196,39 +189,45 @@ def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, devi
     writer = ResumableArrayWriter(out, manifest | {"rows": len(source)})
     skipped = SkippedItems(reasons=writer.skipped)
     shown = track(
-        range(writer.done, len(source), _ROWS), f"Embedding {side}", console=Console(stderr=True), transient=True,
+        range(writer.done, len(source), _ROWS),
+        f"Embedding {side}",
+        console=Console(stderr=True),
+        transient=True,
         disable=not sys.stderr.isatty(),
-    )  # fmt: skip
+    )
     with ThreadPoolExecutor(max(1, workers)) as threads:
-        for begin in shown:
-            items = np.arange(begin, min(begin + _ROWS, len(source)))
+        for start in shown:
+            items = np.arange(start, min(start + _ROWS, len(source)))
             if side == "images":
                 pixels, items = read_images(source, items, size=encoder.image_size, skipped=skipped, threads=threads)
                 skipped.check(len(source))
                 keys = [source.key(int(item)) for item in items]
                 rows_BD = encoder.embed_images(channels_first(pixels)) if keys else None
             else:
-                told = [(text, item) for item in items for text in source.captions(int(item))]
-                keys, items = [text for text, _ in told], np.array([item for _, item in told])
+                captions = [(text, item) for item in items for text in source.captions(int(item))]
+                keys, items = [text for text, _ in captions], np.array([item for _, item in captions])
                 rows_BD = encoder.embed_texts(keys) if keys else None
             arrays = {} if rows_BD is None else {"vectors": rows_BD.half().cpu().numpy(), "items": items}
-            writer.append(arrays, keys=keys, done=begin + _ROWS)
+            writer.append(arrays, keys=keys, done=start + _ROWS)
     return finish_vectors(writer, manifest), len(skipped)
 
 
 class Index:
-    """A store, and the model that made it."""
+    """A store of embeddings together with the model that made it."""
 
     def __init__(self, run: Path, store: Path, *, device: Device) -> None:
-        """Raises UserError for a store of another model: its embeddings mean nothing to this one."""
+        """Raises UserError for a store that another model made: its embeddings mean nothing to this model."""
         self.store = VectorStore.open(store)
         self.encoder = open_dual(run, device=device)
         if self.store.manifest.get("model") != weights_digest(self.encoder):
             made_by = self.store.manifest.get("run", "another program")
             raise UserError(f"{store}: made by another model ({made_by}): diptych embed {run} SRC --out NEW")
 
-    def search(self, query: str | Path, *, top: int, method: Method = "exact") -> list[Hit]:
-        """What lies nearest to a text or, given its path, to an image."""
+    def search(self, query: str | Path, *, top: int, method: Method = "exact") -> list[SearchResult]:
+        """The ``top`` items of the store nearest to a text, or to the image at a path, best first.
+
+        Raises UserError for an empty text, an unreadable image, and a ``top`` below 1.
+        """
         if top < 1:
             raise UserError(f"the best {top}: ask for one hit at least")
         if isinstance(query, Path):
@@ -244,28 +243,35 @@ class Index:
         items = self.store.array("items")
         assert items is not None
         return [
-            Hit(score=score, key=self.store.keys[row], item=int(items[row]))
+            SearchResult(score=score, key=self.store.keys[row], item=int(items[row]))
             for score, row in zip(found.scores_QK[0].tolist(), found.items_QK[0].tolist(), strict=True)
-            if row >= 0  # an approximate search may find fewer
+            if row >= 0
         ]
 
-    def sheet(self, hits: Sequence[Hit], *, title: str) -> Image.Image:
-        """The pictures of the hits. Raises UserError where the source is not what it was, or has no pictures."""
-        made_of = self.store.manifest
-        if made_of["side"] != "images":
+    def sheet(self, results: Sequence[SearchResult], *, title: str) -> Image.Image:
+        """A contact sheet of the images that were found.
+
+        Raises UserError where the source has changed since it was embedded, and for a store of texts.
+        """
+        manifest = self.store.manifest
+        if manifest["side"] != "images":
             raise UserError(f"{self.store.folder}: holds texts, which no contact sheet can show: leave --out away")
-        source = open_finite(made_of["source"], Columns())
-        if any(hit.item >= len(source) or source.key(hit.item) != hit.key for hit in hits):
+        source = open_finite(manifest["source"], Columns())
+        if any(result.item >= len(source) or source.key(result.item) != result.key for result in results):
             raise UserError(f"{source.name}: not what it was when {self.store.folder} was made: embed it again")
-        pictures = [source.image(hit.item, _THUMBNAIL) for hit in hits]
-        captions = [f"{hit.score:.3f} {hit.key}" for hit in hits]
-        return contact_sheet(pictures, captions=captions, title=title, side=_THUMBNAIL)
+        images = [source.image(result.item, _THUMBNAIL) for result in results]
+        captions = [f"{result.score:.3f} {result.key}" for result in results]
+        return contact_sheet(images, captions=captions, title=title, side=_THUMBNAIL)
 
 
 def classify_run(
     run: Path, images: Sequence[Path], *, classes: Path | None, templates: Path | None, top: int, device: Device
 ) -> list[list[Prediction]]:
-    """The ``top`` most probable classes of each image, by the names in the file ``classes`` alone."""
+    """The ``top`` most probable classes of each image. ``classes`` is a file with the name of a class on each line.
+
+    ``templates`` is a file with a prompt template on each line; not given, those of :data:`ENSEMBLE` serve. Raises
+    UserError without ``classes``, and for files and images that cannot be read.
+    """
     encoder = open_dual(run, device=device)
     if classes is None:
         raise UserError(f"{run}: a dual encoder knows no classes of its own: give --classes NAMES.txt")
@@ -278,7 +284,10 @@ def classify_run(
 
 
 def read_lines(file: Path, *, what: str) -> list[str]:
-    """A file with one text a line, clean. Raises UserError when it holds none, or one of them twice."""
+    """The cleaned texts of a file with one text on each line.
+
+    ``what`` names such a text in messages. Raises UserError when the file holds no text, or one of them twice.
+    """
     lines = [text for line in read_text(file).split("\n") if (text := clean(line))]
     if not lines:
         raise UserError(f"{file}: is empty: write one {what} a line")

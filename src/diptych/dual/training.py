@@ -1,10 +1,7 @@
-"""Training dual encoders: ITO and what it is compared with, over the same batches.
-
-Shapes: I images, T texts, D width.
-"""
+"""Training dual encoders: ITO and the methods that it is compared with, on the same batches."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,79 +12,62 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data.pixels import SkippedItems, channels_first, read_first_images
-from diptych.data.sources import Source, open_finite, open_source, require_pairs
-from diptych.data.sources.columns import Columns
+from diptych.data.pixels import SkippedItems
+from diptych.data.sources import Source, open_finite, require_pairs
 from diptych.data.streams import BatchSampler
-from diptych.dual.data import CaptionIds, pair_stream
+from diptych.dual.data import CaptionIds, PairsData, ValidPairs, pair_stream, read_valid_pairs
 from diptych.dual.metrics import retrieval
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
-from diptych.dual.objectives.clip import ClipConfig, ClipObjective
-from diptych.dual.objectives.ito import ItoConfig, ItoObjective
-from diptych.dual.objectives.slip import SlipConfig, SlipObjective
-from diptych.errors import UserError
+from diptych.dual.objectives.base import PairsConfig
+from diptych.dual.objectives.clip import ClipConfig
+from diptych.dual.objectives.ito import ItoConfig
+from diptych.dual.objectives.slip import SlipConfig
 from diptych.run_folder import Kind, part_of, save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import join_processes
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.objective import Objective
 
-_SAVES_MEMORY = ("chunk", "lean")
-"""Fields of objectives that change no gradient, so that a run may go on with others."""
-
-
-@dataclass(kw_only=True, slots=True)
-class PairsData:
-    pairs: str
-    """Captioned images: folder, table, tars, hub:owner/name or scenes:."""
-    valid: str | None = None
-    """Captioned images that retrieval is measured on while training."""
-    valid_images: int = 1000
-    """How many of them, the first ones."""
-    columns: Columns = field(default_factory=Columns)
-    """Names of columns that cannot be guessed."""
-    decode_size: int | None = None
-    """Pictures are decoded to this side, and views cropped from that. Not given: half as large again as a view."""
-    cache_mb: int = 1024
-    """Decoded pictures stay in memory if all of them take no more than this."""
-    max_skipped_share: float = 0.01
-    """Share of unreadable images that is left out without stopping."""
-
 
 @dataclass(kw_only=True, slots=True)
 class DualRun:
-    """A dual encoder trained on pairs; a subclass for each family of recipes says by which objective."""
+    """A dual encoder trained on pairs. Each family of recipes has a subclass, which sets the kind of objective."""
 
     kind: ClassVar[Kind] = "dual"
 
     data: PairsData
-    """What it learns from."""
+    """The captioned images to learn from and to validate on."""
     start: str | None = None
     """A CLIP to continue from: a folder, an earlier run or a hub name. Not given: random weights."""
     tokenizer: str | None = None
     """Text tokenizer in CLIP's format, a folder or a hub name. Not given: one is trained on the captions."""
     model: DualEncoderConfig = field(default_factory=DualEncoderConfig)
-    """The two towers, unless `start` is given."""
+    """Sizes of the two towers. Not used where `start` is given."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The loop."""
+    """Length of the run, batches, hardware, and what is written on the way."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """The optimiser."""
+    """Optimizer and learning rate."""
+    objective: PairsConfig
+    """The losses, and the views and captions that they compare."""
 
     def fit(self, out: Path, *, recipe: str) -> TrainResult:
-        """Leaves ``out/model``, a plain CLIP folder, and the validation retrieval in ``metrics.jsonl``."""
+        """Train, and leave ``out/model``, a plain CLIP folder, and the validation retrieval in ``metrics.jsonl``.
+
+        Raises UserError for data without images or captions, and for settings that cannot be meant.
+        """
         join_processes(self.train.device)
         source = open_finite(self.data.pairs, self.data.columns)
         require_pairs(source, self.data.pairs)
         model = self._model(source, out)
-        hooks = [Hook(every=self.train.eval_every, run=_validation(self.data, model))] if self.data.valid else []
+        model.tune_for_training()
+        hooks = self._hooks(model)
         write_config(out, recipe=recipe, run=self)
         objective = self._objective(model)
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
         batches = self._batches(source, model, skipped)
-        fields = asdict(self.objective)  # type: ignore[attr-defined]
         identity = {
             "model": model.clip.config.to_diff_dict(),
-            "objective": {name: value for name, value in fields.items() if name not in _SAVES_MEMORY},
+            "objective": self.objective.identity(),
             "data": [source.name, batches.streams["pairs"].size, self.data.decode_size],
         }
         result = train(
@@ -114,34 +94,38 @@ class DualRun:
         return DualEncoder.from_config(self.model, self._tokenizer(source, out), seed=self.train.seed)
 
     def _tokenizer(self, source: Source, out: Path) -> PreTrainedTokenizerBase:
-        """The given one, else that of the run folder, made by the first process where it is not there."""
+        """The given tokenizer, else that of the run folder. The first process trains it where it is not there yet."""
         folder = out / "tokenizer"
         with PartialState().main_process_first():
             if self.tokenizer is None and not folder.is_dir():
                 texts = (text for item in range(len(source)) for text in source.captions(item))
-                made = train_clip_tokenizer(texts, vocab_size=self.model.vocab_size, length=self.model.max_text_len)
-                made.save_pretrained(folder)
+                trained = train_clip_tokenizer(texts, vocab_size=self.model.vocab_size, length=self.model.max_text_len)
+                trained.save_pretrained(folder)
         name = part_of(self.tokenizer, "tokenizer") if self.tokenizer is not None else str(folder)
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
 
+    def _hooks(self, model: DualEncoder) -> list[Hook]:
+        if self.data.valid is None:
+            return []
+        pairs = read_valid_pairs(self.data.valid, self.data, size=model.image_size)
+        return [Hook(every=self.train.eval_every, run=measure_retrieval(model, pairs))]
+
     def _objective(self, model: DualEncoder) -> Objective:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.train.seed)  # for the parts that are dropped after training
-            match self.objective:  # type: ignore[attr-defined]
-                case ItoConfig() as config:
-                    return ItoObjective(model, config)
-                case SlipConfig() as config:
-                    return SlipObjective(model, config)
-                case config:
-                    return ClipObjective(model, config)
+            torch.manual_seed(self.train.seed)  # for weights outside the model, which are dropped after training
+            return self.objective.build(model)
 
     def _batches(self, source: Source, model: DualEncoder, skipped: SkippedItems) -> BatchSampler:
-        captions = CaptionIds.read(source, np.arange(len(source)), model.ids)
         stream = pair_stream(
-            source, captions, size=self.data.decode_size or model.image_size * 3 // 2,
-            per_image=self.objective.captions,  # type: ignore[attr-defined]
-            pad=model.tokenizer.pad_token_id, skipped=skipped, cache_mb=self.data.cache_mb, seed=self.train.seed,
-        )  # fmt: skip
+            source,
+            CaptionIds.read(source, np.arange(len(source)), model.ids),
+            size=self.data.decode_size or model.image_size * 3 // 2,
+            per_image=self.objective.captions,
+            pad=model.tokenizer.pad_token_id,
+            skipped=skipped,
+            cache_mb=self.data.cache_mb,
+            seed=self.train.seed,
+        )
         return BatchSampler(
             {"pairs": stream}, multiples={"pairs": 1}, batch_size=self.train.batch_size, seed=self.train.seed
         )
@@ -152,7 +136,7 @@ class ClipRun(DualRun):
     """`diptych fit clip-*` and `siglip-*`."""
 
     objective: ClipConfig = field(default_factory=ClipConfig)
-    """Its loss and views."""
+    """CLIP's or SigLIP's loss, and the views and captions that it compares."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -160,7 +144,7 @@ class ItoRun(DualRun):
     """`diptych fit ito-*`."""
 
     objective: ItoConfig = field(default_factory=ItoConfig)
-    """Its losses and views."""
+    """ITO's losses, and the views and captions that they compare."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -168,26 +152,15 @@ class SlipRun(DualRun):
     """`diptych fit slip-*`."""
 
     objective: SlipConfig = field(default_factory=SlipConfig)
-    """Its losses and views."""
+    """SLIP's losses, and the views and captions that they compare."""
 
 
-def _validation(data: PairsData, model: DualEncoder) -> Callable[[int, nn.Module], dict[str, float | int]]:
-    """Retrieval among some captioned images, all their captions, for ``metrics.jsonl``."""
-    assert data.valid is not None
-    source = open_source(data.valid, columns=data.columns)
-    items, pixels = read_first_images(
-        source, limit=data.valid_images, size=model.image_size, max_skipped_share=data.max_skipped_share
-    )
-    captions = [source.captions(item) for item in items]
-    texts = [text for of_image in captions for text in of_image]
-    if not texts:
-        raise UserError(f"{data.valid}: has no captioned image to measure retrieval on")
-    pixels_I3HW = channels_first(pixels)
-    image_of_T = torch.arange(len(items)).repeat_interleave(torch.tensor([len(of_image) for of_image in captions]))
+def measure_retrieval(model: DualEncoder, pairs: ValidPairs) -> Callable[[int, nn.Module], dict[str, float | int]]:
+    """A hook that measures retrieval among ``pairs``, for ``metrics.jsonl``."""
 
     def run(step: int, objective: nn.Module) -> dict[str, float | int]:
-        images_ID, texts_TD = model.embed_images(pixels_I3HW), model.embed_texts(texts)
-        table = retrieval(images_ID, texts_TD, image_of_T=image_of_T.to(images_ID.device)).table()
+        images_ID, texts_TD = model.embed_images(pairs.pixels_I3SS), model.embed_texts(pairs.texts)
+        table = retrieval(images_ID, texts_TD, image_of_T=pairs.image_of_T.to(images_ID.device)).table()
         return {f"valid/{name}": value for name, value in table.items() if name not in ("images", "texts")}
 
     return run

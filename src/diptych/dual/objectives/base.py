@@ -1,13 +1,14 @@
-"""What all objectives on pairs do before their loss: views, captions, both towers, in chunks if memory is short.
+"""What all objectives on pairs share: their configuration, views, captions, and encoding in chunks.
 
-Towers are given one view at a time, so that blocks of memory stay as small as CLIP's.
+A tower is given one view at a time, so that blocks of memory stay as small as CLIP's.
 
-Shapes: B rows, b rows of a chunk, V image views or captions of a row, L text tokens, S side of a view, D width.
+Shapes: B rows, b rows of a chunk, V image views of a row, M captions of a row, L text tokens, H and W pixels, S side of
+a view, D width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +24,36 @@ from diptych.train.objective import Objective
 
 @dataclass(kw_only=True, slots=True)
 class PairsConfig:
+    """An objective's settings. Each objective has a subclass, which builds it."""
+
+    MEMORY_ONLY: ClassVar[tuple[str, ...]] = ("chunk",)
+    """Fields that change no loss and no gradient: a run may be resumed with other values."""
+
     views: int = 1
-    """Views of each image in a step."""
+    """Number of views of each image in a step."""
     captions: int = 1
-    """Captions of each image in a step."""
+    """Number of captions of each image in a step."""
     augment: ViewConfig = field(default_factory=weak_view)
-    """How a view differs from its image."""
+    """The random changes that make a view of an image."""
     chunk: int | None = None
-    """Rows that a process encodes at a time. Each chunk is encoded once more on the way back: the gradient of the whole
-    batch in the memory of a chunk, for a third more time (GradCache)."""
+    """Number of rows that a process encodes at a time. Not given: all rows. Each chunk is encoded once more in the
+    backward pass, which gives the gradient of the whole batch in the memory of a chunk, for a third more time
+    (GradCache)."""
+
+    def build(self, model: DualEncoder) -> "PairsObjective[Any]":
+        """The objective with these settings, on ``model``. New weights come from torch's global generator.
+
+        Raises UserError for a value that cannot be meant.
+        """
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the losses, to be compared when a run is resumed."""
+        return {name: value for name, value in asdict(self).items() if name not in self.MEMORY_ONLY}
 
     def check(self) -> None:
         """Raise UserError for a value that cannot be meant."""
-        for name in ("views", "captions", "chunk"):
-            value = getattr(self, name)
+        for name, value in (("views", self.views), ("captions", self.captions), ("chunk", self.chunk)):
             if value is not None and value < 1:
                 raise UserError(f"objective.{name} is {value}; it must be at least 1")
 
@@ -45,7 +62,7 @@ Config = TypeVar("Config", bound=PairsConfig)
 
 
 class PairsObjective(Objective, Generic[Config]):
-    """What they have in common: a dual encoder, a stream of pairs, and losses that compare all rows of a batch."""
+    """A dual encoder that learns from a stream of pairs, by losses that compare all rows of a batch."""
 
     couples_rows = True
 
@@ -57,36 +74,42 @@ class PairsObjective(Objective, Generic[Config]):
 
 
 class Views:
-    """The views of a step's images. Their random numbers are drawn at once for all rows, and made into pixels for
-    some."""
+    """The views of a step's images.
+
+    The random numbers are drawn at once for all rows; pixels are made for the rows that are asked for.
+    """
 
     def __init__(self, batch: Batch, config: ViewConfig, *, views: int, size: int, name: str) -> None:
+        """``size`` is the side of a view in pixels; ``name`` tells these random numbers from others of the step."""
         pairs: CaptionedImageExamples = batch["pairs"]
         self._pixels_B3HW, self._config, self._size = pairs.pixels_B3HW, config, size
         self._drawn = [draw_view(batch.rng, f"{name}{view}", len(pairs)) for view in range(views)]
 
     def __call__(self, rows: slice) -> list[Tensor]:
-        """[b 3 S S] for each view."""
+        """Pixels [b 3 S S] of each view."""
         pixels = self._pixels_B3HW[rows]
         return [make_view(pixels, drawn[rows], self._config, size=self._size) for drawn in self._drawn]
 
 
-def captions_of(items: CaptionedImageExamples, rows: slice, *, captions: int) -> list[tuple[Tensor, Tensor]]:
-    """Ids and validity [b L] of the first captions, of the second ones, and so on."""
-    ids, valid = (side[rows].unflatten(1, (captions, -1)).unbind(1) for side in (items.ids_BL, items.valid_BL))
+def captions_of(pairs: CaptionedImageExamples, rows: slice, *, captions: int) -> list[tuple[Tensor, Tensor]]:
+    """Ids and validity [b L] of the first caption of each row, then of the second one, and so on."""
+    ids, valid = (side[rows].unflatten(1, (captions, -1)).unbind(1) for side in (pairs.ids_BL, pairs.valid_BL))
     return list(zip(ids, valid, strict=True))
 
 
-def unit(views: list[Tensor]) -> Tensor:
-    """TowerOutput [b D] of each view, L2-normalised in fp32: [V b D]."""
-    features_VbD = torch.stack(views)
-    with torch.autocast(features_VbD.device.type, enabled=False):
-        return F.normalize(features_VbD.float(), dim=-1)
+def unit(vectors: list[Tensor]) -> Tensor:
+    """The vectors [b D] of each view (or caption), L2-normalized in fp32 also under autocast: [V b D]."""
+    stacked_VbD = torch.stack(vectors)
+    with torch.autocast(stacked_VbD.device.type, enabled=False):
+        return F.normalize(stacked_VbD.float(), dim=-1)
 
 
 def in_chunks(encode: Callable[[slice], tuple[Tensor, ...]], *, rows: int, chunk: int | None) -> tuple[Tensor, ...]:
-    """``encode`` of all rows, results [... B D]. With ``chunk``, only the results of a chunk stay in memory, and on the
-    way back it is encoded again, now with its activations (Gao et al., 2021, GradCache)."""
+    """The results [... B D] of ``encode`` for all rows, computed ``chunk`` rows at a time.
+
+    Only the results of a chunk stay in memory. The backward pass encodes each chunk again, now with its activations
+    (Gao et al., 2021, GradCache). ``chunk`` None encodes all rows at once.
+    """
     if chunk is None or chunk >= rows:
         return encode(slice(0, rows))
     parts = [

@@ -1,4 +1,4 @@
-"""CLIP, CLIP with any augmentation or number of views, and SigLIP.
+"""CLIP and SigLIP, with any augmentation and any number of views and captions.
 
 Shapes: B rows, V image views, M captions, D width.
 """
@@ -20,16 +20,19 @@ from diptych.train.objective import Losses
 @dataclass(kw_only=True, slots=True)
 class ClipConfig(PairsConfig):
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax is CLIP's loss, sigmoid SigLIP's."""
+    """Contrastive loss: softmax is CLIP's, sigmoid is SigLIP's."""
+
+    def build(self, model: DualEncoder) -> "ClipObjective":
+        return ClipObjective(model, self)
 
 
 class ClipObjective(PairsObjective[ClipConfig]):
-    """The mean of the loss over all pairs of a view and a caption."""
+    """L = mean of the loss over all pairs of an image view and a caption."""
 
     def __init__(self, model: DualEncoder, config: ClipConfig) -> None:
         super().__init__(model, config)
         if config.loss == "sigmoid":
-            # SigLIP starts at scale 10 and bias -10: at first nearly all pairs are rightly taken for strangers.
+            # SigLIP starts at scale 10 and bias -10, as nearly all combinations of an image and a text do not match.
             nn.init.constant_(model.clip.logit_scale, torch.tensor(10.0).log().item())
             self.bias = nn.Parameter(torch.tensor(-10.0))
 

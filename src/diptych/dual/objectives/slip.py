@@ -20,25 +20,28 @@ from diptych.train.objective import Losses
 
 @dataclass(kw_only=True, slots=True)
 class SlipConfig(PairsConfig):
-    """``views`` and ``augment`` are those of CLIP."""
+    """``views`` and ``augment`` are for CLIP's part of the loss."""
 
     strong: ViewConfig = field(default_factory=ViewConfig)
-    """The two views of SimCLR: here ITO's augmentation, so that the two methods differ in nothing else."""
+    """The random changes that make SimCLR's two views. The defaults are ITO's, so that both methods see alike."""
     simclr_weight: float = 1.0
     """Weight of SimCLR's loss."""
     temperature: float = 0.1
-    """SimCLR's temperature."""
+    """SimCLR's temperature, by which cosines are divided."""
     hidden: int = 4096
     """Width of the projector's hidden layers."""
     projected: int = 256
-    """Width of what SimCLR compares."""
+    """Width of the projector's output, which SimCLR compares."""
+
+    def build(self, model: DualEncoder) -> "SlipObjective":
+        return SlipObjective(model, self)
 
 
 class SlipObjective(PairsObjective[SlipConfig]):
-    """L = L_CLIP + L_SimCLR, on the image tower before its projection.
+    """L = L_CLIP + L_SimCLR, where L_SimCLR reads the image tower before its projection.
 
-    Departure: LayerNorm in the projector where SLIP has BatchNorm, whose statistics depend on how rows are split over
-    processes and chunks.
+    Departure: the projector has LayerNorm where SLIP has BatchNorm, whose statistics depend on how the rows are split
+    over processes and chunks.
     """
 
     def __init__(self, model: DualEncoder, config: SlipConfig) -> None:

@@ -5,10 +5,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoProcessor, CLIPModel
+from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPTokenizer
 
 from diptych.data.sources.decode import decode
-from diptych.dual import model as sizes
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
 from diptych.errors import UserError
 
@@ -39,12 +38,12 @@ def test_any_tool_that_loads_clip_gets_the_same_embeddings(encoder, pixels, fold
     """Towers, pixel preparation, tokenizer and pooling, all by transformers alone."""
     clip = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    pictures = list(pixels.permute(0, 2, 3, 1).numpy())
-    inputs = processor(text=TEXTS, images=pictures, return_tensors="pt", padding=True, truncation=True)
+    images = list(pixels.permute(0, 2, 3, 1).numpy())
+    inputs = processor(text=TEXTS, images=images, return_tensors="pt", padding=True, truncation=True)
     with torch.no_grad():
-        told = clip(**inputs)
-    torch.testing.assert_close(encoder.embed_images(pixels), told.image_embeds)
-    torch.testing.assert_close(encoder.embed_texts(TEXTS), told.text_embeds)
+        expected = clip(**inputs)
+    torch.testing.assert_close(encoder.embed_images(pixels), expected.image_embeds)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS), expected.text_embeds)
 
 
 def test_it_is_read_back_as_it_was(encoder, pixels, folder):
@@ -92,7 +91,7 @@ def test_the_first_token_of_an_image_and_the_last_of_a_text_are_the_pooled_ones(
 
 
 def test_bf16_is_near_fp32_forwards_and_backwards(encoder, pixels):
-    """Under autocast on a CPU another attention computes, causal for texts."""
+    """Autocast on a CPU uses an attention of its own, which is causal for texts."""
     ids, valid = encoder.tokenize(TEXTS)
 
     learnt = [encoder.clip.text_projection.weight, encoder.clip.visual_projection.weight]
@@ -126,7 +125,7 @@ def test_the_scale_starts_at_clips_and_is_held_at_100(encoder):
 )
 def test_parameter_counts(encoder, size, words, parameters):
     """ViT-B/16 has exactly as many as OpenAI's."""
-    config = getattr(sizes, size)()
+    config = getattr(DualEncoderConfig, size)()
     with torch.device("meta"):
         built = DualEncoder.from_config(config, encoder.tokenizer, seed=0)
     smaller = (config.vocab_size - len(encoder.tokenizer)) * words
@@ -151,3 +150,102 @@ def test_what_is_no_clip_is_refused_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(UserError, match="'t5' model"):
         DualEncoder.from_pretrained(tmp_path)
+
+
+# Cheaper training
+
+
+def gradients_and_bytes(model: DualEncoder, pixels: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    """Gradients of the image tower, and the size of all storages that the backward pass holds, each counted once."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        tensor = tensor.detach()
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = model.encode_images(pixels.float() / 255).pooled_BD.float().square().sum()
+    held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return list(torch.autograd.grad(total, list(model.clip.vision_model.encoder.parameters()))), held
+
+
+def test_recomputed_activations_change_no_gradient(encoder, pixels, folder):
+    """And what backward holds is smaller."""
+    lean = DualEncoder.from_pretrained(folder)
+    lean.recompute_image_activations()
+    (wanted, plain_bytes), (found, lean_bytes) = (gradients_and_bytes(model, pixels) for model in (encoder, lean))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    assert lean_bytes < 0.95 * plain_bytes
+
+
+def test_a_model_tuned_for_training_computes_the_same(encoder, pixels, folder, tmp_path):
+    """Embeddings and gradients in fp32, and nearly in bf16, where backward holds less. It saves the same CLIP."""
+    tuned = DualEncoder.from_pretrained(folder)
+    tuned.tune_for_training()
+    torch.testing.assert_close(tuned.embed_images(pixels), encoder.embed_images(pixels))
+    assert torch.equal(tuned.embed_texts(TEXTS), encoder.embed_texts(TEXTS))
+    (wanted, _), (found, _) = (gradients_and_bytes(model, pixels) for model in (encoder, tuned))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        (_, plain_bytes), (near, tuned_bytes) = (gradients_and_bytes(model, pixels) for model in (encoder, tuned))
+    assert tuned_bytes < plain_bytes
+    compared = [(a, b) for a, b in zip(near, wanted, strict=True) if b.norm() > 1e-5]
+    assert len(compared) == len(wanted) - 2  # the gradients of the keys' biases are nothing but rounding
+    assert all((a - b).norm() < 0.05 * b.norm() for a, b in compared)
+    tuned.save_pretrained(tmp_path)
+    saved, plain = (DualEncoder.from_pretrained(at).clip.state_dict() for at in (tmp_path, folder))
+    assert saved.keys() == plain.keys()
+    assert all(torch.equal(saved[name], plain[name]) for name in plain)
+
+
+# The text tokenizer
+
+TOKENIZER_TEXTS = ["A dog runs over the green grass.", "Two children's toys", "the dog and the children run"] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CLIPTokenizer:
+    return train_clip_tokenizer(TOKENIZER_TEXTS, vocab_size=700, length=16)
+
+
+def test_frequent_words_become_tokens_and_marks_enclose_a_text(tokenizer):
+    ids = tokenizer("The DOG")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<|startoftext|>", "the</w>", "dog</w>", "<|endoftext|>"]
+
+
+def test_the_end_mark_is_the_highest_id_and_pads(tokenizer):
+    """Old CLIP code finds the end of a text by the largest id."""
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == len(tokenizer) - 1
+    assert tokenizer.bos_token_id == len(tokenizer) - 2
+
+
+def test_any_text_can_be_spelled(tokenizer):
+    text = "señor 漢字 🙂"
+    ids = tokenizer(text)["input_ids"]
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(ids[1:-1]).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_tokenizer_survives_a_folder(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert isinstance(again, CLIPTokenizer)
+    texts = [*TOKENIZER_TEXTS, "an unseen wörd"]
+    assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+    assert again.model_max_length == 16
+
+
+def test_the_vocabulary_is_a_limit():
+    full = train_clip_tokenizer(TOKENIZER_TEXTS, vocab_size=10_000, length=16)
+    cut = train_clip_tokenizer(TOKENIZER_TEXTS, vocab_size=520, length=16)
+    assert len(cut) == 520 < len(full)
+
+
+def test_no_texts_and_no_room_are_refused():
+    with pytest.raises(UserError, match="never repeat"):
+        train_clip_tokenizer([], vocab_size=600, length=16)
+    with pytest.raises(UserError, match=r"model\.vocab-size is 500.*at least 514"):
+        train_clip_tokenizer(TOKENIZER_TEXTS, vocab_size=500, length=16)
