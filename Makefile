@@ -1,6 +1,7 @@
 # make demo    train and compare on the built-in world, report in runs/demo/report.html
 # make test    the test suite
 # make check   lint, format, types, layers
+# make docs    the documents and the API reference as pages, in site/
 #
 # PYTHON=python3.12     another interpreter (3.11 or newer)
 # TORCH_INDEX=URL       where to take torch from, e.g. PyTorch's page of CPU builds (see README)
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 # --no-compile: compiling every file of every package takes longer than importing the ones that are used.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_FLAGS)
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -32,8 +33,12 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# Strict: a broken link, a page outside the navigation or a name that is gone is an error.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site
 
 # Stamp files: the environment is made once, and again only when what it is made from changes.
 $(VENV)/created:
@@ -57,4 +62,8 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed-dev
+	$(PIP) --constraint constraints.txt --editable '.[docs]'
 	@touch $@
