@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from diptych.data.encode import DataTokenizers
@@ -26,7 +25,7 @@ from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.training import TextEncoderStage, TokenizerStage
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.train.distributed import join_processes
+from diptych.train.distributed import is_main_process, join_processes, main_process_first, wait_for_everyone
 from diptych.train.loop import Hook, TrainResult, train
 
 
@@ -74,7 +73,7 @@ class ItitRun:
         objective = self.build(ready)
         samples = Samples(self.diptych(objective, ready), ready.encoded, self.data, out / "samples")
         result = self.train_on(ready, objective, out, hooks=[Hook(every=self.train.eval_every, run=samples.run)])
-        if result.finished and PartialState().is_main_process:
+        if result.finished and is_main_process():
             with result.eval_mode(objective):
                 samples.report(out, recipe=recipe)
         return result
@@ -142,7 +141,7 @@ class ItitRun:
             objective, batches, out=out, train=self.train, optim=self.optim, hooks=hooks, title=title, identity=identity
         )
         with result.eval_mode(objective):
-            if PartialState().is_main_process:
+            if is_main_process():
                 save_model(objective.model, out / "model")
         return result
 
@@ -177,7 +176,7 @@ class ItitRun:
 
         def one(name: str, what: DataTokenizers) -> Subset:
             part = getattr(parts, name)
-            with PartialState().main_process_first():
+            with main_process_first():
                 return encode_part(part, out / "encoded" / name, what, data=self.data, advance=_say(name))
 
         pairs = one("pairs", with_features)
@@ -210,9 +209,9 @@ def _once(folder: Path, make: Callable[[], Any], load: Callable[[Path], Any]) ->
     """What ``folder`` holds; if it does not exist yet, make and save it. Every process reads the same files."""
     if not folder.is_dir():
         made = make()
-        if PartialState().is_main_process:
+        if is_main_process():
             save_model(made, folder)
-        PartialState().wait_for_everyone()
+        wait_for_everyone()
     loaded = load(folder)
     assert isinstance(loaded, nn.Module)
     return loaded

@@ -55,6 +55,8 @@ class VQGANConfig:
 class VQGAN(Objective):
     """Reads the stream ``images`` of pixels; trains ``tokenizer`` in place."""
 
+    may_skip_parameters = True  # the discriminator joins at `adversarial_start`
+
     def __init__(self, tokenizer: ImageTokenizer, config: VQGANConfig, *, seed: int = 0):
         super().__init__()
         self.streams = {"images": 1}

@@ -49,6 +49,9 @@ class UmlObjective(Objective):
     Rows are cached features (``vectors_BD``), or pictures of the target where its ``encoder`` learns too.
     """
 
+    # A modality of weight 0 is not read; a tuned encoder may hold what its features do not need, e.g. a mask token.
+    may_skip_parameters = True
+
     def __init__(
         self, head: SharedHead, config: UmlConfig, *, target: str, encoder: nn.Module | None = None,
         view: ViewConfig | None = None,

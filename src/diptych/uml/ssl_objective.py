@@ -33,6 +33,8 @@ class UmlSslConfig:
 class UmlSsl(Objective):
     """One stream of features a modality, by its name; the ``target`` is the one that is wanted in the end."""
 
+    may_skip_parameters = True  # the other modalities join at `aux_start_step`
+
     def __init__(self, model: SharedTransformer, config: UmlSslConfig, *, target: str) -> None:
         super().__init__()
         self.model, self.config, self.target = model, config, target

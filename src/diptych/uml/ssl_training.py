@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from diptych.data.streams import BatchSampler
 from diptych.data.vectors import VectorStore, check_free, write_vectors
@@ -15,6 +14,7 @@ from diptych.io import load_network
 from diptych.nn.inference import Device, eval_mode, pick_device
 from diptych.run_folder import save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.distributed import is_main_process
 from diptych.train.loop import train
 from diptych.uml.features import feature_statistics, read_rows, sequence_stream
 from diptych.uml.ssl_objective import UmlSsl, UmlSslConfig
@@ -58,7 +58,7 @@ class UmlSslRun:
         }
         result = train(objective, batches, out=out, train=self.train, optim=self.optim, title="UML", identity=identity)
         with result.eval_mode(objective):
-            if PartialState().is_main_process:
+            if is_main_process():
                 save_model(objective.model, out / "model")
 
     def open(self) -> dict[str, VectorStore]:

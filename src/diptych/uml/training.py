@@ -8,7 +8,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig
@@ -23,7 +22,7 @@ from diptych.errors import UserError
 from diptych.nn.inference import pick_device
 from diptych.run_folder import save_model, write_config, write_json
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.train.distributed import join_processes
+from diptych.train.distributed import is_main_process, join_processes, main_process_first
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.uml.data import LabelledFeatures, PixelSide, frozen_side, text_side
 from diptych.uml.features import made_of
@@ -116,7 +115,7 @@ class UmlRun:
         )  # fmt: skip
         if len(skipped):
             skipped.write(out / "skipped.jsonl")
-        if result.finished and PartialState().is_main_process:
+        if result.finished and is_main_process():
             _finish(out, objective, encoder, labelled.classes, best)
         return result
 
@@ -147,7 +146,7 @@ class UmlRun:
     def _texts(self, classes: tuple[str, ...], *, cache: Path) -> LabelledFeatures:
         texts = texts_of(self.data.texts, classes, templates=self.data.templates)
         encoder = open_text_encoder(self.text_encoder, pooling=self.text_pooling).to(pick_device(self.train.device))
-        with PartialState().main_process_first():
+        with main_process_first():
             return text_side(encoder, texts, shots=self.data.text_shots, cache=cache, seed=self.train.seed)
 
     def _open_encoder(self) -> Any:
@@ -162,7 +161,7 @@ class UmlRun:
         def side(part: Labelled, items: np.ndarray) -> LabelledFeatures | PixelSide:
             if self.train_encoder == "tuned":
                 return PixelSide(part, items, size=encoder.image_size, skipped=skipped, cache_mb=data.cache_mb)
-            with PartialState().main_process_first():
+            with main_process_first():
                 return frozen_side(encoder, part, items, cache=cache, skipped=skipped, workers=data.workers)
 
         episode = self._episode(labelled.labels_N)
