@@ -1,6 +1,6 @@
 import torch
 
-from diptych.nn.gradients import scale_gradient, straight_through_embedding
+from diptych.nn.gradients import gather_rows, scale_gradient, straight_through_embedding
 
 
 def test_scale_gradient_keeps_the_value_and_scales_the_gradient():
@@ -50,3 +50,9 @@ def test_impossible_entries_are_never_taken_and_give_no_nan():
     (out * torch.randn(4, 7)).sum().backward()
     assert logits.grad.isfinite().all()
     assert (logits.grad[:, 2] == 0).all()
+
+
+def test_one_process_gets_its_own_rows_back():
+    """With two, every objective is compared in tests/dual/test_objectives.py."""
+    rows = torch.randn(2, 3, 4)
+    assert gather_rows(rows) is rows

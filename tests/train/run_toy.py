@@ -1,10 +1,10 @@
 """Trains the toy in a process of its own, to be killed or launched by torchrun.
 
-run_toy.py OUT SECONDS_PER_STEP STEPS...: each of STEPS is one call of train with that many steps. All but the first
-resume, and have a hook for every second step.
+run_toy.py OUT STEPS...: each of STEPS is one call of train with that many steps. All but the first resume, and have a
+hook for every second step.
 """
 
-import sys
+import argparse
 import time
 from pathlib import Path
 
@@ -13,14 +13,23 @@ from toy_objective import Toy, config, optim, toy_batches
 from diptych.train.loop import Hook, train
 
 
-def main(out: str, pause: str, *steps: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("steps", type=int, nargs="+")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds per step")
+    parser.add_argument("--late-from", type=int, default=3, help="step at which the toy's second term starts")
+    parser.add_argument("--may-skip-parameters", type=int, help="overrides what the toy says of itself")
+    options = parser.parse_args()
     hooks: list[Hook] = []
-    for count in steps:
-        toy = Toy(late_from=3)
-        toy.on_step = lambda step: time.sleep(float(pause))
-        train(toy, toy_batches, out=Path(out), train=config(steps=int(count)), optim=optim(), hooks=hooks)
+    for count in options.steps:
+        toy = Toy(late_from=options.late_from)
+        if options.may_skip_parameters is not None:
+            toy.may_skip_parameters = bool(options.may_skip_parameters)
+        toy.on_step = lambda step: time.sleep(options.pause)
+        train(toy, toy_batches, out=options.out, train=config(steps=count), optim=optim(), hooks=hooks)
         hooks = [Hook(every=2, run=lambda step, objective: {"score": step})]
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -46,7 +46,7 @@ def test_every_step_has_one_line_with_its_numbers(tmp_path):
 def test_the_first_step_is_the_plain_one(tmp_path):
     """Loss, norm and weights after one step equal those of a loop written out here."""
     toy, twin = Toy(), Toy()
-    train(toy, toy_batches, out=tmp_path, train=config(steps=1), optim=optim(clip=0.1))
+    train(toy, toy_batches, out=tmp_path, train=config(steps=1), optim=optim(max_grad_norm=0.1))
     loss = twin(toy_batches(0, 0, 1), 0).total
     loss.backward()
     trained = [p for p in twin.parameters() if p.requires_grad]
@@ -70,7 +70,7 @@ def test_accumulation_changes_neither_losses_nor_weights(tmp_path):
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, name):
-    """With dropout, a moving average, micro-batches and either optimiser; stopped between two checkpoints."""
+    """With dropout, a moving average, micro-batches and either optimizer; stopped between two checkpoints."""
     settings, rule = config(ema=0.9, grad_accum_steps=2), optim(name=name)
     toy = Toy(dropout=0.2, late_from=3)
     whole = train(toy, toy_batches, out=tmp_path / "whole", train=settings, optim=rule)
@@ -86,7 +86,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, name):
 
 
 def test_a_killed_process_is_continued_bit_for_bit(tmp_path):
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "killed"), "0.02", "1000"]
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "killed"), "1000", "--pause=0.02"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed/checkpoints/step-00000008").exists():
@@ -291,7 +291,8 @@ def test_progress_is_plain_lines_away_from_a_terminal(tmp_path, capsys):
 
 
 def test_a_batch_size_that_cannot_be_cut_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"train\.batch_size is 8; it must be a multiple of .* train\.accumulate \(3\)"):
+    told = r"train\.batch_size is 8; it must be a multiple of .* train\.grad_accum_steps \(3\)"
+    with pytest.raises(UserError, match=told):
         train(Toy(), toy_batches, out=tmp_path, train=config(grad_accum_steps=3), optim=optim())
 
 
@@ -316,7 +317,7 @@ def test_regions_are_compiled_where_the_objective_names_them(tmp_path):
 
 def test_it_learns(tmp_path):
     batch = toy_batches(0, 0, 1)
-    rule = optim(lr=0.05, clip=None, weight_decay=0.0)
+    rule = optim(lr=0.05, max_grad_norm=None, weight_decay=0.0)
     train(Toy(width=32), lambda step, rank, world: batch, out=tmp_path, train=config(steps=150), optim=rule)
     losses = [loss for _, loss in losses_of(tmp_path)]
     assert losses[-1] < 0.1 * losses[0]

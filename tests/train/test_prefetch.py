@@ -5,7 +5,7 @@ import pytest
 import torch
 from toy_objective import ROWS, toy_batches
 
-from diptych.data.batch import Batch, ImageTokenExamples
+from diptych.data.batch import Batch, ImageTokenExamples, LabelledVectorExamples
 from diptych.errors import UserError
 from diptych.rng import StepRNG
 from diptych.train.prefetch import count_rows, prefetch, split
@@ -63,12 +63,12 @@ def test_streams_of_different_sizes_are_cut_alike():
         rng=StepRNG(0, 0),
         streams={
             "pairs": ImageTokenExamples(tokens_BN=torch.ones(4, 2).long()),
-            "texts": ImageTokenExamples(tokens_BN=torch.ones(6, 2).long()),
+            "texts": LabelledVectorExamples(vectors_BD=torch.ones(6, 2), labels_B=torch.arange(6)),
         },
     )
     assert count_rows(batch) == 10
     first, second = split(batch, 2)
     assert (len(first["pairs"]), len(second["texts"]), set(first.streams)) == (2, 3, {"pairs", "texts"})
     assert second["texts"].labels_B.tolist() == [3, 4, 5]
-    with pytest.raises(UserError, match=r"train\.accumulate is 4, but a process gets 6 rows of texts"):
+    with pytest.raises(UserError, match=r"train\.grad_accum_steps is 4, but a process gets 6 rows of texts"):
         split(batch, 4)

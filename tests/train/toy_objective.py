@@ -33,6 +33,7 @@ class Toy(Objective):
             self.late = nn.Linear(width, CODES)
             self.frozen = nn.Linear(width, width).requires_grad_(False)
         self.late_from = late_from
+        self.may_skip_parameters = late_from > 0
         self.explode_at: dict[int, float] = {}
         self.on_step: Callable[[int], None] | None = None
 

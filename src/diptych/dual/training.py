@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 import transformers
-from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +23,7 @@ from diptych.dual.objectives.ito import ItoConfig
 from diptych.dual.objectives.slip import SlipConfig
 from diptych.run_folder import Kind, part_of, save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.train.distributed import join_processes
+from diptych.train.distributed import is_main_process, join_processes, main_process_first
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.objective import Objective
 
@@ -83,7 +82,7 @@ class DualRun:
         if len(skipped):
             skipped.write(out / "skipped.jsonl")
         with result.eval_mode(objective):
-            if PartialState().is_main_process:
+            if is_main_process():
                 model.clamp_scale()
                 save_model(model, out / "model")
         return result
@@ -96,7 +95,7 @@ class DualRun:
     def _tokenizer(self, source: Source, out: Path) -> PreTrainedTokenizerBase:
         """The given tokenizer, else that of the run folder. The first process trains it where it is not there yet."""
         folder = out / "tokenizer"
-        with PartialState().main_process_first():
+        with main_process_first():
             if self.tokenizer is None and not folder.is_dir():
                 texts = (text for item in range(len(source)) for text in source.captions(item))
                 trained = train_clip_tokenizer(texts, vocab_size=self.model.vocab_size, length=self.model.max_text_len)

@@ -89,6 +89,7 @@ class ItitObjectiveConfig:
 class ItitObjective(Objective):
     """L = L_T2I + L_I2T + L_I2I on pairs, + L_T2I2T on unpaired texts, + L_I2T2I on unpaired images."""
 
+    may_skip_parameters = True  # a step, or a weight of 0, may leave out losses that train some layers alone
     banned_V: Tensor
 
     def __init__(self, model: ITIT, text_encoder: TextEncoder, config: ItitObjectiveConfig) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from accelerate import PartialState
 
 from diptych.data.encode import DataTokenizers
 from diptych.data.store import Store
@@ -26,7 +25,7 @@ from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.training import TextEncoderStage, TokenizerStage
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.train.distributed import join_processes
+from diptych.train.distributed import is_main_process, join_processes, main_process_first, wait_for_everyone
 from diptych.train.loop import Hook, TrainResult, train
 
 
@@ -89,7 +88,7 @@ class ItitRun:
         samples = Samples(self.diptych(objective, inputs), inputs.encoded, self.data, out / "samples")
         hooks = [Hook(every=self.train.eval_every, run=samples.run)]
         result = self.train_on(inputs, objective, out, hooks=hooks)
-        if result.finished and PartialState().is_main_process:
+        if result.finished and is_main_process():
             with result.eval_mode(objective):
                 samples.report(out, recipe=recipe)
         return result
@@ -158,7 +157,7 @@ class ItitRun:
         with_features = data_tokenizers(tokenizer, text_encoder, length=length, features=cached)
 
         def encode(subset: Subset, name: str, tokenizers: DataTokenizers) -> Subset:
-            with PartialState().main_process_first():
+            with main_process_first():
                 folder = out / "encoded" / name
                 return encode_subset(subset, folder, tokenizers, data=self.data, advance=_progress(name))
 
@@ -220,7 +219,7 @@ class ItitRun:
             objective, batches, out=out, train=self.train, optim=self.optim, hooks=hooks, title=title, identity=identity
         )
         with result.eval_mode(objective):
-            if PartialState().is_main_process:
+            if is_main_process():
                 save_model(objective.model, out / "model")
         return result
 
@@ -228,15 +227,15 @@ class ItitRun:
 def _is_missing(folder: Path) -> bool:
     """Whether no process has made ``folder`` yet. All processes answer alike: none goes on before all have looked."""
     missing = not folder.is_dir()
-    PartialState().wait_for_everyone()
+    wait_for_everyone()
     return missing
 
 
 def _save_once(made: ImageTokenizer | TextEncoder, folder: Path) -> None:
     """Save from the first process; the others wait, as every process reads the saved files."""
-    if PartialState().is_main_process:
+    if is_main_process():
         save_model(made, folder)
-    PartialState().wait_for_everyone()
+    wait_for_everyone()
 
 
 def _store(subset: Subset) -> Store:

@@ -1,6 +1,7 @@
-"""Where the paper bends gradients: the straight-through embedding and the gradient scale.
+"""Functions whose gradient is not that of their value: a gradient scale, the straight-through embedding, and the rows
+of all processes as one tensor, for losses that compare rows.
 
-Shapes: ... any leading axes, V entries of a table (codes or words), D its width.
+Shapes: ... any leading axes, V entries of a table (codes or words), D width, B rows of this process, W processes.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ def scale_gradient(z: Tensor, factor: float) -> Tensor:
 
 
 def straight_through_embedding(logits: Float[Tensor, "... V"], table: Float[Tensor, "V D"]) -> Float[Tensor, "... D"]:
-    """Embed the likeliest entry; differentiate as if the softmax had been embedded.
+    """Embed the likeliest entry of each position; the gradient is that of the embedded softmax.
 
     Equals ``(hard + (soft - soft.detach())) @ table`` with ``soft = softmax(logits)`` and ``hard`` its one-hot argmax,
     but gathers rows instead of multiplying by a dense one-hot ([64, 256, 8192] in fp32 would take half a gigabyte).
@@ -46,12 +47,6 @@ class _StraightThroughEmbedding(torch.autograd.Function):
             flat = grad.reshape(-1, grad.shape[-1]).to(table.dtype)
             grad_table = torch.zeros_like(table).index_add_(0, best.reshape(-1), flat)
         return grad_logits, grad_table
-
-
-# JOINED nn.gather
-#| The rows of all processes as one tensor, for losses that compare rows.
-#|
-#| Shapes: ... any leading axes, B rows of this process, W processes, D width.
 
 
 def gather_rows(local: Float[Tensor, "... B D"]) -> Float[Tensor, "... WB D"]:

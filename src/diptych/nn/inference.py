@@ -36,7 +36,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """The one dtype policy: fp32 weights; under bf16, what autocast lists as safe is computed in bf16."""
+    """The dtype policy of all networks: weights are fp32; under bf16, operations that torch lists as safe use bf16."""
     bf16 = precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 

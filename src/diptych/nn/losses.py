@@ -1,8 +1,8 @@
-"""The two cross-entropies that every objective of ITIT is made of.
+"""The two cross-entropies that every loss of ITIT is made of: of image tokens and of text tokens.
 
 Both are means over rows of a row's mean, so that they are the same for any split of the rows over micro-batches or
 processes. (The equations of the paper are sums over tokens in expectation over rows; it does not say how it
-normalises.)
+normalizes.)
 
 Shapes: B rows, N image tokens, C codebook entries, L text tokens, V vocabulary.
 """

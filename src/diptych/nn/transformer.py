@@ -1,4 +1,4 @@
-"""The pre-norm transformer block that every network of Diptych is made of, and its key-value cache.
+"""The pre-norm transformer block of all networks of Diptych, and its key-value cache.
 
 Shapes: B rows, S positions, D width, H heads, E width of one head, T positions that may be looked at.
 """
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-_MANY = 96  # positions from which softmax in bf16 is the faster one
+_MANY = 96  # number of positions from which softmax in bf16 is faster than in fp32
 
 
 @dataclass(slots=True)
@@ -49,10 +49,10 @@ def attention(
     causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(q k' / sqrt(E)) v. ``attend`` is True where a position may look; or ``causal``: not after itself.
+    """softmax(q k' / sqrt(E)) v. ``attend`` is True where a position may look; ``causal`` lets none look after itself.
 
-    In bf16 on a CPU the products are written out: torch's fused kernel has a slow backward pass there; in all it takes
-    1.6 (170 positions) to 5 times (20 positions) as long, as `benchmarks/attention_cpu.py` shows.
+    In bf16 on a CPU the products are written out, because torch's fused kernel has a slow backward pass there: forward
+    and backward it takes 1.6 (170 positions) to 5 times (20 positions) as long, as `benchmarks/attention_cpu.py` shows.
     """
     if q_BHSE.device.type != "cpu" or q_BHSE.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(
@@ -61,16 +61,17 @@ def attention(
     scores_BHST = (q_BHSE * q_BHSE.shape[-1] ** -0.5) @ k_BHTE.transpose(-1, -2)
     if causal:
         attend = torch.ones(scores_BHST.shape[-2:], dtype=torch.bool).tril()
-    if attend is not None:  # to add is a quarter of the time of masked_fill
+    if attend is not None:  # adding takes a quarter of the time of masked_fill
         scores_BHST = scores_BHST + scores_BHST.new_zeros(attend.shape).masked_fill_(~attend, -torch.inf)
     weights_BHST = softmax(scores_BHST)
     return F.dropout(weights_BHST, dropout, training=dropout > 0) @ v_BHTE
 
 
 def softmax(scores_XT: Tensor) -> Tensor:
-    """Over the last axis; summed in fp32, given and kept for the way back in the type of ``scores_XT``.
+    """Softmax over the last axis, summed in fp32; the result has the type of ``scores_XT``.
 
-    Autocast alone would keep fp32, three times the memory of bf16. Over few positions that is still faster on a CPU.
+    Autocast alone would keep an fp32 result for the backward pass, three times the memory of bf16. Over few positions
+    that is still faster on a CPU.
     """
     if scores_XT.shape[-1] < _MANY:
         return scores_XT.softmax(-1, dtype=torch.float32).to(scores_XT.dtype)
@@ -79,7 +80,8 @@ def softmax(scores_XT: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """``x`` as autocast would give it to a product. To be used before several: each would round, and keep, a copy."""
+    """``x`` in the type that autocast gives to products. Used before several products of the same tensor, each of which
+    would otherwise round, and keep, a copy of its own."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -105,7 +107,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with GELU and dropout on both branches."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); a GELU in the mlp, dropout on both branches."""
 
     def __init__(self, width: int, *, heads: int, dropout: float = 0.0, mlp_ratio: int = 4) -> None:
         super().__init__()
@@ -140,7 +142,7 @@ class Blocks(nn.Module):
         for index, layer in enumerate(self.layers):
             if cache is None:
                 x_BSD = layer(x_BSD, attend=attend)
-            else:  # never the compiled form: it would be compiled anew for each length of the cache
+            else:  # `forward` is never compiled: `layer(...)` would be compiled anew for each length of the cache
                 x_BSD = layer.forward(x_BSD, attend=attend, cache=cache[index])
         return self.norm(x_BSD)
 
@@ -150,7 +152,7 @@ class Blocks(nn.Module):
 
 
 def prefix_causal(prefix: int, length: int, *, device: torch.device | None = None) -> Bool[Tensor, "S S"]:
-    """GIT's attention: the prefix sees itself, each later position sees the prefix and what is not after it."""
+    """GIT's attention: the prefix sees itself; each later position sees the prefix, itself and what is before it."""
     total = prefix + length
     attend_SS = torch.ones(total, total, dtype=torch.bool, device=device).tril()
     attend_SS[:prefix, :prefix] = True

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from accelerate import PartialState
 from torch import Tensor
 
 from diptych.data.batch import ImageExamples, TextExamples
@@ -28,6 +27,7 @@ from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.text_tokenizer import train_tokenizer
 from diptych.tokenizers.vqgan import VQGAN, VQGANConfig
 from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.distributed import is_main_process
 from diptych.train.loop import train
 
 _SCORED = 512
@@ -71,7 +71,7 @@ class TokenizerStage:
         if len(skipped):
             skipped.write(out / "skipped.jsonl")
         with result.eval_mode(objective):
-            if PartialState().is_main_process:
+            if is_main_process():
                 score = evaluate_tokenizer(tokenizer, _first(stream, _SCORED), extractor=RandomFeatures())
                 print(f"{title}: {score}, on {score.images:,} of its own images", flush=True)
                 write_json(out / "tokenizer.json", asdict(score))
@@ -144,7 +144,7 @@ class TextEncoderStage:
         identity = {"model": asdict(self.model), "max_text_len": self.max_text_len}
         train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
         encoder = objective.text_encoder()
-        if PartialState().is_main_process:
+        if is_main_process():
             score = evaluate_text_encoder(encoder, texts[:_SCORED], length=self.max_text_len)
             print(f"{title}: {score}, on {score.texts:,} of its own texts", flush=True)
             write_json(out / "text_encoder.json", asdict(score))

@@ -71,6 +71,8 @@ class VQGAN(Objective):
     discriminator. Raises UserError for a perceptual model that cannot be loaded.
     """
 
+    may_skip_parameters = True  # the discriminator joins at `adversarial_start`
+
     def __init__(self, tokenizer: ImageTokenizer, config: VQGANConfig, *, seed: int = 0):
         super().__init__()
         self.streams = {"images": 1}

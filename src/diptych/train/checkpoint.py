@@ -1,15 +1,17 @@
-"""Checkpoints: folders that appear whole or not at all, and that are believed only when their digests hold.
+"""Checkpoints: what a run must remember between two steps, and the folders that keep it.
 
     checkpoints/step-00001000/model.safetensors, ema.safetensors, optimizer.safetensors, state.json, SHA256SUMS
 
-SHA256SUMS has the format of the program of that name (`sha256sum -c SHA256SUMS`). Nothing is pickled.
+:class:`TrainState` gives the tensors of a run (weights, their moving average, the optimizer's moments) and takes them
+back. The functions below it write and read the folders. A folder appears complete or not at all, and is read only if
+its digests hold. SHA256SUMS has the format of the program of that name (`sha256sum -c SHA256SUMS`). Nothing is pickled.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +27,59 @@ from diptych.errors import UserError
 SUMS = "SHA256SUMS"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainProgress:
+    """How far a run has come."""
+
+    step: int = 0
+    """Finished steps."""
+    seconds: float = 0.0
+    """Time trained, all invocations together."""
+    bad_steps: int = 0
+    """Updates in a row, up to this step, that were skipped because they were not finite."""
+
+
+class Ema:
+    """The moving average of the trained weights: s <- s + (1 - d) (w - s) after update t.
+
+    Here s are the averaged weights, w the trained ones, and d = min(decay, (1 + t) / (10 + t)). The rising start of d
+    keeps the random initial weights out of the average of short runs.
+    """
+
+    def __init__(self, objective: nn.Module, *, decay: float) -> None:
+        """Start from the weights that ``objective`` has now; frozen ones are left out."""
+        self.decay = decay
+        self._live = {name: p.detach() for name, p in objective.named_parameters() if p.requires_grad}
+        self.weights = {name: weight.clone() for name, weight in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Average in the weights after the update of step ``step`` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.weights.values()), list(self._live.values()), 1 - decay)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside, the objective has the averaged weights; afterwards its own again."""
+        live, shadow = list(self._live.values()), list(self.weights.values())
+        own = [weight.clone() for weight in live]
+        with torch.no_grad():
+            torch._foreach_copy_(live, shadow)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(live, own)
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint whose digests held."""
+    """A checkpoint that is complete and undamaged."""
 
     path: Path
     step: int
     state: dict[str, Any]
+    """The content of state.json."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors saved under ``name``, on the CPU; empty if there were none."""
@@ -39,12 +87,62 @@ class Checkpoint:
         return load_file(path) if path.exists() else {}
 
 
+class TrainState:
+    """The tensors of a run: weights, moving average, moments of the optimizer.
+
+    Saved are the trained parameters, the buffers, and frozen parameters that were written to since the start (an
+    objective may keep a teacher); a frozen text encoder of gigabytes is not. Moments are stored by parameter name.
+    """
+
+    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
+        self.objective, self.optimizer, self.ema = objective, optimizer, ema
+        names = {parameter: name for name, parameter in objective.named_parameters()}
+        self._names = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        self._frozen = {name: p._version for name, p in objective.named_parameters() if not p.requires_grad}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint saves: file name -> tensor name -> tensor."""
+        moved = {n for n, p in self.objective.named_parameters() if n in self._frozen and p._version != self._frozen[n]}
+        content = {"model": self._model(moved), "optimizer": self._moments()}
+        return content | ({"ema": self.ema.weights} if self.ema else {})
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Set weights, moving average and moments to those of ``checkpoint``.
+
+        Raises:
+            UserError: the checkpoint is of another model.
+        """
+        saved = checkpoint.tensors("model")
+        load_into(self._model(saved.keys() & self._frozen.keys()), saved, where=checkpoint.path)
+        if self.ema:
+            load_into(self.ema.weights, checkpoint.tensors("ema"), where=checkpoint.path)
+        state: dict[int, dict[str, Tensor]] = {}
+        numbers = {name: number for number, name in enumerate(self._names)}
+        for key, value in checkpoint.tensors("optimizer").items():
+            moment, name = key.split("/", 1)
+            state.setdefault(numbers[name], {})[moment] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _model(self, frozen: Collection[str]) -> dict[str, Tensor]:
+        """Trained parameters, the ``frozen`` ones of these names, and buffers."""
+        kept = self.objective.state_dict().keys()  # leaves out non-persistent buffers
+        parameters = {
+            n: p.detach() for n, p in self.objective.named_parameters() if n not in self._frozen or n in frozen
+        }
+        return parameters | {n: b for n, b in self.objective.named_buffers() if n in kept}
+
+    def _moments(self) -> dict[str, Tensor]:
+        state = self.optimizer.state_dict()["state"]
+        return {f"{key}/{self._names[i]}": value for i, entry in state.items() for key, value in entry.items()}
+
+
 def save(
     folder: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
 ) -> Path:
     """Write the checkpoint of ``step`` into ``folder`` and remove all but the newest ``keep``.
 
-    ``tensors`` holds one file's content per name, ``state`` what JSON can carry.
+    ``tensors`` maps the name of each file to its tensors; ``state`` holds JSON values.
 
     Raises:
         UserError: the disk refused; older checkpoints are as they were.
@@ -94,7 +192,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Set aside the checkpoints after ``step`` (they were damaged), so that they never count among the newest."""
+    """Rename the checkpoints after ``step``, which were damaged, so that they never count among the newest."""
     for later, path in _listed(folder):
         if later > step:
             aside = path.with_name(f"damaged-{path.name}")
@@ -124,7 +222,7 @@ def _listed(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with the checkpoint ``path``; None if it is sound."""
     try:
         lines = (path / SUMS).read_text().splitlines()
         for digest, name in (line.split("  ", 1) for line in lines):
@@ -152,91 +250,3 @@ def _clear(folder: Path) -> None:
     """Remove what interrupted writes left."""
     for draft in folder.glob(".draft-*") if folder.is_dir() else ():
         shutil.rmtree(draft, ignore_errors=True)
-
-
-# JOINED train.ema
-#| An exponential moving average of the trained weights.
-
-
-class Ema:
-    """Shadow weights s <- s + (1 - d) (w - s), where d = min(decay, (1 + t) / (10 + t)) after update t.
-
-    The rising start keeps the random initial weights out of the average of short runs.
-    """
-
-    def __init__(self, objective: nn.Module, *, decay: float) -> None:
-        self.decay = decay
-        self._live = {name: p.detach() for name, p in objective.named_parameters() if p.requires_grad}
-        self.weights = {name: weight.clone() for name, weight in self._live.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.weights.values()), list(self._live.values()), 1 - decay)
-
-    @torch.no_grad()
-    def load(self, weights: dict[str, Tensor]) -> None:
-        for name, shadow in self.weights.items():
-            shadow.copy_(weights[name])
-
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """The objective computes with the averaged weights inside, with its own again afterwards."""
-        live, shadow = list(self._live.values()), list(self.weights.values())
-        own = [weight.clone() for weight in live]
-        with torch.no_grad():
-            torch._foreach_copy_(live, shadow)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(live, own)
-
-
-# JOINED train.state
-#| All that a run must remember between two steps: weights, moving average, optimiser.
-
-
-class TrainState:
-    """Gives a checkpoint its tensors and takes them back.
-
-    Saved are the trained parameters, the buffers, and frozen parameters that were written to since the start (an
-    objective may keep a teacher); a frozen text encoder of gigabytes is not. Moments are stored by parameter name.
-    """
-
-    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
-        self.objective, self.optimizer, self.ema = objective, optimizer, ema
-        names = {parameter: name for name, parameter in objective.named_parameters()}
-        self._names = [names[p] for group in optimizer.param_groups for p in group["params"]]
-        self._frozen = {name: p._version for name, p in objective.named_parameters() if not p.requires_grad}
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """File name -> tensor name -> tensor."""
-        moved = {n for n, p in self.objective.named_parameters() if n in self._frozen and p._version != self._frozen[n]}
-        content = {"model": self._model(moved), "optimizer": self._moments()}
-        return content | ({"ema": self.ema.weights} if self.ema else {})
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Continue from ``checkpoint``."""
-        saved = checkpoint.tensors("model")
-        load_into(self._model(saved.keys() & self._frozen.keys()), saved, where=checkpoint.path)
-        if self.ema:
-            load_into(self.ema.weights, checkpoint.tensors("ema"), where=checkpoint.path)
-        state: dict[int, dict[str, Tensor]] = {}
-        numbers = {name: number for number, name in enumerate(self._names)}
-        for key, value in checkpoint.tensors("optimizer").items():
-            moment, name = key.split("/", 1)
-            state.setdefault(numbers[name], {})[moment] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-    def _model(self, frozen: Any) -> dict[str, Tensor]:
-        kept = self.objective.state_dict().keys()  # leaves out non-persistent buffers
-        parameters = {
-            n: p.detach() for n, p in self.objective.named_parameters() if n not in self._frozen or n in frozen
-        }
-        return parameters | {n: b for n, b in self.objective.named_buffers() if n in kept}
-
-    def _moments(self) -> dict[str, Tensor]:
-        state = self.optimizer.state_dict()["state"]
-        return {f"{key}/{self._names[i]}": value for i, entry in state.items() for key, value in entry.items()}

@@ -1,15 +1,15 @@
-"""How a run is trained: the fields every recipe shares."""
+"""The settings of a training that all recipes share, and which of them a resume may change."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from diptych.errors import UserError
-from diptych.nn.inference import Device
+from diptych.nn.inference import Device, Precision
 
 MAY_CHANGE = {
-    # Bookkeeping: no loss depends on these, so a run may be resumed with other values. `steps` moves the end of the
-    # cosine; `grad_accum_steps`, `device` and `compile` the rounding of sums: a resume on other hardware wants to set them.
+    # Settings that a resume may change. `steps` moves the end of the cosine; `grad_accum_steps`, `device` and `compile`
+    # change the rounding of sums, and a resume on other hardware wants to set them. No loss depends on the others.
     "train": {"steps", "grad_accum_steps", "device", "compile", "checkpoint_every", "keep_checkpoints", "eval_every"}
     | {"log_every", "workers", "max_seconds", "max_bad_steps", "tensorboard", "quiet"},
     "optim": set[str](),
@@ -18,41 +18,48 @@ MAY_CHANGE = {
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
+    """Settings of the training loop."""
+
     steps: int = 10_000
-    """Optimiser updates in the whole run. May be raised when a run is resumed."""
+    """Number of optimizer updates in the whole run. It may be raised when a run is resumed."""
     batch_size: int = 64
-    """Rows per step over all processes and micro-batches; an objective may take several rows of a stream for each."""
+    """Number of rows per step, over all processes and micro-batches. An objective may take several rows of a stream
+    for each of them."""
     grad_accum_steps: int = 1
-    """Micro-batches a process cuts its rows into, to save memory. The gradient stays that of the whole batch."""
+    """Number of micro-batches that each process cuts its rows into, to save memory. The gradient stays that of the
+    whole batch."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Seed of all random numbers: initial weights, order of the data, augmentation, noise, dropout."""
     device: Device = "auto"
-    """Where to train; auto takes CUDA, then MPS, then the CPU."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 is mixed precision: fp32 weights, bf16 matrix products. auto is bf16 where the GPU or CPU
-    has instructions for it, else fp32."""
+    """Device to train on; auto takes CUDA, then MPS, then the CPU."""
+    precision: Precision = "auto"
+    """Number format of matrix products. bf16 is mixed precision: fp32 weights, bf16 products. auto is bf16 where the
+    GPU or CPU has instructions for it, else fp32."""
     compile: bool = False
-    """Compile the objective: minutes at the start, faster steps afterwards."""
+    """Whether to compile the objective: minutes at the start, faster steps afterwards."""
     ema: float | None = None
-    """Decay of an exponential moving average of the weights, which evaluations then use; e.g. 0.9999."""
+    """Decay per step of an exponential moving average of the weights, which evaluations then use, e.g. 0.9999; None
+    keeps no average."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints. The last step always leaves one."""
+    """Number of steps between checkpoints. The last step always leaves one."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay on disk."""
+    """Number of newest checkpoints that stay on disk."""
     eval_every: int = 1000
-    """Steps between evaluations. The last step is always evaluated."""
+    """Number of steps between evaluations. The last step is always evaluated."""
     log_every: int = 10
-    """Steps between points in TensorBoard, and between reads of the losses from a GPU. metrics.jsonl has every step."""
+    """Number of steps between points in TensorBoard, and between reads of the losses from a GPU. metrics.jsonl has
+    every step."""
     workers: int = 2
-    """Threads that prepare the next batches; 0 prepares them between the steps."""
+    """Number of threads that prepare the next batches; 0 prepares each batch between the steps."""
     max_seconds: float | None = None
-    """Stop cleanly, with a checkpoint, once this invocation has trained that long. The same command continues."""
+    """Time in seconds after which this invocation stops, with a checkpoint; the same command continues. None sets no
+    limit."""
     max_bad_steps: int = 3
-    """Stop after this many updates in a row were skipped because the loss or the gradient was not finite."""
+    """Number of updates in a row, skipped because the loss or the gradient was not finite, that stops the run."""
     tensorboard: bool = True
-    """Also write TensorBoard event files."""
+    """Whether to write TensorBoard event files beside metrics.jsonl."""
     quiet: bool = False
-    """No progress display; warnings are still printed."""
+    """Whether to show no progress; warnings are still printed."""
 
     def check(self) -> None:
         """Raise UserError for a value that cannot be meant."""
@@ -68,24 +75,27 @@ class TrainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
+    """Settings of the optimizer and the learning rate."""
+
     name: Literal["adamw", "adafactor"] = "adamw"
-    """adafactor keeps one moment in full and the other factored: a third less memory for the optimiser."""
+    """Optimizer. adafactor keeps one moment in full and the other factored: a third less memory than adamw."""
     lr: float = 1e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.96)
-    """Decay of the first and the second moment. For adafactor the second is the cap of its rising decay."""
+    """Decays per step of the first and the second moment. For adafactor the second caps a decay that rises."""
     eps: float = 1e-8
-    """Added to the root of the second moment (adamw)."""
+    """Number that is added to the root of the second moment (adamw)."""
     weight_decay: float = 0.045
-    """Decoupled, scaled by the learning rate; spares parameters of fewer than two dimensions."""
+    """Share of a weight that decays per step at a learning rate of 1. Parameters of fewer than two dimensions do not
+    decay."""
     max_grad_norm: float | None = 3.0
-    """Largest norm of the gradient over all parameters; longer ones are scaled down to it."""
+    """Largest norm of the gradient over all parameters; a longer gradient is scaled down to it. None never scales."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly from zero to its peak."""
+    """Number of steps over which the learning rate rises linearly from zero to its peak."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """What the learning rate does after the warm-up."""
+    """Course of the learning rate after the warm-up."""
     final_lr: float = 0.0
-    """Where the cosine ends, as a share of the peak."""
+    """Learning rate at the end of the cosine, as a share of the peak."""
 
     def check(self) -> None:
         """Raise UserError for a value that cannot be meant."""
@@ -93,12 +103,8 @@ class OptimConfig:
         _require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "in [0, 1)")
         _require(self.eps >= 0, "optim.eps", self.eps, "0 or more")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        _require(
-            self.max_grad_norm is None or self.max_grad_norm > 0,
-            "optim.max_grad_norm",
-            self.max_grad_norm,
-            "None or more than 0",
-        )
+        norm = self.max_grad_norm
+        _require(norm is None or norm > 0, "optim.max_grad_norm", norm, "None or more than 0")
         _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
         _require(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "a share in [0, 1]")
 
@@ -109,18 +115,18 @@ def _require(holds: bool, name: str, value: object, wanted: str) -> None:
 
 
 def describe(train: TrainConfig, optim: OptimConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint remembers of its run, to be compared on resume."""
+    """The settings of a run, by section: what a checkpoint stores and :func:`check_same` compares on resume."""
     return {"train": asdict(train), "optim": asdict(optim), "identity": dict(identity)}
 
 
 def check_same(now: Mapping[str, Any], then: Mapping[str, Any], *, where: object) -> None:
-    """Refuse to resume with a field that would change the losses.
+    """Refuse to resume with a setting that would change the losses.
 
-    ``now`` and ``then`` are what :func:`describe` returned, read back from JSON. Fields that only one side knows
-    (added or removed by another release) are ignored.
+    ``now`` and ``then`` are results of :func:`describe`, read back from JSON. Settings that only one side knows (added
+    or removed by another release) are ignored.
 
     Raises:
-        UserError: names every field that differs.
+        UserError: names every setting that differs.
     """
     changes = []
     for section, free in (*MAY_CHANGE.items(), ("identity", set[str]())):

@@ -17,9 +17,9 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
 
 
 class SignalWatch:
-    """While entered, notes the first Ctrl-C or SIGTERM in ``pending`` instead of dying; a second Ctrl-C quits at once.
+    """A context that notes the first Ctrl-C or SIGTERM in ``pending`` (0: none yet); a second Ctrl-C quits at once.
 
-    Python delivers signals to the main thread only; entered in another thread, this watches nothing.
+    Python delivers signals to the main thread only. In another thread, nothing is watched.
     """
 
     _SAME_PRESS = 0.5  # seconds; launchers relay the terminal's Ctrl-C to children which have already seen it
@@ -40,6 +40,7 @@ class SignalWatch:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        """Python's handler of a signal."""
         now = time.monotonic()
         if self.pending and number == signal.SIGINT and now - self._since > self._SAME_PRESS:
             raise KeyboardInterrupt

@@ -1,4 +1,8 @@
-"""metrics.jsonl, one JSON object per line and step, and the same curves for TensorBoard."""
+"""What a run writes and shows: metrics.jsonl, the same curves for TensorBoard, and the progress of a training.
+
+:class:`RunLogger` is what the training loop talks to. It alone reads the numbers of a step from the device; it hands
+them to :class:`MetricsLogger`, which writes files, and to :class:`ProgressDisplay`, which prints on stderr.
+"""
 
 import json
 import math
@@ -10,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -19,30 +23,140 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diptych.errors import UserError
+from diptych.train.checkpoint import TrainProgress
 from diptych.train.config import TrainConfig
 from diptych.train.step import StepResult
 
+Measured: TypeAlias = float | int | Image.Image
+"""A number for metrics.jsonl and TensorBoard, or an image for TensorBoard alone."""
 
-class MetricsLog:
-    """Appends to ``out/metrics.jsonl`` from step ``start`` on; lines of later steps are dropped first.
 
-    Numbers that JSON lacks (nan, infinity) become null. ``evaluated`` says whether step ``start`` has its evaluation.
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """A finished step whose numbers may still be on the device."""
+
+    progress: TrainProgress
+    result: StepResult
+    rows: int
+
+
+class RunLogger:
+    """Reads the numbers of finished steps from the device, and stops a run whose losses stay not finite.
+
+    The main process also writes and shows the numbers. The others only count bad steps, so that all stop together.
+    """
+
+    def __init__(self, out: Path, *, title: str, start: TrainProgress, train: TrainConfig, is_main: bool) -> None:
+        """``start`` is where the run continues. Raises UserError if ``out`` cannot be written to."""
+        self.bad_steps = start.bad_steps
+        """Updates in a row that were skipped, up to the last step that was read."""
+        self._max_bad_steps = train.max_bad_steps
+        self._step = start.step
+        self._unread: list[_Unread] = []
+        self._loss = float("nan")
+        self._metrics, self._display = None, None
+        if is_main:
+            self._metrics = MetricsLogger(out, start=start.step, tensorboard=train.tensorboard, every=train.log_every)
+            self._display = ProgressDisplay(title, start=start.step, steps=train.steps, quiet=train.quiet)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._display:
+            self._display.close(self._step, loss=self._loss)
+        if self._metrics:
+            self._metrics.close()
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the step that the run continues from has its evaluation, as far as this process knows."""
+        return self._metrics is None or self._metrics.evaluated
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, on the main process."""
+        if self._display:
+            self._display.say(text)
+
+    def step(self, progress: TrainProgress, result: StepResult, *, rows: int) -> None:
+        """Note the step that just finished, on ``rows`` rows over all processes. Its numbers are not read yet."""
+        self._step = progress.step
+        self._unread.append(_Unread(progress, result, rows))
+
+    def read(self) -> None:
+        """Read the numbers of all steps since the last time, in one transfer from the device; write and show them.
+
+        Raises:
+            UserError: ``max_bad_steps`` in a row were not finite; or the disk refused.
+        """
+        if not self._unread:
+            return
+        unread, self._unread = self._unread, []
+        numbers = iter(torch.cat([each.result.values for each in unread]).tolist())
+        for each in unread:
+            names, step = each.result.names, each.progress.step
+            loss, *terms, norm = islice(numbers, len(names) + 2)
+            line = {"loss": loss} | {f"loss/{name}": term for name, term in zip(names, terms, strict=True)}
+            line |= {"lr": each.result.lr, "grad_norm": norm, "seconds": round(each.progress.seconds, 3)}
+            good = math.isfinite(loss + norm)
+            if self._metrics:
+                self._metrics.write(step, line if good else line | {"skipped": True})
+            self._count_bad(step, loss=loss, norm=norm, good=good)
+            self._loss = loss
+        self.flush()
+        if self._display:
+            self._display.update(self._step, rows=sum(each.rows for each in unread), loss=self._loss)
+
+    def evaluation(self, progress: TrainProgress, numbers: Mapping[str, Measured], *, seconds: float) -> None:
+        """Write one line for all evaluations after a step, so that metrics.jsonl has all of them or none.
+
+        ``seconds`` is the time that they took.
+        """
+        if self._metrics:
+            line = {"seconds": round(progress.seconds, 3), **numbers, "evaluation_seconds": round(seconds, 3)}
+            self._metrics.write(progress.step, line)
+            self._metrics.flush()
+
+    def flush(self, *, to_disk: bool = False) -> None:
+        """See :meth:`MetricsLogger.flush`."""
+        if self._metrics:
+            self._metrics.flush(to_disk=to_disk)
+
+    def _count_bad(self, step: int, *, loss: float, norm: float, good: bool) -> None:
+        self.bad_steps = 0 if good else self.bad_steps + 1
+        if good:
+            return
+        told = f"step {step}: the loss is {loss:g} and the norm of its gradient {norm:g}"
+        if self.bad_steps < self._max_bad_steps:
+            self.say(f"{told}; this update is skipped ({self.bad_steps} of at most {self._max_bad_steps} in a row).")
+            return
+        self.flush()
+        mend = "lower optim.lr or look at the data of these steps; the same command continues from the last checkpoint"
+        raise UserError(f"{told}; {self._max_bad_steps} updates in a row were skipped, so the run stops: {mend}.")
+
+
+class MetricsLogger:
+    """Appends to ``out/metrics.jsonl``, one JSON object per line, and to TensorBoard's event files if wanted.
+
+    Lines of steps after ``start`` are dropped first. Numbers that JSON lacks (nan, infinity) become null.
     """
 
     def __init__(self, out: Path, *, start: int, tensorboard: bool, every: int) -> None:
+        """TensorBoard gets the training curves at every ``every``-th step."""
         self.path, self.every = out / "metrics.jsonl", every
         self._board = _open_board(out / "tensorboard", start) if tensorboard else None
         try:
             out.mkdir(parents=True, exist_ok=True)
             self.evaluated = truncate(self.path, start)
+            """Whether step ``start`` has its evaluation."""
             self._file = self.path.open("a")
         except OSError as error:
             raise self._refused(error) from error
 
     def write(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """One line: ``step`` and ``numbers``. Pictures among them go to TensorBoard alone."""
-        pictures = {name: value for name, value in numbers.items() if isinstance(value, Image.Image)}
-        numbers = {name: _plain(value) for name, value in numbers.items() if name not in pictures}
+        """Write one line: ``step`` and ``numbers``. Images among them go to TensorBoard alone."""
+        images = {name: value for name, value in numbers.items() if isinstance(value, Image.Image)}
+        numbers = {name: _plain(value) for name, value in numbers.items() if name not in images}
         line = json.dumps({"step": step} | numbers, allow_nan=False)
         try:
             self._file.write(line + "\n")
@@ -51,13 +165,13 @@ class MetricsLog:
                 for name, value in numbers.items():
                     if isinstance(value, float | int):
                         self._board.add_scalar(name, value, step)
-                for name, picture in pictures.items():
-                    self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+                for name, image in images.items():
+                    self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         except OSError as error:
             raise self._refused(error) from error
 
     def flush(self, *, to_disk: bool = False) -> None:
-        """Hand the lines to the operating system and, before a checkpoint counts on them, to the disk."""
+        """Hand the lines to the operating system and, before a checkpoint relies on them, to the disk."""
         try:
             self._file.flush()
             if to_disk:
@@ -66,7 +180,7 @@ class MetricsLog:
             raise self._refused(error) from error
 
     def close(self) -> None:
-        """All that counts was flushed before: a disk that refuses the rest has already been reported."""
+        """Close the files. Errors are dropped: all that matters was flushed before, and a full disk reported then."""
         with suppress(OSError):
             self._file.close()
         if self._board:
@@ -100,25 +214,23 @@ def truncate(path: Path, start: int) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "item"):  # a 0-d array or tensor: no reason to lose an evaluation
+    """A value that JSON can hold."""
+    if hasattr(value, "item"):  # a 0-d array or tensor of an evaluation
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _open_board(folder: Path, start: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # half a second, and of no use to the other processes
+    from torch.utils.tensorboard import SummaryWriter  # takes half a second, and only the main process needs it
 
     return SummaryWriter(str(folder), purge_step=start + 1)
 
 
-# JOINED train.progress
-#| What a person sees while a run trains: a bar in a terminal, else a line for the first step and every ten seconds.
-#|
-#| All on stderr.
-
-
 class ProgressDisplay:
-    """Shows steps, rates, loss and the time that is left."""
+    """Shows steps, rates, loss and the time that is left, on stderr.
+
+    A terminal gets a bar; elsewhere there is a line for the first step and one every ten seconds.
+    """
 
     def __init__(self, title: str, *, start: int, steps: int, quiet: bool) -> None:
         self.title, self.start, self.steps, self.quiet = title, start, steps, quiet
@@ -139,7 +251,7 @@ class ProgressDisplay:
             self._bar.start()
 
     def update(self, step: int, *, rows: int, loss: float) -> None:
-        """``step`` steps are finished; ``rows`` were trained on since the last call."""
+        """Show, if it is time to, that ``step`` steps are finished. ``rows`` were trained on since the last call."""
         self._rows += rows
         now = time.monotonic()
         if self.quiet or now - self._shown < (0.25 if self._bar else 10.0):
@@ -148,14 +260,14 @@ class ProgressDisplay:
         self._show(step, loss=loss, seconds=now - self._began)
 
     def say(self, text: str) -> None:
-        """A line that stays, also when quiet: something the person must know."""
+        """Print a line that stays, also when quiet: something the person must know."""
         if self._bar:
             self._bar.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)
         else:
             print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
     def close(self, step: int, *, loss: float) -> None:
-        """The run ended after ``step`` steps."""
+        """Show that the run ended after ``step`` steps."""
         if not self.quiet and step > self.start:
             self._show(step, loss=loss, seconds=time.monotonic() - self._began)
         if self._bar:
@@ -172,119 +284,7 @@ class ProgressDisplay:
 
 
 def _clock(seconds: float) -> str:
+    """``seconds`` as hours:minutes:seconds."""
     minutes, rest = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
-
-
-# JOINED train.journal
-#| What became of each step: read from the device, written to metrics.jsonl, shown, and counted when it was bad.
-
-
-Measured: TypeAlias = float | int | Image.Image
-"""What an evaluation finds."""
-
-
-@dataclass(slots=True)
-class TrainProgress:
-    """Where a run stands; a checkpoint saves it beside the weights."""
-
-    step: int = 0
-    """Finished steps."""
-    seconds: float = 0.0
-    """Time trained, all invocations together."""
-    bad_steps: int = 0
-    """Updates skipped in a row."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    """A step whose numbers may still be on the device."""
-
-    step: int
-    outcome: StepResult
-    rows: int
-    seconds: float
-
-
-class MetricsLogger:
-    """Writes and shows on the first process; on the others it only counts bad steps, so that all stop together."""
-
-    def __init__(self, out: Path, *, title: str, at: TrainProgress, train: TrainConfig, first: bool) -> None:
-        self.at, self.max_bad_steps = at, train.max_bad_steps
-        self._unread: list[_Finished] = []
-        self._loss = float("nan")
-        self._log, self._display = None, None
-        if first:
-            self._log = MetricsLog(out, start=at.step, tensorboard=train.tensorboard, every=train.log_every)
-            self._display = ProgressDisplay(title, start=at.step, steps=train.steps, quiet=train.quiet)
-
-    def __enter__(self) -> "MetricsLogger":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._display:
-            self._display.close(self.at.step, loss=self._loss)
-        if self._log:
-            self._log.close()
-
-    @property
-    def evaluated(self) -> bool:
-        """Whether the step that the run continues from has its evaluation."""
-        return self._log is None or self._log.evaluated
-
-    def say(self, text: str) -> None:
-        if self._display:
-            self._display.say(text)
-
-    def note(self, outcome: StepResult, *, rows: int) -> None:
-        """The step that just finished, its numbers unread; ``rows`` over all processes."""
-        self._unread.append(_Finished(self.at.step, outcome, rows, self.at.seconds))
-
-    def read(self) -> None:
-        """Bring the numbers of the steps since the last time from the device, and write them.
-
-        Raises:
-            UserError: ``max_bad_steps`` in a row were not finite; or the disk refused.
-        """
-        if not self._unread:
-            return
-        unread, self._unread = self._unread, []
-        numbers = iter(torch.cat([finished.outcome.values for finished in unread]).tolist())
-        for finished in unread:
-            names = finished.outcome.names
-            loss, *terms, norm = islice(numbers, len(names) + 2)
-            line = {"loss": loss} | {f"loss/{name}": term for name, term in zip(names, terms, strict=True)}
-            line |= {"lr": finished.outcome.lr, "grad_norm": norm, "seconds": round(finished.seconds, 3)}
-            good = math.isfinite(loss + norm)
-            if self._log:
-                self._log.write(finished.step, line if good else line | {"skipped": True})
-            self._count_bad(finished.step, loss=loss, norm=norm, good=good)
-            self._loss = loss
-        self.flush()
-        if self._display:
-            self._display.update(self.at.step, rows=sum(finished.rows for finished in unread), loss=self._loss)
-
-    def evaluation(self, numbers: Mapping[str, Measured], *, seconds: float) -> None:
-        """One line for all hooks of a step: either all of its evaluation is there or nothing."""
-        if self._log:
-            self._log.write(
-                self.at.step, {"seconds": round(self.at.seconds, 3), **numbers, "evaluation_seconds": round(seconds, 3)}
-            )
-            self._log.flush()
-
-    def flush(self, *, to_disk: bool = False) -> None:
-        if self._log:
-            self._log.flush(to_disk=to_disk)
-
-    def _count_bad(self, step: int, *, loss: float, norm: float, good: bool) -> None:
-        self.at.bad_steps = 0 if good else self.at.bad_steps + 1
-        if good:
-            return
-        told = f"step {step}: the loss is {loss:g} and the norm of its gradient {norm:g}"
-        if self.at.bad_steps < self.max_bad_steps:
-            self.say(f"{told}; this update is skipped ({self.at.bad_steps} of at most {self.max_bad_steps} in a row).")
-            return
-        self.flush()
-        mend = "lower optim.lr or look at the data of these steps; the same command continues from the last checkpoint"
-        raise UserError(f"{told}; {self.max_bad_steps} updates in a row were skipped, so the run stops: {mend}.")

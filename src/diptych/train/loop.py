@@ -1,10 +1,15 @@
-"""The one training loop. It knows an objective only as a module whose forward(batch, step) returns Losses."""
+"""The training loop, the only one there is. It knows an objective by :class:`diptych.train.objective.Objective` alone.
+
+:func:`train` prepares a run, :func:`_loop` is the loop, :class:`_Run` does what happens between steps.
+"""
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +18,32 @@ from torch import nn
 from diptych.errors import UserError
 from diptych.nn.inference import eval_mode
 from diptych.train import checkpoint
-from diptych.train.checkpoint import Ema, TrainState
+from diptych.train.checkpoint import Ema, TrainProgress, TrainState
 from diptych.train.config import OptimConfig, TrainConfig, check_same, describe
 from diptych.train.distributed import Devices
 from diptych.train.interrupt import Interrupted, SignalWatch
-from diptych.train.logging import Measured, MetricsLogger, TrainProgress
+from diptych.train.logging import Measured, RunLogger
 from diptych.train.objective import Objective
 from diptych.train.prefetch import BatchFn, count_rows, prefetch
 from diptych.train.step import TrainStep
 
-ENOUGH, TIME_IS_UP = -1, 1  # reasons to stop, as are the numbers of the signals that are watched (2, 15); 0 is none
+
+class StopReason(IntEnum):
+    """Why training ends. Where processes have different reasons, all act on the largest."""
+
+    TIME_LIMIT = 1
+    """``train.max_seconds`` have passed."""
+    FINISHED = 2
+    """All steps are done."""
+    NOTHING_LEFT = 3
+    """A hook said that further steps cannot change the result."""
+    SIGINT = 4
+    """Ctrl-C."""
+    SIGTERM = 5
+
+    @property
+    def is_signal(self) -> bool:
+        return self in (StopReason.SIGINT, StopReason.SIGTERM)
 
 
 def never(step: int) -> bool:
@@ -31,16 +52,17 @@ def never(step: int) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hook:
-    """Something to do every so many steps and after the last: an evaluation, sample pictures."""
+    """An evaluation every so many steps and after the last: scores, sample images."""
 
     every: int
+    """Steps between two calls."""
     run: Callable[[int, nn.Module], Mapping[str, Measured]]
-    """(finished steps, objective) to numbers for metrics.jsonl and pictures for TensorBoard. The objective is
-    unwrapped, in evaluation mode and, if the run keeps a moving average, computes with it. Called on the first process
+    """(finished steps, objective) to numbers for metrics.jsonl and images for TensorBoard. The objective is unwrapped,
+    in evaluation mode and, if the run keeps a moving average, has the averaged weights. Called on the main process
     only, without gradients."""
     over: Callable[[int], bool] = never
-    """(finished steps) to whether further steps cannot change what the run leaves: it then ends there, finished. Asked
-    on the first process only, after ``run``; a resume asks again."""
+    """(finished steps) to whether further steps cannot change the result of the run, which then ends as finished.
+    Called on the main process only, after ``run`` and again when the run is resumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,17 +71,21 @@ class TrainResult:
 
     step: int
     """Finished steps."""
-    finished: bool
-    """False when ``max_seconds`` ended the run before its last step, and before a hook said that it is over."""
+    stop: StopReason
+    """Why it ended. Signals raise :class:`Interrupted` instead."""
     seconds: float
     """Time trained, all invocations together."""
     ema: Ema | None = None
+    """The moving average of the weights, if the run keeps one."""
 
-    @contextmanager
-    def eval_mode(self, objective: nn.Module) -> Iterator[None]:
+    @property
+    def finished(self) -> bool:
+        """False if ``train.max_seconds`` ended the run, so that the same command would continue it."""
+        return self.stop is not StopReason.TIME_LIMIT
+
+    def eval_mode(self, objective: nn.Module) -> AbstractContextManager[None]:
         """Inside, ``objective`` is as hooks see it: evaluation mode, averaged weights if any, no gradients."""
-        with self.ema.swapped_in() if self.ema else nullcontext(), eval_mode(objective):
-            yield
+        return _eval_mode(objective, self.ema)
 
 
 def train(
@@ -87,148 +113,172 @@ def train(
     train.check()
     optim.check()
     devices = Devices(device=train.device, precision=train.precision)
-    if train.batch_size % (devices.world * train.grad_accum_steps):
+    _check_rows(train, objective, world=devices.world)
+    update = TrainStep(objective, train=train, optim=optim, devices=devices)
+    run = _Run(
+        objective=objective,
+        folder=out / "checkpoints",
+        train=train,
+        hooks=hooks,
+        devices=devices,
+        state=TrainState(objective, update.optimizer, update.ema),
+        settings=json.loads(json.dumps(describe(train, optim, identity or {}))),
+    )
+    progress, messages = run.restore()
+    with (
+        RunLogger(out, title=title, start=progress, train=train, is_main=devices.is_main) as logger,
+        SignalWatch() as signals,
+    ):
+        for message in messages:
+            logger.say(message)
+        progress, stop = _loop(run, update, batches, progress=progress, logger=logger, signals=signals)
+    if stop.is_signal:
+        raise Interrupted(signal.Signals[stop.name], step=progress.step)
+    return TrainResult(step=progress.step, stop=stop, seconds=progress.seconds, ema=update.ema)
+
+
+def _check_rows(train: TrainConfig, objective: Objective, *, world: int) -> None:
+    """Raise UserError if the batch cannot be cut into a micro-batch for each process and accumulation step."""
+    if train.batch_size % (world * train.grad_accum_steps):
         raise UserError(
             f"train.batch_size is {train.batch_size}; it must be a multiple of the number of processes "
-            f"({devices.world}) times train.grad_accum_steps ({train.grad_accum_steps})."
+            f"({world}) times train.grad_accum_steps ({train.grad_accum_steps})."
         )
     if train.grad_accum_steps > 1 and objective.couples_rows:
         raise UserError(
             f"train.grad_accum_steps is {train.grad_accum_steps}, but this objective compares all rows of a batch; "
             "set objective.chunk instead, which saves memory and leaves the gradient as it is."
         )
-    with ExitStack() as stack:
-        run = _Run(objective, out=out, train=train, optim=optim, hooks=hooks, devices=devices, identity=identity or {})
-        return run.go(batches, title, stack)
 
 
+def _loop(
+    run: "_Run",
+    update: TrainStep,
+    batches: BatchFn,
+    *,
+    progress: TrainProgress,
+    logger: RunLogger,
+    signals: SignalWatch,
+) -> tuple[TrainProgress, StopReason]:
+    """Train from ``progress`` on until there is a reason to stop; return how far it came, and the reason."""
+    train, devices = run.train, run.devices
+    began, seconds_before = time.monotonic(), progress.seconds
+    over = run.make_up_hooks(progress, logger)
+    steps = range(progress.step, progress.step if over else train.steps)
+    supply = prefetch(
+        batches, steps, rank=devices.rank, world=devices.world, device=devices.device, workers=train.workers
+    )
+    stop = StopReason.NOTHING_LEFT if over else StopReason.FINISHED
+    with closing(supply):
+        for step, batch in zip(steps, supply, strict=True):
+            result = update(step, batch)
+            seconds = time.monotonic() - began
+            progress = TrainProgress(step=step + 1, seconds=seconds_before + seconds)
+            logger.step(progress, result, rows=count_rows(batch) * devices.world)
+
+            # On a CPU the numbers are there; from a GPU they are read now and then, and only then do processes agree.
+            reading = not devices.waits or run.is_due(train.log_every, after=progress.step)
+            reason = run.reason_to_stop(progress, seconds, signals) if reading or devices.world == 1 else None
+            due = [hook for hook in run.hooks if run.is_due(hook.every, after=progress.step)]
+            saving = reason is not None or run.is_due(train.checkpoint_every, after=progress.step)
+            if reading or saving or due:
+                logger.read()
+
+            # The checkpoint comes first: a resume then makes up for an evaluation that was killed.
+            if saving:
+                run.save(progress, logger)
+            if due and not (reason and reason.is_signal) and run.evaluate(due, progress, logger):
+                reason = StopReason.NOTHING_LEFT
+                if not saving:
+                    run.save(progress, logger)
+            if reason is not None:
+                stop = reason
+                break
+    return progress, stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    def __init__(
-        self,
-        objective: Objective,
-        *,
-        out: Path,
-        train: TrainConfig,
-        optim: OptimConfig,
-        hooks: Sequence[Hook],
-        devices: Devices,
-        identity: Mapping[str, Any],
-    ) -> None:
-        self.objective, self.train, self.hooks, self.devices, self.out = objective, train, hooks, devices, out
-        self.folder = out / "checkpoints"
-        self.settings = json.loads(json.dumps(describe(train, optim, identity)))
-        self.update = TrainStep(objective, train=train, optim=optim, devices=devices)
-        self.state = TrainState(objective, self.update.optimizer, self.update.ema)
-        self.at, self.over = TrainProgress(), False
+    """What happens around the steps of a run: resuming, checkpoints, hooks, reasons to stop.
 
-    def go(self, batches: BatchFn, title: str, stack: ExitStack) -> TrainResult:
-        """Restore, train, and tell how it ended. What must be closed is left to ``stack``."""
-        lines = self._restore()
-        self.journal = stack.enter_context(
-            MetricsLogger(self.out, title=title, at=self.at, train=self.train, first=self.devices.first)
-        )
-        for line in lines:
-            self.journal.say(line)
-        signals = stack.enter_context(SignalWatch())
-        reason = self._train(batches, signals)
-        if reason > TIME_IS_UP:
-            raise Interrupted(reason, step=self.at.step)
-        return self._result()
+    It keeps no count of its own: the loop hands in the progress.
+    """
 
-    def _result(self) -> TrainResult:
-        finished = self.over or self.at.step >= self.train.steps
-        return TrainResult(step=self.at.step, finished=finished, seconds=self.at.seconds, ema=self.update.ema)
+    objective: Objective
+    folder: Path
+    """The folder of the checkpoints."""
+    train: TrainConfig
+    hooks: Sequence[Hook]
+    devices: Devices
+    state: TrainState
+    settings: dict[str, Any]
+    """What a resume is compared with, as JSON values."""
 
-    def _restore(self) -> list[str]:
-        """Continue from the newest sound checkpoint, if any; return what the person should be told."""
-        found, lines = checkpoint.newest(self.folder)
+    def restore(self) -> tuple[TrainProgress, list[str]]:
+        """Continue from the newest sound checkpoint, if any; return its progress, and messages for the person."""
+        found, messages = checkpoint.newest(self.folder)
         if found is None:
-            return lines
-        check_same(self.settings, found.state["settings"], where=self.out)
+            return TrainProgress(), messages
+        check_same(self.settings, found.state["settings"], where=self.folder.parent)
         self.state.load(found)
-        self.at = TrainProgress(**found.state["standing"])
+        progress = TrainProgress(**found.state["progress"])
         self.devices.wait()
-        if self.devices.first:
-            checkpoint.forget_after(self.folder, self.at.step)
-        return [*lines, f"continuing after step {self.at.step}"]
+        if self.devices.is_main:
+            checkpoint.forget_after(self.folder, progress.step)
+        return progress, [*messages, f"continuing after step {progress.step}"]
 
-    def _train(self, batches: BatchFn, signals: SignalWatch) -> int:
-        """Step until the end or a reason to stop before it; return the reason, 0 at the end."""
-        self.began, before = time.monotonic(), self.at.seconds
-        if self.devices.agree(int(self.at.step > 0 and not self.journal.evaluated)):
-            self._run_hooks()
-        elif self.at.step > 0:
-            self._ask_hooks(self.hooks)
-        if self.over:
-            return ENOUGH
-        devices, workers = self.devices, self.train.workers
-        steps = range(self.at.step, self.train.steps)
-        supply = prefetch(
-            batches, steps, rank=devices.rank, world=devices.world, device=devices.device, workers=workers
-        )
-        with closing(supply):
-            for batch in supply:
-                outcome = self.update(self.at.step, batch)
-                self.at.step += 1
-                self.at.seconds = before + time.monotonic() - self.began
-                self.journal.note(outcome, rows=count_rows(batch) * devices.world)
-                if reason := self._settle(signals):
-                    return reason
-        return 0
-
-    def _settle(self, signals: SignalWatch) -> int:
-        """What follows a step: reading its numbers, checkpoint, evaluation. Returns a reason to stop, or 0.
-
-        The checkpoint comes first, so that nothing is lost should the evaluation be killed; a resume makes up for it.
-        """
-        last = self.at.step == self.train.steps
-        # On a CPU the numbers are there; from a GPU they are fetched now and then.
-        reading = last or not self.devices.waits or self._due(self.train.log_every)
-        reason = self._reason_to_stop(signals) if reading or self.devices.world == 1 else 0
-        saving = last or reason != 0 or self._due(self.train.checkpoint_every)
-        if reading or saving:
-            self.journal.read()
-        if saving:
-            self._save()
-        if reason <= TIME_IS_UP:
-            self._run_hooks()
-        if self.over and not saving:
-            self._save()
-        return reason or (ENOUGH if self.over else 0)
-
-    def _due(self, every: int) -> bool:
-        return self.at.step % every == 0
-
-    def _reason_to_stop(self, signals: SignalWatch) -> int:
-        """A signal's number, TIME_IS_UP or 0; the same on all processes."""
-        limit = self.train.max_seconds
-        late = limit is not None and time.monotonic() - self.began >= limit
-        return self.devices.agree(signals.pending or (TIME_IS_UP if late else 0))
-
-    def _save(self) -> None:
-        if self.devices.first:
-            self.journal.flush(to_disk=True)
-            state = {"standing": asdict(self.at), "settings": self.settings}
+    def save(self, progress: TrainProgress, logger: RunLogger) -> None:
+        """Write a checkpoint, after the lines of metrics.jsonl that it counts on. All processes wait for it."""
+        if self.devices.is_main:
+            logger.flush(to_disk=True)
+            progress = replace(progress, bad_steps=logger.bad_steps)
+            state = {"progress": asdict(progress), "settings": self.settings}
             keep = self.train.keep_checkpoints
-            checkpoint.save(self.folder, step=self.at.step, tensors=self.state.tensors(), state=state, keep=keep)
+            checkpoint.save(self.folder, step=progress.step, tensors=self.state.tensors(), state=state, keep=keep)
         self.devices.wait()
 
-    def _run_hooks(self) -> None:
-        """Run the hooks that are due after this step, on the first process; the others wait."""
-        last = self.at.step == self.train.steps
-        due = [hook for hook in self.hooks if last or self._due(hook.every)]
-        if not due:
-            return
-        self.journal.read()
-        if self.devices.first:
+    def is_due(self, every: int, *, after: int) -> bool:
+        """Whether something that happens every so many steps, and after the last, happens after step ``after``."""
+        return after % every == 0 or after == self.train.steps
+
+    def reason_to_stop(self, progress: TrainProgress, seconds: float, signals: SignalWatch) -> StopReason | None:
+        """Why no further step is to be made, the same on all processes; None to go on."""
+        reason = None
+        if signals.pending:
+            reason = StopReason[signal.Signals(signals.pending).name]
+        elif progress.step == self.train.steps:
+            reason = StopReason.FINISHED
+        elif self.train.max_seconds is not None and seconds >= self.train.max_seconds:
+            reason = StopReason.TIME_LIMIT
+        agreed = self.devices.agree(reason or 0)
+        return StopReason(agreed) if agreed else None
+
+    def make_up_hooks(self, progress: TrainProgress, logger: RunLogger) -> bool:
+        """Make up for an evaluation that was killed after its checkpoint; return whether the run is over."""
+        if progress.step == 0:
+            return False
+        if self.devices.agree(int(not logger.evaluated)):
+            due = [hook for hook in self.hooks if self.is_due(hook.every, after=progress.step)]
+            return bool(due) and self.evaluate(due, progress, logger)
+        return self._is_over(self.hooks, progress)
+
+    def evaluate(self, hooks: Sequence[Hook], progress: TrainProgress, logger: RunLogger) -> bool:
+        """Call ``hooks`` on the main process while the others wait; return whether one says that the run is over."""
+        if self.devices.is_main:
             began = time.monotonic()
             numbers: dict[str, Measured] = {}
-            with self._result().eval_mode(self.objective):
-                for hook in due:
-                    numbers |= hook.run(self.at.step, self.objective)
-            self.journal.evaluation(numbers, seconds=time.monotonic() - began)
-        self._ask_hooks(due)
+            with _eval_mode(self.objective, self.state.ema):
+                for hook in hooks:
+                    numbers |= hook.run(progress.step, self.objective)
+            logger.evaluation(progress, numbers, seconds=time.monotonic() - began)
+        return self._is_over(hooks, progress)
 
-    def _ask_hooks(self, hooks: Sequence[Hook]) -> None:
-        """All processes wait for what the first one says."""
-        self.over = bool(self.devices.agree(int(self.devices.first and any(hook.over(self.at.step) for hook in hooks))))
+    def _is_over(self, hooks: Sequence[Hook], progress: TrainProgress) -> bool:
+        """The answer of the main process, on all of them."""
+        return bool(self.devices.agree(int(self.devices.is_main and any(hook.over(progress.step) for hook in hooks))))
+
+
+@contextmanager
+def _eval_mode(objective: nn.Module, ema: Ema | None) -> Iterator[None]:
+    with ema.swapped_in() if ema else nullcontext(), eval_mode(objective):
+        yield

@@ -1,4 +1,4 @@
-"""What the training loop knows of an objective."""
+"""The contract between an objective and the training loop: the loop knows nothing else of what it trains."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,12 @@ from diptych.data.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """``total`` is differentiated; ``terms`` (its unweighted parts and whatever else is worth a curve) is logged."""
+    """What an objective returns: ``total`` is differentiated, ``terms`` are logged as ``loss/NAME``."""
 
     total: Tensor
+    """A 0-d tensor."""
     terms: dict[str, Tensor]
+    """0-d tensors by name: the unweighted parts of the total, and whatever else deserves a curve."""
 
 
 class Objective(nn.Module):
@@ -23,12 +25,17 @@ class Objective(nn.Module):
     """
 
     streams: dict[str, int]
-    """Rows of each stream for every row of the configured batch size, e.g. ``{"pairs": 2, "texts": 1}``."""
+    """Rows of each stream per row of ``train.batch_size``, e.g. ``{"pairs": 2, "texts": 1}``."""
     couples_rows: bool = False
     """Whether the loss compares rows with one another. Such an objective gathers the rows of all processes itself, and
     is never given micro-batches."""
+    may_skip_parameters: bool = False
+    """Whether a step may leave trained parameters without a gradient, e.g. because a term of the loss starts later.
+    Several processes then look for such parameters at each step; without it, they stop at such a step with an error of
+    torch. False is faster."""
 
     def forward(self, batch: Batch, step: int) -> Losses:
+        """The losses of one batch. ``step`` counts from 0."""
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -44,6 +51,8 @@ class Objective(nn.Module):
         ]
 
     def compile_regions(self) -> None:
-        """Compile what pays, for ``--train.compile``; by default everything. An objective whose blocks are alike
-        compiles those, which takes a fraction of the time."""
+        """Called for ``--train.compile``; compiles the whole objective unless overridden.
+
+        An objective of many equal blocks should compile the block: that takes a fraction of the time.
+        """
         self.compile()

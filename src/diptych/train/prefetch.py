@@ -1,4 +1,4 @@
-"""BatchFn ahead of time, and batches cut into micro-batches."""
+"""Batches prepared ahead of their step, and batches cut into micro-batches."""
 
 from collections import deque
 from collections.abc import Callable, Generator
@@ -18,10 +18,10 @@ BatchFn = Callable[[int, int, int], Batch]
 def prefetch(
     batches: BatchFn, steps: range, *, rank: int, world: int, device: torch.device, workers: int
 ) -> Generator[Batch]:
-    """The batches of ``steps`` in order, on ``device``, the next ones being prepared by ``workers`` threads.
+    """The batches of ``steps`` in order, on ``device``; ``workers`` threads prepare the next ones meanwhile.
 
-    Close it (``contextlib.closing``) to drop what was prepared in vain. An exception of ``batches`` is raised here at
-    its step.
+    Close it (``contextlib.closing``) to drop the batches that nobody will ask for. An exception of ``batches`` is
+    raised here at its step. Copies to a GPU are plain ones, made by the threads: they hold up no step.
     """
 
     def prepare(step: int) -> Batch:
@@ -44,14 +44,14 @@ def prefetch(
 
 def count_rows(batch: Batch) -> int:
     """Rows of all streams together."""
-    return sum(len(items) for items in batch.streams.values())
+    return sum(len(examples) for examples in batch.streams.values())
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
     """Cut every stream of ``batch`` into ``parts`` equal runs of rows.
 
-    A micro-batch draws its random numbers as one more process would: part i of rank r in a world of w is rank
-    r * parts + i in a world of w * parts. StepRNG are made for all rows and cut, so every row keeps its numbers.
+    A micro-batch has the random numbers of one more process: part i of rank r in a world of w is rank r * parts + i
+    in a world of w * parts. So every row keeps its numbers.
 
     Raises:
         UserError: a stream's rows do not divide by ``parts``.
@@ -59,22 +59,22 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     if parts == 1:
         return [batch]
     streams = batch.streams
-    for name, items in streams.items():
-        if len(items) % parts:
+    for name, examples in streams.items():
+        if len(examples) % parts:
             raise UserError(
-                f"train.grad_accum_steps is {parts}, but a process gets {len(items)} rows of {name}, "
+                f"train.grad_accum_steps is {parts}, but a process gets {len(examples)} rows of {name}, "
                 "which do not divide by it; change train.grad_accum_steps or train.batch_size."
             )
     rng = batch.rng
     return [
         Batch(
             rng=replace(rng, rank=rng.rank * parts + part, world=rng.world * parts),
-            streams={name: _part(items, part, parts) for name, items in streams.items()},
+            streams={name: _part(examples, part, parts) for name, examples in streams.items()},
         )
         for part in range(parts)
     ]
 
 
-def _part(items: Examples, part: int, parts: int) -> Examples:
-    rows = len(items) // parts
-    return items[part * rows : (part + 1) * rows]
+def _part(examples: Examples, part: int, parts: int) -> Examples:
+    rows = len(examples) // parts
+    return examples[part * rows : (part + 1) * rows]

@@ -1,4 +1,4 @@
-"""One step: the gradient of a batch, in micro-batches and over processes, and the update it leads to."""
+"""One training step: the gradient of a batch over micro-batches and processes, and the update of the weights."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,22 +18,25 @@ from diptych.train.prefetch import split
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The numbers of a step, still on the device: the loss, its terms by name, the norm of the gradient."""
+    """The numbers of a step, still on the device."""
 
     names: list[str]
+    """Names of the loss terms."""
     values: Tensor
+    """[2 + terms]: the loss, its terms, the norm of the gradient before it was clipped."""
     lr: float
+    """Learning rate of the update."""
 
 
 class TrainStep:
-    """Holds what training changes, and changes it."""
+    """Prepares an objective for training, and makes one update of its weights per call."""
 
     def __init__(self, objective: Objective, *, train: TrainConfig, optim: OptimConfig, devices: Devices) -> None:
         self.train, self.optim, self.devices = train, optim, devices
         objective.to(devices.device).train()
         if train.compile:
             objective.compile_regions()
-        self.model = devices.wrap(_UnderPolicy(objective, devices))
+        self.model = devices.wrap(_UnderPolicy(objective, devices), may_skip_parameters=objective.may_skip_parameters)
         self.optimizer = make_optimizer(trained_groups(objective, weight_decay=optim.weight_decay), optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.ema = Ema(objective, decay=train.ema) if train.ema is not None else None
@@ -45,7 +48,7 @@ class TrainStep:
         lr = learning_rate(step, self.optim, steps=self.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        # The optimiser skips the update where this is 1. Asking here would make the CPU wait for the GPU at each step.
+        # The optimizer skips the update where this is 1. Asking here would make the CPU wait for the GPU at each step.
         self.optimizer.found_inf = (~torch.isfinite(losses[0] + norm)).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -69,9 +72,10 @@ class TrainStep:
 
 
 class _UnderPolicy(nn.Module):
-    """What is wrapped for many processes: the objective under the dtype policy, its results as plain tensors.
+    """The module that is wrapped for several processes: the objective under the dtype policy, its losses as tensors.
 
-    Only the total keeps its graph: DistributedDataParallel takes every parameter that any output reaches for used.
+    Only the total keeps its graph, because DistributedDataParallel waits for the gradient of every parameter that any
+    output depends on.
     """
 
     def __init__(self, objective: Objective, devices: Devices) -> None:

@@ -57,6 +57,9 @@ class UmlObjective(Objective):
     random ``view``.
     """
 
+    # A modality of weight 0 is not read; a tuned encoder may hold what its features do not need, e.g. a mask token.
+    may_skip_parameters = True
+
     def __init__(
         self,
         head: SharedHead,

@@ -33,6 +33,8 @@ class UmlSslConfig:
 class UmlSsl(Objective):
     """The network with its loss. Every modality has a stream of its own; ``target`` is the one to be represented."""
 
+    may_skip_parameters = True  # the other modalities join at `aux_start_step`
+
     def __init__(self, model: SharedTransformer, config: UmlSslConfig, *, target: str) -> None:
         super().__init__()
         self.model, self.config, self.target = model, config, target

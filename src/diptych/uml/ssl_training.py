@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from diptych.data.store import VectorStore, check_free, write_vectors
 from diptych.data.streams import BatchSampler
@@ -19,6 +18,7 @@ from diptych.io import load_network
 from diptych.nn.inference import Device, eval_mode, pick_device
 from diptych.run_folder import Kind, save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.distributed import is_main_process
 from diptych.train.loop import train
 from diptych.uml.features import feature_statistics, read_rows, sequence_stream
 from diptych.uml.ssl_objective import UmlSsl, UmlSslConfig
@@ -69,7 +69,7 @@ class UmlSslRun:
         }
         result = train(objective, batches, out=out, train=self.train, optim=self.optim, title="UML", identity=identity)
         with result.eval_mode(objective):
-            if PartialState().is_main_process:
+            if is_main_process():
                 save_model(objective.model, out / "model")
 
     def open(self) -> dict[str, VectorStore]:

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,7 +34,7 @@ from diptych.errors import UserError
 from diptych.nn.inference import pick_device
 from diptych.run_folder import Kind, save_model, write_config, write_json
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.train.distributed import join_processes
+from diptych.train.distributed import is_main_process, join_processes, main_process_first
 from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.uml.data import LabelledFeatures, LabelledImages, class_text_features, labelled_image_features
@@ -146,7 +145,7 @@ class UmlRun:
         )
         if len(skipped):
             skipped.write(out / "skipped.jsonl")
-        if result.finished and PartialState().is_main_process:
+        if result.finished and is_main_process():
             _finish(out, objective, encoder, labelled.classes, best)
         return result
 
@@ -177,7 +176,7 @@ class UmlRun:
     def _texts(self, classes: tuple[str, ...], *, cache: Path) -> LabelledFeatures:
         texts = texts_of(self.data.texts, classes, templates=self.data.templates)
         encoder = open_text_encoder(self.text_encoder, pooling=self.text_pooling).to(pick_device(self.train.device))
-        with PartialState().main_process_first():
+        with main_process_first():
             return class_text_features(encoder, texts, shots=self.data.text_shots, cache=cache, seed=self.train.seed)
 
     def _open_encoder(self) -> ImageEncoder:
@@ -194,7 +193,7 @@ class UmlRun:
         def prepare(part: Labelled, items: np.ndarray) -> LabelledFeatures | LabelledImages:
             if self.train_encoder == "tuned":
                 return LabelledImages(part, items, size=encoder.image_size, skipped=skipped, cache_mb=data.cache_mb)
-            with PartialState().main_process_first():
+            with main_process_first():
                 return labelled_image_features(encoder, part, items, cache=cache, skipped=skipped, workers=data.workers)
 
         episode = self._episode(labelled.labels_N)
