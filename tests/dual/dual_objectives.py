@@ -97,9 +97,7 @@ def main(out: Path) -> None:
         for chunk in (None, 3):
             module = objective(name, chunk=chunk)
             given = batch(module, rows=slice(rank * share, (rank + 1) * share), rng=StepRNG(0, 0, rank, world))
-            wrap = lambda plain: DistributedDataParallel(  # noqa: E731
-                plain, find_unused_parameters=module.may_skip_parameters
-            )
+            wrap = partial(DistributedDataParallel, find_unused_parameters=module.may_skip_parameters)
             found[name, chunk] = result(module, given, wrap)
     torch.save(found, out / f"{rank}.pt")
     dist.destroy_process_group()
