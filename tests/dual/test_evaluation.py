@@ -43,7 +43,7 @@ def test_the_probe_learns_the_shapes_from_an_untrained_tower(dual_encoder):
 
 
 def test_one_folder_is_no_class(dual_encoder):
-    one = next(i for i in range(60) if SOURCE.label(i) == "circle")
+    one = next(i for i in range(60) if SOURCE.label(i) == "ring")
     images = embed_source(dual_encoder, SOURCE)
     assert replace(images, items_I=images.items_I[one : one + 1]).labels is None
     assert len(images.labels or []) == 60

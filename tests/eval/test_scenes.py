@@ -6,10 +6,10 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from diptych.data.scenes import Scene, ScenesSource, Thing, caption, render
-from diptych.data.scenes.world import BACKGROUNDS
+from diptych.data.scenes.world import GROUND
 from diptych.eval.scenes import caption_accuracy, image_accuracy, recognize
 
-ONE = Scene((Thing("circle", "red", "small"),), "top left", "white")
+ONE = Scene((Thing("ring", "red"),), ("top left",))
 
 
 def worn(pixels):
@@ -22,19 +22,19 @@ def worn(pixels):
     return np.stack([np.asarray(Image.open(file)) for file in files])
 
 
-@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("level", [1, 2, 3])
 @pytest.mark.parametrize("size", [32, 48])
 def test_reads_what_was_drawn(level, size):
     source = ScenesSource(level=level, split="test")
     pixels, scenes = source.images(range(300), size), source.scenes(range(300))
-    assert image_accuracy(pixels, scenes).exact >= 0.99
+    assert image_accuracy(pixels, scenes).exact >= 0.995
     assert image_accuracy(worn(pixels), scenes).exact >= 0.99
 
 
-@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("level", [1, 2, 3])
 def test_reads_nothing_where_nothing_is(level):
     random = np.random.default_rng(0)
-    plain = np.stack([np.full((32, 32, 3), colour, np.uint8) for colour in BACKGROUNDS.values()])
+    plain = np.full((1, 32, 32, 3), GROUND, np.uint8)
     flat = np.tile(random.integers(0, 256, (200, 1, 1, 3), dtype=np.uint8), (1, 32, 32, 1))
     noise = random.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
     clouds = gaussian_filter(random.normal(128, 400, (100, 32, 32, 3)), (0, 3, 3, 0)).clip(0, 255).astype(np.uint8)
@@ -42,35 +42,32 @@ def test_reads_nothing_where_nothing_is(level):
         assert recognize(pictures, level=level) == [None] * len(pictures)
 
 
-@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("level", [1, 2, 3])
 def test_scenes_of_the_other_level_are_not_read(level):
-    pixels = ScenesSource(level=3 - level).images(range(100), 32)
-    assert recognize(pixels, level=level) == [None] * 100
+    for other in {1, 2, 3} - {level}:
+        pixels = ScenesSource(level=other).images(range(100), 32)
+        assert recognize(pixels, level=level) == [None] * 100
 
 
 def test_a_spoiled_picture_is_not_read():
-    pixels = ScenesSource().images(range(100), 32)
+    pixels = ScenesSource(level=3).images(range(100), 32)
     spoiled = pixels.copy()
-    spoiled[:, 12:20, 2:10] = (140, 40, 170)
-    assert recognize(spoiled) == [None] * 100
-    torn = np.concatenate([pixels[:, :, :16], np.roll(pixels, 8, axis=1)[:, :, 16:]], axis=2)
-    true = ScenesSource().scenes(range(100))
-    central = [i for i in range(100) if true[i].layout == "centre"]
-    assert all(recognize(torn[central])[k] is None for k in range(len(central)))
+    spoiled[:, ::2] = (140, 40, 170)
+    assert recognize(spoiled, level=3) == [None] * 100
+    torn = np.roll(pixels, 8, axis=1)
+    assert sum(found is not None for found in recognize(torn, level=3)) <= 2
 
 
 def test_every_wrong_attribute_is_counted_and_only_that_one():
     wrong = {
-        "shape": Scene((Thing("square", "red", "small"),), "top left", "white"),
-        "colour": Scene((Thing("circle", "green", "small"),), "top left", "white"),
-        "size": Scene((Thing("circle", "red", "large"),), "top left", "white"),
-        "place": Scene((Thing("circle", "red", "small"),), "centre", "white"),
-        "background": Scene((Thing("circle", "red", "small"),), "top left", "grey"),
+        "shape": Scene((Thing("square", "red"),), ("top left",)),
+        "colour": Scene((Thing("ring", "green"),), ("top left",)),
+        "place": Scene((Thing("ring", "red"),), ("bottom left",)),
     }
     for name, scene in wrong.items():
         for score in (
             image_accuracy(render([scene, ONE], size=32), [ONE, ONE]),
-            caption_accuracy([caption(scene), caption(ONE, 5)], [ONE, ONE]),
+            caption_accuracy([caption(scene), caption(ONE, 3)], [ONE, ONE]),
         ):
             assert score.exact == 0.5
             assert score.readable == 1
@@ -78,11 +75,11 @@ def test_every_wrong_attribute_is_counted_and_only_that_one():
 
 
 def test_swapped_things_are_wrong():
-    things = (Thing("circle", "red", "small"), Thing("square", "blue", "large"))
-    scene, swapped = (Scene(order, "above", "black") for order in (things, things[::-1]))
+    things, places = (Thing("ring", "red"), Thing("square", "blue")), ("top left", "bottom left")
+    scene, swapped = (Scene(order, places) for order in (things, things[::-1]))
     assert image_accuracy(render([scene], size=32), [swapped]).exact == 0
     assert caption_accuracy([caption(scene)], [swapped]).exact == 0
-    assert caption_accuracy([caption(scene, 27)], [scene]).exact == 1
+    assert caption_accuracy([caption(scene, 7)], [scene]).exact == 1
 
 
 def test_what_cannot_be_read_is_wrong_in_everything():

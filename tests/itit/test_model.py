@@ -1,8 +1,10 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from diptych.errors import UserError
 from diptych.itit.model import ITIT, SIZES, ItitConfig, shift_right
 
 PAPER = {"base": 221e6, "large": 487e6, "huge": 868e6}
@@ -140,3 +142,70 @@ def test_save_and_load(model, tokens, tmp_path):
     assert again.config == model.config
     expected = model.encode(model.embed_image(tokens)).image_BKD
     torch.testing.assert_close(again.encode(again.embed_image(tokens)).image_BKD, expected, rtol=0, atol=0)
+
+
+NARROW = ItitConfig(
+    image_tokens=16,
+    codebook_size=40,
+    max_text_len=8,
+    text_features=12,
+    vocab_size=30,
+    width=64,
+    depth=1,
+    heads=2,
+    image_decoder_depth=1,
+    text_decoder_width=64,
+    text_decoder_depth=1,
+    text_decoder_heads=2,
+    dropout=0.0,
+)
+
+
+def narrow(**changes):
+    torch.manual_seed(0)
+    return ITIT(replace(NARROW, **changes)).eval()
+
+
+def test_initial_weights_by_fan_in_keep_the_signal():
+    model = narrow(init="fan_in")
+    block = model.encoder.layers[0]
+    assert block.attention.qkv.weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
+    assert block.attention.out.weight.std().item() == pytest.approx(64**-0.5 / 2, rel=0.05)
+    assert block.mlp[2].weight.std().item() == pytest.approx(256**-0.5 / 2, rel=0.05)
+    assert model.token_embedding.weight.std().item() == pytest.approx(0.1, rel=0.1)
+    assert model.image_position.weight.std().item() == pytest.approx(0.06, rel=0.1)
+    assert narrow().encoder.layers[0].attention.qkv.weight.std().item() == pytest.approx(0.0176, rel=0.05)
+
+
+def test_the_feed_forward_layers_have_the_width_they_are_given():
+    assert narrow(mlp_ratio=2).text_decoder.layers[0].mlp[0].out_features == 128
+
+
+def test_whitened_text_has_variance_one_in_every_direction():
+    model = narrow(whiten_text=True)
+    features = torch.randn(5000, 12) * torch.logspace(0, 1, 12) + 3
+    model.fit_whitening(features, floor=0.0)
+    white = (features - model.text_mean_F) @ model.text_whitening_FF
+    torch.testing.assert_close(white.T.cov(), torch.eye(12), atol=1e-3, rtol=0)
+    torch.testing.assert_close(white.mean(0), torch.zeros(12), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_a_window_shows_a_token_its_neighbours_but_no_padding(whiten):
+    model = narrow(text_window=5, whiten_text=whiten, depth=0)  # without blocks only the window mixes tokens
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    features, valid = torch.randn(1, 8, 12), torch.arange(8)[None] < 6
+
+    def encoded(changed):
+        moved = features.clone()
+        moved[:, changed] += 5
+        return model.encode(model.embed_image(tokens), features_BLF=moved, valid_BL=valid).text_BLD
+
+    before = encoded([])
+    assert ((encoded([1]) - before).abs().amax((0, 2)) > 1e-4).tolist() == [True] * 4 + [False] * 4
+    torch.testing.assert_close(encoded([6, 7])[:, :6], before[:, :6])
+
+
+def test_a_window_without_a_middle_is_refused(tokenizer, text_encoder):
+    with pytest.raises(UserError, match="odd number"):
+        replace(NARROW, text_window=4).build(tokenizer, text_encoder)

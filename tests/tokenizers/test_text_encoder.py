@@ -218,3 +218,19 @@ def test_a_tokenizer_of_another_model_is_refused(encoder: TextEncoder) -> None:
     encoder.tokenizer.pad_token = "a"
     with pytest.raises(UserError, match="not a T5 tokenizer"):
         TextEncoder(T5EncoderModel(config()), encoder.tokenizer)
+
+
+def test_input_embeddings_beside_the_output(encoder: TextEncoder) -> None:
+    ids_BL, valid_BL = encoder.tokenize(TEXTS, length=6)
+    alone_BLF = encoder.features(ids_BL, valid_BL)
+    encoder.feature_kind = "output_and_embeddings"
+    both_BLF = encoder.features(ids_BL, valid_BL)
+    assert encoder.width == both_BLF.shape[-1] == 2 * alone_BLF.shape[-1]
+    output_BLF, embedded_BLF = both_BLF.chunk(2, dim=-1)
+    torch.testing.assert_close(output_BLF, alone_BLF)
+    torch.testing.assert_close(embedded_BLF[valid_BL], encoder.embedding(ids_BL)[valid_BL])
+    assert (both_BLF[~valid_BL] == 0).all()
+    embeds_BLF = encoder.embedding(ids_BL).detach().requires_grad_()
+    encoder.features_from_embeddings(embeds_BLF, valid_BL).chunk(2, dim=-1)[1].sum().backward()
+    assert embeds_BLF.grad is not None
+    assert (embeds_BLF.grad[valid_BL] == 1).all()

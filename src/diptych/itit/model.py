@@ -9,15 +9,18 @@ width.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from diptych.nn.transformer import Blocks, LayerCache, init_weights, prefix_causal
+from diptych.errors import UserError
+from diptych.nn.transformer import Blocks, LayerCache, init_fan_in, init_weights, prefix_causal
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
-from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.text_encoder import FeatureKind, TextEncoder
 
 PAD, EOS = 0, 1
 """T5's ids of padding and of the end of a text. As T5 has no id to begin a text with, PAD begins one."""
@@ -60,9 +63,25 @@ class ItitConfig:
     """Number of attention heads of the text decoder."""
     dropout: float = 0.1
     """Probability of dropout of attention, of both branches of a block and of the input."""
+    mlp_ratio: int = 4
+    """Width inside the feed-forward layers of a block, as a multiple of the block's width."""
+    init: Literal["fixed", "fan_in"] = "fixed"
+    """Standard deviation of the initial weights: 0.02 at any width, as in ViT and MAGE, or 1/sqrt(inputs), which a
+    narrow network needs to learn within a few hundred steps."""
+    text_input: FeatureKind = "output"
+    """Frozen text features: the output of the text encoder, or its output beside its input embeddings. A small encoder
+    mixes all words of a text into each feature, and which word stands where is then hard to recover."""
+    text_window: int = 1
+    """Number of neighbouring tokens whose features the text projection reads at once; an odd number. With more than 1 a
+    token knows the words around it without learning that by attention."""
+    whiten_text: bool = False
+    """Whether the frozen text features are given mean 0 and variance 1 in every direction. The features of a small
+    encoder vary in few directions, in which all words look alike."""
 
     def build(self, tokenizer: ImageTokenizer, text_encoder: TextEncoder) -> "ITIT":
         """The network for this tokenizer and this text encoder, whose sizes replace the config's own."""
+        if self.text_window % 2 == 0:
+            raise UserError(f"--model.text-window {self.text_window}: a token in the middle needs an odd number")
         sizes = {"image_tokens": tokenizer.tokens, "codebook_size": tokenizer.codebook_size}
         sizes |= {"text_features": text_encoder.width, "vocab_size": text_encoder.vocab_rows}
         return ITIT(replace(self, **sizes))
@@ -89,22 +108,30 @@ class Encoded:
 class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"]):
     """Generates text from images and images from text with one set of weights."""
 
+    text_mean_F: Tensor
+    text_whitening_FF: Tensor
+
     def __init__(self, config: ItitConfig) -> None:
         super().__init__()
         c = self.config = config
         self.token_embedding = nn.Embedding(c.codebook_size, c.width)
         self.image_hidden = nn.Parameter(torch.empty(c.width))
         self.image_position = nn.Embedding(c.image_tokens, c.width)
-        self.text_projection = nn.Linear(c.text_features, c.width)
+        self.text_projection = nn.Linear(c.text_window * c.text_features, c.width)
+        if c.whiten_text:
+            self.register_buffer("text_mean_F", torch.zeros(c.text_features))
+            self.register_buffer("text_whitening_FF", torch.eye(c.text_features))
         self.text_position = nn.Embedding(c.max_text_len, c.width)
         self.text_null = nn.Parameter(torch.empty(c.width))
         self.input_norm = nn.LayerNorm(c.width)
         self.input_dropout = nn.Dropout(c.dropout)
-        self.encoder = Blocks(c.depth, c.width, heads=c.heads, dropout=c.dropout)
+        self.encoder = Blocks(c.depth, c.width, heads=c.heads, dropout=c.dropout, mlp_ratio=c.mlp_ratio)
 
         self.decoder_hidden = nn.Parameter(torch.empty(c.width))
         self.decoder_position = nn.Embedding(c.image_tokens + c.max_text_len, c.width)
-        self.image_decoder = Blocks(c.image_decoder_depth, c.width, heads=c.heads, dropout=c.dropout)
+        self.image_decoder = Blocks(
+            c.image_decoder_depth, c.width, heads=c.heads, dropout=c.dropout, mlp_ratio=c.mlp_ratio
+        )
         self.image_head = nn.Sequential(nn.Linear(c.width, c.width), nn.GELU(), nn.LayerNorm(c.width))
         self.image_bias = nn.Parameter(torch.empty(c.codebook_size))
 
@@ -112,12 +139,34 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         self.prefix_projection = nn.Sequential(nn.Linear(c.width, width), nn.LayerNorm(width))
         self.word_embedding = nn.Embedding(c.vocab_size, width)
         self.word_position = nn.Embedding(c.max_text_len, width)
-        self.text_decoder = Blocks(c.text_decoder_depth, width, heads=c.text_decoder_heads, dropout=c.dropout)
+        self.text_decoder = Blocks(
+            c.text_decoder_depth, width, heads=c.text_decoder_heads, dropout=c.dropout, mlp_ratio=c.mlp_ratio
+        )
 
-        self.apply(init_weights)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """As ``ItitConfig.init`` says. With fan_in, positions have a std of 0.06, below the 0.1 of tokens and words."""
+        fan_in = self.config.init == "fan_in"
+        self.apply(init_fan_in if fan_in else init_weights)
         for vector in (self.image_hidden, self.text_null, self.decoder_hidden):
             nn.init.normal_(vector, std=0.02)
         nn.init.zeros_(self.image_bias)
+        if fan_in:
+            for table in (self.image_position, self.text_position, self.decoder_position, self.word_position):
+                nn.init.normal_(table.weight, std=0.06)
+
+    @torch.no_grad()
+    def fit_whitening(self, features_MF: Float[Tensor, "M F"], *, floor: float = 0.01) -> None:
+        """Set the whitening by the frozen features of M tokens of real texts.
+
+        Directions with less variance than ``floor`` times the mean variance are noise, and stay small.
+        """
+        mean_F = features_MF.mean(0)
+        variance_F, directions_FF = torch.linalg.eigh((features_MF - mean_F).T.cov())
+        scale_F = (variance_F.clamp_min(0) + floor * variance_F.mean()).rsqrt()
+        self.text_mean_F.copy_(mean_F)
+        self.text_whitening_FF.copy_(directions_FF * scale_F @ directions_FF.T)
 
     def embed_image(self, tokens_BN: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
         """Embeddings of image tokens, without their positions: the input of :meth:`encode`."""
@@ -155,12 +204,22 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
             attend = None
         else:
             assert valid_BL is not None
-            text = self.text_projection(features_BLF) + self.text_position.weight[: features_BLF.shape[1]]
+            text = self._embed_text(features_BLF, valid_BL)
             attend = _attend_to_valid(valid_BL, image.shape[1])
         x = self.input_dropout(self.input_norm(torch.cat([image, text.to(image.dtype)], dim=1)))
         x = self.encoder(x, attend=attend)
         kept = keep_BK.shape[1]
         return Encoded(x[:, :kept], keep_BK, x[:, kept:], valid_BL)
+
+    def _embed_text(self, features_BLF: Tensor, valid_BL: Tensor) -> Tensor:
+        """The frozen features, whitened and with their neighbours if the config says so, projected to [B L D]."""
+        if self.config.whiten_text:
+            features_BLF = (features_BLF - self.text_mean_F) @ self.text_whitening_FF
+        if reach := self.config.text_window // 2:
+            features_BLF = features_BLF.masked_fill(~valid_BL[..., None], 0.0)  # no token may see the padding
+            windows_BLFX = F.pad(features_BLF, (0, 0, reach, reach)).unfold(1, self.config.text_window, 1)
+            features_BLF = windows_BLFX.flatten(2)
+        return self.text_projection(features_BLF) + self.text_position.weight[: features_BLF.shape[1]]
 
     def image_logits(self, encoded: Encoded, hidden_BN: Bool[Tensor, "B N"]) -> Float[Tensor, "B N C"]:
         """Logits of every image token, in parallel. Hidden positions, dropped or kept, enter as a learned vector."""
@@ -236,12 +295,17 @@ def _attend_to_valid(valid_BL: Tensor, images: int) -> Bool[Tensor, "B 1 1 S"]:
 SIZES: dict[str, ItitConfig] = {
     "tiny": ItitConfig(
         width=128,
-        depth=2,
+        depth=1,
         heads=4,
-        image_decoder_depth=1,
+        image_decoder_depth=2,
         text_decoder_width=128,
-        text_decoder_depth=1,
+        text_decoder_depth=2,
         text_decoder_heads=4,
+        mlp_ratio=2,
+        init="fan_in",
+        text_input="output_and_embeddings",
+        text_window=7,
+        whiten_text=True,
     ),
     "small": ItitConfig(
         width=192,

@@ -82,6 +82,9 @@ class ItitObjectiveConfig:
     """Network that generates inside the cycles: the one in training (the paper) or its moving average (DoraCycle)."""
     teacher_decay: float = 0.999
     """Decay of the teacher's moving average, per step."""
+    embedding_lr_scale: float = 1.0
+    """Factor on the learning rate of the embeddings of image tokens and words. A row of them learns only in steps that
+    show its token, so in a short run they lag behind the other weights."""
     weights: LossWeights = field(default_factory=LossWeights)
     """Weights of the losses in their sum."""
 
@@ -112,8 +115,7 @@ class ItitObjective(Objective):
         measured: dict[str, Tensor] = {}
         pairs: PairExamples = batch["pairs"]
         for_image, for_text = pairs[0::2], pairs[1::2]  # so any even run of rows holds as many of each
-        losses = {"t2i": self.t2i_loss(for_image, rng)}
-        losses["i2t"], losses["i2i"] = self.i2t_and_i2i_losses(for_text, rng)
+        losses = {"t2i": self.t2i_loss(for_image, rng)} | self.i2t_and_i2i_losses(for_text, rng)
         if step >= config.cycle_start_step:
             self._update_teacher(step)
             if config.texts == "t2t":
@@ -139,19 +141,18 @@ class ItitObjective(Objective):
         encoded = self._encode(image_BND, masking, self._text_features(pairs), pairs.valid_BL)
         return self._image_loss(encoded, pairs.tokens_BN, masking)
 
-    def i2t_and_i2i_losses(self, pairs: PairExamples, rng: StepRNG) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    def i2t_and_i2i_losses(self, pairs: PairExamples, rng: StepRNG) -> dict[str, Float[Tensor, ""]]:
         """Two losses on one pass of the encoder over I_M and the empty text.
 
         L_I2T = - E sum over l of log p(t_l | I_M, t_0 .. t_{l-1}), equation (1).
 
         L_I2I = - E sum over hidden k of log p(i_k | I_M), equation (2) with the empty text. It trains the
-        unconditional branch of classifier-free guidance.
+        unconditional branch of classifier-free guidance. A weight of 0 leaves out its pass, a fifth of a step.
         """
         masking = self._sample_masking(self.config.text_masking, pairs, rng, "i2t")
         encoded = self._encode(self.model.embed_image(pairs.tokens_BN), masking)
-        i2i = self._image_loss(encoded, pairs.tokens_BN, masking)
-        i2t = self._text_loss(encoded, pairs.ids_BL, pairs.valid_BL)
-        return i2t, i2i
+        i2i = {"i2i": self._image_loss(encoded, pairs.tokens_BN, masking)} if self.config.weights.i2i else {}
+        return {"i2t": self._text_loss(encoded, pairs.ids_BL, pairs.valid_BL)} | i2i
 
     # Unpaired texts
 
@@ -306,6 +307,16 @@ class ItitObjective(Objective):
         torch._foreach_lerp_(theirs, ours, 1.0 if first else 1 - self.config.teacher_decay)
 
     # What the training loop asks for
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The default groups, with the embeddings of image tokens and words apart."""
+        embeddings = [self.model.token_embedding.weight, self.model.word_embedding.weight]
+        others = [p for p in self.model.parameters() if all(p is not table for table in embeddings)]
+        return [
+            {"params": [p for p in others if p.ndim >= 2]},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+            {"params": embeddings, "lr_scale": self.config.embedding_lr_scale},
+        ]
 
     def compile_regions(self) -> None:
         """Compile the transformer blocks, once for all that are alike.

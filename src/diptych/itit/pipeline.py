@@ -77,7 +77,7 @@ class Diptych:
 
     >>> diptych = Diptych.from_pretrained("runs/demo/itit")
     >>> diptych.caption(["photo.jpg"])
-    >>> diptych.imagine(["a small red circle in the top left on a white background"], seed=0)
+    >>> diptych.imagine(["top left a red ring, top right a blue cross, bottom left a white square"], seed=0)
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class Diptych:
         self.device = torch.device(device)
         self.tokenizer = tokenizer.to(self.device).eval()
         self.text_encoder = text_encoder.to(self.device)
+        self.text_encoder.feature_kind = model.config.text_input
         self.model = model.to(self.device).eval()
         self.image_generation = image_generation or ImageGenerationConfig()
         self.text_generation = text_generation or TextGenerationConfig()
@@ -267,7 +268,15 @@ def data_tokenizers(
         tokenize_images=lambda pixels_B3HW: tokenizer.encode(pixels_B3HW.to(device)),
         tokenize_texts=lambda texts: text_encoder.tokenize(texts, length=length)[0],
         text_features=to_features if features else None,
-        fingerprint=f"{weights_digest(tokenizer)}-{weights_digest(text_encoder)}-{length}-{features}",
+        fingerprint="-".join(
+            [
+                weights_digest(tokenizer),
+                weights_digest(text_encoder),
+                text_encoder.feature_kind,
+                str(length),
+                str(features),
+            ]
+        ),
     )
 
 
@@ -279,8 +288,9 @@ def run_data_tokenizers(run: Path, *, features: bool) -> DataTokenizers:
     device = pick_device("auto")
     tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(device)
     text_encoder = TextEncoder.from_pretrained(run / "text_encoder").to(device)
-    length = read_config(run)["run"]["model"]["max_text_len"]
-    return data_tokenizers(tokenizer, text_encoder, length=length, features=features)
+    model = read_config(run)["run"]["model"]
+    text_encoder.feature_kind = model["text_input"]
+    return data_tokenizers(tokenizer, text_encoder, length=model["max_text_len"], features=features)
 
 
 class ItitImageEncoder(ImageEncoder):

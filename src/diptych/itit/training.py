@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from diptych.data.encode import DataTokenizers
 from diptych.data.store import Store
@@ -39,6 +42,10 @@ class GenerationConfig:
     """Settings of the generation of texts from images."""
 
 
+_WHITENED = 2000
+"""Number of texts whose features decide the whitening."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingInputs:
     """The frozen tokenizer and text encoder of a run, and its data encoded with both."""
@@ -46,6 +53,17 @@ class TrainingInputs:
     tokenizer: ImageTokenizer
     text_encoder: TextEncoder
     encoded: DataSplit
+
+    def text_features(self, *, texts: int) -> Float[Tensor, "M F"]:
+        """Frozen features of the tokens of the first ``texts`` texts, padding left out."""
+        stream = _store(self.encoded.texts).texts(self.encoded.texts.items)
+        rows = np.arange(min(texts, stream.size))
+        examples = stream.take(rows, np.zeros_like(rows))
+        features_BLF = examples.features_BLF
+        if features_BLF is None:
+            device = self.text_encoder.embedding.weight.device
+            features_BLF = self.text_encoder.features(examples.ids_BL.to(device), examples.valid_BL.to(device)).cpu()
+        return features_BLF[examples.valid_BL].float()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -144,7 +162,9 @@ class ItitRun:
                 folder = out / "stages" / "text_encoder"
                 made = self.text_encoder_stage.fit(data.raw_texts(), folder, title="2/3 text encoder")
             _save_once(made, out / "text_encoder")
-        return TextEncoder.from_pretrained(out / "text_encoder")
+        text_encoder = TextEncoder.from_pretrained(out / "text_encoder")
+        text_encoder.feature_kind = self.model.text_input
+        return text_encoder
 
     def _encode(self, data: DataSplit, tokenizer: ImageTokenizer, text_encoder: TextEncoder, out: Path) -> DataSplit:
         """Image tokens and text ids of all data, and the text features if they are small enough to be stored."""
@@ -171,10 +191,13 @@ class ItitRun:
     # The network and its training
 
     def build(self, inputs: TrainingInputs) -> ItitObjective:
-        """The network with its objective; its initial weights follow from ``train.seed`` alone."""
+        """The network with its objective; its initial weights follow from ``train.seed`` and, if they are whitened,
+        the text features."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
             model = self.model.build(inputs.tokenizer, inputs.text_encoder)
+            if model.config.whiten_text:
+                model.fit_whitening(inputs.text_features(texts=_WHITENED))
             return ItitObjective(model, inputs.text_encoder, self.objective)
 
     def diptych(self, objective: ItitObjective, inputs: TrainingInputs) -> Diptych:

@@ -11,7 +11,7 @@ from diptych.train.config import OptimConfig, TrainConfig
 
 
 def vqgan_tiny() -> TokenizerRun:
-    """Image tokenizer for images of 32 pixels: 4 x 4 tokens out of 64.
+    """Image tokenizer for images of 32 pixels: 4 x 4 tokens out of 128.
 
     Command: diptych fit vqgan-tiny --images scenes: --out runs/vqgan
     Cost: 70 s on two CPU cores; nine in ten unseen scenes are recognized after encoding and decoding.
@@ -56,17 +56,17 @@ def text_encoder_small() -> TextEncoderRun:
 
 
 def tokenizer_tiny() -> TokenizerStage:
-    """4 x 4 tokens out of 64, for scenes of 32 pixels."""
+    """4 x 4 tokens out of 128, for scenes of 32 pixels."""
     return TokenizerStage(
-        # Few codes, each seen often: with 512 the network reached a third of the accuracy in that time (docs/log.md).
+        # Few codes, each seen often: ITIT learns slower with 256, and with 64 shapes are lost (docs/log.md).
         model=ImageTokenizerConfig(
-            image_size=32, codebook_size=64, code_dim=8, widths=(32, 32), blocks=1, groups=8, patch=4
+            image_size=32, codebook_size=128, code_dim=8, widths=(32, 32), blocks=1, groups=8, patch=4
         ),
         objective=VQGANConfig(
-            adversarial_weight=0.0, squared_weight=100.0, codebook=CodebookConfig(start=350, reset_until=1900)
+            adversarial_weight=0.0, squared_weight=100.0, codebook=CodebookConfig(start=350, reset_until=1400)
         ),
         flip=False,
-        train=TrainConfig(steps=2600, batch_size=24, checkpoint_every=1300, tensorboard=False, workers=1),
+        train=TrainConfig(steps=2000, batch_size=24, checkpoint_every=1000, tensorboard=False, workers=1),
         optim=OptimConfig(lr=3e-3, betas=(0.9, 0.96), weight_decay=0.0, warmup_steps=20),
     )
 

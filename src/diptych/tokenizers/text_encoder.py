@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from diptych.encoders.loading import fuse_gelu
 from diptych.errors import UserError, first_line
 
+FeatureKind = Literal["output", "output_and_embeddings"]
+"""Features of a token: the output of the encoder, or its output and the token's input embedding."""
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 
@@ -42,7 +44,8 @@ class TextEncoder(nn.Module):
         t5.set_attn_implementation("sdpa")
         self.t5 = fuse_gelu(t5).requires_grad_(False).eval()
         self.tokenizer = tokenizer
-        self.width: int = t5.config.d_model
+        self.feature_kind: FeatureKind = "output"
+        """Which features are computed. The ITIT network that reads them says so in its config."""
         self.vocab_rows: int = self.embedding.weight.shape[0]
         self.vocab_real: int = len(tokenizer)
         """Number of ids that have a token. T5's embedding has a few rows more."""
@@ -72,6 +75,11 @@ class TextEncoder(nn.Module):
         table = self.t5.get_input_embeddings()
         assert isinstance(table, nn.Embedding)
         return table
+
+    @property
+    def width(self) -> int:
+        """Width of the features (F)."""
+        return self.t5.config.d_model * (2 if self.feature_kind == "output_and_embeddings" else 1)
 
     def train(self, mode: bool = True) -> "TextEncoder":
         """Stays in evaluation mode, also when the module around it is switched to training."""
@@ -121,6 +129,8 @@ class TextEncoder(nn.Module):
         with torch.autocast(embeds_BLF.device.type, enabled=False):
             embeds_BLF = embeds_BLF.to(self.embedding.weight.dtype)
             features_BLF = self.t5(inputs_embeds=embeds_BLF, attention_mask=attend_BL[:, None, None]).last_hidden_state
+            if self.feature_kind == "output_and_embeddings":
+                features_BLF = torch.cat([features_BLF, embeds_BLF], dim=-1)
         return features_BLF.masked_fill(~valid_BL[:, :, None], 0.0)
 
     # Files

@@ -5,7 +5,7 @@ from diptych.data.scenes import ScenesSource, parse
 from diptych.errors import UserError
 
 
-@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("level", [1, 2, 3])
 def test_rows_agree_with_each_other(level):
     source = ScenesSource(level=level, captions_each=3)
     pictures = source.images(range(20), 32)
@@ -34,12 +34,12 @@ def test_splits_hold_to_their_side():
 
 def test_phrasings_vary_over_the_index():
     source = ScenesSource()
-    assert len({source.captions(i)[0].split()[0] for i in range(100)}) >= 5
+    assert len({source.captions(i)[0].count(" a ") for i in range(100)}) == 2
 
 
 def test_all_phrasings_can_be_had():
-    assert len({*ScenesSource(captions_each=28).captions(0)}) == 6
-    assert len({*ScenesSource(level=2, captions_each=28).captions(0)}) == 28
+    assert len({*ScenesSource(captions_each=8).captions(0)}) == 4
+    assert len({*ScenesSource(level=3, captions_each=8).captions(0)}) == 8
 
 
 def test_spec():
@@ -55,7 +55,7 @@ def test_spec():
     ("spec", "part"),
     [
         ("scenes:?levle=1", "levle"),
-        ("scenes:?level=3", "level=3"),
+        ("scenes:?level=4", "level=4"),
         ("scenes:?level=one", "level=one"),
         ("scenes:?level=", "level="),
         ("scenes:?level", "level"),

@@ -1,4 +1,4 @@
-"""The built-in world as a source of captioned pictures: ``scenes:?level=1&split=train&count=20000&seed=0``."""
+"""The built-in world as a source of captioned images: ``scenes:?level=1&split=train&count=20000&seed=0``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from diptych.rng import derive_seed
 
 ENDLESS = 2**31
 ALLOWED: dict[str, tuple[int | str, ...] | range] = {
-    "level": (1, 2),
+    "level": (1, 2, 3),
     "split": ("train", "test"),
     "count": range(1, ENDLESS + 1),
     "seed": range(ENDLESS),
     "size": range(16, 1025),
-    "captions": range(1, phrasings(2) + 1),
+    "captions": range(1, phrasings(3) + 1),
 }
 """Options of a spec and the values they may have."""
 
@@ -36,23 +36,23 @@ def _check(option: str, value: int | str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesSource:
-    """Pictures and captions that are pure functions of their index; nothing is stored, nothing is downloaded."""
+    """Images and captions that are pure functions of their index; nothing is stored, nothing is downloaded."""
 
     has_images: ClassVar[bool] = True
     has_captions: ClassVar[bool] = True
 
     level: Level = 1
-    """1: one thing at a place. 2: two things and how they stand to each other."""
+    """How many things an image shows, each in a quarter of its own."""
     split: Split = "train"
     """train, or test: combinations of attributes that never occur in train."""
     count: int = ENDLESS
-    """How many pictures there are."""
+    """How many images there are."""
     seed: int = 0
     """Another seed is another world of the same kind."""
     size: int = 32
-    """Pixels a side of a picture when the caller does not say."""
+    """Pixels a side of an image when the caller does not say."""
     captions_each: int = 1
-    """How many captions, in different words, every picture has."""
+    """How many captions, in different words, every image has."""
 
     def __post_init__(self) -> None:
         for option in ALLOWED:
@@ -97,18 +97,18 @@ class ScenesSource:
         scene = self.scene(index)
         total = phrasings(self.level)
         first = derive_seed(self.seed, "phrasing", self.level, self.split, index) % total
-        # A step coprime to 6 and to 28 visits every phrasing once and mixes styles early.
+        # A step coprime to 4 and to 8 visits every phrasing once and mixes both orders of telling early.
         return [caption(scene, (first + 5 * k) % total) for k in range(min(self.captions_each, total))]
 
     def label(self, index: int) -> str | None:
-        """The shape at level 1; two things have no one label."""
+        """The shape at level 1; several things have no one label."""
         return self.scene(index).things[0].shape if self.level == 1 else None
 
     def image(self, index: int, size: int | None = None) -> UInt8[np.ndarray, "S S 3"]:
         return self.images([index], size)[0]
 
     def images(self, indices: Sequence[int] | np.ndarray, size: int | None = None) -> UInt8[np.ndarray, "n S S 3"]:
-        """Many pictures at once: about a hundred times faster than one by one."""
+        """Many images at once: about a hundred times faster than one by one."""
         checked = self._checked(indices)
         jitter = world.jitter(checked, split=self.split, level=self.level, seed=self.seed)
         return render(self.scenes(checked), size=size or self.size, jitter=jitter)
@@ -116,5 +116,5 @@ class ScenesSource:
     def _checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         checked = np.asarray(indices, np.int64)
         if checked.size and not (checked.min() >= 0 and checked.max() < self.count):
-            raise IndexError(f"{self.name} has pictures 0 to {self.count - 1}, not {checked.min()} to {checked.max()}")
+            raise IndexError(f"{self.name} has images 0 to {self.count - 1}, not {checked.min()} to {checked.max()}")
         return checked
