@@ -5,6 +5,7 @@ dual_objectives.py OUT: every process writes the losses and gradients that it ha
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,9 +102,7 @@ def main(out: Path) -> None:
         for chunk in (None, 3):
             module = objective(name, chunk=chunk)
             given = batch(module, rows=slice(rank * share, (rank + 1) * share), rng=StepRNG(0, 0, rank, world))
-            wrap = lambda plain: DistributedDataParallel(  # noqa: E731
-                plain, find_unused_parameters=module.may_skip_parameters
-            )
+            wrap = partial(DistributedDataParallel, find_unused_parameters=module.may_skip_parameters)
             found[name, chunk] = result(module, given, wrap)
     torch.save(found, out / f"{rank}.pt")
     dist.destroy_process_group()
