@@ -1,7 +1,8 @@
-"""Random numbers that follow from (seed, step, name) alone, whatever process or thread asks for them."""
+"""Random numbers that follow from (seed, step, name) alone, whatever process, thread or device asks for them."""
 
 import hashlib
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,10 +16,10 @@ def derive_seed(*parts: int | str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StepRNG:
-    """The random numbers of one step, the same however its rows are split over processes.
+    """The random numbers of one step for the rows of one process, the same however rows are split over processes.
 
-    Every draw is made for all ``global_rows`` rows of a stream from (seed, step, name) and cut to the rows of this
-    process. That is free on one process; on many it buys losses that do not depend on their number.
+    Number e of row r of a stream is a function of (seed, step, name, r, e), where r counts the rows of all processes.
+    So a process computes the numbers of its own rows only.
     """
 
     seed: int
@@ -27,14 +28,47 @@ class StepRNG:
     world: int = 1
 
     def generator(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator that is the same on all processes, for what they must draw alike."""
         return torch.Generator(device).manual_seed(derive_seed(self.seed, self.step, name))
 
     def uniform(self, name: str, rows: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
-        """Uniform numbers in [0, 1) of shape [rows, *shape], where ``rows`` counts this process's rows."""
-        noise = torch.rand(rows * self.world, *shape, generator=self.generator(name, device), device=device)
-        return noise[self.rank * rows : (self.rank + 1) * rows]
+        """Uniform numbers in [0, 1), fp32 multiples of 2^-24, of shape [rows, *shape].
+
+        ``rows`` counts the rows of this process. The bits do not depend on the device.
+        """
+        count = rows * prod(shape)
+        key = derive_seed(self.seed, self.step, name)
+        return hashed_uniform(key, self.rank * count, count, device=device).view(rows, *shape)
 
     def gumbel(self, name: str, rows: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
-        """Standard Gumbel numbers, fp32: lower precisions have too few distinct values."""
-        exponential = -torch.log(self.uniform(name, rows, *shape, device=device).clamp_min(1e-20))
-        return -torch.log(exponential.clamp_min(1e-20))  # neither end of [0, 1) may give infinity
+        """Standard Gumbel numbers of shape [rows, *shape], fp32: lower precisions have too few distinct values."""
+        noise = self.uniform(name, rows, *shape, device=device)
+        noise.clamp_(min=1e-20).log_().neg_()
+        return noise.clamp_(min=1e-20).log_().neg_()  # neither end of [0, 1) may give infinity
+
+
+def hashed_uniform(key: int, first: int, count: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """Numbers ``first`` to ``first + count`` of the uniform sequence of ``key``: [count], fp32 in [0, 1).
+
+    Number n is the upper 24 bits of output n of SplitMix64 (Steele, Lea and Flood, 2014) with seed ``key``. That
+    generator hashes a counter, so any part of its sequence can be computed without the part before it. Its last
+    xor-shift is left out, because it changes the lower bits only.
+    """
+    out = torch.empty(count, device=device)
+    # The integers take 16 bytes a number for a while: a part at a time, on a CPU as large as its cache.
+    part = 2**16 if out.device.type == "cpu" else 2**24
+    for start in range(0, count, part):
+        end = min(start + part, count)
+        x = torch.arange(first + start + 1, first + end + 1, device=device).mul_(_GOLDEN).add_(key)  # modulo 2^64
+        x.bitwise_xor_((x >> 30).bitwise_and_(2**34 - 1)).mul_(_MIX_1)  # the mask makes `>>` shift in zeros
+        x.bitwise_xor_((x >> 27).bitwise_and_(2**37 - 1)).mul_(_MIX_2)
+        torch.mul((x >> 40).bitwise_and_(2**24 - 1), 2.0**-24, out=out[start:end])
+    return out
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of the unsigned ``word``."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+_GOLDEN, _MIX_1, _MIX_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))

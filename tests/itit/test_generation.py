@@ -8,7 +8,6 @@ from diptych.itit.generation import (
     Canvas,
     ImageGenerationConfig,
     TextGenerationConfig,
-    banned_tokens,
     generate_image_tokens,
     generate_text,
     guided,
@@ -159,9 +158,7 @@ def text(text_encoder, scene_texts):
 
 @pytest.fixture
 def banned_V(text_encoder):
-    banned_V = torch.zeros(text_encoder.vocab_rows, dtype=torch.bool)
-    banned_V[list(text_encoder.banned_ids)] = True
-    return banned_V
+    return text_encoder.banned_V
 
 
 @pytest.fixture
@@ -276,7 +273,3 @@ def test_the_paper_generates_images_in_24_steps_and_texts_with_four_beams():
         32.0,
     )
     assert TextGenerationConfig().beams == 4
-
-
-def test_banned_tokens_are_those_of_the_text_encoder(text_encoder, banned_V):
-    assert torch.equal(banned_tokens(text_encoder), banned_V)

@@ -126,7 +126,7 @@ def test_a_pipeline_folder_of_the_amused_kind(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AmusedPipeline"}))
     loaded = ImageTokenizer.from_pretrained(tmp_path)
     assert loaded.image_size == 32  # 16 x 16 tokens, as 2 pixels cannot have been meant
-    assert ImageTokenizer.from_pretrained(tmp_path, size=16).tokens == 64
+    assert ImageTokenizer.from_pretrained(tmp_path, image_size=16).tokens == 64
 
 
 def test_models_of_latent_diffusion_see_minus_one_to_one(tmp_path):

@@ -57,6 +57,7 @@ def test_control_tokens_written_in_a_text_steer_nothing(encoder: TextEncoder) ->
 
 
 def test_only_written_ids_may_be_generated(encoder: TextEncoder) -> None:
+    assert encoder.banned_V.nonzero().flatten().tolist() == list(encoder.banned_ids)
     allowed = set(range(encoder.vocab_rows)) - set(encoder.banned_ids)
     assert encoder.eos_id in allowed
     tokens = encoder.tokenizer.convert_ids_to_tokens(sorted(allowed - {encoder.eos_id}))

@@ -23,9 +23,9 @@ TINY = ScratchConfig(image_size=16, patch=4, width=24, depth=1, heads=2)
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
+def dataset(tmp_path_factory):
     """A folder of circles and squares, 12 each; a folder of texts about them."""
-    root, source = tmp_path_factory.mktemp("images"), ScenesSource(count=200)
+    root, source = tmp_path_factory.mktemp("dataset"), ScenesSource(count=200)
     for shape in ("circle", "square"):
         (root / "images" / shape).mkdir(parents=True)
         items = [i for i in range(200) if source.label(i) == shape][:12]
@@ -38,14 +38,14 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def encoders(images, text_encoder):
-    scratch_encoder(TINY, seed=0).save_pretrained(images / "encoder")
-    text_encoder.save_pretrained(images / "text_encoder")
-    return {"encoder": str(images / "encoder"), "text_encoder": str(images / "text_encoder")}
+def encoders(dataset, text_encoder):
+    scratch_encoder(TINY, seed=0).save_pretrained(dataset / "encoder")
+    text_encoder.save_pretrained(dataset / "text_encoder")
+    return {"encoder": str(dataset / "encoder"), "text_encoder": str(dataset / "text_encoder")}
 
 
-def small(run, images, encoders, **changes):
-    data = UmlData(images=str(images / "images"), texts=str(images / "texts"), valid_share=0.25)
+def small(run, dataset, encoders, **changes):
+    data = UmlData(images=str(dataset / "images"), texts=str(dataset / "texts"), valid_share=0.25)
     train = replace(
         run.train,
         steps=12,
@@ -65,17 +65,17 @@ def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_probe_leaves_a_run_that_classifies_without_texts(images, encoders, tmp_path):
-    run = small(uml_probe(), images, encoders)
+def test_a_probe_leaves_a_run_that_classifies_without_texts(dataset, encoders, tmp_path):
+    run = small(uml_probe(), dataset, encoders)
     assert run.fit(tmp_path / "run", recipe="uml-probe").finished
     assert kind_of(tmp_path / "run") == "classifier"
-    files = sorted((images / "images" / "circle").iterdir())[:3]
+    files = sorted((dataset / "images" / "circle").iterdir())[:3]
     found = classify_run(tmp_path / "run", files, top=2, device="cpu")
     assert [{guess.name for guess in predictions} for predictions in found] == [{"circle", "square"}] * 3
     assert all(sum(g.probability for g in predictions) == pytest.approx(1) for predictions in found)
     assert all(predictions[0].probability >= predictions[1].probability for predictions in found)
 
-    source = open_source(str(images / "images"))
+    source = open_source(str(dataset / "images"))
     metrics = evaluate_classifier_run(tmp_path / "run", source, out=tmp_path / "scores", device="cpu")
     assert json.loads((tmp_path / "scores" / "metrics.json").read_text()) == metrics
     assert metrics["images"] == 24
@@ -84,8 +84,8 @@ def test_a_probe_leaves_a_run_that_classifies_without_texts(images, encoders, tm
     assert metrics["per_class"]["circle"] >= guessed.count("circle") / 12
 
 
-def test_the_frozen_encoder_is_as_it_was_and_its_features_are_made_once(images, encoders, tmp_path, monkeypatch):
-    run = small(uml_probe(), images, encoders)
+def test_the_frozen_encoder_is_as_it_was_and_its_features_are_made_once(dataset, encoders, tmp_path, monkeypatch):
+    run = small(uml_probe(), dataset, encoders)
     run = replace(run, data=replace(run.data, cache=tmp_path / "cache"))
     run.fit(tmp_path / "run", recipe="uml-probe")
     before, after = open_image_encoder(encoders["encoder"]), open_image_encoder(tmp_path / "run" / "encoder")
@@ -100,8 +100,8 @@ def test_the_frozen_encoder_is_as_it_was_and_its_features_are_made_once(images, 
     assert lines(tmp_path / "again")[-1]["valid/accuracy"] == lines(tmp_path / "run")[-1]["valid/accuracy"]
 
 
-def test_a_resumed_probe_is_the_uninterrupted_one(images, encoders, tmp_path):
-    run = small(uml_probe(), images, encoders)
+def test_a_resumed_probe_is_the_uninterrupted_one(dataset, encoders, tmp_path):
+    run = small(uml_probe(), dataset, encoders)
     run = replace(run, optim=replace(run.optim, schedule="constant"))
     run.fit(tmp_path / "whole", recipe="uml-probe")
     replace(run, train=replace(run.train, steps=6)).fit(tmp_path / "cut", recipe="uml-probe")
@@ -113,37 +113,37 @@ def test_a_resumed_probe_is_the_uninterrupted_one(images, encoders, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_patience_ends_the_run(images, encoders, tmp_path):
+def test_patience_ends_the_run(dataset, encoders, tmp_path):
     """A rate of nearly nothing never finds better weights than those of the first validation."""
-    run = replace(small(uml_probe(), images, encoders), patience=1)
+    run = replace(small(uml_probe(), dataset, encoders), patience=1)
     run = replace(run, optim=replace(run.optim, lr=1e-30), train=replace(run.train, eval_every=2))
     result = run.fit(tmp_path / "run", recipe="uml-probe")
     assert (result.step, result.finished) == (4, True)
     assert (tmp_path / "run" / "head").is_dir()
 
 
-def test_one_shot_with_a_large_batch(images, encoders, tmp_path):
-    run = small(uml_probe(), images, encoders)
+def test_one_shot_with_a_large_batch(dataset, encoders, tmp_path):
+    run = small(uml_probe(), dataset, encoders)
     run = replace(run, data=replace(run.data, shots=1), train=replace(run.train, batch_size=32))
     assert run.fit(tmp_path / "run", recipe="uml-probe").step == 12
     assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run") if "loss" in line)
 
 
-def test_fine_tuning_trains_the_encoder_and_keeps_its_format(images, encoders, tmp_path):
-    run = small(uml_finetune(), images, encoders)
+def test_fine_tuning_trains_the_encoder_and_keeps_its_format(dataset, encoders, tmp_path):
+    run = small(uml_finetune(), dataset, encoders)
     run.fit(tmp_path / "run", recipe="uml-finetune")
     before, after = open_image_encoder(encoders["encoder"]), open_image_encoder(tmp_path / "run" / "encoder")
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     metrics = evaluate_classifier_run(
-        tmp_path / "run", open_source(str(images / "images")), out=tmp_path / "scores", device="cpu"
+        tmp_path / "run", open_source(str(dataset / "images")), out=tmp_path / "scores", device="cpu"
     )
     assert 0 <= metrics["accuracy"] <= 1
-    again = small(uml_probe(), images, encoders | {"encoder": str(tmp_path / "run")})
+    again = small(uml_probe(), dataset, encoders | {"encoder": str(tmp_path / "run")})
     assert again.fit(tmp_path / "probe", recipe="uml-probe").finished  # a run's encoder may serve another run
 
 
-def test_a_new_encoder_is_trained_from_nothing(images, encoders, tmp_path):
-    run = small(uml_finetune(), images, encoders | {"encoder": "scratch"})
+def test_a_new_encoder_is_trained_from_nothing(dataset, encoders, tmp_path):
+    run = small(uml_finetune(), dataset, encoders | {"encoder": "scratch"})
     run.fit(tmp_path / "run", recipe="uml-finetune")
     found = Classifier.from_pretrained(tmp_path / "run", device="cpu")
     pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
@@ -151,10 +151,10 @@ def test_a_new_encoder_is_trained_from_nothing(images, encoders, tmp_path):
         assert found.encoder(pixels).shape == (1, 24)
 
 
-def test_mistakes_are_told_before_anything_is_computed(images, encoders, tmp_path):
+def test_mistakes_are_told_before_anything_is_computed(dataset, encoders, tmp_path):
     with pytest.raises(UserError, match="has learnt nothing"):
-        small(uml_probe(), images, encoders | {"encoder": "scratch"}).fit(tmp_path / "run", recipe="uml-probe")
-    tuned = small(uml_finetune(), images, encoders)
+        small(uml_probe(), dataset, encoders | {"encoder": "scratch"}).fit(tmp_path / "run", recipe="uml-probe")
+    tuned = small(uml_finetune(), dataset, encoders)
     with pytest.raises(UserError, match="centred needs features that stay"):
         replace(tuned, head=replace(tuned.head, features="centred")).check()
     with pytest.raises(UserError, match="no finished classifier"):

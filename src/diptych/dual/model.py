@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, CLIPTokenizer, PreTrainedTokenizerBase
 from transformers.masking_utils import sdpa_mask
 
-from diptych.errors import UserError
+from diptych.errors import UserError, first_line
 from diptych.nn.inference import Device, eval_mode, pick_device
 from diptych.nn.transformer import attention, rounded
 from diptych.run_folder import kind_of
@@ -244,8 +244,9 @@ class DualEncoder(nn.Module):
             processor = transformers.AutoProcessor.from_pretrained(name, **where)
             return cls(clip, processor).to(pick_device(device))
         except Exception as error:  # transformers, safetensors and json each raise their own kinds for a broken file
-            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            raise UserError(f"dual encoder {name}: {reason}; give the folder or hub name of a CLIP") from error
+            raise UserError(
+                f"dual encoder {name}: {first_line(error)}; give the folder or hub name of a CLIP"
+            ) from error
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a plain folder for `CLIPModel` and `AutoProcessor`."""

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers.utils import logging
 
-from diptych.errors import UserError
+from diptych.errors import UserError, first_line
 
 Modality = Literal["image", "text", "audio"]
 T = TypeVar("T")
@@ -53,8 +53,7 @@ def load(name: str, what: str, loader: Callable[..., T], **options: Any) -> T:
     try:
         return loader(name, **offline(name), **options)
     except Exception as error:  # the libraries raise different errors for broken files
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise UserError(f"{name} cannot be loaded as {what}: {reason}") from error
+        raise UserError(f"{name} cannot be loaded as {what}: {first_line(error)}") from error
 
 
 def load_config(name: str, what: str) -> "transformers.PretrainedConfig":

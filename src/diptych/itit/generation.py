@@ -18,7 +18,6 @@ from diptych.errors import UserError
 from diptych.itit.beam_search import Decoding, beam_search
 from diptych.itit.model import EOS, ITIT, PAD
 from diptych.rng import StepRNG
-from diptych.tokenizers.text_encoder import TextEncoder
 
 
 @dataclass(kw_only=True, slots=True)
@@ -247,10 +246,3 @@ def greedy(decoding: Decoding, rows: int, *, length: int, banned_V: Bool[Tensor,
         ids_BL[:, position] = newest_B
         finished_B |= newest_B == EOS
     return ids_BL
-
-
-def banned_tokens(text_encoder: TextEncoder) -> Bool[Tensor, "V"]:
-    """The ids that no generated text may contain: padding, unknown, sentinels and rows without a token."""
-    banned_V = torch.zeros(text_encoder.vocab_rows, dtype=torch.bool, device=text_encoder.embedding.weight.device)
-    banned_V[list(text_encoder.banned_ids)] = True
-    return banned_V

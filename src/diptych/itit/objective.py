@@ -21,7 +21,6 @@ from diptych.data.batch import Batch, Examples, ImageTokenExamples, PairExamples
 from diptych.itit.generation import (
     ImageGenerationConfig,
     TextGenerationConfig,
-    banned_tokens,
     generate_image_tokens,
     generate_text,
 )
@@ -93,7 +92,6 @@ class ItitObjective(Objective):
     """L = L_T2I + L_I2T + L_I2I on pairs, + L_T2I2T on unpaired texts, + L_I2T2I on unpaired images."""
 
     may_skip_parameters = True  # a step, or a weight of 0, may leave out losses that train some layers alone
-    banned_V: Tensor
 
     def __init__(self, model: ITIT, text_encoder: TextEncoder, config: ItitObjectiveConfig) -> None:
         super().__init__()
@@ -107,7 +105,6 @@ class ItitObjective(Objective):
             self.streams["texts"] = 1
         self.teacher = copy.deepcopy(model).requires_grad_(False) if config.teacher == "ema" else None
         self._teacher_step: int | None = None
-        self.register_buffer("banned_V", banned_tokens(text_encoder), persistent=False)
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The weighted sum of the losses that are on at this step, and each of them unweighted."""
@@ -215,7 +212,7 @@ class ItitObjective(Objective):
         tokens_BN, pad_id = images.tokens_BN, self.text_encoder.pad_id
         with eval_mode(network := self.teacher or self.model):
             length, greedy = self.model.config.max_text_len, TextGenerationConfig(beams=1)
-            pseudo_BL, _ = generate_text(network, tokens_BN, greedy, banned_V=self.banned_V, length=length)
+            pseudo_BL, _ = generate_text(network, tokens_BN, greedy, banned_V=self.text_encoder.banned_V, length=length)
         pseudo_BL = pseudo_BL[:, : int((pseudo_BL != pad_id).sum(1).max())]
         valid_BL = pseudo_BL != pad_id
         if self.config.images == "full":
@@ -239,7 +236,7 @@ class ItitObjective(Objective):
         with torch.no_grad():
             encoded = self._encode(self.model.embed_image(tokens_BN), masking)
         logits_BLV = self.model.text_logits(encoded.detach().image_BKD, shift_right(pseudo_BL)).float()
-        logits_BLV = logits_BLV.masked_fill(self.banned_V, -torch.inf)
+        logits_BLV = logits_BLV.masked_fill(self.text_encoder.banned_V, -torch.inf)
         return straight_through_embedding(logits_BLV, self.text_encoder.embedding.weight)
 
     def unpaired_i2i_loss(self, images: ImageTokenExamples, rng: StepRNG) -> Float[Tensor, ""]:
@@ -290,7 +287,7 @@ class ItitObjective(Objective):
 
     def _sample_masking(self, config: MaskingConfig, examples: Examples, rng: StepRNG, name: str) -> Masking:
         rows, positions = len(examples), self.model.config.image_tokens
-        return sample_masking(config, rows, positions, rng=rng, name=name, device=self.banned_V.device)
+        return sample_masking(config, rows, positions, rng=rng, name=name, device=self.text_encoder.banned_V.device)
 
     @torch.no_grad()
     def _update_teacher(self, step: int) -> None:

@@ -30,7 +30,6 @@ from diptych.io import load_network, weights_digest
 from diptych.itit.generation import (
     ImageGenerationConfig,
     TextGenerationConfig,
-    banned_tokens,
     generate_image_tokens,
     generate_text,
 )
@@ -99,7 +98,6 @@ class Diptych:
         self.model = model.to(self.device).eval()
         self.image_generation = image_generation or ImageGenerationConfig()
         self.text_generation = text_generation or TextGenerationConfig()
-        self.banned_V = banned_tokens(self.text_encoder)
 
     @classmethod
     def from_pretrained(cls, run: str | Path, *, device: Device = "auto", precision: Precision = "auto") -> "Diptych":
@@ -157,7 +155,9 @@ class Diptych:
         found: list[Caption] = []
         for piece in tokens_BN.to(self.device).split(_ROWS):
             with autocast(self.device, self.precision):
-                ids_BL, score_B = generate_text(self.model, piece, config, banned_V=self.banned_V, length=length)
+                ids_BL, score_B = generate_text(
+                    self.model, piece, config, banned_V=self.text_encoder.banned_V, length=length
+                )
             scores = [None] * len(piece) if score_B is None else score_B.tolist()
             texts = self.text_encoder.detokenize(ids_BL)
             found += [Caption(text=text, score=score) for text, score in zip(texts, scores, strict=True)]
