@@ -5,28 +5,24 @@ from dataclasses import replace
 
 import pytest
 
+from diptych.data.pixels import channels_first
+from diptych.data.scenes.source import ScenesSource
+from diptych.eval.scenes import image_accuracy
 from diptych.itit import demo
 from diptych.itit.demo import demo_recipe, paired_only, run_demo
 from diptych.itit.pipeline import Diptych
-from diptych.tokenizers.image_tokenizer import ImageTokenizerConfig
+from diptych.tokenizers.image_tokenizer import ImageTokenizer
+from diptych.tokenizers.text_encoder import TextEncoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Covariance")
 
 
 def shrunk(run):
     """The demo's own recipe with a few steps of a small network."""
-    images = ImageTokenizerConfig(
-        image_size=32, codebook_size=16, code_dim=4, widths=(8, 8), blocks=1, groups=4, patch=4
-    )
     short = {"steps": 3, "batch_size": 4, "quiet": True, "workers": 0, "device": "cpu", "tensorboard": False}
-    stages = {
-        "tokenizer_stage": replace(run.tokenizer_stage, model=images),
-        "text_encoder_stage": run.text_encoder_stage,
-    }
     return replace(
         run,
-        **{name: replace(stage, train=replace(stage.train, **short)) for name, stage in stages.items()},
-        data=replace(run.data, pairs="scenes:?split=train&count=40", max_pairs=10),
+        data=replace(run.data, pairs="scenes:?level=3&split=train&count=40", max_pairs=10),
         model=replace(run.model, width=16, depth=1, heads=2, text_decoder_width=16, text_decoder_heads=2),
         objective=replace(run.objective, cycle_start_step=1),
         train=replace(run.train, **short),
@@ -70,6 +66,7 @@ def test_metrics_of_both_runs_and_the_time(shown):
     assert written["seconds"] > written["itit"]["seconds"]
     assert 0 <= written["tokenizer"]["image_accuracy"] <= 1
     assert written["quick"] is False
+    assert written["world"] == {"distinct_scenes": 40, "images": 25, "distinct_grids": 25}
 
 
 def test_both_run_folders_load(shown):
@@ -109,8 +106,27 @@ def test_the_demo_can_be_trained(quick):
     run = demo_recipe(quick=quick, seed=0)
     run.check()
     assert run.data.max_pairs == demo.PAIRS
-    assert run.data.pairs.startswith("scenes:?split=train")
+    assert run.data.pairs.startswith("scenes:?level=3&split=train")
     assert run.optim.schedule == "constant"  # it may be stopped anywhere
+
+
+def test_the_stages_that_come_with_diptych_know_the_scenes():
+    scenes = ScenesSource(level=3, split="test", seed=9, count=300)
+    tokenizer = ImageTokenizer.from_pretrained(demo.STAGES / "tokenizer")
+    decoded = tokenizer.decode(tokenizer.encode(channels_first(scenes.images(range(300), 32))))
+    assert image_accuracy(decoded.permute(0, 2, 3, 1).numpy(), scenes.scenes(range(300))).exact > 0.98
+    text_encoder = TextEncoder.from_pretrained(demo.STAGES / "text_encoder")
+    texts = [text for item in range(300) for text in scenes.captions(item)]
+    assert text_encoder.detokenize(text_encoder.tokenize(texts, length=18)[0]) == texts
+    files = [file for file in demo.STAGES.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 2 * 2**20
+
+
+def test_from_scratch_takes_no_stage_from_the_package():
+    given = demo_recipe(quick=False, seed=0)
+    scratch = demo_recipe(quick=False, from_scratch=True, seed=0)
+    assert (given.tokenizer, given.text_encoder) == (str(demo.STAGES), str(demo.STAGES))
+    assert scratch == replace(given, tokenizer=None, text_encoder=None)
 
 
 @pytest.mark.slow

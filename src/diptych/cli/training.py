@@ -39,17 +39,18 @@ RENAMED_FLAGS = {
 any part of a recipe: `model.codes` is also `--stage.model.codes`, `objective.draw` is also `--objective.draw.steps`."""
 
 
-def demo(*, out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> None:
+def demo(*, out: Path = Path("runs/demo"), quick: bool = False, from_scratch: bool = False, seed: int = 0) -> None:
     """Train ITIT with and without unpaired data on the built-in scenes, and compare. No download; a CPU is enough.
 
     Args:
         out: Folder for the two runs, metrics.json and report.html.
         quick: Train for less than a minute, for a first look; too short to learn much.
+        from_scratch: Train the image tokenizer and the text encoder too, in place of the ones that come with Diptych.
         seed: Seed of scenes, weights and training; another seed gives other scenes.
     """
     from diptych.itit.demo import run_demo
 
-    run_demo(out, quick=quick, seed=seed)
+    run_demo(out, quick=quick, from_scratch=from_scratch, seed=seed)
 
 
 def recipes() -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 from diptych.data.pixels import channels_first
 from diptych.data.scenes.source import ScenesSource
+from diptych.data.store import Store
 from diptych.errors import UserError
 from diptych.eval.scenes import image_accuracy
 from diptych.itit.data import DataConfig
@@ -45,6 +46,8 @@ from diptych.run_folder import write_config, write_json
 from diptych.train.interrupt import Interrupted
 from diptych.train.loop import Hook
 
+STAGES = Path(__file__).parent / "scene_stages"
+"""Image tokenizer and text encoder of the scenes, as `diptych demo --from-scratch` leaves them in its run folders."""
 PAIRS, UNPAIRED = 720, 18_000
 """Number of captioned images, 2 % of all; number of unpaired images, and of unpaired texts."""
 _SCORED, _WATCHED = 500, 100
@@ -70,18 +73,19 @@ class ScoredRun:
     diptych: Diptych
 
 
-def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
+def run_demo(out: Path, *, quick: bool = False, from_scratch: bool = False, seed: int = 0) -> dict[str, Any]:
     """Train with pairs alone and with unpaired data as well; score both on held-out scenes; write ``report.html``.
 
     Leaves ``itit/`` and ``paired_only/``, run folders with the same initial weights and number of steps;
     ``paired_only_longer/``, in which the latter was trained on for as many seconds as the former took; and
     ``metrics.json``. The two train side by side, each on half of the cores, as networks this small do not fill more.
 
-    Returns the content of ``metrics.json``. ``quick`` takes less data and fewer steps, to see that everything works.
+    Returns the content of ``metrics.json``. ``quick`` takes less data and fewer steps, to see that everything works;
+    ``from_scratch`` trains the image tokenizer and the text encoder too.
     """
     began = time.monotonic()
     say = Console(highlight=False).print
-    run = demo_recipe(quick=quick, seed=seed)
+    run = demo_recipe(quick=quick, from_scratch=from_scratch, seed=seed)
     test = ScenesSource(level=3, split="test", seed=seed + 1, count=50 if quick else _SCORED)
     unpaired = (len(ScenesSource.from_spec(run.data.pairs)) - PAIRS) // 2
     say(f"[bold]{PAIRS}[/bold] captioned images, {unpaired:,} unpaired images, {unpaired:,} unpaired texts")
@@ -99,6 +103,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     runs = [_score(out / name, title, test) for name, title in _TITLES.items() if (out / name / "model").is_dir()]
     metrics: dict[str, Any] = {each.name: each.metrics for each in runs}
     metrics["tokenizer"] = {"image_accuracy": tokenizer_accuracy}
+    metrics["world"] = _describe_world(run, inputs)
     metrics |= {"seconds": round(time.monotonic() - began, 1), "quick": quick}
     write_json(out / "metrics.json", metrics)
     _print_table(runs)
@@ -107,7 +112,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     return metrics
 
 
-def demo_recipe(*, quick: bool, seed: int) -> ItitRun:
+def demo_recipe(*, quick: bool, from_scratch: bool = False, seed: int) -> ItitRun:
     """`itit-tiny` on the built-in scenes. It has a constant rate and averaged weights, so that it may stop anywhere."""
     base = itit_tiny()
     total = PAIRS + 2 * UNPAIRED
@@ -116,6 +121,8 @@ def demo_recipe(*, quick: bool, seed: int) -> ItitRun:
         data=DataConfig(pairs=f"scenes:?level=3&split=train&seed={seed}&count={total}", max_pairs=PAIRS),
         train=replace(base.train, seed=seed, tensorboard=False),
         optim=replace(base.optim, schedule="constant"),
+        tokenizer=None if from_scratch else str(STAGES),
+        text_encoder=None if from_scratch else str(STAGES),
     )
     if not quick:
         return run
@@ -212,6 +219,18 @@ def _tokenizer_accuracy(inputs: TrainingInputs, test: ScenesSource) -> float:
     return image_accuracy(decoded, test.scenes(items)).exact
 
 
+def _describe_world(run: ItitRun, inputs: TrainingInputs) -> dict[str, int]:
+    """Number of different scenes and of different token grids among the images of the training data."""
+    scenes = ScenesSource.from_spec(run.data.pairs)
+    stores = [subset.source for subset in (inputs.encoded.pairs, inputs.encoded.images)]
+    grids = np.concatenate([np.asarray(store.array("tokens")) for store in stores if isinstance(store, Store)])
+    return {
+        "distinct_scenes": len(set(scenes.scenes(np.arange(len(scenes))))),
+        "images": len(grids),
+        "distinct_grids": len(np.unique(grids, axis=0)),
+    }
+
+
 def _score(folder: Path, title: str, test: ScenesSource) -> ScoredRun:
     diptych = Diptych.from_pretrained(folder)
     found = evaluate(diptych, test, EvaluateConfig())
@@ -266,6 +285,9 @@ def _learned(runs: list[ScoredRun], metrics: dict[str, Any]) -> list[Any]:
     )
     facts = {
         "images recognized after the tokenizer alone": metrics["tokenizer"]["image_accuracy"],
+        "images to learn from": metrics["world"]["images"],
+        "different grids of tokens among them": metrics["world"]["distinct_grids"],
+        "different scenes in the world that they are drawn from": metrics["world"]["distinct_scenes"],
         "seconds in all": metrics["seconds"],
     }
     digits = {"CIDEr": 0, "steps": 0, "seconds": 0}
