@@ -58,7 +58,7 @@ def batch(module: nn.Module, *, rows: slice = slice(None), rng: StepRNG | None =
     ids, valid = (side.unflatten(0, (rows_all, captions)).flatten(1) for side in module.model.tokenize(texts))
     pixels = torch.randint(256, (rows_all, 3, 24, 24), dtype=torch.uint8, generator=generator)
     pairs = CaptionedImageExamples(pixels_B3HW=pixels, ids_BL=ids, valid_BL=valid)[rows]
-    return Batch(rng=rng or StepRNG(0, 0), streams={"pairs": pairs})
+    return Batch(rng=rng or StepRNG(0, 3), streams={"pairs": pairs})
 
 
 def result(module: nn.Module, given: Batch, wrap: Callable[[nn.Module], nn.Module] = lambda module: module):
@@ -96,7 +96,7 @@ def main(out: Path) -> None:
     for name in CONFIGS:
         for chunk in (None, 3):
             module = objective(name, chunk=chunk)
-            given = batch(module, rows=slice(rank * share, (rank + 1) * share), rng=StepRNG(0, 0, rank, world))
+            given = batch(module, rows=slice(rank * share, (rank + 1) * share), rng=StepRNG(0, 3, rank, world))
             wrap = partial(DistributedDataParallel, find_unused_parameters=module.may_skip_parameters)
             found[name, chunk] = result(module, given, wrap)
     torch.save(found, out / f"{rank}.pt")

@@ -117,13 +117,13 @@ def valid_pairs(monkeypatch, source, **fields):
 
 def test_retrieval_is_measured_on_the_first_readable_images_and_all_their_captions(monkeypatch):
     found = valid_pairs(monkeypatch, Counted(40, broken=(1,)), valid_images=5, max_skipped_share=0.5)
-    assert found.pixels_I3SS[:, 0, 0, 0].tolist() == [0, 2, 3, 4]
-    assert found.texts == ["2", "2 2", "3", "3 3", "3 3 3"]
-    assert found.image_of_T.tolist() == [1, 1, 2, 2, 2]
+    assert found.pixels_I3SS[:, 0, 0, 0].tolist() == [0, 2, 3, 4, 5]
+    assert found.texts == ["2", "2 2", "3", "3 3", "3 3 3", "5"]
+    assert found.image_of_T.tolist() == [1, 1, 2, 2, 2, 4]
 
 
 def test_retrieval_needs_a_caption_and_readable_images(monkeypatch):
     with pytest.raises(UserError, match="counted: has no captioned image to measure retrieval on"):
         valid_pairs(monkeypatch, Counted(1))
-    with pytest.raises(UserError, match="1 of 5 items are unreadable"):
+    with pytest.raises(UserError, match="1 of 40 items are unreadable"):
         valid_pairs(monkeypatch, Counted(40, broken=(1,)), valid_images=5)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor, CLIPModel
 
 from diptych.dual.model import DualEncoder, DualEncoderConfig
@@ -140,6 +141,22 @@ def test_texts_without_images_and_unequal_widths_are_refused(tmp_path):
         run.fit(tmp_path / "run", recipe="ito-tiny")
     with pytest.raises(UserError, match=r"text-width is 32 and model.width 16"):
         small_run(model=replace(MODEL, text_width=32)).fit(tmp_path / "run", recipe="ito-tiny")
+
+
+def test_unreadable_images_of_the_validation_are_tolerated_up_to_the_same_share(tmp_path):
+    (tmp_path / "valid").mkdir()
+    for name in "abcd":
+        Image.new("RGB", (16, 16), (40 * ord(name) % 256, 0, 0)).save(tmp_path / f"valid/{name}.png")
+        (tmp_path / f"valid/{name}.txt").write_text(f"a {name}\n")
+    (tmp_path / "valid/b.png").write_bytes(b"")
+    run = small_run(steps=2)
+    run.data.valid = str(tmp_path / "valid")
+    with pytest.raises(UserError, match=r"1 of 4 items are unreadable.*b\.png"):
+        run.fit(tmp_path / "stopped", recipe="ito-tiny")
+    run.data.max_skipped_share = 0.25
+    run.fit(tmp_path / "run", recipe="ito-tiny")
+    (scores,) = [line for line in lines(tmp_path / "run") if "valid/mean_r1" in line]
+    assert scores["valid/image_to_text/r10"] == 1  # three images and three texts
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,8 +22,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, CLIPTokenizer, PreTrainedTokenizerBase
-from transformers.masking_utils import sdpa_mask
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from diptych.errors import UserError, first_line
 from diptych.nn.inference import Device, eval_mode, pick_device
@@ -107,7 +106,7 @@ class DualEncoder(nn.Module):
 
     def __init__(self, clip: "transformers.CLIPModel", processor: "transformers.CLIPProcessor") -> None:
         super().__init__()
-        clip.set_attn_implementation(_ATTENTION)
+        _use_fast_attention(clip)
         self.clip, self.processor = clip, processor
         self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         config: Any = clip.config  # its annotations allow parts that a finished configuration never lacks
@@ -343,8 +342,13 @@ def _attend(
     return attention(q_BHSE, k_BHSE, v_BHSE, attend=attend, causal=causal).transpose(1, 2), None
 
 
-AttentionInterface.register(_ATTENTION, _attend)
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+def _use_fast_attention(clip: "transformers.CLIPModel") -> None:
+    """Compute the attention of both towers by :func:`_attend`, with the masks of transformers' own kernels."""
+    from transformers.masking_utils import sdpa_mask  # seconds of imports, which a recipe's --help does without
+
+    transformers.AttentionInterface.register(_ATTENTION, _attend)
+    transformers.AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    clip.set_attn_implementation(_ATTENTION)
 
 
 # The text tokenizer: a byte-level BPE over lower-cased words, as CLIP's. The ids are, in this order: 256 bytes, 256
