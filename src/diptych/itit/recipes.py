@@ -30,7 +30,7 @@ def itit_tiny() -> ItitRun:
         text_encoder_stage=encoder_tiny(),
         model=replace(SIZES["tiny"], max_text_len=18, dropout=0.0),
         objective=ItitObjectiveConfig(
-            cycle_start_step=40,
+            cycle_start_step=150,
             image_masking=MaskingConfig(mode=1.0),
             text_masking=MaskingConfig(low=0.0, high=0.0, mode=0.0),  # one token: as when an image is captioned
             weights=LossWeights(i2i=0.0),  # there is hardly a token left that it could predict
