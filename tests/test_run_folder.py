@@ -76,6 +76,8 @@ def test_a_saved_model_takes_the_place_of_the_older_one(tmp_path):
             folder.mkdir()
             (folder / f"{self.name}.json").write_text(json.dumps(self.name))
 
+    (tmp_path / ".model.fresh").mkdir()  # as a killed process leaves it
+    (tmp_path / ".model.fresh/stale.json").touch()
     for name in ("old", "new"):
         save_model(Model(name), tmp_path / "model")
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "new.json"]
