@@ -28,14 +28,13 @@ class Run(Protocol):
         """Trains into the run folder ``out``, from where an earlier call stopped. ``recipe`` is written down there."""
 
 
-def write_config(out: Path, *, recipe: str, run: Run, generation: dict[str, Any] | None = None) -> None:
+def write_config(out: Path, *, recipe: str, run: Run) -> None:
     """Writes ``config.json``: kind of run, recipe, all fields, library versions and, in a git checkout, the commit."""
     out.mkdir(parents=True, exist_ok=True)
     content = {
         "recipe": recipe,
         "kind": run.kind,
         "run": asdict(run),
-        "generation": generation or {},
         "versions": {name: version(name) for name in _LIBRARIES},
         "commit": _commit(),
     }

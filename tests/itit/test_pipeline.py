@@ -27,7 +27,7 @@ def run(made, tmp_path):
     for part, whole in (("tokenizer", made.tokenizer), ("text_encoder", made.text_encoder), ("model", made.model)):
         whole.save_pretrained(folder / part)
     generation = {"image": {"steps": 3, "guidance": 1.0, "temperature": 4.0}, "text": {"beams": 2}}
-    (folder / "config.json").write_text(json.dumps({"generation": generation}))
+    (folder / "config.json").write_text(json.dumps({"run": {"generation": generation}}))
     return folder
 
 
@@ -161,6 +161,10 @@ def test_a_run_folder_is_the_same_diptych(made, run, pixels, scene_texts):
     assert loaded.captions(list(pixels)) == made.captions(list(pixels))
     np.testing.assert_array_equal(loaded.imagine(scene_texts[:2]), made.imagine(scene_texts[:2]))
     assert loaded.data_tokenizers.fingerprint == made.data_tokenizers.fingerprint
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config["run"]))  # as older runs have it
+    older = Diptych.from_pretrained(run, device="cpu")
+    assert (older.image_generation, older.text_generation) == (IMAGES, TEXTS)
     moved = run.rename(run.with_name("elsewhere"))
     (moved / "config.json").unlink()
     assert Diptych.from_pretrained(str(moved)).image_generation == ImageGenerationConfig()
@@ -237,7 +241,9 @@ def test_weights_of_another_network_are_refused(run):
     one_line(caught, str(run / "model"))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"generation": {"image": {"staps": 3}}}', '{"generation": 3}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"generation": {"image": {"staps": 3}}}', '{"generation": 3}', '{"run": 3}']
+)
 def test_a_damaged_config_is_named(run, content):
     (run / "config.json").write_text(content)
     with pytest.raises(UserError) as caught:

@@ -102,7 +102,7 @@ def test_a_run_folder_is_complete(done):
     config = json.loads((done / "config.json").read_text())
     assert config["recipe"] == "itit-tiny"
     assert config["run"]["data"]["max_pairs"] == 10
-    assert config["generation"]["text"]["beams"] == 2
+    assert config["run"]["generation"]["text"]["beams"] == 2
     assert {"diptych", "torch"} <= config["versions"].keys()
     assert [path.name for path in (done / "samples").iterdir()] == ["step-00000004.png"]
 

@@ -84,9 +84,9 @@ class ItitRun:
         self._check_run_folder(out)
         if not all((out / part).is_dir() for part in ("tokenizer", "text_encoder")):
             # A repeat of a run that is killed below finds here which tokenizers were made.
-            write_config(out, recipe=recipe, run=self, generation=asdict(self.generation))
+            write_config(out, recipe=recipe, run=self)
         inputs = self.prepare(out)
-        write_config(out, recipe=recipe, run=self, generation=asdict(self.generation))
+        write_config(out, recipe=recipe, run=self)
         objective = self.build(inputs)
         samples = Samples(self.diptych(objective, inputs), inputs.encoded, self.data, out / "samples")
         hooks = [Hook(every=self.train.eval_every, run=samples.run)]
