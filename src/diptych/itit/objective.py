@@ -162,8 +162,8 @@ class ItitObjective(Objective):
         """L_T2I2T = - E sum over l of log p(t_l | ~I_M, t_0 .. t_{l-1}), equation (3).
 
         First, an image I' is generated from T, without gradient. Then part of I' is hidden and predicted once more,
-        with gradient, which gives ~I; the half cycle leaves this out and takes I' for ~I. Finally, part of ~I is hidden,
-        and the rest is captioned.
+        with gradient, which gives ~I; the half cycle leaves this out and takes I' for ~I. Finally, part of ~I is
+        hidden, and the rest is captioned.
         """
         features_BLF = self._text_features(texts)
         network = self.teacher or self.model

@@ -127,11 +127,6 @@ class Diptych:
             precision=precision,
         )
 
-    @property
-    def data_tokenizers(self) -> DataTokenizers:
-        """The tokenizers with which data for this run is encoded."""
-        return data_tokenizers(self.tokenizer, self.text_encoder, length=self.model.config.max_text_len)
-
     # Captions
 
     def caption(self, images: Sequence[ImageLike], *, beams: int | None = None) -> list[str]:
