@@ -28,7 +28,7 @@ from diptych.itit.masking import Masking, MaskingConfig, sample_masking
 from diptych.itit.model import ITIT, Encoded, shift_right
 from diptych.nn.gradients import scale_gradient, straight_through_embedding
 from diptych.nn.inference import eval_mode
-from diptych.nn.losses import image_loss, text_loss
+from diptych.nn.losses import token_loss
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
 from diptych.tokenizers.text_encoder import TextEncoder
@@ -259,7 +259,7 @@ class ItitObjective(Objective):
     def _image_loss(self, encoded: Encoded, tokens_BN: Int[Tensor, "B N"], masking: Masking) -> Float[Tensor, ""]:
         """- sum over hidden k of log p(i_k | encoded): the common part of equations (2) and (4)."""
         logits_BNC = self.model.image_logits(encoded, masking.hidden_BN)
-        return image_loss(logits_BNC, tokens_BN, masking.hidden_BN, label_smoothing=self.config.label_smoothing)
+        return token_loss(logits_BNC, tokens_BN, masking.hidden_BN, label_smoothing=self.config.label_smoothing)
 
     def _text_loss(
         self, encoded: Encoded | None, ids_BL: Int[Tensor, "B L"], valid_BL: Bool[Tensor, "B L"]
@@ -270,7 +270,7 @@ class ItitObjective(Objective):
         """
         prefix = None if encoded is None else scale_gradient(encoded.image_BKD, self.config.encoder_grad_scale)
         logits_BLV = self.model.text_logits(prefix, shift_right(ids_BL))
-        return text_loss(logits_BLV, ids_BL, valid_BL, label_smoothing=self.config.label_smoothing)
+        return token_loss(logits_BLV, ids_BL, valid_BL, label_smoothing=self.config.label_smoothing)
 
     def _encode(
         self,
