@@ -17,7 +17,7 @@ from diptych.rng import StepRNG
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
-    """Rows of one stream. The first axis of every field runs over the rows. Each kind of stream has a class of its own."""
+    """Rows of one stream, which the first axis of every field runs over. Each kind of stream has a class of its own."""
 
     def __len__(self) -> int:
         return len(next(iter(self._tensors().values())))
