@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.encoders.loading import fuse_gelu
 from diptych.errors import UserError, first_line
+from diptych.io import replace_folder
 
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _SENTINEL = re.compile(r"<extra_id_\d+>")
@@ -164,6 +165,4 @@ class TextEncoder(nn.Module):
             fresh = Path(scratch) / "fresh"
             self.t5.save_pretrained(fresh)
             self.tokenizer.save_pretrained(fresh)
-            if target.exists():
-                os.replace(target, Path(scratch) / "old")
-            os.replace(fresh, target)
+            replace_folder(fresh, target)
