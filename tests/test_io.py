@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 
 from diptych.errors import UserError
-from diptych.io import load_network, weights_digest, write_bytes
+from diptych.io import load_network, replace_folder, weights_digest, write_bytes
 
 
 def test_makes_the_folder_and_replaces(tmp_path):
@@ -26,6 +26,28 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_a_folder_that_is_replaced_is_never_lost(killed_at, tmp_path, monkeypatch):
+    fresh, target = tmp_path / "fresh", tmp_path / "target"
+    for folder in (fresh, target):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    replace, calls = os.replace, []
+
+    def killed(*paths):
+        calls.append(paths)
+        if len(calls) == killed_at:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(fresh, target)
+    assert {file.read_text() for file in tmp_path.rglob("name")} == {"fresh", "target"}
+    replace_folder(fresh, target)
+    assert [(path.name, (path / "name").read_text()) for path in tmp_path.iterdir()] == [("target", "fresh")]
 
 
 class Net(torch.nn.Module, PyTorchModelHubMixin):

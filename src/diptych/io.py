@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -31,6 +32,19 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
         os.unlink(name)
         raise
     return path
+
+
+def replace_folder(fresh: Path, target: Path) -> None:
+    """Give the finished folder ``fresh`` the name ``target``. A kill at any moment leaves one of the two whole.
+
+    An older folder of that name is removed last; until then it lies beside as ``.NAME.old``.
+    """
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+    os.replace(fresh, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def weights_digest(module: "torch.nn.Module") -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 from diptych.errors import UserError
-from diptych.io import write_bytes
+from diptych.io import replace_folder, write_bytes
 
 Kind = Literal["itit", "dual", "classifier", "feature encoder", "tokenizer", "text encoder"]
 """What a run folder holds, which decides what the commands can do with it."""
@@ -28,14 +28,13 @@ class Run(Protocol):
         """Trains into the run folder ``out``, from where an earlier call stopped. ``recipe`` is written down there."""
 
 
-def write_config(out: Path, *, recipe: str, run: Run, generation: dict[str, Any] | None = None) -> None:
+def write_config(out: Path, *, recipe: str, run: Run) -> None:
     """Writes ``config.json``: kind of run, recipe, all fields, library versions and, in a git checkout, the commit."""
     out.mkdir(parents=True, exist_ok=True)
     content = {
         "recipe": recipe,
         "kind": run.kind,
         "run": asdict(run),
-        "generation": generation or {},
         "versions": {name: version(name) for name in _LIBRARIES},
         "commit": _commit(),
     }
@@ -69,10 +68,9 @@ def kind_of(run: Path) -> Kind:
 def save_model(model: Any, folder: Path) -> None:
     """Writes what ``model.save_pretrained`` writes. The folder appears whole and takes the place of an older one."""
     fresh = folder.with_name(f".{folder.name}.fresh")
+    shutil.rmtree(fresh, ignore_errors=True)  # what a killed process left there
     model.save_pretrained(fresh)
-    if folder.exists():
-        shutil.rmtree(folder)
-    fresh.rename(folder)
+    replace_folder(fresh, folder)
 
 
 def write_json(path: Path, value: Any) -> None:

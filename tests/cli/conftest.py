@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from diptych import cli
+from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.recipes import itit_tiny
 from diptych.run_folder import write_config
 
@@ -43,8 +44,9 @@ def run(tokenizer, text_encoder, model, tmp_path):
         whole.save_pretrained(folder / part)
     recipe = itit_tiny()
     recipe.data.pairs = "scenes:"
-    generation = {"image": {"steps": 2, "guidance": 0.0}, "text": {"beams": 2}}
-    write_config(folder, recipe="itit-tiny", run=recipe, generation=generation)
+    recipe.generation.image = ImageGenerationConfig(steps=2, guidance=0.0)
+    recipe.generation.text = TextGenerationConfig(beams=2)
+    write_config(folder, recipe="itit-tiny", run=recipe)
     return folder
 
 

@@ -60,7 +60,7 @@ def test_imagine(call, run, tmp_path, mistaken):
     settings = ["--steps", 1, "--guidance", 0.5, "--temperature", 0]
     call("imagine", run, "a red circle", "--out", tmp_path / "other", "--seed", 3, *settings)
     assert (read(tmp_path / "drawn/000.png") != read(tmp_path / "other/000.png")).any()
-    mistaken(call("imagine", run, "a", "--out", tmp_path / "none", "--steps", 0), "0 drawing steps")
+    mistaken(call("imagine", run, "a", "--out", tmp_path / "none", "--steps", 0), "0 decoding steps")
     assert not (tmp_path / "none").exists()
 
 

@@ -13,7 +13,7 @@ from diptych.itit.generation import ImageGenerationConfig
 from diptych.itit.masking import Masking
 from diptych.itit.model import shift_right
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, LossWeights
-from diptych.nn.losses import image_loss, text_loss
+from diptych.nn.losses import token_loss
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
 
@@ -258,7 +258,7 @@ def test_t2i2t_equals_the_dense_definition(model, text_encoder, batch, cycles):
     prefix = model.encode(image, hidden_BN=second.hidden_BN, keep_BK=second.keep_BK).image_BKD
     prefix = 0.1 * prefix + (0.9 * prefix).detach()
     logits = model.text_logits(prefix, shift_right(texts.ids_BL))
-    dense = text_loss(logits, texts.ids_BL, texts.valid_BL, label_smoothing=0.1)
+    dense = token_loss(logits, texts.ids_BL, texts.valid_BL, label_smoothing=0.1)
     assert_same(model, ours, dense)
 
 
@@ -284,7 +284,7 @@ def test_i2t2i_equals_the_dense_definition(model, text_encoder, batch, cycles):
         features_BLF=features,
         valid_BL=valid,
     )
-    dense = image_loss(model.image_logits(encoded, second.hidden_BN), tokens, second.hidden_BN, label_smoothing=0.1)
+    dense = token_loss(model.image_logits(encoded, second.hidden_BN), tokens, second.hidden_BN, label_smoothing=0.1)
     assert_same(model, ours, dense)
 
 

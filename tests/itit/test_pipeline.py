@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 
 import diptych
+from diptych.data.encode import DataTokenizers
 from diptych.data.scenes.source import ScenesSource
 from diptych.errors import UserError
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.pipeline import Diptych
+from diptych.itit.pipeline import Diptych, data_tokenizers
 
 IMAGES = ImageGenerationConfig(steps=3, guidance=1.0, temperature=4.0)
 TEXTS = TextGenerationConfig(beams=2)
@@ -27,7 +28,7 @@ def run(made, tmp_path):
     for part, whole in (("tokenizer", made.tokenizer), ("text_encoder", made.text_encoder), ("model", made.model)):
         whole.save_pretrained(folder / part)
     generation = {"image": {"steps": 3, "guidance": 1.0, "temperature": 4.0}, "text": {"beams": 2}}
-    (folder / "config.json").write_text(json.dumps({"generation": generation}))
+    (folder / "config.json").write_text(json.dumps({"run": {"generation": generation}}))
     return folder
 
 
@@ -155,19 +156,28 @@ def test_a_cycle_needs_one_start_and_a_round(made, given):
         made.cycle(**given)
 
 
+def tokenizers_of(pipeline: Diptych) -> DataTokenizers:
+    length = pipeline.model.config.max_text_len
+    return data_tokenizers(pipeline.tokenizer, pipeline.text_encoder, length=length)
+
+
 def test_a_run_folder_is_the_same_diptych(made, run, pixels, scene_texts):
     loaded = diptych.Diptych.from_pretrained(run, device="cpu", precision="fp32")
     assert (loaded.image_generation, loaded.text_generation) == (IMAGES, TEXTS)
     assert loaded.captions(list(pixels)) == made.captions(list(pixels))
     np.testing.assert_array_equal(loaded.imagine(scene_texts[:2]), made.imagine(scene_texts[:2]))
-    assert loaded.data_tokenizers.fingerprint == made.data_tokenizers.fingerprint
+    assert tokenizers_of(loaded).fingerprint == tokenizers_of(made).fingerprint
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config["run"]))  # as older runs have it
+    older = Diptych.from_pretrained(run, device="cpu")
+    assert (older.image_generation, older.text_generation) == (IMAGES, TEXTS)
     moved = run.rename(run.with_name("elsewhere"))
     (moved / "config.json").unlink()
     assert Diptych.from_pretrained(str(moved)).image_generation == ImageGenerationConfig()
 
 
 def test_data_tokenizers_and_their_fingerprint(made, pixels, scene_texts, tokenizer):
-    tokenizers = made.data_tokenizers
+    tokenizers = tokenizers_of(made)
     pixels_B3HW = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     assert torch.equal(tokenizers.tokenize_images(pixels_B3HW), tokenizer.encode(pixels_B3HW))
     assert tokenizers.tokenize_texts(scene_texts[:2]).shape == (2, made.model.config.max_text_len)
@@ -176,7 +186,7 @@ def test_data_tokenizers_and_their_fingerprint(made, pixels, scene_texts, tokeni
     with torch.no_grad():
         tokenizer.codebook[0, 0] += 1
     try:
-        assert made.data_tokenizers.fingerprint != before
+        assert tokenizers_of(made).fingerprint != before
     finally:
         with torch.no_grad():
             tokenizer.codebook[0, 0] -= 1
@@ -237,7 +247,9 @@ def test_weights_of_another_network_are_refused(run):
     one_line(caught, str(run / "model"))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"generation": {"image": {"staps": 3}}}', '{"generation": 3}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"generation": {"image": {"staps": 3}}}', '{"generation": 3}', '{"run": 3}']
+)
 def test_a_damaged_config_is_named(run, content):
     (run / "config.json").write_text(content)
     with pytest.raises(UserError) as caught:

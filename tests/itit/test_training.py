@@ -17,7 +17,9 @@ from diptych.itit.model import ItitConfig
 from diptych.itit.objective import ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych
 from diptych.itit.training import GenerationConfig, ItitRun
+from diptych.run_folder import write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from diptych.tokenizers.recipes import vqgan_tiny
 from diptych.tokenizers.span_corruption import TextEncoderConfig
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.training import TextEncoderRun, TextEncoderStage, TokenizerRun, TokenizerStage
@@ -100,7 +102,7 @@ def test_a_run_folder_is_complete(done):
     config = json.loads((done / "config.json").read_text())
     assert config["recipe"] == "itit-tiny"
     assert config["run"]["data"]["max_pairs"] == 10
-    assert config["generation"]["text"]["beams"] == 2
+    assert config["run"]["generation"]["text"]["beams"] == 2
     assert {"diptych", "torch"} <= config["versions"].keys()
     assert [path.name for path in (done / "samples").iterdir()] == ["step-00000004.png"]
 
@@ -197,8 +199,10 @@ def test_other_settings_are_refused(done, started):
     with pytest.raises(UserError, match="trained with other settings: model") as caught:
         other.fit(started, recipe="itit-tiny")
     assert "\n" not in str(caught.value)
+    before = (started / "config.json").read_bytes()
     with pytest.raises(UserError, match="encoded from other items"):
         tiny_run(max_pairs=11).fit(started, recipe="itit-tiny")
+    assert (started / "config.json").read_bytes() == before
 
 
 def test_a_run_keeps_the_tokenizers_it_began_with(started):
@@ -211,6 +215,30 @@ def test_a_run_keeps_the_tokenizers_it_began_with(started):
         with pytest.raises(UserError, match=f"begun with another {part}"):
             other.fit(started, recipe="itit-tiny")
     assert (started / "config.json").read_bytes() == before
+
+
+def test_a_run_that_was_killed_while_it_encoded_keeps_its_tokenizers(done, tmp_path, monkeypatch):
+    def killed(*_args, **_settings):
+        raise KeyboardInterrupt
+
+    run = tiny_run_without_dropout(str(done))
+    monkeypatch.setattr("diptych.itit.training.encode_subset", killed)
+    for tokenizer in (
+        str(tmp_path / "nowhere"),
+        str(done),
+    ):  # a mistaken name may be corrected: no tokenizer is there yet
+        with pytest.raises((UserError, KeyboardInterrupt)):
+            replace(run, tokenizer=tokenizer).fit(tmp_path / "run", recipe="itit-tiny")
+    with pytest.raises(UserError, match="begun with another tokenizer"):
+        replace(run, tokenizer=None).fit(tmp_path / "run", recipe="itit-tiny")
+
+
+def test_a_run_folder_of_another_kind_is_refused(tmp_path):
+    write_config(tmp_path, recipe="vqgan-tiny", run=vqgan_tiny())
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="holds a run of the kind 'tokenizer': train into another folder"):
+        tiny_run().fit(tmp_path, recipe="itit-tiny")
+    assert contents(tmp_path) == before
 
 
 def test_only_the_seed_decides_the_first_weights(done):

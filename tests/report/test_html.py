@@ -13,7 +13,6 @@ from diptych.report.html import (
     Example,
     Facts,
     Figures,
-    Gallery,
     Section,
     Strip,
     Table,
@@ -64,8 +63,7 @@ def page(tmp_path):
         Text(EVIL, kind="note"),
         Table(head=["model", EVIL], rows=[[EVIL, 1.0], ["b", None]], caption=EVIL, best={EVIL: "low"}),
         Facts(items={EVIL: EVIL, "n": 12345}, size="large"),
-        Gallery([captioned, Captioned(image=LARGE)]),
-        Comparison([Example(EVIL, [captioned, Captioned(caption=EVIL)])]),
+        Comparison([Example(EVIL, [captioned, Captioned(image=LARGE), Captioned(caption=EVIL)])]),
         Strip([EVIL, IMAGE, EVIL]),
         Figures(images=[*svg, png(contact_sheet([IMAGE]))], caption=EVIL),
     ]

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from diptych.report import sheet
@@ -77,12 +76,10 @@ def test_cycle_strip_wraps_and_shows_texts_and_images():
     assert one_row.height < image.height
 
 
-def test_from_pixels_and_back_through_a_file(tmp_path):
-    pixels = torch.randint(0, 256, (2, 3, 8, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    pictures = sheet.from_pixels(pixels)
-    assert pictures[1].shape == (8, 6, 3)
-    read = np.asarray(Image.open(sheet.save_png(tmp_path / "one.png", pictures[1])))
-    assert np.array_equal(read, pixels[1].permute(1, 2, 0).numpy())
+def test_pixels_are_the_same_when_read_back_from_a_file(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
+    read = np.asarray(Image.open(sheet.save_png(tmp_path / "one.png", pixels)))
+    assert np.array_equal(read, pixels)
 
 
 # Lettering

@@ -36,3 +36,12 @@ def test_all_differences_are_named_and_unknown_fields_ignored():
         check_same(now, then, where="RUN")
     assert "steps" not in str(caught.value)
     check_same(then, then, where="RUN")
+
+
+def test_only_the_nested_fields_that_differ_are_named():
+    then = {"identity": {"model": {"width": 8, "depth": 2, "text": {"heads": 1}}, "data": ["scenes", 9]}}
+    now = {"identity": {"model": {"width": 8, "depth": 3, "text": {"heads": 2}, "dropout": 0.1}, "data": ["scenes", 9]}}
+    with pytest.raises(UserError) as caught:
+        check_same(now, then, where="RUN")
+    changes = "model.depth (2 then, 3 now), model.dropout (None then, 0.1 now), model.text.heads (1 then, 2 now)"
+    assert str(caught.value).startswith(f"RUN was trained with other settings: {changes}. ")

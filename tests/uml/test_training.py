@@ -65,6 +65,14 @@ def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_run_is_not_resumed_with_other_labels(dataset, encoders, tmp_path):
+    run = small(uml_probe(), dataset, encoders)
+    run.fit(tmp_path / "run", recipe="uml-probe")
+    run.data.shots = 2
+    with pytest.raises(UserError, match=r"settings: labels\.image \('[0-9a-f]{16}' then, '[0-9a-f]{16}' now\)\. "):
+        run.fit(tmp_path / "run", recipe="uml-probe")
+
+
 def test_a_probe_leaves_a_run_that_classifies_without_texts(dataset, encoders, tmp_path):
     run = small(uml_probe(), dataset, encoders)
     assert run.fit(tmp_path / "run", recipe="uml-probe").finished

@@ -3,6 +3,8 @@
 Heavy imports are inside the functions, so that --help and mistakes answer at once.
 """
 
+import json as json_format  # commands have a parameter `json`
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -36,8 +38,6 @@ def caption(
         beams: Number of beams of the search; 1 is greedy. Default: the setting of the run.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
-    import json as json_format
-
     if not images:
         raise UserError("no image given: diptych caption RUN IMAGE...")
 
@@ -71,8 +71,6 @@ def imagine(
         temperature: Noise in the order in which tokens are chosen; 0 is none. Default: the setting of the run.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
-    from dataclasses import replace
-
     if not texts:
         raise UserError("no text given: diptych imagine RUN TEXT... --out DIR")
 
@@ -230,9 +228,6 @@ def classify(
         json: Print one JSON object a line, with file and guesses.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
-    import json as json_format
-    from dataclasses import asdict
-
     if not images:
         raise UserError("no image given: diptych classify RUN IMAGE...")
     if top < 1:

@@ -3,6 +3,7 @@
 Heavy imports are inside the functions, so that --help and mistakes answer at once.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -84,8 +85,6 @@ def encode(
         features: Also store the features of the frozen text encoder.
         workers: Number of threads that decode images.
     """
-    from dataclasses import replace
-
     from diptych.data.encode import encode as encode_source
     from diptych.data.sources import open_source
     from diptych.itit.pipeline import run_data_tokenizers

@@ -1,7 +1,7 @@
 """The batch of one training step: examples of every stream, and the step's random numbers.
 
-Shapes: B rows of a stream on this process, N image tokens, L text tokens, F width of the frozen text features,
-S positions of a feature sequence, D width of a feature vector, H and W pixels.
+Shapes: B rows of a stream on this process, N image tokens, L text tokens, F width of features, S positions of a feature
+sequence, D width of a feature vector, H and W pixels.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from diptych.rng import StepRNG
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
-    """Rows of one stream, which the first axis of every field counts. Each kind of stream has a class of its own."""
+    """Rows of one stream, which the first axis of every field runs over. Each kind of stream has a class of its own."""
 
     def __len__(self) -> int:
         return len(next(iter(self._tensors().values())))
@@ -71,11 +71,13 @@ class PairExamples(Examples):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptionedImageExamples(Examples):
-    """Pixels with the ids of one or several captions each, side by side, for dual encoders."""
+    """Pixels with the ids of one or several captions each, for dual encoders."""
 
     pixels_B3HW: UInt8[Tensor, "B 3 H W"]
     ids_BL: Int[Tensor, "B L"]
+    """The M captions of an image side by side, each padded to the same number of tokens: L is M times that number."""
     valid_BL: Bool[Tensor, "B L"]
+    """True where an id is real, False where it is padding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from diptych.data.batch import ImageTokenExamples, PairExamples, TextExamples
 from diptych.data.pixels import SkippedItems
 from diptych.data.streams import Stream, choose
 from diptych.errors import UserError
-from diptych.io import write_bytes
+from diptych.io import replace_folder, write_bytes
 
 STORE_MANIFEST = "store.json"
 STORE_VERSION = 2
@@ -124,9 +124,7 @@ class ResumableArrayWriter:
         _write_json(self.folder / manifest, content)
         (self.folder / "progress.json").unlink(missing_ok=True)
         opened(self.folder)
-        if self.out.exists():
-            shutil.rmtree(self.out)
-        os.replace(self.folder, self.out)
+        replace_folder(self.folder, self.out)
         return opened(self.out)
 
     def discard(self) -> None:

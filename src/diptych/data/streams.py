@@ -87,9 +87,9 @@ class BatchSampler:
         """
         for name in multiples:
             if name not in streams:
-                raise UserError(f"the objective learns from {name}, but there are none: give --data.{name}")
+                raise UserError(f"there is no stream {name!r}, which the objective learns from")
             if streams[name].size == 0:
-                raise UserError(f"--data.{name}: no item is left to learn from")
+                raise UserError(f"there are no items of the stream {name!r} to learn from")
         self.streams, self.multiples = streams, multiples
         self.batch_size, self.seed = batch_size, seed
 

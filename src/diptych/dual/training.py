@@ -63,7 +63,7 @@ class DualRun:
         write_config(out, recipe=recipe, run=self)
         objective = self._objective(model)
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
-        batches = self._batches(source, model, skipped)
+        batches = self._batches(source, model, objective, skipped)
         identity = {
             "model": model.clip.config.to_diff_dict(),
             "objective": self.objective.identity(),
@@ -114,7 +114,7 @@ class DualRun:
             torch.manual_seed(self.train.seed)  # for weights outside the model, which are dropped after training
             return self.objective.build(model)
 
-    def _batches(self, source: Source, model: DualEncoder, skipped: SkippedItems) -> BatchSampler:
+    def _batches(self, source: Source, model: DualEncoder, objective: Objective, skipped: SkippedItems) -> BatchSampler:
         stream = pair_stream(
             source,
             CaptionIds.read(source, np.arange(len(source)), model.ids),
@@ -126,7 +126,7 @@ class DualRun:
             seed=self.train.seed,
         )
         return BatchSampler(
-            {"pairs": stream}, multiples={"pairs": 1}, batch_size=self.train.batch_size, seed=self.train.seed
+            {"pairs": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
         )
 
 

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def paired_only(run: ItitRun) -> ItitRun:
 
 def _train(run: ItitRun, inputs: TrainingInputs, out: Path, test: ScenesSource, *, title: str) -> None:
     """Train in the run folder ``out``, with the accuracies on some held-out scenes in ``metrics.jsonl``."""
-    write_config(out, recipe="itit-tiny", run=run, generation=asdict(run.generation))
+    write_config(out, recipe="itit-tiny", run=run)
     objective = run.build(inputs)
     diptych = run.diptych(objective, inputs)
     watched = replace(test, count=min(_WATCHED, test.count))

@@ -29,7 +29,7 @@ from diptych.io import write_bytes
 from diptych.itit.model import Encoded, shift_right
 from diptych.itit.pipeline import Diptych
 from diptych.nn.inference import Device
-from diptych.nn.losses import image_loss, text_loss
+from diptych.nn.losses import token_loss
 from diptych.report import print_metrics
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import write_json
@@ -183,7 +183,7 @@ def information_gain(diptych: Diptych, tokens_BN: Int[Tensor, "B N"], ids_BL: In
 def _caption_loss(diptych: Diptych, encoded: Encoded, ids_BL: Tensor) -> Tensor:
     """Nats per token of captions, given the encoder's pass over whole images and the empty text."""
     logits_BLV = diptych.model.text_logits(encoded.image_BKD, shift_right(ids_BL))
-    return text_loss(logits_BLV, ids_BL, ids_BL != diptych.text_encoder.pad_id, label_smoothing=0.0)
+    return token_loss(logits_BLV, ids_BL, ids_BL != diptych.text_encoder.pad_id, label_smoothing=0.0)
 
 
 def _image_loss(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def _image_loss(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Tensor:
         features_BLF=diptych.text_encoder.features(ids_BL, valid_BL),
         valid_BL=valid_BL,
     )
-    return image_loss(model.image_logits(encoded, hidden_BN), tokens_BN, hidden_BN, label_smoothing=0.0)
+    return token_loss(model.image_logits(encoded, hidden_BN), tokens_BN, hidden_BN, label_smoothing=0.0)
 
 
 # The command

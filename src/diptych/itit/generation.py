@@ -177,7 +177,7 @@ def parallel_decode(
         UserError: less than one round.
     """
     if steps < 1:
-        raise UserError(f"{steps} drawing steps: at least one is needed")
+        raise UserError(f"{steps} decoding steps: at least one is needed")
     rows, positions = tokens_BN.shape
     device = tokens_BN.device
     first_B = hidden_BN.sum(1)

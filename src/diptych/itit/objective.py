@@ -28,7 +28,7 @@ from diptych.itit.masking import Masking, MaskingConfig, sample_masking
 from diptych.itit.model import ITIT, Encoded, shift_right
 from diptych.nn.gradients import scale_gradient, straight_through_embedding
 from diptych.nn.inference import eval_mode
-from diptych.nn.losses import image_loss, text_loss
+from diptych.nn.losses import token_loss
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
 from diptych.tokenizers.text_encoder import TextEncoder
@@ -37,7 +37,7 @@ from diptych.train.objective import Losses, Objective
 
 @dataclass(kw_only=True, slots=True)
 class LossWeights:
-    """Weights of the losses in their sum. The paper gives all the same weight; that of I2I it does not state."""
+    """Weights of the losses in their sum. The paper gives all the same weight, but does not state the weight of I2I."""
 
     t2i: float = 1.0
     """Weight of text to image, on pairs."""
@@ -88,6 +88,14 @@ class ItitObjectiveConfig:
     """Weights of the losses in their sum."""
 
 
+_ONE_BEAM = TextGenerationConfig(beams=1)
+"""Settings of the greedy generation of texts in I2T2I."""
+
+_WEIGHT_FIELD = {"t2i": "t2i", "i2t": "i2t", "i2i": "i2i", "t2i2t": "t2i2t", "i2t2i": "i2t2i"}
+_WEIGHT_FIELD |= {"t2t": "t2i2t", "unpaired_i2i": "i2t2i"}
+"""Name of a loss -> field of `LossWeights`. Each control takes the weight of the cycle that it replaces."""
+
+
 class ItitObjective(Objective):
     """L = L_T2I + L_I2T + L_I2I on pairs, + L_T2I2T on unpaired texts, + L_I2T2I on unpaired images."""
 
@@ -123,10 +131,8 @@ class ItitObjective(Objective):
                 losses["unpaired_i2i"] = self.unpaired_i2i_loss(batch["images"], rng)
             elif config.images != "off":
                 losses["i2t2i"], measured["i2t2i/distinct_captions"] = self.i2t2i_loss(batch["images"], rng)
-        w = config.weights  # each control takes the weight of the cycle that it replaces
-        weights = {"t2i": w.t2i, "i2t": w.i2t, "i2i": w.i2i, "t2i2t": w.t2i2t, "i2t2i": w.i2t2i}
-        weights |= {"t2t": w.t2i2t, "unpaired_i2i": w.i2t2i}
-        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+        weighted = [getattr(config.weights, _WEIGHT_FIELD[name]) * loss for name, loss in losses.items()]
+        total = torch.stack(weighted).sum()
         return Losses(total, {name: value.detach() for name, value in (losses | measured).items()})
 
     # Captioned images
@@ -156,11 +162,13 @@ class ItitObjective(Objective):
     def t2i2t_loss(self, texts: TextExamples, rng: StepRNG) -> Float[Tensor, ""]:
         """L_T2I2T = - E sum over l of log p(t_l | ~I_M, t_0 .. t_{l-1}), equation (3).
 
-        (a) Generate an image I' from T, without gradient. (b, c) Predict its hidden part once more, with gradient:
-        ~I; the half cycle leaves this out and takes I' for ~I. (d) Hide part of ~I, and caption the rest.
+        First, an image I' is generated from T, without gradient. Then part of I' is hidden and predicted once more,
+        with gradient, which gives ~I; the half cycle leaves this out and takes I' for ~I. Finally, part of ~I is
+        hidden, and the rest is captioned.
         """
         features_BLF = self._text_features(texts)
-        with eval_mode(network := self.teacher or self.model):
+        network = self.teacher or self.model
+        with eval_mode(network):
             pseudo_BN = generate_image_tokens(
                 network, features_BLF, texts.valid_BL, self.config.image_generation, rng=rng
             )
@@ -202,17 +210,19 @@ class ItitObjective(Objective):
     def i2t2i_loss(self, images: ImageTokenExamples, rng: StepRNG) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """L_I2T2I = - E sum over hidden k of log p(i_k | I_M, ~T), equation (4).
 
-        (a) Generate a text T' from I, greedily and without gradient. (b, c) Predict each of its tokens once more, with
-        gradient: ~T; the half cycle leaves this out and takes T' for ~T. (d) Encode ~T with the frozen text encoder,
-        and predict the hidden part of I from it. ~T ends where T' ends.
+        First, a text T' is generated from I, greedily and without gradient. Then each token of T' is predicted once
+        more, with gradient, which gives ~T; the half cycle leaves this out and takes T' for ~T. Finally, ~T is encoded
+        by the frozen text encoder, and the hidden part of I is predicted from it. ~T ends where T' ends.
 
         Also returns the share of different T' among the rows. Cycles can agree on captions that are consistent but say
         nothing; this share is the first number to fall.
         """
         tokens_BN, pad_id = images.tokens_BN, self.text_encoder.pad_id
-        with eval_mode(network := self.teacher or self.model):
-            length, greedy = self.model.config.max_text_len, TextGenerationConfig(beams=1)
-            pseudo_BL, _ = generate_text(network, tokens_BN, greedy, banned_V=self.text_encoder.banned_V, length=length)
+        network, banned_V = self.teacher or self.model, self.text_encoder.banned_V
+        with eval_mode(network):
+            pseudo_BL, _ = generate_text(
+                network, tokens_BN, _ONE_BEAM, banned_V=banned_V, length=self.model.config.max_text_len
+            )
         pseudo_BL = pseudo_BL[:, : int((pseudo_BL != pad_id).sum(1).max())]
         valid_BL = pseudo_BL != pad_id
         if self.config.images == "full":
@@ -250,7 +260,7 @@ class ItitObjective(Objective):
     def _image_loss(self, encoded: Encoded, tokens_BN: Int[Tensor, "B N"], masking: Masking) -> Float[Tensor, ""]:
         """- sum over hidden k of log p(i_k | encoded): the common part of equations (2) and (4)."""
         logits_BNC = self.model.image_logits(encoded, masking.hidden_BN)
-        return image_loss(logits_BNC, tokens_BN, masking.hidden_BN, label_smoothing=self.config.label_smoothing)
+        return token_loss(logits_BNC, tokens_BN, masking.hidden_BN, label_smoothing=self.config.label_smoothing)
 
     def _text_loss(
         self, encoded: Encoded | None, ids_BL: Int[Tensor, "B L"], valid_BL: Bool[Tensor, "B L"]
@@ -261,7 +271,7 @@ class ItitObjective(Objective):
         """
         prefix = None if encoded is None else scale_gradient(encoded.image_BKD, self.config.encoder_grad_scale)
         logits_BLV = self.model.text_logits(prefix, shift_right(ids_BL))
-        return text_loss(logits_BLV, ids_BL, valid_BL, label_smoothing=self.config.label_smoothing)
+        return token_loss(logits_BLV, ids_BL, valid_BL, label_smoothing=self.config.label_smoothing)
 
     def _encode(
         self,
@@ -291,9 +301,9 @@ class ItitObjective(Objective):
 
     @torch.no_grad()
     def _update_teacher(self, step: int) -> None:
-        """Move the average once a step, before the step's first forward pass; the first cycle step copies the network.
+        """Move the teacher towards the network, once a step; at the first step with cycles, make it a copy.
 
-        By then the optimizer has made the step before.
+        This is done before the teacher generates, so the network has the weights that the previous step left.
         """
         if self.teacher is None or self._teacher_step == step or not self.training:
             return

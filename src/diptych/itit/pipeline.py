@@ -7,7 +7,6 @@ D encoder width.
 """
 
 import io
-import json
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -129,11 +128,6 @@ class Diptych:
             precision=precision,
         )
 
-    @property
-    def data_tokenizers(self) -> DataTokenizers:
-        """The tokenizers with which data for this run is encoded."""
-        return data_tokenizers(self.tokenizer, self.text_encoder, length=self.model.config.max_text_len)
-
     # Captions
 
     def caption(self, images: Sequence[ImageLike], *, beams: int | None = None) -> list[str]:
@@ -241,12 +235,14 @@ class Diptych:
 
 def _generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfig]:
     """The run's own settings for images and texts; the defaults for a folder without ``config.json``."""
-    try:
-        found = json.loads((run / "config.json").read_text())["generation"]
-        return ImageGenerationConfig(**found["image"]), TextGenerationConfig(**found["text"])
-    except FileNotFoundError:
+    if not (run / "config.json").is_file():
         return ImageGenerationConfig(), TextGenerationConfig()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    config = read_config(run)
+    try:
+        # Older runs have them at the top.
+        found = config["run"]["generation"] if "generation" in config.get("run", ()) else config["generation"]
+        return ImageGenerationConfig(**found["image"]), TextGenerationConfig(**found["text"])
+    except (KeyError, TypeError) as error:
         raise UserError(f"{run}/config.json: cannot be used ({error}): copy it again") from error
 
 

@@ -23,7 +23,7 @@ from diptych.itit.objective import ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych, data_tokenizers
 from diptych.itit.report import Samples
 from diptych.nn.inference import pick_device
-from diptych.run_folder import Kind, part_of, read_config, save_model, write_config
+from diptych.run_folder import Kind, kind_of, part_of, read_config, save_model, write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.training import TextEncoderStage, TokenizerStage
@@ -99,9 +99,12 @@ class ItitRun:
         Leaves a run folder that needs nothing outside it. Raises UserError for settings or data that cannot be used.
         """
         self.check()
-        self._check_tokenizers_are_those_of(out)
+        self._check_run_folder(out)
+        if not all((out / part).is_dir() for part in ("tokenizer", "text_encoder")):
+            # A repeat of a run that is killed below finds here which tokenizers were made.
+            write_config(out, recipe=recipe, run=self)
         inputs = self.prepare(out)
-        write_config(out, recipe=recipe, run=self, generation=asdict(self.generation))
+        write_config(out, recipe=recipe, run=self)
         objective = self.build(inputs)
         samples = Samples(self.diptych(objective, inputs), inputs.encoded, self.data, out / "samples")
         hooks = [Hook(every=self.train.eval_every, run=samples.run)]
@@ -121,14 +124,20 @@ class ItitRun:
                 "so unpaired data would never be used: lower it, or switch --objective.texts and .images off"
             )
 
-    def _check_tokenizers_are_those_of(self, out: Path) -> None:
-        """Raise UserError if the run in ``out`` was begun with another tokenizer or text encoder: it keeps its own."""
+    def _check_run_folder(self, out: Path) -> None:
+        """Raise UserError if ``out`` holds a run of another kind, or a tokenizer or text encoder of other settings.
+
+        The config is written before either is made. So the settings of one that is not there yet may still change.
+        """
         if not (out / "config.json").is_file():
             return
+        if (kind := kind_of(out)) != self.kind:
+            raise UserError(f"{out}: holds a run of the kind {kind!r}: train into another folder")
         before = read_config(out)["run"]
         now = json.loads(json.dumps(asdict(self)))
         for given, stage in (("tokenizer", "tokenizer_stage"), ("text_encoder", "text_encoder_stage")):
-            if (before[given], before[stage]["model"]) != (now[given], now[stage]["model"]):
+            other = (before[given], before[stage]["model"]) != (now[given], now[stage]["model"])
+            if other and (out / given).is_dir():
                 raise UserError(f"{out}: begun with another {given}: give the same one, or train into another folder")
 
     # The stages before the network's training

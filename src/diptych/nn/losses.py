@@ -1,10 +1,6 @@
-"""The two cross-entropies that every loss of ITIT is made of: of image tokens and of text tokens.
+"""The cross-entropy that every loss of ITIT is made of.
 
-Both are means over rows of a row's mean, so that they are the same for any split of the rows over micro-batches or
-processes. (The equations of the paper are sums over tokens in expectation over rows; it does not say how it
-normalizes.)
-
-Shapes: B rows, N image tokens, C codebook entries, L text tokens, V vocabulary.
+Shapes: B rows, T positions of image or text tokens, V codebook entries or words of the vocabulary.
 """
 
 import torch.nn.functional as F
@@ -12,31 +8,27 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def image_loss(
-    logits_BNC: Float[Tensor, "B N C"],
-    tokens_BN: Int[Tensor, "B N"],
-    hidden_BN: Bool[Tensor, "B N"],
+def token_loss(
+    logits_BTV: Float[Tensor, "B T V"],
+    target_BT: Int[Tensor, "B T"],
+    counts_BT: Bool[Tensor, "B T"],
     *,
     label_smoothing: float,
 ) -> Float[Tensor, ""]:
-    """- sum over hidden k of log p(i_k | ...), equations (2) and (4), as a mean."""
-    return _row_mean(logits_BNC, tokens_BN, hidden_BN, label_smoothing)
+    """- sum over t of log p(target_t | ...), the common part of equations (1) to (4), as a mean.
 
+    The mean is over rows, of a row's mean over the positions that count. So it is the same for any split of the rows
+    over micro-batches or processes. (The equations of the paper are sums over tokens in expectation over rows; it does
+    not say how it normalizes.) A row in which nothing counts adds 0.
 
-def text_loss(
-    logits_BLV: Float[Tensor, "B L V"],
-    ids_BL: Int[Tensor, "B L"],
-    valid_BL: Bool[Tensor, "B L"],
-    *,
-    label_smoothing: float,
-) -> Float[Tensor, ""]:
-    """- sum over l of log p(t_l | ..., t_0 .. t_{l-1}), equations (1) and (3), as a mean. Padding does not count."""
-    return _row_mean(logits_BLV, ids_BL, valid_BL, label_smoothing)
-
-
-def _row_mean(logits: Tensor, target: Tensor, counts: Tensor, label_smoothing: float) -> Tensor:
-    loss = F.cross_entropy(
-        logits.flatten(0, 1).float(), target.flatten(), reduction="none", label_smoothing=label_smoothing
-    ).view_as(target)
-    weight = counts.to(loss.dtype)
-    return ((loss * weight).sum(1) / weight.sum(1).clamp_min(1)).mean()
+    Args:
+        logits_BTV: Scores of every token at each position.
+        target_BT: The true tokens.
+        counts_BT: True where the loss is taken: hidden image tokens, or valid text tokens.
+        label_smoothing: Share of the target's probability that is spread over all tokens.
+    """
+    loss_BT = F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), target_BT.flatten(), reduction="none", label_smoothing=label_smoothing
+    ).view_as(target_BT)
+    weight_BT = counts_BT.to(loss_BT.dtype)
+    return ((loss_BT * weight_BT).sum(1) / weight_BT.sum(1).clamp_min(1)).mean()

@@ -192,16 +192,6 @@ class Captioned:
 
 
 @dataclass(frozen=True, slots=True)
-class Gallery:
-    """Images in reading order, in as many columns as fit."""
-
-    items: Sequence[Captioned]
-
-    def render(self) -> str:
-        return f'<div class="gallery">{_rendered(self.items)}</div>'
-
-
-@dataclass(frozen=True, slots=True)
 class Example:
     """A heading, such as a text, and under it the true image and those that the models generated from it."""
 

@@ -1,6 +1,6 @@
 """Contact sheets: images with words under them, as one PNG.
 
-Shapes: B images, H and W pixels.
+Shapes: H and W pixels.
 """
 
 import io
@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from diptych.io import write_bytes
 
@@ -33,11 +32,6 @@ class Cell:
 
     image: UInt8[np.ndarray, "H W 3"] | None = None
     caption: str = ""
-
-
-def from_pixels(pixels_B3HW: UInt8[Tensor, "B 3 H W"]) -> list[ImageLike]:
-    """The pixels of a batch as one array [H W 3] for each image, as the sheets take them."""
-    return list(np.ascontiguousarray(pixels_B3HW.cpu().numpy().transpose(0, 2, 3, 1)))
 
 
 def contact_sheet(

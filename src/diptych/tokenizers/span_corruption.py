@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from diptych.data.batch import Batch, TextExamples
 from diptych.encoders.loading import fuse_gelu
 from diptych.errors import UserError
-from diptych.nn.losses import text_loss
+from diptych.nn.losses import token_loss
 from diptych.rng import StepRNG, derive_seed
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.train.objective import Losses, Objective
@@ -219,7 +219,7 @@ class SpanCorruption(Objective):
             decoder_input_ids=decoder_input_BT,
             use_cache=False,
         ).logits
-        loss = text_loss(logits_BTV, corrupted.target_BT, corrupted.target_valid_BT, label_smoothing=0.0)
+        loss = token_loss(logits_BTV, corrupted.target_BT, corrupted.target_valid_BT, label_smoothing=0.0)
         return Losses(loss, {"spans": loss.detach()})
 
     def corrupt(self, ids_BL: Tensor, valid_BL: Tensor, *, rng: StepRNG) -> Corrupted:

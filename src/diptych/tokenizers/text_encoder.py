@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.encoders.loading import fuse_gelu
 from diptych.errors import UserError, first_line
+from diptych.io import replace_folder
 
 FeatureKind = Literal["output", "output_and_embeddings"]
 """Features of a token: the output of the encoder, or its output and the token's input embedding."""
@@ -174,6 +175,4 @@ class TextEncoder(nn.Module):
             fresh = Path(scratch) / "fresh"
             self.t5.save_pretrained(fresh)
             self.tokenizer.save_pretrained(fresh)
-            if target.exists():
-                os.replace(target, Path(scratch) / "old")
-            os.replace(fresh, target)
+            replace_folder(fresh, target)

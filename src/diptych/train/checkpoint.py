@@ -173,7 +173,9 @@ def save(
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest sound checkpoint in ``folder`` (None if there is none at all) and a line about each damaged newer one.
+    """The newest undamaged checkpoint in ``folder``, and a line about each newer one, which is damaged.
+
+    The checkpoint is None if there is none at all.
 
     Raises:
         UserError: there are checkpoints, and every one is damaged.
@@ -222,7 +224,7 @@ def _listed(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint ``path``; None if it is sound."""
+    """What is wrong with the checkpoint ``path``; None if nothing is."""
     try:
         lines = (path / SUMS).read_text().splitlines()
         for digest, name in (line.split("  ", 1) for line in lines):

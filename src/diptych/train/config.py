@@ -123,7 +123,7 @@ def check_same(now: Mapping[str, Any], then: Mapping[str, Any], *, where: object
     """Refuse to resume with a setting that would change the losses.
 
     ``now`` and ``then`` are results of :func:`describe`, read back from JSON. Settings that only one side knows (added
-    or removed by another release) are ignored.
+    or removed by another release) are ignored, except inside a value of ``identity``.
 
     Raises:
         UserError: names every setting that differs.
@@ -132,9 +132,16 @@ def check_same(now: Mapping[str, Any], then: Mapping[str, Any], *, where: object
     for section, free in (*MAY_CHANGE.items(), ("identity", set[str]())):
         before, after = then.get(section, {}), now.get(section, {})
         for name in sorted(before.keys() & after.keys() - free):
-            if before[name] != after[name]:
-                label = name if section == "identity" else f"{section}.{name}"
-                changes.append(f"{label} ({before[name]!r} then, {after[name]!r} now)")
+            label = name if section == "identity" else f"{section}.{name}"
+            changes += _changes(label, before[name], after[name])
     if changes:
         mend = "Set the old values to continue, or train into another folder."
         raise UserError(f"{where} was trained with other settings: {', '.join(changes)}. {mend}")
+
+
+def _changes(name: str, before: Any, after: Any) -> list[str]:
+    """A phrase for each value that differs, nested ones with a dotted name."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        names = sorted(before.keys() | after.keys())
+        return [each for key in names for each in _changes(f"{name}.{key}", before.get(key), after.get(key))]
+    return [] if before == after else [f"{name} ({before!r} then, {after!r} now)"]

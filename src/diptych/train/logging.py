@@ -260,7 +260,7 @@ class ProgressDisplay:
         self._show(step, loss=loss, seconds=now - self._began)
 
     def say(self, text: str) -> None:
-        """Print a line that stays, also when quiet: something the person must know."""
+        """Print a line that stays, also when quiet: something the user must know."""
         if self._bar:
             self._bar.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)
         else:

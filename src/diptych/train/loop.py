@@ -46,10 +46,6 @@ class StopReason(IntEnum):
         return self in (StopReason.SIGINT, StopReason.SIGTERM)
 
 
-def never(step: int) -> bool:
-    return False
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hook:
     """An evaluation every so many steps and after the last: scores, sample images."""
@@ -60,9 +56,9 @@ class Hook:
     """(finished steps, objective) to numbers for metrics.jsonl and images for TensorBoard. The objective is unwrapped,
     in evaluation mode and, if the run keeps a moving average, has the averaged weights. Called on the main process
     only, without gradients."""
-    over: Callable[[int], bool] = never
-    """(finished steps) to whether further steps cannot change the result of the run, which then ends as finished.
-    Called on the main process only, after ``run`` and again when the run is resumed."""
+    over: Callable[[int], bool] | None = None
+    """(finished steps) to whether further steps cannot change the result of the run, which then ends as finished; None
+    never ends it. Called on the main process only, after ``run`` and again when the run is resumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +183,10 @@ def _loop(
             # The checkpoint comes first: a resume then makes up for an evaluation that was killed.
             if saving:
                 run.save(progress, logger)
-            if due and not (reason and reason.is_signal) and run.evaluate(due, progress, logger):
+            nothing_left = False
+            if due and not (reason and reason.is_signal):
+                nothing_left = run.evaluate(due, progress, logger)
+            if nothing_left:
                 reason = StopReason.NOTHING_LEFT
                 if not saving:
                     run.save(progress, logger)
@@ -215,7 +214,7 @@ class _Run:
     """What a resume is compared with, as JSON values."""
 
     def restore(self) -> tuple[TrainProgress, list[str]]:
-        """Continue from the newest sound checkpoint, if any; return its progress, and messages for the person."""
+        """Continue from the newest undamaged checkpoint, if any; return its progress, and messages for the user."""
         found, messages = checkpoint.newest(self.folder)
         if found is None:
             return TrainProgress(), messages
@@ -275,7 +274,8 @@ class _Run:
 
     def _is_over(self, hooks: Sequence[Hook], progress: TrainProgress) -> bool:
         """The answer of the main process, on all of them."""
-        return bool(self.devices.agree(int(self.devices.is_main and any(hook.over(progress.step) for hook in hooks))))
+        over = self.devices.is_main and any(hook.over(progress.step) for hook in hooks if hook.over is not None)
+        return bool(self.devices.agree(int(over)))
 
 
 @contextmanager

@@ -7,6 +7,7 @@
 Shapes: N images, D width of their features, C classes.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -218,15 +219,19 @@ class UmlRun:
         texts: LabelledFeatures,
     ) -> dict[str, Any]:
         """What decides the losses besides the loop's own fields; a resumed run must have the same."""
-        data = {IMAGE: images.labels_N.tolist(), TEXT: texts.labels_N.tolist()}
         return {
             "head": asdict(objective.head.config),
             "objective": asdict(self.objective),
             "view": asdict(self.view),
             "encoder": encoder_identity(encoder),
             "text_encoder": self.text_encoder,
-            "data": data,
+            "labels": {IMAGE: _digest(images.labels_N), TEXT: _digest(texts.labels_N)},
         }
+
+
+def _digest(labels_N: np.ndarray) -> str:
+    """16 hexadecimal digits that stand for all labels."""
+    return hashlib.sha256(labels_N.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def start_head(
