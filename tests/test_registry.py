@@ -114,7 +114,7 @@ def test_unpaired_data_that_would_never_be_used_is_noticed(name):
 
 @pytest.mark.parametrize(
     ("stage", "tokens", "codes", "factor"),
-    [(tokenizer_tiny, 16, 64, 8), (tokenizer_small, 64, 128, 8), (tokenizer_paper, 256, 8192, 16)],
+    [(tokenizer_tiny, 16, 128, 8), (tokenizer_small, 64, 128, 8), (tokenizer_paper, 256, 8192, 16)],
 )
 def test_tokenizers_give_as_many_tokens_as_their_recipes_say(stage, tokens, codes, factor):
     with torch.device("meta"):

@@ -227,8 +227,8 @@ class ItitObjective(Objective):
         valid_BL = pseudo_BL != pad_id
         if self.config.images == "full":
             first = self._sample_masking(self.config.text_masking, images, rng, "i2t2i/first")
-            embedded_BLF = self._predict_text(tokens_BN, first, pseudo_BL)
-            features_BLF = self.text_encoder.features_from_embeddings(embedded_BLF, valid_BL)
+            embedded_BLE = self._predict_text(tokens_BN, first, pseudo_BL)
+            features_BLF = self.text_encoder.features_from_embeddings(embedded_BLE, valid_BL)
         else:
             features_BLF = self.text_encoder.features(pseudo_BL, valid_BL)
         second = self._sample_masking(self.config.image_masking, images, rng, "i2t2i/second")
@@ -238,7 +238,7 @@ class ItitObjective(Objective):
 
     def _predict_text(
         self, tokens_BN: Int[Tensor, "B N"], masking: Masking, pseudo_BL: Int[Tensor, "B L"]
-    ) -> Float[Tensor, "B L F"]:
+    ) -> Float[Tensor, "B L E"]:
         """The text encoder's embeddings of ~t_l = argmax p(t_l | I_M, t'_0 .. t'_{l-1}), straight through a softmax.
 
         The gradient stops after the encoder, as in T2I2T.

@@ -1,6 +1,6 @@
 """The frozen text encoder: any T5 of `transformers` with its tokenizer.
 
-Shapes: B texts, L text tokens, F feature width, V rows of the embedding.
+Shapes: B texts, L text tokens, F width of the features, E width of the input embeddings, V rows of the embedding.
 """
 
 import os
@@ -72,7 +72,7 @@ class TextEncoder(nn.Module):
 
     @property
     def embedding(self) -> nn.Embedding:
-        """The input table, weight [V, F]."""
+        """The input table, weight [V, E]."""
         table = self.t5.get_input_embeddings()
         assert isinstance(table, nn.Embedding)
         return table
@@ -120,18 +120,18 @@ class TextEncoder(nn.Module):
         return self.features_from_embeddings(self.embedding(ids_BL), valid_BL)
 
     def features_from_embeddings(
-        self, embeds_BLF: Float[Tensor, "B L F"], valid_BL: Bool[Tensor, "B L"]
+        self, embeds_BLE: Float[Tensor, "B L E"], valid_BL: Bool[Tensor, "B L"]
     ) -> Float[Tensor, "B L F"]:
-        """As :meth:`features`, from rows of ``embedding`` or mixtures of them; differentiable in ``embeds_BLF``."""
+        """As :meth:`features`, from rows of ``embedding`` or mixtures of them; differentiable in ``embeds_BLE``."""
         # A row without any valid token would have nothing to attend to and give NaN; its features are zeroed below.
         attend_BL = valid_BL | ~valid_BL.any(dim=1, keepdim=True)
         # Four dimensions, so that transformers takes it as it is: its own check of a flat one waits for the device.
         # In the precision of the weights, whatever that of the training: cached features must equal computed ones.
-        with torch.autocast(embeds_BLF.device.type, enabled=False):
-            embeds_BLF = embeds_BLF.to(self.embedding.weight.dtype)
-            features_BLF = self.t5(inputs_embeds=embeds_BLF, attention_mask=attend_BL[:, None, None]).last_hidden_state
+        with torch.autocast(embeds_BLE.device.type, enabled=False):
+            embeds_BLE = embeds_BLE.to(self.embedding.weight.dtype)
+            features_BLF = self.t5(inputs_embeds=embeds_BLE, attention_mask=attend_BL[:, None, None]).last_hidden_state
             if self.feature_kind == "output_and_embeddings":
-                features_BLF = torch.cat([features_BLF, embeds_BLF], dim=-1)
+                features_BLF = torch.cat([features_BLF, embeds_BLE], dim=-1)
         return features_BLF.masked_fill(~valid_BL[:, :, None], 0.0)
 
     # Files

@@ -23,12 +23,12 @@ def test_whatever_is_said_is_read_back(level, every):
 def test_all_phrasings_of_a_scene_differ_and_are_read_back(scene):
     told = [caption(scene, k) for k in range(phrasings(scene.level))]
     assert [parse(text) for text in told] == [scene] * len(told)
-    assert len({*told}) == len(told) == (4 if scene is ONE else 8)
+    assert len({*told}) == len(told) == (2 if scene is ONE else 8)
 
 
 def test_some_captions_word_for_word():
     assert caption(ONE) == "top left a red ring"
-    assert caption(ONE, 3) == "top left red ring"
+    assert caption(ONE, 1) == "top left red ring"
     assert caption(THREE) == "top left a blue cross, top right a white ring, bottom right a red square"
     assert caption(THREE, 6) == "bottom right a red square and top right a white ring and top left a blue cross"
     assert parse("top right white ring, bottom right red square, top left blue cross") == THREE
@@ -63,7 +63,7 @@ def test_one_wrong_word_is_another_scene():
     assert parse(caption(THREE).replace("white", "green")) != THREE
 
 
-@pytest.mark.parametrize("phrasing", [-1, 4])
+@pytest.mark.parametrize("phrasing", [-1, 2])
 def test_unknown_phrasing_is_refused(phrasing):
-    with pytest.raises(ValueError, match="0 to 3"):
+    with pytest.raises(ValueError, match="0 to 1"):
         caption(ONE, phrasing)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from diptych.data.scenes import ScenesSource, parse
+from diptych.data.scenes.grammar import phrasings
 from diptych.errors import UserError
 
 
@@ -13,7 +14,7 @@ def test_rows_agree_with_each_other(level):
     assert pictures.dtype == np.uint8
     for i in range(20):
         assert (source.image(i, 32) == pictures[i]).all()
-        assert len({*source.captions(i)}) == 3
+        assert len({*source.captions(i)}) == min(3, phrasings(level))
         assert {parse(text) for text in source.captions(i)} == {source.scene(i)}
         assert source.label(i) == (source.scene(i).things[0].shape if level == 1 else None)
     assert len({source.key(i) for i in range(20)}) == 20
@@ -38,7 +39,7 @@ def test_phrasings_vary_over_the_index():
 
 
 def test_all_phrasings_can_be_had():
-    assert len({*ScenesSource(captions_each=8).captions(0)}) == 4
+    assert len({*ScenesSource(captions_each=8).captions(0)}) == 2
     assert len({*ScenesSource(level=3, captions_each=8).captions(0)}) == 8
 
 

@@ -14,8 +14,9 @@ FORMS = (
 
 
 def phrasings(level: Level) -> int:
-    """How many captions one scene of this level has: forms, times the two orders of telling from level 2 on."""
-    return len(FORMS) * min(level, 2)
+    """Number of captions of one scene: every form in two orders of telling, but two for a scene of one thing, in which
+    nothing stands between things."""
+    return 2 if level == 1 else 2 * len(FORMS)
 
 
 def caption(scene: Scene, phrasing: int = 0) -> str:
