@@ -48,8 +48,8 @@ from diptych.train.loop import Hook
 
 STAGES = Path(__file__).parent / "scene_stages"
 """Image tokenizer and text encoder of the scenes, as `diptych demo --from-scratch` leaves them in its run folders."""
-PAIRS, UNPAIRED = 180, 18_000
-"""Number of captioned images, half a percent of all; number of unpaired images, and of unpaired texts."""
+PAIRS, UNPAIRED = 720, 18_000
+"""Number of captioned images, 2 % of all; number of unpaired images, and of unpaired texts."""
 _SCORED, _WATCHED = 500, 100
 """Number of held-out scenes that are scored at the end, and during training."""
 _SHOWN = 12
