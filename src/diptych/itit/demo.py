@@ -274,7 +274,7 @@ def _learned(runs: list[ScoredRun], metrics: dict[str, Any]) -> list[Any]:
     head = ["", "captions exact", "images exact", "CIDEr", "distinct captions", "steps", "seconds"]
     keys = ("caption_accuracy", "image_accuracy", "cider", "distinct_captions", "steps", "seconds")
     rows = [[each.title, *(each.metrics[key] for key in keys)] for each in runs]
-    attribute_rows = [
+    attribute_rows: list[list[str | float]] = [
         [f"{each.title}, {side}s", *(_mean_share(each.metrics, side, name) for name in _ATTRIBUTES)]
         for each in runs
         for side in ("caption", "image")

@@ -82,9 +82,14 @@ class ItitConfig:
         """The network for this tokenizer and this text encoder, whose sizes replace the config's own."""
         if self.text_window % 2 == 0:
             raise UserError(f"--model.text-window {self.text_window}: a token in the middle needs an odd number")
-        sizes = {"image_tokens": tokenizer.tokens, "codebook_size": tokenizer.codebook_size}
-        sizes |= {"text_features": text_encoder.width, "vocab_size": text_encoder.vocab_rows}
-        return ITIT(replace(self, **sizes))
+        config = replace(
+            self,
+            image_tokens=tokenizer.tokens,
+            codebook_size=tokenizer.codebook_size,
+            text_features=text_encoder.width,
+            vocab_size=text_encoder.vocab_rows,
+        )
+        return ITIT(config)
 
 
 @dataclass(frozen=True, slots=True)

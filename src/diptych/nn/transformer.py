@@ -187,4 +187,5 @@ def init_fan_in(module: nn.Module) -> None:
     if isinstance(module, Block):
         with torch.no_grad():
             for branch_output in (module.attention.out, module.mlp[2]):
+                assert isinstance(branch_output, nn.Linear)
                 branch_output.weight.mul_(0.5)  # `apply` visits children first

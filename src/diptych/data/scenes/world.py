@@ -77,8 +77,8 @@ class Scene:
 
         A sum of all of them modulo five takes the same share from every value, and whatever the kept scenes combine in
         all but one attribute is met in training. (A rule on three attributes alone teaches a network that reads the
-        world well to rule the kept ones out.) The second thing counts double, the third three times: A beside B is not B
-        beside A.
+        world well to rule the kept ones out.) The second thing counts double and the third three times, as A beside B
+        is not B beside A.
         """
         total = list(combinations(PLACES, self.level)).index(self.places)
         for weight, thing in enumerate(self.things, 1):
