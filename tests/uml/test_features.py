@@ -100,7 +100,7 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 
 def test_tokens_of_texts(text_encoder, tmp_path, capsys):
     text_encoder.save_pretrained(tmp_path / "encoder")
-    texts = ["a small red circle", "a large blue square in the top left on a white background"]
+    texts = ["a red ring", "top left a blue square and bottom right a red ring and top right a white cross"]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     features(
         str(tmp_path / "texts.txt"), kind="texts", encoder=str(tmp_path / "encoder"), out=tmp_path / "store", length=8

@@ -24,15 +24,15 @@ TINY = ScratchConfig(image_size=16, patch=4, width=24, depth=1, heads=2)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """A folder of circles and squares, 12 each; a folder of texts about them."""
+    """A folder of rings and squares, 12 each; a folder of texts about them."""
     root, source = tmp_path_factory.mktemp("dataset"), ScenesSource(count=200)
-    for shape in ("circle", "square"):
+    for shape in ("ring", "square"):
         (root / "images" / shape).mkdir(parents=True)
         items = [i for i in range(200) if source.label(i) == shape][:12]
         for i in items:
             Image.fromarray(source.image(i, 16)).save(root / "images" / shape / f"{i}.png")
     (root / "texts").mkdir()
-    (root / "texts" / "circle.txt").write_text("it is round\na disc\n")
+    (root / "texts" / "ring.txt").write_text("it is round\na disc\n")
     (root / "texts" / "square.txt").write_text("it has four corners\n")
     return root
 
@@ -77,9 +77,9 @@ def test_a_probe_leaves_a_run_that_classifies_without_texts(dataset, encoders, t
     run = small(uml_probe(), dataset, encoders)
     assert run.fit(tmp_path / "run", recipe="uml-probe").finished
     assert kind_of(tmp_path / "run") == "classifier"
-    files = sorted((dataset / "images" / "circle").iterdir())[:3]
+    files = sorted((dataset / "images" / "ring").iterdir())[:3]
     found = classify_run(tmp_path / "run", files, top=2, device="cpu")
-    assert [{guess.name for guess in predictions} for predictions in found] == [{"circle", "square"}] * 3
+    assert [{guess.name for guess in predictions} for predictions in found] == [{"ring", "square"}] * 3
     assert all(sum(g.probability for g in predictions) == pytest.approx(1) for predictions in found)
     assert all(predictions[0].probability >= predictions[1].probability for predictions in found)
 
@@ -89,7 +89,7 @@ def test_a_probe_leaves_a_run_that_classifies_without_texts(dataset, encoders, t
     assert metrics["images"] == 24
     assert metrics["accuracy"] == pytest.approx(np.mean(list(metrics["per_class"].values())))
     guessed = [found[0].name for found in classify_run(tmp_path / "run", [*files], device="cpu")]
-    assert metrics["per_class"]["circle"] >= guessed.count("circle") / 12
+    assert metrics["per_class"]["ring"] >= guessed.count("ring") / 12
 
 
 def test_the_frozen_encoder_is_as_it_was_and_its_features_are_made_once(dataset, encoders, tmp_path, monkeypatch):
