@@ -13,7 +13,7 @@ from diptych.itit.generation import ImageGenerationConfig
 from diptych.itit.masking import Masking
 from diptych.itit.model import shift_right
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, LossWeights
-from diptych.nn.losses import token_loss
+from diptych.nn.functional import token_loss
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
 

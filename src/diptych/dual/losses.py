@@ -1,6 +1,6 @@
 """Losses that compare all rows of a batch with one another, as pure functions of embeddings.
 
-They take the rows of all processes (`nn/gradients.py` gathers them) and do not depend on the number of processes.
+They take the rows of all processes (`nn/functional.py` gathers them) and do not depend on the number of processes.
 Similarities and losses are fp32, whatever the precision of the towers. All embeddings are L2-normalized.
 
 Shapes: B rows, V image views of a row, M captions of a row, D width.

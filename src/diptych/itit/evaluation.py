@@ -28,8 +28,8 @@ from diptych.eval.scenes import SceneScore, caption_accuracy, image_accuracy
 from diptych.io import write_bytes
 from diptych.itit.model import Encoded, shift_right
 from diptych.itit.pipeline import Diptych
+from diptych.nn.functional import token_loss
 from diptych.nn.inference import Device
-from diptych.nn.losses import token_loss
 from diptych.report import print_metrics
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import write_json

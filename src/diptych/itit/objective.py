@@ -26,9 +26,8 @@ from diptych.itit.generation import (
 )
 from diptych.itit.masking import Masking, MaskingConfig, sample_masking
 from diptych.itit.model import ITIT, Encoded, shift_right
-from diptych.nn.gradients import scale_gradient, straight_through_embedding
+from diptych.nn.functional import scale_gradient, straight_through_embedding, token_loss
 from diptych.nn.inference import eval_mode
-from diptych.nn.losses import token_loss
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
 from diptych.tokenizers.text_encoder import TextEncoder

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from diptych.data.batch import Batch, TextExamples
 from diptych.encoders.loading import fuse_gelu
 from diptych.errors import UserError
-from diptych.nn.losses import token_loss
+from diptych.nn.functional import token_loss
 from diptych.rng import StepRNG, derive_seed
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.train.objective import Losses, Objective

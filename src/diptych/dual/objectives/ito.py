@@ -19,7 +19,7 @@ from diptych.dual.losses import multi_view_info_nce, multi_view_nt_xent
 from diptych.dual.model import DualEncoder, TowerOutput
 from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
 from diptych.errors import UserError
-from diptych.nn.gradients import gather_rows
+from diptych.nn.functional import gather_rows
 from diptych.train.objective import Losses
 
 

@@ -13,7 +13,7 @@ from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual.losses import multi_view_info_nce, multi_view_nt_xent
 from diptych.dual.model import DualEncoder
 from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
-from diptych.nn.gradients import gather_rows
+from diptych.nn.functional import gather_rows
 from diptych.nn.transformer import init_weights
 from diptych.train.objective import Losses
 
