@@ -1,9 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from diptych.rng import StepRNG, derive_seed, hashed_uniform
+from diptych.rng import GOLDEN, StepRNG, derive_seed, hashed_uniform, mix64
 
 
 def test_derive_seed_tells_everything_apart():
@@ -61,6 +62,12 @@ def test_the_hash_is_splitmix64_at_any_place_of_its_sequence():
         for first in (0, 7, 2**33 - 3, 2**45):
             expected = torch.tensor([splitmix64(key, first + n) for n in range(6)])
             assert torch.equal(hashed_uniform(key, first, 6), expected)
+
+
+def test_the_finalizer_is_splitmix64s():
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # the first outputs for seed 0
+    counter = np.arange(1, 4, dtype=np.uint64) * np.uint64(GOLDEN)
+    assert mix64(counter).tolist() == published
 
 
 def test_parts_of_a_long_draw_join():

@@ -4,14 +4,27 @@ import hashlib
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
+from jaxtyping import UInt64
 from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15
+"""Step of the counter that SplitMix64 (Steele, Lea and Flood, 2014) hashes, modulo 2^64."""
+_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from any numbers and names, e.g. ``derive_seed(seed, "split", 3)``; equal parts, equal seed."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def mix64(x: UInt64[np.ndarray, "*n"]) -> UInt64[np.ndarray, "*n"]:
+    """The finalizer of SplitMix64: a permutation of the 64-bit numbers in which each bit of x moves all bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
+    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +63,19 @@ class StepRNG:
 def hashed_uniform(key: int, first: int, count: int, *, device: torch.device | str = "cpu") -> Tensor:
     """Numbers ``first`` to ``first + count`` of the uniform sequence of ``key``: [count], fp32 in [0, 1).
 
-    Number n is the upper 24 bits of output n of SplitMix64 (Steele, Lea and Flood, 2014) with seed ``key``. That
-    generator hashes a counter, so any part of its sequence can be computed without the part before it. Its last
-    xor-shift is left out, because it changes the lower bits only.
+    Number n is the upper 24 bits of output n of SplitMix64 with seed ``key``. That generator hashes a counter, so any
+    part of its sequence can be computed without the part before it. This is :func:`mix64` on any device, in place and
+    without the last xor-shift, which changes the lower bits only.
     """
     out = torch.empty(count, device=device)
+    golden, mix_1, mix_2 = map(_signed, (GOLDEN, _MIX_1, _MIX_2))
     # The integers take 16 bytes a number for a while: a part at a time, on a CPU as large as its cache.
     part = 2**16 if out.device.type == "cpu" else 2**24
     for start in range(0, count, part):
         end = min(start + part, count)
-        x = torch.arange(first + start + 1, first + end + 1, device=device).mul_(_GOLDEN).add_(key)  # modulo 2^64
-        x.bitwise_xor_((x >> 30).bitwise_and_(2**34 - 1)).mul_(_MIX_1)  # the mask makes `>>` shift in zeros
-        x.bitwise_xor_((x >> 27).bitwise_and_(2**37 - 1)).mul_(_MIX_2)
+        x = torch.arange(first + start + 1, first + end + 1, device=device).mul_(golden).add_(key)  # modulo 2^64
+        x.bitwise_xor_((x >> 30).bitwise_and_(2**34 - 1)).mul_(mix_1)  # the mask makes `>>` shift in zeros
+        x.bitwise_xor_((x >> 27).bitwise_and_(2**37 - 1)).mul_(mix_2)
         torch.mul((x >> 40).bitwise_and_(2**24 - 1), 2.0**-24, out=out[start:end])
     return out
 
@@ -69,6 +83,3 @@ def hashed_uniform(key: int, first: int, count: int, *, device: torch.device | s
 def _signed(word: int) -> int:
     """The int64 with the bits of the unsigned ``word``."""
     return word - 2**64 if word >= 2**63 else word
-
-
-_GOLDEN, _MIX_1, _MIX_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))

@@ -13,7 +13,7 @@ import numpy as np
 
 from diptych.data.batch import Batch, Examples
 from diptych.errors import UserError
-from diptych.rng import StepRNG, derive_seed
+from diptych.rng import StepRNG, derive_seed, mix64
 
 _ROUNDS = 4
 
@@ -25,7 +25,7 @@ def shuffled(position: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np
     of four, walked until it lands below ``size``), so that 400 million items need no table.
     """
     epoch = position // size
-    keys = [_hash(epoch.astype(np.uint64) ^ np.uint64(derive_seed(seed, "order", r))) for r in range(_ROUNDS)]
+    keys = [mix64(epoch.astype(np.uint64) ^ np.uint64(derive_seed(seed, "order", r))) for r in range(_ROUNDS)]
     half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
     item = (position % size).astype(np.uint64)
@@ -33,24 +33,16 @@ def shuffled(position: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np
     while outside.any():
         left, right = item[outside] >> half, item[outside] & low
         for key in keys:
-            left, right = right, left ^ (_hash(right ^ key[outside]) & low)
+            left, right = right, left ^ (mix64(right ^ key[outside]) & low)
         item[outside] = left << half | right
         outside = item >= np.uint64(size)
     return item.astype(np.int64), epoch
 
 
-def _hash(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: every bit of the input moves every bit of the output."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
 def choose(count: np.ndarray, item: np.ndarray, epoch: np.ndarray, seed: int) -> np.ndarray:
     """A random number below ``count`` for each (item, epoch), all [B]: which of an image's captions is shown."""
     key = np.uint64(derive_seed(seed, "choose"))
-    return (_hash(_hash(item.astype(np.uint64) ^ key) ^ epoch.astype(np.uint64)) % count.astype(np.uint64)).astype(int)
+    return (mix64(mix64(item.astype(np.uint64) ^ key) ^ epoch.astype(np.uint64)) % count.astype(np.uint64)).astype(int)
 
 
 Rows = TypeVar("Rows", bound=Examples)

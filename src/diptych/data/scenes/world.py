@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
-from diptych.rng import derive_seed
+from diptych.rng import GOLDEN, derive_seed, mix64
 
 Level = Literal[1, 2, 3]
 Split = Literal["train", "test"]
@@ -48,12 +48,16 @@ and of its brightness (share of itself)."""
 
 @dataclass(frozen=True, slots=True)
 class Thing:
+    """What stands in one quarter of an image."""
+
     shape: str
     colour: str
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
+    """What an image shows, apart from its jitter."""
+
     things: tuple[Thing, ...]
     """In the order of reading, so that one image is one scene."""
     places: tuple[str, ...]
@@ -118,8 +122,5 @@ def jitter(indices: Int[np.ndarray, "n"], *, split: Split, level: Level, seed: i
 
 
 def _random(indices: Int[np.ndarray, "n"], seed: int) -> UInt64[np.ndarray, "n"]:
-    """64 well-mixed bits per index (the finaliser of splitmix64), so that a batch needs no generator per image."""
-    x = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """64 well-mixed bits per index, so that a batch needs no generator per image."""
+    return mix64(indices.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(seed))
