@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from diptych.data.pixels import channels_first
 from diptych.data.scenes.source import ScenesSource
 from diptych.eval.scenes import image_accuracy
 from diptych.itit.data import DataConfig
+from diptych.itit.demo import describe_world, reconstruction_accuracy
 from diptych.itit.evaluation import EvaluateConfig, evaluate
 from diptych.itit.recipes import itit_tiny
 from diptych.itit.training import ItitRun, TrainingInputs
@@ -46,7 +46,13 @@ def main() -> None:
     torch.set_num_threads(1)
     run = settings(options.set, seed=options.seed, stages=options.stages)
     inputs = run.prepare(options.out)
-    facts = describe_world(run, inputs, scored=options.scored)
+    test = ScenesSource(level=3, split="test", seed=options.seed + 1, count=options.scored)
+    items = np.arange(len(test))
+    facts: dict[str, float] = {
+        **describe_world(run, inputs),
+        "recognizer_exact": image_accuracy(test.images(items, inputs.tokenizer.image_size), test.scenes(items)).exact,
+        "tokenizer_exact": reconstruction_accuracy(inputs, test),
+    }
     print(json.dumps(facts), flush=True)
     steps = options.steps or int(options.seconds / seconds_per_step(run, inputs, options.out / "timing"))
     run.train = replace(run.train, steps=steps, eval_every=10 * steps)
@@ -90,22 +96,6 @@ def settings(changes: Sequence[str], *, seed: int, stages: str | None) -> ItitRu
             value = text
         setattr(owner, name, value)
     return run
-
-
-def describe_world(run: ItitRun, inputs: TrainingInputs, *, scored: int) -> dict[str, float]:
-    """How varied the training images are, and how many images survive the tokenizer and the recognizer."""
-    train = ScenesSource.from_spec(run.data.pairs)
-    test = ScenesSource(level=3, split="test", seed=run.train.seed + 1, count=scored)
-    tokens_XN = inputs.encoded.pairs.source.array("tokens")  # type: ignore[union-attr]
-    items = np.arange(scored)
-    pixels = test.images(items, inputs.tokenizer.image_size)
-    decoded = inputs.tokenizer.decode(inputs.tokenizer.encode(channels_first(pixels))).permute(0, 2, 3, 1)
-    return {
-        "distinct_scenes": len(set(train.scenes(np.arange(len(train))))),
-        "distinct_grids": len(np.unique(tokens_XN, axis=0)) / len(tokens_XN),
-        "recognizer_exact": image_accuracy(pixels, test.scenes(items)).exact,
-        "tokenizer_exact": image_accuracy(decoded.cpu().numpy(), test.scenes(items)).exact,
-    }
 
 
 def seconds_per_step(run: ItitRun, inputs: TrainingInputs, out: Path) -> float:

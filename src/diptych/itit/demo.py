@@ -90,7 +90,7 @@ def run_demo(out: Path, *, quick: bool = False, from_scratch: bool = False, seed
     unpaired = (len(ScenesSource.from_spec(run.data.pairs)) - PAIRS) // 2
     say(f"[bold]{PAIRS}[/bold] captioned images, {unpaired:,} unpaired images, {unpaired:,} unpaired texts")
     inputs = run.prepare(out / "itit")
-    tokenizer_accuracy = _tokenizer_accuracy(inputs, test)
+    tokenizer_accuracy = reconstruction_accuracy(inputs, test)
     say(
         f"tokenizer: {tokenizer_accuracy:.1%} of {len(test):,} unseen images are recognized after encoding and decoding"
     )
@@ -103,7 +103,7 @@ def run_demo(out: Path, *, quick: bool = False, from_scratch: bool = False, seed
     runs = [_score(out / name, title, test) for name, title in _TITLES.items() if (out / name / "model").is_dir()]
     metrics: dict[str, Any] = {each.name: each.metrics for each in runs}
     metrics["tokenizer"] = {"image_accuracy": tokenizer_accuracy}
-    metrics["world"] = _describe_world(run, inputs)
+    metrics["world"] = describe_world(run, inputs)
     metrics |= {"seconds": round(time.monotonic() - began, 1), "quick": quick}
     write_json(out / "metrics.json", metrics)
     _print_table(runs)
@@ -211,7 +211,7 @@ def _copy_tokenizers(source: Path, out: Path) -> None:
         shutil.copytree(source / part, out / part, dirs_exist_ok=True)
 
 
-def _tokenizer_accuracy(inputs: TrainingInputs, test: ScenesSource) -> float:
+def reconstruction_accuracy(inputs: TrainingInputs, test: ScenesSource) -> float:
     """Accuracy of images that were only encoded and decoded: an upper bound for images generated as tokens."""
     tokenizer, items = inputs.tokenizer, np.arange(len(test))
     pixels_B3HW = channels_first(test.images(items, tokenizer.image_size))
@@ -219,11 +219,12 @@ def _tokenizer_accuracy(inputs: TrainingInputs, test: ScenesSource) -> float:
     return image_accuracy(decoded, test.scenes(items)).exact
 
 
-def _describe_world(run: ItitRun, inputs: TrainingInputs) -> dict[str, int]:
+def describe_world(run: ItitRun, inputs: TrainingInputs) -> dict[str, int]:
     """Number of different scenes and of different token grids among the images of the training data."""
     scenes = ScenesSource.from_spec(run.data.pairs)
-    stores = [subset.source for subset in (inputs.encoded.pairs, inputs.encoded.images)]
-    grids = np.concatenate([np.asarray(store.array("tokens")) for store in stores if isinstance(store, Store)])
+    sources = [subset.source for subset in (inputs.encoded.pairs, inputs.encoded.images)]
+    stores = {source.folder: source for source in sources if isinstance(source, Store)}  # one, if all are pairs
+    grids = np.concatenate([np.asarray(store.array("tokens")) for store in stores.values()])
     return {
         "distinct_scenes": len(set(scenes.scenes(np.arange(len(scenes))))),
         "images": len(grids),
