@@ -13,7 +13,7 @@ from dual_objectives import CONFIGS, ROWS, batch, objective, result
 from diptych.data.batch import CaptionedImageExamples
 from diptych.dual.losses import info_nce, nt_xent, sigmoid_loss
 from diptych.dual.model import TowerOutput
-from diptych.dual.objectives.base import Views, captions_of
+from diptych.dual.objectives.base import Views, unbind_captions
 
 SCRIPT = Path(__file__).with_name("dual_objectives.py")
 NAMES = list(CONFIGS)
@@ -102,7 +102,7 @@ def embedded(name):
     given = batch(module)
     c, rows = module.config, slice(0, ROWS)
     views = Views(given, c.augment, views=c.views, size=16, name="view")(rows)
-    captions = captions_of(given["pairs"], rows, captions=c.captions)
+    captions = unbind_captions(given["pairs"], rows, captions=c.captions)
     ids, valid = (torch.cat(side) for side in zip(*captions, strict=True))
     images = split(module.model.encode_images(torch.cat(views), keep_tokens=True))
     texts = split(module.model.encode_texts(ids, valid, keep_tokens=True))

@@ -15,6 +15,7 @@ from transformers import (
 from diptych.dual.model import DualEncoder, DualEncoderConfig
 from diptych.encoders import encoder_width, open_text_encoder
 from diptych.errors import UserError
+from diptych.tokenizers.text_encoder import EOS
 
 TEXTS = ["a small red circle", "a blue square in the top left on a white background"]
 
@@ -101,7 +102,7 @@ def test_a_dual_run_gives_the_embedding_of_its_text_tower(tmp_path):
 
 
 def test_the_projection_of_a_clip_is_loaded_whatever_its_tower_says(text_encoder, save_text_model):
-    tower = small(text_encoder, max_position_embeddings=20, eos_token_id=text_encoder.eos_id)
+    tower = small(text_encoder, max_position_embeddings=20, eos_token_id=EOS)
     clip = CLIPModel(CLIPConfig(text_config=tower, projection_dim=6)).eval()
     folder = save_text_model(clip)
     encoder = open_text_encoder(folder)

@@ -17,8 +17,8 @@ from diptych.itit.generation import (
     parallel_decode,
     sample_tokens,
 )
-from diptych.itit.model import EOS, PAD
 from diptych.rng import StepRNG
+from diptych.tokenizers.text_encoder import EOS, PAD
 
 # Parallel decoding
 

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from diptych.errors import UserError
-from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.text_encoder import EOS, TextEncoder
 from diptych.tokenizers.text_tokenizer import train_tokenizer
 
 TEXTS = ["a small red circle", "a large green square above a red star", "", "two stars"]
@@ -59,8 +59,8 @@ def test_control_tokens_written_in_a_text_steer_nothing(encoder: TextEncoder) ->
 def test_only_written_ids_may_be_generated(encoder: TextEncoder) -> None:
     assert encoder.banned_V.nonzero().flatten().tolist() == list(encoder.banned_ids)
     allowed = set(range(encoder.vocab_rows)) - set(encoder.banned_ids)
-    assert encoder.eos_id in allowed
-    tokens = encoder.tokenizer.convert_ids_to_tokens(sorted(allowed - {encoder.eos_id}))
+    assert EOS in allowed
+    tokens = encoder.tokenizer.convert_ids_to_tokens(sorted(allowed - {EOS}))
     assert len(tokens) == encoder.vocab_real - 3 - 8
     assert not any(token.startswith("<") for token in tokens)
 

@@ -18,7 +18,7 @@ from diptych.data.streams import BatchSampler
 from diptych.encoders import ScratchConfig, open_audio_encoder, open_image_encoder, open_text_encoder, scratch_encoder
 from diptych.errors import UserError
 from diptych.nn.inference import eval_mode
-from diptych.uml.features import feature_statistics, image_features, read_rows, sequence_stream, text_features
+from diptych.uml.features import image_features, mean_and_scale, read_rows, sequence_stream, text_features
 
 CONFIG = ScratchConfig(image_size=16, patch=8, width=8, depth=1, heads=2)
 
@@ -218,13 +218,13 @@ def test_statistics_leave_padding_out(store, monkeypatch):
     monkeypatch.setattr("diptych.uml.features._STATISTICS_ROWS", 4)  # in two pieces
     lengths = store.array("lengths")
     real = np.concatenate([store.vectors[i, : lengths[i]] for i in range(6)]).astype(np.float64)
-    mean, scale = feature_statistics(store)
+    mean, scale = mean_and_scale(store)
     np.testing.assert_allclose(mean, real.mean(0), rtol=1e-5)
     np.testing.assert_allclose(scale, real.std(0), rtol=1e-5)
 
 
 def test_a_constant_feature_has_a_scale(tmp_path):
-    _, scale = feature_statistics(store_of(tmp_path / "s", np.ones((5, 2), np.float32)))
+    _, scale = mean_and_scale(store_of(tmp_path / "s", np.ones((5, 2), np.float32)))
     assert (scale > 0).all()
 
 

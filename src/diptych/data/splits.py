@@ -31,8 +31,8 @@ class Subset(Generic[Items]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """Sorted indices of a source, int64. No index is in two of them."""
+class PairSplit:
+    """What the items of a source of pairs become: sorted indices of a source, int64. No index is in two of them."""
 
     pairs: np.ndarray
     """Items that keep image and captions together."""
@@ -42,7 +42,7 @@ class Split:
     """Items of which only the captions are used."""
 
 
-def hold_back(source_len: int, max_pairs: int | None, seed: int, *, rest: Rest = "split") -> Split:
+def hold_back(source_len: int, max_pairs: int | None, seed: int, *, rest: Rest = "split") -> PairSplit:
     """Keep ``max_pairs`` items as pairs and hide the captions or the image of the others, as if they had none.
 
     The order of the items does not depend on ``max_pairs``: the pairs of a smaller number are among those of a larger
@@ -65,7 +65,7 @@ def hold_back(source_len: int, max_pairs: int | None, seed: int, *, rest: Rest =
     others = order[count:]
     images = {"split": (len(others) + 1) // 2, "images": len(others), "texts": 0, "unused": 0}[rest]
     texts = len(others) if rest in ("split", "texts") else images
-    return Split(pairs=np.sort(order[:count]), images=np.sort(others[:images]), texts=np.sort(others[images:texts]))
+    return PairSplit(pairs=np.sort(order[:count]), images=np.sort(others[:images]), texts=np.sort(others[images:texts]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,8 @@ Tokenize = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
 @dataclass(kw_only=True, slots=True)
 class PairsData:
+    """Sources of the captioned images, and how they are read."""
+
     pairs: str
     """Captioned images to learn from: folder, table, tars, hub:owner/name or scenes:."""
     valid: str | None = None

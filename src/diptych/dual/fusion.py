@@ -16,6 +16,8 @@ from diptych.nn.transformer import Block, init_weights, rounded
 
 @dataclass(kw_only=True, slots=True)
 class FusionConfig:
+    """Size of the fusion module; its width is that of the text tower."""
+
     depth: int = 2
     """Number of transformer blocks."""
     head_width: int = 64

@@ -36,6 +36,8 @@ _ATTENTION = "diptych"
 
 @dataclass(kw_only=True, slots=True)
 class DualEncoderConfig:
+    """Sizes of the two towers. The defaults are those of ViT-B/16."""
+
     image_size: int = 224
     """Side of the images that the image tower sees, in pixels."""
     patch: int = 16

@@ -47,6 +47,8 @@ class BankMember:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedMember:
+    """The result of one classifier of the bank."""
+
     score: Score
     """The validation at the selected step."""
     right_N: np.ndarray

@@ -33,6 +33,7 @@ from diptych.nn.inference import Device
 from diptych.report import print_metrics
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import write_json
+from diptych.tokenizers.text_encoder import PAD
 
 _ROWS = 64
 """Number of rows whose information gain is computed at once."""
@@ -183,12 +184,12 @@ def information_gain(diptych: Diptych, tokens_BN: Int[Tensor, "B N"], ids_BL: In
 def _caption_loss(diptych: Diptych, encoded: Encoded, ids_BL: Tensor) -> Tensor:
     """Nats per token of captions, given the encoder's pass over whole images and the empty text."""
     logits_BLV = diptych.model.text_logits(encoded.image_BKD, shift_right(ids_BL))
-    return token_loss(logits_BLV, ids_BL, ids_BL != diptych.text_encoder.pad_id, label_smoothing=0.0)
+    return token_loss(logits_BLV, ids_BL, ids_BL != PAD, label_smoothing=0.0)
 
 
 def _image_loss(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Tensor:
     """Nats per token of images, given captions; every image token is hidden, and none enters the encoder."""
-    model, valid_BL = diptych.model, ids_BL != diptych.text_encoder.pad_id
+    model, valid_BL = diptych.model, ids_BL != PAD
     hidden_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
     encoded = model.encode(
         model.embed_image(tokens_BN),

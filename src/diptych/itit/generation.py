@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diptych.errors import UserError
-from diptych.itit.model import EOS, ITIT, PAD
+from diptych.itit.model import ITIT
 from diptych.rng import StepRNG
+from diptych.tokenizers.text_encoder import EOS, PAD
 
 
 @dataclass(kw_only=True, slots=True)

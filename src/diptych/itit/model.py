@@ -20,10 +20,7 @@ from torch import Tensor, nn
 from diptych.errors import UserError
 from diptych.nn.transformer import Blocks, LayerCache, init_fan_in, init_weights, prefix_causal
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
-from diptych.tokenizers.text_encoder import FeatureKind, TextEncoder
-
-PAD, EOS = 0, 1
-"""T5's ids of padding and of the end of a text. As T5 has no id to begin a text with, PAD begins one."""
+from diptych.tokenizers.text_encoder import PAD, FeatureKind, TextEncoder
 
 
 def shift_right(ids_BL: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:

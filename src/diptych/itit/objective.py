@@ -30,7 +30,7 @@ from diptych.nn.functional import scale_gradient, straight_through_embedding, to
 from diptych.nn.inference import eval_mode
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
-from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.text_encoder import PAD, TextEncoder
 from diptych.train.objective import Losses, Objective
 
 
@@ -216,14 +216,14 @@ class ItitObjective(Objective):
         Also returns the share of different T' among the rows. Cycles can agree on captions that are consistent but say
         nothing; this share is the first number to fall.
         """
-        tokens_BN, pad_id = images.tokens_BN, self.text_encoder.pad_id
+        tokens_BN = images.tokens_BN
         network, banned_V = self.teacher or self.model, self.text_encoder.banned_V
         with eval_mode(network):
             pseudo_BL, _ = generate_text(
                 network, tokens_BN, _ONE_BEAM, banned_V=banned_V, length=self.model.config.max_text_len
             )
-        pseudo_BL = pseudo_BL[:, : int((pseudo_BL != pad_id).sum(1).max())]
-        valid_BL = pseudo_BL != pad_id
+        pseudo_BL = pseudo_BL[:, : int((pseudo_BL != PAD).sum(1).max())]
+        valid_BL = pseudo_BL != PAD
         if self.config.images == "full":
             first = self._sample_masking(self.config.text_masking, images, rng, "i2t2i/first")
             embedded_BLE = self._predict_text(tokens_BN, first, pseudo_BL)

@@ -37,7 +37,7 @@ from diptych.nn.inference import Device, Precision, autocast, pick_device
 from diptych.rng import StepRNG
 from diptych.run_folder import read_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
-from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.text_encoder import PAD, TextEncoder
 
 ImageLike = str | Path | Image.Image | np.ndarray
 """A path, a PIL image, or uint8 pixels [H W 3]."""
@@ -256,7 +256,7 @@ def data_tokenizers(
     device = text_encoder.embedding.weight.device
 
     def to_features(ids_BL: Tensor) -> Tensor:
-        pieces = [text_encoder.features(piece, piece != text_encoder.pad_id) for piece in ids_BL.to(device).split(256)]
+        pieces = [text_encoder.features(piece, piece != PAD) for piece in ids_BL.to(device).split(256)]
         return torch.cat(pieces)
 
     return DataTokenizers(

@@ -56,6 +56,8 @@ def straight_through_embedding(logits: Float[Tensor, "... V"], table: Float[Tens
 
 
 class _StraightThroughEmbedding(torch.autograd.Function):
+    """Forward: rows of the table. Backward: as if they were weighted by the softmax."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, table: Tensor) -> Tensor:
         best = logits.argmax(-1)

@@ -21,6 +21,8 @@ from diptych.tokenizers.image_tokenizer import nearest_codes
 
 @dataclass(kw_only=True, slots=True)
 class CodebookConfig:
+    """How codes are seeded and how unused ones are revived."""
+
     start: int = 0
     """Step at which the codebook is seeded from the encoder's outputs and quantization begins; until then latents pass
     unchanged. -1 keeps the codebook that the tokenizer brings, for fine-tuning."""
@@ -38,6 +40,8 @@ class CodebookConfig:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
+    """Latents after quantization, with the losses that it adds."""
+
     latents_BEhw: Tensor
     """Codes in the forward pass. In the backward pass the gradient goes straight through to the encoder."""
     codebook: Tensor

@@ -37,6 +37,8 @@ _SHOWN = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerScore:
+    """How well an image tokenizer reconstructs images, and how much of its codebook it uses."""
+
     images: int
     """Number of images that were measured."""
     psnr: float
@@ -111,6 +113,8 @@ def evaluate_tokenizer_run(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextEncoderScore:
+    """How different the features are that a text encoder gives to the tokens of texts."""
+
     texts: int
     """Number of texts that were measured."""
     effective_rank: float

@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # diffusers takes seconds to import, so it is imported where 
 
 @dataclass(kw_only=True, slots=True)
 class ImageTokenizerConfig:
+    """Sizes of a new image tokenizer. The defaults are those of a VQGAN for 256 tokens an image."""
+
     image_size: int = 256
     """Height and width of an image in pixels."""
     codebook_size: int = 8192

@@ -28,10 +28,9 @@ from diptych.encoders.loading import fuse_gelu
 from diptych.errors import UserError
 from diptych.nn.functional import token_loss
 from diptych.rng import StepRNG, derive_seed
-from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.text_encoder import EOS, PAD, TextEncoder
 from diptych.train.objective import Losses, Objective
 
-PAD, EOS = TextEncoder.pad_id, TextEncoder.eos_id
 _ROW_MULTIPLE = 64
 """Embedding rows come in multiples of this: matrix units want it, and T5's own table has spare rows too."""
 

@@ -23,6 +23,8 @@ from diptych.io import replace_folder
 FeatureKind = Literal["output", "output_and_embeddings"]
 """Features of a token: the output of the encoder, or its output and the token's input embedding."""
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+PAD, EOS = 0, 1
+"""T5's ids of padding and of the end of a text. As T5 has no id to begin a text with, PAD begins one."""
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
@@ -35,8 +37,6 @@ class TextEncoder(nn.Module):
     Raises UserError for a tokenizer that is not T5's or does not fit the model.
     """
 
-    pad_id = 0
-    eos_id = 1
     banned_V: Tensor
     """True for ids that a caption must never contain: pad, unk, sentinels and rows without a token."""
 
@@ -52,8 +52,8 @@ class TextEncoder(nn.Module):
         """Number of ids that have a token. T5's embedding has a few rows more."""
         self._check_tokenizer()
         sentinels = {i for token, i in tokenizer.get_vocab().items() if _SENTINEL.fullmatch(token)}
-        self._controls = frozenset(sentinels | {self.pad_id, self.eos_id})
-        unwanted = sentinels | {self.pad_id, tokenizer.unk_token_id} | set(range(self.vocab_real, self.vocab_rows))
+        self._controls = frozenset(sentinels | {PAD, EOS})
+        unwanted = sentinels | {PAD, tokenizer.unk_token_id} | set(range(self.vocab_real, self.vocab_rows))
         self.banned_ids: tuple[int, ...] = tuple(sorted(i for i in unwanted if i is not None))
         """The ids of ``banned_V``, in rising order."""
         banned_V = torch.zeros(self.vocab_rows, dtype=torch.bool)
@@ -63,7 +63,7 @@ class TextEncoder(nn.Module):
 
     def _check_tokenizer(self) -> None:
         found = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        if found != (self.pad_id, self.eos_id):
+        if found != (PAD, EOS):
             raise UserError(f"not a T5 tokenizer: its pad and end ids are {found}, T5's are (0, 1)")
         if self.vocab_real > self.vocab_rows:
             raise UserError(f"the tokenizer has {self.vocab_real} ids but the model {self.vocab_rows}: use its own one")
@@ -98,16 +98,16 @@ class TextEncoder(nn.Module):
             raise UserError(f"length={length} leaves no room for the end of a text: use 1 or more")
         rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         kept = ([i for i in row if i not in self._controls][: length - 1] for row in rows)
-        padded = [[*row, self.eos_id, *[self.pad_id] * (length - 1 - len(row))] for row in kept]
+        padded = [[*row, EOS, *[PAD] * (length - 1 - len(row))] for row in kept]
         ids_BL = torch.tensor(padded, dtype=torch.int64).view(len(texts), length)
-        return ids_BL, ids_BL != self.pad_id
+        return ids_BL, ids_BL != PAD
 
     def detokenize(self, ids_BL: Int[Tensor, "B L"]) -> list[str]:
         """The text before each row's first `</s>`, without pad, unk and sentinels."""
         skipped = set(self.banned_ids)
         texts = []
         for row in ids_BL.tolist():
-            end = row.index(self.eos_id) if self.eos_id in row else len(row)
+            end = row.index(EOS) if EOS in row else len(row)
             kept = [i for i in row[:end] if i not in skipped]
             texts.append(str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)))
         return texts

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from diptych.errors import UserError
 
-PAD, EOS, UNK = CONTROLS = ("<pad>", "</s>", "<unk>")
+PAD_TOKEN, EOS_TOKEN, UNK_TOKEN = CONTROLS = ("<pad>", "</s>", "<unk>")
 SPACE = "▁"
 _OVERSHOOT = 1.5
 """Number of candidates for every piece that is kept."""
@@ -111,7 +111,7 @@ def _recount(words: Counter[str], counts: dict[str, int]) -> dict[str, int]:
     """How often each piece is used when every word is cut in its most probable way (hard EM)."""
     ordered = sorted(words)
     for _ in range(_ROUNDS):
-        model = Tokenizer(models.Unigram([(UNK, 0.0), *_scores(counts)], unk_id=0))
+        model = Tokenizer(models.Unigram([(UNK_TOKEN, 0.0), *_scores(counts)], unk_id=0))
         used: Counter[str] = Counter()
         for word, cut in zip(ordered, model.encode_batch(ordered), strict=True):
             for piece in cut.tokens:
@@ -131,7 +131,11 @@ def _wrap(
     tokenizer.pre_tokenizer = _splitter()
     tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always", split=True)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*CONTROLS, *marks)])
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS_TOKEN}", special_tokens=[(EOS_TOKEN, 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK, extra_special_tokens=marks
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        eos_token=EOS_TOKEN,
+        unk_token=UNK_TOKEN,
+        extra_special_tokens=marks,
     )

@@ -39,6 +39,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(kw_only=True, slots=True)
 class VQGANConfig:
+    """Weights of the losses of a VQGAN, its discriminator and its codebook."""
+
     squared_weight: float = 0.0
     """Weight λ_s of the squared error. Small flat images need it: the absolute error alone is content with the
     background, which is their median colour."""

@@ -248,7 +248,7 @@ def read_rows(store: VectorStore, index: np.ndarray) -> SequenceExamples:
     return SequenceExamples(features_BSF=torch.from_numpy(vectors[:, :longest]), valid_BS=torch.from_numpy(valid))
 
 
-def feature_statistics(store: VectorStore) -> tuple[np.ndarray, np.ndarray]:
+def mean_and_scale(store: VectorStore) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each feature over all valid positions of the store, float32 [F] each."""
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(store), _STATISTICS_ROWS):

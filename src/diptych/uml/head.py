@@ -18,6 +18,8 @@ from diptych.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class SharedHeadConfig:
+    """What the classifier that all modalities share is made of."""
+
     widths: dict[str, int] = field(default_factory=dict)
     """Width of each modality's features, by its name; follows from the encoders."""
     anchor: str = "text"

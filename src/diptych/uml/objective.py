@@ -31,6 +31,8 @@ Init = Literal["random", "anchor"]
 
 @dataclass(kw_only=True, slots=True)
 class UmlConfig:
+    """Settings of supervised UML."""
+
     aux_weight: float = 1.0
     """Weight of the loss of every modality but the target (lambda); 0 is the control: the target learns alone."""
     init: Init = "random"

@@ -24,6 +24,8 @@ from diptych.uml.trunk import SharedTransformer
 
 @dataclass(kw_only=True, slots=True)
 class UmlSslConfig:
+    """Settings of self-supervised UML."""
+
     aux_weight: float = 1.0
     """Weight of the loss of every modality but the target (lambda); 0 is the control: the target learns alone."""
     aux_start_step: int = 500

@@ -20,7 +20,7 @@ from diptych.run_folder import Kind, save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process
 from diptych.train.loop import train
-from diptych.uml.features import feature_statistics, read_rows, sequence_stream
+from diptych.uml.features import mean_and_scale, read_rows, sequence_stream
 from diptych.uml.ssl_objective import UmlSsl, UmlSslConfig
 from diptych.uml.trunk import SharedTransformer, SharedTransformerConfig
 
@@ -91,7 +91,7 @@ class UmlSslRun:
             torch.manual_seed(self.train.seed)
             model = SharedTransformer(config)
         for name, store in stores.items():
-            model.set_statistics(*feature_statistics(store), modality=name)
+            model.set_statistics(*mean_and_scale(store), modality=name)
         return model
 
 

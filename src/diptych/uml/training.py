@@ -49,6 +49,8 @@ IMAGE, TEXT = "image", "text"
 
 @dataclass(kw_only=True, slots=True)
 class UmlData:
+    """Sources of the labelled images and of the texts about their classes, and how the images are split."""
+
     images: str
     """Source of labelled images: a folder with a folder for each class, or any source with labels."""
     valid: str | None = None

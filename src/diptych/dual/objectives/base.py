@@ -91,7 +91,7 @@ class Views:
         return [make_view(pixels, drawn[rows], self._config, size=self._size) for drawn in self._drawn]
 
 
-def captions_of(pairs: CaptionedImageExamples, rows: slice, *, captions: int) -> list[tuple[Tensor, Tensor]]:
+def unbind_captions(pairs: CaptionedImageExamples, rows: slice, *, captions: int) -> list[tuple[Tensor, Tensor]]:
     """Ids and validity [b L] of the first caption of each row, then of the second one, and so on."""
     ids, valid = (side[rows].unflatten(1, (captions, -1)).unbind(1) for side in (pairs.ids_BL, pairs.valid_BL))
     return list(zip(ids, valid, strict=True))

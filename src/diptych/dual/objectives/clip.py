@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual.losses import multi_view_info_nce, sigmoid_loss
 from diptych.dual.model import DualEncoder
-from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
+from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, in_chunks, unbind_captions, unit
 from diptych.nn.functional import gather_rows
 from diptych.train.objective import Losses
 
 
 @dataclass(kw_only=True, slots=True)
 class ClipConfig(PairsConfig):
+    """Settings of CLIP and SigLIP, which differ in their loss alone."""
+
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """Contrastive loss: softmax is CLIP's, sigmoid is SigLIP's."""
 
@@ -44,7 +46,8 @@ class ClipObjective(PairsObjective[ClipConfig]):
 
         def encode(rows: slice) -> tuple[Tensor, Tensor]:
             images = [self.model.encode_images(view).pooled_BD for view in views(rows)]
-            texts = [self.model.encode_texts(*text).pooled_BD for text in captions_of(pairs, rows, captions=c.captions)]
+            captions = unbind_captions(pairs, rows, captions=c.captions)
+            texts = [self.model.encode_texts(*caption).pooled_BD for caption in captions]
             return unit(images), unit(texts)
 
         images_VBD, texts_MBD = map(gather_rows, in_chunks(encode, rows=len(pairs), chunk=c.chunk))

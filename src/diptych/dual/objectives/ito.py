@@ -17,7 +17,7 @@ from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual.fusion import Fusion, FusionConfig
 from diptych.dual.losses import multi_view_info_nce, multi_view_nt_xent
 from diptych.dual.model import DualEncoder, TowerOutput
-from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
+from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, in_chunks, unbind_captions, unit
 from diptych.errors import UserError
 from diptych.nn.functional import gather_rows
 from diptych.train.objective import Losses
@@ -25,6 +25,8 @@ from diptych.train.objective import Losses
 
 @dataclass(kw_only=True, slots=True)
 class ItoConfig(PairsConfig):
+    """Settings of the multi-view alignment and the fusion. The defaults are the paper's."""
+
     views: int = 2
     """Number of views of each image in a step; the fusion compares every two of them."""
     augment: ViewConfig = field(default_factory=ViewConfig)
@@ -76,7 +78,7 @@ class ItoObjective(PairsObjective[ItoConfig]):
         fusing = self.fusion is not None
 
         def encode(rows: slice) -> tuple[Tensor, ...]:
-            captions = captions_of(pairs, rows, captions=c.captions)
+            captions = unbind_captions(pairs, rows, captions=c.captions)
             images = [self.model.encode_images(view, keep_tokens=fusing) for view in views(rows)]
             texts = [self.model.encode_texts(*text, keep_tokens=fusing) for text in captions]
             fused = (self._fuse(images, texts, [valid for _, valid in captions]),) if fusing else ()

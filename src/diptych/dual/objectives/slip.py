@@ -12,7 +12,7 @@ from diptych.data.augment import ViewConfig
 from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual.losses import multi_view_info_nce, multi_view_nt_xent
 from diptych.dual.model import DualEncoder
-from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, captions_of, in_chunks, unit
+from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, in_chunks, unbind_captions, unit
 from diptych.nn.functional import gather_rows
 from diptych.nn.transformer import init_weights
 from diptych.train.objective import Losses
@@ -63,7 +63,8 @@ class SlipObjective(PairsObjective[SlipConfig]):
 
         def encode(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
             images = [self.model.encode_images(view).pooled_BD for view in weak(rows)]
-            texts = [self.model.encode_texts(*text).pooled_BD for text in captions_of(pairs, rows, captions=c.captions)]
+            captions = unbind_captions(pairs, rows, captions=c.captions)
+            texts = [self.model.encode_texts(*caption).pooled_BD for caption in captions]
             projected = [self.projector(self.model.encode_images(view).state_BW) for view in strong(rows)]
             return unit(images), unit(texts), unit(projected)
 
