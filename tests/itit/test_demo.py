@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -8,8 +9,9 @@ import pytest
 from diptych.data.pixels import channels_first
 from diptych.data.scenes.source import ScenesSource
 from diptych.eval.scenes import image_accuracy
-from diptych.itit import demo
-from diptych.itit.demo import demo_recipe, paired_only, run_demo
+from diptych.itit import controls, demo
+from diptych.itit.controls import paired_only, train_stopped, train_watched
+from diptych.itit.demo import demo_recipe, run_demo
 from diptych.itit.pipeline import Diptych
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
@@ -30,9 +32,13 @@ def shrunk(run):
 
 
 @contextmanager
-def trained_before(alone, out, test):
-    """The control in this process: another one takes seconds to start."""
-    demo._train(alone, alone.prepare(out / "itit"), out / "paired_only", test, title="pairs only")
+def trained_before(run, out, test):
+    """The controls in this process: another one takes seconds to start."""
+    alone = paired_only(run)
+    inputs = alone.prepare(out / "itit")
+    train_watched(alone, inputs, out / "paired_only", test, title="pairs only")
+    shutil.copytree(out / "paired_only", out / "paired_only_longer")
+    train_stopped(alone, inputs, out / "paired_only_stopped", test)
     yield
 
 
@@ -41,7 +47,7 @@ def patch():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "demo_recipe", lambda **options: shrunk(demo_recipe(**options)))
         patch.setattr(demo, "_SCORED", 8)
-        patch.setattr(demo, "_WATCHED", 4)
+        patch.setattr(controls, "_WATCHED", 4)
         yield patch
 
 
@@ -49,7 +55,7 @@ def patch():
 def shown(tmp_path_factory, patch):
     out = tmp_path_factory.mktemp("demo") / "out"
     with patch.context() as inner:
-        inner.setattr(demo, "_trained_beside", trained_before)
+        inner.setattr(demo, "controls_beside", trained_before)
         return out, run_demo(out)
 
 
@@ -66,6 +72,8 @@ def test_metrics_of_both_runs_and_the_time(shown):
     assert written["seconds"] > written["itit"]["seconds"]
     assert 0 <= written["tokenizer"]["image_accuracy"] <= 1
     assert written["quick"] is False
+    assert set(written["controls"]) == {*controls.TITLES, "logistic_regression_on_pixels", "best"}
+    assert written["controls"]["best"]["caption_accuracy"] >= written["paired_only"]["caption_accuracy"]
     assert written["world"] == {"distinct_scenes": 40, "images": 25, "distinct_grids": 25}
 
 
@@ -95,7 +103,9 @@ def test_the_control_differs_in_unpaired_data_alone():
     run = demo_recipe(quick=False, seed=3)
     control = paired_only(run)
     assert (control.objective.texts, control.objective.images) == ("off", "off")
-    objective = replace(control.objective, texts=run.objective.texts, images=run.objective.images)
+    assert (control.objective.weights.t2t, control.objective.weights.unpaired_i2i) == (0, 0)
+    same = {name: getattr(run.objective, name) for name in ("texts", "images", "weights")}
+    objective = replace(control.objective, **same)
     assert replace(control, objective=objective) == run
     assert run.train.seed == 3
     assert "seed=3" in run.data.pairs

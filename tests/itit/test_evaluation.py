@@ -9,7 +9,7 @@ from diptych.data.sources import open_source
 from diptych.errors import UserError
 from diptych.eval.frechet import RandomFeatures
 from diptych.itit import evaluation as module
-from diptych.itit.evaluation import EvaluateConfig, evaluate, information_gain
+from diptych.itit.evaluation import EvaluateConfig, drift, evaluate, information_gain
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.pipeline import Caption, Diptych
 
@@ -134,6 +134,34 @@ def test_sources_and_limits_that_cannot_be_scored(diptych, folder, tmp_path):
         evaluate(diptych, open_source(str(tmp_path / "texts/a.txt")), GREEDY)
     with pytest.raises(UserError, match="a limit of 0 images"):
         evaluate(diptych, SCENES, EvaluateConfig(limit=0))
+
+
+class Fake(Diptych):
+    """Answers with given captions and images."""
+
+    def __init__(self, captions, images):
+        self.told, self.drawn = captions, images
+
+    def tokenize(self, pixels_BSS3):
+        return torch.zeros(len(pixels_BSS3), 4, dtype=torch.long)
+
+    def caption_tokens(self, tokens_BN, *, beams=None):
+        return [Caption(text=text, score=None) for text in self.told]
+
+    def imagine(self, texts, *, seed=0, config=None):
+        return self.drawn
+
+
+def test_drift_is_what_round_trips_do_better_than_their_halves():
+    source = ScenesSource(count=8, level=3)
+    images, scenes = source.images(range(8)), source.scenes(range(8))
+    captions = [source.captions(item)[0] for item in range(8)]
+    honest = drift(Fake(captions, images), captions, images, scenes)
+    assert all(value == 0 for value in honest.values())
+    # A code of its own: every image and every caption is that of another scene, and yet each trip comes home.
+    private = drift(Fake(captions, images), captions[1:] + captions[:1], np.roll(images, 1, 0), scenes)
+    assert private["text_drift"] == private["image_drift"] == 1
+    assert 0 < private["text_drift_shape"] <= 1
 
 
 # Information gain

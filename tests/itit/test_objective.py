@@ -3,7 +3,7 @@
 The cycles are compared with the paper's definition, written out densely.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -92,9 +92,9 @@ def test_the_first_encoder_pass_of_a_cycle_gets_no_gradient(model, text_encoder,
 
 
 def test_the_total_is_the_weighted_sum(model, text_encoder, batch):
-    weights = LossWeights(t2i=2.0, i2t=3.0, i2i=5.0, t2i2t=7.0, i2t2i=11.0)
+    weights = LossWeights(t2i=2.0, i2t=3.0, i2i=5.0, t2i2t=7.0, i2t2i=11.0, t2t=13.0, unpaired_i2i=17.0)
     losses = objective(model, text_encoder, weights=weights)(batch, 0)
-    expected = sum(getattr(weights, name) * losses.terms[name] for name in NOTHING)
+    expected = sum(getattr(weights, name) * losses.terms[name] for name in asdict(weights))
     torch.testing.assert_close(losses.total, expected)
 
 
@@ -105,9 +105,12 @@ def test_cycles_begin_at_their_step(model, text_encoder, batch):
 
 
 def test_controls_and_streams(model, text_encoder, batch):
-    control = objective(model, text_encoder, texts="t2t", images="i2i")
-    assert {"t2t", "unpaired_i2i"} <= set(control(batch, 0).terms)
+    beside = LossWeights(t2t=1.0, unpaired_i2i=1.0)
+    control = objective(model, text_encoder, texts="off", images="off", weights=beside, cycle_start_step=10)
+    assert set(control(batch, 0).terms) == {"t2i", "i2t", "i2i", "t2t", "unpaired_i2i"}  # before any cycle begins
     assert control.streams == {"pairs": 2, "images": 1, "texts": 1}
+    both = objective(model, text_encoder, weights=beside)
+    assert {"t2t", "unpaired_i2i", "t2i2t", "i2t2i"} <= set(both(batch, 0).terms)
     alone = objective(model, text_encoder, texts="off", images="off")
     assert alone.streams == {"pairs": 2}
     assert set(alone(batch, 0).terms) == {"t2i", "i2t", "i2i"}

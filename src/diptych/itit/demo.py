@@ -3,8 +3,6 @@
 It takes a few minutes on a CPU.
 """
 
-import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,15 +15,16 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table as ConsoleTable
-from torch import nn
 
+from diptych.data.batch import Batch, ImageTokenExamples, PairExamples, TextExamples
 from diptych.data.pixels import channels_first
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.store import Store
-from diptych.errors import UserError
 from diptych.eval.scenes import image_accuracy
+from diptych.itit.controls import TITLES, controls_beside, half_the_cores, regression_on_pixels, train_watched
 from diptych.itit.data import DataConfig
 from diptych.itit.evaluation import EvaluateConfig, Evaluation, evaluate
+from diptych.itit.objective import ItitObjective
 from diptych.itit.pipeline import Diptych
 from diptych.itit.recipes import itit_tiny
 from diptych.itit.training import ItitRun, TrainingInputs
@@ -42,21 +41,24 @@ from diptych.report.html import (
     Text,
     write_report,
 )
-from diptych.run_folder import write_config, write_json
-from diptych.train.interrupt import Interrupted
-from diptych.train.loop import Hook
+from diptych.rng import StepRNG
+from diptych.run_folder import write_json
+from diptych.tokenizers.image_tokenizer import ImageTokenizer
+from diptych.tokenizers.text_encoder import TextEncoder
 
 STAGES = Path(__file__).parent / "scene_stages"
 """Image tokenizer and text encoder of the scenes, as `diptych demo --from-scratch` leaves them in its run folders."""
-PAIRS, UNPAIRED = 720, 18_000
-"""Number of captioned images, 2 % of all; number of unpaired images, and of unpaired texts."""
-_SCORED, _WATCHED = 500, 100
-"""Number of held-out scenes that are scored at the end, and during training."""
+PAIRS, UNPAIRED = 360, 18_000
+"""Number of captioned images, 1 % of all; number of unpaired images, and of unpaired texts."""
+_SCORED = 500
+"""Number of held-out scenes that are scored at the end."""
 _SHOWN = 12
 """Number of held-out scenes in the report."""
 _ATTRIBUTES = ("shape", "colour", "place")
 """Attributes of each of the three things of a scene."""
-_TITLES = {"paired_only": "pairs only", "paired_only_longer": "pairs only, same time", "itit": "ITIT"}
+_TIMED, _OVERHEAD = 6, 400
+"""Number of steps that are timed for the estimate; number of steps that take as long as all that is not training."""
+_TITLES = TITLES | {"itit": "ITIT"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,24 +91,30 @@ def run_demo(out: Path, *, quick: bool = False, from_scratch: bool = False, seed
     test = ScenesSource(level=3, split="test", seed=seed + 1, count=50 if quick else _SCORED)
     unpaired = (len(ScenesSource.from_spec(run.data.pairs)) - PAIRS) // 2
     say(f"[bold]{PAIRS}[/bold] captioned images, {unpaired:,} unpaired images, {unpaired:,} unpaired texts")
+    stages = ", the image tokenizer and the text encoder not counted" if from_scratch else ""
+    say(f"about {_seconds_expected(run) / 60:.1f} minutes on this machine{stages}")
     inputs = run.prepare(out / "itit")
     tokenizer_accuracy = reconstruction_accuracy(inputs, test)
     say(
         f"tokenizer: {tokenizer_accuracy:.1%} of {len(test):,} unseen images are recognized after encoding and decoding"
     )
 
-    _copy_tokenizers(out / "itit", out / "paired_only")
-    with _trained_beside(paired_only(run), out, test), _threads(_half_the_cores()):
+    for name in ("paired_only", "paired_only_stopped"):
+        _copy_tokenizers(out / "itit", out / name)
+    with controls_beside(run, out, test), _threads(half_the_cores()):
         say("training ITIT, and beside it the same network on pairs only")
-        _train(run, inputs, out / "itit", test, title="ITIT")
-    say("scoring")
-    runs = [_score(out / name, title, test) for name, title in _TITLES.items() if (out / name / "model").is_dir()]
+        train_watched(run, inputs, out / "itit", test, title="ITIT")
+        say("scoring")
+        regression = regression_on_pixels(run, test).exact
+        runs = [_score(out / "itit", _TITLES["itit"], test)]
+    runs = [_score(out / name, title, test) for name, title in TITLES.items()] + runs
     metrics: dict[str, Any] = {each.name: each.metrics for each in runs}
+    metrics["controls"] = _controls(runs, regression)
     metrics["tokenizer"] = {"image_accuracy": tokenizer_accuracy}
     metrics["world"] = describe_world(run, inputs)
     metrics |= {"seconds": round(time.monotonic() - began, 1), "quick": quick}
     write_json(out / "metrics.json", metrics)
-    _print_table(runs)
+    _print_table(runs, regression)
     report = write_demo_report(out, runs, metrics=metrics, pairs=PAIRS, unpaired=unpaired)
     say(f"{time.monotonic() - began:.0f} s in all. Open [bold]{report}[/bold] to see the results.")
     return metrics
@@ -136,65 +144,6 @@ def demo_recipe(*, quick: bool, from_scratch: bool = False, seed: int) -> ItitRu
     )
 
 
-def paired_only(run: ItitRun) -> ItitRun:
-    """The control: the same run without unpaired data."""
-    return replace(run, objective=replace(run.objective, texts="off", images="off"))
-
-
-def _train(run: ItitRun, inputs: TrainingInputs, out: Path, test: ScenesSource, *, title: str) -> None:
-    """Train in the run folder ``out``, with the accuracies on some held-out scenes in ``metrics.jsonl``."""
-    write_config(out, recipe="itit-tiny", run=run)
-    objective = run.build(inputs)
-    diptych = run.diptych(objective, inputs)
-    watched = replace(test, count=min(_WATCHED, test.count))
-
-    def watch(step: int, module: nn.Module) -> dict[str, float]:
-        found = evaluate(diptych, watched, EvaluateConfig(beams=1)).metrics
-        return {name: found[name] for name in ("caption_accuracy", "image_accuracy")}
-
-    run.train_on(inputs, objective, out, hooks=[Hook(every=run.train.eval_every, run=watch)], title=title)
-
-
-@contextmanager
-def _trained_beside(alone: ItitRun, out: Path, test: ScenesSource) -> Iterator[None]:
-    """Train the control in a process of its own, which is told to stop when the body of the `with` is done."""
-    if (out / "paired_only_longer" / "model").is_dir():
-        yield  # an earlier call has trained it
-        return
-    child = multiprocessing.get_context("spawn").Process(target=_train_control, args=(alone, out, test))
-    child.start()
-    try:
-        yield
-        while child.is_alive() and not (out / "paired_only" / "model").is_dir():
-            time.sleep(0.2)  # the control may be the slower one: let it take its number of steps
-    finally:
-        child.terminate()
-        child.join()
-    if not (out / "paired_only" / "model").is_dir():
-        raise UserError(f"{out}/paired_only: the control stopped early; run the same command again to go on")
-
-
-def _train_control(alone: ItitRun, out: Path, test: ScenesSource) -> None:
-    """Take the same number of steps, then train a copy on until SIGTERM. Runs in the process of the control."""
-    torch.set_num_threads(_half_the_cores())
-    alone = replace(alone, train=replace(alone.train, quiet=True))
-    inputs = alone.prepare(out / "itit")
-    _train(alone, inputs, out / "paired_only", test, title=_TITLES["paired_only"])
-    folder, title = out / "paired_only_longer", _TITLES["paired_only_longer"]
-    if not folder.exists():
-        shutil.copytree(out / "paired_only", folder, ignore=shutil.ignore_patterns("model"))
-    try:
-        endless = replace(alone, train=replace(alone.train, steps=1_000_000))
-        _train(endless, inputs, folder, test, title=title)
-    except Interrupted as stopped:
-        ended = replace(alone, train=replace(alone.train, steps=stopped.step))
-        _train(ended, inputs, folder, test, title=title)  # no step is left: it saves the model
-
-
-def _half_the_cores() -> int:
-    return max(1, (os.cpu_count() or 1) // 2)
-
-
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -203,6 +152,44 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _seconds_expected(run: ItitRun) -> float:
+    """Seconds that the demo takes on this machine, from a few steps on a batch of random tokens."""
+    tokenizer, text_encoder = (
+        ImageTokenizer.from_pretrained(STAGES / "tokenizer"),
+        TextEncoder.from_pretrained(STAGES / "text_encoder"),
+    )
+    objective = ItitObjective(run.model.build(tokenizer, text_encoder), text_encoder, run.objective)
+    source = ScenesSource.from_spec(run.data.pairs)
+    rows = range(run.train.batch_size)
+    tokens_BN = tokenizer.encode(channels_first(source.images(rows)))
+    ids_BL, valid_BL = text_encoder.tokenize([source.captions(row)[0] for row in rows], length=run.model.max_text_len)
+    texts = {"ids_BL": ids_BL, "valid_BL": valid_BL, "features_BLF": text_encoder.features(ids_BL, valid_BL)}
+    pairs = PairExamples(
+        tokens_BN=tokens_BN.repeat(2, 1),
+        **{name: part.repeat(2, *[1] * (part.ndim - 1)) for name, part in texts.items()},
+    )
+    streams = {"pairs": pairs, "images": ImageTokenExamples(tokens_BN=tokens_BN), "texts": TextExamples(**texts)}
+    seconds = []
+    with _threads(half_the_cores()):
+        for step in range(_TIMED):
+            began = time.monotonic()
+            objective(Batch(rng=StepRNG(0, step), streams=streams), run.objective.cycle_start_step).total.backward()
+            seconds.append(time.monotonic() - began)
+    return float(np.median(seconds[1:])) * (run.train.steps + _OVERHEAD)
+
+
+def _controls(runs: list[ScoredRun], regression: float) -> dict[str, dict[str, float]]:
+    """Accuracies of everything that ITIT is compared with, and the best of them."""
+    found = {
+        each.name: {key: each.metrics[key] for key in ("caption_accuracy", "image_accuracy")}
+        for each in runs
+        if each.name in TITLES
+    }
+    found["logistic_regression_on_pixels"] = {"caption_accuracy": regression}
+    keys = ("caption_accuracy", "image_accuracy")
+    return found | {"best": {key: max(each.get(key, 0.0) for each in found.values()) for key in keys}}
 
 
 def _copy_tokenizers(source: Path, out: Path) -> None:
@@ -240,13 +227,14 @@ def _score(folder: Path, title: str, test: ScenesSource) -> ScoredRun:
     return ScoredRun(name=folder.name, title=title, metrics=metrics, evaluation=found, diptych=diptych)
 
 
-def _print_table(runs: list[ScoredRun]) -> None:
+def _print_table(runs: list[ScoredRun], regression: float) -> None:
     head = ("", "captions exact", "images exact", "CIDEr", "steps", "seconds")
     table = ConsoleTable(*head, title="on held-out scenes")
     for each in runs:
         m = each.metrics
         accuracies = [f"{m['caption_accuracy']:.3f}", f"{m['image_accuracy']:.3f}"]
         table.add_row(each.title, *accuracies, f"{m['cider']:.0f}", f"{m['steps']:,}", f"{m['seconds']:.0f}")
+    table.add_row("logistic regression on pixels", f"{regression:.3f}", "", "", "", "")
     Console().print(table)
 
 
@@ -258,15 +246,19 @@ def write_demo_report(out: Path, runs: list[ScoredRun], *, metrics: dict[str, An
     both = [each for each in runs if each.name in ("paired_only", "itit")]
     about_captions = "Scenes whose combination of all attributes no network has seen, with each one's caption."
     sections = [
+        Section("One scene that neither has seen", [_one_scene(both)]),
         Section("What was learned", _learned(runs, metrics)),
         Section("Captions", [Text(about_captions), _captions(both)]),
         Section("Images", [Text("Images generated from the captions of such scenes."), _images(both)]),
         Section("Cycles", [block for each in both for block in _cycle(each)]),
         Section("Curves", _curves(out, runs)),
     ]
+    alone, itit = (each.metrics for each in both)
     lead = (
-        f"Two networks with the same initial weights, both given {pairs} captioned images. One also got {unpaired:,} "
-        f"unpaired images and {unpaired:,} unpaired texts, and learned from them by cycle consistency."
+        f"From {pairs} captioned images a network captions {alone['caption_accuracy']:.0%} of new scenes without a "
+        f"mistake and draws {alone['image_accuracy']:.0%}; given {unpaired:,} images without captions and {unpaired:,} "
+        f"texts without images as well, the same network captions {itit['caption_accuracy']:.0%} and draws "
+        f"{itit['image_accuracy']:.0%}."
     )
     return write_report(out / "report.html", sections, title="Diptych: demo", lead=lead)
 
@@ -302,6 +294,17 @@ def _learned(runs: list[ScoredRun], metrics: dict[str, Any]) -> list[Any]:
 def _mean_share(metrics: dict[str, Any], side: str, attribute: str) -> float:
     """Share of the things whose ``attribute`` is right."""
     return sum(metrics[f"{side}_{attribute}_{number}"] for number in (1, 2, 3)) / 3
+
+
+def _one_scene(both: list[ScoredRun]) -> Comparison:
+    """A scene and its caption; what each network makes of either."""
+    scenes = both[0].evaluation
+    cells = [Captioned(image=scenes.real_BSS3[0], caption=scenes.references[0][0], label="scene")]
+    for each in both:
+        found = each.evaluation
+        assert found.generated_BSS3 is not None
+        cells.append(Captioned(image=found.generated_BSS3[0], caption=found.captions[0], label=each.title))
+    return Comparison([Example("its image generated from the caption, its caption generated from the image", cells)])
 
 
 def _captions(both: list[ScoredRun]) -> Comparison:

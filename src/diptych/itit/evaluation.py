@@ -4,17 +4,19 @@ Shapes: B images, S pixels a side, N image tokens, L text tokens.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
 from diptych.data.pixels import channels_first, read_captioned
 from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes.world import Scene
 from diptych.data.sources import Source
 from diptych.eval.captions import score_captions
 from diptych.eval.frechet import (
@@ -42,6 +44,10 @@ _SHOWN = 8
 _GAIN_NOTE = (
     "caption_information_gain and image_information_gain are in nats per token: what a caption's tokens gain in "
     "log-probability from their own image rather than another one, and an image's tokens from their own caption."
+)
+_DRIFT_NOTE = (
+    "text_drift and image_drift: share of round trips that end where they began, less the share whose first half is "
+    "right. Above 0 the network reads its own mistakes as if they were right, which a cycle's loss cannot tell apart."
 )
 
 
@@ -86,8 +92,8 @@ def evaluate(
 
     Captions: CIDEr-D, BLEU, ROUGE-L and variety. Images: the Frechet distance of generated to real images, on features
     of ``extractor`` (default: a random network). Both: :func:`information_gain`, in nats per token. On `scenes:` also
-    the exact accuracies. Real images are cut to their centre square and resized to the tokenizer's size, without
-    compression. Raises UserError for a source without images or captions.
+    the exact accuracies, and of both the :func:`drift`. Real images are cut to their centre square and resized to the
+    tokenizer's size, without compression. Raises UserError for a source without images or captions.
     """
     items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.image_size)
     references = [source.captions(item) for item in items]
@@ -117,6 +123,9 @@ def evaluate(
         notes += [note] if note else []
         if scenes is not None:
             metrics |= _scene_metrics("image", image_accuracy(generated, scenes))
+            if config.captions:
+                metrics |= drift(diptych, captions, generated, scenes, seed=config.seed)
+                notes.append(_DRIFT_NOTE)
     return Evaluation(
         metrics=metrics,
         notes=notes,
@@ -142,6 +151,45 @@ def _frechet(
 def _scene_metrics(side: str, score: SceneScore) -> dict[str, float]:
     attributes = {f"{side}_{name.replace(' ', '_')}": value for name, value in score.attributes.items()}
     return {f"{side}_accuracy": score.exact, f"{side}_readable": score.readable} | attributes
+
+
+# Drift
+
+
+def drift(
+    diptych: Diptych,
+    captions: Sequence[str],
+    generated_BSS3: UInt8[np.ndarray, "B S S 3"],
+    scenes: Sequence[Scene],
+    *,
+    seed: int = 0,
+) -> dict[str, float]:
+    """How much better round trips do than their first halves: what both directions agree on although it is not so.
+
+    ``text_drift`` is the share of texts that are right again after text -> image -> text, less the share of images that
+    are right; ``image_drift`` the share of images that are right after image -> text -> image, less the share of texts.
+    Any consistent exchange of meanings satisfies both cycles, so their losses fall for it too; drift rises only then.
+    Also for shape, colour and place alone, as the mean over the things of a scene.
+
+    Args:
+        captions: The captions of the images of ``scenes``.
+        generated_BSS3: The images generated from their true captions.
+    """
+    told = [caption.text for caption in diptych.caption_tokens(diptych.tokenize(generated_BSS3), beams=1)]
+    text_trip, image = caption_accuracy(told, scenes), image_accuracy(generated_BSS3, scenes)
+    image_trip, caption = (
+        image_accuracy(diptych.imagine(captions, seed=seed), scenes),
+        caption_accuracy(captions, scenes),
+    )
+    return _excess("text_drift", text_trip, image) | _excess("image_drift", image_trip, caption)
+
+
+def _excess(name: str, trip: SceneScore, half: SceneScore) -> dict[str, float]:
+    """The difference of two scores, of all attributes together and of each kind."""
+    kinds: dict[str, list[float]] = {}
+    for attribute, share in trip.attributes.items():
+        kinds.setdefault(attribute.split()[0], []).append(share - half.attributes[attribute])
+    return {name: trip.exact - half.exact} | {f"{name}_{kind}": float(np.mean(each)) for kind, each in kinds.items()}
 
 
 # Information gain

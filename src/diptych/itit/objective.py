@@ -45,21 +45,25 @@ class LossWeights:
     i2i: float = 1.0
     """Weight of masked modelling without a text, on the images of the pairs."""
     t2i2t: float = 1.0
-    """Weight of the cycle on unpaired texts, or of the language model that replaces it (texts t2t)."""
+    """Weight of the cycle on unpaired texts."""
     i2t2i: float = 1.0
-    """Weight of the cycle on unpaired images, or of the masked modelling that replaces it (images i2i)."""
+    """Weight of the cycle on unpaired images."""
+    t2t: float = 0.0
+    """Weight of a language model on unpaired texts, beside their cycle or, with texts off, in its place (Table 2)."""
+    unpaired_i2i: float = 0.0
+    """Weight of masked modelling on unpaired images, beside their cycle or, with images off, in its place (Table 2)."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ItitObjectiveConfig:
     """The defaults are the paper's, except for the image generation inside T2I2T (see ``image_generation``)."""
 
-    texts: Literal["off", "t2t", "half", "full"] = "full"
-    """Use of unpaired texts: none, a language model without images (control), the half or the full T2I2T cycle."""
-    images: Literal["off", "i2i", "half", "full"] = "full"
-    """Use of unpaired images: none, masked modelling without texts (control), the half or the full I2T2I cycle."""
+    texts: Literal["off", "half", "full"] = "full"
+    """Cycle T2I2T on unpaired texts: none, half or full."""
+    images: Literal["off", "half", "full"] = "full"
+    """Cycle I2T2I on unpaired images: none, half or full."""
     cycle_start_step: int = 25_000
-    """Step at which the losses on unpaired data begin. Generated images and texts are noise before it (Table 5)."""
+    """Step at which the cycles begin. Generated images and texts are noise before it (Table 5)."""
     image_masking: MaskingConfig = field(default_factory=MaskingConfig)
     """Share of image tokens hidden where an image is predicted (T2I, I2I on unpaired images, I2T2I)."""
     text_masking: MaskingConfig = field(default_factory=lambda: MaskingConfig(high=0.75))
@@ -90,10 +94,6 @@ class ItitObjectiveConfig:
 _ONE_BEAM = TextGenerationConfig(beams=1)
 """Settings of the greedy generation of texts in I2T2I."""
 
-_WEIGHT_FIELD = {"t2i": "t2i", "i2t": "i2t", "i2i": "i2i", "t2i2t": "t2i2t", "i2t2i": "i2t2i"}
-_WEIGHT_FIELD |= {"t2t": "t2i2t", "unpaired_i2i": "i2t2i"}
-"""Name of a loss -> field of `LossWeights`. Each control takes the weight of the cycle that it replaces."""
-
 
 class ItitObjective(Objective):
     """L = L_T2I + L_I2T + L_I2I on pairs, + L_T2I2T on unpaired texts, + L_I2T2I on unpaired images."""
@@ -106,9 +106,9 @@ class ItitObjective(Objective):
         self.text_encoder = text_encoder
         self.config = config
         self.streams = {"pairs": 2}  # one for T2I and another one for I2T and I2I, as in the paper
-        if config.images != "off":
+        if config.images != "off" or config.weights.unpaired_i2i:
             self.streams["images"] = 1
-        if config.texts != "off":
+        if config.texts != "off" or config.weights.t2t:
             self.streams["texts"] = 1
         self.teacher = copy.deepcopy(model).requires_grad_(False) if config.teacher == "ema" else None
         self._teacher_step: int | None = None
@@ -120,17 +120,17 @@ class ItitObjective(Objective):
         pairs: PairExamples = batch["pairs"]
         for_image, for_text = pairs[0::2], pairs[1::2]  # so any even run of rows holds as many of each
         losses = {"t2i": self.t2i_loss(for_image, rng)} | self.i2t_and_i2i_losses(for_text, rng)
+        if config.weights.t2t:
+            losses["t2t"] = self.t2t_loss(batch["texts"])
+        if config.weights.unpaired_i2i:
+            losses["unpaired_i2i"] = self.unpaired_i2i_loss(batch["images"], rng)
         if step >= config.cycle_start_step:
             self._update_teacher(step)
-            if config.texts == "t2t":
-                losses["t2t"] = self.t2t_loss(batch["texts"])
-            elif config.texts != "off":
+            if config.texts != "off":
                 losses["t2i2t"] = self.t2i2t_loss(batch["texts"], rng)
-            if config.images == "i2i":
-                losses["unpaired_i2i"] = self.unpaired_i2i_loss(batch["images"], rng)
-            elif config.images != "off":
+            if config.images != "off":
                 losses["i2t2i"], measured["i2t2i/distinct_captions"] = self.i2t2i_loss(batch["images"], rng)
-        weighted = [getattr(config.weights, _WEIGHT_FIELD[name]) * loss for name, loss in losses.items()]
+        weighted = [getattr(config.weights, name) * loss for name, loss in losses.items()]
         total = torch.stack(weighted).sum()
         return Losses(total, {name: value.detach() for name, value in (losses | measured).items()})
 

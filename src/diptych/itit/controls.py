@@ -1,0 +1,245 @@
+"""What ITIT is compared with in the demo: three networks that learn from the pairs alone, and a classifier of pixels.
+
+The networks train in a process of their own while ITIT trains, as networks this small do not fill more than one core.
+
+Shapes: B images, N image tokens, P numbers of an image's pixels.
+"""
+
+import math
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from diptych.data.batch import PairExamples
+from diptych.data.scenes.grammar import caption
+from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes.world import COLOURS, PLACES, SHAPES, Scene, Thing
+from diptych.data.splits import Subset
+from diptych.data.store import Store
+from diptych.errors import UserError
+from diptych.eval.probe import fit_linear
+from diptych.eval.scenes import SceneScore, caption_accuracy
+from diptych.io import replace_folder
+from diptych.itit.data import open_data
+from diptych.itit.evaluation import EvaluateConfig, evaluate
+from diptych.itit.objective import ItitObjective
+from diptych.itit.training import ItitRun, TrainingInputs
+from diptych.report.figures import read_metrics
+from diptych.rng import StepRNG
+from diptych.run_folder import save_model, write_config
+from diptych.train.interrupt import Interrupted
+from diptych.train.loop import Hook
+
+TITLES = {
+    "paired_only": "pairs only",
+    "paired_only_longer": "pairs only, same time",
+    "paired_only_stopped": "pairs only, dropout, stopped early",
+}
+"""Run folder of each network -> its name in the report."""
+_WATCHED = 100
+"""Number of held-out scenes that are scored during training."""
+_HELD_OUT = 10
+"""One in so many pairs is held back to tell when to stop."""
+_PATIENCE = 5
+"""Number of evaluations without a lower loss on held-out pairs after which training stops."""
+_STOP_EVERY = 40
+"""Steps between two evaluations on held-out pairs."""
+_L2 = (1.0, 0.1, 0.01)
+"""Strengths of the l2 penalty that the regression chooses from."""
+
+
+def paired_only(run: ItitRun) -> ItitRun:
+    """The same run without unpaired data."""
+    weights = replace(run.objective.weights, t2t=0.0, unpaired_i2i=0.0)
+    return replace(run, objective=replace(run.objective, texts="off", images="off", weights=weights))
+
+
+def train_watched(
+    run: ItitRun,
+    inputs: TrainingInputs,
+    out: Path,
+    test: ScenesSource,
+    *,
+    title: str,
+    hooks: Sequence[Callable[[ItitObjective], Hook]] = (),
+) -> None:
+    """Train in the run folder ``out``, with the accuracies on some held-out scenes in ``metrics.jsonl``."""
+    write_config(out, recipe="itit-tiny", run=run)
+    objective = run.build(inputs)
+    diptych = run.diptych(objective, inputs)
+    watched = replace(test, count=min(_WATCHED, test.count))
+
+    def watch(step: int, module: nn.Module) -> dict[str, float]:
+        found = evaluate(diptych, watched, EvaluateConfig(beams=1)).metrics
+        return {name: found[name] for name in ("caption_accuracy", "image_accuracy", "text_drift", "image_drift")}
+
+    watching = Hook(every=run.train.eval_every, run=watch)
+    run.train_on(inputs, objective, out, hooks=[watching, *(make(objective) for make in hooks)], title=title)
+
+
+# Beside ITIT
+
+
+@contextmanager
+def controls_beside(run: ItitRun, out: Path, test: ScenesSource) -> Iterator[None]:
+    """Train the three networks of `TITLES` in a process of their own while the body of the `with` trains ITIT.
+
+    After the body the longer one goes on until it has trained for as many seconds as ITIT. A repeat finishes what a
+    killed call began. Raises UserError if the process ends early.
+    """
+    if all((out / name / "model").is_dir() for name in TITLES):
+        yield  # an earlier call has trained them
+        return
+    child = multiprocessing.get_context("spawn").Process(target=_train_controls, args=(run, out, test))
+    child.start()
+    try:
+        yield
+        enough = seconds_trained(out / "itit")
+        while child.is_alive() and seconds_trained(out / "paired_only_longer") < enough:
+            time.sleep(0.2)
+    finally:
+        child.terminate()
+        child.join()
+    if missing := [name for name in TITLES if not (out / name / "model").is_dir()]:
+        raise UserError(f"{out}/{missing[0]}: the control stopped early; run the same command again to go on")
+
+
+def seconds_trained(folder: Path) -> float:
+    """Seconds of training of a run folder, all calls together; 0 before its first step."""
+    if not (folder / "metrics.jsonl").is_file():
+        return 0.0
+    return max(
+        (record["seconds"] for record in read_metrics(folder / "metrics.jsonl") if "loss" in record), default=0.0
+    )
+
+
+def _train_controls(run: ItitRun, out: Path, test: ScenesSource) -> None:
+    """Train the three one after another, the longer one until SIGTERM. Runs in the process of the controls."""
+    torch.set_num_threads(half_the_cores())
+    alone = paired_only(replace(run, train=replace(run.train, quiet=True)))
+    inputs = alone.prepare(out / "itit")
+    train_watched(alone, inputs, out / "paired_only", test, title=TITLES["paired_only"])
+    train_stopped(alone, inputs, out / "paired_only_stopped", test)
+    folder, title = out / "paired_only_longer", TITLES["paired_only_longer"]
+    if not folder.exists():
+        shutil.copytree(out / "paired_only", folder, ignore=shutil.ignore_patterns("model"))
+    try:
+        endless = replace(alone, train=replace(alone.train, steps=1_000_000))
+        train_watched(endless, inputs, folder, test, title=title)
+    except Interrupted as stopped:
+        ended = replace(alone, train=replace(alone.train, steps=stopped.step))
+        train_watched(ended, inputs, folder, test, title=title)  # no step is left: it saves the model
+
+
+def half_the_cores() -> int:
+    """Number of threads of each of the two processes."""
+    return max(1, (os.cpu_count() or 1) // 2)
+
+
+# Stopped early
+
+
+def train_stopped(alone: ItitRun, inputs: TrainingInputs, out: Path, test: ScenesSource) -> None:
+    """Train with dropout on nine tenths of the pairs; keep the network with the lowest loss on the other tenth."""
+    run = replace(alone, model=replace(alone.model, dropout=0.1))
+    pairs = inputs.encoded.pairs
+    kept = np.arange(len(pairs.items)) % _HELD_OUT != 0
+    training = replace(inputs, encoded=replace(inputs.encoded, pairs=Subset(pairs.source, pairs.items[kept])))
+    assert isinstance(pairs.source, Store)
+    held = pairs.source.pairs(pairs.items[~kept], seed=0)
+    rows = np.arange(held.size)
+    stopping = _EarlyStopping(held.take(rows, np.zeros_like(rows)), out)
+    if not (out / "model").is_dir():
+        train_watched(run, training, out, test, title=TITLES["paired_only_stopped"], hooks=[stopping.hook])
+        replace_folder(stopping.best, out / "model")
+
+
+@dataclass(frozen=True, slots=True)
+class _EarlyStopping:
+    """Keeps the best network of a run. What it knows of earlier steps stands in metrics.jsonl, so it may be resumed."""
+
+    held: PairExamples
+    out: Path
+
+    @property
+    def best(self) -> Path:
+        return self.out / "best"
+
+    def hook(self, objective: ItitObjective) -> Hook:
+        def run(step: int, module: nn.Module) -> dict[str, float]:
+            rng = StepRNG(0, 0)  # the same positions are hidden at each evaluation
+            losses = {"t2i": objective.t2i_loss(self.held, rng)} | objective.i2t_and_i2i_losses(self.held, rng)
+            loss = float(losses["t2i"] + losses["i2t"])
+            if loss < min(self._before(step).values(), default=math.inf):
+                save_model(objective.model, self.best)
+            return {"held_out_loss": loss}
+
+        return Hook(every=_STOP_EVERY, run=run, over=self._over)
+
+    def _before(self, step: int) -> dict[int, float]:
+        """Loss by step, of the evaluations before this one."""
+        records = read_metrics(self.out / "metrics.jsonl")
+        return {r["step"]: r["held_out_loss"] for r in records if "held_out_loss" in r and r["step"] < step}
+
+    def _over(self, step: int) -> bool:
+        losses = self._before(step + 1)
+        return step - min(losses, key=losses.__getitem__) >= _PATIENCE * _STOP_EVERY
+
+
+# A classifier of pixels
+
+
+def regression_on_pixels(run: ItitRun, test: ScenesSource) -> SceneScore:
+    """Captions of ``test`` by logistic regression on the raw pixels of the captioned images.
+
+    For each quarter one classifier says the shape, or that there is nothing, and another one the colour. The three
+    quarters that are least likely empty are told. The l2 penalty is the one of `_L2` that does best on a fifth of the
+    pairs.
+    """
+    data = open_data(run.data).pairs
+    source, items = data.source, np.arange(test.count)
+    assert isinstance(source, ScenesSource)
+    train_BP, test_BP = (_pixels(each, which) for each, which in ((source, data.items), (test, items)))
+    known = source.scenes(data.items)
+    names = {"shape": ["", *SHAPES], "colour": ["", *COLOURS]}
+    read = {
+        (place, kind): _log_probabilities(train_BP, _labels(known, place, kind, names[kind]), test_BP, len(names[kind]))
+        for place in PLACES
+        for kind in names
+    }
+    captions = []
+    for row in range(test.count):
+        empty = {place: float(sum(read[place, kind][row, 0] for kind in names)) for place in PLACES}
+        told = [place for place in PLACES if place in sorted(PLACES, key=empty.__getitem__)[: test.level]]
+        values = {key: names[key[1]][1 + int(read[key][row, 1:].argmax())] for key in read}
+        things = tuple(Thing(values[place, "shape"], values[place, "colour"]) for place in told)
+        captions.append(caption(Scene(things, tuple(told))))
+    return caption_accuracy(captions, test.scenes(items))
+
+
+def _pixels(source: ScenesSource, items: np.ndarray) -> Float[Tensor, "B P"]:
+    return torch.from_numpy(source.images(items)).flatten(1).float() / 255
+
+
+def _labels(scenes: Sequence[Scene], place: str, kind: str, names: Sequence[str]) -> Int[Tensor, "B"]:
+    """The shape or the colour in a quarter, as its place among ``names``, of which the first is nothing."""
+    things = [dict(zip(scene.places, scene.things, strict=True)).get(place) for scene in scenes]
+    return torch.tensor([names.index(getattr(thing, kind) if thing else "") for thing in things])
+
+
+def _log_probabilities(train_BP: Tensor, labels_B: Tensor, test_BP: Tensor, classes: int) -> Float[Tensor, "B C"]:
+    """Log-probabilities of the classes of the test images by multinomial logistic regression."""
+    fifth = len(train_BP) // 5
+    fits = {l2: fit_linear(train_BP[fifth:], labels_B[fifth:], classes=classes, l2=l2) for l2 in _L2}
+    best = max(_L2, key=lambda l2: fits[l2].accuracy(train_BP[:fifth], labels_B[:fifth]))
+    return fit_linear(train_BP, labels_B, classes=classes, l2=best)(test_BP).log_softmax(1)

@@ -1,0 +1,46 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from diptych.data.scenes.source import ScenesSource
+from diptych.itit import controls
+from diptych.itit.controls import paired_only, regression_on_pixels, seconds_trained
+from diptych.itit.data import DataConfig
+from diptych.itit.recipes import itit_tiny
+
+RUN = replace(itit_tiny(), data=DataConfig(pairs="scenes:?level=1&count=200", max_pairs=100))
+
+
+def test_pairs_only_leaves_out_all_that_is_unpaired():
+    alone = paired_only(RUN)
+    assert (alone.objective.texts, alone.objective.images) == ("off", "off")
+    assert (alone.objective.weights.t2t, alone.objective.weights.unpaired_i2i) == (0, 0)
+
+
+def test_regression_reads_pixels_and_learns_from_the_pairs_alone():
+    test = ScenesSource(level=1, split="test", seed=1, count=60)
+    found = regression_on_pixels(RUN, test)
+    assert found.exact > 0.15  # by chance: 1 of 80
+    assert found.readable == 1
+    fewer = regression_on_pixels(replace(RUN, data=replace(RUN.data, max_pairs=10)), test)
+    assert fewer.exact < found.exact
+
+
+def test_seconds_of_a_run(tmp_path):
+    assert seconds_trained(tmp_path) == 0
+    lines = [{"step": 1, "loss": 2.0, "seconds": 3.5}, {"step": 2, "loss": 2.0, "seconds": 5.0}, {"step": 2, "x": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert seconds_trained(tmp_path) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("losses", "over"),
+    [([3.0, 2.0, 1.0], False), ([3.0, 1.0, 2.0, 2.0, 2.0, 2.0], False), ([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0], True)],
+)
+def test_stopping_waits_for_five_evaluations_without_a_lower_loss(tmp_path, losses, over):
+    every = controls._STOP_EVERY
+    lines = [{"step": every * place, "held_out_loss": loss} for place, loss in enumerate(losses, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stopping = controls._EarlyStopping(None, tmp_path)
+    assert stopping._over(every * len(losses)) == over
