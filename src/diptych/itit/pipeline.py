@@ -217,20 +217,17 @@ class Diptych:
         return steps
 
     def read(self, image: ImageLike) -> UInt8[np.ndarray, "S S 3"]:
-        """The image's centre square, resized to the tokenizer's size. Raises UserError for other arrays."""
+        """The image's centre square, resized to the tokenizer's size. A Pillow image gives what its file would give.
+
+        Raises UserError for arrays of another kind, and for images that cannot be used.
+        """
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
                 raise UserError(f"an image of {image.dtype} {image.shape}: give uint8 [height, width, 3]")
             if image.shape[:2] == (self.tokenizer.image_size, self.tokenizer.image_size):
                 return image
             image = Image.fromarray(image)
-        if isinstance(image, Image.Image):
-            lossless = io.BytesIO()
-            exif = image.getexif()  # tells which side is up
-            # PNG and TIFF hold all modes between them.
-            image.save(lossless, "TIFF" if image.mode in ("CMYK", "LAB", "YCbCr", "F", "I") else "PNG", exif=exif)
-            return decode(lossless.getvalue(), self.tokenizer.image_size)
-        return decode(Path(image), self.tokenizer.image_size)
+        return decode(image if isinstance(image, Image.Image) else Path(image), self.tokenizer.image_size)
 
 
 def _generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfig]:
