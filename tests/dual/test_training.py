@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, CLIPModel
 
+from diptych.data.pixels import SkippedItems
+from diptych.data.scenes.source import ScenesSource
+from diptych.dual.evaluation import evaluate_dual_run
 from diptych.dual.model import DualEncoder, DualEncoderConfig
 from diptych.dual.training import PairsData
 from diptych.errors import UserError
@@ -18,6 +21,7 @@ from diptych.run_folder import kind_of, read_config
 from diptych.train.config import OptimConfig, TrainConfig
 
 NAMES = [name for name in RECIPES if name.split("-")[0] in ("ito", "clip", "siglip", "slip")]
+SCENES = ScenesSource(count=24)
 MODEL = DualEncoderConfig(
     image_size=16,
     patch=8,
@@ -79,6 +83,52 @@ def test_a_run_leaves_a_plain_clip_folder_and_measures_retrieval(done):
     assert 0 <= scores[-1]["valid/image_to_text/r10"] <= 1
     assert kind_of(done) == "dual"
     assert read_config(done)["run"]["objective"]["fusion_weight"] == 2.0
+
+
+@pytest.fixture
+def scored(tmp_path) -> Path:
+    """Images with captions, without any, with the caption of another, and one that cannot be read."""
+    folder = tmp_path / "valid"
+    folder.mkdir()
+    for number in range(24):
+        Image.fromarray(SCENES.image(number, 20)).save(folder / f"{number:02d}.png")
+        if number % 3:
+            (folder / f"{number:02d}.txt").write_text(SCENES.captions(number // 6)[0])
+    (folder / "05.png").write_bytes(b"<html>404</html>")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ito-tiny", "slip-tiny"])
+def test_validation_equals_evaluate(name, scored, tmp_path, capsys, monkeypatch):
+    data = PairsData(pairs="scenes:?count=24", valid=str(scored), max_skipped_share=0.05)
+    run = small_run(name, data=data)
+    run.train.ema = 0.9
+    run.fit(tmp_path / "run", recipe=name)
+    assert "1 unreadable images are left out" in capsys.readouterr().err
+    assert "05.png" in (tmp_path / "run" / "skipped_valid.jsonl").read_text()
+    monkeypatch.setattr("diptych.dual.evaluation.SkippedItems", lambda: SkippedItems(max_skipped_share=0.05))
+    out = tmp_path / "scores"
+    evaluate_dual_run(tmp_path / "run", str(scored), train=None, umap=False, limit=None, out=out, device="cpu")
+    found = json.loads((out / "metrics.json").read_text())
+    last = [line for line in lines(tmp_path / "run") if "valid/mean_r1" in line][-1]
+    names = [key.removeprefix("valid/") for key in last if key.startswith("valid/")]
+    assert len(names) == 9
+    assert {key: last[f"valid/{key}"] for key in names} == {key: found[f"retrieval/{key}"] for key in names}
+    assert (found["images"], found["retrieval/images"], found["skipped"]) == (23, 15, 1)
+    assert any("captions are those of another image too" in note for note in found["notes"])
+    assert any("05.png" in note for note in found["notes"])
+
+
+def test_unreadable_validation_images_stop_before_the_training(scored, tmp_path):
+    run = small_run(data=PairsData(pairs="scenes:?count=24", valid=str(scored)))
+    with pytest.raises(UserError, match=r"1 of 24 items are unreadable.*05\.png"):
+        run.fit(tmp_path / "run", recipe="ito-tiny")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    for file in scored.glob("*.txt"):
+        file.unlink()
+    (scored / "05.png").unlink()
+    with pytest.raises(UserError, match="pairs need images and captions, and it has no captions"):
+        run.fit(tmp_path / "run", recipe="ito-tiny")
 
 
 def test_the_fusion_is_dropped(done):

@@ -279,6 +279,7 @@ def evaluate(
     seed: int = 0,
     features: str | None = None,
     train: str | None = None,
+    classes: Path | None = None,
     umap: bool = False,
     out: Path | None = None,
     device: Device = "auto",
@@ -299,6 +300,8 @@ def evaluate(
             transformers, or as TorchScript file (an Inception network gives FID). Default: a random network, which
             needs no download.
         train: Dual encoder: source of labelled images to fit a linear probe to.
+        classes: Dual encoder: file with the name of a class a line, for labels that are numbers (they count the lines
+            from 0) or codes (`n01440764 tench`, or the names in the order of the sorted codes).
         umap: Dual encoder: also write umap.png, a map of the embeddings; needs the extra `umap`.
         out: Folder for metrics.json and the sheet. Default: RUN/evaluation.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
@@ -309,7 +312,7 @@ def evaluate(
     if kind == "dual":
         from diptych.dual.evaluation import evaluate_dual_run
 
-        evaluate_dual_run(run, data, train=train, umap=umap, limit=limit, out=out, device=device)
+        evaluate_dual_run(run, data, train=train, classes=classes, umap=umap, limit=limit, out=out, device=device)
     elif kind == "classifier":
         from diptych.data.sources import open_source
         from diptych.uml.classifier import evaluate_classifier_run

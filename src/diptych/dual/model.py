@@ -288,13 +288,18 @@ def _clip_config(config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase) 
 
 
 class PatchProduct(nn.Module):
-    """CLIP's first layer, whose windows do not overlap, as one matrix product with the weight of ``convolution``."""
+    """CLIP's first layer, whose windows do not overlap, as one matrix product with the weight of ``convolution``.
+
+    In evaluation mode it is the convolution itself, so that a run in training scores exactly as it does afterwards.
+    """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         self.weight, self.patch = convolution.weight, convolution.kernel_size
 
     def forward(self, pixels_B3HW: Tensor) -> Tensor:
+        if not self.training:
+            return F.conv2d(pixels_B3HW, self.weight, stride=self.patch)
         height, width = self.patch
         grid_B3YyXx = pixels_B3HW.unflatten(3, (-1, width)).unflatten(2, (-1, height))
         patches_BYXP = grid_B3YyXx.permute(0, 2, 4, 1, 3, 5).flatten(3)

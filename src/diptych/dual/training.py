@@ -1,5 +1,6 @@
 """Training dual encoders: ITO and the methods that it is compared with, on the same batches."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +12,17 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data.pixels import SkippedItems
-from diptych.data.sources import Source, open_finite, require_pairs
+from diptych.data.pixels import ReadableImages, SkippedItems
+from diptych.data.sources import Source, open_finite, open_source, require_pairs
 from diptych.data.streams import BatchSampler
-from diptych.dual.data import CaptionIds, PairsData, ValidPairs, pair_stream, read_valid_pairs
-from diptych.dual.metrics import retrieval
+from diptych.dual.data import CaptionIds, PairsData, pair_stream
+from diptych.dual.evaluation import embed_pairs, embed_readable, readable_images, score_retrieval
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
 from diptych.dual.objectives.base import PairsConfig
 from diptych.dual.objectives.clip import ClipConfig
 from diptych.dual.objectives.ito import ItoConfig
 from diptych.dual.objectives.slip import SlipConfig
+from diptych.errors import UserError
 from diptych.run_folder import Kind, part_of, save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first
@@ -59,7 +61,7 @@ class DualRun:
         require_pairs(source, self.data.pairs)
         model = self._model(source, out)
         model.tune_for_training()
-        hooks = self._hooks(model)
+        hooks = self._hooks(model, out)
         write_config(out, recipe=recipe, run=self)
         objective = self._objective(model)
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
@@ -103,11 +105,21 @@ class DualRun:
         name = part_of(self.tokenizer, "tokenizer") if self.tokenizer is not None else str(folder)
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
 
-    def _hooks(self, model: DualEncoder) -> list[Hook]:
+    def _hooks(self, model: DualEncoder, out: Path) -> list[Hook]:
         if self.data.valid is None:
             return []
-        pairs = read_valid_pairs(self.data.valid, self.data, size=model.image_size)
-        return [Hook(every=self.train.eval_every, run=measure_retrieval(model, pairs))]
+        source = open_source(self.data.valid, columns=self.data.columns)
+        require_pairs(source, self.data.valid)
+        skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
+        limit, cache_mb = self.data.valid_images, self.data.cache_mb
+        images = readable_images(source, limit=limit, size=model.image_size, skipped=skipped, cache_mb=cache_mb)
+        if not any(source.captions(int(item)) for item in images.items):
+            raise UserError(f"{self.data.valid}: has no captioned image to measure retrieval on")
+        for _ in images:  # what cannot be read is told before the training, not at its first evaluation
+            pass
+        for line in skipped.report(out / "skipped_valid.jsonl"):
+            print(line, file=sys.stderr, flush=True)
+        return [Hook(every=self.train.eval_every, run=measure_retrieval(model, images))]
 
     def _objective(self, model: DualEncoder) -> Objective:
         with torch.random.fork_rng(devices=[]):
@@ -154,12 +166,11 @@ class SlipRun(DualRun):
     """SLIP's losses, and the views and captions that they compare."""
 
 
-def measure_retrieval(model: DualEncoder, pairs: ValidPairs) -> Callable[[int, nn.Module], dict[str, float | int]]:
-    """A hook that measures retrieval among ``pairs``, for ``metrics.jsonl``."""
+def measure_retrieval(model: DualEncoder, images: ReadableImages) -> Callable[[int, nn.Module], dict[str, float | int]]:
+    """A hook that measures retrieval among ``images`` as `diptych evaluate` does, for ``metrics.jsonl``."""
 
     def run(step: int, objective: nn.Module) -> dict[str, float | int]:
-        images_ID, texts_TD = model.embed_images(pairs.pixels_I3SS), model.embed_texts(pairs.texts)
-        table = retrieval(images_ID, texts_TD, image_of_T=pairs.image_of_T.to(images_ID.device)).table()
+        table = score_retrieval(embed_pairs(model, embed_readable(model, images)))
         return {f"valid/{name}": value for name, value in table.items() if name not in ("images", "texts")}
 
     return run

@@ -27,6 +27,8 @@ class DataConfig:
     """Unpaired texts. Default: what `max-pairs` holds back, else the captions of the pairs."""
     valid: str | None = None
     """Captioned images for the samples and scores during training. Default: some of the pairs, without scores."""
+    valid_images: int = 128
+    """Number of images that are scored during training: the first ones of `valid`, as by `diptych evaluate --limit`."""
     max_pairs: int | None = None
     """Number of images that keep their captions. The other images become unpaired images, the other captions unpaired
     texts; if neither `images` nor `texts` is given, one half becomes the former and the other half the latter."""

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from diptych.data.pixels import channels_first, read_captioned
+from diptych.data.pixels import SkippedItems, channels_first, read_captioned
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import Source
 from diptych.eval.captions import score_captions
@@ -59,6 +59,8 @@ class EvaluateConfig:
     """Score generated captions."""
     images: bool = True
     """Score images generated from each image's first caption."""
+    max_skipped_share: float = 0.01
+    """Largest share of unreadable images that is left out, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,8 @@ class Evaluation:
     references: list[list[str]]
     """True captions of each image."""
     real_BSS3: np.ndarray
+    skipped: SkippedItems
+    """The images that could not be read."""
     captions: list[str] = field(default_factory=list)
     """Generated captions; empty if they were left out."""
     generated_BSS3: np.ndarray | None = None
@@ -88,7 +92,8 @@ def evaluate(
     the exact accuracies. Real images are cut to their centre square and resized to the tokenizer's size, without
     compression. Raises UserError for a source without images or captions.
     """
-    items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.image_size)
+    skipped = SkippedItems(max_skipped_share=config.max_skipped_share)
+    items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.image_size, skipped=skipped)
     references = [source.captions(item) for item in items]
     first = [texts[0] for texts in references]
     scenes = source.scenes(items) if isinstance(source, ScenesSource) else None
@@ -122,6 +127,7 @@ def evaluate(
         keys=[source.key(item) for item in items],
         references=references,
         real_BSS3=pixels,
+        skipped=skipped,
         captions=captions,
         generated_BSS3=generated,
     )
@@ -209,9 +215,11 @@ def evaluate_run(
     """Score a run; print a table, and write ``metrics.json``, ``captions.jsonl`` and ``sheet.png`` into ``out``."""
     diptych = Diptych.from_pretrained(run, device=device)
     found = evaluate(diptych, source, config, extractor=open_extractor(features))
-    print_metrics(found.metrics, title=f"{run} on {source.name}", notes=found.notes)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "metrics.json", {**found.metrics, "source": source.name, "notes": found.notes})
+    notes = found.notes + found.skipped.report(out / "skipped.jsonl")
+    print_metrics(found.metrics, title=f"{run} on {source.name}", notes=notes)
+    told = {"skipped": len(found.skipped), "source": source.name, "notes": notes}
+    write_json(out / "metrics.json", {**found.metrics, **told})
     if found.captions:
         lines = (
             json.dumps({"key": key, "caption": text, "references": references}, ensure_ascii=False)
