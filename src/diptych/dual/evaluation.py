@@ -30,7 +30,7 @@ from diptych.dual.metrics import (
     modality_map,
     retrieval,
 )
-from diptych.dual.model import DualEncoder, open_dual
+from diptych.dual.model import DualEncoder, cleaned, open_dual
 from diptych.errors import UserError
 from diptych.eval.probe import linear_probe
 from diptych.io import write_bytes
@@ -207,7 +207,7 @@ def embed_pairs(encoder: DualEncoder, images: EmbeddedImages) -> EmbeddedPairs:
     device = images.embedding_ID.device
     texts = [text for texts in captions for text in texts]
     number: dict[str, int] = {}
-    wording = [number.setdefault(text.casefold(), len(number)) for text in texts]
+    wording = [number.setdefault(cleaned(text).casefold(), len(number)) for text in texts]
     return EmbeddedPairs(
         images_ID=images.embedding_ID[torch.tensor(captioned, device=device)],
         texts_TD=encoder.embed_texts(texts),

@@ -8,6 +8,7 @@ D width of the common space, Y and X rows and columns of patches (X is also the 
 patch, E width of an attention head.
 """
 
+import html
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import torch
 import torch.nn.functional as F
 import transformers
@@ -202,7 +204,7 @@ class DualEncoder(nn.Module):
 
     def _tokenizer_output(self, texts: Sequence[str], **options: Any) -> Any:
         return self.tokenizer(
-            list(texts), truncation=True, max_length=self.max_text_len, split_special_tokens=True, **options
+            [cleaned(text) for text in texts], truncation=True, max_length=self.max_text_len, split_special_tokens=True, **options
         )
 
     # Inference
@@ -251,6 +253,17 @@ class DualEncoder(nn.Module):
         """Write a plain folder for `CLIPModel` and `AutoProcessor`."""
         self.clip.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+
+
+def cleaned(text: str) -> str:
+    """The text as dual encoders read it, cleaned as open_clip does it before its tokenizers.
+
+    Mangled encodings are mended; curly quotes, ligatures and letters of full width become plain ones and HTML's
+    entities the characters that they stand for; runs of white space become one space.
+    """
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # what ftfy would leave alone
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split())
 
 
 def open_dual(run: Path, *, device: Device) -> DualEncoder:
@@ -383,7 +396,7 @@ def train_clip_tokenizer(texts: Iterable[str], *, vocab_size: int, length: int) 
         end_of_word_suffix=_WORD_END,
         show_progress=False,
     )
-    learner.train_from_iterator(texts, trainer)
+    learner.train_from_iterator(map(cleaned, texts), trainer)
     merges: list[Any] = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     if not merges:
         raise UserError("the texts for the tokenizer are empty or never repeat themselves: give more of them")
