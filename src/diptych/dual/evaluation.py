@@ -30,7 +30,8 @@ from diptych.dual.metrics import (
     modality_map,
     retrieval,
 )
-from diptych.dual.model import DualEncoder, cleaned, open_dual
+from diptych.dual.model import DualEncoder, open_dual
+from diptych.encoders.text import cleaned
 from diptych.errors import UserError
 from diptych.eval.probe import linear_probe
 from diptych.io import write_bytes

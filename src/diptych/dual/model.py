@@ -8,7 +8,6 @@ D width of the common space, Y and X rows and columns of patches (X is also the 
 patch, E width of an attention head.
 """
 
-import html
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
 import torch.nn.functional as F
 import transformers
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
+from diptych.encoders.text import cleaned
 from diptych.errors import UserError, first_line
 from diptych.nn.inference import Device, eval_mode, pick_device
 from diptych.nn.transformer import attention, rounded
@@ -204,7 +203,11 @@ class DualEncoder(nn.Module):
 
     def _tokenizer_output(self, texts: Sequence[str], **options: Any) -> Any:
         return self.tokenizer(
-            [cleaned(text) for text in texts], truncation=True, max_length=self.max_text_len, split_special_tokens=True, **options
+            [cleaned(text) for text in texts],
+            truncation=True,
+            max_length=self.max_text_len,
+            split_special_tokens=True,
+            **options,
         )
 
     # Inference
@@ -253,17 +256,6 @@ class DualEncoder(nn.Module):
         """Write a plain folder for `CLIPModel` and `AutoProcessor`."""
         self.clip.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-
-
-def cleaned(text: str) -> str:
-    """The text as dual encoders read it, cleaned as open_clip does it before its tokenizers.
-
-    Mangled encodings are mended; curly quotes, ligatures and letters of full width become plain ones and HTML's
-    entities the characters that they stand for; runs of white space become one space.
-    """
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # what ftfy would leave alone
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split())
 
 
 def open_dual(run: Path, *, device: Device) -> DualEncoder:
