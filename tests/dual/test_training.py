@@ -157,6 +157,41 @@ def test_chunks_change_no_loss_and_may_change_on_resume(done, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(done), rel=1e-4)
 
 
+def test_edited_captions_and_images_are_noticed(scored, tmp_path):
+    (scored / "05.png").unlink()
+    (scored / "05.txt").unlink()
+    data = PairsData(pairs=str(scored))
+    small_run(steps=2, data=data).fit(tmp_path / "run", recipe="ito-tiny")
+    small_run(steps=3, data=data).fit(tmp_path / "run", recipe="ito-tiny")
+    kept = (scored / "04.txt").read_text()
+    (scored / "04.txt").write_text("a blue ring, much edited")
+    with pytest.raises(UserError, match=r"the files of the data \('[0-9a-f]{16}' then, '[0-9a-f]{16}' now\)"):
+        small_run(steps=4, data=data).fit(tmp_path / "run", recipe="ito-tiny")
+    (scored / "04.txt").write_text(kept)
+    Image.new("RGB", (20, 20)).save(scored / "04.png")
+    with pytest.raises(UserError, match="the files of the data"):
+        small_run(steps=4, data=data).fit(tmp_path / "run", recipe="ito-tiny")
+
+
+def test_a_batch_holds_no_pair_twice(tmp_path, capsys):
+    run = small_run("clip-tiny", steps=2, data=PairsData(pairs="scenes:?count=5"))
+    run.fit(tmp_path / "run", recipe="clip-tiny")
+    assert "train.batch-size 8 is more than the 5 images with captions" in capsys.readouterr().err
+    assert read_config(tmp_path / "run")["run"]["train"]["batch_size"] == 5
+    small_run("clip-tiny", steps=3, data=run.data).fit(tmp_path / "run", recipe="clip-tiny")  # goes on
+
+
+@pytest.mark.parametrize("name", ["ito-tiny", "clip-tiny", "siglip-tiny", "slip-tiny"])
+def test_a_batch_without_partners_is_refused(name, tmp_path):
+    run = small_run(name)
+    run.train.batch_size = 1
+    with pytest.raises(UserError, match=r"train\.batch_size is 1.*give 2 or more"):
+        run.fit(tmp_path / "run", recipe=name)
+    run.data, run.train.batch_size = PairsData(pairs="scenes:?count=1"), 8
+    with pytest.raises(UserError, match="1 images with captions are too few"):
+        run.fit(tmp_path / "run", recipe=name)
+
+
 def test_accumulation_is_refused_and_the_mend_named(tmp_path):
     run = small_run()
     run.train.grad_accum_steps = 2

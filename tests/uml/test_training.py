@@ -66,6 +66,16 @@ def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_run_is_not_resumed_with_other_images(dataset, encoders, tmp_path):
+    shutil.copytree(dataset / "images", tmp_path / "images")
+    run = small(uml_probe(), dataset, encoders)
+    run.data.images = str(tmp_path / "images")
+    run.fit(tmp_path / "run", recipe="uml-probe")
+    Image.new("RGB", (9, 9)).save(sorted((tmp_path / "images" / "ring").iterdir())[0])
+    with pytest.raises(UserError, match="the files of the data"):
+        run.fit(tmp_path / "run", recipe="uml-probe")
+
+
 def test_a_run_is_not_resumed_with_other_labels(dataset, encoders, tmp_path):
     run = small(uml_probe(), dataset, encoders)
     run.fit(tmp_path / "run", recipe="uml-probe")

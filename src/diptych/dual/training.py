@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.data.pixels import ReadableImages, SkippedItems
 from diptych.data.sources import Source, open_finite, open_source, require_pairs
+from diptych.data.sources.content import content_digest
 from diptych.data.streams import BatchSampler
 from diptych.dual.data import CaptionIds, PairsData, pair_stream
 from diptych.dual.evaluation import embed_pairs, embed_readable, readable_images, score_retrieval
@@ -24,8 +25,8 @@ from diptych.dual.objectives.ito import ItoConfig
 from diptych.dual.objectives.slip import SlipConfig
 from diptych.errors import UserError
 from diptych.run_folder import Kind, part_of, save_model, write_config
-from diptych.train.config import OptimConfig, TrainConfig
-from diptych.train.distributed import is_main_process, join_processes, main_process_first
+from diptych.train.config import FILES, OptimConfig, TrainConfig
+from diptych.train.distributed import is_main_process, join_processes, main_process_first, process_count
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.objective import Objective
 
@@ -59,6 +60,7 @@ class DualRun:
         join_processes(self.train.device)
         source = open_finite(self.data.pairs, self.data.columns)
         require_pairs(source, self.data.pairs)
+        self._fit_batch(source)
         model = self._model(source, out)
         model.tune_for_training()
         hooks = self._hooks(model, out)
@@ -70,6 +72,7 @@ class DualRun:
             "model": model.clip.config.to_diff_dict(),
             "objective": self.objective.identity(),
             "data": [source.name, batches.streams["pairs"].size, self.data.decode_size],
+            FILES: content_digest(source),
         }
         result = train(
             objective,
@@ -88,6 +91,24 @@ class DualRun:
                 model.clamp_scale()
                 save_model(model, out / "model")
         return result
+
+    def _fit_batch(self, source: Source) -> None:
+        """Lower a batch size above the number of pairs: copies of a pair in a batch would count as wrong partners."""
+        pairs = 0
+        for item in range(len(source)):
+            pairs += bool(source.captions(item))
+            if pairs >= self.train.batch_size:
+                return
+        world = process_count()
+        fitting = pairs - pairs % world
+        if fitting < 2:
+            raise UserError(f"{self.data.pairs}: {pairs} images with captions are too few to tell them apart: add some")
+        print(
+            f"train.batch-size {self.train.batch_size} is more than the {pairs} images with captions, and a batch must "
+            f"hold none of them twice: it is lowered to {fitting}",
+            file=sys.stderr,
+        )
+        self.train = replace(self.train, batch_size=fitting)
 
     def _model(self, source: Source, out: Path) -> DualEncoder:
         if self.start is not None:

@@ -133,9 +133,15 @@ def encode_subset(
     if Store.is_one(out):
         store = Store.open(out)
         made_by, wanted = store.manifest["made_by"], origin(subset.source, tokenizers, subset.items)
-        if made_by == wanted:
+        differing = [name for name, value in made_by.items() if value != wanted[name]]  # old stores know fewer names
+        if not differing:
             return Subset(store, np.arange(len(store)))
-        if made_by["tokenizers"] == wanted["tokenizers"]:
+        if differing == ["content"]:
+            raise UserError(
+                f"{out}: encoded from {subset.source.name} before its captions or images were changed: "
+                "give the same data to continue, or train into another folder"
+            )
+        if "tokenizers" not in differing:
             raise UserError(
                 f"{out}: encoded from other items ({made_by['source']} then, {subset.source.name} now): "
                 "give the same data to continue, or train into another folder"

@@ -25,6 +25,7 @@ from diptych.data.class_texts import Shots, are_codes, texts_of
 from diptych.data.pixels import SkippedItems
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
+from diptych.data.sources.content import content_digest
 from diptych.data.splits import Episode, Labelled, draw_episode, hold_out
 from diptych.data.streams import BatchSampler
 from diptych.encoders import ImageEncoder, ScratchConfig, open_image_encoder, open_text_encoder, scratch_encoder
@@ -33,7 +34,7 @@ from diptych.encoders.text import TextPooling
 from diptych.errors import UserError
 from diptych.nn.inference import pick_device
 from diptych.run_folder import Kind, save_model, write_config, write_json
-from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.config import FILES, OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first
 from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
@@ -154,7 +155,7 @@ class UmlRun:
             optim=self.optim,
             hooks=[hook],
             title=recipe,
-            identity=self._identity(objective, encoder, images, texts),
+            identity=self._identity(objective, encoder, images, texts) | {FILES: content_digest(labelled.source)},
         )
         for line in skipped.report(out / "skipped.jsonl") + skipped_valid.report(out / "skipped_valid.jsonl"):
             print(line, file=sys.stderr)
