@@ -368,6 +368,7 @@ def test_evaluate_a_tokenizer(call, tokenizer, photo, tmp_path, mistaken):
     metrics = json.loads((run / "evaluation/metrics.json").read_text())
     assert metrics["images"] == 4
     assert {"psnr", "used", "perplexity", "rfd"} <= metrics.keys()
+    mistaken(call("evaluate", run, "--data", TEST, "--classes", run / "names.txt"), run, "--classes", "'tokenizer'")
     write_config(run, recipe="text-encoder-tiny", run=text_encoder_tiny())
     mistaken(call("evaluate", run, "--data", TEST), run, "text encoder")
     write_json(run / "config.json", read_config(run) | {"kind": "newer than this"})

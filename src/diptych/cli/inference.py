@@ -309,6 +309,8 @@ def evaluate(
     from diptych.run_folder import kind_of
 
     kind, out = kind_of(run), out or run / "evaluation"
+    if classes is not None and kind != "dual":
+        raise UserError(f"{run}: --classes names classes for a dual encoder, and this is a run of kind {kind!r}")
     if kind == "dual":
         from diptych.dual.evaluation import evaluate_dual_run
 

@@ -103,11 +103,12 @@ class DualRun:
         fitting = pairs - pairs % world
         if fitting < 2:
             raise UserError(f"{self.data.pairs}: {pairs} images with captions are too few to tell them apart: add some")
-        print(
-            f"train.batch-size {self.train.batch_size} is more than the {pairs} images with captions, and a batch must "
-            f"hold none of them twice: it is lowered to {fitting}",
-            file=sys.stderr,
-        )
+        if is_main_process():
+            print(
+                f"train.batch-size {self.train.batch_size} is more than the {pairs} images with captions, and a batch "
+                f"must hold none of them twice: it is lowered to {fitting}",
+                file=sys.stderr,
+            )
         self.train = replace(self.train, batch_size=fitting)
 
     def _model(self, source: Source, out: Path) -> DualEncoder:
@@ -138,8 +139,9 @@ class DualRun:
             raise UserError(f"{self.data.valid}: has no captioned image to measure retrieval on")
         for _ in images:  # what cannot be read is told before the training, not at its first evaluation
             pass
-        for line in skipped.report(out / "skipped_valid.jsonl"):
-            print(line, file=sys.stderr, flush=True)
+        if is_main_process():
+            for line in skipped.report(out / "skipped_valid.jsonl"):
+                print(line, file=sys.stderr, flush=True)
         return [Hook(every=self.train.eval_every, run=measure_retrieval(model, images))]
 
     def _objective(self, model: DualEncoder) -> Objective:

@@ -19,6 +19,7 @@ from diptych.report.html import Captioned, Example, Facts, Figures, Section, Str
 from diptych.report.html import Comparison as ComparisonBlock
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import read_config
+from diptych.train.distributed import is_main_process
 from diptych.train.logging import Measured
 
 _SHOWN = 8
@@ -41,8 +42,9 @@ class Samples:
             skipped = SkippedItems(max_skipped_share=config.max_skipped_share)
             limit, size = config.valid_images, diptych.tokenizer.image_size
             items, pixels = read_captioned(self.valid, limit=limit, size=size, skipped=skipped)
-            for line in skipped.report(folder.parent / "skipped_valid.jsonl"):
-                print(line, file=sys.stderr, flush=True)
+            if is_main_process():
+                for line in skipped.report(folder.parent / "skipped_valid.jsonl"):
+                    print(line, file=sys.stderr, flush=True)
             items, pixels = items[:_SHOWN], pixels[:_SHOWN]
             self.pixels = list(pixels)
             self.texts = [self.valid.captions(item)[0] for item in items]

@@ -157,8 +157,9 @@ class UmlRun:
             title=recipe,
             identity=self._identity(objective, encoder, images, texts) | {FILES: content_digest(labelled.source)},
         )
-        for line in skipped.report(out / "skipped.jsonl") + skipped_valid.report(out / "skipped_valid.jsonl"):
-            print(line, file=sys.stderr)
+        if is_main_process():
+            for line in skipped.report(out / "skipped.jsonl") + skipped_valid.report(out / "skipped_valid.jsonl"):
+                print(line, file=sys.stderr)
         if result.finished and is_main_process():
             _finish(out, objective, encoder, labelled.classes, best)
         return result
@@ -188,7 +189,7 @@ class UmlRun:
         return UmlObjective(head, self.objective, target=IMAGE)
 
     def _texts(self, classes: tuple[str, ...], *, cache: Path) -> LabelledFeatures:
-        if self.data.texts is None and are_codes(classes):
+        if self.data.texts is None and are_codes(classes) and is_main_process():
             print(
                 f"the labels are codes ({', '.join(classes[:3])}), and the templates put them into the texts as they "
                 'are: give --data.texts FILE, a JSON object {"label": ["sentence", ...]}',
