@@ -229,7 +229,7 @@ def test_a_report_of_what_is_left_out(tmp_path):
     assert not (tmp_path / "skipped.jsonl").exists()
     skipped.record("b", "b: is empty")
     assert skipped.report(tmp_path / "skipped.jsonl") == [
-        f"1 unreadable images are left out, listed in {tmp_path}/skipped.jsonl; the first: b: is empty"
+        f"1 images cannot be read, listed in {tmp_path}/skipped.jsonl; the first: b: is empty"
     ]
     assert json.loads((tmp_path / "skipped.jsonl").read_text()) == {"key": "b", "reason": "b: is empty"}
 

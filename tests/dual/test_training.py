@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, CLIPModel
 
-from diptych.data.pixels import SkippedItems
 from diptych.data.scenes.source import ScenesSource
 from diptych.dual.evaluation import evaluate_dual_run
 from diptych.dual.model import DualEncoder, DualEncoderConfig
@@ -99,16 +98,16 @@ def scored(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["ito-tiny", "slip-tiny"])
-def test_validation_equals_evaluate(name, scored, tmp_path, capsys, monkeypatch):
+def test_validation_equals_evaluate(name, scored, tmp_path, capsys):
     data = PairsData(pairs="scenes:?count=24", valid=str(scored), max_skipped_share=0.05)
     run = small_run(name, data=data)
     run.train.ema = 0.9
     run.fit(tmp_path / "run", recipe=name)
-    assert "1 unreadable images are left out" in capsys.readouterr().err
+    assert "1 images cannot be read" in capsys.readouterr().err
     assert "05.png" in (tmp_path / "run" / "skipped_valid.jsonl").read_text()
-    monkeypatch.setattr("diptych.dual.evaluation.SkippedItems", lambda: SkippedItems(max_skipped_share=0.05))
     out = tmp_path / "scores"
-    evaluate_dual_run(tmp_path / "run", str(scored), train=None, umap=False, limit=None, out=out, device="cpu")
+    options = {"train": None, "umap": False, "limit": None, "max_skipped_share": 0.05}
+    evaluate_dual_run(tmp_path / "run", str(scored), out=out, device="cpu", **options)
     found = json.loads((out / "metrics.json").read_text())
     last = [line for line in lines(tmp_path / "run") if "valid/mean_r1" in line][-1]
     names = [key.removeprefix("valid/") for key in last if key.startswith("valid/")]

@@ -61,7 +61,7 @@ class SkippedItems:
         more = f"; and {count - 3} more" if count > 3 else ""
         raise UserError(
             f"{count} of {total} items are unreadable, over the tolerated {self.max_skipped_share:.1%}: {first}{more}; "
-            "mend or remove them, or raise max_skipped_share"
+            "mend or remove them, or raise max-skipped-share where the command has it"
         )
 
     def write(self, path: Path) -> None:
@@ -75,7 +75,7 @@ class SkippedItems:
             return []
         self.write(path)
         first = min(self.reasons.values())
-        return [f"{len(self)} unreadable images are left out, listed in {path}; the first: {first}"]
+        return [f"{len(self)} images cannot be read, listed in {path}; the first: {first}"]
 
 
 def read_image(source: Source, item: int, *, size: int, skipped: SkippedItems) -> UInt8[np.ndarray, "S S 3"] | None:

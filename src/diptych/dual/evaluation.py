@@ -103,11 +103,13 @@ def evaluate_dual_run(
     out: Path,
     device: Device,
     classes: Path | None = None,
+    max_skipped_share: float = 0.01,
 ) -> None:
     """Score a run on the source ``data``: print a table and write ``metrics.json`` and, with ``umap``, ``umap.png``.
 
     ``train`` is a labelled source to fit a linear probe to; ``limit`` scores the first so many images of ``data`` only;
-    ``classes`` is a file with the names of the classes. Raises UserError for a source that has nothing to score by.
+    ``classes`` is a file with the names of the classes; ``max_skipped_share`` is the share of images that may be
+    unreadable. Raises UserError for a source that has nothing to score by.
     """
     source = open_finite(data, Columns())
     if umap:
@@ -115,7 +117,7 @@ def evaluate_dual_run(
         if not source.has_captions:
             raise UserError(f"{data}: has no captions, and a map shows images and captions: leave --umap away")
     encoder = open_dual(run, device=device)
-    skipped = SkippedItems()
+    skipped = SkippedItems(max_skipped_share=max_skipped_share)
     images = embed_source(encoder, source, limit=limit, skipped=skipped)
     metrics: dict[str, float] = {"images": len(images.items_I)}
     notes: list[str] = []

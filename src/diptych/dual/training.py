@@ -84,8 +84,9 @@ class DualRun:
             title=recipe,
             identity=identity,
         )
-        if len(skipped):
-            skipped.write(out / "skipped.jsonl")
+        if is_main_process():
+            for line in skipped.report(out / "skipped.jsonl"):
+                print(line, file=sys.stderr, flush=True)
         with result.eval_mode(objective):
             if is_main_process():
                 model.clamp_scale()

@@ -95,11 +95,20 @@ def psnr_of_each(output_B3HW: UInt8[Tensor, "B 3 H W"], target_B3HW: UInt8[Tenso
 
 
 def evaluate_tokenizer_run(
-    run: Path, source: Source, *, limit: int | None, features: str | None, out: Path, device: Device
+    run: Path,
+    source: Source,
+    *,
+    limit: int | None,
+    features: str | None,
+    skipped: SkippedItems,
+    out: Path,
+    device: Device,
 ) -> None:
-    """Scores the image tokenizer of a run: a line, ``metrics.json`` and a sheet of images before and after."""
+    """Scores the image tokenizer of a run: a line, ``metrics.json`` and a sheet of images before and after.
+
+    ``skipped`` says how many images may be unreadable.
+    """
     tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(pick_device(device))
-    skipped = SkippedItems()
     pixels_BSS3 = read_first_images(source, limit=limit, size=tokenizer.image_size, skipped=skipped)[1]
     pixels_B3SS = channels_first(pixels_BSS3)
     score = evaluate_tokenizer(tokenizer, pixels_B3SS.split(64), extractor=open_extractor(features))

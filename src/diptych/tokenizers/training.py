@@ -4,6 +4,7 @@ A stage says how; a run adds where the data come from, and is what `diptych fit`
 """
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,8 +72,9 @@ class TokenizerStage:
         identity: dict[str, Any] = {"model": asdict(self.model), "objective": asdict(self.objective), "flip": self.flip}
         identity[FILES] = "-".join(content_digest(subset.source) for subset in subsets)
         result = train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
-        if len(skipped):
-            skipped.write(out / "skipped.jsonl")
+        if is_main_process():
+            for line in skipped.report(out / "skipped.jsonl"):
+                print(line, file=sys.stderr, flush=True)
         with result.eval_mode(objective):
             if is_main_process():
                 score = evaluate_tokenizer(tokenizer, _first(stream, _SCORED), extractor=RandomFeatures())
