@@ -125,31 +125,42 @@ def evaluate_dual_run(
     if source.has_captions:
         pairs = embed_pairs(encoder, images)
         metrics |= score_pairs(pairs)
-        if pairs.shared:
-            notes.append(
-                f"{pairs.shared} of {len(pairs.texts_TD)} captions are those of another image too: a hit on an equal "
-                "text, or on an image that has it, is right."
-            )
+        notes += _shared_captions(pairs)
         if umap:
             map_png = modality_map({run.name: (pairs.images_ID[:_MAPPED], pairs.first_ID[:_MAPPED])})
-    if images.labels is not None:
-        train_images = embed_source(encoder, open_finite(train, Columns())) if train else None
-        found, told = score_classes(encoder, images, train=train_images, classes=classes)
-        if not (found or metrics.keys() - {"images"}):
-            raise UserError(f"{data}: {told[0]}")
-        metrics |= found
-        notes += told
-    elif train or classes or not source.has_captions:
-        raise UserError(f"{data}: {_no_labels(images, captions=bool(train or classes) or source.has_captions)}")
-    elif 0 < images.unlabelled < len(images.items_I):
-        notes.append(f"{_no_labels(images, captions=True)}: no zero-shot accuracy.")
+    found, told = _score_labels(encoder, images, data=data, train=train, classes=classes)
+    metrics |= found
     out.mkdir(parents=True, exist_ok=True)
-    notes += skipped.report(out / "skipped.jsonl")
+    notes += told + skipped.report(out / "skipped.jsonl")
     print_metrics(metrics, title=f"{run} on {data}", notes=notes)
     write_json(out / "metrics.json", {**metrics, "skipped": len(skipped), "source": data, "notes": notes})
     if map_png:
         write_bytes(out / "umap.png", map_png)
     print(f"written to {out}")
+
+
+def _shared_captions(pairs: EmbeddedPairs) -> list[str]:
+    if not pairs.shared:
+        return []
+    told = f"{pairs.shared} of {len(pairs.texts_TD)} captions are those of another image too"
+    return [f"{told}: a hit on an equal text, or on an image that has it, is right."]
+
+
+def _score_labels(
+    encoder: DualEncoder, images: EmbeddedImages, *, data: str, train: str | None, classes: Path | None
+) -> tuple[dict[str, float], list[str]]:
+    """Scores by labels, and notes. Raises UserError where there are none and they are asked for or nothing else is."""
+    needed = bool(train or classes) or not images.source.has_captions
+    if images.labels is not None:
+        train_images = embed_source(encoder, open_finite(train, Columns())) if train else None
+        found, notes = score_classes(encoder, images, train=train_images, classes=classes)
+        if needed and not found:
+            raise UserError(f"{data}: {notes[0]}")
+        return found, notes
+    if needed:
+        raise UserError(f"{data}: {_no_labels(images, captions=bool(train or classes))}")
+    some = 0 < images.unlabelled < len(images.items_I)
+    return {}, [f"{_no_labels(images, captions=True)}: no zero-shot accuracy."] if some else []
 
 
 def _no_labels(images: EmbeddedImages, *, captions: bool) -> str:
