@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diptych.rng import GOLDEN, StepRNG, derive_seed, hashed_uniform, mix64
+from diptych.rng import GOLDEN, RowRNG, StepRNG, derive_seed, hashed_uniform, mix64
 
 
 def test_derive_seed_tells_everything_apart():
@@ -33,6 +33,15 @@ def test_rows_keep_their_numbers_on_any_number_of_processes():
     for world in (2, 3):
         parts = [StepRNG(0, 0, rank, world).gumbel("g", 6 // world, 2) for rank in range(world)]
         assert torch.equal(torch.cat(parts), whole)
+
+
+def test_rows_with_seeds_of_their_own_ignore_the_others():
+    whole = RowRNG(3, 0, row_seeds=(7, 8, 9)).gumbel("g", 3, 5, 2)
+    assert torch.equal(RowRNG(3, 0, row_seeds=(9, 7)).gumbel("g", 2, 5, 2), whole[[2, 0]])
+    key = derive_seed(3, 0, "g", 8)
+    expected = hashed_uniform(key, 0, 10).view(5, 2)
+    assert torch.equal(RowRNG(3, 0, row_seeds=(7, 8, 9)).uniform("g", 3, 5, 2)[1], expected)
+    assert not torch.equal(RowRNG(4, 0, row_seeds=(7,)).uniform("g", 1, 5, 2)[0], whole[0])
 
 
 def test_gumbel_is_standard_and_finite():

@@ -60,6 +60,20 @@ class StepRNG:
         return noise.clamp_(min=1e-20).log_().neg_()  # neither end of [0, 1) may give infinity
 
 
+@dataclass(frozen=True, slots=True)
+class RowRNG(StepRNG):
+    """Random numbers of rows that have seeds of their own: those of a row do not depend on the other rows."""
+
+    row_seeds: tuple[int, ...] = ()
+
+    def uniform(self, name: str, rows: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+        """As :meth:`StepRNG.uniform`; ``rows`` must be the number of seeds."""
+        assert rows == len(self.row_seeds)
+        keys_R = torch.tensor([derive_seed(self.seed, self.step, name, each) for each in self.row_seeds], device=device)
+        count_C = torch.arange(1, prod(shape) + 1, device=device).mul_(_signed(GOLDEN))
+        return (_hash(count_C + keys_R[:, None]) * 2.0**-24).view(rows, *shape)
+
+
 def hashed_uniform(key: int, first: int, count: int, *, device: torch.device | str = "cpu") -> Tensor:
     """Numbers ``first`` to ``first + count`` of the uniform sequence of ``key``: [count], fp32 in [0, 1).
 
@@ -68,16 +82,22 @@ def hashed_uniform(key: int, first: int, count: int, *, device: torch.device | s
     without the last xor-shift, which changes the lower bits only.
     """
     out = torch.empty(count, device=device)
-    golden, mix_1, mix_2 = map(_signed, (GOLDEN, _MIX_1, _MIX_2))
     # The integers take 16 bytes a number for a while: a part at a time, on a CPU as large as its cache.
     part = 2**16 if out.device.type == "cpu" else 2**24
     for start in range(0, count, part):
         end = min(start + part, count)
-        x = torch.arange(first + start + 1, first + end + 1, device=device).mul_(golden).add_(key)  # modulo 2^64
-        x.bitwise_xor_((x >> 30).bitwise_and_(2**34 - 1)).mul_(mix_1)  # the mask makes `>>` shift in zeros
-        x.bitwise_xor_((x >> 27).bitwise_and_(2**37 - 1)).mul_(mix_2)
-        torch.mul((x >> 40).bitwise_and_(2**24 - 1), 2.0**-24, out=out[start:end])
+        x = (
+            torch.arange(first + start + 1, first + end + 1, device=device).mul_(_signed(GOLDEN)).add_(key)
+        )  # modulo 2^64
+        torch.mul(_hash(x), 2.0**-24, out=out[start:end])
     return out
+
+
+def _hash(x: Tensor) -> Tensor:
+    """The upper 24 bits of SplitMix64's hash of the counters ``x``, int64, which are overwritten."""
+    x.bitwise_xor_((x >> 30).bitwise_and_(2**34 - 1)).mul_(_signed(_MIX_1))  # the mask makes `>>` shift in zeros
+    x.bitwise_xor_((x >> 27).bitwise_and_(2**37 - 1)).mul_(_signed(_MIX_2))
+    return (x >> 40).bitwise_and_(2**24 - 1)
 
 
 def _signed(word: int) -> int:

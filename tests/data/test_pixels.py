@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from diptych.data.pixels import (
+    ReadableImages,
     SkippedItems,
     decode_files,
     image_batches,
@@ -146,23 +147,25 @@ def test_the_first_readable_images_and_nothing_behind_them(monkeypatch):
     image = Ramps.image
     monkeypatch.setattr(Ramps, "image", lambda self, i, size: (asked.append(i), image(self, i, size))[1])
     source = Ramps(30, broken=(1, 4, 25))
-    items, pixels = read_first_images(source, limit=5, size=SIZE, max_skipped_share=0.1)
+    items, pixels = read_first_images(source, limit=5, size=SIZE, skipped=SkippedItems(max_skipped_share=0.3))
     assert items == [0, 2, 3, 5, 6]
     assert pixels[:, 0, 0, 0].tolist() == items
     assert sorted(asked) == list(range(7))
-    even = read_first_images(source, limit=None, size=SIZE, max_skipped_share=0.1, wanted=lambda item: item % 2 == 0)
+    even = read_first_images(
+        source, limit=None, size=SIZE, skipped=SkippedItems(max_skipped_share=0.3), wanted=lambda item: item % 2 == 0
+    )
     assert even[0] == [item for item in range(0, 30, 2) if item != 4]
 
 
 def test_first_images_that_cannot_be_had():
     with pytest.raises(UserError, match=r"2 of 30 items are unreadable.*0/1"):
-        read_first_images(Ramps(30, broken=(1, 4)), limit=5, size=SIZE)
+        read_first_images(Ramps(30, broken=(1, 4)), limit=5, size=SIZE, skipped=SkippedItems())
     with pytest.raises(UserError, match="a limit of 0 images"):
-        read_first_images(Ramps(3), limit=0, size=SIZE)
+        read_first_images(Ramps(3), limit=0, size=SIZE, skipped=SkippedItems())
     with pytest.raises(UserError, match="no image to score"):
-        read_first_images(Ramps(3), limit=None, size=SIZE, wanted=lambda item: False)
+        read_first_images(Ramps(3), limit=None, size=SIZE, skipped=SkippedItems(), wanted=lambda item: False)
     with pytest.raises(UserError, match="scores need images and captions"):
-        read_captioned(Ramps(3), limit=None, size=SIZE)
+        read_captioned(Ramps(3), limit=None, size=SIZE, skipped=SkippedItems())
 
 
 def test_files_become_one_batch_and_a_damaged_one_is_named(tmp_path):
@@ -212,3 +215,33 @@ def test_writes_one_line_each_and_leaves_nothing_else(tmp_path):
     assert len(rows) == len(skipped) == 100
     assert rows[7] == {"key": "007", "reason": "again"}
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["skipped.jsonl"]
+
+
+def test_the_share_is_that_of_the_images_looked_at():
+    """Not of the whole source, which may be a thousand times as long as the part that is scored."""
+    with pytest.raises(UserError, match=r"1 of 6 items are unreadable.*0/1"):
+        read_first_images(Ramps(200, broken=(1,)), limit=5, size=SIZE, skipped=SkippedItems())
+
+
+def test_a_report_of_what_is_left_out(tmp_path):
+    skipped = SkippedItems()
+    assert skipped.report(tmp_path / "skipped.jsonl") == []
+    assert not (tmp_path / "skipped.jsonl").exists()
+    skipped.record("b", "b: is empty")
+    assert skipped.report(tmp_path / "skipped.jsonl") == [
+        f"1 images cannot be read, listed in {tmp_path}/skipped.jsonl; the first: b: is empty"
+    ]
+    assert json.loads((tmp_path / "skipped.jsonl").read_text()) == {"key": "b", "reason": "b: is empty"}
+
+
+@pytest.mark.parametrize(("cache_mb", "reads"), [(0, 2), (1, 1)])
+def test_readable_images_are_the_same_each_time(monkeypatch, cache_mb, reads):
+    asked = []
+    image = Ramps.image
+    monkeypatch.setattr(Ramps, "image", lambda self, i, size: (asked.append(i), image(self, i, size))[1])
+    skipped = SkippedItems(max_skipped_share=0.3)
+    images = ReadableImages(Ramps(9, broken=(4,)), np.arange(9), size=SIZE, skipped=skipped, rows=4, cache_mb=cache_mb)
+    for _ in range(2):
+        assert [items.tolist() for _, items in images] == [[0, 1, 2, 3], [5, 6, 7], [8]]
+    assert len(asked) == 9 * reads
+    assert list(skipped.reasons) == ["0/4"]

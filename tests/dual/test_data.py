@@ -4,8 +4,7 @@ import torch
 
 from diptych.data.pixels import SkippedItems
 from diptych.data.sources.decode import UnreadableImage
-from diptych.dual import data as module
-from diptych.dual.data import CaptionIds, PairsData, pair_stream, read_valid_pairs
+from diptych.dual.data import CaptionIds, pair_stream
 from diptych.errors import UserError
 
 PAD = 9
@@ -108,22 +107,3 @@ def test_images_that_fit_are_decoded_once(cache_mb, decoded):
 def test_a_source_without_captions_is_refused():
     with pytest.raises(UserError, match="counted: no item has a caption"):
         CaptionIds.read(Counted(4), np.array([0]), tokenize)
-
-
-def valid_pairs(monkeypatch, source, **fields):
-    monkeypatch.setattr(module, "open_source", lambda spec, columns: source)
-    return read_valid_pairs("counted", PairsData(pairs="unused", **fields), size=2)
-
-
-def test_retrieval_is_measured_on_the_first_readable_images_and_all_their_captions(monkeypatch):
-    found = valid_pairs(monkeypatch, Counted(40, broken=(1,)), valid_images=5, max_skipped_share=0.5)
-    assert found.pixels_I3SS[:, 0, 0, 0].tolist() == [0, 2, 3, 4, 5]
-    assert found.texts == ["2", "2 2", "3", "3 3", "3 3 3", "5"]
-    assert found.image_of_T.tolist() == [1, 1, 2, 2, 2, 4]
-
-
-def test_retrieval_needs_a_caption_and_readable_images(monkeypatch):
-    with pytest.raises(UserError, match="counted: has no captioned image to measure retrieval on"):
-        valid_pairs(monkeypatch, Counted(1))
-    with pytest.raises(UserError, match="1 of 40 items are unreadable"):
-        valid_pairs(monkeypatch, Counted(40, broken=(1,)), valid_images=5)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from diptych.data.scenes.source import ScenesSource
+from diptych.data.sources import open_source
 from diptych.dual.evaluation import EmbeddedPairs, embed_pairs, embed_source, evaluate_dual_run, score_classes
 from diptych.dual.metrics import modality_gap
 from diptych.errors import UserError
@@ -16,8 +17,9 @@ from diptych.errors import UserError
 SOURCE, SRC = ScenesSource(count=60), "scenes:?count=60"
 
 
-def evaluate(run, data=SRC, *, train=None, umap=False, limit=None):
-    evaluate_dual_run(run, data, train=train, umap=umap, limit=limit, out=run / "evaluation", device="cpu")
+def evaluate(run, data=SRC, **options):
+    given = {"train": None, "umap": False, "limit": None, "out": run / "evaluation", "device": "cpu"} | options
+    evaluate_dual_run(run, str(data), **given)
     return json.loads((run / "evaluation/metrics.json").read_text())
 
 
@@ -39,7 +41,7 @@ def test_the_probe_learns_the_shapes_from_an_untrained_tower(dual_encoder):
     images, train = embed_source(dual_encoder, SOURCE), embed_source(dual_encoder, ScenesSource(count=300, seed=1))
     assert images.labels is not None
     chance = max(images.labels.count(label) for label in images.labels) / 60
-    assert score_classes(dual_encoder, images, train=train)["linear_probe/accuracy"] > chance + 0.1
+    assert score_classes(dual_encoder, images, train=train)[0]["linear_probe/accuracy"] > chance + 0.1
 
 
 def test_one_folder_is_no_class(dual_encoder):
@@ -64,8 +66,6 @@ def test_pairs_leave_out_images_without_captions(dual_encoder, tmp_path):
         '{"file_name": "0.png", "text": ["one", "two"]}\n{"file_name": "1.png", "text": []}\n'
         '{"file_name": "2.png", "text": ["three"]}\n'
     )
-    from diptych.data.sources import open_source
-
     images = embed_source(dual_encoder, open_source(str(tmp_path)))
     pairs = embed_pairs(dual_encoder, images)
     torch.testing.assert_close(pairs.images_ID, images.embedding_ID[[0, 2]])
@@ -77,7 +77,13 @@ def test_the_gap_is_of_first_captions(dual_run):
     found = evaluate(dual_run)
     assert found["modality/distance"] > 0
     images = torch.eye(4)
-    pairs = EmbeddedPairs(images_ID=images, texts_TD=images.repeat_interleave(2, 0), image_of_T=torch.arange(8) // 2)
+    pairs = EmbeddedPairs(
+        images_ID=images,
+        texts_TD=images.repeat_interleave(2, 0),
+        image_of_T=torch.arange(8) // 2,
+        wording_T=torch.tensor([0, 1, 1, 2, 3, 3, 4, 5]),
+    )
+    assert pairs.shared == 2  # a text that is twice at its own image is not shared
     assert modality_gap(pairs.images_ID, pairs.first_ID).distance == 0
 
 
@@ -111,3 +117,41 @@ def test_what_cannot_be_scored(dual_run, dual_encoder, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="leave --umap away"):
         evaluate(dual_run, str(tmp_path), umap=True)
     assert not (dual_run / "evaluation").exists()
+
+
+def labelled(folder, names):
+    """A tar as WebDataset's, or folders of classes: the same images, labelled by ``names``."""
+    for number in range(12):
+        (folder / names[number % 3]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(SOURCE.image(number, 16)).save(folder / names[number % 3] / f"{number:02d}.png")
+    return str(folder)
+
+
+def test_codes_are_no_names(dual_run, dual_encoder, tmp_path, capsys):
+    """Whatever the labels look like: once the classes are named, the accuracy is that of named labels."""
+    named = evaluate(dual_run, labelled(tmp_path / "named", ["blue", "green", "red"]))
+    keys = [key for key in named if key.startswith("zero_shot")]
+    assert keys
+    classes = tmp_path / "classes.txt"
+    for labels, text in (
+        (["0", "1", "2"], "blue\ngreen\nred\n"),
+        (["n01440001", "n01440002", "n01440003"], "blue\ngreen\nred\n"),
+        (["n01440001", "n01440002", "n01440003"], "n01440003 red\nn01440001 blue\nn01440002 green\n"),
+        (["Blue", "green", "red"], "red\ngreen\nblue\n"),
+        (["0", "1", "3"], "blue\ngreen\ngreen\nred\n"),
+    ):
+        data = labelled(tmp_path / str(len(list(tmp_path.iterdir()))), labels)
+        if labels[0] != "Blue":
+            with pytest.raises(UserError, match=r"the labels are codes .*give --classes FILE"):
+                evaluate(dual_run, data)
+            found, notes = score_classes(dual_encoder, embed_source(dual_encoder, open_source(data)))
+            assert not found
+            assert "codes" in notes[0]
+        classes.write_text(text)
+        found = evaluate(dual_run, data, classes=classes)
+        assert {key: found[key] for key in keys} == {key: named[key] for key in keys}
+        assert found["classes"] == 3
+    assert "names green more than once" in capsys.readouterr().out
+    classes.write_text("blue\ngreen\n")
+    with pytest.raises(UserError, match="none of its lines is for the label 'red'"):
+        evaluate(dual_run, tmp_path / "named", classes=classes)

@@ -1,8 +1,11 @@
 """Read back by the rules of open_clip's own networks, written out here: it cannot be installed beside a CPU's torch."""
 
 import copy
+import html
 import json
+import unicodedata
 
+import ftfy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from diptych.dual.export import CONFIG, WEIGHTS, save_open_clip
+from diptych.encoders.text import cleaned
 from diptych.errors import UserError
 
 TEXTS = ["a dog runs over the green grass", "two children", "grass " * 40]
@@ -65,6 +69,52 @@ def test_texts_are_embedded_alike(encoder, folder):
     found = x[torch.arange(3), end] @ state["text_projection"]
     torch.testing.assert_close(F.normalize(found, dim=-1), encoder.embed_texts(TEXTS))
     assert state["logit_scale"].exp() == encoder.scale
+
+
+HARD = [
+    "there\u2019s a red circle",
+    "a \u201cred\u201d circle",
+    "a red &amp; blue circle, 3 &lt; 4 &amp;amp; more",
+    "a re\ufb01ned red circle",
+    "a \uff52\uff45\uff44 circle",
+    "a red circle \U0001f534 \U0001f468\u200d\U0001f469\u200d\U0001f467",
+    unicodedata.normalize("NFC", "a café in Zürich"),
+    unicodedata.normalize("NFD", "a café in Zürich"),
+    "A RED Circle",
+    "a red\ncircle\r\non  a\ttable\u2028again",
+    "a cafÃ© that was decoded twice wrongly",
+    "an é that is &eacute;, and a dash \u2013 or \u2014 and \u2026",
+    "\u00a0a red\u00a0circle\u3000here\ufeff",
+    "<b>a red circle</b> &amp; a dog",
+    "\x1b[36;44ma red\x07 circle",
+    "",
+]
+
+
+def as_open_clip(text):
+    """The `clean="whitespace"` of open_clip's HFTokenizer."""
+    text = ftfy.fix_text(text)
+    text = html.unescape(html.unescape(text)).strip()
+    return " ".join(text.split()).strip()
+
+
+def test_hard_texts_are_embedded_alike(encoder, folder):
+    config = json.loads((folder / CONFIG).read_text())["model_cfg"]["text_cfg"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    clean = [as_open_clip(text) for text in HARD]
+    told = tokenizer(
+        clean, return_tensors="pt", max_length=config["context_length"], padding="max_length", truncation=True
+    )
+    with torch.no_grad():
+        theirs = encoder.encode_texts(told.input_ids, told.attention_mask.bool()).pooled_BD
+    cosine = (F.normalize(theirs, dim=-1) * encoder.embed_texts(HARD)).sum(1)
+    assert cosine.min() >= 0.9999
+    raw = encoder.ids(HARD)
+    assert raw[0] == encoder.ids(["there's a red circle"])[0]
+    assert raw[4] == raw[8] == encoder.ids(["a red circle"])[0]
+    assert raw[6] == raw[7]
+    plain = ["".join(map(chr, row)) for row in torch.randint(32, 127, (200, 20)).tolist()]
+    assert [cleaned(text) for text in plain] == [as_open_clip(text) for text in plain]
 
 
 def test_every_weight_is_there_once(encoder, folder):

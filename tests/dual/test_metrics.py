@@ -11,6 +11,7 @@ from PIL import Image
 from diptych.dual import metrics
 from diptych.dual.metrics import (
     ENSEMBLE,
+    RightTargets,
     class_accuracy,
     class_embeddings,
     modality_gap,
@@ -41,15 +42,26 @@ def naive_rank(scores: list[float], right: list[bool]) -> int:
 def test_ranks_equal_a_naive_loop(monkeypatch, held):
     monkeypatch.setattr(metrics, "_SCORES", held)
     images, texts = embeddings()
-    own = torch.arange(7)
-    found = ranks(images, texts, group_Q=own, group_T=IMAGE_OF)
-    expected = [naive_rank((texts @ images[i]).tolist(), (i == IMAGE_OF).tolist()) for i in range(7)]
-    assert found.tolist() == expected
-    assert len(set(expected)) > 1
-    found = ranks(texts, images, group_Q=IMAGE_OF, group_T=own)
-    assert found.tolist() == [
-        naive_rank((images @ texts[t]).tolist(), (own == IMAGE_OF[t]).tolist()) for t in range(11)
-    ]
+    for wording in (list(range(11)), [7, 3, 7, 0, 4, 1, 2, 0, 5, 6, 7]):
+        right = RightTargets(7, IMAGE_OF, torch.tensor(wording))
+        own = [{word for word, image in zip(wording, IMAGE_OF.tolist(), strict=True) if image == i} for i in range(7)]
+        found = ranks(images, texts, right=right.texts_of_images)
+        expected = [naive_rank((texts @ images[i]).tolist(), [word in own[i] for word in wording]) for i in range(7)]
+        assert found.tolist() == expected
+        assert len(set(expected)) > 1
+        found = ranks(texts, images, right=right.images_of_texts)
+        assert found.tolist() == [
+            naive_rank((images @ texts[t]).tolist(), [wording[t] in own[i] for i in range(7)]) for t in range(11)
+        ]
+
+
+def test_a_hit_on_an_equal_text_is_right():
+    """Two images share a caption; nothing can tell the two copies of its embedding apart."""
+    images, texts = torch.eye(3), torch.eye(3)[[0, 0, 2]]
+    strict = retrieval(images, texts, image_of_T=torch.arange(3))
+    assert (strict.image_to_text.r1, strict.text_to_image.r1) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    shared = retrieval(images, texts, image_of_T=torch.arange(3), wording_T=torch.tensor([4, 4, 9]))
+    assert (shared.image_to_text.r1, shared.text_to_image.r1) == (pytest.approx(2 / 3), 1.0)
 
 
 def test_retrieval_by_hand():
@@ -73,7 +85,7 @@ def test_equal_scores_are_no_find():
 
 def test_without_a_right_target_a_query_is_last():
     images, texts = embeddings()
-    found = ranks(images, texts[:3], group_Q=torch.arange(7), group_T=IMAGE_OF[:3])
+    found = ranks(images, texts[:3], right=RightTargets(7, IMAGE_OF[:3]).texts_of_images)
     assert found[1] == 4
 
 

@@ -3,10 +3,12 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import nn
 from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPTokenizer
 
+from diptych.data.pixels import decode_files
 from diptych.data.sources.decode import decode
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
 from diptych.errors import UserError
@@ -249,3 +251,36 @@ def test_no_texts_and_no_room_are_refused():
         train_clip_tokenizer([], vocab_size=600, length=16)
     with pytest.raises(UserError, match=r"model\.vocab-size is 500.*at least 514"):
         train_clip_tokenizer(TOKENIZER_TEXTS, vocab_size=500, length=16)
+
+
+def test_transformers_own_processor_sees_the_same_square(dual_encoder, tmp_path):
+    """It neither turns images nor knows what lies behind transparency, and it cuts the square after it has resized."""
+    dual_encoder.save_pretrained(tmp_path / "model")
+    model = CLIPModel.from_pretrained(tmp_path / "model").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    draw = np.random.default_rng(0)
+    photo = Image.fromarray(draw.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize(
+        (140, 100), Image.Resampling.BICUBIC
+    )
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    photo.save(tmp_path / "turned.png", exif=turned)
+    see_through = photo.convert("RGBA")
+    see_through.putalpha(Image.fromarray(draw.integers(0, 256, (4, 4), dtype=np.uint8)).resize(photo.size))
+    see_through.save(tmp_path / "alpha.png")
+    photo.save(tmp_path / "wide.png")
+
+    def theirs(image):
+        with torch.no_grad():
+            found = model.get_image_features(**processor(images=image, return_tensors="pt")).pooler_output
+        return F.normalize(found, dim=-1)[0]
+
+    for file in sorted(tmp_path.glob("*.png")):
+        ours = dual_encoder.embed_images(decode_files([file], size=dual_encoder.image_size))[0]
+        image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        seen = Image.fromarray(decode(file, dual_encoder.image_size))
+        torch.testing.assert_close(ours, theirs(seen))
+        assert ours @ theirs(ImageOps.fit(image, (min(image.size),) * 2)) >= 0.9999
+        assert ours @ theirs(image) >= 0.99  # half a pixel of the small image at most
+    assert ours.shape == (dual_encoder.width,)

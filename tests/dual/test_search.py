@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from diptych.data.class_texts import read_names
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.store import VectorStore, write_vectors
 from diptych.dual import search
 from diptych.dual.model import DualEncoder
-from diptych.dual.search import Index, embed_run, nearest, nearest_approximate, read_lines
+from diptych.dual.search import Index, embed_run, nearest, nearest_approximate, read_templates
 from diptych.errors import UserError
 from diptych.io import weights_digest
 
@@ -159,7 +160,7 @@ def test_a_store_without_the_name_of_its_model(dual_run, tmp_path):
 
 def test_lines_are_clean(tmp_path):
     (tmp_path / "names.txt").write_text("\ufeff  hot   dog \r\n\r\ncat", encoding="utf-8")
-    assert read_lines(tmp_path / "names.txt", what="name") == ["hot dog", "cat"]
+    assert read_names(tmp_path / "names.txt") == read_templates(tmp_path / "names.txt") == ["hot dog", "cat"]
 
 
 @pytest.mark.parametrize(("side", "method"), [("images", "embed_images"), ("texts", "embed_texts")])

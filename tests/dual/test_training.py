@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, CLIPModel
 
+from diptych.data.scenes.source import ScenesSource
+from diptych.dual.evaluation import evaluate_dual_run
 from diptych.dual.model import DualEncoder, DualEncoderConfig
 from diptych.dual.training import PairsData
 from diptych.errors import UserError
@@ -18,6 +20,7 @@ from diptych.run_folder import kind_of, read_config
 from diptych.train.config import OptimConfig, TrainConfig
 
 NAMES = [name for name in RECIPES if name.split("-")[0] in ("ito", "clip", "siglip", "slip")]
+SCENES = ScenesSource(count=24)
 MODEL = DualEncoderConfig(
     image_size=16,
     patch=8,
@@ -81,6 +84,52 @@ def test_a_run_leaves_a_plain_clip_folder_and_measures_retrieval(done):
     assert read_config(done)["run"]["objective"]["fusion_weight"] == 2.0
 
 
+@pytest.fixture
+def scored(tmp_path) -> Path:
+    """Images with captions, without any, with the caption of another, and one that cannot be read."""
+    folder = tmp_path / "valid"
+    folder.mkdir()
+    for number in range(24):
+        Image.fromarray(SCENES.image(number, 20)).save(folder / f"{number:02d}.png")
+        if number % 3:
+            (folder / f"{number:02d}.txt").write_text(SCENES.captions(number // 6)[0])
+    (folder / "05.png").write_bytes(b"<html>404</html>")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ito-tiny", "slip-tiny"])
+def test_validation_equals_evaluate(name, scored, tmp_path, capsys):
+    data = PairsData(pairs="scenes:?count=24", valid=str(scored), max_skipped_share=0.05)
+    run = small_run(name, data=data)
+    run.train.ema = 0.9
+    run.fit(tmp_path / "run", recipe=name)
+    assert "1 images cannot be read" in capsys.readouterr().err
+    assert "05.png" in (tmp_path / "run" / "skipped_valid.jsonl").read_text()
+    out = tmp_path / "scores"
+    options = {"train": None, "umap": False, "limit": None, "max_skipped_share": 0.05}
+    evaluate_dual_run(tmp_path / "run", str(scored), out=out, device="cpu", **options)
+    found = json.loads((out / "metrics.json").read_text())
+    last = [line for line in lines(tmp_path / "run") if "valid/mean_r1" in line][-1]
+    names = [key.removeprefix("valid/") for key in last if key.startswith("valid/")]
+    assert len(names) == 9
+    assert {key: last[f"valid/{key}"] for key in names} == {key: found[f"retrieval/{key}"] for key in names}
+    assert (found["images"], found["retrieval/images"], found["skipped"]) == (23, 15, 1)
+    assert any("captions are those of another image too" in note for note in found["notes"])
+    assert any("05.png" in note for note in found["notes"])
+
+
+def test_unreadable_validation_images_stop_before_the_training(scored, tmp_path):
+    run = small_run(data=PairsData(pairs="scenes:?count=24", valid=str(scored)))
+    with pytest.raises(UserError, match=r"1 of 24 items are unreadable.*05\.png"):
+        run.fit(tmp_path / "run", recipe="ito-tiny")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    for file in scored.glob("*.txt"):
+        file.unlink()
+    (scored / "05.png").unlink()
+    with pytest.raises(UserError, match="pairs need images and captions, and it has no captions"):
+        run.fit(tmp_path / "run", recipe="ito-tiny")
+
+
 def test_the_fusion_is_dropped(done):
     names = DualEncoder.from_pretrained(done / "model").state_dict()
     assert not any("fusion" in name for name in names)
@@ -105,6 +154,41 @@ def test_chunks_change_no_loss_and_may_change_on_resume(done, tmp_path):
     chunked.objective.chunk, chunked.objective.lean = 3, False
     chunked.fit(tmp_path, recipe="ito-tiny")
     assert losses(tmp_path) == pytest.approx(losses(done), rel=1e-4)
+
+
+def test_edited_captions_and_images_are_noticed(scored, tmp_path):
+    (scored / "05.png").unlink()
+    (scored / "05.txt").unlink()
+    data = PairsData(pairs=str(scored))
+    small_run(steps=2, data=data).fit(tmp_path / "run", recipe="ito-tiny")
+    small_run(steps=3, data=data).fit(tmp_path / "run", recipe="ito-tiny")
+    kept = (scored / "04.txt").read_text()
+    (scored / "04.txt").write_text("a blue ring, much edited")
+    with pytest.raises(UserError, match=r"the files of the data \('[0-9a-f]{16}' then, '[0-9a-f]{16}' now\)"):
+        small_run(steps=4, data=data).fit(tmp_path / "run", recipe="ito-tiny")
+    (scored / "04.txt").write_text(kept)
+    Image.new("RGB", (20, 20)).save(scored / "04.png")
+    with pytest.raises(UserError, match="the files of the data"):
+        small_run(steps=4, data=data).fit(tmp_path / "run", recipe="ito-tiny")
+
+
+def test_a_batch_holds_no_pair_twice(tmp_path, capsys):
+    run = small_run("clip-tiny", steps=2, data=PairsData(pairs="scenes:?count=5"))
+    run.fit(tmp_path / "run", recipe="clip-tiny")
+    assert "train.batch-size 8 is more than the 5 images with captions" in capsys.readouterr().err
+    assert read_config(tmp_path / "run")["run"]["train"]["batch_size"] == 5
+    small_run("clip-tiny", steps=3, data=run.data).fit(tmp_path / "run", recipe="clip-tiny")  # goes on
+
+
+@pytest.mark.parametrize("name", ["ito-tiny", "clip-tiny", "siglip-tiny", "slip-tiny"])
+def test_a_batch_without_partners_is_refused(name, tmp_path):
+    run = small_run(name)
+    run.train.batch_size = 1
+    with pytest.raises(UserError, match=r"train\.batch_size is 1.*give 2 or more"):
+        run.fit(tmp_path / "run", recipe=name)
+    run.data, run.train.batch_size = PairsData(pairs="scenes:?count=1"), 8
+    with pytest.raises(UserError, match="1 images with captions are too few"):
+        run.fit(tmp_path / "run", recipe=name)
 
 
 def test_accumulation_is_refused_and_the_mend_named(tmp_path):

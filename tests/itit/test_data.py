@@ -4,6 +4,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diptych.data.encode import DataTokenizers, encode
 from diptych.data.scenes.source import ScenesSource
@@ -146,6 +147,24 @@ def test_parts_are_encoded_once(tmp_path):
     np.testing.assert_array_equal(second.source.array("tokens"), first.source.array("tokens"))
     third = encode_subset(part, tmp_path / "out", tokenizers("c-d-24-False"), data=PAIRS)
     assert third.source.manifest["made_by"]["tokenizers"] == "c-d-24-False"
+
+
+def test_edited_captions_and_images_are_noticed(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        Image.fromarray(ScenesSource(count=3).image(number, 8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"image {number}")
+    data = DataConfig(pairs=str(folder))
+    encode_subset(open_data(data).pairs, tmp_path / "out", tokenizers(), data=data)
+    encode_subset(open_data(data).pairs, tmp_path / "out", tokenizers(), data=data)
+    (folder / "1.txt").write_text("image 7")
+    with pytest.raises(UserError, match=r"out: encoded from .*photos before its captions or images were changed"):
+        encode_subset(open_data(data).pairs, tmp_path / "out", tokenizers(), data=data)
+    (folder / "1.txt").write_text("image 1")
+    Image.new("RGB", (8, 8)).save(folder / "1.png")
+    with pytest.raises(UserError, match="before its captions or images were changed"):
+        encode_subset(open_data(data).pairs, tmp_path / "out", tokenizers(), data=data)
 
 
 @pytest.mark.parametrize("changes", [{"split_seed": 1}, {"pairs": "scenes:?count=21&seed=5"}])

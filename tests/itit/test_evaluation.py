@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diptych.data.pixels import read_captioned
+from diptych.data.pixels import SkippedItems, read_captioned
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import open_source
 from diptych.errors import UserError
@@ -105,7 +105,7 @@ def test_the_first_readable_captioned_items_are_read(folder):
     for i in range(200):
         Image.new("RGB", (2, 2)).save(folder / f"more-{i}.png")
     source = open_source(str(folder))
-    items, pixels = read_captioned(source, limit=3, size=32)
+    items, pixels = read_captioned(source, limit=3, size=32, skipped=SkippedItems(max_skipped_share=0.3))
     assert [source.key(item) for item in items] == ["0.png", "3.png", "4.png"]
     np.testing.assert_array_equal(pixels, [source.image(item, 32) for item in items])
 
@@ -113,18 +113,18 @@ def test_the_first_readable_captioned_items_are_read(folder):
 def test_too_many_unreadable_images_stop(folder):
     (folder / "2.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"1 of 6 items are unreadable.*2\.png"):
-        read_captioned(open_source(str(folder)), limit=None, size=32)
+        read_captioned(open_source(str(folder)), limit=None, size=32, skipped=SkippedItems())
 
 
 @pytest.mark.parametrize(("count", "limit", "read"), [(5, None, 5), (5, 3, 3), (5, 9, 5), (1200, None, 1200)])
 def test_limits_of_scenes(count, limit, read):
-    items, pixels = read_captioned(ScenesSource(count=count), limit=limit, size=16)
+    items, pixels = read_captioned(ScenesSource(count=count), limit=limit, size=16, skipped=SkippedItems())
     assert items == list(range(read))
     assert pixels.shape == (read, 16, 16, 3)
 
 
 def test_endless_scenes_are_cut_at_a_thousand():
-    assert len(read_captioned(ScenesSource(), limit=None, size=16)[0]) == 1000
+    assert len(read_captioned(ScenesSource(), limit=None, size=16, skipped=SkippedItems())[0]) == 1000
 
 
 def test_sources_and_limits_that_cannot_be_scored(diptych, folder, tmp_path):

@@ -112,6 +112,26 @@ def test_images_follow_from_text_and_seed(made, scene_texts):
     assert (first[0] != made.imagine([scene_texts[0]] * 2, seed=1)[1]).any()
 
 
+def test_the_image_of_a_text_does_not_depend_on_its_place(made, scene_texts, monkeypatch):
+    monkeypatch.setattr("diptych.itit.pipeline._ROWS", 2)
+    one, two, three = (made.imagine_tokens([text], seed=1)[0] for text in scene_texts[:3])
+    assert len({tuple(row.tolist()) for row in (one, two, three)}) == 3
+    found = made.imagine_tokens([scene_texts[i] for i in (2, 0, 1, 0)], seed=1)
+    assert torch.equal(found[:3], torch.stack([three, one, two]))
+    assert not torch.equal(found[3], one)  # a repeated text gets another image
+
+
+def test_prompts_are_read_as_the_tokenizer_was_trained(made, scene_texts, capsys):
+    plain = made.imagine_tokens(scene_texts[:1])
+    for spelt in (scene_texts[0].upper(), scene_texts[0].capitalize(), scene_texts[0].title()):
+        assert torch.equal(made.imagine_tokens([spelt]), plain)
+    assert capsys.readouterr().err == ""
+    made.imagine_tokens(["a red Ωmega", "a 红 circle"])
+    assert capsys.readouterr().err == (
+        "the tokenizer does not know all letters of 'Ωmega', '红': they are lost on the image\n"
+    )
+
+
 def test_images_can_be_generated_with_other_settings(made, scene_texts):
     sure = ImageGenerationConfig(steps=1, guidance=0.0, token_temperature=0.0)
     found = made.imagine_tokens(scene_texts[:2], config=sure)

@@ -12,6 +12,7 @@ import pytest
 from diptych.data.scenes.source import ScenesSource
 from diptych.errors import UserError
 from diptych.itit.data import DataConfig
+from diptych.itit.evaluation import EvaluateConfig, evaluate
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ItitConfig
 from diptych.itit.objective import ItitObjectiveConfig
@@ -27,6 +28,7 @@ from diptych.tokenizers.vqgan import VQGANConfig
 from diptych.train.config import OptimConfig, TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Covariance")
+VALID = ScenesSource(split="test", count=6)
 IMAGES = ImageGenerationConfig(steps=2, guidance=0.0, temperature=1.0)
 
 
@@ -130,6 +132,9 @@ def test_metrics_have_a_line_for_each_step_and_its_losses(done):
     assert not cycles & lines[0].keys()
     assert always | cycles <= lines[1].keys()
     (valid,) = [line for line in lines_of(done) if "valid/caption_accuracy" in line]
+    found = evaluate(Diptych.from_pretrained(done, device="cpu"), VALID, EvaluateConfig()).metrics
+    scores = {name: value for name, value in found.items() if name != "images"}
+    assert {name: valid[f"valid/{name}"] for name in scores} == scores
     assert valid["step"] == 4
     assert {"valid/cider", "valid/image_accuracy"} <= valid.keys()
 

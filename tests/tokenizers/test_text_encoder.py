@@ -235,3 +235,11 @@ def test_input_embeddings_beside_the_output(encoder: TextEncoder) -> None:
     encoder.features_from_embeddings(embeds_BLF, valid_BL).chunk(2, dim=-1)[1].sum().backward()
     assert embeds_BLF.grad is not None
     assert (embeds_BLF.grad[valid_BL] == 1).all()
+
+
+def test_capitals_are_read_as_what_the_tokenizer_knows(encoder: TextEncoder) -> None:
+    """The tokenizer has seen lower case alone. What it does not know in either case stays unknown, and is told."""
+    expected, _ = encoder.tokenize([TEXTS[0]], length=30)
+    for spelt in (TEXTS[0].upper(), TEXTS[0].title()):
+        assert torch.equal(encoder.tokenize([spelt], length=30)[0], expected)
+    assert encoder.unknown_words([TEXTS[0].upper(), "Ωmega red", "红"]) == ["Ωmega", "红"]

@@ -8,7 +8,7 @@ from diptych.data.pixels import SkippedItems
 from diptych.data.sources import open_source
 from diptych.data.splits import Labelled
 from diptych.encoders import ImageEncoder
-from diptych.uml.data import LabelledFeatures, LabelledImages, choose_shots
+from diptych.uml.data import LabelledFeatures, LabelledImages, ScoredImages, choose_shots
 
 
 @pytest.fixture
@@ -67,8 +67,12 @@ def test_an_image_that_replaces_an_unreadable_one_brings_its_own_class(images):
 
 def test_features_of_all_images_come_with_their_labels_and_without_gradients(images, monkeypatch):
     monkeypatch.setattr("diptych.uml.data._ROWS", 2)  # in two pieces
-    examples = LabelledImages(images, np.array([2, 0, 1]), size=4, skipped=SkippedItems(), cache_mb=1)
-    vectors, labels = examples.features(MeanColour(), "cpu")
-    assert vectors.tolist() == [[255] * 3, [0] * 3, [0] * 3]
-    assert labels.tolist() == [1, 0, 0]
-    assert not vectors.requires_grad
+    for cache_mb in (0, 1):
+        skipped = SkippedItems(max_skipped_share=0.5)
+        scored = ScoredImages(images, np.array([2, 3, 0, 1]), size=4, skipped=skipped, workers=1, cache_mb=cache_mb)
+        for _ in range(2):  # the last image cannot be read, and no other is counted in its place
+            vectors, labels = scored.features(MeanColour(), "cpu")
+            assert vectors.tolist() == [[255] * 3, [0] * 3, [0] * 3]
+            assert labels.tolist() == [1, 0, 0]
+            assert not vectors.requires_grad
+        assert len(skipped) == 1

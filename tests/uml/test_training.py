@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -65,6 +66,16 @@ def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_run_is_not_resumed_with_other_images(dataset, encoders, tmp_path):
+    shutil.copytree(dataset / "images", tmp_path / "images")
+    run = small(uml_probe(), dataset, encoders)
+    run.data.images = str(tmp_path / "images")
+    run.fit(tmp_path / "run", recipe="uml-probe")
+    Image.new("RGB", (9, 9)).save(sorted((tmp_path / "images" / "ring").iterdir())[0])
+    with pytest.raises(UserError, match="the files of the data"):
+        run.fit(tmp_path / "run", recipe="uml-probe")
+
+
 def test_a_run_is_not_resumed_with_other_labels(dataset, encoders, tmp_path):
     run = small(uml_probe(), dataset, encoders)
     run.fit(tmp_path / "run", recipe="uml-probe")
@@ -90,6 +101,38 @@ def test_a_probe_leaves_a_run_that_classifies_without_texts(dataset, encoders, t
     assert metrics["accuracy"] == pytest.approx(np.mean(list(metrics["per_class"].values())))
     guessed = [found[0].name for found in classify_run(tmp_path / "run", [*files], device="cpu")]
     assert metrics["per_class"]["ring"] >= guessed.count("ring") / 12
+
+
+@pytest.mark.parametrize("recipe", [uml_probe, uml_finetune])
+def test_validation_equals_evaluate(recipe, dataset, encoders, tmp_path):
+    """With an image that cannot be read: its place is taken by no other."""
+    valid = tmp_path / "valid"
+    shutil.copytree(dataset / "images", valid)
+    broken = sorted((valid / "ring").iterdir())[0]
+    broken.write_bytes(b"<html>404</html>")
+    run = small(recipe(), dataset, encoders)
+    run = replace(run, data=replace(run.data, valid=str(valid), max_skipped_share=0.05))
+    run.fit(tmp_path / "run", recipe="uml")
+    best = json.loads((tmp_path / "run" / "best" / "scores.json").read_text())
+    step = max(best, key=lambda score: (score["accuracy"], -score["loss"]))["step"]
+    (last,) = [line for line in lines(tmp_path / "run") if "valid/loss" in line and line["step"] == step]
+    found = evaluate_classifier_run(
+        tmp_path / "run", open_source(str(valid)), out=tmp_path / "scores", device="cpu", max_skipped_share=0.05
+    )
+    for name in ("accuracy", "mean_class_accuracy", "loss"):
+        assert last[f"valid/{name}"] == found[name]
+    assert (found["images"], found["skipped"]) == (23, 1)
+    for listed in (tmp_path / "run" / "skipped_valid.jsonl", tmp_path / "scores" / "skipped.jsonl"):
+        assert broken.name in listed.read_text()
+
+
+def test_codes_are_told(dataset, encoders, tmp_path, capsys):
+    for shape, code in (("ring", "n01440764"), ("square", "n01443537")):
+        shutil.copytree(dataset / "images" / shape, tmp_path / "images" / code)
+    run = small(uml_probe(), dataset, encoders)
+    run = replace(run, data=replace(run.data, images=str(tmp_path / "images"), texts=None))
+    run.fit(tmp_path / "run", recipe="uml-probe")
+    assert "the labels are codes (n01440764, n01443537)" in capsys.readouterr().err
 
 
 def test_the_frozen_encoder_is_as_it_was_and_its_features_are_made_once(dataset, encoders, tmp_path, monkeypatch):

@@ -279,7 +279,9 @@ def evaluate(
     seed: int = 0,
     features: str | None = None,
     train: str | None = None,
+    classes: Path | None = None,
     umap: bool = False,
+    max_skipped_share: float = 0.01,
     out: Path | None = None,
     device: Device = "auto",
 ) -> None:
@@ -299,32 +301,52 @@ def evaluate(
             transformers, or as TorchScript file (an Inception network gives FID). Default: a random network, which
             needs no download.
         train: Dual encoder: source of labelled images to fit a linear probe to.
+        classes: Dual encoder: file with the name of a class a line, for labels that are numbers (they count the lines
+            from 0) or codes (`n01440764 tench`, or the names in the order of the sorted codes).
         umap: Dual encoder: also write umap.png, a map of the embeddings; needs the extra `umap`.
+        max_skipped_share: Largest share of unreadable images that is left out without stopping, 0 to 1.
         out: Folder for metrics.json and the sheet. Default: RUN/evaluation.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
     from diptych.run_folder import kind_of
 
     kind, out = kind_of(run), out or run / "evaluation"
+    if classes is not None and kind != "dual":
+        raise UserError(f"{run}: --classes names classes for a dual encoder, and this is a run of kind {kind!r}")
     if kind == "dual":
         from diptych.dual.evaluation import evaluate_dual_run
 
-        evaluate_dual_run(run, data, train=train, umap=umap, limit=limit, out=out, device=device)
+        evaluate_dual_run(
+            run,
+            data,
+            train=train,
+            classes=classes,
+            umap=umap,
+            limit=limit,
+            max_skipped_share=max_skipped_share,
+            out=out,
+            device=device,
+        )
     elif kind == "classifier":
         from diptych.data.sources import open_source
         from diptych.uml.classifier import evaluate_classifier_run
 
-        evaluate_classifier_run(run, open_source(data), out=out, device=device)
+        share = max_skipped_share
+        evaluate_classifier_run(run, open_source(data), max_skipped_share=share, out=out, device=device)
     elif kind == "tokenizer":
+        from diptych.data.pixels import SkippedItems
         from diptych.data.sources import open_source
         from diptych.tokenizers.evaluation import evaluate_tokenizer_run
 
-        evaluate_tokenizer_run(run, open_source(data), limit=limit, features=features, out=out, device=device)
+        skipped = SkippedItems(max_skipped_share=max_skipped_share)
+        evaluate_tokenizer_run(
+            run, open_source(data), limit=limit, features=features, skipped=skipped, out=out, device=device
+        )
     elif kind == "itit":
         from diptych.data.sources import open_source
         from diptych.itit.evaluation import EvaluateConfig, evaluate_run
 
-        config = EvaluateConfig(limit=limit, beams=beams, seed=seed)
+        config = EvaluateConfig(limit=limit, beams=beams, seed=seed, max_skipped_share=max_skipped_share)
         evaluate_run(run, open_source(data), config, features=features, out=out, device=device)
     else:
         raise UserError(f"{run}: a {kind} has no scores of its own: evaluate the run that uses it")

@@ -1,4 +1,5 @@
 """Texts about classes: from templates, from a JSON file of descriptions, or from a folder with a text file per class.
+Also here: the names of classes whose labels are codes.
 
 A text has the label of the class it is about. It belongs to no image in particular.
 
@@ -7,7 +8,9 @@ Shapes: T texts.
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +19,8 @@ import numpy as np
 from diptych.data.sources.text import clean, read_text
 from diptych.errors import UserError
 from diptych.rng import derive_seed
+
+_CODE = re.compile(r"(class|label|category|cls|id|[a-z])?[\W_]*\d[\d\W_]*", re.IGNORECASE)
 
 Shots = int | Literal["all", "mean"]
 """Texts of a class to learn from: a number of random ones, all, or the mean of the features of all."""
@@ -44,6 +49,57 @@ def read_class_texts(path: str | Path, classes: Sequence[str]) -> list[list[str]
     if not path.exists():
         raise UserError(f"{path}: does not exist; give a JSON file of descriptions or a folder with a text per class")
     return _in_order(_read_folder(path) if path.is_dir() else _read_json(path), classes, where=path)
+
+
+def are_codes(labels: Iterable[str]) -> bool:
+    """Whether all labels are numbers or codes such as n01440764 or class_7, which say nothing about their class."""
+    return all(_CODE.fullmatch(label.strip()) for label in labels)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassNames:
+    """Different names, and the place among them of each label."""
+
+    names: tuple[str, ...]
+    place: dict[str, int]
+
+
+def read_names(path: Path) -> list[str]:
+    """The clean lines of a file with the name of a class on each line. Raises UserError when it holds none."""
+    lines = [text for line in read_text(path).split("\n") if (text := clean(line))]
+    if not lines:
+        raise UserError(f"{path}: is empty: write one class name a line")
+    return lines
+
+
+def name_classes(path: Path, labels: Sequence[str]) -> ClassNames:
+    """The names of classes from a file with a class a line, and which of them each of ``labels`` means.
+
+    A line is the name of a label itself, or a label, a space and a name. Else labels that are numbers count the lines
+    from 0, and other codes stand, sorted, for the lines in their order if there are as many. Lines of the same name
+    are one class: no text tells them apart. Raises UserError where a label has no line.
+    """
+    lines = read_names(path)
+    plain = {_plain(line): line for line in lines}
+    first, rest = zip(*(line.partition(" ")[::2] for line in lines), strict=True)
+    coded = dict(zip(first, rest, strict=True))
+    if all(_plain(label) in plain for label in labels):
+        found = {label: plain[_plain(label)] for label in labels}
+    elif all(coded.get(label) for label in labels):
+        found, lines = {label: coded[label] for label in labels}, list(coded.values())
+    elif all(label.strip().isdecimal() and int(label) < len(lines) for label in labels):
+        found = {label: lines[int(label)] for label in labels}
+    elif are_codes(labels) and not any(label.strip().isdecimal() for label in labels) and len(labels) == len(lines):
+        found = dict(zip(sorted(labels), lines, strict=True))
+    else:
+        unknown = next((label for label in labels if _plain(label) not in plain), labels[0])
+        raise UserError(
+            f"{path}: names {len(lines)} classes, and none of its lines is for the label {unknown!r}: write a name a "
+            "line, in the order of labels that count from 0, or the label, a space and its name"
+        )
+    names = tuple(dict.fromkeys(_spoken(line) for line in lines))
+    place = {name: number for number, name in enumerate(names)}
+    return ClassNames(names, {label: place[_spoken(name)] for label, name in found.items()})
 
 
 def texts_of(spec: str | None, classes: Sequence[str], *, templates: Sequence[str]) -> list[list[str]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diptych.data.pixels import SkippedItems, channels_first, read_images
 from diptych.data.sources import Source
+from diptych.data.sources.content import content_digest
 from diptych.data.store import STORE_MANIFEST, STORE_VERSION, ResumableArrayWriter, Store
 from diptych.errors import UserError
 
@@ -85,7 +86,8 @@ def encode(
 def origin(source: Source, tokenizers: DataTokenizers, indices: np.ndarray) -> dict[str, str]:
     """What decides the content of a store, as its manifest holds it under ``made_by``."""
     digest = hashlib.sha256(np.ascontiguousarray(indices, "<i8").tobytes()).hexdigest()[:16]
-    return {"source": source.name, "tokenizers": tokenizers.fingerprint, "items": digest}
+    found = {"source": source.name, "tokenizers": tokenizers.fingerprint, "items": digest}
+    return found | {"content": content_digest(source)}
 
 
 def _encode_chunk(

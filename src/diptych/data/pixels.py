@@ -61,13 +61,21 @@ class SkippedItems:
         more = f"; and {count - 3} more" if count > 3 else ""
         raise UserError(
             f"{count} of {total} items are unreadable, over the tolerated {self.max_skipped_share:.1%}: {first}{more}; "
-            "mend or remove them, or raise max_skipped_share"
+            "mend or remove them, or raise max-skipped-share where the command has it"
         )
 
     def write(self, path: Path) -> None:
         """Write one JSON object {key, reason} a line, in the order of the keys, atomically."""
         lines = [json.dumps({"key": key, "reason": self.reasons[key]}) + "\n" for key in sorted(self.reasons)]
         write_bytes(path, "".join(lines).encode())
+
+    def report(self, path: Path) -> list[str]:
+        """A line for the user about what is skipped, after it is written to ``path``; nothing where nothing is."""
+        if not len(self):
+            return []
+        self.write(path)
+        first = min(self.reasons.values())
+        return [f"{len(self)} images cannot be read, listed in {path}; the first: {first}"]
 
 
 def read_image(source: Source, item: int, *, size: int, skipped: SkippedItems) -> UInt8[np.ndarray, "S S 3"] | None:
@@ -108,18 +116,48 @@ def image_batches(
                 yield channels_first(pixels), found
 
 
+class ReadableImages:
+    """The readable ones of ``items``, read as :func:`image_batches` does, as often as it is iterated over.
+
+    They stay in memory after the first time if all of them fit into ``cache_mb``. Each score reads its images through
+    this class or :func:`read_first_images`: in training and afterwards alike.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        items: np.ndarray,
+        *,
+        size: int,
+        skipped: SkippedItems,
+        rows: int,
+        workers: int = 2,
+        cache_mb: int = 0,
+    ) -> None:
+        self.source, self.items = source, items
+        self._read = lambda: image_batches(source, items, size=size, skipped=skipped, workers=workers, rows=rows)
+        self._keep = len(items) * size * size * 3 <= cache_mb * 2**20
+        self._kept: list[tuple[Tensor, np.ndarray]] | None = None
+
+    def __iter__(self) -> Iterator[tuple[UInt8[Tensor, "B 3 S S"], np.ndarray]]:
+        """Pixels, and the items [B] that they show. Raises UserError when too many are unreadable."""
+        if self._kept is None and self._keep:
+            self._kept = list(self._read())
+        return iter(self._kept) if self._kept is not None else self._read()
+
+
 def read_first_images(
     source: Source,
     *,
     limit: int | None,
     size: int,
-    max_skipped_share: float = 0.01,
+    skipped: SkippedItems,
     wanted: Callable[[int], bool] = lambda item: True,
 ) -> tuple[list[int], UInt8[np.ndarray, "B S S 3"]]:
     """The first ``limit`` readable items that are ``wanted``, and their pixels.
 
     Without a limit all of them, of endless scenes the first 1000. Raises UserError for a source without such images,
-    and when too many of its images are unreadable.
+    and when too many of those that were looked at are unreadable.
     """
     if not source.has_images:
         raise UserError(f"{source.name}: has no images")
@@ -127,9 +165,9 @@ def read_first_images(
         raise UserError(f"a limit of {limit} images: at least one is needed")
     if limit is None:
         limit = 1000 if isinstance(source, ScenesSource) and len(source) == ENDLESS else len(source)
-    skipped = SkippedItems(max_skipped_share=max_skipped_share)
     candidates = (item for item in range(len(source)) if wanted(item))
     items: list[int] = []
+    looked_at = 0
     pixels: list[np.ndarray] = []
     with ThreadPoolExecutor(2) as threads:
         # As many are read as are still missing, so that no image behind the last one needed is looked at.
@@ -138,16 +176,22 @@ def read_first_images(
             skipped.check(len(source))
             items += readable.tolist()
             pixels.append(some)
+            looked_at += len(chunk)
+    skipped.check(looked_at)
     if not items:
         raise UserError(f"{source.name}: no image to score")
     return items, np.concatenate(pixels)
 
 
-def read_captioned(source: Source, *, limit: int | None, size: int) -> tuple[list[int], UInt8[np.ndarray, "B S S 3"]]:
+def read_captioned(
+    source: Source, *, limit: int | None, size: int, skipped: SkippedItems
+) -> tuple[list[int], UInt8[np.ndarray, "B S S 3"]]:
     """The first ``limit`` readable items that have a caption, and their pixels. Raises as `read_first_images`."""
     if not (source.has_images and source.has_captions):
         raise UserError(f"{source.name}: scores need images and captions, and it does not have both")
-    return read_first_images(source, limit=limit, size=size, wanted=lambda item: bool(source.captions(item)))
+    return read_first_images(
+        source, limit=limit, size=size, skipped=skipped, wanted=lambda item: bool(source.captions(item))
+    )
 
 
 class CachedImages:

@@ -1,6 +1,6 @@
-"""Images with their captions: what dual encoders learn from, and what their retrieval is measured on while training.
+"""Images with their captions: what dual encoders learn from.
 
-Shapes: B rows, M captions of a row, L tokens of a caption, I images, T texts, S side of an image in pixels.
+Shapes: B rows, M captions of a row, L tokens of a caption.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from diptych.data.batch import CaptionedImageExamples
-from diptych.data.pixels import CachedImages, SkippedItems, channels_first, read_first_images
-from diptych.data.sources import Source, open_source
+from diptych.data.pixels import CachedImages, SkippedItems, channels_first
+from diptych.data.sources import Source
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
 from diptych.data.streams import Stream, choose
@@ -35,7 +34,7 @@ class PairsData:
     valid: str | None = None
     """Captioned images on which retrieval is measured while training."""
     valid_images: int = 1000
-    """Number of images that retrieval is measured on: the first ones of `valid`."""
+    """Number of images that retrieval is measured on: the first ones of `valid`, as by `diptych evaluate --limit`."""
     columns: Columns = field(default_factory=Columns)
     """Names of table columns that cannot be guessed."""
     decode_size: int | None = None
@@ -124,32 +123,3 @@ def pair_stream(
         return CaptionedImageExamples(pixels_B3HW=channels_first(pixels), ids_BL=ids_BL, valid_BL=valid_BL)
 
     return Stream(size=images.count, take=take)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValidPairs:
-    """Images and all their captions."""
-
-    pixels_I3SS: UInt8[Tensor, "I 3 S S"]
-    texts: list[str]
-    image_of_T: Int[Tensor, "T"]
-    """Row of each text's image."""
-
-
-def read_valid_pairs(spec: str, data: PairsData, *, size: int) -> ValidPairs:
-    """The readable ones among the first ``data.valid_images`` images of the source ``spec``, resized to ``size``.
-
-    Raises UserError when none of them has a caption, and when too many are unreadable.
-    """
-    source = open_source(spec, columns=data.columns)
-    items, pixels = read_first_images(
-        source, limit=data.valid_images, size=size, max_skipped_share=data.max_skipped_share
-    )
-    captions = [source.captions(item) for item in items]
-    if not any(captions):
-        raise UserError(f"{spec}: has no captioned image to measure retrieval on")
-    return ValidPairs(
-        pixels_I3SS=channels_first(pixels),
-        texts=[text for texts in captions for text in texts],
-        image_of_T=torch.arange(len(captions)).repeat_interleave(torch.tensor([len(texts) for texts in captions])),
-    )

@@ -6,6 +6,7 @@ if asked for, a linear probe.
 Shapes: I images, T texts, C classes, D width of the space, W width of the image tower.
 """
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diptych.data.pixels import SkippedItems, image_batches
+from diptych.data.class_texts import are_codes, name_classes, read_names
+from diptych.data.pixels import ReadableImages, SkippedItems
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.dual.metrics import (
@@ -29,6 +31,7 @@ from diptych.dual.metrics import (
     retrieval,
 )
 from diptych.dual.model import DualEncoder, open_dual
+from diptych.encoders.text import cleaned
 from diptych.errors import UserError
 from diptych.eval.probe import linear_probe
 from diptych.io import write_bytes
@@ -38,6 +41,8 @@ from diptych.run_folder import write_json
 
 _MAPPED = 8192
 """Largest number of pairs on the map, as in ITO's figure."""
+_ROWS = 64
+"""Number of images read and embedded at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +63,11 @@ class EmbeddedImages:
         found = [label for item in self.items_I if (label := self.source.label(int(item))) is not None]
         return found if len(found) == len(self.items_I) and len(set(found)) > 1 else None
 
+    @property
+    def unlabelled(self) -> int:
+        """Number of images without a label."""
+        return sum(self.source.label(int(item)) is None for item in self.items_I)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedPairs:
@@ -67,6 +77,8 @@ class EmbeddedPairs:
     texts_TD: Float[Tensor, "T D"]
     image_of_T: Int[Tensor, "T"]
     """Row of each text's image; the texts of an image lie together."""
+    wording_T: Int[Tensor, "T"]
+    """The same number for texts that are equal but for their case."""
 
     @property
     def first_ID(self) -> Float[Tensor, "I D"]:
@@ -74,14 +86,30 @@ class EmbeddedPairs:
         counts_I = self.image_of_T.bincount(minlength=len(self.images_ID))
         return self.texts_TD[counts_I.cumsum(0) - counts_I]
 
+    @property
+    def shared(self) -> int:
+        """Number of texts that are worded as a text of another image."""
+        images_of_W = torch.stack([self.wording_T, self.image_of_T]).unique(dim=1)[0].bincount()
+        return int((images_of_W[self.wording_T] > 1).sum())
+
 
 def evaluate_dual_run(
-    run: Path, data: str, *, train: str | None, umap: bool, limit: int | None, out: Path, device: Device
+    run: Path,
+    data: str,
+    *,
+    train: str | None,
+    umap: bool,
+    limit: int | None,
+    out: Path,
+    device: Device,
+    classes: Path | None = None,
+    max_skipped_share: float = 0.01,
 ) -> None:
     """Score a run on the source ``data``: print a table and write ``metrics.json`` and, with ``umap``, ``umap.png``.
 
-    ``train`` is a labelled source to fit a linear probe to; ``limit`` scores the first so many images of ``data`` only.
-    Raises UserError for a source that has nothing to score by.
+    ``train`` is a labelled source to fit a linear probe to; ``limit`` scores the first so many images of ``data`` only;
+    ``classes`` is a file with the names of the classes; ``max_skipped_share`` is the share of images that may be
+    unreadable. Raises UserError for a source that has nothing to score by.
     """
     source = open_finite(data, Columns())
     if umap:
@@ -89,46 +117,97 @@ def evaluate_dual_run(
         if not source.has_captions:
             raise UserError(f"{data}: has no captions, and a map shows images and captions: leave --umap away")
     encoder = open_dual(run, device=device)
-    images = embed_source(encoder, source, limit=limit)
+    skipped = SkippedItems(max_skipped_share=max_skipped_share)
+    images = embed_source(encoder, source, limit=limit, skipped=skipped)
     metrics: dict[str, float] = {"images": len(images.items_I)}
+    notes: list[str] = []
     map_png = None
     if source.has_captions:
         pairs = embed_pairs(encoder, images)
         metrics |= score_pairs(pairs)
+        notes += _shared_captions(pairs)
         if umap:
             map_png = modality_map({run.name: (pairs.images_ID[:_MAPPED], pairs.first_ID[:_MAPPED])})
-    if images.labels is not None:
-        train_images = embed_source(encoder, open_finite(train, Columns())) if train else None
-        metrics |= score_classes(encoder, images, train=train_images)
-    elif train or not source.has_captions:
-        raise UserError(f"{data}: has no labels{'' if train else ' and no captions'} to score by")
-    print_metrics(metrics, title=f"{run} on {data}")
+    found, told = _score_labels(encoder, images, data=data, train=train, classes=classes)
+    metrics |= found
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "metrics.json", {**metrics, "source": data})
+    notes += told + skipped.report(out / "skipped.jsonl")
+    print_metrics(metrics, title=f"{run} on {data}", notes=notes)
+    write_json(out / "metrics.json", {**metrics, "skipped": len(skipped), "source": data, "notes": notes})
     if map_png:
         write_bytes(out / "umap.png", map_png)
     print(f"written to {out}")
 
 
-def embed_source(encoder: DualEncoder, source: Source, *, limit: int | None = None) -> EmbeddedImages:
+def _shared_captions(pairs: EmbeddedPairs) -> list[str]:
+    if not pairs.shared:
+        return []
+    told = f"{pairs.shared} of {len(pairs.texts_TD)} captions are those of another image too"
+    return [f"{told}: a hit on an equal text, or on an image that has it, is right."]
+
+
+def _score_labels(
+    encoder: DualEncoder, images: EmbeddedImages, *, data: str, train: str | None, classes: Path | None
+) -> tuple[dict[str, float], list[str]]:
+    """Scores by labels, and notes. Raises UserError where there are none and they are asked for or nothing else is."""
+    needed = bool(train or classes) or not images.source.has_captions
+    if images.labels is not None:
+        train_images = embed_source(encoder, open_finite(train, Columns())) if train else None
+        found, notes = score_classes(encoder, images, train=train_images, classes=classes)
+        if needed and not found:
+            raise UserError(f"{data}: {notes[0]}")
+        return found, notes
+    if needed:
+        raise UserError(f"{data}: {_no_labels(images, captions=bool(train or classes))}")
+    some = 0 < images.unlabelled < len(images.items_I)
+    return {}, [f"{_no_labels(images, captions=True)}: no zero-shot accuracy."] if some else []
+
+
+def _no_labels(images: EmbeddedImages, *, captions: bool) -> str:
+    if 0 < images.unlabelled < len(images.items_I):
+        return f"{images.unlabelled} of {len(images.items_I)} images have no label to score by"
+    if images.unlabelled:
+        return f"has no labels{'' if captions else ' and no captions'} to score by"
+    return "all images have the same label, which tells nothing"
+
+
+def embed_source(
+    encoder: DualEncoder, source: Source, *, limit: int | None = None, skipped: SkippedItems | None = None
+) -> EmbeddedImages:
     """Embed every readable image of a source, or of its first ``limit`` items.
 
     Raises UserError where the source has no images or too many are unreadable, and for a ``limit`` below 1.
     """
+    skipped = SkippedItems() if skipped is None else skipped
+    return embed_readable(encoder, readable_images(source, limit=limit, size=encoder.image_size, skipped=skipped))
+
+
+def readable_images(
+    source: Source, *, limit: int | None, size: int, skipped: SkippedItems, cache_mb: int = 0
+) -> ReadableImages:
+    """The images that retrieval is measured on, in training and afterwards. Raises as :func:`embed_source`."""
     if not source.has_images:
         raise UserError(f"{source.name}: has no images")
     if limit is not None and limit < 1:
         raise UserError(f"a limit of {limit} images: at least one is needed")
-    chosen = np.arange(min(len(source), limit or len(source)))
+    items = np.arange(min(len(source), limit or len(source)))
+    return ReadableImages(source, items, size=size, skipped=skipped, rows=_ROWS, cache_mb=cache_mb)
+
+
+def embed_readable(encoder: DualEncoder, images: ReadableImages) -> EmbeddedImages:
+    """Embed images in the batches in which they are read. Raises UserError when too many are unreadable."""
     items, embeddings, states = [], [], []
-    for pixels_B3HW, found in image_batches(source, chosen, size=encoder.image_size, skipped=SkippedItems(), rows=64):
+    for pixels_B3HW, found in images:
         with eval_mode(encoder):
             output = encoder.encode_images(pixels_B3HW.to(encoder.scale.device) / 255)
         items.append(found)
         embeddings.append(F.normalize(output.pooled_BD, dim=-1))
         states.append(output.state_BW)
     return EmbeddedImages(
-        source=source, items_I=np.concatenate(items), embedding_ID=torch.cat(embeddings), state_IW=torch.cat(states)
+        source=images.source,
+        items_I=np.concatenate(items),
+        embedding_ID=torch.cat(embeddings),
+        state_IW=torch.cat(states),
     )
 
 
@@ -140,46 +219,80 @@ def embed_pairs(encoder: DualEncoder, images: EmbeddedImages) -> EmbeddedPairs:
         raise UserError(f"{images.source.name}: none of its images has a caption")
     counts = torch.tensor([len(captions[row]) for row in captioned])
     device = images.embedding_ID.device
+    texts = [text for texts in captions for text in texts]
+    number: dict[str, int] = {}
+    wording = [number.setdefault(cleaned(text).casefold(), len(number)) for text in texts]
     return EmbeddedPairs(
         images_ID=images.embedding_ID[torch.tensor(captioned, device=device)],
-        texts_TD=encoder.embed_texts([text for texts in captions for text in texts]),
+        texts_TD=encoder.embed_texts(texts),
         image_of_T=torch.arange(len(captioned)).repeat_interleave(counts).to(device),
+        wording_T=torch.tensor(wording, device=device),
     )
+
+
+def score_retrieval(pairs: EmbeddedPairs) -> dict[str, float]:
+    """Retrieval with all captions, by the names of :meth:`Retrieval.table`."""
+    found = retrieval(pairs.images_ID, pairs.texts_TD, image_of_T=pairs.image_of_T, wording_T=pairs.wording_T)
+    return found.table()
 
 
 def score_pairs(pairs: EmbeddedPairs) -> dict[str, float]:
     """Retrieval with all captions, and the modality gap by the first caption of each image."""
     gap = modality_gap(pairs.images_ID, pairs.first_ID)
-    found = retrieval(pairs.images_ID, pairs.texts_TD, image_of_T=pairs.image_of_T)
-    return {f"retrieval/{name}": value for name, value in found.table().items()} | {
+    return {f"retrieval/{name}": value for name, value in score_retrieval(pairs).items()} | {
         f"modality/{name}": value for name, value in asdict(gap).items()
     }
 
 
 def score_classes(
-    encoder: DualEncoder, images: EmbeddedImages, *, train: EmbeddedImages | None = None
-) -> dict[str, float]:
+    encoder: DualEncoder, images: EmbeddedImages, *, train: EmbeddedImages | None = None, classes: Path | None = None
+) -> tuple[dict[str, float], list[str]]:
     """Zero-shot accuracy with one prompt and with the ensemble, and that of a linear probe fitted to ``train``.
 
-    ``images`` must have labels: the names of the classes, with underscores for spaces. Raises UserError where
-    ``train`` has none.
+    ``images`` must have labels. These are the names of the classes, with underscores for spaces, unless the file
+    ``classes`` names them (see :func:`name_classes`). Labels that are codes have no zero-shot accuracy without it: a
+    note says so. Raises UserError where ``train`` has no labels, and where ``classes`` lacks one.
     """
     labels, train_labels = images.labels, train.labels if train else []
     assert labels is not None
     if train_labels is None:
         assert train is not None
         raise UserError(f"{train.source.name}: has no labels to fit a probe to: sort it into a folder for each class")
-    classes = sorted({*labels, *train_labels})
-    place = {label: number for number, label in enumerate(classes)}
-    labels_I, train_N = (
-        torch.tensor([place[label] for label in some], device=images.state_IW.device) for some in (labels, train_labels)
-    )
-    metrics: dict[str, float] = {"classes": len(classes)}
-    for title, templates in (("zero_shot", ENSEMBLE), ("zero_shot_one_prompt", PLAIN)):
-        classes_CD = class_embeddings(encoder.embed_texts, classes, templates=templates)
-        accuracy = class_accuracy(images.embedding_ID @ classes_CD.T, labels_I)
-        metrics |= {f"{title}/{name}": value for name, value in asdict(accuracy).items()}
+    known = sorted({*labels, *train_labels})
+    metrics, notes = _zero_shot(encoder, images, labels, known=known, classes=classes)
     if train is not None:
+        number = {label: number for number, label in enumerate(known)}
+        labels_I, train_N = (
+            torch.tensor([number[label] for label in some], device=images.state_IW.device)
+            for some in (labels, train_labels)
+        )
         probe = linear_probe(train.state_IW, train_N, images.state_IW, labels_I)
         metrics |= {f"linear_probe/{name}": value for name, value in asdict(probe).items()}
-    return metrics
+    return metrics, notes
+
+
+def _zero_shot(
+    encoder: DualEncoder, images: EmbeddedImages, labels: list[str], *, known: list[str], classes: Path | None
+) -> tuple[dict[str, float], list[str]]:
+    """Accuracy among the classes of the file ``classes``, else among the labels ``known``; and notes about it."""
+    notes = []
+    if classes is not None:
+        found = name_classes(classes, sorted(set(labels)))
+        names, place = found.names, found.place
+        doubled = [name for name, count in Counter(read_names(classes)).items() if count > 1]
+        if doubled:
+            notes.append(f"{classes} names {', '.join(doubled[:3])} more than once: classes of one name count as one.")
+    elif are_codes(known):
+        return {}, [
+            f"the labels are codes ({', '.join(known[:3])}), not names, so there is no zero-shot accuracy: "
+            "give --classes FILE with the name of a class a line."
+        ]
+    else:
+        names, place = tuple(known), {label: number for number, label in enumerate(known)}
+    metrics: dict[str, float] = {"classes": len(names)}
+    labels_I = torch.tensor([place[label] for label in labels], device=images.state_IW.device)
+    for title, templates in (("zero_shot", ENSEMBLE), ("zero_shot_one_prompt", PLAIN)):
+        classes_CD = class_embeddings(encoder.embed_texts, names, templates=templates)
+        accuracy = class_accuracy(images.embedding_ID @ classes_CD.T, labels_I)
+        metrics |= {f"{title}/{name}": value for name, value in asdict(accuracy).items()}
+    return metrics, notes

@@ -16,7 +16,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -86,38 +86,82 @@ class Retrieval:
 
 
 def retrieval(
-    images_ID: Float[Tensor, "I D"], texts_TD: Float[Tensor, "T D"], *, image_of_T: Int[Tensor, "T"]
+    images_ID: Float[Tensor, "I D"],
+    texts_TD: Float[Tensor, "T D"],
+    *,
+    image_of_T: Int[Tensor, "T"],
+    wording_T: Int[Tensor, "T"] | None = None,
 ) -> Retrieval:
     """Recall by cosine: does an image find its texts among all texts, and a text its image among all images?
 
-    ``image_of_T`` is the row of each text's image.
+    ``image_of_T`` is the row of each text's image. Texts of the same number in ``wording_T`` are equal, and a hit on an
+    equal text, or on the image of one, is right: no model can tell them apart. Without it all texts are different.
     """
-    own_I = torch.arange(len(images_ID), device=images_ID.device)
+    right = RightTargets(len(images_ID), image_of_T, wording_T)
     return Retrieval(
         images=len(images_ID),
         texts=len(texts_TD),
-        image_to_text=_recall(ranks(images_ID, texts_TD, group_Q=own_I, group_T=image_of_T)),
-        text_to_image=_recall(ranks(texts_TD, images_ID, group_Q=image_of_T, group_T=own_I)),
+        image_to_text=_recall(ranks(images_ID, texts_TD, right=right.texts_of_images)),
+        text_to_image=_recall(ranks(texts_TD, images_ID, right=right.images_of_texts)),
     )
+
+
+class RightTargets:
+    """Which texts are right for an image, and which images for a text. Arguments as those of :func:`retrieval`."""
+
+    def __init__(self, images: int, image_of_T: Int[Tensor, "T"], wording_T: Int[Tensor, "T"] | None = None) -> None:
+        self.images, self.image_of_T = images, image_of_T
+        every_T = torch.arange(len(image_of_T), device=image_of_T.device)
+        self.wording_T = every_T if wording_T is None else wording_T.unique(return_inverse=True)[1]
+
+    def texts_of_images(self, start: int, end: int) -> Bool[Tensor, "Q T"]:
+        """For the images from ``start`` to ``end``: the texts that are worded as one of their own."""
+        own_T = (self.image_of_T >= start) & (self.image_of_T < end)
+        place_T, count = self._places(self.wording_T[own_T])
+        # What is worded as none of them has the place `count`, a column that stays False.
+        worded_QW = self._table(end - start, count + 1, self.image_of_T[own_T] - start, place_T[own_T])
+        return worded_QW[:, place_T]
+
+    def images_of_texts(self, start: int, end: int) -> Bool[Tensor, "Q I"]:
+        """For the texts from ``start`` to ``end``: the images that have a text of the same wording."""
+        place_T, count = self._places(self.wording_T[start:end])
+        worded_WI = self._table(count + 1, self.images, place_T, self.image_of_T)
+        return worded_WI[place_T[start:end]]
+
+    def _places(self, wording_N: Int[Tensor, "N"]) -> tuple[Int[Tensor, "T"], int]:
+        """The place of each text's wording among the different ones of ``wording_N``, whose number comes second.
+
+        The place of a wording that is not among them is this number.
+        """
+        found_W = wording_N.unique()
+        place_of_wording = torch.full_like(self.wording_T, len(found_W))
+        place_of_wording[found_W] = torch.arange(len(found_W), device=found_W.device)
+        return place_of_wording[self.wording_T], len(found_W)
+
+    @staticmethod
+    def _table(rows: int, columns: int, row_N: Tensor, column_N: Tensor) -> Tensor:
+        """A boolean table that is True at the given places."""
+        table = torch.zeros(rows, columns, dtype=torch.bool, device=row_N.device)
+        table[row_N, column_N] = True
+        return table
 
 
 def ranks(
     queries_QD: Float[Tensor, "Q D"],
     targets_TD: Float[Tensor, "T D"],
     *,
-    group_Q: Int[Tensor, "Q"],
-    group_T: Int[Tensor, "T"],
+    right: Callable[[int, int], Bool[Tensor, "R T"]],
 ) -> Int[Tensor, "Q"]:
-    """The place of each query's best right target among the wrong ones; a target is right if it has the query's group.
+    """The place of each query's best right target among the wrong ones.
 
-    The first place is 1. A wrong target that scores the same as the right one is placed before it, so that a model that
-    embeds everything alike finds nothing. Other right targets are not counted. A query without a right target gets the
-    last place.
+    ``right(start, end)`` tells which targets are right for the queries from ``start`` to ``end``. The first place is 1.
+    A wrong target that scores the same as the right one is placed before it, so that a model that embeds everything
+    alike finds nothing. Other right targets are not counted. A query without a right target gets the last place.
     """
     found = []
     for start in range(0, len(queries_QD), rows := max(1, _SCORES // max(1, len(targets_TD)))):
         scores_QT = queries_QD[start : start + rows] @ targets_TD.T
-        right_QT = group_Q[start : start + rows, None] == group_T
+        right_QT = right(start, start + len(scores_QT))
         best_Q1 = scores_QT.masked_fill(~right_QT, -torch.inf).amax(1, keepdim=True)
         before_QT = (scores_QT >= best_Q1) & ~right_QT
         found.append(1 + before_QT.sum(1))

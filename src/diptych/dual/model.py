@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
+from diptych.encoders.text import cleaned
 from diptych.errors import UserError, first_line
 from diptych.nn.inference import Device, eval_mode, pick_device
 from diptych.nn.transformer import attention, rounded
@@ -204,7 +205,11 @@ class DualEncoder(nn.Module):
 
     def _tokenizer_output(self, texts: Sequence[str], **options: Any) -> Any:
         return self.tokenizer(
-            list(texts), truncation=True, max_length=self.max_text_len, split_special_tokens=True, **options
+            [cleaned(text) for text in texts],
+            truncation=True,
+            max_length=self.max_text_len,
+            split_special_tokens=True,
+            **options,
         )
 
     # Inference
@@ -290,13 +295,18 @@ def _clip_config(config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase) 
 
 
 class PatchProduct(nn.Module):
-    """CLIP's first layer, whose windows do not overlap, as one matrix product with the weight of ``convolution``."""
+    """CLIP's first layer, whose windows do not overlap, as one matrix product with the weight of ``convolution``.
+
+    In evaluation mode it is the convolution itself, so that a run in training scores exactly as it does afterwards.
+    """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         self.weight, self.patch = convolution.weight, convolution.kernel_size
 
     def forward(self, pixels_B3HW: Tensor) -> Tensor:
+        if not self.training:
+            return F.conv2d(pixels_B3HW, self.weight, stride=self.patch)
         height, width = self.patch
         grid_B3YyXx = pixels_B3HW.unflatten(3, (-1, width)).unflatten(2, (-1, height))
         patches_BYXP = grid_B3YyXx.permute(0, 2, 4, 1, 3, 5).flatten(3)
@@ -380,7 +390,7 @@ def train_clip_tokenizer(texts: Iterable[str], *, vocab_size: int, length: int) 
         end_of_word_suffix=_WORD_END,
         show_progress=False,
     )
-    learner.train_from_iterator(texts, trainer)
+    learner.train_from_iterator(map(cleaned, texts), trainer)
     merges: list[Any] = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     if not merges:
         raise UserError("the texts for the tokenizer are empty or never repeat themselves: give more of them")

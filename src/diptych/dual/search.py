@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from diptych.data.class_texts import read_names
 from diptych.data.pixels import SkippedItems, channels_first, decode_files, read_images
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
@@ -269,29 +270,23 @@ def classify_run(
 ) -> list[list[Prediction]]:
     """The ``top`` most probable classes of each image. ``classes`` is a file with the name of a class on each line.
 
-    ``templates`` is a file with a prompt template on each line; not given, those of :data:`ENSEMBLE` serve. Raises
-    UserError without ``classes``, and for files and images that cannot be read.
+    A name that stands there twice counts once. ``templates`` is a file with a prompt template on each line; not given,
+    those of :data:`ENSEMBLE` serve. Raises UserError without ``classes``, and for files and images that cannot be read.
     """
     encoder = open_dual(run, device=device)
     if classes is None:
         raise UserError(f"{run}: a dual encoder knows no classes of its own: give --classes NAMES.txt")
-    names = read_lines(classes, what="class name")
-    prompts = read_lines(templates, what="template with {} in it") if templates else ENSEMBLE
+    names = list(dict.fromkeys(read_names(classes)))
+    prompts = read_templates(templates) if templates else ENSEMBLE
     pixels_B3HW = decode_files(images, size=encoder.image_size)
     classes_CD = class_embeddings(encoder.embed_texts, names, templates=prompts)
     logits_BC = encoder.scale * encoder.embed_images(pixels_B3HW) @ classes_CD.T
     return top_predictions(logits_BC.softmax(1), names, top=top)
 
 
-def read_lines(file: Path, *, what: str) -> list[str]:
-    """The cleaned texts of a file with one text on each line.
-
-    ``what`` names such a text in messages. Raises UserError when the file holds no text, or one of them twice.
-    """
-    lines = [text for line in read_text(file).split("\n") if (text := clean(line))]
+def read_templates(file: Path) -> list[str]:
+    """The different lines of a file. Raises UserError when it holds none."""
+    lines = list(dict.fromkeys(text for line in read_text(file).split("\n") if (text := clean(line))))
     if not lines:
-        raise UserError(f"{file}: is empty: write one {what} a line")
-    if len(set(lines)) < len(lines):
-        twice = next(line for number, line in enumerate(lines) if line in lines[:number])
-        raise UserError(f"{file}: {twice!r} stands there twice: once is enough")
+        raise UserError(f"{file}: is empty: write one template with {{}} in it a line")
     return lines

@@ -1,7 +1,8 @@
 """Training dual encoders: ITO and the methods that it is compared with, on the same batches."""
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,19 +12,21 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data.pixels import SkippedItems
-from diptych.data.sources import Source, open_finite, require_pairs
+from diptych.data.pixels import ReadableImages, SkippedItems
+from diptych.data.sources import Source, open_finite, open_source, require_pairs
+from diptych.data.sources.content import content_digest
 from diptych.data.streams import BatchSampler
-from diptych.dual.data import CaptionIds, PairsData, ValidPairs, pair_stream, read_valid_pairs
-from diptych.dual.metrics import retrieval
+from diptych.dual.data import CaptionIds, PairsData, pair_stream
+from diptych.dual.evaluation import embed_pairs, embed_readable, readable_images, score_retrieval
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
 from diptych.dual.objectives.base import PairsConfig
 from diptych.dual.objectives.clip import ClipConfig
 from diptych.dual.objectives.ito import ItoConfig
 from diptych.dual.objectives.slip import SlipConfig
+from diptych.errors import UserError
 from diptych.run_folder import Kind, part_of, save_model, write_config
-from diptych.train.config import OptimConfig, TrainConfig
-from diptych.train.distributed import is_main_process, join_processes, main_process_first
+from diptych.train.config import FILES, OptimConfig, TrainConfig
+from diptych.train.distributed import is_main_process, join_processes, main_process_first, process_count
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.objective import Objective
 
@@ -57,9 +60,10 @@ class DualRun:
         join_processes(self.train.device)
         source = open_finite(self.data.pairs, self.data.columns)
         require_pairs(source, self.data.pairs)
+        self._fit_batch(source)
         model = self._model(source, out)
         model.tune_for_training()
-        hooks = self._hooks(model)
+        hooks = self._hooks(model, out)
         write_config(out, recipe=recipe, run=self)
         objective = self._objective(model)
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
@@ -68,6 +72,7 @@ class DualRun:
             "model": model.clip.config.to_diff_dict(),
             "objective": self.objective.identity(),
             "data": [source.name, batches.streams["pairs"].size, self.data.decode_size],
+            FILES: content_digest(source),
         }
         result = train(
             objective,
@@ -79,13 +84,33 @@ class DualRun:
             title=recipe,
             identity=identity,
         )
-        if len(skipped):
-            skipped.write(out / "skipped.jsonl")
+        if is_main_process():
+            for line in skipped.report(out / "skipped.jsonl"):
+                print(line, file=sys.stderr, flush=True)
         with result.eval_mode(objective):
             if is_main_process():
                 model.clamp_scale()
                 save_model(model, out / "model")
         return result
+
+    def _fit_batch(self, source: Source) -> None:
+        """Lower a batch size above the number of pairs: copies of a pair in a batch would count as wrong partners."""
+        pairs = 0
+        for item in range(len(source)):
+            pairs += bool(source.captions(item))
+            if pairs >= self.train.batch_size:
+                return
+        world = process_count()
+        fitting = pairs - pairs % world
+        if fitting < 2:
+            raise UserError(f"{self.data.pairs}: {pairs} images with captions are too few to tell them apart: add some")
+        if is_main_process():
+            print(
+                f"train.batch-size {self.train.batch_size} is more than the {pairs} images with captions, and a batch "
+                f"must hold none of them twice: it is lowered to {fitting}",
+                file=sys.stderr,
+            )
+        self.train = replace(self.train, batch_size=fitting)
 
     def _model(self, source: Source, out: Path) -> DualEncoder:
         if self.start is not None:
@@ -103,11 +128,22 @@ class DualRun:
         name = part_of(self.tokenizer, "tokenizer") if self.tokenizer is not None else str(folder)
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
 
-    def _hooks(self, model: DualEncoder) -> list[Hook]:
+    def _hooks(self, model: DualEncoder, out: Path) -> list[Hook]:
         if self.data.valid is None:
             return []
-        pairs = read_valid_pairs(self.data.valid, self.data, size=model.image_size)
-        return [Hook(every=self.train.eval_every, run=measure_retrieval(model, pairs))]
+        source = open_source(self.data.valid, columns=self.data.columns)
+        require_pairs(source, self.data.valid)
+        skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
+        limit, cache_mb = self.data.valid_images, self.data.cache_mb
+        images = readable_images(source, limit=limit, size=model.image_size, skipped=skipped, cache_mb=cache_mb)
+        if not any(source.captions(int(item)) for item in images.items):
+            raise UserError(f"{self.data.valid}: has no captioned image to measure retrieval on")
+        for _ in images:  # what cannot be read is told before the training, not at its first evaluation
+            pass
+        if is_main_process():
+            for line in skipped.report(out / "skipped_valid.jsonl"):
+                print(line, file=sys.stderr, flush=True)
+        return [Hook(every=self.train.eval_every, run=measure_retrieval(model, images))]
 
     def _objective(self, model: DualEncoder) -> Objective:
         with torch.random.fork_rng(devices=[]):
@@ -154,12 +190,11 @@ class SlipRun(DualRun):
     """SLIP's losses, and the views and captions that they compare."""
 
 
-def measure_retrieval(model: DualEncoder, pairs: ValidPairs) -> Callable[[int, nn.Module], dict[str, float | int]]:
-    """A hook that measures retrieval among ``pairs``, for ``metrics.jsonl``."""
+def measure_retrieval(model: DualEncoder, images: ReadableImages) -> Callable[[int, nn.Module], dict[str, float | int]]:
+    """A hook that measures retrieval among ``images`` as `diptych evaluate` does, for ``metrics.jsonl``."""
 
     def run(step: int, objective: nn.Module) -> dict[str, float | int]:
-        images_ID, texts_TD = model.embed_images(pairs.pixels_I3SS), model.embed_texts(pairs.texts)
-        table = retrieval(images_ID, texts_TD, image_of_T=pairs.image_of_T.to(images_ID.device)).table()
+        table = score_retrieval(embed_pairs(model, embed_readable(model, images)))
         return {f"valid/{name}": value for name, value in table.items() if name not in ("images", "texts")}
 
     return run

@@ -3,10 +3,12 @@
 Shapes: B texts, L text tokens, D width of the features.
 """
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import ftfy
 import torch
 import transformers
 from jaxtyping import Bool, Float
@@ -29,6 +31,17 @@ TextPooling = Literal["auto", "mean", "cls", "last"]
 _WHAT = "a text model"
 _ROWS = 256
 """Texts encoded at once."""
+
+
+def cleaned(text: str) -> str:
+    """The text as CLIP and all dual encoders read it, cleaned as CLIP and open_clip do it before their tokenizers.
+
+    Mangled encodings are mended; curly quotes, ligatures and letters of full width become plain ones and HTML's
+    entities the characters that they stand for; runs of white space become one space.
+    """
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # what ftfy would leave alone
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split())
 
 
 class PooledTextEncoder(nn.Module):
@@ -62,6 +75,8 @@ class PooledTextEncoder(nn.Module):
         # Not every model has a longest text: T5's positions are relative.
         self.length = min(length, getattr(network.config, "max_position_embeddings", None) or length)
         self.preprocessing = {"length": self.length, "pooling": self.pooling}
+        if self.projected:
+            self.preprocessing["cleaned"] = True
 
     @classmethod
     def from_pretrained(cls, name: str, *, pooling: TextPooling = "auto", length: int = 128) -> Self:
@@ -118,7 +133,7 @@ class PooledTextEncoder(nn.Module):
     def _run(self, texts: Sequence[str]) -> tuple[Any, Tensor]:
         """The network's output and the valid tokens [B L]. Raises UserError for a text without tokens."""
         encoded = self.tokenizer(
-            list(texts),
+            [cleaned(text) for text in texts] if self.projected else list(texts),
             padding=True,
             truncation=True,
             max_length=self.length,

@@ -27,6 +27,8 @@ class DataConfig:
     """Unpaired texts. Default: what `max-pairs` holds back, else the captions of the pairs."""
     valid: str | None = None
     """Captioned images for the samples and scores during training. Default: some of the pairs, without scores."""
+    valid_images: int = 128
+    """Number of images that are scored during training: the first ones of `valid`, as by `diptych evaluate --limit`."""
     max_pairs: int | None = None
     """Number of images that keep their captions. The other images become unpaired images, the other captions unpaired
     texts; if neither `images` nor `texts` is given, one half becomes the former and the other half the latter."""
@@ -131,9 +133,15 @@ def encode_subset(
     if Store.is_one(out):
         store = Store.open(out)
         made_by, wanted = store.manifest["made_by"], origin(subset.source, tokenizers, subset.items)
-        if made_by == wanted:
+        differing = [name for name, value in made_by.items() if value != wanted[name]]  # old stores know fewer names
+        if not differing:
             return Subset(store, np.arange(len(store)))
-        if made_by["tokenizers"] == wanted["tokenizers"]:
+        if differing == ["content"]:
+            raise UserError(
+                f"{out}: encoded from {subset.source.name} before its captions or images were changed: "
+                "give the same data to continue, or train into another folder"
+            )
+        if "tokenizers" not in differing:
             raise UserError(
                 f"{out}: encoded from other items ({made_by['source']} then, {subset.source.name} now): "
                 "give the same data to continue, or train into another folder"

@@ -14,7 +14,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from diptych.data.pixels import channels_first, read_captioned
+from diptych.data.pixels import SkippedItems, channels_first, read_captioned
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.scenes.world import Scene
 from diptych.data.sources import Source
@@ -66,6 +66,8 @@ class EvaluateConfig:
     """Score generated captions."""
     images: bool = True
     """Score images generated from each image's first caption."""
+    max_skipped_share: float = 0.01
+    """Largest share of unreadable images that is left out, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,8 @@ class Evaluation:
     references: list[list[str]]
     """True captions of each image."""
     real_BSS3: np.ndarray
+    skipped: SkippedItems
+    """The images that could not be read."""
     captions: list[str] = field(default_factory=list)
     """Generated captions; empty if they were left out."""
     generated_BSS3: np.ndarray | None = None
@@ -95,7 +99,8 @@ def evaluate(
     the exact accuracies, and of both the :func:`drift`. Real images are cut to their centre square and resized to the
     tokenizer's size, without compression. Raises UserError for a source without images or captions.
     """
-    items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.image_size)
+    skipped = SkippedItems(max_skipped_share=config.max_skipped_share)
+    items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.image_size, skipped=skipped)
     references = [source.captions(item) for item in items]
     first = [texts[0] for texts in references]
     scenes = source.scenes(items) if isinstance(source, ScenesSource) else None
@@ -132,6 +137,7 @@ def evaluate(
         keys=[source.key(item) for item in items],
         references=references,
         real_BSS3=pixels,
+        skipped=skipped,
         captions=captions,
         generated_BSS3=generated,
     )
@@ -258,9 +264,11 @@ def evaluate_run(
     """Score a run; print a table, and write ``metrics.json``, ``captions.jsonl`` and ``sheet.png`` into ``out``."""
     diptych = Diptych.from_pretrained(run, device=device)
     found = evaluate(diptych, source, config, extractor=open_extractor(features))
-    print_metrics(found.metrics, title=f"{run} on {source.name}", notes=found.notes)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "metrics.json", {**found.metrics, "source": source.name, "notes": found.notes})
+    notes = found.notes + found.skipped.report(out / "skipped.jsonl")
+    print_metrics(found.metrics, title=f"{run} on {source.name}", notes=notes)
+    told = {"skipped": len(found.skipped), "source": source.name, "notes": notes}
+    write_json(out / "metrics.json", {**found.metrics, **told})
     if found.captions:
         lines = (
             json.dumps({"key": key, "caption": text, "references": references}, ensure_ascii=False)

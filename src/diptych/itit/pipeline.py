@@ -7,6 +7,8 @@ D encoder width.
 """
 
 import io
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -34,7 +36,7 @@ from diptych.itit.generation import (
 )
 from diptych.itit.model import ITIT
 from diptych.nn.inference import Device, Precision, autocast, pick_device
-from diptych.rng import StepRNG
+from diptych.rng import RowRNG, derive_seed
 from diptych.run_folder import read_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import PAD, TextEncoder
@@ -95,6 +97,7 @@ class Diptych:
         self.text_encoder = text_encoder.to(self.device)
         self.text_encoder.feature_kind = model.config.text_input
         self.model = model.to(self.device).eval()
+        self._told: set[str] = set()  # unknown words, each named once
         self.image_generation = image_generation or ImageGenerationConfig()
         self.text_generation = text_generation or TextGenerationConfig()
 
@@ -167,9 +170,10 @@ class Diptych:
     def imagine(
         self, texts: Sequence[str], *, seed: int = 0, config: ImageGenerationConfig | None = None
     ) -> UInt8[np.ndarray, "B S S 3"]:
-        """One image for each text. The same seed generates the same images.
+        """One image for each text. The same seed generates the same image for a text, whatever texts are beside it.
 
-        ``config`` None takes the run's own settings. Raises UserError when no list of texts is given.
+        A text that is given several times gets as many different images. ``config`` None takes the run's own settings.
+        Raises UserError when no list of texts is given.
         """
         tokens_BN = self.imagine_tokens(texts, seed=seed, config=config)
         return self.tokenizer.decode(tokens_BN).permute(0, 2, 3, 1).cpu().numpy()
@@ -180,13 +184,24 @@ class Diptych:
         """The image tokens that :meth:`imagine` decodes to pixels."""
         if not texts or isinstance(texts, str):
             raise UserError("no text to imagine" if not texts else f"one text, {texts!r:.60}: give a list of texts")
+        unknown = [word for word in self.text_encoder.unknown_words(texts) if word not in self._told]
+        self._told.update(unknown)
+        if unknown:
+            some = ", ".join(repr(word) for word in unknown[:5])
+            print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)
         length = self.model.config.max_text_len
         found = []
+        times: Counter[bytes] = Counter()
         for start in range(0, len(texts), _ROWS):
             ids_BL, valid_BL = self.text_encoder.tokenize(list(texts[start : start + _ROWS]), length=length)
+            rows = [row.tobytes() for row in ids_BL.numpy()]
+            row_seeds = []
+            for row in rows:
+                row_seeds.append(derive_seed(row.hex(), times[row]))
+                times[row] += 1
             ids_BL, valid_BL = ids_BL.to(self.device), valid_BL.to(self.device)
             features_BLF = self.text_encoder.features(ids_BL, valid_BL)
-            rng = StepRNG(seed, start)
+            rng = RowRNG(seed, 0, row_seeds=tuple(row_seeds))
             with autocast(self.device, self.precision):
                 found.append(
                     generate_image_tokens(self.model, features_BLF, valid_BL, config or self.image_generation, rng=rng)
@@ -217,20 +232,17 @@ class Diptych:
         return steps
 
     def read(self, image: ImageLike) -> UInt8[np.ndarray, "S S 3"]:
-        """The image's centre square, resized to the tokenizer's size. Raises UserError for other arrays."""
+        """The image's centre square, resized to the tokenizer's size. A Pillow image gives what its file would give.
+
+        Raises UserError for arrays of another kind, and for images that cannot be used.
+        """
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
                 raise UserError(f"an image of {image.dtype} {image.shape}: give uint8 [height, width, 3]")
             if image.shape[:2] == (self.tokenizer.image_size, self.tokenizer.image_size):
                 return image
             image = Image.fromarray(image)
-        if isinstance(image, Image.Image):
-            lossless = io.BytesIO()
-            exif = image.getexif()  # tells which side is up
-            # PNG and TIFF hold all modes between them.
-            image.save(lossless, "TIFF" if image.mode in ("CMYK", "LAB", "YCbCr", "F", "I") else "PNG", exif=exif)
-            return decode(lossless.getvalue(), self.tokenizer.image_size)
-        return decode(Path(image), self.tokenizer.image_size)
+        return decode(image if isinstance(image, Image.Image) else Path(image), self.tokenizer.image_size)
 
 
 def _generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfig]:

@@ -1,5 +1,6 @@
 """Samples and quick scores while a run trains, and the report at its end."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diptych.data.pixels import read_captioned
+from diptych.data.pixels import SkippedItems, read_captioned
 from diptych.data.sources import open_source
 from diptych.data.store import Store
 from diptych.itit.data import DataConfig, DataSplit
@@ -18,27 +19,33 @@ from diptych.report.html import Captioned, Example, Facts, Figures, Section, Str
 from diptych.report.html import Comparison as ComparisonBlock
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import read_config
+from diptych.train.distributed import is_main_process
 from diptych.train.logging import Measured
 
 _SHOWN = 8
 """Number of images in the samples."""
-_SCORED = 128
-"""Number of validation images that are scored during training."""
 _LOSSES = ("t2i", "i2t", "i2i", "t2i2t", "i2t2i", "t2t", "unpaired_i2i")
 
 
 class Samples:
     """Eight captioned images, with the captions and the images that the network in training generates for them.
 
-    They come from ``config.valid``, whose first 128 images are also scored, quickly and with greedy captions. Without
-    it they come from the pairs, and nothing is scored.
+    They come from ``config.valid``, whose first images are also scored as `diptych evaluate` scores them. Without it
+    they come from the pairs, and nothing is scored.
     """
 
     def __init__(self, diptych: Diptych, data: DataSplit, config: DataConfig, folder: Path) -> None:
         self.diptych, self.folder = diptych, folder
         self.valid = open_source(config.valid, columns=config.columns) if config.valid else None
         if self.valid is not None:
-            items, pixels = read_captioned(self.valid, limit=_SHOWN, size=diptych.tokenizer.image_size)
+            self.scored = EvaluateConfig(limit=config.valid_images, max_skipped_share=config.max_skipped_share)
+            skipped = SkippedItems(max_skipped_share=config.max_skipped_share)
+            limit, size = config.valid_images, diptych.tokenizer.image_size
+            items, pixels = read_captioned(self.valid, limit=limit, size=size, skipped=skipped)
+            if is_main_process():
+                for line in skipped.report(folder.parent / "skipped_valid.jsonl"):
+                    print(line, file=sys.stderr, flush=True)
+            items, pixels = items[:_SHOWN], pixels[:_SHOWN]
             self.pixels = list(pixels)
             self.texts = [self.valid.captions(item)[0] for item in items]
         else:
@@ -65,7 +72,7 @@ class Samples:
         save_png(self.folder / f"step-{step:08d}.png", sheet)
         if self.valid is None:
             return {"samples": sheet}
-        scores = evaluate(self.diptych, self.valid, EvaluateConfig(limit=_SCORED, beams=1)).metrics
+        scores = evaluate(self.diptych, self.valid, self.scored).metrics
         return {"samples": sheet} | {f"valid/{name}": value for name, value in scores.items() if name != "images"}
 
     def report(self, run: Path, *, recipe: str) -> None:

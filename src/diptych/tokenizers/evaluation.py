@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from diptych.data.pixels import channels_first, read_first_images
+from diptych.data.pixels import SkippedItems, channels_first, read_first_images
 from diptych.data.sources import Source
 from diptych.errors import UserError
 from diptych.eval.frechet import (
@@ -97,18 +97,29 @@ def psnr_of_each(output_B3HW: UInt8[Tensor, "B 3 H W"], target_B3HW: UInt8[Tenso
 
 
 def evaluate_tokenizer_run(
-    run: Path, source: Source, *, limit: int | None, features: str | None, out: Path, device: Device
+    run: Path,
+    source: Source,
+    *,
+    limit: int | None,
+    features: str | None,
+    skipped: SkippedItems,
+    out: Path,
+    device: Device,
 ) -> None:
-    """Scores the image tokenizer of a run: a line, ``metrics.json`` and a sheet of images before and after."""
+    """Scores the image tokenizer of a run: a line, ``metrics.json`` and a sheet of images before and after.
+
+    ``skipped`` says how many images may be unreadable.
+    """
     tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(pick_device(device))
-    pixels_BSS3 = read_first_images(source, limit=limit, size=tokenizer.image_size)[1]
+    pixels_BSS3 = read_first_images(source, limit=limit, size=tokenizer.image_size, skipped=skipped)[1]
     pixels_B3SS = channels_first(pixels_BSS3)
     score = evaluate_tokenizer(tokenizer, pixels_B3SS.split(64), extractor=open_extractor(features))
     after = tokenizer.decode(tokenizer.encode(pixels_B3SS[:_SHOWN])).permute(0, 2, 3, 1).cpu().numpy()
-    write_json(out / "metrics.json", {**asdict(score), "source": source.name})
+    write_json(out / "metrics.json", {**asdict(score), "skipped": len(skipped), "source": source.name})
     rows = {"image": [Cell(image=p) for p in pixels_BSS3[:_SHOWN]], "after": [Cell(image=p) for p in after]}
     save_png(out / "sheet.png", comparison(rows, title=f"{run.name}: what the tokens keep"))
-    print(f"{score}, on {score.images:,} images of {source.name}\nwritten to {out}")
+    notes = [f"Note: {line}" for line in skipped.report(out / "skipped.jsonl")]
+    print("\n".join([f"{score}, on {score.images:,} images of {source.name}", *notes, f"written to {out}"]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

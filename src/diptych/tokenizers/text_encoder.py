@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from diptych.encoders.loading import fuse_gelu
 from diptych.errors import UserError, first_line
 from diptych.io import replace_folder
+from diptych.tokenizers.text_tokenizer import spell
 
 FeatureKind = Literal["output", "output_and_embeddings"]
 """Features of a token: the output of the encoder, or its output and the token's input embedding."""
@@ -91,16 +92,27 @@ class TextEncoder(nn.Module):
     def tokenize(self, texts: Sequence[str], *, length: int) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
         """Ids and their validity on the CPU. Every row ends in `</s>`, also one that is cut off, and is padded with 0.
 
-        `<pad>`, `</s>` and sentinels written out in a text are dropped: a text must not control the model. Raises
-        UserError for a ``length`` below 1.
+        `<pad>`, `</s>` and sentinels written out in a text are dropped: a text must not control the model. Words are
+        spelt as the tokenizer knows them (:func:`spell`). Raises UserError for a ``length`` below 1.
         """
         if length < 1:
             raise UserError(f"length={length} leaves no room for the end of a text: use 1 or more")
-        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        rows = self._ids(texts)
         kept = ([i for i in row if i not in self._controls][: length - 1] for row in rows)
         padded = [[*row, EOS, *[PAD] * (length - 1 - len(row))] for row in kept]
         ids_BL = torch.tensor(padded, dtype=torch.int64).view(len(texts), length)
         return ids_BL, ids_BL != PAD
+
+    def unknown_words(self, texts: Sequence[str]) -> list[str]:
+        """The different words of ``texts`` with letters that the tokenizer does not know, in their order."""
+        words = list(dict.fromkeys(word for text in texts for word in text.split()))
+        return [word for word, ids in zip(words, self._ids(words), strict=True) if self.tokenizer.unk_token_id in ids]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        def ids_of(some: list[str]) -> list[list[int]]:
+            return self.tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"] if some else []
+
+        return spell(texts, ids_of=ids_of, unk_id=self.tokenizer.unk_token_id)
 
     def detokenize(self, ids_BL: Int[Tensor, "B L"]) -> list[str]:
         """The text before each row's first `</s>`, without pad, unk and sentinels."""

@@ -11,7 +11,7 @@ its vocabulary differently from run to run.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -50,6 +50,22 @@ def train_tokenizer(
     if room < 2:
         raise UserError(f"vocab_size={vocab_size} leaves no room beside {sentinels} sentinels: use a larger one")
     return _wrap(_choose(words, room=room), normalizer=normalizer, sentinels=sentinels)
+
+
+def spell(texts: Sequence[str], *, ids_of: Callable[[list[str]], list[list[int]]], unk_id: int) -> list[list[int]]:
+    """The ids of each text by ``ids_of``; a word with unknown letters is read in lower case where that is better known.
+
+    A tokenizer that saw lower case alone knows no capital: `A Red ring` would lose two words that it knows well.
+    """
+    rows = ids_of(list(texts))
+    for number, row in enumerate(rows):
+        if unk_id in row:
+            words = texts[number].split()
+            each = ids_of(words)
+            lower = [word.lower() if unk_id in ids else word for word, ids in zip(words, each, strict=True)]
+            again = ids_of([" ".join(lower)])[0]
+            rows[number] = min(row, again, key=lambda ids: ids.count(unk_id))
+    return rows
 
 
 def _splitter() -> pre_tokenizers.PreTokenizer:

@@ -3,10 +3,12 @@
 A stage says how; a run adds where the data come from, and is what `diptych fit` carries out.
 """
 
+import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +17,7 @@ from diptych.data.batch import ImageExamples, TextExamples
 from diptych.data.pixels import SkippedItems, pixel_stream
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
+from diptych.data.sources.content import content_digest
 from diptych.data.splits import Subset
 from diptych.data.streams import BatchSampler, Stream
 from diptych.errors import UserError
@@ -26,7 +29,7 @@ from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.text_tokenizer import train_tokenizer
 from diptych.tokenizers.vqgan import VQGAN, VQGANConfig
-from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.config import FILES, OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process
 from diptych.train.loop import train
 
@@ -66,10 +69,12 @@ class TokenizerStage:
         batches = BatchSampler(
             {"images": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
         )
-        identity = {"model": asdict(self.model), "objective": asdict(self.objective), "flip": self.flip}
+        identity: dict[str, Any] = {"model": asdict(self.model), "objective": asdict(self.objective), "flip": self.flip}
+        identity[FILES] = "-".join(content_digest(subset.source) for subset in subsets)
         result = train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
-        if len(skipped):
-            skipped.write(out / "skipped.jsonl")
+        if is_main_process():
+            for line in skipped.report(out / "skipped.jsonl"):
+                print(line, file=sys.stderr, flush=True)
         with result.eval_mode(objective):
             if is_main_process():
                 score = evaluate_tokenizer(tokenizer, _first(stream, _SCORED), extractor=RandomFeatures())
@@ -141,7 +146,8 @@ class TextEncoderStage:
         batches = BatchSampler(
             {"texts": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
         )
-        identity = {"model": asdict(self.model), "max_text_len": self.max_text_len}
+        digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
+        identity = {"model": asdict(self.model), "max_text_len": self.max_text_len, FILES: digest}
         train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
         encoder = objective.text_encoder()
         if is_main_process():

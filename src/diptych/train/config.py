@@ -119,6 +119,10 @@ def describe(train: TrainConfig, optim: OptimConfig, identity: Mapping[str, Any]
     return {"train": asdict(train), "optim": asdict(optim), "identity": dict(identity)}
 
 
+FILES = "the files of the data"
+"""Name, in the identity of a run, of a digest of its data; see data/sources/content.py."""
+
+
 def check_same(now: Mapping[str, Any], then: Mapping[str, Any], *, where: object) -> None:
     """Refuse to resume with a setting that would change the losses.
 

@@ -92,6 +92,11 @@ def join_processes(device: Device) -> None:
         atexit.register(_leave)
 
 
+def process_count() -> int:
+    """Number of processes that train together."""
+    return PartialState().num_processes
+
+
 def is_main_process() -> bool:
     """Whether this is the process that writes files and prints."""
     return PartialState().is_main_process

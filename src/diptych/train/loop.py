@@ -140,6 +140,11 @@ def _check_rows(train: TrainConfig, objective: Objective, *, world: int) -> None
             f"train.batch_size is {train.batch_size}; it must be a multiple of the number of processes "
             f"({world}) times train.grad_accum_steps ({train.grad_accum_steps})."
         )
+    if train.batch_size < 2 and objective.couples_rows:
+        raise UserError(
+            "train.batch_size is 1, but this objective compares the rows of a batch with one another and would learn "
+            "nothing: give 2 or more."
+        )
     if train.grad_accum_steps > 1 and objective.couples_rows:
         raise UserError(
             f"train.grad_accum_steps is {train.grad_accum_steps}, but this objective compares all rows of a batch; "

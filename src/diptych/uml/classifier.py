@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diptych.data.pixels import SkippedItems, decode_files, image_batches
+from diptych.data.pixels import SkippedItems, decode_files
 from diptych.data.sources import Source
 from diptych.data.splits import Labelled
 from diptych.encoders import ImageEncoder, open_image_encoder
@@ -19,6 +19,7 @@ from diptych.errors import UserError
 from diptych.io import load_network
 from diptych.nn.inference import Device, Prediction, eval_mode, pick_device, top_predictions
 from diptych.run_folder import write_json
+from diptych.uml.data import ScoredImages, score_classifier
 from diptych.uml.head import SharedHead
 from diptych.uml.training import IMAGE
 
@@ -79,18 +80,17 @@ def evaluate_classifier_run(
     classifier = Classifier.from_pretrained(run, device=device)
     labelled = Labelled.of(source, classifier.classes)
     skipped = SkippedItems(max_skipped_share=max_skipped_share)
-    right, count = np.zeros(len(classifier.classes)), np.zeros(len(classifier.classes))
     every, size = np.arange(len(source)), classifier.encoder.image_size
-    for pixels_B3SS, items in image_batches(source, every, size=size, skipped=skipped, workers=workers, rows=_ROWS):
-        labels = labelled.labels_N[items]
-        guessed = classifier.probabilities(pixels_B3SS).argmax(1).cpu().numpy()
-        np.add.at(right, labels, guessed == labels)
-        np.add.at(count, labels, 1)
-    per_class = {name: r / n for name, r, n in zip(classifier.classes, right, count, strict=True) if n}
+    images = ScoredImages(labelled, every, size=size, skipped=skipped, workers=workers, cache_mb=0)
+    with eval_mode(classifier.encoder), eval_mode(classifier.head):
+        vectors_ND, labels_N = images.features(classifier.encoder, classifier.device)
+        found = score_classifier(classifier.head, vectors_ND, labels_N, modality=IMAGE)
+    per_class = {classifier.classes[number]: share for number, share in found.per_class.items()}
     metrics = {
-        "accuracy": right.sum() / count.sum(),
-        "mean_class_accuracy": float(np.mean(list(per_class.values()))),
-        "images": int(count.sum()),
+        "accuracy": found.accuracy,
+        "mean_class_accuracy": found.mean_class_accuracy,
+        "loss": found.loss,
+        "images": len(labels_N),
         "skipped": len(skipped),
         "source": source.name,
         "per_class": per_class,
@@ -102,4 +102,6 @@ def evaluate_classifier_run(
         highlight=False,
         soft_wrap=True,
     )
+    for line in skipped.report(out / "skipped.jsonl"):
+        Console().print(f"Note: {line}", markup=False, soft_wrap=True)
     return metrics

@@ -1,6 +1,7 @@
 """What supervised UML learns from: images of classes, as cached features or as pixels, and features of class texts.
 
-Shapes: N images, T texts, D width of the features, B rows of a batch, H and W pixels.
+Shapes: N images, T texts, D width of the features, B rows of a batch, C classes, H and W pixels,
+S pixels of a side.
 """
 
 from collections.abc import Sequence
@@ -9,15 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from diptych.data.batch import LabelledImageExamples, LabelledVectorExamples
 from diptych.data.class_texts import Shots, choose_texts
-from diptych.data.pixels import CachedImages, SkippedItems, channels_first
+from diptych.data.pixels import CachedImages, ReadableImages, SkippedItems, channels_first
 from diptych.data.splits import Labelled, Subset
 from diptych.data.streams import Stream
 from diptych.encoders import ImageEncoder, PooledTextEncoder
 from diptych.uml.features import image_features, text_features
+from diptych.uml.head import SharedHead
 
 _ROWS = 128
 """Images encoded at once."""
@@ -66,15 +70,57 @@ class LabelledImages:
             pixels_B3HW=channels_first(pixels), labels_B=torch.from_numpy(self.labels_N[index])
         )
 
+
+class ScoredImages:
+    """The readable images of classes that a classifier is scored on, in training and afterwards alike."""
+
+    def __init__(
+        self, labelled: Labelled, items: np.ndarray, *, size: int, skipped: SkippedItems, workers: int, cache_mb: int
+    ) -> None:
+        self.labels_N = labelled.labels_N
+        """Class of each item of the source."""
+        self.images = ReadableImages(
+            labelled.source, items, size=size, skipped=skipped, rows=_ROWS, workers=workers, cache_mb=cache_mb
+        )
+
     @torch.no_grad()
     def features(self, encoder: ImageEncoder, device: str | torch.device) -> tuple[Tensor, Tensor]:
         """Features of all images [N D] by ``encoder``, and their labels [N]."""
         vectors, labels = [], []
-        for rows in np.array_split(np.arange(len(self.labels_N)), -(-len(self.labels_N) // _ROWS)):
-            examples = self._take(rows, np.zeros_like(rows)).to(device)
-            vectors.append(encoder(examples.pixels_B3HW))
-            labels.append(examples.labels_B)
-        return torch.cat(vectors), torch.cat(labels)
+        for pixels_B3SS, items in self.images:
+            vectors.append(encoder(pixels_B3SS.to(device)).float())
+            labels.append(torch.from_numpy(self.labels_N[items]))
+        return torch.cat(vectors), torch.cat(labels).to(device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifierScore:
+    """How a classifier does on images."""
+
+    accuracy: float
+    """Share of the images that get their class."""
+    mean_class_accuracy: float
+    """Mean over the classes that occur of the same share."""
+    loss: float
+    """Cross-entropy in nats."""
+    per_class: dict[int, float]
+    """Accuracy of each class that occurs."""
+
+
+@torch.no_grad()
+def score_classifier(
+    head: SharedHead, vectors_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"], *, modality: str
+) -> ClassifierScore:
+    """Classify features of the modality ``modality``, some at a time."""
+    logits_NC = torch.cat([head(piece, modality) for piece in vectors_ND.split(_ROWS)])
+    right_N = logits_NC.argmax(1) == labels_N
+    per_class = {int(c): float(right_N[labels_N == c].float().mean()) for c in labels_N.unique()}
+    return ClassifierScore(
+        accuracy=float(right_N.float().mean()),
+        mean_class_accuracy=float(np.mean(list(per_class.values()))),
+        loss=float(F.cross_entropy(logits_NC, labels_N)),
+        per_class=per_class,
+    )
 
 
 def labelled_image_features(

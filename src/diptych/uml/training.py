@@ -17,15 +17,15 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig
-from diptych.data.class_texts import Shots, texts_of
+from diptych.data.class_texts import Shots, are_codes, texts_of
 from diptych.data.pixels import SkippedItems
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
+from diptych.data.sources.content import content_digest
 from diptych.data.splits import Episode, Labelled, draw_episode, hold_out
 from diptych.data.streams import BatchSampler
 from diptych.encoders import ImageEncoder, ScratchConfig, open_image_encoder, open_text_encoder, scratch_encoder
@@ -34,11 +34,18 @@ from diptych.encoders.text import TextPooling
 from diptych.errors import UserError
 from diptych.nn.inference import pick_device
 from diptych.run_folder import Kind, save_model, write_config, write_json
-from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.config import FILES, OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first
 from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
-from diptych.uml.data import LabelledFeatures, LabelledImages, class_text_features, labelled_image_features
+from diptych.uml.data import (
+    LabelledFeatures,
+    LabelledImages,
+    ScoredImages,
+    class_text_features,
+    labelled_image_features,
+    score_classifier,
+)
 from diptych.uml.features import encoder_identity
 from diptych.uml.head import SharedHead, SharedHeadConfig
 from diptych.uml.objective import Init, UmlConfig, UmlObjective
@@ -125,8 +132,14 @@ class UmlRun:
         encoder = self._open_encoder().to(pick_device(self.train.device))
         texts = self._texts(labelled.classes, cache=self.data.cache or out / "features")
         write_config(out, recipe=recipe, run=self)
-        skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
-        images, valid = self._images(labelled, encoder, cache=self.data.cache or out / "features", skipped=skipped)
+        skipped, skipped_valid = (SkippedItems(max_skipped_share=self.data.max_skipped_share) for _ in range(2))
+        images, valid = self._images(
+            labelled,
+            encoder,
+            cache=self.data.cache or out / "features",
+            skipped=skipped,
+            skipped_valid=skipped_valid,
+        )
         objective = self.build(encoder, images, texts, classes=len(labelled.classes))
         batches = BatchSampler(
             {IMAGE: images.stream(), TEXT: texts.stream()},
@@ -144,10 +157,11 @@ class UmlRun:
             optim=self.optim,
             hooks=[hook],
             title=recipe,
-            identity=self._identity(objective, encoder, images, texts),
+            identity=self._identity(objective, encoder, images, texts) | {FILES: content_digest(labelled.source)},
         )
-        if len(skipped):
-            skipped.write(out / "skipped.jsonl")
+        if is_main_process():
+            for line in skipped.report(out / "skipped.jsonl") + skipped_valid.report(out / "skipped_valid.jsonl"):
+                print(line, file=sys.stderr)
         if result.finished and is_main_process():
             _finish(out, objective, encoder, labelled.classes, best)
         return result
@@ -177,6 +191,12 @@ class UmlRun:
         return UmlObjective(head, self.objective, target=IMAGE)
 
     def _texts(self, classes: tuple[str, ...], *, cache: Path) -> LabelledFeatures:
+        if self.data.texts is None and are_codes(classes) and is_main_process():
+            print(
+                f"the labels are codes ({', '.join(classes[:3])}), and the templates put them into the texts as they "
+                'are: give --data.texts FILE, a JSON object {"label": ["sentence", ...]}',
+                file=sys.stderr,
+            )
         texts = texts_of(self.data.texts, classes, templates=self.data.templates)
         encoder = open_text_encoder(self.text_encoder, pooling=self.text_pooling).to(pick_device(self.train.device))
         with main_process_first():
@@ -188,22 +208,31 @@ class UmlRun:
         return open_image_encoder(self.encoder, pooling=self.pooling)
 
     def _images(
-        self, labelled: Labelled, encoder: ImageEncoder, *, cache: Path, skipped: SkippedItems
-    ) -> tuple[LabelledFeatures | LabelledImages, LabelledFeatures | LabelledImages]:
+        self,
+        labelled: Labelled,
+        encoder: ImageEncoder,
+        *,
+        cache: Path,
+        skipped: SkippedItems,
+        skipped_valid: SkippedItems,
+    ) -> tuple[LabelledFeatures | LabelledImages, LabelledFeatures | ScoredImages]:
         """Images to learn from and images to select on."""
-        data = self.data
+        data, size = self.data, encoder.image_size
 
-        def prepare(part: Labelled, items: np.ndarray) -> LabelledFeatures | LabelledImages:
-            if self.train_encoder == "tuned":
-                return LabelledImages(part, items, size=encoder.image_size, skipped=skipped, cache_mb=data.cache_mb)
+        def features(part: Labelled, items: np.ndarray, skipped: SkippedItems) -> LabelledFeatures:
             with main_process_first():
                 return labelled_image_features(encoder, part, items, cache=cache, skipped=skipped, workers=data.workers)
 
         episode = self._episode(labelled.labels_N)
-        if data.valid is None:
-            return prepare(labelled, episode.train), prepare(labelled, episode.valid)
-        valid = Labelled.of(open_finite(data.valid, data.columns), labelled.classes)
-        return prepare(labelled, episode.train), prepare(valid, np.arange(len(valid.labels_N)))
+        valid, items = labelled, episode.valid
+        if data.valid is not None:
+            valid = Labelled.of(open_finite(data.valid, data.columns), labelled.classes)
+            items = np.arange(len(valid.labels_N))
+        if self.train_encoder == "frozen":
+            return features(labelled, episode.train, skipped), features(valid, items, skipped_valid)
+        options: dict[str, Any] = {"size": size, "cache_mb": data.cache_mb}
+        scored = ScoredImages(valid, items, skipped=skipped_valid, workers=data.workers, **options)
+        return LabelledImages(labelled, episode.train, skipped=skipped, **options), scored
 
     def _episode(self, labels_N: np.ndarray) -> Episode:
         """Which images to learn from, and which to select on."""
@@ -255,22 +284,21 @@ def start_head(
     return head
 
 
-def _validation(valid: LabelledFeatures | LabelledImages, best: "BestWeights") -> Callable[..., dict[str, Measured]]:
-    """A hook's function: accuracy and loss on the images to select on, also offered to ``best``."""
+def _validation(valid: LabelledFeatures | ScoredImages, best: "BestWeights") -> Callable[..., dict[str, Measured]]:
+    """A hook's function: the scores on the images to select on, as of `diptych evaluate`, also offered to ``best``."""
 
     def run(step: int, objective: nn.Module) -> dict[str, Measured]:
         assert isinstance(objective, UmlObjective)
         device = objective.head.head.weight.device
-        if isinstance(valid, LabelledImages):
+        if isinstance(valid, ScoredImages):
             assert objective.encoder is not None
             vectors_ND, labels_N = valid.features(objective.encoder, device)
         else:
             vectors_ND, labels_N = valid.tensors(device)
-        logits_NC = objective.head(vectors_ND, objective.target)
-        accuracy = float((logits_NC.argmax(1) == labels_N).float().mean())
-        loss = float(F.cross_entropy(logits_NC, labels_N))
-        best.offer(Score(step=step, accuracy=accuracy, loss=loss), objective)
-        return {"valid/accuracy": accuracy, "valid/loss": loss}
+        found = score_classifier(objective.head, vectors_ND, labels_N, modality=objective.target)
+        best.offer(Score(step=step, accuracy=found.accuracy, loss=found.loss), objective)
+        names = ("accuracy", "mean_class_accuracy", "loss")
+        return {f"valid/{name}": getattr(found, name) for name in names}
 
     return run
 

@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from diptych.data.sources.decode import ImageLimits, UnreadableImage, decode
 
@@ -25,16 +25,20 @@ def noise(width, height, channels=3):
     return Image.fromarray(values.squeeze())
 
 
+def png(width, height, *, bits, kind, rows, transparent=()):
+    """A PNG from its raw rows; ``kind`` is 0 for grey and 2 for RGB. Pillow writes 8 bits for most of them."""
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+    value = chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)) if transparent else b""
+    return b"\x89PNG\r\n\x1a\n" + header + value + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
 def huge_png(width, height):
     """A valid header of any size with next to no pixel data."""
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
-    )
+    return png(width, height, bits=8, kind=2, rows=b"\0" * 99)
 
 
 def test_crops_the_centre_before_it_resizes():
@@ -102,16 +106,138 @@ def test_transparency_lies_over_white():
     assert (decode(encoded(palette, transparency=0), 4) == 255).all()
 
 
+def both_ways(data):
+    """The pixels of a file, and those of the same file opened with Pillow: before and after it is loaded."""
+    for loaded in (None, False, True):
+        given = data if loaded is None else Image.open(io.BytesIO(data))
+        if loaded:
+            given.load()
+        yield decode(given, 16)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP", "JPEG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_undone(orientation):
-    upright = np.zeros((24, 16, 3), np.uint8)
+def test_exif_orientation_is_undone_once(format, orientation):
+    upright = np.zeros((25, 16, 3), np.uint8)
     upright[:12, :8] = [255, 0, 0]
     upright[12:, 8:] = [0, 0, 255]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(Image.fromarray(upright), exif=exif)
-    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    np.testing.assert_array_equal(decode(data, 16), decode(encoded(turned.convert("RGB")), 16))
+    options = {"lossless": True} if format == "WEBP" else {"quality": 100, "subsampling": 0} if format == "JPEG" else {}
+    stored = Image.fromarray(upright)
+    for _ in range(3 if orientation in (6, 8) else 1):  # the opposite of what the orientation asks for
+        plain = Image.new("RGB", stored.size)
+        plain.paste(stored)
+        plain.getexif()[0x0112] = orientation
+        stored = ImageOps.exif_transpose(plain)
+    data = encoded(stored, format, exif=exif, **options)
+    for pixels in both_ways(data):
+        assert abs(pixels.astype(int) - decode(encoded(Image.fromarray(upright)), 16)).max() <= (format == "JPEG")
+
+
+def test_a_callers_image_is_read_like_its_file_and_stays_as_it_is():
+    data = encoded(noise(256, 200), "JPEG", quality=95)
+    image = Image.open(io.BytesIO(data))
+    decode(image, 8)
+    assert image.size == (256, 200)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data))))
+    for mode in ("1", "L", "P", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB", "LA", "PA", "I", "F"):
+        grey = noise(9, 9, 1)
+        image = grey.convert("RGB" if mode in ("RGBa", "LAB", "HSV") else "L")
+        image = image.convert("RGBA").convert(mode) if mode == "RGBa" else image.convert(mode)
+        expected = np.asarray(grey.convert(mode) if mode == "1" else grey).astype(int) * (255 if mode == "1" else 1)
+        assert abs(decode(image, 9)[..., 1].astype(int) - expected).max() <= 2, mode
+    assert (decode(Image.new("La", (3, 5)), 3) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "rows", "transparent", "shown"),
+    [
+        (1, 0, b"\0\x40", (0,), [[255] * 3, [255] * 3]),
+        (1, 0, b"\0\x40", (1,), [[0] * 3, [255] * 3]),
+        (2, 0, b"\0\x60", (1,), [[255] * 3, [170] * 3]),
+        (4, 0, b"\0\x3a", (3,), [[255] * 3, [170] * 3]),
+        (8, 0, b"\0\x0a\xc8", (10,), [[255] * 3, [200] * 3]),
+        (16, 0, b"\0\x0a\x0b\xc8\xc8", (0x0A0B,), [[255] * 3, [200] * 3]),
+        (8, 2, b"\0\x0a\x0b\x0c\xc8\xc8\xc8", (10, 11, 12), [[255] * 3, [200] * 3]),
+        (16, 2, b"\0\x0a\1\x0b\2\x0c\3" + b"\xc8" * 6, (0x0A01, 0x0B02, 0x0C03), [[255] * 3, [200] * 3]),
+    ],
+)
+def test_the_transparent_value_of_every_depth_lies_over_white(bits, kind, rows, transparent, shown):
+    data = png(2, 2, bits=bits, kind=kind, rows=rows * 2, transparent=transparent)
+    np.testing.assert_array_equal(decode(data, 2), [shown, shown])
+    np.testing.assert_array_equal(decode(Image.open(io.BytesIO(data)), 2), [shown, shown])
+
+
+def test_colours_of_a_profile_become_srgb():
+    def profile(primaries):
+        """sRGB's own profile with other colours behind the three numbers: each is a rounded multiple of the old."""
+        data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+        at = {
+            bytes(data[p : p + 4]): struct.unpack(">I", data[p + 4 : p + 8])[0] for p in range(132, 132 + 12 * 17, 12)
+        }
+        for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True):
+            data[at[name] + 8 : at[name] + 20] = struct.pack(">3i", *(round(x * 65536) for x in column))
+        return bytes(data).replace("sRGB built-in".encode("utf-16-be"), "Wide built-in".encode("utf-16-be"))
+
+    wide = profile([(0.515, 0.241, -0.001), (0.292, 0.692, 0.042), (0.157, 0.067, 0.784)])  # Display P3
+    image = Image.new("RGB", (8, 8), (100, 180, 100))
+    tagged = encoded(image, icc_profile=wide)
+    found = decode(tagged, 4)[0, 0].astype(int)
+    assert abs(found - [65, 182, 90]).max() <= 1  # by the matrices of both spaces
+    np.testing.assert_array_equal(decode(Image.open(io.BytesIO(tagged)), 4)[0, 0], found)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for harmless in (srgb, b"damaged", wide[:300]):
+        assert (decode(encoded(image, icc_profile=harmless), 4) == [100, 180, 100]).all()
+
+
+def test_white_is_what_the_numbers_say():
+    ramp = np.arange(16, dtype=np.float32)[None].repeat(16, 0) / 15
+    expected = np.round(ramp * 255)
+    for values in (
+        (ramp * 65535).astype(np.uint16),
+        (ramp * 65535).astype(np.int32),
+        (ramp * 255).astype(np.int32),
+        ramp,
+        ramp * 255,
+        np.round(ramp * 255),
+        np.round(ramp * 3) * 5,
+    ):
+        right = expected if values.max() != 15 else values
+        for given in (Image.fromarray(values), encoded(Image.fromarray(values), "TIFF")):
+            np.testing.assert_allclose(decode(given, 16)[..., 0], right, atol=1)
+    black_is_one = encoded(Image.fromarray((ramp * 65535).astype(np.uint16)), "TIFF")
+    white_is_one = black_is_one.replace(struct.pack("<HHIH", 262, 3, 1, 1), struct.pack("<HHIH", 262, 3, 1, 0))
+    assert white_is_one != black_is_one
+    np.testing.assert_allclose(decode(white_is_one, 16)[..., 0], 255 - expected, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (np.array([[0, 70_000]], np.int32), "up to 70000, more than 16 bits"),
+        (np.array([[-5, 200]], np.int32), "from -5 to 200"),
+        (np.array([[-1.0, 1.0]], np.float32), "from -1 to 1"),
+        (np.array([[0.0, np.nan]], np.float32), "nan"),
+        (np.array([[0.0, np.inf]], np.float32), "inf"),
+        (np.array([[0.0, 1.3]], np.float32), "floats up to 1.3, neither up to 1 nor up to 255"),
+        (np.array([[0.0, 4000.0]], np.float32), "floats up to 4000"),
+    ],
+)
+def test_numbers_that_do_not_say_what_is_white_are_refused(tmp_path, values, says):
+    image = Image.fromarray(values.repeat(2, 0))
+    image.save(tmp_path / "deep.tiff")
+    for given, name in ((tmp_path / "deep.tiff", str(tmp_path / "deep.tiff")), (image, "image")):
+        with pytest.raises(UnreadableImage, match=says) as caught:
+            decode(given, 2)
+        assert str(caught.value).startswith(name)
+        assert "convert it to 8 bits" in str(caught.value)
+
+
+def test_signed_tiffs_are_refused():
+    data = encoded(Image.fromarray(np.full((5, 9), 300, np.uint16)), "TIFF", tiffinfo={339: 2})
+    with pytest.raises(UnreadableImage, match="signed numbers of 16 bits"):
+        decode(data, 4)
 
 
 def test_large_jpegs_decode_as_if_in_full():

@@ -1,16 +1,19 @@
-"""Decoding an image file, or its bytes, to a square of RGB pixels.
+"""Decoding an image file, its bytes or a Pillow image to a square of RGB pixels.
 
 Images are not trusted: the size in the header is checked before a pixel is decoded, only formats whose decoders are
-part of Pillow itself are tried (EPS would start Ghostscript), and every fault becomes `UnreadableImage`.
+part of Pillow itself are tried (EPS would start Ghostscript), and every fault becomes `UnreadableImage`. So does an
+image whose numbers do not say what is black and what is white: it would become a wrong image without a word.
 """
 
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -19,9 +22,10 @@ from PIL import (  # the imports register what `Image.OPEN` finds
     BmpImagePlugin,  # noqa: F401
     GifImagePlugin,  # noqa: F401
     Image,
+    ImageCms,
     JpegImagePlugin,  # noqa: F401
     MpoImagePlugin,  # noqa: F401
-    PngImagePlugin,  # noqa: F401
+    PngImagePlugin,
     PpmImagePlugin,  # noqa: F401
     TiffImagePlugin,  # noqa: F401
     WebPImagePlugin,  # noqa: F401
@@ -37,6 +41,12 @@ SUFFIXES = frozenset(
 """Suffixes of the files that are taken for images. HEIC is among them so that it is reported, not overlooked."""
 
 _ORIENTATION = 0x0112
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+"""TIFF tags: bits of a value, whether 0 is white (0) or black (1), and whether values are signed (2)."""
+_LEVELS = {"L;2": 85, "L;4": 17}
+"""What Pillow multiplies the grey values of PNGs of 2 and 4 bits with, but not the value that is transparent."""
+_FAINT = 16
+"""Floats over 1 whose largest is below this may be of either scale, to 1 or to 255."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,6 +56,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+_MEND = "which value is white is not known: convert it to 8 bits"
 
 
 class UnreadableImage(UserError):  # noqa: N818 (named after what it is about)
@@ -61,25 +74,39 @@ class ImageLimits:
 
 
 def decode(
-    data: bytes | Path, size: int, *, name: str | None = None, limits: ImageLimits | None = None
+    data: bytes | Path | Image.Image, size: int, *, name: str | None = None, limits: ImageLimits | None = None
 ) -> UInt8[np.ndarray, "size size 3"]:
     """The centre square of an image, resized to ``size`` x ``size`` RGB pixels.
 
     The image is turned as its EXIF orientation says; of an animation the first frame is used; transparency lies over
-    white; the square is resized with an antialiased bicubic filter. ``name`` is what messages call the image, by
-    default its path. Raises UnreadableImage, whose message names the image and the reason.
+    white; colours of an embedded profile become sRGB; the square is resized with an antialiased bicubic filter.
+    Grey values of 16 bits are scaled to 8, floats from 0 to 1 or from 0 to 255 too; other ranges are refused.
+
+    ``name`` is what messages call the image, by default its path. Raises UnreadableImage, whose message names the image
+    and the reason.
     """
-    shown = repr(str(name or (data if isinstance(data, Path) else "image")))[1:-1]
+    shown = repr(str(name or _path(data) or "image"))[1:-1]
     limits = limits or ImageLimits()
     try:
+        if isinstance(data, Image.Image):
+            _check_size(data, limits)
+            return _decode(data, size)
         with _stream(data) as stream:
-            return _decode(stream, size, limits)
+            image = _open(stream)
+            _check_size(image, limits)
+            # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the cost; twice the size or more is kept for the filter.
+            image.draft(None, (2 * size, 2 * size))
+            return _decode(image, size)
     except UnreadableImage as error:
         raise UnreadableImage(f"{shown}: {error}") from None
     # Pillow's decoders raise nearly every type of exception on bytes that were cut or made up.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(f"{shown}: cannot be decoded ({reason}); replace or remove it") from None
+
+
+def _path(data: bytes | Path | Image.Image) -> str | Path | None:
+    return data if isinstance(data, Path) else getattr(data, "filename", None)
 
 
 @contextmanager
@@ -103,20 +130,35 @@ def _stream(data: bytes | Path) -> Iterator[io.BytesIO | io.BufferedReader]:
         raise UnreadableImage("may not be read; check its permissions") from None
 
 
-def _decode(stream: io.BytesIO | io.BufferedReader, size: int, limits: ImageLimits) -> np.ndarray:
-    image = _open(stream)
+def _check_size(image: Image.Image, limits: ImageLimits) -> None:
     width, height = image.size
     if width * height > limits.max_pixels:
         raise UnreadableImage(
             f"is {width} x {height} pixels, over the limit of {limits.max_pixels:,} pixels; shrink it or remove it"
         )
-    # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the cost; at least twice the size is kept for the filter.
-    image.draft(None, (2 * size, 2 * size))
+
+
+def _decode(image: Image.Image, size: int) -> np.ndarray:
+    """``image`` may be the caller's: it is loaded, and otherwise stays as it is."""
+    transparent = _transparent_value(image)
+    image.load()
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits = int(np.ravel(tags.get(_BITS, 16))[0])
+    if tags.get(_SAMPLE_FORMAT, (1,))[0] == 2 and bits < 32:
+        raise UnreadableImage(f"holds signed numbers of {bits} bits; {_MEND}")
+    # Asked only now: Pillow turns TIFFs while it loads them, and then they have no orientation any more.
     turn = _TURNS.get(_orientation(image))
-    image = _to_rgb(_centre_square(image))
     if turn is not None:
         image = image.transpose(turn)
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_grey(image, transparent, bits=bits, inverted=tags.get(_PHOTOMETRIC) == 0)
+    elif transparent != image.info.get("transparency"):
+        image = image.copy()
+        image.info["transparency"] = transparent
+    profile = image.info.get("icc_profile")
+    image = _to_rgb(_centre_square(image), profile)
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.array(_to_srgb(image, profile), dtype=np.uint8)
 
 
 def _open(stream: io.BytesIO | io.BufferedReader) -> Image.Image:
@@ -142,6 +184,20 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _transparent_value(image: Image.Image) -> Any:
+    """The value or colour that is transparent, in the numbers that the loaded image has; None where there is none.
+
+    Pillow scales the pixels of a PNG that has not 8 bits, but not this value. To be asked before the image is loaded.
+    """
+    value = image.info.get("transparency")
+    raw = image.tile[0].args if isinstance(image, PngImagePlugin.PngImageFile) and image.tile else None
+    if isinstance(value, int) and raw in _LEVELS:
+        return value * _LEVELS[str(raw)]
+    if isinstance(value, tuple) and raw == "RGB;16B":
+        return tuple(channel >> 8 for channel in value)
+    return value
+
+
 def _centre_square(image: Image.Image) -> Image.Image:
     width, height = image.size
     side = min(width, height)
@@ -152,10 +208,44 @@ def _centre_square(image: Image.Image) -> Image.Image:
     return image.resize((side, side), Image.Resampling.NEAREST, box=(left, top, left + side, top + side))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB; transparency lies over white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_grey(image)
+def _to_grey(image: Image.Image, transparent: int | None, *, bits: int, inverted: bool) -> Image.Image:
+    """Greyscale of more than 8 bits or of floats as 8 bits; Pillow's own conversion would cut every value over 255."""
+    values = np.asarray(image)
+    white = 2.0**bits - 1 if image.mode.startswith("I;16") else _white(image, values)
+    grey = np.round(values.astype(np.float32) * (255.0 / white)).clip(0, 255).astype(np.uint8)
+    made = Image.fromarray(255 - grey if inverted else grey)
+    if transparent is not None:
+        made.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    if profile := image.info.get("icc_profile"):
+        made.info["icc_profile"] = profile
+    return made
+
+
+def _white(image: Image.Image, values: np.ndarray) -> float:
+    """The value that is white in an image of integers or floats of 32 bits.
+
+    Raises UnreadableImage where the values do not tell.
+    """
+    least, most = float(values.min()), float(values.max())
+    if not least >= 0 or not np.isfinite(most):  # NaN is not >= 0
+        raise UnreadableImage(f"holds values from {least:g} to {most:g}; {_MEND}")
+    if image.mode == "I":  # 8 bits where Pillow converted it, 16 bits where it read it
+        if most > 65535:
+            raise UnreadableImage(f"holds values up to {most:.0f}, more than 16 bits; {_MEND}")
+        return 255.0 if most <= 255 and image.format != "PPM" else 65535.0
+    if most <= 1:
+        return 1.0
+    if most > 255 or (most < _FAINT and (values != np.floor(values)).any()):
+        raise UnreadableImage(f"holds floats up to {most:g}, neither up to 1 nor up to 255; {_MEND}")
+    return 255.0
+
+
+def _to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An image of any mode as RGB, whose colours are still those of its profile; transparency lies over white."""
+    if image.mode == "CMYK" and (transform := _transform(profile, "CMYK")) is not None:
+        return transform(image)
+    if image.mode == "La":  # the one mode that Pillow does not take to RGBA by itself
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -163,8 +253,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_grey(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 or 32 bits or of floats as 8 bits; Pillow's own conversion would cut every value over 255."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float32))
-    deepest = 65535.0 if image.mode.startswith("I") else 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
-    return Image.fromarray(np.round(values.clip(0, deepest) * (255.0 / deepest)).astype(np.uint8))
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An RGB image in the colours of its profile as one in sRGB. A grey profile stands for all three channels."""
+    if (transform := _transform(profile, "RGB")) is not None:
+        return transform(image)
+    if (transform := _transform(profile, "GRAY")) is not None:
+        return transform(image.getchannel(0))
+    return image
+
+
+@lru_cache(maxsize=64)
+def _transform(
+    profile: bytes | None, space: Literal["RGB", "GRAY", "CMYK"]
+) -> Callable[[Image.Image], Image.Image] | None:
+    """From the colours of a profile to sRGB; None without a profile, for sRGB itself, and for one of another space.
+
+    A damaged profile counts as none: the pixels are still good, and every viewer shows them so.
+    """
+    if not profile:
+        return None
+    try:
+        found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if found.profile.xcolor_space.strip() != space or "sRGB" in ImageCms.getProfileDescription(found):
+            return None
+        mode = "L" if space == "GRAY" else space
+        return ImageCms.buildTransform(found, ImageCms.createProfile("sRGB"), mode, "RGB").apply
+    except (OSError, ImageCms.PyCMSError):
+        return None
