@@ -14,7 +14,7 @@ from diptych.io import replace_folder, write_bytes
 Kind = Literal["itit", "dual", "classifier", "feature encoder", "tokenizer", "text encoder"]
 """What a run folder holds, which decides what the commands can do with it."""
 
-_LIBRARIES = ("diptych", "torch", "accelerate", "transformers", "diffusers", "datasets")
+_LIBRARIES = ("diptych", "torch", "accelerate", "transformers", "datasets")
 
 
 @runtime_checkable
