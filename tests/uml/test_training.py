@@ -165,7 +165,7 @@ def test_mistakes_are_told_before_anything_is_computed(dataset, encoders, tmp_pa
     tuned = small(uml_finetune(), dataset, encoders)
     with pytest.raises(UserError, match="centred needs features that stay"):
         replace(tuned, head=replace(tuned.head, features="centred")).check()
-    with pytest.raises(UserError, match="no finished classifier"):
+    with pytest.raises(UserError, match="no run folder"):
         classify_run(tmp_path, [])
     assert not (tmp_path / "run").exists()
 

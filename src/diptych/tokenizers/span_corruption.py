@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from diptych.data.batch import Batch, TextExamples
 from diptych.encoders.loading import fuse_gelu
@@ -197,7 +197,7 @@ class SpanCorruption(Objective):
 
     sentinels_K: Tensor
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, config: TextEncoderConfig, seed: int = 0):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, config: TextEncoderConfig, seed: int = 0):
         """``tokenizer`` from `train_tokenizer`; weights are T5's own initial ones, drawn from ``seed``."""
         super().__init__()
         self.streams = {"texts": 1}

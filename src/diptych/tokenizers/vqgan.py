@@ -29,6 +29,7 @@ from torch.func import functional_call
 
 from diptych.data.batch import Batch, ImageExamples
 from diptych.errors import UserError
+from diptych.io import without_progress_bars
 from diptych.tokenizers.codebook import Codebook, CodebookConfig
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.train.objective import Losses, Objective
@@ -217,9 +218,10 @@ class PerceptualNetwork(nn.Module):
         from transformers import AutoModel  # heavy
 
         try:
-            model, loading = AutoModel.from_pretrained(
-                name, local_files_only=Path(name).is_dir(), output_loading_info=True
-            )
+            with without_progress_bars(name):
+                model, loading = AutoModel.from_pretrained(
+                    name, local_files_only=Path(name).is_dir(), output_loading_info=True
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{name}: no vision model that transformers can load; name another or none") from error
         # Of a model of two towers, such as CLIP, the one for images.

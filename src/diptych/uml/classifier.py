@@ -18,7 +18,7 @@ from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
 from diptych.io import load_network
 from diptych.nn.inference import Device, Prediction, eval_mode, pick_device, top_predictions
-from diptych.run_folder import write_json
+from diptych.run_folder import check_finished, write_json
 from diptych.uml.head import SharedHead
 from diptych.uml.training import IMAGE
 
@@ -34,8 +34,11 @@ class Classifier:
         self.device = device
 
     @classmethod
-    def from_pretrained(cls, run: Path, *, device: Device = "auto") -> "Classifier":
-        """The classifier of a run folder. Raises UserError if the run is not finished or a file is missing."""
+    def from_pretrained(cls, run: str | Path, *, device: Device = "auto") -> "Classifier":
+        """The classifier of a run folder. Raises UserError for a run of another kind or one that is not finished, and
+        if a file is missing."""
+        run = Path(run)
+        check_finished(run, "classifier")
         try:
             classes = json.loads((run / "classes.json").read_text())
         except (OSError, ValueError) as error:
