@@ -178,7 +178,7 @@ def test_data_that_cannot_be_learned_from(call, tmp_path, mistake, mistaken):
 def test_sources_that_cannot_be_encoded_or_scored(call, run, tmp_path, mistaken):
     (tmp_path / "texts.txt").write_text("bread\n")
     mistaken(call("evaluate", run, "--data", tmp_path / "texts.txt", "--out", tmp_path / "out"), "images and captions")
-    mistaken(call("evaluate", run, "--data", TEST, "--limit", 0, "--out", tmp_path / "out"), "at least one")
+    mistaken(call("evaluate", run, "--data", TEST, "--limit", 0, "--out", tmp_path / "out"), "--limit 0")
     mistaken(call("encode", tmp_path / "none", "--run", run, "--out", tmp_path / "out"), "does not exist")
     before = (tmp_path / "texts.txt").read_text()
     for taken in (tmp_path, tmp_path / "texts.txt"):

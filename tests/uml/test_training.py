@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from diptych.data.pixels import decode_files
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import open_source
 from diptych.encoders import ScratchConfig, open_image_encoder, scratch_encoder
@@ -15,7 +16,7 @@ from diptych.nn.inference import eval_mode
 from diptych.registry import RECIPES
 from diptych.run_folder import kind_of
 from diptych.train.config import OptimConfig
-from diptych.uml.classifier import Classifier, classify_run, evaluate_classifier_run
+from diptych.uml.classifier import Classifier, evaluate_classifier_run
 from diptych.uml.recipes import uml_finetune, uml_probe
 from diptych.uml.training import BestWeights, Score, UmlData, patience_is_over, select_best
 
@@ -78,7 +79,8 @@ def test_a_probe_leaves_a_run_that_classifies_without_texts(dataset, encoders, t
     assert run.fit(tmp_path / "run", recipe="uml-probe").finished
     assert kind_of(tmp_path / "run") == "classifier"
     files = sorted((dataset / "images" / "ring").iterdir())[:3]
-    found = classify_run(tmp_path / "run", files, top=2, device="cpu")
+    classifier = Classifier.from_pretrained(str(tmp_path / "run"), device="cpu")
+    found = classifier.predictions(decode_files(files, size=classifier.image_size), top=2)
     assert [{guess.name for guess in predictions} for predictions in found] == [{"ring", "square"}] * 3
     assert all(sum(g.probability for g in predictions) == pytest.approx(1) for predictions in found)
     assert all(predictions[0].probability >= predictions[1].probability for predictions in found)
@@ -88,7 +90,7 @@ def test_a_probe_leaves_a_run_that_classifies_without_texts(dataset, encoders, t
     assert json.loads((tmp_path / "scores" / "metrics.json").read_text()) == metrics
     assert metrics["images"] == 24
     assert metrics["accuracy"] == pytest.approx(np.mean(list(metrics["per_class"].values())))
-    guessed = [found[0].name for found in classify_run(tmp_path / "run", [*files], device="cpu")]
+    guessed = [predictions[0].name for predictions in found]
     assert metrics["per_class"]["ring"] >= guessed.count("ring") / 12
 
 
@@ -166,7 +168,7 @@ def test_mistakes_are_told_before_anything_is_computed(dataset, encoders, tmp_pa
     with pytest.raises(UserError, match="centred needs features that stay"):
         replace(tuned, head=replace(tuned.head, features="centred")).check()
     with pytest.raises(UserError, match="no run folder"):
-        classify_run(tmp_path, [])
+        Classifier.from_pretrained(tmp_path)
     assert not (tmp_path / "run").exists()
 
 

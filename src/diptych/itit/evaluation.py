@@ -208,6 +208,7 @@ def evaluate_run(
 ) -> None:
     """Score a run; print a table, and write ``metrics.json``, ``captions.jsonl`` and ``sheet.png`` into ``out``."""
     diptych = Diptych.from_pretrained(run, device=device)
+    _ = diptych.text_encoder  # what is wrong with it is told before the work
     found = evaluate(diptych, source, config, extractor=open_extractor(features))
     print_metrics(found.metrics, title=f"{run} on {source.name}", notes=found.notes)
     out.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diptych.data.pixels import SkippedItems, decode_files, image_batches
+from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import Source
 from diptych.data.splits import Labelled
 from diptych.encoders import ImageEncoder, open_image_encoder
@@ -31,7 +31,7 @@ class Classifier:
 
     def __init__(self, encoder: ImageEncoder, head: SharedHead, classes: Sequence[str], *, device: str) -> None:
         self.encoder, self.head, self.classes = encoder.to(device).eval(), head.to(device).eval(), tuple(classes)
-        self.device = device
+        self.image_size, self.device = encoder.image_size, device
 
     @classmethod
     def from_pretrained(cls, run: str | Path, *, device: Device = "auto") -> "Classifier":
@@ -56,19 +56,6 @@ class Classifier:
         return top_predictions(self.probabilities(pixels_B3SS), self.classes, top=top)
 
 
-def classify_run(run: Path, images: Sequence[Path], *, top: int = 1, device: Device = "auto") -> list[list[Prediction]]:
-    """The ``top`` most probable classes of each image file, best first.
-
-    Raises UserError for a run that is not finished, and for a file that is no image.
-    """
-    classifier = Classifier.from_pretrained(run, device=device)
-    found: list[list[Prediction]] = []
-    for begin in range(0, len(images), _ROWS):
-        pixels_B3SS = decode_files(images[begin : begin + _ROWS], size=classifier.encoder.image_size)
-        found += classifier.predictions(pixels_B3SS, top=top)
-    return found
-
-
 def evaluate_classifier_run(
     run: Path, source: Source, *, out: Path, device: Device = "auto", workers: int = 2, max_skipped_share: float = 0.01
 ) -> dict[str, Any]:
@@ -83,7 +70,7 @@ def evaluate_classifier_run(
     labelled = Labelled.of(source, classifier.classes)
     skipped = SkippedItems(max_skipped_share=max_skipped_share)
     right, count = np.zeros(len(classifier.classes)), np.zeros(len(classifier.classes))
-    every, size = np.arange(len(source)), classifier.encoder.image_size
+    every, size = np.arange(len(source)), classifier.image_size
     for pixels_B3SS, items in image_batches(source, every, size=size, skipped=skipped, workers=workers, rows=_ROWS):
         labels = labelled.labels_N[items]
         guessed = classifier.probabilities(pixels_B3SS).argmax(1).cpu().numpy()
