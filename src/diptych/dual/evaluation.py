@@ -6,6 +6,7 @@ if asked for, a linear probe.
 Shapes: I images, T texts, C classes, D width of the space, W width of the image tower.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from diptych.eval.probe import linear_probe
 from diptych.io import write_bytes
 from diptych.nn.inference import Device, eval_mode
 from diptych.report import print_metrics
+from diptych.report.progress import ProgressLine
 from diptych.run_folder import write_json
 
 _MAPPED = 8192
@@ -89,7 +91,7 @@ def evaluate_dual_run(
         if not source.has_captions:
             raise UserError(f"{data}: has no captions, and a map shows images and captions: leave --umap away")
     encoder = open_dual(run, device=device)
-    images = embed_source(encoder, source, limit=limit)
+    images = embed_source(encoder, source, limit=limit, advance=ProgressLine("embedding images"))
     metrics: dict[str, float] = {"images": len(images.items_I)}
     map_png = None
     if source.has_captions:
@@ -110,9 +112,16 @@ def evaluate_dual_run(
     print(f"written to {out}")
 
 
-def embed_source(encoder: DualEncoder, source: Source, *, limit: int | None = None) -> EmbeddedImages:
+def embed_source(
+    encoder: DualEncoder,
+    source: Source,
+    *,
+    limit: int | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> EmbeddedImages:
     """Embed every readable image of a source, or of its first ``limit`` items.
 
+    ``advance`` is called with the number of items that are done and that of all.
     Raises UserError where the source has no images or too many are unreadable, and for a ``limit`` below 1.
     """
     if not source.has_images:
@@ -127,6 +136,7 @@ def embed_source(encoder: DualEncoder, source: Source, *, limit: int | None = No
         items.append(found)
         embeddings.append(F.normalize(output.pooled_BD, dim=-1))
         states.append(output.state_BW)
+        advance(int(found[-1]) + 1, len(chosen))
     return EmbeddedImages(
         source=source, items_I=np.concatenate(items), embedding_ID=torch.cat(embeddings), state_IW=torch.cat(states)
     )

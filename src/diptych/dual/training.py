@@ -67,7 +67,11 @@ class DualRun:
         identity = {
             "model": model.clip.config.to_diff_dict(),
             "objective": self.objective.identity(),
-            "data": [source.name, batches.streams["pairs"].size, self.data.decode_size],
+            "data": {
+                "pairs": source.name,
+                "captioned_images": batches.streams["pairs"].size,
+                "decode_size": self.data.decode_size,
+            },
         }
         result = train(
             objective,

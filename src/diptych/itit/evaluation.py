@@ -6,6 +6,7 @@ Shapes: B images, S pixels a side, N image tokens, L text tokens.
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from diptych.itit.pipeline import Diptych
 from diptych.nn.inference import Device
 from diptych.nn.losses import token_loss
 from diptych.report import print_metrics
+from diptych.report.progress import ProgressLine
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import write_json
 
@@ -79,15 +81,21 @@ class Evaluation:
 
 
 def evaluate(
-    diptych: Diptych, source: Source, config: EvaluateConfig, *, extractor: FeatureExtractor | None = None
+    diptych: Diptych,
+    source: Source,
+    config: EvaluateConfig,
+    *,
+    extractor: FeatureExtractor | None = None,
+    progress: Literal["shown", "silent"] = "silent",
 ) -> Evaluation:
     """Score captions, generated images, and the information gain of both, on the captioned images of ``source``.
 
     Captions: CIDEr-D, BLEU, ROUGE-L and variety. Images: the Frechet distance of generated to real images, on features
     of ``extractor`` (default: a random network). Both: :func:`information_gain`, in nats per token. On `scenes:` also
     the exact accuracies. Real images are cut to their centre square and resized to the tokenizer's size, without
-    compression. Raises UserError for a source without images or captions.
+    compression. ``progress`` is shown on stderr. Raises UserError for a source without images or captions.
     """
+    shown = progress == "shown"
     items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.image_size)
     references = [source.captions(item) for item in items]
     first = [texts[0] for texts in references]
@@ -98,7 +106,12 @@ def evaluate(
     generated = None
     if config.captions:
         tokens_BN = diptych.tokenize(pixels)
-        captions = [caption.text for caption in diptych.caption_tokens(tokens_BN, beams=config.beams)]
+        captions = [
+            caption.text
+            for caption in diptych.caption_tokens(
+                tokens_BN, beams=config.beams, advance=ProgressLine("captioning") if shown else None
+            )
+        ]
         scores = score_captions(captions, references)
         metrics |= scores.table()
         notes += scores.warnings
@@ -110,7 +123,9 @@ def evaluate(
             metrics |= {"caption_information_gain": gain.caption, "image_information_gain": gain.image}
             notes.append(_GAIN_NOTE)
     if config.images:
-        generated = diptych.imagine(first, seed=config.seed)
+        generated = diptych.imagine(
+            first, seed=config.seed, advance=ProgressLine("generating images") if shown else None
+        )
         distance, note = _frechet(pixels, generated, extractor or RandomFeatures())
         metrics |= distance
         notes += [note] if note else []
@@ -209,7 +224,7 @@ def evaluate_run(
     """Score a run; print a table, and write ``metrics.json``, ``captions.jsonl`` and ``sheet.png`` into ``out``."""
     diptych = Diptych.from_pretrained(run, device=device)
     _ = diptych.text_encoder  # what is wrong with it is told before the work
-    found = evaluate(diptych, source, config, extractor=open_extractor(features))
+    found = evaluate(diptych, source, config, extractor=open_extractor(features), progress="shown")
     print_metrics(found.metrics, title=f"{run} on {source.name}", notes=found.notes)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", {**found.metrics, "source": source.name, "notes": found.notes})

@@ -38,6 +38,9 @@ from diptych.tokenizers.text_tokenizer import TextTokenizer
 ImageLike = str | Path | Image.Image | np.ndarray
 """A path, a PIL image, or uint8 pixels [H W 3]."""
 
+Advance = Callable[[int, int], None]
+"""Called with the number of rows that are done and that of all."""
+
 _ROWS = 64
 """Number of rows generated at once."""
 
@@ -150,8 +153,10 @@ class Diptych:
             found += self.caption_tokens(self.tokenize(pixels), beams=beams)
         return found
 
-    def caption_tokens(self, tokens_BN: Tensor, *, beams: int | None = None) -> list[Caption]:
-        """One caption with its score for each row of image tokens."""
+    def caption_tokens(
+        self, tokens_BN: Tensor, *, beams: int | None = None, advance: Advance | None = None
+    ) -> list[Caption]:
+        """One caption with its score for each row of image tokens. ``advance`` is called with the rows done and all."""
         config = self.text_generation if beams is None else replace(self.text_generation, beams=beams)
         length = self.model.config.max_text_len
         found: list[Caption] = []
@@ -161,6 +166,8 @@ class Diptych:
             scores = [None] * len(piece) if score_B is None else score_B.tolist()
             texts = self.text_tokenizer.detokenize(ids_BL)
             found += [Caption(text=text, score=score) for text, score in zip(texts, scores, strict=True)]
+            if advance:
+                advance(len(found), len(tokens_BN))
         return found
 
     def tokenize(self, pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Int[Tensor, "B N"]:
@@ -171,17 +178,28 @@ class Diptych:
     # Images
 
     def imagine(
-        self, texts: str | Sequence[str], *, seed: int = 0, config: ImageGenerationConfig | None = None
+        self,
+        texts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        config: ImageGenerationConfig | None = None,
+        advance: Advance | None = None,
     ) -> UInt8[np.ndarray, "B S S 3"]:
         """One image for each text, or for a single text. The same seed generates the same images.
 
-        ``config`` None takes the run's own settings. Raises UserError when no text is given.
+        ``config`` None takes the run's own settings. ``advance`` is called with the number of images done and that of
+        all. Raises UserError when no text is given.
         """
-        tokens_BN = self.imagine_tokens(texts, seed=seed, config=config)
+        tokens_BN = self.imagine_tokens(texts, seed=seed, config=config, advance=advance)
         return self.tokenizer.decode(tokens_BN).permute(0, 2, 3, 1).cpu().numpy()
 
     def imagine_tokens(
-        self, texts: str | Sequence[str], *, seed: int = 0, config: ImageGenerationConfig | None = None
+        self,
+        texts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        config: ImageGenerationConfig | None = None,
+        advance: Advance | None = None,
     ) -> Int[Tensor, "B N"]:
         """The image tokens that :meth:`imagine` decodes to pixels."""
         if not texts:
@@ -198,6 +216,8 @@ class Diptych:
                 found.append(
                     generate_image_tokens(self.model, features_BLF, valid_BL, config or self.image_generation, rng=rng)
                 )
+            if advance:
+                advance(start + len(found[-1]), len(texts))
         return torch.cat(found)
 
     # Both in turn

@@ -245,7 +245,9 @@ class ItitRun:
         identity = {
             "model": asdict(objective.model.config),
             "objective": asdict(self.objective),
-            "data": {name: [len(each.items), _store(each).manifest["made_by"]] for name, each in subsets.items()},
+            "data": {
+                name: {"count": len(each.items), **_store(each).manifest["made_by"]} for name, each in subsets.items()
+            },
         }
         result = train(
             objective, batches, out=out, train=self.train, optim=self.optim, hooks=hooks, title=title, identity=identity

@@ -26,6 +26,7 @@ from diptych.eval.frechet import (
     open_extractor,
 )
 from diptych.nn.inference import Device, pick_device
+from diptych.report import print_metrics
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import write_json
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
@@ -97,16 +98,18 @@ def psnr_of_each(output_B3HW: UInt8[Tensor, "B 3 H W"], target_B3HW: UInt8[Tenso
 def evaluate_tokenizer_run(
     run: Path, source: Source, *, limit: int | None, features: str | None, out: Path, device: Device
 ) -> None:
-    """Scores the image tokenizer of a run: a line, ``metrics.json`` and a sheet of images before and after."""
+    """Scores the image tokenizer of a run: a table, ``metrics.json`` and a sheet of images before and after."""
     tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(pick_device(device))
     pixels_BSS3 = read_first_images(source, limit=limit, size=tokenizer.image_size)[1]
     pixels_B3SS = channels_first(pixels_BSS3)
     score = evaluate_tokenizer(tokenizer, pixels_B3SS.split(64), extractor=open_extractor(features))
     after = tokenizer.decode(tokenizer.encode(pixels_B3SS[:_SHOWN])).permute(0, 2, 3, 1).cpu().numpy()
     write_json(out / "metrics.json", {**asdict(score), "source": source.name})
+    numbers = {name: value for name, value in asdict(score).items() if isinstance(value, int | float)}
+    print_metrics(numbers, title=f"{run} on {source.name}", notes=[f"rfd is computed on {score.rfd_features}."])
     rows = {"image": [Cell(image=p) for p in pixels_BSS3[:_SHOWN]], "after": [Cell(image=p) for p in after]}
     save_png(out / "sheet.png", comparison(rows, title=f"{run.name}: what the tokens keep"))
-    print(f"{score}, on {score.images:,} images of {source.name}\nwritten to {out}")
+    print(f"written to {out}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diptych.errors import UserError
+from diptych.report.progress import clock
 from diptych.train.checkpoint import TrainProgress
 from diptych.train.config import TrainConfig
 from diptych.train.step import StepResult
@@ -279,12 +280,5 @@ class ProgressDisplay:
         if self._bar:
             self._bar.update(self._task, completed=step, note=note)
         else:
-            left = _clock((self.steps - step) / speed) if speed else "?"
+            left = clock((self.steps - step) / speed) if speed else "?"
             self.say(f"step {step}/{self.steps}  {note}  {left} left")
-
-
-def _clock(seconds: float) -> str:
-    """``seconds`` as hours:minutes:seconds."""
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -18,6 +18,8 @@ from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
 from diptych.io import load_network
 from diptych.nn.inference import Device, Prediction, eval_mode, pick_device, top_predictions
+from diptych.report import print_metrics
+from diptych.report.progress import ProgressLine
 from diptych.run_folder import check_finished, write_json
 from diptych.uml.head import SharedHead
 from diptych.uml.training import IMAGE
@@ -64,18 +66,18 @@ def evaluate_classifier_run(
     Raises UserError for a run that is not finished, for labels that it does not know, and if more than
     ``max_skipped_share`` of the images cannot be read.
     """
-    from rich.console import Console
-
     classifier = Classifier.from_pretrained(run, device=device)
     labelled = Labelled.of(source, classifier.classes)
     skipped = SkippedItems(max_skipped_share=max_skipped_share)
     right, count = np.zeros(len(classifier.classes)), np.zeros(len(classifier.classes))
+    progress = ProgressLine("classifying")
     every, size = np.arange(len(source)), classifier.image_size
     for pixels_B3SS, items in image_batches(source, every, size=size, skipped=skipped, workers=workers, rows=_ROWS):
         labels = labelled.labels_N[items]
         guessed = classifier.probabilities(pixels_B3SS).argmax(1).cpu().numpy()
         np.add.at(right, labels, guessed == labels)
         np.add.at(count, labels, 1)
+        progress(int(items[-1]) + 1, len(source))
     per_class = {name: r / n for name, r, n in zip(classifier.classes, right, count, strict=True) if n}
     metrics = {
         "accuracy": right.sum() / count.sum(),
@@ -86,10 +88,8 @@ def evaluate_classifier_run(
         "per_class": per_class,
     }
     write_json(out / "metrics.json", metrics)
-    Console().print(
-        f"{run} on {source.name}: {metrics['accuracy']:.1%} of {metrics['images']:,} images right, "
-        f"{metrics['mean_class_accuracy']:.1%} as a mean over {len(per_class)} classes; written to {out}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    shown = {name: metrics[name] for name in ("images", "accuracy", "mean_class_accuracy")}
+    chance = f"Chance is {1 / len(classifier.classes):.1%} with {len(classifier.classes)} classes."
+    print_metrics(shown, title=f"{run} on {source.name}", notes=[chance])
+    print(f"written to {out}")
     return metrics

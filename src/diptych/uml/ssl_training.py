@@ -65,7 +65,7 @@ class UmlSslRun:
         identity = {
             "model": asdict(objective.model.config),
             "objective": asdict(self.objective),
-            "data": {name: [len(store), store.manifest] for name, store in stores.items()},
+            "data": {name: {"count": len(store), **store.manifest} for name, store in stores.items()},
         }
         result = train(objective, batches, out=out, train=self.train, optim=self.optim, title="UML", identity=identity)
         with result.eval_mode(objective):
