@@ -43,8 +43,11 @@ class Run(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
     kind: ClassVar[Kind]
 
-    def fit(self, out: Path, *, recipe: str) -> object:
-        """Trains into the run folder ``out``, from where an earlier call stopped. ``recipe`` is written down there."""
+    def fit(self, out: Path, *, recipe: str, budget: Any = None) -> object:
+        """Trains into the run folder ``out``, from where an earlier call stopped. ``recipe`` is written down there.
+
+        ``budget`` is a :class:`diptych.train.pace.Budget`, None where steps decide when the run ends.
+        """
 
 
 def write_config(out: Path, *, recipe: str, run: Run) -> None:

@@ -1,7 +1,8 @@
 """Training dual encoders: ITO and the methods that it is compared with, on the same batches."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,11 +22,18 @@ from diptych.dual.objectives.base import PairsConfig
 from diptych.dual.objectives.clip import ClipConfig
 from diptych.dual.objectives.ito import ItoConfig
 from diptych.dual.objectives.slip import SlipConfig
+from diptych.nn.inference import pick_device
 from diptych.run_folder import Kind, part_of, save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.objective import Objective
+from diptych.train.pace import Budget, RunPlan, StageCost
+
+_TIMED = 16
+"""Number of images whose validation is timed."""
+_VALID_SHARE = 0.04
+"""Share of a budget that one validation takes at most."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,7 +57,7 @@ class DualRun:
     objective: PairsConfig
     """The losses, and the views and captions that they compare."""
 
-    def fit(self, out: Path, *, recipe: str) -> TrainResult:
+    def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> TrainResult:
         """Train, and leave ``out/model``, a plain CLIP folder, and the validation retrieval in ``metrics.jsonl``.
 
         Raises UserError for data without images or captions, and for settings that cannot be meant.
@@ -57,13 +65,24 @@ class DualRun:
         join_processes(self.train.device)
         source = open_finite(self.data.pairs, self.data.columns)
         require_pairs(source, self.data.pairs)
-        model = self._model(source, out)
-        model.tune_for_training()
-        hooks = self._hooks(model)
-        write_config(out, recipe=recipe, run=self)
-        objective = self._objective(model)
+        plan = RunPlan([StageCost(name=recipe, steps=self.train.steps)], budget=Budget.of_run(out, budget))
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
-        batches = self._batches(source, model, objective, skipped)
+        captions = CaptionIds.read(source, np.arange(len(source)), self._model(source, out).ids)
+
+        def make(run: DualRun) -> tuple[Objective, BatchSampler]:
+            model = run._model(source, out)
+            model.tune_for_training()
+            objective = run._objective(model)
+            return objective, run._batches(source, captions, model, objective, skipped)
+
+        affordable, seconds = self._affordable_evaluation(source, out, plan)
+        run, pace = plan.fit_stage(recipe, affordable, out, make, evaluation_seconds=seconds)
+        model = run._model(source, out)
+        model.tune_for_training()
+        hooks = run._hooks(model)
+        write_config(out, recipe=recipe, run=run)
+        objective = run._objective(model)
+        batches = run._batches(source, captions, model, objective, skipped)
         identity = {
             "model": model.clip.config.to_diff_dict(),
             "objective": self.objective.identity(),
@@ -77,11 +96,12 @@ class DualRun:
             objective,
             batches,
             out=out,
-            train=self.train,
-            optim=self.optim,
+            train=run.train,
+            optim=run.optim,
             hooks=hooks,
             title=recipe,
             identity=identity,
+            pace=pace,
         )
         if len(skipped):
             skipped.write(out / "skipped.jsonl")
@@ -90,6 +110,11 @@ class DualRun:
                 model.clamp_scale()
                 save_model(model, out / "model")
         return result
+
+    @property
+    def slow_from(self) -> int:
+        """0: all steps take the same time."""
+        return 0
 
     def _model(self, source: Source, out: Path) -> DualEncoder:
         if self.start is not None:
@@ -107,6 +132,22 @@ class DualRun:
         name = part_of(self.tokenizer, "tokenizer") if self.tokenizer is not None else str(folder)
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
 
+    def _affordable_evaluation(self, source: Source, out: Path, plan: RunPlan) -> tuple["DualRun", float]:
+        """The run with so many images to validate on as a budget has time for, and the seconds that these take."""
+        if plan.budget is None or self.data.valid is None:
+            return self, 0.0
+        model = self._model(source, out).to(pick_device(self.train.device))
+        few = replace(self.data, valid_images=min(_TIMED, self.data.valid_images))
+        run = measure_retrieval(model, read_valid_pairs(self.data.valid, few, size=model.image_size))
+        began = time.monotonic()
+        run(0, model)
+        each = (time.monotonic() - began) / few.valid_images
+        fits = int(_VALID_SHARE * 60 * plan.budget.minutes / each)
+        images = plan.budget.decision("valid_images", lambda: max(_TIMED, min(fits, self.data.valid_images)))
+        if images < self.data.valid_images:
+            print(f"validation: {images:,} of {self.data.valid_images:,} images fit into the budget", flush=True)
+        return replace(self, data=replace(self.data, valid_images=images)), each * images
+
     def _hooks(self, model: DualEncoder) -> list[Hook]:
         if self.data.valid is None:
             return []
@@ -118,10 +159,12 @@ class DualRun:
             torch.manual_seed(self.train.seed)  # for weights outside the model, which are dropped after training
             return self.objective.build(model)
 
-    def _batches(self, source: Source, model: DualEncoder, objective: Objective, skipped: SkippedItems) -> BatchSampler:
+    def _batches(
+        self, source: Source, captions: CaptionIds, model: DualEncoder, objective: Objective, skipped: SkippedItems
+    ) -> BatchSampler:
         stream = pair_stream(
             source,
-            CaptionIds.read(source, np.arange(len(source)), model.ids),
+            captions,
             size=self.data.decode_size or model.image_size * 3 // 2,
             per_image=self.objective.captions,
             pad=model.tokenizer.pad_token_id,

@@ -27,7 +27,7 @@ class Meaning:
 _MEANINGS: tuple[tuple[str, Meaning], ...] = (
     (r"cider", Meaning("higher", scale="CIDEr-D x 100")),
     (r"rouge_l|bleu_\d", Meaning("higher", "%")),
-    (r"distinct_captions", Meaning("higher", scale="number of different captions")),
+    (r"distinct_captions", Meaning("higher", "%", "different ones among all")),
     (r"distinct_\d", Meaning("higher", "%", "different n-grams among all")),
     (r"most_common_share", Meaning("lower", "%", "100 %: one caption for all")),
     (r"vocabulary", Meaning(scale="different words")),

@@ -6,7 +6,7 @@ A stage says how; a run adds where the data come from, and is what `diptych fit`
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -24,12 +24,16 @@ from diptych.tokenizers.evaluation import evaluate_text_encoder, evaluate_tokeni
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
 from diptych.tokenizers.text_encoder import TextEncoder
-from diptych.tokenizers.text_tokenizer import train_tokenizer
+from diptych.tokenizers.text_tokenizer import TextTokenizer, train_tokenizer
 from diptych.tokenizers.vqgan import VQGAN, VQGANConfig
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process
 from diptych.train.loop import train
+from diptych.train.objective import Objective
+from diptych.train.pace import Budget, RunPlan, StageCost
 
+TOKENIZER, TEXT_ENCODER = "tokenizer", "text encoder"
+"""Names of the two stages in the plan of a run."""
 _SCORED = 512
 """Number of images or texts of the training set that a finished stage is scored on."""
 
@@ -49,25 +53,50 @@ class TokenizerStage:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.99), weight_decay=0.0))
     """Optimizer and learning rate."""
 
+    @property
+    def slow_from(self) -> int:
+        """First step with the discriminator."""
+        return round(self.objective.adversarial_start * self.train.steps) if self.objective.adversarial_weight else 0
+
     def fit(
-        self, subsets: list[Subset[Source]], out: Path, *, title: str = "tokenizer", max_skipped_share: float = 0.01
+        self,
+        subsets: list[Subset[Source]],
+        out: Path,
+        *,
+        title: str = "tokenizer",
+        max_skipped_share: float = 0.01,
+        plan: RunPlan | None = None,
     ) -> ImageTokenizer:
         """Trains on the images of ``subsets`` in the folder ``out``, from its newest checkpoint if it has one.
 
         Prints the score on some of these images and writes it to ``tokenizer.json``; images that could not be read are
         listed in ``skipped.jsonl``. Raises UserError when more than ``max_skipped_share`` of the images are unreadable.
         """
-        tokenizer = ImageTokenizer.from_config(self.model, seed=self.train.seed)
-        objective = VQGAN(tokenizer, self.objective, seed=self.train.seed)
         skipped = SkippedItems(max_skipped_share=max_skipped_share)
         stream = pixel_stream(
             subsets, size=self.model.image_size, skipped=skipped, flip=self.flip, seed=self.train.seed
         )
-        batches = BatchSampler(
-            {"images": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
-        )
+
+        def make(stage: TokenizerStage) -> tuple[VQGAN, BatchSampler]:
+            tokenizer = ImageTokenizer.from_config(stage.model, seed=stage.train.seed)
+            objective = VQGAN(tokenizer, stage.objective, steps=stage.train.steps, seed=stage.train.seed)
+            return objective, _sampler({"images": stream}, objective, stage.train)
+
+        plan = plan or RunPlan([StageCost(name=TOKENIZER, steps=self.train.steps)])
+        stage, pace = plan.fit_stage(TOKENIZER, self, out, make)
+        objective, batches = make(stage)
+        tokenizer = objective.tokenizer
         identity = {"model": asdict(self.model), "objective": asdict(self.objective), "flip": self.flip}
-        result = train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
+        result = train(
+            objective,
+            batches,
+            out=out,
+            train=stage.train,
+            optim=stage.optim,
+            title=title,
+            identity=identity,
+            pace=pace,
+        )
         if len(skipped):
             skipped.write(out / "skipped.jsonl")
         with result.eval_mode(objective):
@@ -76,6 +105,10 @@ class TokenizerStage:
                 print(f"{title}: {score}, on {score.images:,} of its own images", flush=True)
                 write_json(out / "tokenizer.json", asdict(score))
             return ImageTokenizer(tokenizer.network, image_size=tokenizer.image_size).cpu()
+
+
+def _sampler(streams: dict[str, Stream[Any]], objective: Objective, train: TrainConfig) -> BatchSampler:
+    return BatchSampler(streams, multiples=objective.streams, batch_size=train.batch_size, seed=train.seed)
 
 
 def _first(stream: Stream[ImageExamples], count: int) -> Iterator[Tensor]:
@@ -97,13 +130,14 @@ class TokenizerRun:
     stage: TokenizerStage = field(default_factory=TokenizerStage)
     """How the tokenizer is trained."""
 
-    def fit(self, out: Path, *, recipe: str) -> None:
+    def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> None:
         """Leaves ``out/tokenizer``, a plain diffusers folder. Raises UserError for a source without images."""
         source = open_finite(self.images, self.columns)
         if not source.has_images:
             raise UserError(f"{self.images}: has no images to train a tokenizer on")
         write_config(out, recipe=recipe, run=self)
-        self.stage.fit([Subset(source, np.arange(len(source)))], out).save_pretrained(out / "tokenizer")
+        plan = RunPlan([StageCost(name=TOKENIZER, steps=self.stage.train.steps)], budget=Budget.of_run(out, budget))
+        self.stage.fit([Subset(source, np.arange(len(source)))], out, plan=plan).save_pretrained(out / "tokenizer")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -119,7 +153,14 @@ class TextEncoderStage:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.98), weight_decay=0.01))
     """Optimizer and learning rate."""
 
-    def fit(self, texts: Iterable[str], out: Path, *, title: str = "text encoder") -> TextEncoder:
+    @property
+    def slow_from(self) -> int:
+        """0: all steps take the same time."""
+        return 0
+
+    def fit(
+        self, texts: Iterable[str], out: Path, *, title: str = "text encoder", plan: RunPlan | None = None
+    ) -> TextEncoder:
         """Trains a text tokenizer and a T5 in the folder ``out``, from its newest checkpoint if it has one.
 
         Prints the score on some of these texts and writes it to ``text_encoder.json``. Raises UserError for texts
@@ -129,8 +170,9 @@ class TextEncoderStage:
         tokenizer = train_tokenizer(
             texts, vocab_size=self.model.vocab_size, sentinels=self.model.sentinels, lowercase=self.model.lowercase
         )
-        objective = SpanCorruption(tokenizer, config=self.model, seed=self.train.seed)
-        ids_XL, valid_XL = objective.text_encoder().tokenize(texts, length=self.max_text_len)
+        rows = self.model.t5(vocab_real=len(tokenizer)).vocab_size
+        ids = TextTokenizer(tokenizer.backend_tokenizer, vocab_rows=rows)
+        ids_XL, valid_XL = ids.tokenize(texts, length=self.max_text_len)
         longest = int(valid_XL.sum(1).max())
         ids_XL, valid_XL = ids_XL[:, :longest], valid_XL[:, :longest]
 
@@ -138,11 +180,25 @@ class TextEncoderStage:
             return TextExamples(ids_BL=ids_XL[index], valid_BL=valid_XL[index])
 
         stream = Stream(size=len(texts), take=take)
-        batches = BatchSampler(
-            {"texts": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
-        )
+
+        def make(stage: TextEncoderStage) -> tuple[SpanCorruption, BatchSampler]:
+            objective = SpanCorruption(tokenizer, config=stage.model, seed=stage.train.seed)
+            return objective, _sampler({"texts": stream}, objective, stage.train)
+
+        plan = plan or RunPlan([StageCost(name=TEXT_ENCODER, steps=self.train.steps)])
+        stage, pace = plan.fit_stage(TEXT_ENCODER, self, out, make)
+        objective, batches = make(stage)
         identity = {"model": asdict(self.model), "max_text_len": self.max_text_len}
-        train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
+        train(
+            objective,
+            batches,
+            out=out,
+            train=stage.train,
+            optim=stage.optim,
+            title=title,
+            identity=identity,
+            pace=pace,
+        )
         encoder = objective.text_encoder()
         if is_main_process():
             score = evaluate_text_encoder(encoder, texts[:_SCORED], length=self.max_text_len)
@@ -164,7 +220,7 @@ class TextEncoderRun:
     stage: TextEncoderStage = field(default_factory=TextEncoderStage)
     """How the text encoder is trained."""
 
-    def fit(self, out: Path, *, recipe: str) -> None:
+    def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> None:
         """Leaves ``out/text_encoder``, a plain transformers folder with its tokenizer.
 
         Raises UserError for a source without texts.
@@ -174,4 +230,5 @@ class TextEncoderRun:
             raise UserError(f"{self.texts}: has no texts to train a text encoder on")
         write_config(out, recipe=recipe, run=self)
         texts = (text for item in range(len(source)) for text in source.captions(item))
-        self.stage.fit(texts, out).save_pretrained(out / "text_encoder")
+        plan = RunPlan([StageCost(name=TEXT_ENCODER, steps=self.stage.train.steps)], budget=Budget.of_run(out, budget))
+        self.stage.fit(texts, out, plan=plan).save_pretrained(out / "text_encoder")

@@ -7,6 +7,7 @@
 Shapes: N images, D width of their features, C classes.
 """
 
+import copy
 import hashlib
 import json
 import sys
@@ -38,6 +39,7 @@ from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first
 from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
+from diptych.train.pace import Budget, RunPlan, StageCost
 from diptych.uml.data import LabelledFeatures, LabelledImages, class_text_features, labelled_image_features
 from diptych.uml.features import encoder_identity
 from diptych.uml.head import SharedHead, SharedHeadConfig
@@ -111,7 +113,7 @@ class UmlRun:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Settings of the optimizer."""
 
-    def fit(self, out: Path, *, recipe: str) -> TrainResult:
+    def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> TrainResult:
         """Train in the run folder ``out``, or go on there.
 
         A finished run leaves ``out/encoder``, ``out/head`` and ``out/classes.json``, which classify without any text.
@@ -119,36 +121,46 @@ class UmlRun:
         """
         self.check()
         join_processes(self.train.device)
+        plan = RunPlan([StageCost(name=recipe, steps=self.train.steps)], budget=Budget.of_run(out, budget))
         labelled = Labelled.of(open_finite(self.data.images, self.data.columns))
         encoder = self._open_encoder().to(pick_device(self.train.device))
         texts = self._texts(labelled.classes, cache=self.data.cache or out / "features")
-        write_config(out, recipe=recipe, run=self)
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
         images, valid = self._images(labelled, encoder, cache=self.data.cache or out / "features", skipped=skipped)
-        objective = self.build(encoder, images, texts, classes=len(labelled.classes))
-        batches = BatchSampler(
-            {IMAGE: images.stream(), TEXT: texts.stream()},
-            multiples=objective.streams,
-            batch_size=self.train.batch_size,
-            seed=self.train.seed,
-        )
+
+        def make(run: UmlRun, encoder: ImageEncoder) -> tuple[UmlObjective, BatchSampler]:
+            objective = run.build(encoder, images, texts, classes=len(labelled.classes))
+            streams = {IMAGE: images.stream(), TEXT: texts.stream()}
+            rows, seed = run.train.batch_size, run.train.seed
+            return objective, BatchSampler(streams, multiples=objective.streams, batch_size=rows, seed=seed)
+
+        # Trial steps change a tuned encoder. More steps than the recipe's are of no use, as patience ends the run.
+        run, pace = plan.fit_stage(recipe, self, out, lambda run: make(run, copy.deepcopy(encoder)), most=1.0)
+        write_config(out, recipe=recipe, run=run)
+        objective, batches = make(run, encoder)
         best = BestWeights(out / "best", patience=self.patience)
-        hook = Hook(every=self.train.eval_every, run=_validation(valid, best), over=best.is_over)
+        hook = Hook(every=run.train.eval_every, run=_validation(valid, best), over=best.is_over)
         result = train(
             objective,
             batches,
             out=out,
-            train=self.train,
-            optim=self.optim,
+            train=run.train,
+            optim=run.optim,
             hooks=[hook],
             title=recipe,
             identity=self._identity(objective, encoder, images, texts),
+            pace=pace,
         )
         if len(skipped):
             skipped.write(out / "skipped.jsonl")
         if result.finished and is_main_process():
             _finish(out, objective, encoder, labelled.classes, best)
         return result
+
+    @property
+    def slow_from(self) -> int:
+        """0: all steps take the same time."""
+        return 0
 
     def check(self) -> None:
         """Raises UserError for combinations of fields that would fail late or train nothing."""
