@@ -153,6 +153,13 @@ def fit(arguments: list[str]) -> None:
     if name not in RECIPES:
         raise UserError(f"no recipe {name!r}: choose {', '.join(RECIPES)}")
     recipe = RECIPES[name]()
+    if "--help" in rest or "-h" in rest:
+        from diptych.cli.recipe_help import short_help
+
+        always = {"--out RUN": f"{_OUT} (required)", "--minutes MINUTES": _MINUTES}
+        print(short_help(name, recipe, about=RECIPES[name].__doc__ or "", always=always), end="")
+        return
+    rest = ["--help" if argument == "--help-all" else argument for argument in rest]
     given = _parse_fit(type(recipe), recipe, rest, prog=f"diptych fit {name}", about=RECIPES[name].__doc__)
     budget = None
     if given.minutes is not None:
@@ -194,7 +201,8 @@ def _parse_fit(kind: type, default: Any, arguments: list[str], *, prog: str, abo
 def fit_for_help(recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIPE")], *, out: Path) -> None:
     """Train a recipe, or continue where the same command stopped.
 
-    Every field of the recipe is an option: `diptych fit RECIPE --help` lists them.
+    Every field of the recipe is an option: `diptych fit RECIPE --help` lists the ones that matter first, `--help-all`
+    all of them.
 
     Args:
         recipe: Name of a recipe; `diptych recipes` lists them.

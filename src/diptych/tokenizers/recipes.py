@@ -66,7 +66,7 @@ def tokenizer_tiny() -> TokenizerStage:
             adversarial_weight=0.0, squared_weight=100.0, codebook=CodebookConfig(start=0.175, reset_until=0.7)
         ),
         flip=False,
-        train=TrainConfig(steps=2000, batch_size=24, checkpoint_every=1000, tensorboard=False, workers=1),
+        train=TrainConfig(steps=2000, batch_size=24, checkpoint_every=200, tensorboard=False, workers=1),
         optim=OptimConfig(lr=3e-3, betas=(0.9, 0.96), weight_decay=0.0, warmup_steps=20),
     )
 
@@ -81,7 +81,7 @@ def tokenizer_small() -> TokenizerStage:
         objective=VQGANConfig(
             adversarial_weight=0.0, squared_weight=10.0, codebook=CodebookConfig(start=0.1333, reset_until=0.8)
         ),
-        train=TrainConfig(steps=3000, batch_size=32, eval_every=3000),
+        train=TrainConfig(steps=3000, batch_size=32, checkpoint_every=200, eval_every=3000),
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0, warmup_steps=100),
     )
 
@@ -101,7 +101,7 @@ def encoder_tiny() -> TextEncoderStage:
     return TextEncoderStage(
         model=TextEncoderConfig.tiny(),
         max_text_len=24,
-        train=TrainConfig(steps=300, batch_size=64, checkpoint_every=300, tensorboard=False),
+        train=TrainConfig(steps=300, batch_size=64, checkpoint_every=30, tensorboard=False),
         optim=OptimConfig(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=30),
     )
 
@@ -111,6 +111,6 @@ def encoder_small() -> TextEncoderStage:
     return TextEncoderStage(
         model=TextEncoderConfig.small(),
         max_text_len=32,
-        train=TrainConfig(steps=1500, batch_size=64, eval_every=1500),
+        train=TrainConfig(steps=1500, batch_size=64, checkpoint_every=150, eval_every=1500),
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=100),
     )
