@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -9,7 +10,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 import transformers
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data.pixels import SkippedItems
@@ -23,13 +25,19 @@ from diptych.dual.objectives.clip import ClipConfig
 from diptych.dual.objectives.ito import ItoConfig
 from diptych.dual.objectives.slip import SlipConfig
 from diptych.nn.inference import pick_device
+from diptych.report.run_report import closing_line, outcome, write_run_report
+from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import Kind, part_of, save_model, write_config
+from diptych.train.best import BestWeights, Score
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first
+from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.objective import Objective
 from diptych.train.pace import Budget, RunPlan, StageCost
 
+_SHOWN, _FOUND = 6, 3
+"""Number of texts on the sheet of samples, and of images that are shown for each."""
 _TIMED = 16
 """Number of images whose validation is timed."""
 _VALID_SHARE = 0.04
@@ -56,6 +64,9 @@ class DualRun:
     """Optimizer and learning rate."""
     objective: PairsConfig
     """The losses, and the views and captions that they compare."""
+    patience: int = 5
+    """Number of validations in a row without a better mean R@1 after which training ends, if `data.valid` is given. The
+    best weights are kept."""
 
     def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> TrainResult:
         """Train, and leave ``out/model``, a plain CLIP folder, and the validation retrieval in ``metrics.jsonl``.
@@ -65,6 +76,11 @@ class DualRun:
         join_processes(self.train.device)
         source = open_finite(self.data.pairs, self.data.columns)
         require_pairs(source, self.data.pairs)
+
+        def report(state: str) -> None:
+            write_run_report(out, state=state)
+
+        best = BestWeights(out / "best", patience=self.patience) if self.data.valid else None
         plan = RunPlan([StageCost(name=recipe, steps=self.train.steps)], budget=Budget.of_run(out, budget))
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
         captions = CaptionIds.read(source, np.arange(len(source)), self._model(source, out).ids)
@@ -79,7 +95,7 @@ class DualRun:
         run, pace = plan.fit_stage(recipe, affordable, out, make, evaluation_seconds=seconds)
         model = run._model(source, out)
         model.tune_for_training()
-        hooks = run._hooks(model)
+        hooks = run._hooks(model, out, best)
         write_config(out, recipe=recipe, run=run)
         objective = run._objective(model)
         batches = run._batches(source, captions, model, objective, skipped)
@@ -102,13 +118,31 @@ class DualRun:
             title=recipe,
             identity=identity,
             pace=pace,
+            report=report,
         )
         if len(skipped):
             skipped.write(out / "skipped.jsonl")
-        with result.eval_mode(objective):
+        if best is not None and best.score is not None:
+            best.load_into(objective)
+        with result.eval_mode(objective) if best is None else nullcontext():
             if is_main_process():
                 model.clamp_scale()
                 save_model(model, out / "model")
+        if result.finished and is_main_process():
+            write_run_report(out)
+            print(
+                closing_line(
+                    out,
+                    self.kind,
+                    score=outcome(
+                        out,
+                        step=best.score.step if best and best.score else None,
+                        select="mean_r1",
+                        source=self.data.valid,
+                    ),
+                ),
+                flush=True,
+            )
         return result
 
     @property
@@ -148,11 +182,20 @@ class DualRun:
             print(f"validation: {images:,} of {self.data.valid_images:,} images fit into the budget", flush=True)
         return replace(self, data=replace(self.data, valid_images=images)), each * images
 
-    def _hooks(self, model: DualEncoder) -> list[Hook]:
-        if self.data.valid is None:
+    def _hooks(self, model: DualEncoder, out: Path, best: BestWeights | None) -> list[Hook]:
+        if self.data.valid is None or best is None:
             return []
         pairs = read_valid_pairs(self.data.valid, self.data, size=model.image_size)
-        return [Hook(every=self.train.eval_every, run=measure_retrieval(model, pairs))]
+        measure = measure_retrieval(model, pairs, folder=out / "samples")
+
+        def run(step: int, objective: nn.Module) -> dict[str, Measured]:
+            found = measure(step, objective)
+            value = found["valid/mean_r1"]
+            assert isinstance(value, float | int)
+            best.offer(Score(step=step, value=value), objective)
+            return found
+
+        return [Hook(every=self.train.eval_every, run=run, over=best.is_over)]
 
     def _objective(self, model: DualEncoder) -> Objective:
         with torch.random.fork_rng(devices=[]):
@@ -201,12 +244,35 @@ class SlipRun(DualRun):
     """SLIP's losses, and the views and captions that they compare."""
 
 
-def measure_retrieval(model: DualEncoder, pairs: ValidPairs) -> Callable[[int, nn.Module], dict[str, float | int]]:
-    """A hook that measures retrieval among ``pairs``, for ``metrics.jsonl``."""
+def measure_retrieval(
+    model: DualEncoder, pairs: ValidPairs, *, folder: Path | None = None
+) -> Callable[[int, nn.Module], dict[str, Measured]]:
+    """A hook that measures retrieval among ``pairs``, for ``metrics.jsonl``.
 
-    def run(step: int, objective: nn.Module) -> dict[str, float | int]:
+    With ``folder``, it also writes a sheet there: some texts, each under the images that it finds.
+    """
+
+    def run(step: int, objective: nn.Module) -> dict[str, Measured]:
         images_ID, texts_TD = model.embed_images(pairs.pixels_I3SS), model.embed_texts(pairs.texts)
         table = retrieval(images_ID, texts_TD, image_of_T=pairs.image_of_T.to(images_ID.device)).table()
-        return {f"valid/{name}": value for name, value in table.items() if name not in ("images", "texts")}
+        found: dict[str, Measured] = {
+            f"valid/{name}": value for name, value in table.items() if name not in ("images", "texts")
+        }
+        if folder is None:
+            return found
+        sheet = _sheet_of_finds(pairs, images_ID, texts_TD, title=f"step {step:,}: the images that each text finds")
+        save_png(folder / f"step-{step:08d}.png", sheet)
+        return found | {"samples": sheet}
 
     return run
+
+
+def _sheet_of_finds(pairs: ValidPairs, images_ID: Tensor, texts_TD: Tensor, *, title: str) -> Image.Image:
+    """A column for each of some texts, with its own image and the best ones that it finds."""
+    firsts = [int((pairs.image_of_T == image).nonzero()[0]) for image in pairs.image_of_T.unique()[:_SHOWN]]
+    best_TK = (texts_TD[firsts] @ images_ID.T).topk(min(_FOUND, len(images_ID)), dim=1).indices.cpu()
+    pixels = pairs.pixels_I3SS.permute(0, 2, 3, 1).numpy()
+    rows = {"its image": [Cell(image=pixels[pairs.image_of_T[text]], caption=pairs.texts[text]) for text in firsts]}
+    for place in range(best_TK.shape[1]):
+        rows[f"found {place + 1}."] = [Cell(image=pixels[image]) for image in best_TK[:, place].tolist()]
+    return comparison(rows, title=title)

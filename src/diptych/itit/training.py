@@ -4,14 +4,16 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import channels_first
@@ -24,14 +26,18 @@ from diptych.itit.model import ItitConfig
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych, data_tokenizers
 from diptych.itit.report import Samples
-from diptych.nn.inference import pick_device
+from diptych.nn.inference import eval_mode, pick_device
+from diptych.report.run_report import closing_line, outcome, write_run_report
+from diptych.report.scores import meaning_of
 from diptych.rng import derive_seed
 from diptych.run_folder import Kind, kind_of, part_of, read_config, save_model, write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.training import TEXT_ENCODER, TOKENIZER, TextEncoderStage, TokenizerStage
+from diptych.train.best import BestWeights, Score
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first, wait_for_everyone
+from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.pace import Budget, Pace, RunPlan, StageCost
 
@@ -107,6 +113,11 @@ class ItitRun:
     """Settings of the optimizer."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Settings with which the trained run generates, unless a command says otherwise."""
+    select: str = "cider"
+    """Validation score by which the best weights are chosen, if `data.valid` is given: a name in the line that each
+    validation prints, or in metrics.jsonl after `valid/`."""
+    patience: int = 5
+    """Number of validations in a row without a better one after which training ends, if `data.valid` is given."""
 
     def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> TrainResult:
         """Run all stages; a stage that an earlier call has begun is resumed, and one that it has finished is skipped.
@@ -116,7 +127,11 @@ class ItitRun:
         """
         self.check()
         self._check_run_folder(out)
-        plan = RunPlan(self.costs(), budget=Budget.of_run(out, budget))
+
+        def report(state: str) -> None:
+            write_run_report(out, state=state)
+
+        plan = RunPlan(self.costs(), budget=Budget.of_run(out, budget), report=report)
         if not all((out / part).is_dir() for part in ("tokenizer", "text_encoder")):
             # A repeat of a run that is killed below finds here which tokenizers were made.
             write_config(out, recipe=recipe, run=self)
@@ -128,12 +143,44 @@ class ItitRun:
         write_config(out, recipe=recipe, run=run)
         objective = run.build(inputs)
         samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, out / "samples")
-        hooks = [Hook(every=run.train.eval_every, run=samples.run)]
-        result = run.train_on(inputs, objective, out, hooks=hooks, pace=pace)
+        best = BestWeights(out / "best", patience=self.patience) if self.data.valid else None
+        hook = Hook(
+            every=run.train.eval_every,
+            run=partial(self._validate, samples, best),
+            over=best.is_over if best is not None else None,
+        )
+        result = run.train_on(inputs, objective, out, hooks=[hook], pace=pace, best=best, report=report)
         if result.finished and is_main_process():
-            with result.eval_mode(objective):
-                samples.report(out, recipe=recipe)
+            with nullcontext() if best is not None else result.eval_mode(objective), eval_mode(objective):
+                write_run_report(out, samples=samples.sections())
+            print(
+                closing_line(
+                    out,
+                    self.kind,
+                    score=outcome(
+                        out,
+                        step=best.score.step if best and best.score else None,
+                        select=self.select,
+                        source=self.data.valid,
+                    ),
+                ),
+                flush=True,
+            )
         return result
+
+    def _validate(
+        self, samples: Samples, best: BestWeights | None, step: int, objective: nn.Module
+    ) -> dict[str, Measured]:
+        """A hook's function: samples, and scores that are offered to ``best``."""
+        found = samples.run(step, objective)
+        if best is not None:
+            value = found.get(f"valid/{self.select}")
+            if not isinstance(value, float | int):
+                names = ", ".join(name.removeprefix("valid/") for name in found if name.startswith("valid/"))
+                raise UserError(f"--select {self.select}: no score of that name; there are {names}")
+            sign = -1 if meaning_of(self.select).better == "lower" else 1
+            best.offer(Score(step=step, value=sign * value), objective)
+        return found
 
     def check(self) -> None:
         """Raise UserError for combinations of fields that no stage would notice early."""
@@ -326,8 +373,10 @@ class ItitRun:
         hooks: Sequence[Hook] = (),
         title: str = "ITIT",
         pace: Pace | None = None,
+        best: BestWeights | None = None,
+        report: Callable[[str], object] | None = None,
     ) -> TrainResult:
-        """Train on the encoded data, and save the network in ``out/model``."""
+        """Train on the encoded data, and save the network in ``out/model``: with the weights of ``best``, if any."""
         data = inputs.encoded
         subsets = {"pairs": data.pairs, "images": data.images, "texts": data.texts}
         identity = {
@@ -347,8 +396,11 @@ class ItitRun:
             title=title,
             identity=identity,
             pace=pace,
+            report=report,
         )
-        with result.eval_mode(objective):
+        if best is not None and best.score is not None:
+            best.load_into(objective)
+        with result.eval_mode(objective) if best is None else nullcontext():
             if is_main_process():
                 save_model(objective.model, out / "model")
         return result

@@ -136,6 +136,20 @@ def evaluate_text_encoder(encoder: TextEncoder, texts: Sequence[str], *, length:
     return TextEncoderScore(texts=len(texts), effective_rank=effective_rank(features_XF), width=features_XF.shape[1])
 
 
+def nearest_texts(
+    encoder: TextEncoder, texts: Sequence[str], *, length: int, shown: int
+) -> list[tuple[str, str, float]]:
+    """``shown`` of the texts, each with another one whose mean features have the largest cosine, and that cosine."""
+    texts = list(dict.fromkeys(texts))
+    ids_BL, valid_BL = (side.to(encoder.embedding.weight.device) for side in encoder.tokenize(texts, length=length))
+    features_BLF = encoder.features(ids_BL, valid_BL)
+    mean_BF = torch.nn.functional.normalize(features_BLF.sum(1) / valid_BL.sum(1, keepdim=True), dim=-1)
+    cosine_BB = (mean_BF @ mean_BF.T).fill_diagonal_(-2)
+    best = cosine_BB.max(1)
+    rows = range(min(shown, len(texts)) if len(texts) > 1 else 0)
+    return [(texts[row], texts[int(best.indices[row])], float(best.values[row])) for row in rows]
+
+
 def effective_rank(features_XF: Float[Tensor, "X F"]) -> float:
     """exp of the entropy of the principal directions' shares of the variance.
 

@@ -3,8 +3,11 @@
 A stage says how; a run adds where the data come from, and is what `diptych fit` carries out.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +22,11 @@ from diptych.data.splits import Subset
 from diptych.data.streams import BatchSampler, Stream
 from diptych.errors import UserError
 from diptych.eval.frechet import RandomFeatures
+from diptych.report.html import Section, Table, Text
+from diptych.report.run_report import closing_line, write_run_report
+from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import Kind, write_config, write_json
-from diptych.tokenizers.evaluation import evaluate_text_encoder, evaluate_tokenizer
+from diptych.tokenizers.evaluation import evaluate_text_encoder, evaluate_tokenizer, nearest_texts
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
 from diptych.tokenizers.text_encoder import TextEncoder
@@ -34,6 +40,9 @@ from diptych.train.pace import Budget, RunPlan, StageCost
 
 TOKENIZER, TEXT_ENCODER = "tokenizer", "text encoder"
 """Names of the two stages in the plan of a run."""
+_SHOWN = 8
+"""Number of images or texts in the report."""
+_NEIGHBOURS = "Texts with the one among others whose features are most alike: what the encoder keeps of a text."
 _SCORED = 512
 """Number of images or texts of the training set that a finished stage is scored on."""
 
@@ -96,6 +105,7 @@ class TokenizerStage:
             title=title,
             identity=identity,
             pace=pace,
+            report=plan.report,
         )
         if len(skipped):
             skipped.write(out / "skipped.jsonl")
@@ -104,7 +114,21 @@ class TokenizerStage:
                 score = evaluate_tokenizer(tokenizer, _first(stream, _SCORED), extractor=RandomFeatures())
                 print(f"{title}: {score}, on {score.images:,} of its own images", flush=True)
                 write_json(out / "tokenizer.json", asdict(score))
+                _save_samples(tokenizer, next(_first(stream, _SHOWN)), out / "samples")
             return ImageTokenizer(tokenizer.network, image_size=tokenizer.image_size).cpu()
+
+
+def _report(out: Path, state: str) -> None:
+    write_run_report(out, state=state)
+
+
+def _save_samples(tokenizer: ImageTokenizer, pixels_B3HW: Tensor, folder: Path) -> None:
+    """A sheet of images before and after."""
+    after = tokenizer.decode(tokenizer.encode(pixels_B3HW)).cpu()
+    rows = {"image": pixels_B3HW.cpu(), "after": after}
+    cells = {name: [Cell(image=p) for p in each.permute(0, 2, 3, 1).numpy()] for name, each in rows.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_png(folder / "after.png", comparison(cells, title="what the tokens keep"))
 
 
 def _sampler(streams: dict[str, Stream[Any]], objective: Objective, train: TrainConfig) -> BatchSampler:
@@ -136,8 +160,16 @@ class TokenizerRun:
         if not source.has_images:
             raise UserError(f"{self.images}: has no images to train a tokenizer on")
         write_config(out, recipe=recipe, run=self)
-        plan = RunPlan([StageCost(name=TOKENIZER, steps=self.stage.train.steps)], budget=Budget.of_run(out, budget))
+        plan = RunPlan(
+            [StageCost(name=TOKENIZER, steps=self.stage.train.steps)],
+            budget=Budget.of_run(out, budget),
+            report=partial(_report, out),
+        )
         self.stage.fit([Subset(source, np.arange(len(source)))], out, plan=plan).save_pretrained(out / "tokenizer")
+        if is_main_process():
+            write_run_report(out)
+            score = json.loads((out / "tokenizer.json").read_text())
+            print(closing_line(out, self.kind, score=f"PSNR {score['psnr']:.1f} dB"), flush=True)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -198,6 +230,7 @@ class TextEncoderStage:
             title=title,
             identity=identity,
             pace=pace,
+            report=plan.report,
         )
         encoder = objective.text_encoder()
         if is_main_process():
@@ -230,5 +263,18 @@ class TextEncoderRun:
             raise UserError(f"{self.texts}: has no texts to train a text encoder on")
         write_config(out, recipe=recipe, run=self)
         texts = (text for item in range(len(source)) for text in source.captions(item))
-        plan = RunPlan([StageCost(name=TEXT_ENCODER, steps=self.stage.train.steps)], budget=Budget.of_run(out, budget))
-        self.stage.fit(texts, out, plan=plan).save_pretrained(out / "text_encoder")
+        plan = RunPlan(
+            [StageCost(name=TEXT_ENCODER, steps=self.stage.train.steps)],
+            budget=Budget.of_run(out, budget),
+            report=partial(_report, out),
+        )
+        encoder = self.stage.fit(texts, out, plan=plan)
+        encoder.save_pretrained(out / "text_encoder")
+        if is_main_process():
+            some = list(islice((text for i in range(len(source)) for text in source.captions(i)), _SCORED))
+            neighbours = nearest_texts(encoder, some, length=self.stage.max_text_len, shown=_SHOWN)
+            table = Table(head=["text", "nearest other text", "cosine"], rows=neighbours)
+            write_run_report(out, samples=[Section("Samples", [Text(_NEIGHBOURS), table])])
+            score = json.loads((out / "text_encoder.json").read_text())
+            told = f"features vary in {score['effective_rank']:.1f} of {score['width']} directions"
+            print(closing_line(out, self.kind, score=told), flush=True)

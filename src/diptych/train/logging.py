@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from diptych.errors import UserError
 from diptych.report.progress import clock, in_words
+from diptych.report.run_report import told
 from diptych.train.checkpoint import TrainProgress
 from diptych.train.config import TrainConfig
 from diptych.train.pace import Pace
@@ -77,6 +78,11 @@ class RunLogger:
             self._display.close(self._step, self._train.steps, loss=self._loss, left=left)
         if self._metrics:
             self._metrics.close()
+
+    @property
+    def steps_done(self) -> int:
+        """Number of finished steps."""
+        return self._step
 
     @property
     def evaluated(self) -> bool:
@@ -138,6 +144,8 @@ class RunLogger:
             line = {"seconds": round(progress.seconds, 3), **numbers, "evaluation_seconds": round(seconds, 3)}
             self._metrics.write(progress.step, line)
             self._metrics.flush()
+        if self._display and not self._train.quiet and (scores := told(numbers)):
+            self._display.say(f"step {progress.step:,}: validation {scores} ({in_words(seconds)})")
 
     def flush(self, *, to_disk: bool = False) -> None:
         """See :meth:`MetricsLogger.flush`."""

@@ -96,13 +96,16 @@ def train(
     title: str = "training",
     identity: Mapping[str, Any] | None = None,
     pace: Pace | None = None,
+    report: Callable[[str], object] | None = None,
 ) -> TrainResult:
     """Train ``objective`` on ``batches`` in the run folder ``out``, from its newest checkpoint if there is one.
 
     ``batches(step, rank, world)`` is pure, and the global generators (dropout) are seeded anew at each step: so a
     resumed run is, on a CPU, bit for bit the uninterrupted one. ``identity`` is whatever else decides the losses (the
     recipe's other fields, as JSON values); resuming with another one is refused. ``pace`` knows what follows this
-    training in its run, and under a budget corrects the number of steps.
+    training in its run, and under a budget corrects the number of steps. ``report`` writes the report of the run, given
+    a sentence on how far it is: after evaluations and checkpoints, where it costs little, and at the end, whatever
+    ended the training.
 
     Raises:
         UserError: settings that cannot be, that differ from the run's, or that do not train (losses that are not
@@ -124,6 +127,7 @@ def train(
         state=TrainState(objective, update.optimizer, update.ema),
         settings=json.loads(json.dumps(describe(train, optim, identity or {}))),
         pace=pace or Pace(cost=StageCost(name=title, steps=train.steps)),
+        report=_Report(report if devices.is_main else None),
     )
     progress, messages = run.restore()
     run.pace.begin(progress.step, progress.seconds, train)
@@ -134,7 +138,10 @@ def train(
     ):
         for message in messages:
             logger.say(message)
-        progress, stop = _loop(run, update, batches, progress=progress, logger=logger, signals=signals)
+        try:
+            progress, stop = _loop(run, update, batches, progress=progress, logger=logger, signals=signals)
+        finally:
+            run.report.write(logger, train, finished=True)
     if stop.is_signal:
         raise Interrupted(signal.Signals[stop.name], step=progress.step)
     return TrainResult(step=progress.step, stop=stop, seconds=progress.seconds, ema=update.ema)
@@ -171,6 +178,24 @@ def _loop(
     while stop is None:  # once, and again where a budget has changed the number of steps
         progress, stop = _steps(run, update, batches, progress=progress, clock=clock, logger=logger, signals=signals)
     return progress, stop
+
+
+class _Report:
+    """Writes the report of a run, and takes care that this takes little of its time."""
+
+    _SHARE = 0.02  # largest share of the time
+
+    def __init__(self, write: Callable[[str], object] | None) -> None:
+        self._write, self._next = write, 0.0
+
+    def write(self, logger: RunLogger, train: TrainConfig, *, finished: bool = False) -> None:
+        """Write it, if it is time to or the training has ended."""
+        began = time.monotonic()
+        if self._write is None or (began < self._next and not finished) or logger.steps_done == 0:
+            return
+        logger.flush()
+        self._write(f"step {logger.steps_done:,} of {train.steps:,}")
+        self._next = time.monotonic() + (time.monotonic() - began) / self._SHARE
 
 
 class _Clock:
@@ -228,6 +253,8 @@ def _steps(
                     run.save(progress, logger)
             if reason is not None:
                 return progress, reason
+            if saving or due:
+                run.report.write(logger, train)
             if progress.step - run.first_step == FIRST_ESTIMATE:
                 logger.estimate(progress.step)
             if changed:
@@ -252,6 +279,7 @@ class _Run:
     settings: dict[str, Any]
     """What a resume is compared with, as JSON values."""
     pace: Pace
+    report: "_Report"
     first_step: int = 0
     """Step after which this invocation began."""
 

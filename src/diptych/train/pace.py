@@ -280,8 +280,15 @@ class Budget:
 class RunPlan:
     """The stages of a run in their order, and its budget if it has one."""
 
-    def __init__(self, costs: Sequence[StageCost], *, budget: Budget | None = None) -> None:
-        self.costs, self.budget = list(costs), budget
+    def __init__(
+        self,
+        costs: Sequence[StageCost],
+        *,
+        budget: Budget | None = None,
+        report: Callable[[str], object] | None = None,
+    ) -> None:
+        """``report`` writes the report of the run, see :func:`diptych.train.loop.train`."""
+        self.costs, self.budget, self.report = list(costs), budget, report
 
     def later(self, name: str) -> float:
         """Cost of the stages after the stage ``name``."""

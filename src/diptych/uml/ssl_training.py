@@ -16,6 +16,7 @@ from diptych.data.streams import BatchSampler
 from diptych.errors import UserError
 from diptych.io import load_network
 from diptych.nn.inference import Device, eval_mode, pick_device
+from diptych.report.run_report import closing_line, outcome, write_run_report
 from diptych.run_folder import Kind, save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process
@@ -65,6 +66,9 @@ class UmlSslRun:
             rows, seed = run.train.batch_size, run.train.seed
             return objective, BatchSampler(streams, multiples=objective.streams, batch_size=rows, seed=seed)
 
+        def report(state: str) -> None:
+            write_run_report(out, state=state)
+
         run, pace = plan.fit_stage(recipe, self, out, make)
         write_config(out, recipe=recipe, run=run)
         objective, batches = make(run)
@@ -74,11 +78,22 @@ class UmlSslRun:
             "data": {name: {"count": len(store), **store.manifest} for name, store in stores.items()},
         }
         result = train(
-            objective, batches, out=out, train=run.train, optim=run.optim, title="UML", identity=identity, pace=pace
+            objective,
+            batches,
+            out=out,
+            train=run.train,
+            optim=run.optim,
+            title="UML",
+            identity=identity,
+            pace=pace,
+            report=report,
         )
         with result.eval_mode(objective):
             if is_main_process():
                 save_model(objective.model, out / "model")
+        if result.finished and is_main_process():
+            write_run_report(out)
+            print(closing_line(out, self.kind, score=outcome(out)), flush=True)
 
     @property
     def slow_from(self) -> int:
