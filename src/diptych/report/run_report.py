@@ -85,10 +85,16 @@ def _sheets(run: Path) -> list[Section]:
     files = sorted((run / "samples").glob("*.png"))[-_SHEETS:]
     if not files:
         return []
-    steps = ", ".join(file.stem.replace("-", " ").replace(" 0000", " ").strip() for file in files)
+    steps = ", ".join(_name_of(file) for file in files)
     return [
         Section("Samples", [Text(f"The newest samples: {steps}."), Figures(images=[f.read_bytes() for f in files])])
     ]
+
+
+def _name_of(sheet: Path) -> str:
+    """`step-00000200` as `step 200`."""
+    first, _, number = sheet.stem.partition("-")
+    return f"{first} {int(number):,}" if number.isdigit() else sheet.stem
 
 
 def _curves(name: str, records: Sequence[Record]) -> list[Section]:

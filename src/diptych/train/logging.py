@@ -34,6 +34,8 @@ Measured: TypeAlias = float | int | Image.Image
 """A number for metrics.jsonl and TensorBoard, or an image for TensorBoard alone."""
 
 
+_MORE = 1.03
+"""How much longer a whole run must take than its training for both to be told."""
 _WORTH_TELLING = 30.0
 """Seconds of a run that are worth an estimate."""
 
@@ -132,7 +134,7 @@ class RunLogger:
         if self._display is None or self._train.quiet or stage is None or everything is None:
             return
         if everything > _WORTH_TELLING:
-            more = f"; all: {in_words(everything)} left" if everything > stage else ""
+            more = f"; all: {in_words(everything)} left" if everything > _MORE * stage else ""
             self._display.say(f"{self._train.steps:,} steps, {in_words(stage)} left{more}")
 
     def evaluation(self, progress: TrainProgress, numbers: Mapping[str, Measured], *, seconds: float) -> None:
@@ -316,7 +318,7 @@ class ProgressDisplay:
         note = f"{(step - self.start) / seconds:.3g} steps/s  {self._rows / seconds:.3g} rows/s  loss {loss:.4g}"
         if stage is not None:
             note += f"  {clock(stage)} left"
-        if stage is not None and everything is not None and everything > stage:
+        if stage is not None and everything is not None and everything > _MORE * stage:
             note += f"  all: {in_words(everything)} left"
         if self._bar:
             self._bar.update(self._task, completed=step, total=steps, note=note)

@@ -38,6 +38,8 @@ _RESERVE = 0.08
 """Share of the minutes that is kept for what follows the last step: scores, samples, the report."""
 _MOST_GROWTH = 4.0
 """Largest factor by which a budget raises the number of steps of a stage."""
+_LEAST_SHARE = 0.06
+"""Share of the minutes that each stage has at least."""
 _TRIAL_SHARE = 0.06
 """Largest share of a stage's time that its trial steps take, two steps apart."""
 
@@ -222,8 +224,9 @@ class Budget:
         return self._decisions[name]
 
     def seconds_for(self, cost: StageCost, *, later: float) -> float:
-        """Time for a stage: its part of what is left for it and for stages of the cost ``later``."""
-        return max(1.0, self.left() - _RESERVE * 60 * self.minutes) * cost.all / (cost.all + later)
+        """Seconds for a stage: its part of what is left for it and for stages of the cost ``later``, and never none."""
+        left = max(1.0, self.left() - _RESERVE * 60 * self.minutes)
+        return min(left, max(left * cost.all / (cost.all + later), _LEAST_SHARE * 60 * self.minutes))
 
     def fit_stage(
         self,
