@@ -44,7 +44,7 @@ def test_settings_are_possible_and_a_source_is_asked_for(name):
         stage.train.check()
         stage.optim.check()
         assert stage.optim.warmup_steps < stage.train.steps
-        assert stage.train.checkpoint_every <= stage.train.steps
+        assert stage.train.checkpoint_every * 8 <= stage.train.steps  # an interruption costs an eighth at most
     if isinstance(run, ItitRun):
         run.check()
     assert any(part is tyro.MISSING for part in parts)

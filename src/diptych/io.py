@@ -5,7 +5,8 @@ import io
 import os
 import shutil
 import tempfile
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,6 +46,25 @@ def replace_folder(fresh: Path, target: Path) -> None:
         os.replace(target, old)
     os.replace(fresh, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def without_progress_bars(name: str | os.PathLike[str] = ".") -> Iterator[None]:
+    """Inside, transformers shows no progress: loading and saving three small files needs no bars of their own.
+
+    It keeps them where ``name``, what is loaded, is no folder: a download takes its time.
+    """
+    from transformers.utils import logging  # for this alone, nobody must wait for it when the module is imported
+
+    shown = logging.is_progress_bar_enabled()
+    if not shown or not Path(name).is_dir():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def weights_digest(module: "torch.nn.Module") -> str:

@@ -1,6 +1,7 @@
 """The run folder: the settings a run was made with, and its parts."""
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -14,7 +15,25 @@ from diptych.io import replace_folder, write_bytes
 Kind = Literal["itit", "dual", "classifier", "feature encoder", "tokenizer", "text encoder"]
 """What a run folder holds, which decides what the commands can do with it."""
 
-_LIBRARIES = ("diptych", "torch", "accelerate", "transformers", "diffusers", "datasets")
+PARTS: dict[Kind, tuple[str, ...]] = {
+    "itit": ("tokenizer", "text_encoder", "model"),
+    "dual": ("model",),
+    "classifier": ("encoder", "head"),
+    "feature encoder": ("model",),
+    "tokenizer": ("tokenizer",),
+    "text encoder": ("text_encoder",),
+}
+"""Folders that a finished run of each kind holds."""
+USES: dict[Kind, tuple[str, str]] = {
+    "itit": ("neither captions nor generates images", "an itit recipe"),
+    "dual": ("holds no dual encoder", "clip, siglip, slip or ito"),
+    "classifier": ("holds no classifier", "uml-probe or uml-finetune"),
+    "feature encoder": ("embeds no features", "uml-ssl"),
+    "tokenizer": ("holds no image tokenizer of its own", "a vqgan recipe"),
+    "text encoder": ("holds no text encoder of its own", "a text-encoder recipe"),
+}
+"""What only runs of each kind can do, said of another run, and the recipes of the kind."""
+_LIBRARIES = ("diptych", "torch", "accelerate", "transformers", "datasets")
 
 
 @runtime_checkable
@@ -24,8 +43,11 @@ class Run(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
     kind: ClassVar[Kind]
 
-    def fit(self, out: Path, *, recipe: str) -> object:
-        """Trains into the run folder ``out``, from where an earlier call stopped. ``recipe`` is written down there."""
+    def fit(self, out: Path, *, recipe: str, budget: Any = None) -> object:
+        """Trains into the run folder ``out``, from where an earlier call stopped. ``recipe`` is written down there.
+
+        ``budget`` is a :class:`diptych.train.pace.Budget`, None where steps decide when the run ends.
+        """
 
 
 def write_config(out: Path, *, recipe: str, run: Run) -> None:
@@ -63,6 +85,40 @@ def kind_of(run: Path) -> Kind:
     if kind not in kinds:
         raise UserError(f"{run}: a run of the unknown kind {kind!r}: use the version of Diptych that made it")
     return kind
+
+
+def check_finished(run: Path, *wanted: Kind) -> Kind:
+    """The kind of a finished run. Reads only its ``config.json``, so that a command can ask before it loads a library.
+
+    A folder with the parts of the first kind passes too if its ``config.json``, if any, names no kind. Raises UserError
+    for a run of a kind that is not ``wanted``, and for one that has not been trained to its end.
+    """
+    plain = not (run / "config.json").is_file() or "kind" not in read_config(run)
+    kind = wanted[0] if plain and any((run / part).is_dir() for part in PARTS[wanted[0]]) else kind_of(run)
+    if kind not in wanted:
+        raise UserError(
+            f"{run}: a run of kind {kind!r} {' and '.join(USES[each][0] for each in wanted)}: "
+            f"give a run of {', or '.join(USES[each][1] for each in wanted)}"
+        )
+    for part in PARTS[kind]:
+        if not (run / part).is_dir():
+            recipe = "" if plain else f" {read_config(run).get('recipe', 'RECIPE')}"
+            raise UserError(
+                f"{run}: has no {part}/, so it is no finished run: repeat its `diptych fit{recipe}` to finish it"
+            )
+    return kind
+
+
+def finished_part(name: str | os.PathLike[str], kind: Kind, part: str) -> Path | str:
+    """``part`` of the run folder ``name``, or ``name`` itself where it is none. Raises as :func:`check_finished`."""
+    try:
+        is_run = "kind" in json.loads((Path(name) / "config.json").read_text())
+    except (OSError, ValueError):
+        is_run = False
+    if not is_run:
+        return str(name)
+    check_finished(Path(name), kind)
+    return Path(name) / part
 
 
 def save_model(model: Any, folder: Path) -> None:

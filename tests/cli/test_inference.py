@@ -5,13 +5,16 @@ import json
 import subprocess
 import sys
 import zlib
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from diptych.data.scenes.source import ScenesSource
+from diptych.data.sources.decode import decode
 from diptych.data.store import VectorStore
+from diptych.dual.search import Index
 from diptych.run_folder import read_config, write_config, write_json
 from diptych.tokenizers.recipes import text_encoder_tiny, vqgan_tiny
 from diptych.uml.recipes import uml_probe
@@ -27,6 +30,9 @@ def test_caption(call, run, photo):
     assert (status, err) == (0, "")
     first, second, rest = out.split("\n")
     assert (first, rest) == (second, "")
+    text = first.removeprefix(f"{photo}: ")
+    assert call("caption", run, photo)[1] == f"{text}\n"
+    first = text
     status, out, _ = call("caption", run, photo, "--json")
     record = json.loads(out)
     assert (record["file"], record["caption"]) == (str(photo), first)
@@ -60,7 +66,7 @@ def test_imagine(call, run, tmp_path, mistaken):
     settings = ["--steps", 1, "--guidance", 0.5, "--temperature", 0]
     call("imagine", run, "a red circle", "--out", tmp_path / "other", "--seed", 3, *settings)
     assert (read(tmp_path / "drawn/000.png") != read(tmp_path / "other/000.png")).any()
-    mistaken(call("imagine", run, "a", "--out", tmp_path / "none", "--steps", 0), "0 decoding steps")
+    mistaken(call("imagine", run, "a", "--out", tmp_path / "none", "--steps", 0), "--steps 0: must be 1 or more")
     assert not (tmp_path / "none").exists()
 
 
@@ -110,7 +116,7 @@ def jpeg() -> bytes:
         ("text.png", b"not an image\n", "not an image"),
         ("two\nlines.png", b"", "two\\nlines.png"),
         ("missing.png", None, "does not exist"),
-        ("folder.png", ..., "is not a file"),
+        ("folder.png", ..., "folder.png"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.endswith("g") else "",
 )
@@ -120,7 +126,11 @@ def test_an_unusable_image(call, run, photo, tmp_path, name, content, told, mist
         file.mkdir()
     elif content is not None:
         file.write_bytes(content)
-    mistaken(call("caption", run, photo, file), told)
+    mistaken(call("caption", run, file), told)
+    status, out, err = call("caption", run, file, photo, file)
+    assert (status, out.count("\n")) == (1, 1)
+    assert out.startswith(f"{photo}: ")
+    assert [told in line for line in err.splitlines()] == [True, True]
     if name != "two\nlines.png":
         mistaken(call("cycle", run, "--image", file, "--out", tmp_path / "out"), file, told)
     assert not (tmp_path / "out").exists()
@@ -143,9 +153,57 @@ def test_a_run_that_is_not_there_or_damaged(call, run, photo, tmp_path, command,
     for part in ("model", "text_encoder", "tokenizer"):
         if (command, part) != ("encode", "model"):
             (weights,) = (run / part).glob("*.safetensors")
-            weights.write_bytes(weights.read_bytes()[:-1000])
-            mistaken(call(*arguments(run)), run / part)
+            whole = weights.read_bytes()
+            weights.write_bytes(whole[:-1000])
+            if (command, part) != ("caption", "text_encoder"):  # which a caption does not need
+                mistaken(call(*arguments(run)), run / part)
+            weights.write_bytes(whole)
     assert not out.exists()
+
+
+def test_all_images_of_sources_are_captioned(call, run, photo, tmp_path, mistaken):
+    (tmp_path / "photos/inner").mkdir(parents=True)
+    for name in ("a.png", "inner/b.png", "cut.png"):
+        (tmp_path / "photos" / name).write_bytes(photo.read_bytes()[: 90 if name == "cut.png" else None])
+    (tmp_path / "table.csv").write_text("file_name,caption\n./photos/a.png,x\n")
+    folder = tmp_path / "photos"
+    status, out, err = call("caption", run, folder, tmp_path / "table.csv", "scenes:?count=2", tmp_path / "none.csv")
+    assert status == 1
+    names = [line.split(": ")[0] for line in out.splitlines()]
+    assert names == [str(folder / "a.png"), str(folder / "inner/b.png"), str(folder / "a.png"), *names[3:]]
+    assert len(names) == 5
+    assert [part in err for part in ("cut.png", "none.csv")] == [True, True]
+    assert err.count("\n") == 2
+    mistaken(call("caption", run, tmp_path / "none.jpg", folder / "*.jpg"), "none.jpg: does not exist", "*.jpg")
+    assert len(call("caption", run, f"{folder}/*.png")[1].splitlines()) == 1
+
+
+def test_arguments_are_looked_at_before_the_libraries_are_imported(run, dual_run, photo, tmp_path):
+    """They take four seconds and more."""
+    script = (
+        "import sys; sys.argv = ['diptych', *sys.argv[1:]]\n"
+        "from diptych.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'transformers', 'diffusers', 'datasets'} & set(sys.modules)))"
+    )
+    out = ["--out", tmp_path / "out"]
+    for arguments in (
+        ["caption", run, tmp_path / "missing.jpg"],
+        ["caption", dual_run, photo],
+        ["imagine", run, "photo.jpg", *out],
+        ["cycle", run, "--image", tmp_path / "missing.jpg", *out],
+        ["search", dual_run, photo, "--index", tmp_path],
+        ["search", dual_run, "a dog", "--index", tmp_path / "nowhere"],
+        ["classify", dual_run, photo, "--classes", tmp_path / "nowhere.txt"],
+        ["embed", dual_run, tmp_path / "nowhere", *out],
+        ["evaluate", run, "--data", tmp_path / "nowhere"],
+        ["export", run, *out],
+    ):
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        assert (found.returncode, found.stdout) == (2, "[]\n"), found.stderr
+        assert found.stderr.startswith("diptych: ")
+        assert found.stderr.count("\n") == 1
 
 
 # Embed, search, classify, export
@@ -201,6 +259,29 @@ def test_a_sheet_of_the_hits(call, dual_run, store, tmp_path):
     item = next(i for i in range(12) if out.splitlines()[0].endswith(f"  {SOURCE.key(i)}"))
     windows = np.lib.stride_tricks.sliding_window_view(sheet[:200, :40], (120, 1, 3))  # where the first hit is
     assert (windows[:, 30, 0, :, 0] == SOURCE.image(item, 160)[20:140, 10]).all((1, 2)).any()
+
+
+def test_the_sheet_shows_what_was_searched_for(dual_run, store, scene):
+    index = Index(dual_run, store, device="cpu")
+    hits = index.search(scene, top=3)
+    (tiles, captions), by_text = tiles_of(index, hits, scene), tiles_of(index, hits, "a red circle")
+    assert (len(tiles), len(by_text[0])) == (4, 3)
+    np.testing.assert_array_equal(tiles[0], decode(scene, 160))
+    assert captions[0] == "searched for: scene.png"
+
+
+def tiles_of(index, hits, query):
+    with patch("diptych.dual.search.contact_sheet", return_value=Image.new("RGB", (1, 1))) as drawn:
+        index.sheet(hits, query=query)
+    return drawn.call_args.args[0], drawn.call_args.kwargs["captions"]
+
+
+def test_a_path_is_no_text_to_search_for(call, mistaken, dual_run, store, scene, tmp_path, monkeypatch):
+    mistaken(call("search", dual_run, scene, "--index", store), scene, "give an image as --image FILE")
+    mistaken(call("search", dual_run, "missing.JPG", "--index", store), "missing.JPG: no such file", "--image FILE")
+    monkeypatch.chdir(tmp_path)
+    mistaken(call("search", dual_run, "scene.png", "--index", store), "--image FILE")
+    assert call("search", dual_run, "what is in scene.png", "--index", store)[0] == 0
 
 
 def test_approximate_search(call, dual_run, store, scene):
@@ -315,6 +396,8 @@ def test_a_run_of_another_kind(call, mistaken, run, dual_run, photo, tmp_path):
     mistaken(call("embed", run, SRC, "--out", tmp_path / "out"), run, "itit")
     mistaken(call("classify", run, photo, "--classes", tmp_path / "names.txt"), run, "itit")
     write_config(tmp_path / "uml", recipe="uml-probe", run=uml_probe())
+    for part in ("encoder", "head"):
+        (tmp_path / "uml" / part).mkdir()
     mistaken(call("classify", tmp_path / "uml", photo, "--classes", tmp_path / "names.txt"), "leave --classes")
     for command in (["caption", dual_run, photo], ["imagine", dual_run, "a", "--out", tmp_path / "out"]):
         mistaken(call(*command), dual_run, "neither captions nor generates images")
@@ -357,13 +440,29 @@ def test_evaluate(call, run, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Covariance")
+def test_a_second_evaluation_leaves_the_first_as_it_was(call, mistaken, run, tmp_path):
+    few = ["evaluate", run, "--data", TEST, "--beams", 1, "--limit"]
+    call(*few, 2)
+    first = (run / "evaluation/metrics.json").read_bytes()
+    _, out, _ = call(*few, 3)
+    assert f"written to {run}/evaluation-2" in out
+    assert json.loads((run / "evaluation-2/metrics.json").read_text())["images"] == 3
+    call(*few, 4)
+    assert (run / "evaluation-3/metrics.json").is_file()
+    mistaken(call(*few, 5, "--out", run / "evaluation"), run / "evaluation", "earlier evaluation")
+    assert (run / "evaluation/metrics.json").read_bytes() == first
+
+
+@pytest.mark.filterwarnings("ignore:Covariance")
 def test_evaluate_a_tokenizer(call, tokenizer, photo, tmp_path, mistaken):
     run = tmp_path / "vqgan"
     tokenizer.save_pretrained(run / "tokenizer")
     write_config(run, recipe="vqgan-tiny", run=vqgan_tiny())
     status, out, err = call("evaluate", run, "--data", TEST, "--limit", 4)
     assert (status, err) == (0, "")
-    assert "PSNR" in out
+    assert "psnr" in out
+    assert "higher" in out
+    assert "lower" in out
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["metrics.json", "sheet.png"]
     metrics = json.loads((run / "evaluation/metrics.json").read_text())
     assert metrics["images"] == 4
@@ -380,7 +479,9 @@ def test_evaluate_a_tokenizer(call, tokenizer, photo, tmp_path, mistaken):
 def test_evaluate_a_dual_encoder(call, dual_run):
     status, out, err = call("evaluate", dual_run, "--data", TEST, "--train", "scenes:?count=40")
     assert (status, err) == (0, "")
-    assert "retrieval/mean_r1" in out
+    (recall,) = (line for line in out.splitlines() if "retrieval/mean_r1" in line)
+    assert "%" in recall
+    assert "higher" in recall
     metrics = json.loads((dual_run / "evaluation/metrics.json").read_text())
     assert metrics["images"] == 8
     assert {"zero_shot/top1", "linear_probe/accuracy", "modality/accuracy"} <= metrics.keys()

@@ -11,10 +11,26 @@ TEST = "scenes:?split=test&count=8"
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_has_help_with_its_docstring(call, recipe):
-    status, out, _ = call("fit", recipe, "--help")
-    assert status == 0
-    assert "train.steps INT" in out
-    assert (RECIPES[recipe].__doc__ or "").splitlines()[0] in out
+    for flag, steps in (("--help", "train.steps\n"), ("--help-all", "train.steps INT")):
+        status, out, _ = call("fit", recipe, flag)
+        assert status == 0
+        assert steps in out
+        assert (RECIPES[recipe].__doc__ or "").splitlines()[0] in out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_lists_what_matters_first(call, recipe, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    out = call("fit", recipe, "--help")[1]
+    lines = out.splitlines()
+    assert len(lines) < 70
+    flags = [line.strip() for line in lines if line.startswith("--")]
+    assert flags[:2] == ["--out RUN", "--minutes MINUTES"]
+    assert 4 < len(flags) <= 12
+    assert "(required)" in out
+    assert max(map(len, lines)) <= 120
+    assert set(flags[2:]) <= set(flags_of(RECIPES[recipe]()))
+    assert f"more options: diptych fit {recipe} --help-all" in out
 
 
 def test_an_unknown_recipe_and_empty_lists(call, mistaken):
@@ -59,14 +75,22 @@ def flags_of(run, prefix: str = "--") -> list[str]:
 
 def test_the_recipe_gets_its_fields(call, monkeypatch, tmp_path):
     got = []
-    monkeypatch.setattr("diptych.itit.training.ItitRun.fit", lambda run, out, *, recipe: got.append((run, out, recipe)))
+    monkeypatch.setattr("diptych.itit.training.ItitRun.fit", lambda run, out, **given: got.append((run, out, given)))
     fields = ["--data.max-pairs", "5", "--train.steps", "7", "--tokenizer-stage.train.steps", "9", "--optim.lr", "0.5"]
     status, _, err = call("fit", "itit-tiny", "--out", tmp_path / "x", "--data.pairs", "scenes:", *fields)
     assert (status, err) == (0, "")
-    ((run, out, recipe),) = got
-    assert (out, recipe) == (tmp_path / "x", "itit-tiny")
+    ((run, out, given),) = got
+    assert (out, given) == (tmp_path / "x", {"recipe": "itit-tiny", "budget": None})
     assert (run.data.pairs, run.data.max_pairs, run.optim.lr) == ("scenes:", 5, 0.5)
     assert (run.train.steps, run.tokenizer_stage.train.steps, run.train.seed) == (7, 9, 0)
+
+
+def test_minutes_are_a_budget_which_the_imports_count_in(call, monkeypatch, tmp_path):
+    got = []
+    monkeypatch.setattr("diptych.itit.training.ItitRun.fit", lambda run, out, **given: got.append(given["budget"]))
+    call("fit", "itit-tiny", "--out", tmp_path / "x", "--data.pairs", "scenes:", "--minutes", 20)
+    assert got[0].minutes == 20
+    assert 20 * 60 - 600 < got[0].left() < 20 * 60 - 1
 
 
 def test_recipes_are_listed(call):
@@ -178,7 +202,7 @@ def test_data_that_cannot_be_learned_from(call, tmp_path, mistake, mistaken):
 def test_sources_that_cannot_be_encoded_or_scored(call, run, tmp_path, mistaken):
     (tmp_path / "texts.txt").write_text("bread\n")
     mistaken(call("evaluate", run, "--data", tmp_path / "texts.txt", "--out", tmp_path / "out"), "images and captions")
-    mistaken(call("evaluate", run, "--data", TEST, "--limit", 0, "--out", tmp_path / "out"), "at least one")
+    mistaken(call("evaluate", run, "--data", TEST, "--limit", 0, "--out", tmp_path / "out"), "--limit 0")
     mistaken(call("encode", tmp_path / "none", "--run", run, "--out", tmp_path / "out"), "does not exist")
     before = (tmp_path / "texts.txt").read_text()
     for taken in (tmp_path, tmp_path / "texts.txt"):

@@ -46,6 +46,7 @@ def test_any_tool_that_loads_clip_gets_the_same_embeddings(encoder, pixels, fold
         expected = clip(**inputs)
     torch.testing.assert_close(encoder.embed_images(pixels), expected.image_embeds)
     torch.testing.assert_close(encoder.embed_texts(TEXTS), expected.text_embeds)
+    assert torch.equal(encoder.embed_texts(TEXTS[0]), encoder.embed_texts(TEXTS[:1]))  # not a text for each character
 
 
 def test_it_is_read_back_as_it_was(encoder, pixels, folder):

@@ -253,3 +253,29 @@ def test_recipes_of_a_family_differ_in_size_alone(name):
         assert run.objective == small.objective
     assert RECIPES[name].__doc__
     assert run.optim.betas == (0.9, 0.98)
+
+
+def test_the_best_weights_are_kept_and_training_ends_without_better_ones(tmp_path, monkeypatch, capsys):
+    values, seen = {1: 0.1, 2: 0.5, 3: 0.2, 4: 0.5}, {}
+
+    def measure(model, pairs, *, folder):
+        def run(step, objective):
+            seen[step] = model.clip.visual_projection.weight.detach().clone()
+            return {"valid/mean_r1": values[step]}
+
+        return run
+
+    monkeypatch.setattr("diptych.dual.training.measure_retrieval", measure)
+    run = small_run(steps=9, patience=2)
+    run.train.eval_every = 1
+    assert run.fit(tmp_path / "run", recipe="ito-tiny").step == 4
+    kept = DualEncoder.from_pretrained(tmp_path / "run").clip.visual_projection.weight
+    assert torch.equal(kept, seen[2])
+    assert "best after step 2, mean_r1 50.0 %" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_report_has_curves_and_the_images_that_texts_find(done):
+    page = (done / "report.html").read_text()
+    for title in ("Samples", "Curves", "Validation", "Settings"):
+        assert f">{title}</h2>" in page
+    assert sorted(file.name for file in (done / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]

@@ -19,7 +19,7 @@ from transformers import (
 from diptych.dual.model import DualEncoder, DualEncoderConfig
 from diptych.encoders import ScratchConfig, encoder_width, open_image_encoder, scratch_encoder
 from diptych.errors import UserError
-from diptych.itit.pipeline import ItitImageEncoder
+from diptych.itit.image_encoder import ItitImageEncoder
 from diptych.nn.inference import eval_mode
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

@@ -15,7 +15,7 @@ from transformers import (
 from diptych.dual.model import DualEncoder, DualEncoderConfig
 from diptych.encoders import encoder_width, open_text_encoder
 from diptych.errors import UserError
-from diptych.tokenizers.text_encoder import EOS
+from diptych.tokenizers.text_tokenizer import EOS
 
 TEXTS = ["a small red circle", "a blue square in the top left on a white background"]
 

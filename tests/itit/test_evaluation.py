@@ -33,8 +33,8 @@ def diptych(tokenizer, text_encoder, model) -> Diptych:
 def oracle(diptych, monkeypatch) -> Diptych:
     """Knows every scene: its captions and images are right."""
     captions = [Caption(text=SCENES.captions(i)[0], score=None) for i in range(8)]
-    monkeypatch.setattr(Diptych, "caption_tokens", lambda self, tokens_BN, beams=None: captions)
-    monkeypatch.setattr(Diptych, "imagine", lambda self, texts, seed=0, config=None: SCENES.images(range(8), 32))
+    monkeypatch.setattr(Diptych, "caption_tokens", lambda self, tokens_BN, **_: captions)
+    monkeypatch.setattr(Diptych, "imagine", lambda self, texts, **_: SCENES.images(range(8), 32))
     return diptych
 
 

@@ -18,7 +18,7 @@ from diptych.itit.generation import (
     sample_tokens,
 )
 from diptych.rng import StepRNG
-from diptych.tokenizers.text_encoder import EOS, PAD
+from diptych.tokenizers.text_tokenizer import EOS, PAD
 
 # Parallel decoding
 

@@ -51,6 +51,43 @@ def test_captions_have_texts_and_scores(made, pixels):
     assert made.captions([]) == []
 
 
+def test_a_single_image_is_no_list_of_characters(made, run, wide, tmp_path):
+    Image.fromarray(wide).save(tmp_path / "photo.png")
+    expected = made.caption([tmp_path / "photo.png"])
+    for one in (tmp_path / "photo.png", str(tmp_path / "photo.png"), Image.fromarray(wide), wide):
+        assert made.caption(one) == expected
+    assert len(made.caption(np.stack([wide, wide]))) == 2
+
+
+def test_captions_need_no_text_encoder(run, pixels):
+    (run / "text_encoder/model.safetensors").unlink()
+    assert len(Diptych.from_pretrained(run, device="cpu").caption(list(pixels[:1]))) == 1
+
+
+def test_a_run_of_another_kind_is_told_apart(run):
+    """The message must not send the user to train on: nothing is unfinished."""
+    (run / "config.json").write_text(json.dumps({"kind": "dual", "recipe": "ito-tiny"}))
+    with pytest.raises(UserError, match="kind 'dual' neither captions nor generates images") as caught:
+        Diptych.from_pretrained(run)
+    assert "finish" not in str(caught.value)
+    with pytest.raises(UserError, match="kind 'dual' holds no classifier"):
+        diptych.Classifier.from_pretrained(run)
+    (run / "config.json").write_text(json.dumps({"kind": "itit", "recipe": "itit-tiny"}))
+    with pytest.raises(UserError, match="kind 'itit' holds no dual encoder"):
+        diptych.DualEncoder.from_pretrained(run)
+
+
+def test_the_libraries_show_no_progress(run, made, monkeypatch, capfd):
+    """As in a process of a user, which no command has told to be calm."""
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    Diptych.from_pretrained(run, device="cpu").imagine("a red circle")
+    made.text_encoder.save_pretrained(run / "again")
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
+
+
 def test_bf16_is_near_fp32(made, run, pixels):
     near = Diptych.from_pretrained(run, device="cpu", precision="bf16")
     exact = [caption.score for caption in made.captions(list(pixels))]
@@ -154,8 +191,7 @@ def test_any_text_can_be_imagined(made, text):
 def test_no_text_and_a_text_without_its_list_are_refused(made):
     with pytest.raises(UserError, match="no text to imagine"):
         made.imagine([])
-    with pytest.raises(UserError, match="give a list of texts"):
-        made.imagine("a red circle")
+    assert (made.imagine("a red circle", seed=3) == made.imagine(["a red circle"], seed=3)).all()
 
 
 def test_a_cycle_alternates(made, scene_texts, pixels):
@@ -221,12 +257,13 @@ def one_line(caught, *parts: str) -> None:
 def test_folders_that_are_no_run(run, tmp_path):
     with pytest.raises(UserError) as caught:
         Diptych.from_pretrained(tmp_path / "none")
-    one_line(caught, str(tmp_path / "none"), "no such run folder")
+    one_line(caught, str(tmp_path / "none"), "no run folder")
     for part in ("model", "text_encoder", "tokenizer"):
         (run / part).rename(run / f"away-{part}")
         with pytest.raises(UserError) as caught:
             Diptych.from_pretrained(run)
         one_line(caught, str(run), f"has no {part}/")
+        (run / f"away-{part}").rename(run / part)
 
 
 def safetensors_of(part):
@@ -252,7 +289,7 @@ def test_damaged_parts_are_named_in_one_line(run, part, damage):
         case "config":
             (run / part / "config.json").write_text("{")
     with pytest.raises(UserError) as caught:
-        Diptych.from_pretrained(run)
+        Diptych.from_pretrained(run).imagine("a red circle")  # the text encoder is read when it is needed
     one_line(caught, str(run / part))
 
 

@@ -303,3 +303,29 @@ def test_a_stage_without_its_side_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no texts to train a text encoder on"):
         TextEncoderRun(texts=str(tmp_path / "photos")).fit(tmp_path / "out", recipe="text-encoder-tiny")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_best_weights_are_kept_and_training_ends_without_better_ones(started, monkeypatch, capsys):
+    """The second validation is the best; two without a better one end the run."""
+    values = {1: 1.0, 2: 9.0, 3: 2.0, 4: 9.0}
+    seen = {}
+
+    def scored(samples, step, objective):
+        seen[step] = objective.model.image_bias.detach().clone()
+        return {"valid/cider": values[step]}
+
+    monkeypatch.setattr("diptych.itit.report.Samples.run", scored)
+    run = tiny_run(steps=8, valid="scenes:?split=test&count=6")
+    run = replace(run, patience=2, train=replace(run.train, eval_every=1))
+    result = run.fit(started, recipe="itit-tiny")
+    assert (result.step, result.finished) == (4, True)
+    np.testing.assert_array_equal(Diptych.from_pretrained(started, device="cpu").model.image_bias.detach(), seen[2])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "best after step 2, cider 9 on scenes:?split=test&count=6" in last
+    assert f"report: {started}/report.html; next: diptych evaluate {started}" in last
+
+
+def test_a_score_that_is_not_there_is_named(started):
+    run = replace(tiny_run(valid="scenes:?split=test&count=6"), select="clip_score")
+    with pytest.raises(UserError, match="--select clip_score: no score of that name; there are cider"):
+        run.fit(started, recipe="itit-tiny")

@@ -7,5 +7,5 @@ def test_a_table_under_a_title_that_stays_whole(capsys):
     out = capsys.readouterr().out
     assert out.splitlines()[0] == title
     assert "0.1235" in out
-    assert "1000" in out
+    assert "1,000" in out
     assert out.splitlines()[-1] == "Note: it was [dark]"

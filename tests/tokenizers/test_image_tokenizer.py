@@ -49,9 +49,10 @@ def test_the_same_input_gives_the_same_output_also_under_autocast_and_in_pieces(
     assert not tokenizer.encode(pictures()).requires_grad
 
 
-def test_tokens_and_pictures_are_those_of_diffusers():
+def test_tokens_and_pictures_are_those_of_diffusers(tmp_path):
     tokenizer = spread_out(ImageTokenizer.from_config(SMALL))
-    network = tokenizer.network
+    tokenizer.save_pretrained(tmp_path)
+    network = VQModel.from_pretrained(tmp_path)
     input_B3HW = pictures().float() / 255
     _, _, (_, _, indices) = network.quantize(network.encode(input_B3HW).latents)
     assert torch.equal(indices.view(3, -1), tokenizer.encode(pictures()))
@@ -121,8 +122,7 @@ def test_save_and_load_give_equal_tokens_and_a_plain_diffusers_folder(tmp_path):
 
 def test_a_pipeline_folder_of_the_amused_kind(tmp_path):
     tokenizer = spread_out(ImageTokenizer.from_config(SMALL))
-    tokenizer.network.register_to_config(sample_size=2)
-    tokenizer.network.save_pretrained(tmp_path / "vqvae")
+    tokenizer.network.save(tmp_path / "vqvae", image_size=2)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AmusedPipeline"}))
     loaded = ImageTokenizer.from_pretrained(tmp_path)
     assert loaded.image_size == 32  # 16 x 16 tokens, as 2 pixels cannot have been meant
@@ -131,7 +131,7 @@ def test_a_pipeline_folder_of_the_amused_kind(tmp_path):
 
 def test_models_of_latent_diffusion_see_minus_one_to_one(tmp_path):
     tokenizer = spread_out(ImageTokenizer.from_config(SMALL))
-    tokenizer.network.register_to_config(lookup_from_codebook=False)
+    tokenizer.network.config["lookup_from_codebook"] = False
     tokenizer.save_pretrained(tmp_path)
     loaded = ImageTokenizer.from_pretrained(tmp_path)
     white = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)

@@ -3,11 +3,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5EncoderModel, T5ForConditionalGeneration
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 from diptych.errors import UserError
-from diptych.tokenizers.text_encoder import EOS, TextEncoder
-from diptych.tokenizers.text_tokenizer import train_tokenizer
+from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.text_tokenizer import EOS, train_tokenizer
 
 TEXTS = ["a small red circle", "a large green square above a red star", "", "two stars"]
 
@@ -216,9 +226,9 @@ def test_a_tokenizer_of_another_model_is_refused(encoder: TextEncoder) -> None:
     larger = train_tokenizer(TEXTS, vocab_size=300, sentinels=150)
     with pytest.raises(UserError, match="use its own"):
         TextEncoder(T5EncoderModel(config()), larger)
-    encoder.tokenizer.pad_token = "a"
+    words = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1, "red": 2, "star": 3}, unk_token="[UNK]"))
     with pytest.raises(UserError, match="not a T5 tokenizer"):
-        TextEncoder(T5EncoderModel(config()), encoder.tokenizer)
+        TextEncoder(T5EncoderModel(config()), PreTrainedTokenizerFast(tokenizer_object=words))
 
 
 def test_input_embeddings_beside_the_output(encoder: TextEncoder) -> None:

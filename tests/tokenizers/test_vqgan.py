@@ -38,7 +38,7 @@ def batch(step: int = 0, rows: int = 4) -> Batch:
 
 
 def objective(config: VQGANConfig) -> VQGAN:
-    made = VQGAN(ImageTokenizer.from_config(SMALL), config)
+    made = VQGAN(ImageTokenizer.from_config(SMALL), config, steps=100)
     made(batch(), 0)  # seeds the codebook
     return made
 
@@ -94,11 +94,11 @@ def test_one_total_gives_generator_and_discriminator_each_its_own_gradient():
 
 
 def test_the_discriminator_waits_for_its_start():
-    made = objective(dataclasses.replace(GAN, adversarial_start=10))
+    made = objective(dataclasses.replace(GAN, adversarial_start=0.1))
     assert "discriminator" not in made(batch(), 9).terms
     losses = made(batch(), 10)
     assert losses.terms["discriminator"].item() == pytest.approx(2, abs=0.2)
-    assert VQGAN(ImageTokenizer.from_config(SMALL), PLAIN).discriminator is None
+    assert VQGAN(ImageTokenizer.from_config(SMALL), PLAIN, steps=100).discriminator is None
 
 
 def test_adaptive_balance_matches_the_lengths_of_the_gradients():
@@ -123,16 +123,18 @@ def test_hinge_and_psnr_by_hand():
 
 def test_a_seed_decides_the_discriminator():
     tokenizer = ImageTokenizer.from_config(SMALL)
-    first, second, other = (VQGAN(tokenizer, GAN, seed=seed).discriminator.state_dict() for seed in (1, 1, 2))
+    first, second, other = (
+        VQGAN(tokenizer, GAN, steps=100, seed=seed).discriminator.state_dict() for seed in (1, 1, 2)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["stages.0.weight"], other["stages.0.weight"])
 
 
 def test_one_batch_is_learned_by_heart():
     config = dataclasses.replace(
-        PLAIN, squared_weight=5.0, codebook=CodebookConfig(start=10, reset_every=10, reset_until=60)
+        PLAIN, squared_weight=5.0, codebook=CodebookConfig(start=0.1, reset_every=10, reset_until=0.6)
     )
-    made = VQGAN(ImageTokenizer.from_config(SMALL), config)
+    made = VQGAN(ImageTokenizer.from_config(SMALL), config, steps=100)
     optimizer = torch.optim.AdamW(made.parameters(), 3e-3)
     seen = []
     for step in range(80):

@@ -45,3 +45,14 @@ def test_only_the_nested_fields_that_differ_are_named():
         check_same(now, then, where="RUN")
     changes = "model.depth (2 then, 3 now), model.dropout (None then, 0.1 now), model.text.heads (1 then, 2 now)"
     assert str(caught.value).startswith(f"RUN was trained with other settings: {changes}. ")
+
+
+def test_of_a_list_only_what_differs_is_printed():
+    made_by = {"source": "photos.tar", "tokenizers": "0123456789abcdef" * 9}
+    then = {"identity": {"data": {"pairs": [600, made_by], "texts": [9, made_by]}}}
+    now = {"identity": {"data": {"pairs": [600, made_by], "texts": [8, made_by | {"tokenizers": "x" * 100}]}}}
+    with pytest.raises(UserError) as caught:
+        check_same(now, then, where="RUN")
+    assert "settings: data.texts[0] (9 then, 8 now), data.texts[1].tokenizers ('0123" in str(caught.value)
+    assert "photos.tar" not in str(caught.value)
+    assert len(str(caught.value)) < 360

@@ -98,26 +98,26 @@ def clock(monkeypatch):
 
 
 def test_a_line_at_once_and_every_ten_seconds_with_the_rates_of_this_invocation(clock, capsys):
-    display = ProgressDisplay("toy", start=100, steps=300, quiet=False)
+    display = ProgressDisplay("toy", start=100, quiet=False)
     for step in range(101, 151):
         clock.now += 0.5
-        display.update(step, rows=8, loss=1.23456)
+        display.update(step, 300, rows=8, loss=1.23456, left=((300 - step) / 2, 840.0))
     told = capsys.readouterr().err.splitlines()
     assert told == [
-        "toy: step 101/300  2 steps/s  16 rows/s  loss 1.235  0:01:40 left",
-        "toy: step 121/300  2 steps/s  16 rows/s  loss 1.235  0:01:30 left",
-        "toy: step 141/300  2 steps/s  16 rows/s  loss 1.235  0:01:20 left",
+        "toy: step 101/300  2 steps/s  16 rows/s  loss 1.235  0:01:40 left  all: 14 min left",
+        "toy: step 121/300  2 steps/s  16 rows/s  loss 1.235  0:01:30 left  all: 14 min left",
+        "toy: step 141/300  2 steps/s  16 rows/s  loss 1.235  0:01:20 left  all: 14 min left",
     ]
-    display.close(150, loss=1.0)
+    display.close(150, 300, loss=1.0, left=(75.0, None))
     assert capsys.readouterr().err == "toy: step 150/300  2 steps/s  16 rows/s  loss 1  0:01:15 left\n"
 
 
 def test_quiet_says_only_what_must_be_known(clock, capsys):
-    display = ProgressDisplay("toy", start=0, steps=300, quiet=True)
+    display = ProgressDisplay("toy", start=0, quiet=True)
     clock.now += 100
-    display.update(1, rows=8, loss=1.0)
+    display.update(1, 300, rows=8, loss=1.0)
     display.say("step 1: skipped")
-    display.close(1, loss=1.0)
+    display.close(1, 300, loss=1.0)
     assert capsys.readouterr().err == "toy: step 1: skipped\n"
 
 
@@ -127,9 +127,9 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
-    display = ProgressDisplay("toy", start=0, steps=300, quiet=False)
+    display = ProgressDisplay("toy", start=0, quiet=False)
     display.say("step 1: [skipped]")
-    display.close(30, loss=1.5)
+    display.close(30, 300, loss=1.5)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert "toy: step 1: [skipped]" in text
     assert re.search(r"30/300 .*loss 1\.5", text)

@@ -321,3 +321,33 @@ def test_it_learns(tmp_path):
     train(Toy(width=32), lambda step, rank, world: batch, out=tmp_path, train=config(steps=150), optim=rule)
     losses = [loss for _, loss in losses_of(tmp_path)]
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_the_report_is_written_while_training_and_whatever_ends_it(tmp_path):
+    told: list[str] = []
+    hook = Hook(every=3, run=lambda step, objective: {"score": 1.0})
+    train(Toy(), toy_batches, out=tmp_path / "a", train=config(), optim=optim(), hooks=[hook], report=told.append)
+    assert told[0] == "step 3 of 12"
+    assert told[-1] == "step 12 of 12"
+    told.clear()
+    with pytest.raises(Interrupted):
+        train(
+            interrupt_at(5, signal.SIGINT),
+            toy_batches,
+            out=tmp_path / "b",
+            train=config(),
+            optim=optim(),
+            report=told.append,
+        )
+    assert told[-1] == "step 6 of 12"
+    toy = Toy()
+    toy.explode_at = dict.fromkeys(range(12), float("inf"))
+    with pytest.raises(UserError):
+        train(toy, toy_batches, out=tmp_path / "c", train=config(), optim=optim(), report=told.append)
+    assert told[-1].startswith("step 3 of")
+
+
+def test_a_validation_is_told_in_the_terminal(tmp_path, capsys):
+    hook = Hook(every=6, run=lambda step, objective: {"valid/cider": 12.34, "valid/bleu_4": 0.1, "score": 3})
+    train(Toy(), toy_batches, out=tmp_path, train=config(quiet=False), optim=optim(), hooks=[hook], title="toy")
+    assert "toy: step 6: validation cider 12.34 (0 s)\n" in capsys.readouterr().err

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
+from diptych.data.pixels import decode_files
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import open_source
 from diptych.encoders import ScratchConfig, open_image_encoder, scratch_encoder
@@ -16,9 +16,9 @@ from diptych.nn.inference import eval_mode
 from diptych.registry import RECIPES
 from diptych.run_folder import kind_of
 from diptych.train.config import OptimConfig
-from diptych.uml.classifier import Classifier, classify_run, evaluate_classifier_run
+from diptych.uml.classifier import Classifier, evaluate_classifier_run
 from diptych.uml.recipes import uml_finetune, uml_probe
-from diptych.uml.training import BestWeights, Score, UmlData, patience_is_over, select_best
+from diptych.uml.training import UmlData
 
 TINY = ScratchConfig(image_size=16, patch=4, width=24, depth=1, heads=2)
 
@@ -89,7 +89,8 @@ def test_a_probe_leaves_a_run_that_classifies_without_texts(dataset, encoders, t
     assert run.fit(tmp_path / "run", recipe="uml-probe").finished
     assert kind_of(tmp_path / "run") == "classifier"
     files = sorted((dataset / "images" / "ring").iterdir())[:3]
-    found = classify_run(tmp_path / "run", files, top=2, device="cpu")
+    classifier = Classifier.from_pretrained(str(tmp_path / "run"), device="cpu")
+    found = classifier.predictions(decode_files(files, size=classifier.image_size), top=2)
     assert [{guess.name for guess in predictions} for predictions in found] == [{"ring", "square"}] * 3
     assert all(sum(g.probability for g in predictions) == pytest.approx(1) for predictions in found)
     assert all(predictions[0].probability >= predictions[1].probability for predictions in found)
@@ -99,7 +100,7 @@ def test_a_probe_leaves_a_run_that_classifies_without_texts(dataset, encoders, t
     assert json.loads((tmp_path / "scores" / "metrics.json").read_text()) == metrics
     assert metrics["images"] == 24
     assert metrics["accuracy"] == pytest.approx(np.mean(list(metrics["per_class"].values())))
-    guessed = [found[0].name for found in classify_run(tmp_path / "run", [*files], device="cpu")]
+    guessed = [predictions[0].name for predictions in found]
     assert metrics["per_class"]["ring"] >= guessed.count("ring") / 12
 
 
@@ -208,50 +209,10 @@ def test_mistakes_are_told_before_anything_is_computed(dataset, encoders, tmp_pa
     tuned = small(uml_finetune(), dataset, encoders)
     with pytest.raises(UserError, match="centred needs features that stay"):
         replace(tuned, head=replace(tuned.head, features="centred")).check()
-    with pytest.raises(UserError, match="no finished classifier"):
-        classify_run(tmp_path, [])
+    with pytest.raises(UserError, match="no run folder"):
+        Classifier.from_pretrained(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
 def test_the_recipes_are_listed():
     assert {"uml-probe", "uml-finetune"} <= RECIPES.keys()
-
-
-def scores(*pairs):
-    return [Score(step=step, accuracy=a, loss=loss) for step, (a, loss) in enumerate(pairs, 1)]
-
-
-def test_the_best_accuracy_is_selected_and_the_loss_decides_between_equals():
-    assert select_best(scores((0.5, 1.0), (0.7, 2.0), (0.6, 0.1)), patience=10).step == 2
-    assert select_best(scores((0.5, 1.0), (0.5, 0.8), (0.5, 0.9)), patience=10).step == 2
-    assert select_best([], patience=10) is None
-
-
-@pytest.mark.parametrize(("patience", "step"), [(1, 1), (2, 1), (3, 4)])
-def test_patience_ends_the_search(patience, step):
-    rising_late = scores((0.5, 1.0), (0.4, 1.0), (0.4, 1.0), (0.9, 1.0))
-    assert select_best(rising_late, patience=patience).step == step
-    assert patience_is_over(rising_late, patience=patience) == (patience < 3)
-    assert not patience_is_over(rising_late[:1], patience=patience)
-
-
-def test_the_weights_of_the_best_step_are_kept(tmp_path):
-    network, best = nn.Linear(1, 1), BestWeights(tmp_path, patience=10)
-    for step, accuracy in ((1, 0.2), (2, 0.8), (3, 0.5)):
-        nn.init.constant_(network.weight, step)
-        best.offer(Score(step=step, accuracy=accuracy, loss=1.0), network)
-    best.load_into(network)
-    assert network.weight.item() == 2
-    assert BestWeights(tmp_path, patience=10).score == best.score
-
-
-def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
-    network, best = nn.Linear(1, 1), BestWeights(tmp_path, patience=10)
-    for step, accuracy in ((1, 0.2), (2, 0.8), (3, 0.9)):
-        best.offer(Score(step=step, accuracy=accuracy, loss=1.0), network)
-    again = BestWeights(tmp_path, patience=10)
-    nn.init.constant_(network.weight, 7)
-    again.offer(Score(step=2, accuracy=0.8, loss=1.0), network)
-    assert [score.step for score in again.scores] == [1, 2]
-    again.load_into(other := nn.Linear(1, 1))
-    assert torch.equal(other.weight, network.weight)

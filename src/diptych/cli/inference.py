@@ -1,9 +1,10 @@
 """Commands on finished runs: caption and generate images, embed, search, classify, export, and scores.
 
-Heavy imports are inside the functions, so that --help and mistakes answer at once.
+Imports are inside the functions, after all arguments have been looked at: --help and mistakes answer at once.
 """
 
 import json as json_format  # commands have a parameter `json`
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,14 +13,17 @@ import tyro
 from tyro.conf import Positional
 
 from diptych.errors import UserError
+from diptych.run_folder import check_finished, kind_of
 
 if TYPE_CHECKING:
+    from diptych.cli.images import ImageArguments
     from diptych.itit.pipeline import Diptych
+    from diptych.nn.inference import Prediction
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 """As in nn/inference.py, which would import torch."""
 RunArg = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
-ImagesArg = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE")]
+ImagesArg = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE")]
 SourceArg = Annotated[Positional[str], tyro.conf.arg(metavar="SRC")]
 
 
@@ -31,21 +35,30 @@ def caption(
 ) -> None:
     """Caption images: one line for each.
 
+    The line is the caption alone for one image file, else FILE: CAPTION. An image that cannot be read is told on
+    stderr; the others are captioned, and the exit status is 1.
+
     Args:
         run: Run folder of an itit recipe.
-        images: Image files to caption.
+        images: Image files, and sources with all their images: a folder, a table, tars, scenes:.
         json: Print one JSON object a line, with file, caption and score.
         beams: Number of beams of the search; 1 is greedy. Default: the setting of the run.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
     if not images:
         raise UserError("no image given: diptych caption RUN IMAGE...")
+    check_finished(run, "itit")
+    _at_least_one("--beams", beams)
+    given = _image_arguments(images)
 
     diptych = _open(run, device)
-    pixels = [diptych.read(image) for image in images]
-    for image, found in zip(images, diptych.captions(pixels, beams=beams), strict=True):
-        record = {"file": str(image), "caption": found.text, "score": found.score}
-        print(json_format.dumps(record, ensure_ascii=False) if json else found.text)
+    alone = len(images) == len(given.images) == 1
+    for names, pixels in given.batches(diptych.tokenizer.image_size):
+        for name, found in zip(names, diptych.captions(pixels, beams=beams), strict=True):
+            record = {"file": name, "caption": found.text, "score": found.score}
+            line = json_format.dumps(record, ensure_ascii=False) if json else found.text
+            print(line if json or alone else f"{name}: {line}", flush=True)
+    given.exit_if_any_was_left_out()
 
 
 def imagine(
@@ -73,6 +86,10 @@ def imagine(
     """
     if not texts:
         raise UserError("no text given: diptych imagine RUN TEXT... --out DIR")
+    check_finished(run, "itit")
+    for text in texts:
+        _check_is_text(text, instead="`diptych cycle --image FILE` starts from an image")
+    _at_least_one("--steps", steps)
 
     diptych = _open(run, device)
     from diptych.report.sheet import contact_sheet, save_png
@@ -80,7 +97,7 @@ def imagine(
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
     config = replace(diptych.image_generation, **{name: value for name, value in given.items() if value is not None})
     images = list(diptych.imagine(texts, seed=seed, config=config))
-    out.mkdir(parents=True, exist_ok=True)
+    _make_room(out)
     for number, image in enumerate(images):
         save_png(out / f"{number:03d}.png", image)
     sheet = save_png(out / "sheet.png", contact_sheet(images, captions=list(texts)))
@@ -108,11 +125,20 @@ def cycle(
         seed: Seed of the generated images.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
+    if (text is None) == (image is None):
+        raise UserError("a cycle starts from a text or from an image: give one of them")
+    check_finished(run, "itit")
+    _at_least_one("--rounds", rounds)
+    if text is not None:
+        _check_is_text(text, instead="give it as --image FILE")
+    if image is not None:
+        _check_is_there(image)
+
     diptych = _open(run, device)
     from diptych.report.sheet import cycle_strip, save_png
 
     steps = [step.shown for step in diptych.cycle(text=text, image=image, rounds=rounds, seed=seed)]
-    out.mkdir(parents=True, exist_ok=True)
+    _make_room(out)
     for number, step in enumerate(steps):
         shown = step if isinstance(step, str) else save_png(out / f"{number:03d}.png", step)
         print(f"{number}: {shown}")
@@ -120,15 +146,41 @@ def cycle(
 
 
 def _open(run: Path, device: Device) -> "Diptych":
-    from diptych.run_folder import kind_of
-
-    if (kind := kind_of(run)) != "itit":
-        raise UserError(
-            f"{run}: a run of kind {kind!r} neither captions nor generates images: give a run of an itit recipe"
-        )
     from diptych.itit.pipeline import Diptych
 
     return Diptych.from_pretrained(run, device=device)
+
+
+def _image_arguments(places: tuple[str, ...]) -> "ImageArguments":
+    from diptych.cli.images import ImageArguments
+
+    return ImageArguments(places)
+
+
+def _check_is_text(text: str, *, instead: str) -> None:
+    from diptych.data.sources.images import check_is_text
+
+    check_is_text(text, instead=instead)
+
+
+def _check_is_there(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"{file}: {'is not a file' if file.exists() else 'does not exist'}")
+
+
+def _at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UserError(f"{name} {value}: must be 1 or more")
+
+
+def _make_room(out: Path) -> None:
+    """Makes the folder, and removes the numbered images of an earlier call, which would seem to be of this one."""
+    out.mkdir(parents=True, exist_ok=True)
+    earlier = [file for file in out.glob("*.png") if file.stem.isdigit() and len(file.stem) >= 3]
+    for file in earlier:
+        file.unlink()
+    if earlier:
+        print(f"{len(earlier)} images of an earlier call in {out} are replaced")
 
 
 # Embed, search, classify, export: dual encoders, and the encoders and classifiers of UML
@@ -153,14 +205,15 @@ def embed(
         workers: Number of threads that decode images.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
-    from diptych.run_folder import kind_of
-
-    if kind_of(run) == "feature encoder":
+    if check_finished(run, "dual", "feature encoder") == "feature encoder":
         from diptych.uml.ssl_training import embed_store
 
         print(f"{len(embed_store(run, Path(source), out=out, device=device)):,} embeddings in {out}")
         return
 
+    from diptych.data.sources import open_source
+
+    open_source(source)  # what is wrong with it is told before the libraries are loaded
     from diptych.dual.search import embed_run
 
     side: Literal["images", "texts"] = "texts" if texts else "images"
@@ -196,13 +249,25 @@ def search(
     if query is None or (text is not None and image is not None):
         raise UserError('search for a text or for an image: diptych search RUN --index STORE "TEXT", or --image IMAGE')
 
+    check_finished(run, "dual")
+    if isinstance(query, str):
+        if not query.strip():
+            raise UserError("an empty text finds nothing: say what to look for")
+        _check_is_text(query, instead="give an image as --image FILE")
+    else:
+        _check_is_there(query)
+    if top < 1:
+        raise UserError(f"the best {top}: ask for one hit at least")
+    if not index.is_dir():
+        raise UserError(f"{index}: no such folder; `diptych embed` makes it")
+
     from diptych.dual.search import Index
     from diptych.report.sheet import save_png
 
     found = Index(run, index, device=device)
     hits = found.search(query, top=top, method=method)
     if out is not None:
-        save_png(out, found.sheet(hits, title=str(query)))
+        save_png(out, found.sheet(hits, query=query))
     for hit in hits:
         print(f"{hit.score:.3f}  {hit.key}")
 
@@ -221,7 +286,7 @@ def classify(
 
     Args:
         run: Run folder of a classifier or a dual encoder.
-        images: Image files to classify.
+        images: Image files, and sources with all their images: a folder, a table, tars, scenes:.
         classes: Dual encoder: file with the name of a class a line.
         templates: Dual encoder: file with a template a line, such as `a photo of a {}.` Default: a dozen of them.
         top: Number of classes to print for each image.
@@ -230,27 +295,45 @@ def classify(
     """
     if not images:
         raise UserError("no image given: diptych classify RUN IMAGE...")
+    kind = check_finished(run, "classifier", "dual")
     if top < 1:
         raise UserError(f"the best {top} classes: ask for one at least")
+    if kind == "classifier" and (classes or templates):
+        raise UserError(f"{run}: a classifier has learnt its classes: leave --classes and --templates away")
+    for file in (classes, templates):
+        if file is not None:
+            _check_is_there(file)
+    given = _image_arguments(images)
 
-    from diptych.run_folder import kind_of
+    for names, found in _classified(run, given, classes=classes, templates=templates, top=top, device=device):
+        for name, predictions in zip(names, found, strict=True):
+            if json:
+                record = {"file": name, "guesses": [asdict(guess) for guess in predictions]}
+                print(json_format.dumps(record, ensure_ascii=False), flush=True)
+            else:
+                guesses = ", ".join(f"{guess.name} {guess.probability:.1%}" for guess in predictions)
+                print(f"{name}: {guesses}", flush=True)
+    given.exit_if_any_was_left_out()
 
+
+def _classified(
+    run: Path, given: "ImageArguments", *, classes: Path | None, templates: Path | None, top: int, device: Device
+) -> Iterator[tuple[list[str], list[list["Prediction"]]]]:
+    """Names and predictions of the images, a few at a time."""
     if kind_of(run) == "classifier":
-        if classes or templates:
-            raise UserError(f"{run}: a classifier has learnt its classes: leave --classes and --templates away")
-        from diptych.uml import classifier as uml
+        from diptych.uml.classifier import Classifier
 
-        found = uml.classify_run(run, images, top=top, device=device)
+        classifier: Any = Classifier.from_pretrained(run, device=device)
+    elif classes is None:
+        raise UserError(f"{run}: a dual encoder knows no classes of its own: give --classes NAMES.txt")
     else:
-        from diptych.dual import search as dual
+        from diptych.dual.search import ZeroShotClassifier
 
-        found = dual.classify_run(run, images, classes=classes, templates=templates, top=top, device=device)
-    for image, predictions in zip(images, found, strict=True):
-        if json:
-            record = {"file": str(image), "guesses": [asdict(guess) for guess in predictions]}
-            print(json_format.dumps(record, ensure_ascii=False))
-        else:
-            print(f"{image}: " + ", ".join(f"{guess.name} {guess.probability:.1%}" for guess in predictions))
+        classifier = ZeroShotClassifier.open(run, classes=classes, templates=templates, device=device)
+    from diptych.data.pixels import channels_first
+
+    for names, pixels in given.batches(classifier.image_size):
+        yield names, classifier.predictions(channels_first(pixels), top=top)
 
 
 def export(run: RunArg, *, out: Path) -> None:
@@ -260,6 +343,8 @@ def export(run: RunArg, *, out: Path) -> None:
         run: Run folder of a dual encoder.
         out: Folder for the exported model. Files of the same names are replaced.
     """
+    check_finished(run, "dual")
+
     from diptych.dual.export import save_open_clip
     from diptych.dual.model import open_dual
 
@@ -305,14 +390,22 @@ def evaluate(
             from 0) or codes (`n01440764 tench`, or the names in the order of the sorted codes).
         umap: Dual encoder: also write umap.png, a map of the embeddings; needs the extra `umap`.
         max_skipped_share: Largest share of unreadable images that is left out without stopping, 0 to 1.
-        out: Folder for metrics.json and the sheet. Default: RUN/evaluation.
+        out: Folder for metrics.json and the sheet, which holds no earlier ones. Default: RUN/evaluation, or the first
+            of RUN/evaluation-2, RUN/evaluation-3 ... that is free.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
-    from diptych.run_folder import kind_of
+    kind = kind_of(run)
+    if kind not in ("dual", "classifier", "tokenizer", "itit"):
+        raise UserError(f"{run}: a {kind} has no scores of its own: evaluate the run that uses it")
+    check_finished(run, kind)
+    _at_least_one("--limit", limit)
+    _at_least_one("--beams", beams)
+    out = _free_folder(run, out)
+    from diptych.data.sources import open_source
 
-    kind, out = kind_of(run), out or run / "evaluation"
     if classes is not None and kind != "dual":
         raise UserError(f"{run}: --classes names classes for a dual encoder, and this is a run of kind {kind!r}")
+    source = open_source(data)
     if kind == "dual":
         from diptych.dual.evaluation import evaluate_dual_run
 
@@ -328,25 +421,33 @@ def evaluate(
             device=device,
         )
     elif kind == "classifier":
-        from diptych.data.sources import open_source
         from diptych.uml.classifier import evaluate_classifier_run
 
-        share = max_skipped_share
-        evaluate_classifier_run(run, open_source(data), max_skipped_share=share, out=out, device=device)
+        evaluate_classifier_run(run, source, max_skipped_share=max_skipped_share, out=out, device=device)
     elif kind == "tokenizer":
         from diptych.data.pixels import SkippedItems
-        from diptych.data.sources import open_source
         from diptych.tokenizers.evaluation import evaluate_tokenizer_run
 
         skipped = SkippedItems(max_skipped_share=max_skipped_share)
-        evaluate_tokenizer_run(
-            run, open_source(data), limit=limit, features=features, skipped=skipped, out=out, device=device
-        )
-    elif kind == "itit":
-        from diptych.data.sources import open_source
+        evaluate_tokenizer_run(run, source, limit=limit, features=features, skipped=skipped, out=out, device=device)
+    else:
         from diptych.itit.evaluation import EvaluateConfig, evaluate_run
 
         config = EvaluateConfig(limit=limit, beams=beams, seed=seed, max_skipped_share=max_skipped_share)
-        evaluate_run(run, open_source(data), config, features=features, out=out, device=device)
-    else:
-        raise UserError(f"{run}: a {kind} has no scores of its own: evaluate the run that uses it")
+        evaluate_run(run, source, config, features=features, out=out, device=device)
+
+
+def _free_folder(run: Path, out: Path | None) -> Path:
+    """The folder for the scores: ``out``, else the first of RUN/evaluation, evaluation-2 ... that holds none.
+
+    Raises UserError where ``out`` holds the scores of an earlier evaluation.
+    """
+    if out is not None:
+        if (out / "metrics.json").exists():
+            raise UserError(f"{out}: holds the scores of an earlier evaluation: give another --out, or remove it")
+        return out
+    number, folder = 1, run / "evaluation"
+    while (folder / "metrics.json").exists():
+        number += 1
+        folder = run / f"evaluation-{number}"
+    return folder

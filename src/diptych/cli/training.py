@@ -3,9 +3,10 @@
 Heavy imports are inside the functions, so that --help and mistakes answer at once.
 """
 
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 from tyro.conf import Positional
@@ -129,6 +130,10 @@ def features(
     print(f"{len(store):,} {kind} in {out}, {store.vectors.shape[1]} positions of width {store.vectors.shape[2]}")
 
 
+_MINUTES = (
+    "Minutes for the whole run. Steps, warm-up, starts and intervals of every stage are set so that it ends in time on "
+    "this machine, and batches are made smaller where it is short. Default: the recipe's steps, however long they take."
+)
 _OUT = "Folder of the run; an interrupted run continues there."
 
 
@@ -148,8 +153,20 @@ def fit(arguments: list[str]) -> None:
     if name not in RECIPES:
         raise UserError(f"no recipe {name!r}: choose {', '.join(RECIPES)}")
     recipe = RECIPES[name]()
-    out, run = _parse_fit(type(recipe), recipe, rest, prog=f"diptych fit {name}", about=RECIPES[name].__doc__)
-    run.fit(out, recipe=name)
+    if "--help" in rest or "-h" in rest:
+        from diptych.cli.recipe_help import short_help
+
+        always = {"--out RUN": f"{_OUT} (required)", "--minutes MINUTES": _MINUTES}
+        print(short_help(name, recipe, about=RECIPES[name].__doc__ or "", always=always), end="")
+        return
+    rest = ["--help" if argument == "--help-all" else argument for argument in rest]
+    given = _parse_fit(type(recipe), recipe, rest, prog=f"diptych fit {name}", about=RECIPES[name].__doc__)
+    budget = None
+    if given.minutes is not None:
+        from diptych.train.pace import Budget
+
+        budget = Budget(given.minutes, began=time.monotonic() - time.process_time())  # the imports took their time
+    given.run.fit(given.out, recipe=name, budget=budget)
 
 
 def _renamed(flag: str) -> str | None:
@@ -161,12 +178,22 @@ def _renamed(flag: str) -> str | None:
     return None
 
 
-def _parse_fit(kind: type, default: Any, arguments: list[str], *, prog: str, about: str | None) -> tuple[Path, Any]:
+class _Given(NamedTuple):
+    """The arguments of `diptych fit`."""
+
+    out: Path
+    minutes: float | None
+    run: Any
+
+
+def _parse_fit(kind: type, default: Any, arguments: list[str], *, prog: str, about: str | None) -> _Given:
     fields = Annotated[kind, tyro.conf.arg(name="")]  # --train.steps, not --run.train.steps
     folder = Annotated[Path, tyro.conf.arg(metavar="RUN", help=_OUT)]
 
-    def parse(*, out: folder, run: fields = default):
-        return out, run
+    time_limit = Annotated[float | None, tyro.conf.arg(metavar="MINUTES", help=_MINUTES)]
+
+    def parse(*, out: folder, minutes: time_limit = None, run: fields = default):
+        return _Given(out, minutes, run)
 
     return tyro.cli(parse, prog=prog, description=about, args=arguments)
 
@@ -174,7 +201,8 @@ def _parse_fit(kind: type, default: Any, arguments: list[str], *, prog: str, abo
 def fit_for_help(recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIPE")], *, out: Path) -> None:
     """Train a recipe, or continue where the same command stopped.
 
-    Every field of the recipe is an option: `diptych fit RECIPE --help` lists them.
+    Every field of the recipe is an option: `diptych fit RECIPE --help` lists the ones that matter first, `--help-all`
+    all of them.
 
     Args:
         recipe: Name of a recipe; `diptych recipes` lists them.

@@ -7,6 +7,7 @@ Shapes: I images, T texts, C classes, D width of the space, W width of the image
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from diptych.eval.probe import linear_probe
 from diptych.io import write_bytes
 from diptych.nn.inference import Device, eval_mode
 from diptych.report import print_metrics
+from diptych.report.progress import ProgressLine
 from diptych.run_folder import write_json
 
 _MAPPED = 8192
@@ -118,7 +120,7 @@ def evaluate_dual_run(
             raise UserError(f"{data}: has no captions, and a map shows images and captions: leave --umap away")
     encoder = open_dual(run, device=device)
     skipped = SkippedItems(max_skipped_share=max_skipped_share)
-    images = embed_source(encoder, source, limit=limit, skipped=skipped)
+    images = embed_source(encoder, source, limit=limit, skipped=skipped, advance=ProgressLine("embedding images"))
     metrics: dict[str, float] = {"images": len(images.items_I)}
     notes: list[str] = []
     map_png = None
@@ -172,14 +174,21 @@ def _no_labels(images: EmbeddedImages, *, captions: bool) -> str:
 
 
 def embed_source(
-    encoder: DualEncoder, source: Source, *, limit: int | None = None, skipped: SkippedItems | None = None
+    encoder: DualEncoder,
+    source: Source,
+    *,
+    limit: int | None = None,
+    skipped: SkippedItems | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> EmbeddedImages:
     """Embed every readable image of a source, or of its first ``limit`` items.
 
+    ``advance`` is called with the number of items that are done and that of all.
     Raises UserError where the source has no images or too many are unreadable, and for a ``limit`` below 1.
     """
     skipped = SkippedItems() if skipped is None else skipped
-    return embed_readable(encoder, readable_images(source, limit=limit, size=encoder.image_size, skipped=skipped))
+    images = readable_images(source, limit=limit, size=encoder.image_size, skipped=skipped)
+    return embed_readable(encoder, images, advance=advance)
 
 
 def readable_images(
@@ -194,7 +203,9 @@ def readable_images(
     return ReadableImages(source, items, size=size, skipped=skipped, rows=_ROWS, cache_mb=cache_mb)
 
 
-def embed_readable(encoder: DualEncoder, images: ReadableImages) -> EmbeddedImages:
+def embed_readable(
+    encoder: DualEncoder, images: ReadableImages, *, advance: Callable[[int, int], None] = lambda done, total: None
+) -> EmbeddedImages:
     """Embed images in the batches in which they are read. Raises UserError when too many are unreadable."""
     items, embeddings, states = [], [], []
     for pixels_B3HW, found in images:
@@ -203,6 +214,7 @@ def embed_readable(encoder: DualEncoder, images: ReadableImages) -> EmbeddedImag
         items.append(found)
         embeddings.append(F.normalize(output.pooled_BD, dim=-1))
         states.append(output.state_BW)
+        advance(int(found[-1]) + 1, len(images.items))
     return EmbeddedImages(
         source=images.source,
         items_I=np.concatenate(items),

@@ -26,9 +26,10 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from diptych.encoders.text import cleaned
 from diptych.errors import UserError, first_line
+from diptych.io import without_progress_bars
 from diptych.nn.inference import Device, eval_mode, pick_device
 from diptych.nn.transformer import attention, rounded
-from diptych.run_folder import kind_of
+from diptych.run_folder import check_finished, finished_part
 
 LARGEST_SCALE = 100.0
 _HEAD_WIDTH = 64
@@ -193,19 +194,19 @@ class DualEncoder(nn.Module):
         tokens_BLD = self.clip.text_projection(states_BLW) if keep_tokens else None
         return TowerOutput(pooled_BD=self.clip.text_projection(state_BW), state_BW=state_BW, tokens_BSD=tokens_BLD)
 
-    def tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
+    def tokenize(self, texts: str | Sequence[str]) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
         """Ids and validity on the CPU; L is the length of the longest text. A mark such as ``<|endoftext|>`` that is
         written out in a text is read as ordinary letters."""
         encoded = self._tokenizer_output(texts, padding=True, return_tensors="pt")
         return encoded["input_ids"], encoded["attention_mask"].bool()
 
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def ids(self, texts: str | Sequence[str]) -> list[list[int]]:
         """The ids of each text, without padding."""
         return self._tokenizer_output(texts)["input_ids"]
 
-    def _tokenizer_output(self, texts: Sequence[str], **options: Any) -> Any:
+    def _tokenizer_output(self, texts: str | Sequence[str], **options: Any) -> Any:
         return self.tokenizer(
-            [cleaned(text) for text in texts],
+            [cleaned(text) for text in ([texts] if isinstance(texts, str) else texts)],
             truncation=True,
             max_length=self.max_text_len,
             split_special_tokens=True,
@@ -223,8 +224,9 @@ class DualEncoder(nn.Module):
             ]
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
-    def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Float[Tensor, "B D"]:
-        """L2-normalized embeddings, fp32, on the encoder's device."""
+    def embed_texts(self, texts: str | Sequence[str], *, batch_size: int = 256) -> Float[Tensor, "B D"]:
+        """L2-normalized embeddings of texts, or of a single text, fp32, on the encoder's device."""
+        texts = [texts] if isinstance(texts, str) else texts
         device = self.mean_311.device
         parts = []
         with eval_mode(self):
@@ -237,23 +239,26 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], *, device: Device = "cpu") -> "DualEncoder":
-        """Load a CLIP from a folder, without any use of the network, or by its hub name.
+        """Load a CLIP from a folder, without any use of the network, from a run folder, or by its hub name.
 
-        Raises UserError when ``name`` holds no readable CLIP.
+        Raises UserError when ``name`` holds no readable CLIP, and for a run that is not finished or of another kind.
         """
+        name = finished_part(name, "dual", "model")
         where: dict[str, Any] = {"local_files_only": Path(name).is_dir()}
         try:
             config = transformers.CLIPConfig.from_pretrained(name, **where)
             if config.model_type != "clip":
                 raise UserError(f"a {config.model_type!r} model")
-            clip = transformers.CLIPModel.from_pretrained(name, dtype=torch.float32, **where)
-            processor = transformers.AutoProcessor.from_pretrained(name, **where)
+            with without_progress_bars(name):
+                clip = transformers.CLIPModel.from_pretrained(name, dtype=torch.float32, **where)
+                processor = transformers.AutoProcessor.from_pretrained(name, **where)
             return cls(clip, processor).to(pick_device(device))
         except Exception as error:  # transformers, safetensors and json each raise their own kinds for a broken file
             raise UserError(
                 f"dual encoder {name}: {first_line(error)}; give the folder or hub name of a CLIP"
             ) from error
 
+    @without_progress_bars()
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a plain folder for `CLIPModel` and `AutoProcessor`."""
         self.clip.save_pretrained(folder)
@@ -262,11 +267,8 @@ class DualEncoder(nn.Module):
 
 def open_dual(run: Path, *, device: Device) -> DualEncoder:
     """The dual encoder of a run folder. Raises UserError for a run of another kind, or one that is not finished."""
-    if (kind := kind_of(run)) != "dual":
-        raise UserError(f"{run}: a run of kind {kind!r} holds no dual encoder: give a run of clip, siglip, slip or ito")
-    if not (run / "model").is_dir():
-        raise UserError(f"{run}: has no model/, so it is no finished run: let `diptych fit` finish it")
-    return DualEncoder.from_pretrained(run / "model", device=device)
+    check_finished(run, "dual")
+    return DualEncoder.from_pretrained(run, device=device)
 
 
 def _clip_config(config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> "transformers.CLIPConfig":

@@ -144,7 +144,7 @@ def _sigmoid(run: ClipRun) -> ClipRun:
 def _tiny() -> dict:
     return _fields(
         DualEncoderConfig.tiny(),
-        TrainConfig(steps=1800, batch_size=128, eval_every=180, checkpoint_every=900, tensorboard=False, workers=1),
+        TrainConfig(steps=1800, batch_size=128, eval_every=180, checkpoint_every=180, tensorboard=False, workers=1),
         OptimConfig(lr=1e-3, warmup_steps=100, weight_decay=0.2),
     )
 

@@ -3,7 +3,7 @@
 Search is exact (:func:`nearest`) or approximate (:func:`nearest_approximate`, which needs the extra ``ann``).
 
 Shapes: Q queries, N stored vectors, D width, K hits of a query, B rows of a batch or vectors of a block, C vectors of a
-block that are in the cache or classes, H and W pixels.
+block that are in the cache or classes, H and W pixels, S side of an image.
 """
 
 import sys
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -26,10 +26,11 @@ from diptych.data.class_texts import read_names
 from diptych.data.pixels import SkippedItems, channels_first, decode_files, read_images
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
+from diptych.data.sources.decode import decode
 from diptych.data.sources.text import clean, read_text
 from diptych.data.store import ResumableArrayWriter, VectorStore, check_free, finish_vectors
 from diptych.dual.metrics import ENSEMBLE, class_embeddings
-from diptych.dual.model import open_dual
+from diptych.dual.model import DualEncoder, open_dual
 from diptych.errors import UserError
 from diptych.io import weights_digest
 from diptych.nn.inference import Device, Prediction, top_predictions
@@ -249,8 +250,8 @@ class Index:
             if row >= 0
         ]
 
-    def sheet(self, results: Sequence[SearchResult], *, title: str) -> Image.Image:
-        """A contact sheet of the images that were found.
+    def sheet(self, results: Sequence[SearchResult], *, query: str | Path) -> Image.Image:
+        """A contact sheet of the images that were found, after the image that was searched for.
 
         Raises UserError where the source has changed since it was embedded, and for a store of texts.
         """
@@ -262,26 +263,35 @@ class Index:
             raise UserError(f"{source.name}: not what it was when {self.store.folder} was made: embed it again")
         images = [source.image(result.item, _THUMBNAIL) for result in results]
         captions = [f"{result.score:.3f} {result.key}" for result in results]
-        return contact_sheet(images, captions=captions, title=title, side=_THUMBNAIL)
+        if isinstance(query, Path):
+            images.insert(0, decode(query, _THUMBNAIL))
+            captions.insert(0, f"searched for: {query.name}")
+        return contact_sheet(images, captions=captions, title=str(query), side=_THUMBNAIL)
 
 
-def classify_run(
-    run: Path, images: Sequence[Path], *, classes: Path | None, templates: Path | None, top: int, device: Device
-) -> list[list[Prediction]]:
-    """The ``top`` most probable classes of each image. ``classes`` is a file with the name of a class on each line.
+class ZeroShotClassifier:
+    """Classifies images by the names of the classes alone."""
 
-    A name that stands there twice counts once. ``templates`` is a file with a prompt template on each line; not given,
-    those of :data:`ENSEMBLE` serve. Raises UserError without ``classes``, and for files and images that cannot be read.
-    """
-    encoder = open_dual(run, device=device)
-    if classes is None:
-        raise UserError(f"{run}: a dual encoder knows no classes of its own: give --classes NAMES.txt")
-    names = list(dict.fromkeys(read_names(classes)))
-    prompts = read_templates(templates) if templates else ENSEMBLE
-    pixels_B3HW = decode_files(images, size=encoder.image_size)
-    classes_CD = class_embeddings(encoder.embed_texts, names, templates=prompts)
-    logits_BC = encoder.scale * encoder.embed_images(pixels_B3HW) @ classes_CD.T
-    return top_predictions(logits_BC.softmax(1), names, top=top)
+    def __init__(self, encoder: DualEncoder, names: Sequence[str], *, templates: Sequence[str] = ENSEMBLE) -> None:
+        """``templates`` are prompts with {} for the name of a class. Raises UserError for one without {}."""
+        self.encoder, self.names, self.image_size = encoder, names, encoder.image_size
+        self._classes_CD = class_embeddings(encoder.embed_texts, names, templates=templates)
+
+    @classmethod
+    def open(cls, run: Path, *, classes: Path, templates: Path | None, device: Device) -> "ZeroShotClassifier":
+        """The dual encoder of ``run``, with a file of the name of a class on each line, and one of templates if wanted.
+
+        A name that stands there twice counts once.
+        Raises UserError for a file that cannot be read.
+        """
+        names = list(dict.fromkeys(read_names(classes)))
+        prompts = read_templates(templates) if templates else ENSEMBLE
+        return cls(open_dual(run, device=device), names, templates=prompts)
+
+    def predictions(self, pixels_B3SS: UInt8[Tensor, "B 3 S S"], *, top: int) -> list[list[Prediction]]:
+        """The ``top`` most probable classes of each image, best first."""
+        logits_BC = self.encoder.scale * self.encoder.embed_images(pixels_B3SS) @ self._classes_CD.T
+        return top_predictions(logits_BC.softmax(1), self.names, top=top)
 
 
 def read_templates(file: Path) -> list[str]:

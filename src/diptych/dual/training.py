@@ -1,7 +1,9 @@
 """Training dual encoders: ITO and the methods that it is compared with, on the same batches."""
 
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -9,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -17,18 +20,40 @@ from diptych.data.sources import Source, open_finite, open_source, require_pairs
 from diptych.data.sources.content import content_digest
 from diptych.data.streams import BatchSampler
 from diptych.dual.data import CaptionIds, PairsData, pair_stream
-from diptych.dual.evaluation import embed_pairs, embed_readable, readable_images, score_retrieval
+from diptych.dual.evaluation import (
+    EmbeddedImages,
+    EmbeddedPairs,
+    embed_pairs,
+    embed_readable,
+    readable_images,
+    score_retrieval,
+)
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
 from diptych.dual.objectives.base import PairsConfig
 from diptych.dual.objectives.clip import ClipConfig
 from diptych.dual.objectives.ito import ItoConfig
 from diptych.dual.objectives.slip import SlipConfig
 from diptych.errors import UserError
+from diptych.nn.inference import pick_device
+from diptych.report.run_report import closing_line, outcome, write_run_report
+from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import Kind, part_of, save_model, write_config
+from diptych.train.best import BestWeights, Score
 from diptych.train.config import FILES, OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first, process_count
+from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.objective import Objective
+from diptych.train.pace import Budget, RunPlan, StageCost
+
+_SHOWN, _FOUND = 6, 3
+"""Number of texts on the sheet of samples, and of images that are shown for each."""
+_THUMBNAIL = 128
+"""Side in pixels of these images."""
+_TIMED = 16
+"""Number of images whose validation is timed."""
+_VALID_SHARE = 0.04
+"""Share of a budget that one validation takes at most."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,8 +76,11 @@ class DualRun:
     """Optimizer and learning rate."""
     objective: PairsConfig
     """The losses, and the views and captions that they compare."""
+    patience: int = 5
+    """Number of validations in a row without a better mean R@1 after which training ends, if `data.valid` is given. The
+    best weights are kept."""
 
-    def fit(self, out: Path, *, recipe: str) -> TrainResult:
+    def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> TrainResult:
         """Train, and leave ``out/model``, a plain CLIP folder, and the validation retrieval in ``metrics.jsonl``.
 
         Raises UserError for data without images or captions, and for settings that cannot be meant.
@@ -61,36 +89,75 @@ class DualRun:
         source = open_finite(self.data.pairs, self.data.columns)
         require_pairs(source, self.data.pairs)
         self._fit_batch(source)
-        model = self._model(source, out)
-        model.tune_for_training()
-        hooks = self._hooks(model, out)
-        write_config(out, recipe=recipe, run=self)
-        objective = self._objective(model)
+
+        def report(state: str) -> None:
+            write_run_report(out, state=state)
+
+        best = BestWeights(out / "best", patience=self.patience) if self.data.valid else None
+        plan = RunPlan([StageCost(name=recipe, steps=self.train.steps)], budget=Budget.of_run(out, budget))
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
-        batches = self._batches(source, model, objective, skipped)
+        captions = CaptionIds.read(source, np.arange(len(source)), self._model(source, out).ids)
+
+        def make(run: DualRun) -> tuple[Objective, BatchSampler]:
+            model = run._model(source, out)
+            model.tune_for_training()
+            objective = run._objective(model)
+            return objective, run._batches(source, captions, model, objective, skipped)
+
+        affordable, seconds = self._affordable_evaluation(source, out, plan)
+        run, pace = plan.fit_stage(recipe, affordable, out, make, evaluation_seconds=seconds)
+        model = run._model(source, out)
+        model.tune_for_training()
+        hooks = run._hooks(model, out, best)
+        write_config(out, recipe=recipe, run=run)
+        objective = run._objective(model)
+        batches = run._batches(source, captions, model, objective, skipped)
         identity = {
             "model": model.clip.config.to_diff_dict(),
             "objective": self.objective.identity(),
-            "data": [source.name, batches.streams["pairs"].size, self.data.decode_size],
+            "data": {
+                "pairs": source.name,
+                "captioned_images": batches.streams["pairs"].size,
+                "decode_size": self.data.decode_size,
+            },
             FILES: content_digest(source),
         }
         result = train(
             objective,
             batches,
             out=out,
-            train=self.train,
-            optim=self.optim,
+            train=run.train,
+            optim=run.optim,
             hooks=hooks,
             title=recipe,
             identity=identity,
+            pace=pace,
+            report=report,
         )
         if is_main_process():
             for line in skipped.report(out / "skipped.jsonl"):
                 print(line, file=sys.stderr, flush=True)
-        with result.eval_mode(objective):
+        if best is not None and best.score is not None:
+            best.load_into(objective)
+        with result.eval_mode(objective) if best is None else nullcontext():
             if is_main_process():
                 model.clamp_scale()
                 save_model(model, out / "model")
+        if result.finished and is_main_process():
+            write_run_report(out)
+            print(
+                closing_line(
+                    out,
+                    self.kind,
+                    score=outcome(
+                        out,
+                        step=best.score.step if best and best.score else None,
+                        select="mean_r1",
+                        source=self.data.valid,
+                    ),
+                ),
+                flush=True,
+            )
         return result
 
     def _fit_batch(self, source: Source) -> None:
@@ -112,6 +179,11 @@ class DualRun:
             )
         self.train = replace(self.train, batch_size=fitting)
 
+    @property
+    def slow_from(self) -> int:
+        """0: all steps take the same time."""
+        return 0
+
     def _model(self, source: Source, out: Path) -> DualEncoder:
         if self.start is not None:
             return DualEncoder.from_pretrained(part_of(self.start, "model"))
@@ -128,9 +200,25 @@ class DualRun:
         name = part_of(self.tokenizer, "tokenizer") if self.tokenizer is not None else str(folder)
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
 
-    def _hooks(self, model: DualEncoder, out: Path) -> list[Hook]:
-        if self.data.valid is None:
-            return []
+    def _affordable_evaluation(self, source: Source, out: Path, plan: RunPlan) -> tuple["DualRun", float]:
+        """The run with so many images to validate on as a budget has time for, and the seconds that these take."""
+        if plan.budget is None or self.data.valid is None:
+            return self, 0.0
+        model = self._model(source, out).to(pick_device(self.train.device))
+        few = replace(self, data=replace(self.data, valid_images=min(_TIMED, self.data.valid_images)))
+        measure = measure_retrieval(model, few._valid_images(model, out))
+        began = time.monotonic()
+        measure(0, model)
+        each = (time.monotonic() - began) / few.data.valid_images
+        fits = int(_VALID_SHARE * 60 * plan.budget.minutes / each)
+        images = plan.budget.decision("valid_images", lambda: max(_TIMED, min(fits, self.data.valid_images)))
+        if images < self.data.valid_images:
+            print(f"validation: {images:,} of {self.data.valid_images:,} images fit into the budget", flush=True)
+        return replace(self, data=replace(self.data, valid_images=images)), each * images
+
+    def _valid_images(self, model: DualEncoder, out: Path) -> ReadableImages:
+        """The images of `--data.valid`; what cannot be read is told now, not at the first evaluation."""
+        assert self.data.valid is not None
         source = open_source(self.data.valid, columns=self.data.columns)
         require_pairs(source, self.data.valid)
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
@@ -138,22 +226,38 @@ class DualRun:
         images = readable_images(source, limit=limit, size=model.image_size, skipped=skipped, cache_mb=cache_mb)
         if not any(source.captions(int(item)) for item in images.items):
             raise UserError(f"{self.data.valid}: has no captioned image to measure retrieval on")
-        for _ in images:  # what cannot be read is told before the training, not at its first evaluation
+        for _ in images:
             pass
         if is_main_process():
             for line in skipped.report(out / "skipped_valid.jsonl"):
                 print(line, file=sys.stderr, flush=True)
-        return [Hook(every=self.train.eval_every, run=measure_retrieval(model, images))]
+        return images
+
+    def _hooks(self, model: DualEncoder, out: Path, best: BestWeights | None) -> list[Hook]:
+        if self.data.valid is None or best is None:
+            return []
+        measure = measure_retrieval(model, self._valid_images(model, out), folder=out / "samples")
+
+        def run(step: int, objective: nn.Module) -> dict[str, Measured]:
+            found = measure(step, objective)
+            value = found["valid/mean_r1"]
+            assert isinstance(value, float | int)
+            best.offer(Score(step=step, value=value), objective)
+            return found
+
+        return [Hook(every=self.train.eval_every, run=run, over=best.is_over)]
 
     def _objective(self, model: DualEncoder) -> Objective:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)  # for weights outside the model, which are dropped after training
             return self.objective.build(model)
 
-    def _batches(self, source: Source, model: DualEncoder, objective: Objective, skipped: SkippedItems) -> BatchSampler:
+    def _batches(
+        self, source: Source, captions: CaptionIds, model: DualEncoder, objective: Objective, skipped: SkippedItems
+    ) -> BatchSampler:
         stream = pair_stream(
             source,
-            CaptionIds.read(source, np.arange(len(source)), model.ids),
+            captions,
             size=self.data.decode_size or model.image_size * 3 // 2,
             per_image=self.objective.captions,
             pad=model.tokenizer.pad_token_id,
@@ -190,11 +294,39 @@ class SlipRun(DualRun):
     """SLIP's losses, and the views and captions that they compare."""
 
 
-def measure_retrieval(model: DualEncoder, images: ReadableImages) -> Callable[[int, nn.Module], dict[str, float | int]]:
-    """A hook that measures retrieval among ``images`` as `diptych evaluate` does, for ``metrics.jsonl``."""
+def measure_retrieval(
+    model: DualEncoder, images: ReadableImages, *, folder: Path | None = None
+) -> Callable[[int, nn.Module], dict[str, Measured]]:
+    """A hook that measures retrieval among ``images`` as `diptych evaluate` does, for ``metrics.jsonl``.
 
-    def run(step: int, objective: nn.Module) -> dict[str, float | int]:
-        table = score_retrieval(embed_pairs(model, embed_readable(model, images)))
-        return {f"valid/{name}": value for name, value in table.items() if name not in ("images", "texts")}
+    With ``folder``, it also writes a sheet there: some texts, each under the images that it finds.
+    """
+
+    def run(step: int, objective: nn.Module) -> dict[str, Measured]:
+        embedded = embed_readable(model, images)
+        pairs = embed_pairs(model, embedded)
+        table = score_retrieval(pairs)
+        found: dict[str, Measured] = {
+            f"valid/{name}": value for name, value in table.items() if name not in ("images", "texts")
+        }
+        if folder is None:
+            return found
+        sheet = _sheet_of_finds(embedded, pairs, title=f"step {step:,}: the images that each text finds")
+        save_png(folder / f"step-{step:08d}.png", sheet)
+        return found | {"samples": sheet}
 
     return run
+
+
+def _sheet_of_finds(images: EmbeddedImages, pairs: EmbeddedPairs, *, title: str) -> Image.Image:
+    """A column for each of some texts, with its own image and the best ones that it finds."""
+    source = images.source
+    items = [item for item in map(int, images.items_I) if source.captions(item)]
+    shown = items[:_SHOWN]
+    best_BK = (pairs.first_ID[: len(shown)] @ pairs.images_ID.T).topk(min(_FOUND, len(items)), dim=1).indices.cpu()
+    own = [Cell(image=source.image(item, _THUMBNAIL), caption=source.captions(item)[0]) for item in shown]
+    rows = {"its image": own}
+    for place in range(best_BK.shape[1]):
+        found = [items[row] for row in best_BK[:, place].tolist()]
+        rows[f"found {place + 1}."] = [Cell(image=source.image(item, _THUMBNAIL)) for item in found]
+    return comparison(rows, title=title)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from diptych.encoders.loading import load, load_weights, resolve, width_of
+from diptych.io import without_progress_bars
 
 _WHAT = "an audio model"
 
@@ -72,6 +73,7 @@ class AudioEncoder(nn.Module):
             valid_BN = mask.bool()
         return features_BND.masked_fill(~valid_BN[..., None], 0.0), valid_BN
 
+    @without_progress_bars()
     def save_pretrained(self, folder: Path) -> None:
         """Write a folder that :func:`open_audio_encoder` reads, and `transformers` too."""
         self.network.save_pretrained(folder)

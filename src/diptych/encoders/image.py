@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from diptych.encoders.loading import is_itit, is_projected, load, load_config, load_weights, resolve, tower_of, width_of
 from diptych.errors import UserError
+from diptych.io import without_progress_bars
 
 ImagePooling = Literal["auto", "cls", "mean"]
 _POOLING_KEY = "diptych_pooling"
@@ -116,6 +117,7 @@ class HubImageEncoder(ImageEncoder):
         inputs_B3SS = resize(pixels_B3HW.to(self.image_mean), self.image_size) * self.scale
         return self.network(pixel_values=(inputs_B3SS - self.image_mean) / self.image_std)
 
+    @without_progress_bars()
     def save_pretrained(self, folder: Path) -> None:
         self.network.save_pretrained(folder)
         settings = self.settings | {_POOLING_KEY: self.pooling}
@@ -172,7 +174,7 @@ def open_image_encoder(name: str | Path, *, pooling: ImagePooling = "auto") -> I
     found = resolve(name, "image")
     if is_itit(found):
         # Resolved by name when it is needed: this module lies below the learners, so it may not import one of them.
-        return resolve_name("diptych.itit.pipeline:ItitImageEncoder").from_pretrained(found)
+        return resolve_name("diptych.itit.image_encoder:ItitImageEncoder").from_pretrained(found)
     return HubImageEncoder.from_pretrained(found, pooling=pooling)
 
 

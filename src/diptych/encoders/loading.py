@@ -10,6 +10,7 @@ from torch import nn
 from transformers.utils import logging
 
 from diptych.errors import UserError, first_line
+from diptych.io import without_progress_bars
 
 Modality = Literal["image", "text", "audio"]
 T = TypeVar("T")
@@ -51,7 +52,8 @@ def load(name: str, what: str, loader: Callable[..., T], **options: Any) -> T:
     if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2):
         raise UserError(f"{name}: no such folder; give the folder or hub name of {what}")
     try:
-        return loader(name, **offline(name), **options)
+        with without_progress_bars(name):
+            return loader(name, **offline(name), **options)
     except Exception as error:  # the libraries raise different errors for broken files
         raise UserError(f"{name} cannot be loaded as {what}: {first_line(error)}") from error
 

@@ -106,14 +106,16 @@ class PooledTextEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
-        """One vector for each text, on the encoder's device."""
+    def forward(self, texts: str | Sequence[str]) -> Float[Tensor, "B D"]:
+        """One vector for each text, or for a single text, on the encoder's device."""
+        texts = [texts] if isinstance(texts, str) else texts
         pieces = [self._pooled(texts[at : at + _ROWS]) for at in range(0, len(texts), _ROWS)]
         return torch.cat(pieces) if pieces else torch.empty(0, self.width)
 
     @torch.no_grad()
-    def tokens(self, texts: Sequence[str]) -> tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"]]:
+    def tokens(self, texts: str | Sequence[str]) -> tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"]]:
         """Features of every token, zero at padding, and which tokens are valid."""
+        texts = [texts] if isinstance(texts, str) else texts
         output, valid_BL = self._run(texts)
         return output.last_hidden_state.masked_fill(~valid_BL[..., None], 0.0), valid_BL
 

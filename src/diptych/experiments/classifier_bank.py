@@ -20,12 +20,13 @@ from torch.func import functional_call, stack_module_state, vmap
 from diptych.data.splits import Episode
 from diptych.data.streams import shuffled
 from diptych.rng import derive_seed
+from diptych.train.best import Score, patience_is_over, select_best
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.optim import learning_rate, make_optimizer
 from diptych.uml.data import LabelledFeatures
 from diptych.uml.head import SharedHead, SharedHeadConfig
 from diptych.uml.objective import Init, uml_loss
-from diptych.uml.training import IMAGE, TEXT, Score, patience_is_over, select_best, start_head
+from diptych.uml.training import IMAGE, TEXT, start_head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +168,7 @@ class ClassifierBank:
         logits_NC, labels_N = self._logits(number, self.weights, member.episode.valid), self.image_labels_N
         wanted = labels_N[member.episode.valid]
         accuracy = float((logits_NC.argmax(1) == wanted).float().mean())
-        return Score(step=step, accuracy=accuracy, loss=float(F.cross_entropy(logits_NC, wanted)))
+        return Score(step=step, value=accuracy, tie_break=-float(F.cross_entropy(logits_NC, wanted)))
 
     def _try(
         self, number: int, kept: Mapping[str, Tensor], scores: list[Score], test: np.ndarray, patience: int

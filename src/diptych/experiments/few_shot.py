@@ -196,7 +196,7 @@ def _choose(name: str, shots: int, seed: int, tried: Sequence[tuple[dict[str, An
         shots=shots,
         seed=seed,
         accuracy=float(found.right_N.mean()),
-        valid_accuracy=found.score.accuracy,
+        valid_accuracy=found.score.value,
         chosen=chosen | {"step": found.score.step},
     )
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,9 +34,10 @@ from diptych.itit.pipeline import Diptych
 from diptych.nn.functional import token_loss
 from diptych.nn.inference import Device
 from diptych.report import print_metrics
+from diptych.report.progress import ProgressLine
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import write_json
-from diptych.tokenizers.text_encoder import PAD
+from diptych.tokenizers.text_tokenizer import PAD
 
 _ROWS = 64
 """Number of rows whose information gain is computed at once."""
@@ -90,15 +92,22 @@ class Evaluation:
 
 
 def evaluate(
-    diptych: Diptych, source: Source, config: EvaluateConfig, *, extractor: FeatureExtractor | None = None
+    diptych: Diptych,
+    source: Source,
+    config: EvaluateConfig,
+    *,
+    extractor: FeatureExtractor | None = None,
+    progress: Literal["shown", "silent"] = "silent",
 ) -> Evaluation:
     """Score captions, generated images, and the information gain of both, on the captioned images of ``source``.
 
     Captions: CIDEr-D, BLEU, ROUGE-L and variety. Images: the Frechet distance of generated to real images, on features
     of ``extractor`` (default: a random network). Both: :func:`information_gain`, in nats per token. On `scenes:` also
     the exact accuracies, and of both the :func:`drift`. Real images are cut to their centre square and resized to the
-    tokenizer's size, without compression. Raises UserError for a source without images or captions.
+    tokenizer's size, without compression. ``progress`` is shown on stderr. Raises UserError for a source without images
+    or captions.
     """
+    shown = progress == "shown"
     skipped = SkippedItems(max_skipped_share=config.max_skipped_share)
     items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.image_size, skipped=skipped)
     references = [source.captions(item) for item in items]
@@ -110,7 +119,12 @@ def evaluate(
     generated = None
     if config.captions:
         tokens_BN = diptych.tokenize(pixels)
-        captions = [caption.text for caption in diptych.caption_tokens(tokens_BN, beams=config.beams)]
+        captions = [
+            caption.text
+            for caption in diptych.caption_tokens(
+                tokens_BN, beams=config.beams, advance=ProgressLine("captioning") if shown else None
+            )
+        ]
         scores = score_captions(captions, references)
         metrics |= scores.table()
         notes += scores.warnings
@@ -122,7 +136,9 @@ def evaluate(
             metrics |= {"caption_information_gain": gain.caption, "image_information_gain": gain.image}
             notes.append(_GAIN_NOTE)
     if config.images:
-        generated = diptych.imagine(first, seed=config.seed)
+        generated = diptych.imagine(
+            first, seed=config.seed, advance=ProgressLine("generating images") if shown else None
+        )
         distance, note = _frechet(pixels, generated, extractor or RandomFeatures())
         metrics |= distance
         notes += [note] if note else []
@@ -263,7 +279,8 @@ def evaluate_run(
 ) -> None:
     """Score a run; print a table, and write ``metrics.json``, ``captions.jsonl`` and ``sheet.png`` into ``out``."""
     diptych = Diptych.from_pretrained(run, device=device)
-    found = evaluate(diptych, source, config, extractor=open_extractor(features))
+    _ = diptych.text_encoder  # what is wrong with it is told before the work
+    found = evaluate(diptych, source, config, extractor=open_extractor(features), progress="shown")
     out.mkdir(parents=True, exist_ok=True)
     notes = found.notes + found.skipped.report(out / "skipped.jsonl")
     print_metrics(found.metrics, title=f"{run} on {source.name}", notes=notes)

@@ -19,7 +19,7 @@ from torch import Tensor
 from diptych.errors import UserError
 from diptych.itit.model import ITIT
 from diptych.rng import StepRNG
-from diptych.tokenizers.text_encoder import EOS, PAD
+from diptych.tokenizers.text_tokenizer import EOS, PAD
 
 
 @dataclass(kw_only=True, slots=True)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from diptych.errors import UserError
 from diptych.nn.transformer import Blocks, LayerCache, init_fan_in, init_weights, prefix_causal
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
-from diptych.tokenizers.text_encoder import PAD, FeatureKind, TextEncoder
+from diptych.tokenizers.text_encoder import FeatureKind, TextEncoder
+from diptych.tokenizers.text_tokenizer import PAD
 
 
 def shift_right(ids_BL: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:

@@ -30,7 +30,8 @@ from diptych.nn.functional import scale_gradient, straight_through_embedding, to
 from diptych.nn.inference import eval_mode
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
-from diptych.tokenizers.text_encoder import PAD, TextEncoder
+from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.text_tokenizer import PAD
 from diptych.train.objective import Losses, Objective
 
 

@@ -1,31 +1,25 @@
 """A finished ITIT run as one object that captions images and generates images from texts.
 
-Also here: the tokenizers of a run, which prepare its data, and its encoder as an image encoder for other learners.
+Also here: the tokenizers of a run, which prepare its data.
 
-Shapes: B rows, H and W pixels, S pixels a side of a square image, N image tokens, L text tokens, V vocabulary,
-D encoder width.
+Shapes: B rows, S pixels a side of a square image, N image tokens, L text tokens.
 """
 
-import io
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Num, UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
 from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import channels_first
 from diptych.data.sources.decode import decode
-from diptych.encoders.image import ImageEncoder, resize
-from diptych.encoders.loading import load
 from diptych.errors import UserError
 from diptych.io import load_network, weights_digest
 from diptych.itit.generation import (
@@ -37,12 +31,16 @@ from diptych.itit.generation import (
 from diptych.itit.model import ITIT
 from diptych.nn.inference import Device, Precision, autocast, pick_device
 from diptych.rng import RowRNG, derive_seed
-from diptych.run_folder import read_config
+from diptych.run_folder import check_finished, read_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
-from diptych.tokenizers.text_encoder import PAD, TextEncoder
+from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.text_tokenizer import PAD, TextTokenizer
 
 ImageLike = str | Path | Image.Image | np.ndarray
 """A path, a PIL image, or uint8 pixels [H W 3]."""
+
+Advance = Callable[[int, int], None]
+"""Called with the number of rows that are done and that of all."""
 
 _ROWS = 64
 """Number of rows generated at once."""
@@ -83,21 +81,26 @@ class Diptych:
     def __init__(
         self,
         tokenizer: ImageTokenizer,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | Callable[[], TextEncoder],
         model: ITIT,
         *,
+        text_tokenizer: TextTokenizer | None = None,
         image_generation: ImageGenerationConfig | None = None,
         text_generation: TextGenerationConfig | None = None,
         device: str | torch.device = "cpu",
         precision: Precision = "auto",
     ) -> None:
+        """``text_encoder`` may be a function that loads it: captions need only its ``text_tokenizer``, given then."""
         self.precision: Precision = precision
         self.device = torch.device(device)
         self.tokenizer = tokenizer.to(self.device).eval()
-        self.text_encoder = text_encoder.to(self.device)
-        self.text_encoder.feature_kind = model.config.text_input
         self.model = model.to(self.device).eval()
+        self._text_encoder = text_encoder
         self._told: set[str] = set()  # unknown words, each named once
+        self.text_tokenizer = text_tokenizer or self.text_encoder
+        self._banned_V = torch.zeros(self.text_tokenizer.vocab_rows, dtype=torch.bool)
+        self._banned_V[list(self.text_tokenizer.banned_ids)] = True
+        self._banned_V = self._banned_V.to(self.device)
         self.image_generation = image_generation or ImageGenerationConfig()
         self.text_generation = text_generation or TextGenerationConfig()
 
@@ -115,49 +118,58 @@ class Diptych:
             UserError: the folder is no finished run, or a file in it is damaged.
         """
         run = Path(run)
-        if not run.is_dir():
-            raise UserError(f"{run}: no such run folder")
-        for part in ("tokenizer", "text_encoder", "model"):
-            if not (run / part).is_dir():
-                raise UserError(f"{run}: has no {part}/, so it is no finished ITIT run: let `diptych fit` finish it")
+        check_finished(run, "itit")
         image_generation, text_generation = _generation_of(run)
         return cls(
             ImageTokenizer.from_pretrained(run / "tokenizer"),
-            TextEncoder.from_pretrained(run / "text_encoder"),
+            lambda: TextEncoder.from_pretrained(run / "text_encoder"),
             load_network(ITIT, run / "model"),
+            text_tokenizer=TextTokenizer.from_pretrained(run / "text_encoder"),
             image_generation=image_generation,
             text_generation=text_generation,
             device=pick_device(device),
             precision=precision,
         )
 
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The frozen text encoder. Raises UserError where it is loaded only now, and a file of it is damaged."""
+        if not isinstance(self._text_encoder, TextEncoder):
+            self._text_encoder = self._text_encoder()
+        self._text_encoder.feature_kind = self.model.config.text_input
+        return self._text_encoder.to(self.device)
+
     # Captions
 
-    def caption(self, images: Sequence[ImageLike], *, beams: int | None = None) -> list[str]:
-        """One caption for each image. ``beams`` None takes the run's own number."""
+    def caption(self, images: ImageLike | Sequence[ImageLike], *, beams: int | None = None) -> list[str]:
+        """One caption for each image; a list of one for a single image. ``beams`` None takes the run's own number."""
         return [caption.text for caption in self.captions(images, beams=beams)]
 
-    def captions(self, images: Sequence[ImageLike], *, beams: int | None = None) -> list[Caption]:
-        """One caption for each image, with its score."""
+    def captions(self, images: ImageLike | Sequence[ImageLike], *, beams: int | None = None) -> list[Caption]:
+        """As :meth:`caption`, each with its score."""
+        if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+            images = [images]
         found: list[Caption] = []
         for start in range(0, len(images), _ROWS):
             pixels = np.stack([self.read(image) for image in images[start : start + _ROWS]])
             found += self.caption_tokens(self.tokenize(pixels), beams=beams)
         return found
 
-    def caption_tokens(self, tokens_BN: Tensor, *, beams: int | None = None) -> list[Caption]:
-        """One caption with its score for each row of image tokens."""
+    def caption_tokens(
+        self, tokens_BN: Tensor, *, beams: int | None = None, advance: Advance | None = None
+    ) -> list[Caption]:
+        """One caption with its score for each row of image tokens. ``advance`` is called with the rows done and all."""
         config = self.text_generation if beams is None else replace(self.text_generation, beams=beams)
         length = self.model.config.max_text_len
         found: list[Caption] = []
         for piece in tokens_BN.to(self.device).split(_ROWS):
             with autocast(self.device, self.precision):
-                ids_BL, score_B = generate_text(
-                    self.model, piece, config, banned_V=self.text_encoder.banned_V, length=length
-                )
+                ids_BL, score_B = generate_text(self.model, piece, config, banned_V=self._banned_V, length=length)
             scores = [None] * len(piece) if score_B is None else score_B.tolist()
-            texts = self.text_encoder.detokenize(ids_BL)
+            texts = self.text_tokenizer.detokenize(ids_BL)
             found += [Caption(text=text, score=score) for text, score in zip(texts, scores, strict=True)]
+            if advance:
+                advance(len(found), len(tokens_BN))
         return found
 
     def tokenize(self, pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Int[Tensor, "B N"]:
@@ -168,23 +180,35 @@ class Diptych:
     # Images
 
     def imagine(
-        self, texts: Sequence[str], *, seed: int = 0, config: ImageGenerationConfig | None = None
+        self,
+        texts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        config: ImageGenerationConfig | None = None,
+        advance: Advance | None = None,
     ) -> UInt8[np.ndarray, "B S S 3"]:
-        """One image for each text. The same seed generates the same image for a text, whatever texts are beside it.
+        """One image for each text, or for a single text. The same seed generates the same image for a text, whatever
+        texts are beside it; a text that is given several times gets as many different images.
 
-        A text that is given several times gets as many different images. ``config`` None takes the run's own settings.
-        Raises UserError when no list of texts is given.
+        ``config`` None takes the run's own settings. ``advance`` is called with the number of images done and that of
+        all. Raises UserError when no text is given.
         """
-        tokens_BN = self.imagine_tokens(texts, seed=seed, config=config)
+        tokens_BN = self.imagine_tokens(texts, seed=seed, config=config, advance=advance)
         return self.tokenizer.decode(tokens_BN).permute(0, 2, 3, 1).cpu().numpy()
 
     def imagine_tokens(
-        self, texts: Sequence[str], *, seed: int = 0, config: ImageGenerationConfig | None = None
+        self,
+        texts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        config: ImageGenerationConfig | None = None,
+        advance: Advance | None = None,
     ) -> Int[Tensor, "B N"]:
         """The image tokens that :meth:`imagine` decodes to pixels."""
-        if not texts or isinstance(texts, str):
-            raise UserError("no text to imagine" if not texts else f"one text, {texts!r:.60}: give a list of texts")
-        unknown = [word for word in self.text_encoder.unknown_words(texts) if word not in self._told]
+        if not texts:
+            raise UserError("no text to imagine")
+        texts = [texts] if isinstance(texts, str) else texts
+        unknown = [word for word in self.text_tokenizer.unknown_words(texts) if word not in self._told]
         self._told.update(unknown)
         if unknown:
             some = ", ".join(repr(word) for word in unknown[:5])
@@ -206,6 +230,8 @@ class Diptych:
                 found.append(
                     generate_image_tokens(self.model, features_BLF, valid_BL, config or self.image_generation, rng=rng)
                 )
+            if advance:
+                advance(start + len(found[-1]), len(texts))
         return torch.cat(found)
 
     # Both in turn
@@ -299,36 +325,3 @@ def run_data_tokenizers(run: Path, *, features: bool) -> DataTokenizers:
     model = read_config(run)["run"]["model"]
     text_encoder.feature_kind = model["text_input"]
     return data_tokenizers(tokenizer, text_encoder, length=model["max_text_len"], features=features)
-
-
-class ItitImageEncoder(ImageEncoder):
-    """The encoder of an ITIT run for images without text: the mean of its output over the image tokens."""
-
-    def __init__(self, tokenizer: ImageTokenizer, network: ITIT) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer.requires_grad_(False)
-        self.network = network
-        self.width, self.image_size = network.config.width, tokenizer.image_size
-        self.preprocessing: dict[str, Any] = {"size": tokenizer.image_size, "pooling": "mean"}
-
-    @classmethod
-    def from_pretrained(cls, folder: str) -> Self:
-        """Load a run folder, or any folder with `tokenizer` and `model` in it."""
-        with redirect_stdout(io.StringIO()):  # huggingface_hub prints that it reads a folder
-            network = load(str(Path(folder) / "model"), "an ITIT network", ITIT.from_pretrained, strict=True)
-        return cls(ImageTokenizer.from_pretrained(Path(folder) / "tokenizer"), network).eval()
-
-    def forward(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """One feature vector for each image; pixels from 0 to 255 of any size."""
-        return self.tokens(pixels_B3HW).mean(1)
-
-    def tokens(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
-        """One feature vector for each image token."""
-        pixels = resize(pixels_B3HW.to(self.tokenizer.codebook.device).float(), self.image_size).round()
-        tokens_BN = self.tokenizer.encode(pixels.to(torch.uint8))
-        return self.network.encode(self.network.embed_image(tokens_BN)).image_BKD
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Write ``folder/tokenizer`` and ``folder/model``."""
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        self.network.save_pretrained(folder / "model")

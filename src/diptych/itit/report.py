@@ -1,4 +1,4 @@
-"""Samples and quick scores while a run trains, and the report at its end."""
+"""Samples and quick scores while a run trains, for its report."""
 
 import sys
 from pathlib import Path
@@ -14,17 +14,14 @@ from diptych.data.store import Store
 from diptych.itit.data import DataConfig, DataSplit
 from diptych.itit.evaluation import EvaluateConfig, evaluate
 from diptych.itit.pipeline import Diptych
-from diptych.report.figures import Panel, curves, read_metrics
-from diptych.report.html import Captioned, Example, Facts, Figures, Section, Strip, Text, write_report
+from diptych.report.html import Captioned, Example, Section, Strip, Text
 from diptych.report.html import Comparison as ComparisonBlock
 from diptych.report.sheet import Cell, comparison, save_png
-from diptych.run_folder import read_config
 from diptych.train.distributed import is_main_process
 from diptych.train.logging import Measured
 
 _SHOWN = 8
 """Number of images in the samples."""
-_LOSSES = ("t2i", "i2t", "i2i", "t2i2t", "i2t2i", "t2t", "unpaired_i2i")
 
 
 class Samples:
@@ -75,24 +72,9 @@ class Samples:
         scores = evaluate(self.diptych, self.valid, self.scored).metrics
         return {"samples": sheet} | {f"valid/{name}": value for name, value in scores.items() if name != "images"}
 
-    def report(self, run: Path, *, recipe: str) -> None:
-        """Write ``report.html`` into the run folder: samples, a cycle, curves and settings."""
-        records = read_metrics(run / "metrics.jsonl")
-        losses = [Panel(title=name, keys=[f"loss/{name}"]) for name in _LOSSES]
-        panels = [Panel(title="loss", keys=["loss"]), *losses]
-        sections = [
-            Section("Samples", self._samples()),
-            Section("A cycle", self._cycle()),
-            Section("Curves", [Figures(images=curves({recipe: records}, panels=panels, smooth=0.95))]),
-        ]
-        scores = sorted({key for record in records for key in record if key.startswith("valid/")})
-        if scores:
-            panels = [Panel(title=name.removeprefix("valid/"), keys=[name]) for name in scores]
-            sections.append(Section("Validation", [Figures(images=curves({recipe: records}, panels=panels))]))
-        config = read_config(run)
-        facts = {"recipe": recipe, **{f"{name} version": value for name, value in config["versions"].items()}}
-        sections.append(Section("Settings", [Facts(items=facts), Text(_listed(config["run"]), kind="code")]))
-        write_report(run / "report.html", sections, title=f"Diptych: {recipe}", lead=str(run.name))
+    def sections(self) -> list[Section]:
+        """The samples and a cycle, for the report of a finished run."""
+        return [Section("Samples", self._samples()), Section("A cycle", self._cycle())]
 
     def _generate(self) -> tuple[list[str], list[np.ndarray]]:
         """A caption for each image and an image for each text, with the network's present weights."""
@@ -115,11 +97,3 @@ class Samples:
     def _cycle(self) -> list[Any]:
         steps = self.diptych.cycle(text=self.texts[0], rounds=3)
         return [Text("Text to image to text, three times in a row."), Strip([step.shown for step in steps])]
-
-
-def _listed(fields: dict[str, Any], prefix: str = "") -> str:
-    """One line for each field, nested ones with a dotted name."""
-    lines = []
-    for name, value in fields.items():
-        lines.append(_listed(value, f"{prefix}{name}.") if isinstance(value, dict) else f"{prefix}{name} = {value}")
-    return "\n".join(lines)

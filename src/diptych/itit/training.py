@@ -2,17 +2,21 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from diptych.data.encode import DataTokenizers
+from diptych.data.pixels import channels_first
 from diptych.data.store import Store
 from diptych.data.streams import BatchSampler
 from diptych.errors import UserError
@@ -22,14 +26,20 @@ from diptych.itit.model import ItitConfig
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych, data_tokenizers
 from diptych.itit.report import Samples
-from diptych.nn.inference import pick_device
+from diptych.nn.inference import eval_mode, pick_device
+from diptych.report.run_report import closing_line, outcome, write_run_report
+from diptych.report.scores import meaning_of
+from diptych.rng import derive_seed
 from diptych.run_folder import Kind, kind_of, part_of, read_config, save_model, write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
-from diptych.tokenizers.training import TextEncoderStage, TokenizerStage
+from diptych.tokenizers.training import TEXT_ENCODER, TOKENIZER, TextEncoderStage, TokenizerStage
+from diptych.train.best import BestWeights, Score
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first, wait_for_everyone
+from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
+from diptych.train.pace import Budget, Pace, RunPlan, StageCost
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,6 +52,17 @@ class GenerationConfig:
     """Settings of the generation of texts from images."""
 
 
+NETWORK, ENCODING = "ITIT", "encoding"
+"""Names of the two last stages in the plan of a run."""
+_TEXT_ENCODER_COST, _PAIRS_COST, _CYCLES_COST, _ENCODING_SHARE = 0.7, 1.4, 5.0, 0.04
+"""Cost of a step of the text encoder, of ITIT before the cycles start and with them, where one of the tokenizer costs
+1; and of the encoding of all data, as a share of all training."""
+_FEW_STEPS = 400
+"""Number of steps below which a budget trains with :meth:`ItitRun.hurried` settings."""
+_LEAST_ENCODED = 256
+"""Number of items of each kind that are encoded under any budget."""
+_TRIED = 48
+"""Number of items whose encoding is timed."""
 _WHITENED = 2000
 """Number of texts whose features decide the whitening."""
 
@@ -92,27 +113,74 @@ class ItitRun:
     """Settings of the optimizer."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Settings with which the trained run generates, unless a command says otherwise."""
+    select: str = "cider"
+    """Validation score by which the best weights are chosen, if `data.valid` is given: a name in the line that each
+    validation prints, or in metrics.jsonl after `valid/`."""
+    patience: int = 5
+    """Number of validations in a row without a better one after which training ends, if `data.valid` is given."""
 
-    def fit(self, out: Path, *, recipe: str) -> TrainResult:
+    def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> TrainResult:
         """Run all stages; a stage that an earlier call has begun is resumed, and one that it has finished is skipped.
 
-        Leaves a run folder that needs nothing outside it. Raises UserError for settings or data that cannot be used.
+        ``budget`` sets the steps of each stage so that all of them end in its time. Leaves a run folder that needs
+        nothing outside it. Raises UserError for settings or data that cannot be used.
         """
         self.check()
         self._check_run_folder(out)
+
+        def report(state: str) -> None:
+            write_run_report(out, state=state)
+
+        plan = RunPlan(self.costs(), budget=Budget.of_run(out, budget), report=report)
         if not all((out / part).is_dir() for part in ("tokenizer", "text_encoder")):
             # A repeat of a run that is killed below finds here which tokenizers were made.
             write_config(out, recipe=recipe, run=self)
-        inputs = self.prepare(out)
-        write_config(out, recipe=recipe, run=self)
-        objective = self.build(inputs)
-        samples = Samples(self.diptych(objective, inputs), inputs.encoded, self.data, out / "samples")
-        hooks = [Hook(every=self.train.eval_every, run=samples.run)]
-        result = self.train_on(inputs, objective, out, hooks=hooks)
+        inputs = self.prepare(out, plan)
+        seconds = self._seconds_of_an_evaluation(inputs, out) if plan.budget is not None else 0.0
+        run, pace = plan.fit_stage(NETWORK, self, out, lambda run: run.ready(inputs), evaluation_seconds=seconds)
+        if plan.budget is not None and run.train.steps < _FEW_STEPS:
+            run = run.hurried()
+        write_config(out, recipe=recipe, run=run)
+        objective = run.build(inputs)
+        samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, out / "samples")
+        best = BestWeights(out / "best", patience=self.patience) if self.data.valid else None
+        hook = Hook(
+            every=run.train.eval_every,
+            run=partial(self._validate, samples, best),
+            over=best.is_over if best is not None else None,
+        )
+        result = run.train_on(inputs, objective, out, hooks=[hook], pace=pace, best=best, report=report)
         if result.finished and is_main_process():
-            with result.eval_mode(objective):
-                samples.report(out, recipe=recipe)
+            with nullcontext() if best is not None else result.eval_mode(objective), eval_mode(objective):
+                write_run_report(out, samples=samples.sections())
+            print(
+                closing_line(
+                    out,
+                    self.kind,
+                    score=outcome(
+                        out,
+                        step=best.score.step if best and best.score else None,
+                        select=self.select,
+                        source=self.data.valid,
+                    ),
+                ),
+                flush=True,
+            )
         return result
+
+    def _validate(
+        self, samples: Samples, best: BestWeights | None, step: int, objective: nn.Module
+    ) -> dict[str, Measured]:
+        """A hook's function: samples, and scores that are offered to ``best``."""
+        found = samples.run(step, objective)
+        if best is not None:
+            value = found.get(f"valid/{self.select}")
+            if not isinstance(value, float | int):
+                names = ", ".join(name.removeprefix("valid/") for name in found if name.startswith("valid/"))
+                raise UserError(f"--select {self.select}: no score of that name; there are {names}")
+            sign = -1 if meaning_of(self.select).better == "lower" else 1
+            best.offer(Score(step=step, value=sign * value), objective)
+        return found
 
     def check(self) -> None:
         """Raise UserError for combinations of fields that no stage would notice early."""
@@ -123,6 +191,57 @@ class ItitRun:
                 f"--objective.cycle-start-step {start} is not before --train.steps {steps}, "
                 "so unpaired data would never be used: lower it, or switch --objective.texts and .images off"
             )
+
+    def _seconds_of_an_evaluation(self, inputs: TrainingInputs, out: Path) -> float:
+        objective = self.build(inputs)
+        samples = Samples(self.diptych(objective, inputs), inputs.encoded, self.data, out / "samples")
+        began = time.monotonic()
+        samples.run(0, objective)
+        return time.monotonic() - began
+
+    def hurried(self) -> "ItitRun":
+        """The settings with which a network learns most in a few hundred steps.
+
+        Those of `itit-tiny`: initial weights by fan-in, embeddings that learn faster, twice the learning rate. After
+        150 steps of itit-small on 600 pairs captions are words in place of one `a` (docs/log.md).
+        """
+        scale = max(4.0, self.objective.embedding_lr_scale)
+        return replace(
+            self,
+            model=replace(self.model, init="fan_in"),
+            objective=replace(self.objective, embedding_lr_scale=scale),
+            optim=replace(self.optim, lr=max(self.optim.lr, 2e-3)),
+        )
+
+    def costs(self) -> list[StageCost]:
+        """What the stages cost beside one another. A stage whose part is given costs nothing.
+
+        Measured with itit-small on one core with AVX2 (docs/log.md).
+        """
+        stages = [
+            StageCost(name=TOKENIZER, steps=self.tokenizer_stage.train.steps if self.tokenizer is None else 0),
+            StageCost(
+                name=TEXT_ENCODER,
+                steps=self.text_encoder_stage.train.steps if self.text_encoder is None else 0,
+                step_cost=_TEXT_ENCODER_COST,
+            ),
+        ]
+        unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
+        network = StageCost(
+            name=NETWORK,
+            steps=self.train.steps,
+            step_cost=_PAIRS_COST,
+            slow_from=self.slow_from,
+            slow_cost=_CYCLES_COST if unpaired else None,
+        )
+        training = sum(stage.all for stage in (*stages, network))
+        return [*stages, StageCost(name=ENCODING, steps=1, step_cost=_ENCODING_SHARE * training), network]
+
+    @property
+    def slow_from(self) -> int:
+        """First step with cycles."""
+        unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
+        return self.objective.cycle_start_step if unpaired else 0
 
     def _check_run_folder(self, out: Path) -> None:
         """Raise UserError if ``out`` holds a run of another kind, or a tokenizer or text encoder of other settings.
@@ -142,15 +261,16 @@ class ItitRun:
 
     # The stages before the network's training
 
-    def prepare(self, out: Path) -> TrainingInputs:
+    def prepare(self, out: Path, plan: RunPlan | None = None) -> TrainingInputs:
         """Open the data, get the tokenizer and the text encoder, and encode the data with both, all in ``out``."""
         join_processes(self.train.device)
+        plan = plan or RunPlan(self.costs())
         data = open_data(self.data)
-        tokenizer = self._tokenizer(data, out)
-        text_encoder = self._text_encoder(data, out)
-        return TrainingInputs(tokenizer, text_encoder, self._encode(data, tokenizer, text_encoder, out))
+        tokenizer = self._tokenizer(data, out, plan)
+        text_encoder = self._text_encoder(data, out, plan)
+        return TrainingInputs(tokenizer, text_encoder, self._encode(data, tokenizer, text_encoder, out, plan))
 
-    def _tokenizer(self, data: DataSplit, out: Path) -> ImageTokenizer:
+    def _tokenizer(self, data: DataSplit, out: Path, plan: RunPlan) -> ImageTokenizer:
         """The image tokenizer in ``out``; if there is none yet, the given one is copied there or one is trained."""
         if _is_missing(out / "tokenizer"):
             if self.tokenizer is not None:
@@ -158,24 +278,28 @@ class ItitRun:
             else:
                 folder, share = out / "stages" / "tokenizer", self.data.max_skipped_share
                 images = data.raw_images()
-                made = self.tokenizer_stage.fit(images, folder, title="1/3 tokenizer", max_skipped_share=share)
+                made = self.tokenizer_stage.fit(
+                    images, folder, title="1/3 tokenizer", max_skipped_share=share, plan=plan
+                )
             _save_once(made, out / "tokenizer")
         return ImageTokenizer.from_pretrained(out / "tokenizer")
 
-    def _text_encoder(self, data: DataSplit, out: Path) -> TextEncoder:
+    def _text_encoder(self, data: DataSplit, out: Path, plan: RunPlan) -> TextEncoder:
         """The text encoder in ``out``; if there is none yet, the given one is copied there or one is trained."""
         if _is_missing(out / "text_encoder"):
             if self.text_encoder is not None:
                 made = TextEncoder.from_pretrained(part_of(self.text_encoder, "text_encoder"))
             else:
                 folder = out / "stages" / "text_encoder"
-                made = self.text_encoder_stage.fit(data.raw_texts(), folder, title="2/3 text encoder")
+                made = self.text_encoder_stage.fit(data.raw_texts(), folder, title="2/3 text encoder", plan=plan)
             _save_once(made, out / "text_encoder")
         text_encoder = TextEncoder.from_pretrained(out / "text_encoder")
         text_encoder.feature_kind = self.model.text_input
         return text_encoder
 
-    def _encode(self, data: DataSplit, tokenizer: ImageTokenizer, text_encoder: TextEncoder, out: Path) -> DataSplit:
+    def _encode(
+        self, data: DataSplit, tokenizer: ImageTokenizer, text_encoder: TextEncoder, out: Path, plan: RunPlan
+    ) -> DataSplit:
         """Image tokens and text ids of all data, and the text features if they are small enough to be stored."""
         device, length = pick_device(self.train.device), self.model.max_text_len
         tokenizer, text_encoder = tokenizer.to(device), text_encoder.to(device)
@@ -184,6 +308,7 @@ class ItitRun:
         cached = features_mb <= self.data.feature_cache_mb
         both = data_tokenizers(tokenizer, text_encoder, length=length)
         with_features = data_tokenizers(tokenizer, text_encoder, length=length, features=cached)
+        data = _within_budget(data, with_features, plan, seed=self.data.split_seed)
 
         def encode(subset: Subset, name: str, tokenizers: DataTokenizers) -> Subset:
             with main_process_first():
@@ -198,6 +323,25 @@ class ItitRun:
         return DataSplit(pairs=pairs, images=images, texts=texts)
 
     # The network and its training
+
+    def ready(self, inputs: TrainingInputs) -> tuple[ItitObjective, BatchSampler]:
+        """The network with its objective, and the batches that it learns from."""
+        objective = self.build(inputs)
+        return objective, self.batches(inputs, objective)
+
+    def batches(self, inputs: TrainingInputs, objective: ItitObjective) -> BatchSampler:
+        """The batches of the encoded data."""
+        seed, data = self.train.seed, inputs.encoded
+        return BatchSampler(
+            {
+                "pairs": _store(data.pairs).pairs(data.pairs.items, seed=seed),
+                "images": _store(data.images).images(data.images.items),
+                "texts": _store(data.texts).texts(data.texts.items),
+            },
+            multiples=objective.streams,
+            batch_size=self.train.batch_size,
+            seed=seed,
+        )
 
     def build(self, inputs: TrainingInputs) -> ItitObjective:
         """The network with its objective; its initial weights follow from ``train.seed`` and, if they are whitened,
@@ -228,32 +372,93 @@ class ItitRun:
         *,
         hooks: Sequence[Hook] = (),
         title: str = "ITIT",
+        pace: Pace | None = None,
+        best: BestWeights | None = None,
+        report: Callable[[str], object] | None = None,
     ) -> TrainResult:
-        """Train on the encoded data, and save the network in ``out/model``."""
-        seed, data = self.train.seed, inputs.encoded
-        batches = BatchSampler(
-            {
-                "pairs": _store(data.pairs).pairs(data.pairs.items, seed=seed),
-                "images": _store(data.images).images(data.images.items),
-                "texts": _store(data.texts).texts(data.texts.items),
-            },
-            multiples=objective.streams,
-            batch_size=self.train.batch_size,
-            seed=seed,
-        )
+        """Train on the encoded data, and save the network in ``out/model``: with the weights of ``best``, if any."""
+        data = inputs.encoded
         subsets = {"pairs": data.pairs, "images": data.images, "texts": data.texts}
         identity = {
             "model": asdict(objective.model.config),
             "objective": asdict(self.objective),
-            "data": {name: [len(each.items), _store(each).manifest["made_by"]] for name, each in subsets.items()},
+            "data": {
+                name: {"count": len(each.items), **_store(each).manifest["made_by"]} for name, each in subsets.items()
+            },
         }
         result = train(
-            objective, batches, out=out, train=self.train, optim=self.optim, hooks=hooks, title=title, identity=identity
+            objective,
+            self.batches(inputs, objective),
+            out=out,
+            train=self.train,
+            optim=self.optim,
+            hooks=hooks,
+            title=title,
+            identity=identity,
+            pace=pace,
+            report=report,
         )
-        with result.eval_mode(objective):
+        if best is not None and best.score is not None:
+            best.load_into(objective)
+        with result.eval_mode(objective) if best is None else nullcontext():
             if is_main_process():
                 save_model(objective.model, out / "model")
         return result
+
+
+def _within_budget(data: DataSplit, tokenizers: DataTokenizers, plan: RunPlan, *, seed: int) -> DataSplit:
+    """``data``, or as much of it as can be encoded in the time that a budget has for that; pairs come first.
+
+    Which items are left out is random and follows from ``seed``.
+    """
+    if plan.budget is None:
+        return data
+    seconds = plan.seconds_for(ENCODING)
+    kinds = {"pairs": data.pairs, "images": data.images, "texts": data.texts}
+    raw = {name: kind for name, kind in kinds.items() if not isinstance(kind.source, Store)}
+    unpaired = [name for name in raw if name == "pairs" or raw[name] is not data.pairs]
+
+    def decide() -> dict[str, int]:
+        cost = {name: _seconds_to_encode(raw[name], tokenizers, name) for name in unpaired}
+        share = min(1.0, seconds / max(cost.get("pairs", 0.0), 1e-9))
+        left = max(0.0, seconds - cost.get("pairs", 0.0))
+        rest = min(1.0, left / max(sum(value for name, value in cost.items() if name != "pairs"), 1e-9))
+        shares = {name: share if name == "pairs" else rest for name in unpaired}
+        whole = {name: len(raw[name].items) for name in unpaired}
+        return {name: min(whole[name], max(_LEAST_ENCODED, int(shares[name] * whole[name]))) for name in unpaired}
+
+    counts = plan.budget.decision(ENCODING, decide)
+    kept = {name: _some(raw[name], counts[name], seed=seed) for name in unpaired}
+    for name, subset in kept.items():
+        if len(subset.items) < len(raw[name].items):
+            few = f"{len(subset.items):,} of {len(raw[name].items):,}"
+            print(f"3/3 encoding {name}: {few} fit into the budget of {plan.budget.minutes:g} minutes", flush=True)
+    pairs = kept.get("pairs", data.pairs)
+    images, texts = (
+        pairs if kinds[name] is data.pairs else kept.get(name, kinds[name]) for name in ("images", "texts")
+    )
+    return DataSplit(pairs=pairs, images=images, texts=texts)
+
+
+def _seconds_to_encode(subset: Subset, tokenizers: DataTokenizers, name: str) -> float:
+    """Estimated from some of the items."""
+    source, items = subset.source, subset.items[:: max(1, len(subset.items) // _TRIED)][:_TRIED]
+    began = time.monotonic()
+    if name != "texts" and tokenizers.tokenize_images is not None:
+        pixels = np.stack([source.image(int(item), tokenizers.image_size) for item in items])
+        tokenizers.tokenize_images(channels_first(pixels))
+    if name != "images" and tokenizers.tokenize_texts is not None:
+        ids_BL = tokenizers.tokenize_texts([text for item in items for text in source.captions(int(item))])
+        if tokenizers.text_features is not None:
+            tokenizers.text_features(ids_BL)
+    return (time.monotonic() - began) / max(1, len(items)) * len(subset.items)
+
+
+def _some(subset: Subset, count: int, *, seed: int) -> Subset:
+    if count == len(subset.items):
+        return subset
+    generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "budget")))
+    return Subset(subset.source, np.sort(generator.choice(subset.items, count, replace=False)))
 
 
 def _is_missing(folder: Path) -> bool:

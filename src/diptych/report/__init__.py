@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from diptych.report.scores import meaning_of
+
 
 def print_metrics(metrics: Mapping[str, float], *, title: str, notes: Sequence[str] = ()) -> None:
-    """Prints a table on stdout, under a title and with a line for each note."""
-    table = Table("metric", "value")
+    """Prints a table on stdout, with the direction in which each is better, under a title and above the notes."""
+    table = Table("metric", "value", "better", "")
     for name, value in metrics.items():
-        table.add_row(name, f"{value:.4g}")
+        meaning = meaning_of(name)
+        table.add_row(name, meaning.written(value), meaning.better, meaning.scale)
     console = Console(highlight=False)
     console.print(title, style="bold", markup=False, soft_wrap=True)  # over a narrow table a path would be broken
     console.print(table)

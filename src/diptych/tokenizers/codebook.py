@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from diptych.errors import UserError
 from diptych.rng import StepRNG
 from diptych.tokenizers.image_tokenizer import nearest_codes
 
@@ -23,13 +24,14 @@ from diptych.tokenizers.image_tokenizer import nearest_codes
 class CodebookConfig:
     """How codes are seeded and how unused ones are revived."""
 
-    start: int = 0
-    """Step at which the codebook is seeded from the encoder's outputs and quantization begins; until then latents pass
-    unchanged. -1 keeps the codebook that the tokenizer brings, for fine-tuning."""
+    start: float = 0.0
+    """Share of the steps, 0 to 1, after which the codebook is seeded from the encoder's outputs and quantization
+    begins; until then latents pass unchanged. -1 keeps the codebook that the tokenizer brings, for fine-tuning."""
     reset_every: int = 20
     """Number of steps between two searches for dead codes; 0 never searches."""
-    reset_until: int = 1_000_000
-    """Step from which dead codes are left alone, so that the last steps train a codebook that stands still."""
+    reset_until: float = 1.0
+    """Share of the steps, 0 to 1, after which dead codes are left alone, so that the last steps train a codebook that
+    stands still."""
     dead_below: float = 0.05
     """Share of the average use 1/K below which a code counts as dead."""
     usage_decay: float = 0.95
@@ -60,9 +62,14 @@ class Codebook(nn.Module):
 
     usage_K: Tensor
 
-    def __init__(self, config: CodebookConfig, *, codebook_size: int):
+    def __init__(self, config: CodebookConfig, *, codebook_size: int, steps: int):
+        """``steps``: number of steps of the training. Raises UserError for a share that is none."""
         super().__init__()
         self.config = config
+        self.start = -1 if config.start == -1 else min(step_at("start", config.start, steps), steps - 1)
+        """Step at which quantization begins; -1 if the codes are there already."""
+        self.reset_until = step_at("reset-until", config.reset_until, steps)
+        """Step from which dead codes are left alone."""
         # A buffer that is saved: a resumed run must find the same codes dead.
         self.register_buffer("usage_K", torch.full((codebook_size,), 1 / codebook_size))
 
@@ -72,7 +79,7 @@ class Codebook(nn.Module):
         """The nearest code of each latent, and the losses. In training mode ``codes_KE`` may be changed in place."""
         rows, _, height, width = latents_BEhw.shape
         latents_ME = latents_BEhw.permute(0, 2, 3, 1).flatten(0, 2).float()
-        if step < self.config.start:
+        if step < self.start:
             zero = latents_ME.new_zeros(())
             return Quantized(latents_BEhw, zero, zero, zero)
         self._maintain(latents_ME.detach(), codes_KE.detach(), rng, step)
@@ -100,15 +107,22 @@ class Codebook(nn.Module):
         config = self.config
         if not self.training:
             return
-        if step == config.start:
+        if step == self.start:
             latents_of_all_ME = _gather_rows(latents_ME)
             codes_KE.copy_(k_means(latents_of_all_ME, len(codes_KE), config.seeding_rounds, rng.generator("codebook")))
             self.usage_K.fill_(1 / len(codes_KE))
-        elif config.reset_every and step % config.reset_every == 0 and config.start < step < config.reset_until:
+        elif config.reset_every and step % config.reset_every == 0 and self.start < step < self.reset_until:
             dead_K = self.usage_K * len(codes_KE) < config.dead_below
             fresh_KE = sample_rows(_gather_rows(latents_ME), len(codes_KE), rng.generator("codebook"))
             codes_KE.copy_(torch.where(dead_K[:, None], fresh_KE, codes_KE))
             self.usage_K.masked_fill_(dead_K, 1 / len(codes_KE))  # time to be found before the next search
+
+
+def step_at(name: str, share: float, steps: int) -> int:
+    """The step at a share of all. Raises UserError for what is no share, such as a number of steps."""
+    if not 0 <= share <= 1:
+        raise UserError(f"{name} is {share:g}; it is a share of the steps, from 0 to 1")
+    return round(share * steps)
 
 
 def sample_rows(latents_ME: Float[Tensor, "M E"], rows: int, generator: torch.Generator) -> Float[Tensor, "rows E"]:

@@ -26,6 +26,7 @@ from diptych.eval.frechet import (
     open_extractor,
 )
 from diptych.nn.inference import Device, pick_device
+from diptych.report import print_metrics
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import write_json
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
@@ -106,7 +107,7 @@ def evaluate_tokenizer_run(
     out: Path,
     device: Device,
 ) -> None:
-    """Scores the image tokenizer of a run: a line, ``metrics.json`` and a sheet of images before and after.
+    """Scores the image tokenizer of a run: a table, ``metrics.json`` and a sheet of images before and after.
 
     ``skipped`` says how many images may be unreadable.
     """
@@ -116,10 +117,12 @@ def evaluate_tokenizer_run(
     score = evaluate_tokenizer(tokenizer, pixels_B3SS.split(64), extractor=open_extractor(features))
     after = tokenizer.decode(tokenizer.encode(pixels_B3SS[:_SHOWN])).permute(0, 2, 3, 1).cpu().numpy()
     write_json(out / "metrics.json", {**asdict(score), "skipped": len(skipped), "source": source.name})
+    numbers = {name: value for name, value in asdict(score).items() if isinstance(value, int | float)}
+    notes = [f"rfd is computed on {score.rfd_features}.", *skipped.report(out / "skipped.jsonl")]
+    print_metrics(numbers, title=f"{run} on {source.name}", notes=notes)
     rows = {"image": [Cell(image=p) for p in pixels_BSS3[:_SHOWN]], "after": [Cell(image=p) for p in after]}
     save_png(out / "sheet.png", comparison(rows, title=f"{run.name}: what the tokens keep"))
-    notes = [f"Note: {line}" for line in skipped.report(out / "skipped.jsonl")]
-    print("\n".join([f"{score}, on {score.images:,} images of {source.name}", *notes, f"written to {out}"]))
+    print(f"written to {out}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +149,20 @@ def evaluate_text_encoder(encoder: TextEncoder, texts: Sequence[str], *, length:
     ids_BL, valid_BL = (side.to(encoder.embedding.weight.device) for side in encoder.tokenize(texts, length=length))
     features_XF = encoder.features(ids_BL, valid_BL)[valid_BL]
     return TextEncoderScore(texts=len(texts), effective_rank=effective_rank(features_XF), width=features_XF.shape[1])
+
+
+def nearest_texts(
+    encoder: TextEncoder, texts: Sequence[str], *, length: int, shown: int
+) -> list[tuple[str, str, float]]:
+    """``shown`` of the texts, each with another one whose mean features have the largest cosine, and that cosine."""
+    texts = list(dict.fromkeys(texts))
+    ids_BL, valid_BL = (side.to(encoder.embedding.weight.device) for side in encoder.tokenize(texts, length=length))
+    features_BLF = encoder.features(ids_BL, valid_BL)
+    mean_BF = torch.nn.functional.normalize(features_BLF.sum(1) / valid_BL.sum(1, keepdim=True), dim=-1)
+    cosine_BB = (mean_BF @ mean_BF.T).fill_diagonal_(-2)
+    best = cosine_BB.max(1)
+    rows = range(min(shown, len(texts)) if len(texts) > 1 else 0)
+    return [(texts[row], texts[int(best.indices[row])], float(best.values[row])) for row in rows]
 
 
 def effective_rank(features_XF: Float[Tensor, "X F"]) -> float:

@@ -1,4 +1,4 @@
-"""Images to tokens and back: a VQGAN, which is `diffusers.VQModel` with an interface of uint8 images.
+"""Images to tokens and back: a VQGAN, in the format of `diffusers.VQModel`, with an interface of uint8 images.
 
 Shapes: B images, H and W pixels, h and w tokens down and across, N = h·w tokens, K codes, E width of a code,
 P side of the pixel patch that the network takes as one position (1: plain pixels).
@@ -11,12 +11,10 @@ A saved tokenizer is a plain diffusers folder. Conventions on top of the format:
 """
 
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +22,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from diptych.errors import UserError
-
-if TYPE_CHECKING:  # diffusers takes seconds to import, so it is imported where a network is made or read
-    from diffusers.models.autoencoders.vq_model import VQModel
+from diptych.tokenizers.vq_network import CONFIG, WEIGHTS, VQNetwork, read_config
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,7 +64,7 @@ class ImageTokenizer(nn.Module):
     Raises UserError for a network that does not take RGB images of that size.
     """
 
-    def __init__(self, network: "VQModel", *, image_size: int):
+    def __init__(self, network: VQNetwork, *, image_size: int):
         super().__init__()
         config = network.config
         self.network = network
@@ -86,12 +82,10 @@ class ImageTokenizer(nn.Module):
     @classmethod
     def from_config(cls, config: ImageTokenizerConfig, *, seed: int = 0) -> "ImageTokenizer":
         """A new tokenizer; its weights follow from ``seed`` alone."""
-        from diffusers.models.autoencoders.vq_model import VQModel
-
         stages = len(config.widths)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = VQModel(
+            network = VQNetwork(
                 in_channels=3 * config.patch**2,
                 out_channels=3 * config.patch**2,
                 down_block_types=("DownEncoderBlock2D",) * stages,
@@ -209,14 +203,7 @@ class ImageTokenizer(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and safetensors for ``VQModel.from_pretrained``. Each file appears whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.network.register_to_config(sample_size=self.image_size)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            self.network.save_pretrained(temporary)
-            # The configuration comes last: a folder that has one is complete.
-            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, folder / file.name)
+        self.network.save(Path(folder), image_size=self.image_size)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, image_size: int | None = None) -> "ImageTokenizer":
@@ -226,35 +213,30 @@ class ImageTokenizer(nn.Module):
         unset default (32, as in aMUSEd's), and 16 x 16 tokens are assumed instead. Raises UserError for whatever is
         missing, damaged or no VQModel.
         """
-        from diffusers.models.autoencoders.vq_model import VQModel
-
-        config, place = _find_config(name)
-        try:
-            network, loading = VQModel.from_pretrained(name, output_loading_info=True, use_safetensors=True, **place)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{name}: the tokenizer's weights cannot be read; copy or train it again") from error
-        if loading["missing_keys"] or loading["unexpected_keys"]:
-            odd = next(iter(loading["missing_keys"] or loading["unexpected_keys"]))
-            raise UserError(f"{name}: the tokenizer's weights do not fit its config.json ({odd}); copy it again")
+        network = VQNetwork.from_folder(_find_folder(name))
         if image_size is None:
-            factor = _patch_and_factor(config)[1]
-            image_size = config["sample_size"] if config.get("sample_size", 0) >= 4 * factor else 16 * factor
+            factor = _patch_and_factor(network.config)[1]
+            recorded = network.config["sample_size"]
+            image_size = recorded if recorded >= 4 * factor else 16 * factor
         return cls(network, image_size=image_size)
 
 
-def _find_config(name: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configuration, and its place as arguments of diffusers' loaders. A folder is read without the network."""
-    from diffusers.models.autoencoders.vq_model import VQModel
+def _find_folder(name: str | Path) -> Path:
+    """The folder of the VQModel: ``name`` or its ``vqvae``. A hub name is downloaded unless it has been before."""
+    if Path(name).is_dir():
+        for folder in (Path(name), Path(name) / "vqvae"):
+            if read_config(folder):
+                return folder
+    else:
+        import huggingface_hub
 
-    local = Path(name).is_dir()
-    for subfolder in (None, "vqvae"):
-        place = {"subfolder": subfolder, "local_files_only": local}
-        try:
-            config = VQModel.load_config(name, **place)
-        except (OSError, ValueError):
-            continue
-        if config.get("_class_name") == "VQModel":
-            return config, place
+        for part in (None, "vqvae"):
+            try:
+                files = [huggingface_hub.hf_hub_download(str(name), each, subfolder=part) for each in (CONFIG, WEIGHTS)]
+            except (OSError, ValueError, RuntimeError):  # no such name, no such file, no network
+                continue
+            if read_config(Path(files[0]).parent):
+                return Path(files[0]).parent
     raise UserError(f"{name}: no diffusers VQModel here; give a folder or hub name with a config.json of one")
 
 

@@ -63,10 +63,10 @@ def tokenizer_tiny() -> TokenizerStage:
             image_size=32, codebook_size=128, code_dim=8, widths=(32, 32), blocks=1, groups=8, patch=4
         ),
         objective=VQGANConfig(
-            adversarial_weight=0.0, squared_weight=100.0, codebook=CodebookConfig(start=350, reset_until=1400)
+            adversarial_weight=0.0, squared_weight=100.0, codebook=CodebookConfig(start=0.175, reset_until=0.7)
         ),
         flip=False,
-        train=TrainConfig(steps=2000, batch_size=24, checkpoint_every=1000, tensorboard=False, workers=1),
+        train=TrainConfig(steps=2000, batch_size=24, checkpoint_every=200, tensorboard=False, workers=1),
         optim=OptimConfig(lr=3e-3, betas=(0.9, 0.96), weight_decay=0.0, warmup_steps=20),
     )
 
@@ -79,9 +79,9 @@ def tokenizer_small() -> TokenizerStage:
         ),
         # No discriminator: at 64 pixels and 64 tokens it put a grid over every image (docs/log.md).
         objective=VQGANConfig(
-            adversarial_weight=0.0, squared_weight=10.0, codebook=CodebookConfig(start=400, reset_until=2400)
+            adversarial_weight=0.0, squared_weight=10.0, codebook=CodebookConfig(start=0.1333, reset_until=0.8)
         ),
-        train=TrainConfig(steps=3000, batch_size=32, eval_every=3000),
+        train=TrainConfig(steps=3000, batch_size=32, checkpoint_every=200, eval_every=3000),
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0, warmup_steps=100),
     )
 
@@ -90,7 +90,7 @@ def tokenizer_paper() -> TokenizerStage:
     """16 x 16 tokens out of 8192, for images of 256 pixels, as in the paper."""
     return TokenizerStage(
         model=ImageTokenizerConfig(),
-        objective=VQGANConfig(adversarial_balance="adaptive", adversarial_start=50_000),
+        objective=VQGANConfig(adversarial_balance="adaptive", adversarial_start=0.1),
         train=TrainConfig(steps=500_000, batch_size=256, checkpoint_every=5000, ema=0.9999, workers=16),
         optim=OptimConfig(lr=1e-4, betas=(0.5, 0.9), weight_decay=0.0, warmup_steps=5000),
     )
@@ -101,7 +101,7 @@ def encoder_tiny() -> TextEncoderStage:
     return TextEncoderStage(
         model=TextEncoderConfig.tiny(),
         max_text_len=24,
-        train=TrainConfig(steps=300, batch_size=64, checkpoint_every=300, tensorboard=False),
+        train=TrainConfig(steps=300, batch_size=64, checkpoint_every=30, tensorboard=False),
         optim=OptimConfig(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=30),
     )
 
@@ -111,6 +111,6 @@ def encoder_small() -> TextEncoderStage:
     return TextEncoderStage(
         model=TextEncoderConfig.small(),
         max_text_len=32,
-        train=TrainConfig(steps=1500, batch_size=64, eval_every=1500),
+        train=TrainConfig(steps=1500, batch_size=64, checkpoint_every=150, eval_every=1500),
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=100),
     )

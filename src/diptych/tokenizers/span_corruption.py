@@ -21,14 +21,15 @@ import torch.nn.functional as F
 import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from diptych.data.batch import Batch, TextExamples
 from diptych.encoders.loading import fuse_gelu
 from diptych.errors import UserError
 from diptych.nn.functional import token_loss
 from diptych.rng import StepRNG, derive_seed
-from diptych.tokenizers.text_encoder import EOS, PAD, TextEncoder
+from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.text_tokenizer import EOS, PAD
 from diptych.train.objective import Losses, Objective
 
 _ROW_MULTIPLE = 64
@@ -196,7 +197,7 @@ class SpanCorruption(Objective):
 
     sentinels_K: Tensor
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, config: TextEncoderConfig, seed: int = 0):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, config: TextEncoderConfig, seed: int = 0):
         """``tokenizer`` from `train_tokenizer`; weights are T5's own initial ones, drawn from ``seed``."""
         super().__init__()
         self.streams = {"texts": 1}

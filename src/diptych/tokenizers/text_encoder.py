@@ -4,33 +4,29 @@ Shapes: B texts, L text tokens, F width of the features, E width of the input em
 """
 
 import os
-import re
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from diptych.encoders.loading import fuse_gelu
 from diptych.errors import UserError, first_line
-from diptych.io import replace_folder
-from diptych.tokenizers.text_tokenizer import spell
+from diptych.io import replace_folder, without_progress_bars
+from diptych.tokenizers.text_tokenizer import TextTokenizer
+
+if TYPE_CHECKING:  # T5 of transformers takes seconds to import; its tokenizer alone needs none of it
+    import transformers
+    from transformers import PreTrainedTokenizerFast
 
 FeatureKind = Literal["output", "output_and_embeddings"]
 """Features of a token: the output of the encoder, or its output and the token's input embedding."""
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-PAD, EOS = 0, 1
-"""T5's ids of padding and of the end of a text. As T5 has no id to begin a text with, PAD begins one."""
-_SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
-class TextEncoder(nn.Module):
-    """The encoder of a T5 with frozen weights, always in evaluation mode.
+class TextEncoder(nn.Module, TextTokenizer):
+    """The encoder of a T5 with frozen weights, always in evaluation mode, and its tokenizer.
 
     Gradients still flow *through* it, from :meth:`features_from_embeddings` to its input: the image-to-text-to-image
     cycle needs them. Features at invalid positions are exactly zero, and what stands there does not change the others.
@@ -39,37 +35,22 @@ class TextEncoder(nn.Module):
     """
 
     banned_V: Tensor
-    """True for ids that a caption must never contain: pad, unk, sentinels and rows without a token."""
+    """True for ``banned_ids``."""
 
-    def __init__(self, t5: "transformers.T5EncoderModel", tokenizer: PreTrainedTokenizerBase):
-        super().__init__()
+    def __init__(self, t5: "transformers.T5EncoderModel", tokenizer: "PreTrainedTokenizerFast"):
+        from diptych.encoders.loading import fuse_gelu
+
+        nn.Module.__init__(self)
         t5.set_attn_implementation("sdpa")
         self.t5 = fuse_gelu(t5).requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.feature_kind: FeatureKind = "output"
         """Which features are computed. The ITIT network that reads them says so in its config."""
-        self.vocab_rows: int = self.embedding.weight.shape[0]
-        self.vocab_real: int = len(tokenizer)
-        """Number of ids that have a token. T5's embedding has a few rows more."""
-        self._check_tokenizer()
-        sentinels = {i for token, i in tokenizer.get_vocab().items() if _SENTINEL.fullmatch(token)}
-        self._controls = frozenset(sentinels | {PAD, EOS})
-        unwanted = sentinels | {PAD, tokenizer.unk_token_id} | set(range(self.vocab_real, self.vocab_rows))
-        self.banned_ids: tuple[int, ...] = tuple(sorted(i for i in unwanted if i is not None))
-        """The ids of ``banned_V``, in rising order."""
+        TextTokenizer.__init__(self, tokenizer.backend_tokenizer, vocab_rows=self.embedding.weight.shape[0])
         banned_V = torch.zeros(self.vocab_rows, dtype=torch.bool)
         banned_V[list(self.banned_ids)] = True
         # The tokenizer says which they are, so they are no part of the weights.
         self.register_buffer("banned_V", banned_V, persistent=False)
-
-    def _check_tokenizer(self) -> None:
-        found = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        if found != (PAD, EOS):
-            raise UserError(f"not a T5 tokenizer: its pad and end ids are {found}, T5's are (0, 1)")
-        if self.vocab_real > self.vocab_rows:
-            raise UserError(f"the tokenizer has {self.vocab_real} ids but the model {self.vocab_rows}: use its own one")
-        if self.vocab_real - len(self.tokenizer.all_special_ids) < 2:
-            raise UserError("the tokenizer has no words: tokenizer.json or spiece.model is missing")
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -86,43 +67,6 @@ class TextEncoder(nn.Module):
     def train(self, mode: bool = True) -> "TextEncoder":
         """Stays in evaluation mode, also when the module around it is switched to training."""
         return super().train(False)
-
-    # Text and ids
-
-    def tokenize(self, texts: Sequence[str], *, length: int) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
-        """Ids and their validity on the CPU. Every row ends in `</s>`, also one that is cut off, and is padded with 0.
-
-        `<pad>`, `</s>` and sentinels written out in a text are dropped: a text must not control the model. Words are
-        spelt as the tokenizer knows them (:func:`spell`). Raises UserError for a ``length`` below 1.
-        """
-        if length < 1:
-            raise UserError(f"length={length} leaves no room for the end of a text: use 1 or more")
-        rows = self._ids(texts)
-        kept = ([i for i in row if i not in self._controls][: length - 1] for row in rows)
-        padded = [[*row, EOS, *[PAD] * (length - 1 - len(row))] for row in kept]
-        ids_BL = torch.tensor(padded, dtype=torch.int64).view(len(texts), length)
-        return ids_BL, ids_BL != PAD
-
-    def unknown_words(self, texts: Sequence[str]) -> list[str]:
-        """The different words of ``texts`` with letters that the tokenizer does not know, in their order."""
-        words = list(dict.fromkeys(word for text in texts for word in text.split()))
-        return [word for word, ids in zip(words, self._ids(words), strict=True) if self.tokenizer.unk_token_id in ids]
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        def ids_of(some: list[str]) -> list[list[int]]:
-            return self.tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"] if some else []
-
-        return spell(texts, ids_of=ids_of, unk_id=self.tokenizer.unk_token_id)
-
-    def detokenize(self, ids_BL: Int[Tensor, "B L"]) -> list[str]:
-        """The text before each row's first `</s>`, without pad, unk and sentinels."""
-        skipped = set(self.banned_ids)
-        texts = []
-        for row in ids_BL.tolist():
-            end = row.index(EOS) if EOS in row else len(row)
-            kept = [i for i in row[:end] if i not in skipped]
-            texts.append(str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)))
-        return texts
 
     # Features
 
@@ -154,6 +98,8 @@ class TextEncoder(nn.Module):
 
         ``dtype`` None keeps the precision of the file. Raises UserError for whatever is missing, damaged or not T5.
         """
+        import transformers
+
         folder = Path(name)
         if not folder.is_dir() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2):
             raise UserError(f"text encoder {name}: no such folder")
@@ -166,10 +112,11 @@ class TextEncoder(nn.Module):
             part = "tokenizer"
             if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
                 raise UserError(f"none of {', '.join(_TOKENIZER_FILES)} is there")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, **where)
             part = "weights"
             options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
-            loaded: Any = transformers.T5EncoderModel.from_pretrained(name, **options, **where)
+            with without_progress_bars(name):
+                loaded: Any = transformers.T5EncoderModel.from_pretrained(name, **options, **where)
             t5, report = loaded  # its annotation names the first of the two only
             if report["missing_keys"]:
                 raise UserError(f"{sorted(report['missing_keys'])[0]} is missing")
@@ -179,6 +126,7 @@ class TextEncoder(nn.Module):
             reason = first_line(error)
             raise UserError(f"text encoder {name}, {part}: {reason}; give the folder or hub name of a T5") from error
 
+    @without_progress_bars()
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """A plain folder for `T5EncoderModel` and `AutoTokenizer`; an older one of that name is replaced whole."""
         target = Path(folder)

@@ -1,4 +1,4 @@
-"""Training a T5-format tokenizer on the user's own texts.
+"""Text tokenizers in T5's format: texts to ids and back, and training one on the user's own texts.
 
 Ids, as in T5: 0 `<pad>`, 1 `</s>`, 2 `<unk>`, then the pieces, then the sentinels `<extra_id_99>` ... `<extra_id_0>`
 (the highest id is sentinel 0). The model is a Unigram model over `▁`-marked words, so the result is a plain
@@ -7,18 +7,31 @@ Ids, as in T5: 0 `<pad>`, 1 `</s>`, 2 `<unk>`, then the pieces, then the sentine
 The pieces are chosen here and not by `tokenizers.UnigramTrainer`, which counts a candidate once for every distinct word
 instead of every word of the text. It spells a corpus of sixty words out in letters, cuts `Two` into `Tw o`, and orders
 its vocabulary differently from run to run.
+
+Shapes: B texts, L text tokens.
 """
 
+import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
+from jaxtyping import Bool, Int
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
 
-from diptych.errors import UserError
+from diptych.errors import UserError, first_line
+
+if TYPE_CHECKING:  # seconds of imports, which reading and writing ids does without
+    from transformers import PreTrainedTokenizerFast
 
 PAD_TOKEN, EOS_TOKEN, UNK_TOKEN = CONTROLS = ("<pad>", "</s>", "<unk>")
+PAD, EOS = 0, 1
+"""T5's ids of padding and of the end of a text. As T5 has no id to begin a text with, PAD begins one."""
 SPACE = "▁"
 _OVERSHOOT = 1.5
 """Number of candidates for every piece that is kept."""
@@ -26,11 +39,96 @@ _ROUNDS = 2
 """Number of times that the corpus is segmented and the pieces recounted after each choice of pieces."""
 _UNUSED = 1
 """Count given to a piece that the best segmentation never uses, mostly a letter, so that it stays possible."""
+_SENTINEL = re.compile(r"<extra_id_\d+>")
+
+
+class TextTokenizer:
+    """Texts to ids and back. It needs a `tokenizer.json` alone: neither the encoder's weights nor transformers.
+
+    Raises UserError for a tokenizer that is not T5's, or has more ids than ``vocab_rows``, the rows of the embedding.
+    """
+
+    def __init__(self, backend: Tokenizer, *, vocab_rows: int):
+        backend = Tokenizer.from_str(backend.to_str())  # the caller's keeps its padding and truncation
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.vocab_rows = vocab_rows
+        self.vocab_real: int = backend.get_vocab_size()
+        """Number of ids that have a token. T5's embedding has a few rows more."""
+        self._check()
+        self._unk_id: int | None = backend.token_to_id(UNK_TOKEN)
+        sentinels = {i for token, i in backend.get_vocab().items() if _SENTINEL.fullmatch(token)}
+        self._controls = frozenset(sentinels | {PAD, EOS})
+        unwanted = sentinels | {PAD, self._unk_id} | set(range(self.vocab_real, vocab_rows))
+        self.banned_ids: tuple[int, ...] = tuple(sorted(i for i in unwanted if i is not None))
+        """Ids that a caption must never contain, in rising order: pad, unk, sentinels and rows without a token."""
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "TextTokenizer":
+        """The tokenizer of a saved text encoder. Raises UserError where a file is missing or damaged."""
+        try:
+            backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+            return cls(backend, vocab_rows=rows)
+        except Exception as error:  # tokenizers raises Exception itself
+            reason = first_line(error)
+            raise UserError(f"text encoder {folder}, tokenizer: {reason}; copy the run again") from error
+
+    def _check(self) -> None:
+        found = tuple(self._backend.token_to_id(token) for token in (PAD_TOKEN, EOS_TOKEN))
+        if found != (PAD, EOS):
+            raise UserError(f"not a T5 tokenizer: its pad and end ids are {found}, T5's are (0, 1)")
+        if self.vocab_real > self.vocab_rows:
+            raise UserError(f"the tokenizer has {self.vocab_real} ids but the model {self.vocab_rows}: use its own one")
+        special = [token for token in self._backend.get_added_tokens_decoder().values() if token.special]
+        if self.vocab_real - len(special) < 2:
+            raise UserError("the tokenizer has no words: tokenizer.json or spiece.model is missing")
+
+    def tokenize(self, texts: Sequence[str], *, length: int) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
+        """Ids and their validity on the CPU. Every row ends in `</s>`, also one that is cut off, and is padded with 0.
+
+        `<pad>`, `</s>` and sentinels written out in a text are dropped: a text must not control the model. Words are
+        spelt as the tokenizer knows them (:func:`spell`). Raises UserError for a ``length`` below 1, and for a single
+        text in place of a list.
+        """
+        if isinstance(texts, str):
+            raise UserError(f"one text, {texts!r:.60}: give a list of texts")
+        if length < 1:
+            raise UserError(f"length={length} leaves no room for the end of a text: use 1 or more")
+        rows = self._ids(texts)
+        kept = ([i for i in row if i not in self._controls][: length - 1] for row in rows)
+        padded = [[*row, EOS, *[PAD] * (length - 1 - len(row))] for row in kept]
+        ids_BL = torch.tensor(padded, dtype=torch.int64).view(len(texts), length)
+        return ids_BL, ids_BL != PAD
+
+    def unknown_words(self, texts: Sequence[str]) -> list[str]:
+        """The different words of ``texts`` with letters that the tokenizer does not know, in their order."""
+        words = list(dict.fromkeys(word for text in texts for word in text.split()))
+        return [word for word, ids in zip(words, self._ids(words), strict=True) if self._unk_id in ids]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        def ids_of(some: list[str]) -> list[list[int]]:
+            return [row.ids for row in self._backend.encode_batch(some, add_special_tokens=False)]
+
+        return spell(texts, ids_of=ids_of, unk_id=self._unk_id)
+
+    def detokenize(self, ids_BL: Int[Tensor, "B L"]) -> list[str]:
+        """The text before each row's first `</s>`, without pad, unk and sentinels."""
+        skipped = set(self.banned_ids)
+        texts = []
+        for row in ids_BL.tolist():
+            end = row.index(EOS) if EOS in row else len(row)
+            texts.append(self._backend.decode([i for i in row[:end] if i not in skipped], skip_special_tokens=False))
+        return texts
+
+
+# Training
 
 
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int, sentinels: int = 100, lowercase: bool = False
-) -> PreTrainedTokenizerFast:
+) -> "PreTrainedTokenizerFast":
     """A T5-format tokenizer with at most ``vocab_size`` ids, sentinels included; the same texts give the same one.
 
     Text survives a round trip up to NFKC normalization, runs of white space, letters that ``texts`` never showed
@@ -52,7 +150,9 @@ def train_tokenizer(
     return _wrap(_choose(words, room=room), normalizer=normalizer, sentinels=sentinels)
 
 
-def spell(texts: Sequence[str], *, ids_of: Callable[[list[str]], list[list[int]]], unk_id: int) -> list[list[int]]:
+def spell(
+    texts: Sequence[str], *, ids_of: Callable[[list[str]], list[list[int]]], unk_id: int | None
+) -> list[list[int]]:
     """The ids of each text by ``ids_of``; a word with unknown letters is read in lower case where that is better known.
 
     A tokenizer that saw lower case alone knows no capital: `A Red ring` would lose two words that it knows well.
@@ -138,7 +238,9 @@ def _recount(words: Counter[str], counts: dict[str, int]) -> dict[str, int]:
 
 def _wrap(
     pieces: list[tuple[str, float]], *, normalizer: normalizers.Normalizer, sentinels: int
-) -> PreTrainedTokenizerFast:
+) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
     marks = [f"<extra_id_{number}>" for number in range(sentinels)]
     controls = [(token, 0.0) for token in CONTROLS]
     model = models.Unigram([*controls, *pieces, *((mark, 0.0) for mark in reversed(marks))], unk_id=2)

@@ -4,9 +4,12 @@ A stage says how; a run adds where the data come from, and is what `diptych fit`
 """
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,17 +25,27 @@ from diptych.data.splits import Subset
 from diptych.data.streams import BatchSampler, Stream
 from diptych.errors import UserError
 from diptych.eval.frechet import RandomFeatures
+from diptych.report.html import Section, Table, Text
+from diptych.report.run_report import closing_line, write_run_report
+from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import Kind, write_config, write_json
-from diptych.tokenizers.evaluation import evaluate_text_encoder, evaluate_tokenizer
+from diptych.tokenizers.evaluation import evaluate_text_encoder, evaluate_tokenizer, nearest_texts
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
 from diptych.tokenizers.text_encoder import TextEncoder
-from diptych.tokenizers.text_tokenizer import train_tokenizer
+from diptych.tokenizers.text_tokenizer import TextTokenizer, train_tokenizer
 from diptych.tokenizers.vqgan import VQGAN, VQGANConfig
 from diptych.train.config import FILES, OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process
 from diptych.train.loop import train
+from diptych.train.objective import Objective
+from diptych.train.pace import Budget, RunPlan, StageCost
 
+TOKENIZER, TEXT_ENCODER = "tokenizer", "text encoder"
+"""Names of the two stages in the plan of a run."""
+_SHOWN = 8
+"""Number of images or texts in the report."""
+_NEIGHBOURS = "Texts with the one among others whose features are most alike: what the encoder keeps of a text."
 _SCORED = 512
 """Number of images or texts of the training set that a finished stage is scored on."""
 
@@ -52,26 +65,52 @@ class TokenizerStage:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.99), weight_decay=0.0))
     """Optimizer and learning rate."""
 
+    @property
+    def slow_from(self) -> int:
+        """First step with the discriminator."""
+        return round(self.objective.adversarial_start * self.train.steps) if self.objective.adversarial_weight else 0
+
     def fit(
-        self, subsets: list[Subset[Source]], out: Path, *, title: str = "tokenizer", max_skipped_share: float = 0.01
+        self,
+        subsets: list[Subset[Source]],
+        out: Path,
+        *,
+        title: str = "tokenizer",
+        max_skipped_share: float = 0.01,
+        plan: RunPlan | None = None,
     ) -> ImageTokenizer:
         """Trains on the images of ``subsets`` in the folder ``out``, from its newest checkpoint if it has one.
 
         Prints the score on some of these images and writes it to ``tokenizer.json``; images that could not be read are
         listed in ``skipped.jsonl``. Raises UserError when more than ``max_skipped_share`` of the images are unreadable.
         """
-        tokenizer = ImageTokenizer.from_config(self.model, seed=self.train.seed)
-        objective = VQGAN(tokenizer, self.objective, seed=self.train.seed)
         skipped = SkippedItems(max_skipped_share=max_skipped_share)
         stream = pixel_stream(
             subsets, size=self.model.image_size, skipped=skipped, flip=self.flip, seed=self.train.seed
         )
-        batches = BatchSampler(
-            {"images": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
-        )
+
+        def make(stage: TokenizerStage) -> tuple[VQGAN, BatchSampler]:
+            tokenizer = ImageTokenizer.from_config(stage.model, seed=stage.train.seed)
+            objective = VQGAN(tokenizer, stage.objective, steps=stage.train.steps, seed=stage.train.seed)
+            return objective, _sampler({"images": stream}, objective, stage.train)
+
+        plan = plan or RunPlan([StageCost(name=TOKENIZER, steps=self.train.steps)])
+        stage, pace = plan.fit_stage(TOKENIZER, self, out, make)
+        objective, batches = make(stage)
+        tokenizer = objective.tokenizer
         identity: dict[str, Any] = {"model": asdict(self.model), "objective": asdict(self.objective), "flip": self.flip}
         identity[FILES] = "-".join(content_digest(subset.source) for subset in subsets)
-        result = train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
+        result = train(
+            objective,
+            batches,
+            out=out,
+            train=stage.train,
+            optim=stage.optim,
+            title=title,
+            identity=identity,
+            pace=pace,
+            report=plan.report,
+        )
         if is_main_process():
             for line in skipped.report(out / "skipped.jsonl"):
                 print(line, file=sys.stderr, flush=True)
@@ -80,7 +119,25 @@ class TokenizerStage:
                 score = evaluate_tokenizer(tokenizer, _first(stream, _SCORED), extractor=RandomFeatures())
                 print(f"{title}: {score}, on {score.images:,} of its own images", flush=True)
                 write_json(out / "tokenizer.json", asdict(score))
+                _save_samples(tokenizer, next(_first(stream, _SHOWN)), out / "samples")
             return ImageTokenizer(tokenizer.network, image_size=tokenizer.image_size).cpu()
+
+
+def _report(out: Path, state: str) -> None:
+    write_run_report(out, state=state)
+
+
+def _save_samples(tokenizer: ImageTokenizer, pixels_B3HW: Tensor, folder: Path) -> None:
+    """A sheet of images before and after."""
+    after = tokenizer.decode(tokenizer.encode(pixels_B3HW)).cpu()
+    rows = {"image": pixels_B3HW.cpu(), "after": after}
+    cells = {name: [Cell(image=p) for p in each.permute(0, 2, 3, 1).numpy()] for name, each in rows.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_png(folder / "after.png", comparison(cells, title="what the tokens keep"))
+
+
+def _sampler(streams: dict[str, Stream[Any]], objective: Objective, train: TrainConfig) -> BatchSampler:
+    return BatchSampler(streams, multiples=objective.streams, batch_size=train.batch_size, seed=train.seed)
 
 
 def _first(stream: Stream[ImageExamples], count: int) -> Iterator[Tensor]:
@@ -102,13 +159,22 @@ class TokenizerRun:
     stage: TokenizerStage = field(default_factory=TokenizerStage)
     """How the tokenizer is trained."""
 
-    def fit(self, out: Path, *, recipe: str) -> None:
+    def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> None:
         """Leaves ``out/tokenizer``, a plain diffusers folder. Raises UserError for a source without images."""
         source = open_finite(self.images, self.columns)
         if not source.has_images:
             raise UserError(f"{self.images}: has no images to train a tokenizer on")
         write_config(out, recipe=recipe, run=self)
-        self.stage.fit([Subset(source, np.arange(len(source)))], out).save_pretrained(out / "tokenizer")
+        plan = RunPlan(
+            [StageCost(name=TOKENIZER, steps=self.stage.train.steps)],
+            budget=Budget.of_run(out, budget),
+            report=partial(_report, out),
+        )
+        self.stage.fit([Subset(source, np.arange(len(source)))], out, plan=plan).save_pretrained(out / "tokenizer")
+        if is_main_process():
+            write_run_report(out)
+            score = json.loads((out / "tokenizer.json").read_text())
+            print(closing_line(out, self.kind, score=f"PSNR {score['psnr']:.1f} dB"), flush=True)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -124,7 +190,14 @@ class TextEncoderStage:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.98), weight_decay=0.01))
     """Optimizer and learning rate."""
 
-    def fit(self, texts: Iterable[str], out: Path, *, title: str = "text encoder") -> TextEncoder:
+    @property
+    def slow_from(self) -> int:
+        """0: all steps take the same time."""
+        return 0
+
+    def fit(
+        self, texts: Iterable[str], out: Path, *, title: str = "text encoder", plan: RunPlan | None = None
+    ) -> TextEncoder:
         """Trains a text tokenizer and a T5 in the folder ``out``, from its newest checkpoint if it has one.
 
         Prints the score on some of these texts and writes it to ``text_encoder.json``. Raises UserError for texts
@@ -134,8 +207,9 @@ class TextEncoderStage:
         tokenizer = train_tokenizer(
             texts, vocab_size=self.model.vocab_size, sentinels=self.model.sentinels, lowercase=self.model.lowercase
         )
-        objective = SpanCorruption(tokenizer, config=self.model, seed=self.train.seed)
-        ids_XL, valid_XL = objective.text_encoder().tokenize(texts, length=self.max_text_len)
+        rows = self.model.t5(vocab_real=len(tokenizer)).vocab_size
+        ids = TextTokenizer(tokenizer.backend_tokenizer, vocab_rows=rows)
+        ids_XL, valid_XL = ids.tokenize(texts, length=self.max_text_len)
         longest = int(valid_XL.sum(1).max())
         ids_XL, valid_XL = ids_XL[:, :longest], valid_XL[:, :longest]
 
@@ -143,12 +217,27 @@ class TextEncoderStage:
             return TextExamples(ids_BL=ids_XL[index], valid_BL=valid_XL[index])
 
         stream = Stream(size=len(texts), take=take)
-        batches = BatchSampler(
-            {"texts": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
-        )
+
+        def make(stage: TextEncoderStage) -> tuple[SpanCorruption, BatchSampler]:
+            objective = SpanCorruption(tokenizer, config=stage.model, seed=stage.train.seed)
+            return objective, _sampler({"texts": stream}, objective, stage.train)
+
+        plan = plan or RunPlan([StageCost(name=TEXT_ENCODER, steps=self.train.steps)])
+        stage, pace = plan.fit_stage(TEXT_ENCODER, self, out, make)
+        objective, batches = make(stage)
         digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
         identity = {"model": asdict(self.model), "max_text_len": self.max_text_len, FILES: digest}
-        train(objective, batches, out=out, train=self.train, optim=self.optim, title=title, identity=identity)
+        train(
+            objective,
+            batches,
+            out=out,
+            train=stage.train,
+            optim=stage.optim,
+            title=title,
+            identity=identity,
+            pace=pace,
+            report=plan.report,
+        )
         encoder = objective.text_encoder()
         if is_main_process():
             score = evaluate_text_encoder(encoder, texts[:_SCORED], length=self.max_text_len)
@@ -170,7 +259,7 @@ class TextEncoderRun:
     stage: TextEncoderStage = field(default_factory=TextEncoderStage)
     """How the text encoder is trained."""
 
-    def fit(self, out: Path, *, recipe: str) -> None:
+    def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> None:
         """Leaves ``out/text_encoder``, a plain transformers folder with its tokenizer.
 
         Raises UserError for a source without texts.
@@ -180,4 +269,18 @@ class TextEncoderRun:
             raise UserError(f"{self.texts}: has no texts to train a text encoder on")
         write_config(out, recipe=recipe, run=self)
         texts = (text for item in range(len(source)) for text in source.captions(item))
-        self.stage.fit(texts, out).save_pretrained(out / "text_encoder")
+        plan = RunPlan(
+            [StageCost(name=TEXT_ENCODER, steps=self.stage.train.steps)],
+            budget=Budget.of_run(out, budget),
+            report=partial(_report, out),
+        )
+        encoder = self.stage.fit(texts, out, plan=plan)
+        encoder.save_pretrained(out / "text_encoder")
+        if is_main_process():
+            some = list(islice((text for i in range(len(source)) for text in source.captions(i)), _SCORED))
+            neighbours = nearest_texts(encoder, some, length=self.stage.max_text_len, shown=_SHOWN)
+            table = Table(head=["text", "nearest other text", "cosine"], rows=neighbours)
+            write_run_report(out, samples=[Section("Samples", [Text(_NEIGHBOURS), table])])
+            score = json.loads((out / "text_encoder.json").read_text())
+            told = f"features vary in {score['effective_rank']:.1f} of {score['width']} directions"
+            print(closing_line(out, self.kind, score=told), flush=True)

@@ -29,7 +29,8 @@ from torch.func import functional_call
 
 from diptych.data.batch import Batch, ImageExamples
 from diptych.errors import UserError
-from diptych.tokenizers.codebook import Codebook, CodebookConfig
+from diptych.io import without_progress_bars
+from diptych.tokenizers.codebook import Codebook, CodebookConfig, step_at
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.train.objective import Losses, Objective
 
@@ -52,8 +53,8 @@ class VQGANConfig:
     """Weight β of the commitment loss, which holds the latents to their codes."""
     adversarial_weight: float = 0.1
     """Weight λ_a of the discriminator's verdict in the tokenizer's loss; 0 trains without a discriminator."""
-    adversarial_start: int = 10_000
-    """Step from which the discriminator learns and its verdict counts."""
+    adversarial_start: float = 0.1
+    """Share of the steps, 0 to 1, after which the discriminator learns and its verdict counts."""
     adversarial_balance: Literal["fixed", "adaptive"] = "fixed"
     """Scale of λ_a: fixed takes it as it is; adaptive scales it at every step so that the gradients of verdict and
     reconstruction losses at the reconstructed image are equally long."""
@@ -75,12 +76,13 @@ class VQGAN(Objective):
 
     may_skip_parameters = True  # the discriminator joins at `adversarial_start`
 
-    def __init__(self, tokenizer: ImageTokenizer, config: VQGANConfig, *, seed: int = 0):
+    def __init__(self, tokenizer: ImageTokenizer, config: VQGANConfig, *, steps: int, seed: int = 0):
         super().__init__()
         self.streams = {"images": 1}
         self.config = config
         self.tokenizer = tokenizer
-        self.codebook = Codebook(config.codebook, codebook_size=tokenizer.codebook_size)
+        self.codebook = Codebook(config.codebook, codebook_size=tokenizer.codebook_size, steps=steps)
+        self.adversarial_start = step_at("adversarial-start", config.adversarial_start, steps)
         self.perceptual = PerceptualNetwork(config.perceptual) if config.perceptual else None
         self.discriminator: PatchDiscriminator | None = None
         if config.adversarial_weight:
@@ -107,7 +109,7 @@ class VQGAN(Objective):
             "psnr": psnr(squared, peak=1.0 if self.tokenizer.unit_range else 2.0),
             "perplexity": quantized.perplexity,
         }
-        if self.discriminator is not None and step >= self.config.adversarial_start:
+        if self.discriminator is not None and step >= self.adversarial_start:
             generator, discriminator, scale = self._adversarial(fake, real, reconstruction)
             total = total + self.config.adversarial_weight * scale * generator + discriminator
             terms |= {"adversarial": generator, "discriminator": discriminator}
@@ -219,9 +221,10 @@ class PerceptualNetwork(nn.Module):
         from transformers import AutoModel  # heavy
 
         try:
-            model, loading = AutoModel.from_pretrained(
-                name, local_files_only=Path(name).is_dir(), output_loading_info=True
-            )
+            with without_progress_bars(name):
+                model, loading = AutoModel.from_pretrained(
+                    name, local_files_only=Path(name).is_dir(), output_loading_info=True
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{name}: no vision model that transformers can load; name another or none") from error
         # Of a model of two towers, such as CLIP, the one for images.

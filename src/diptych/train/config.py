@@ -148,4 +148,12 @@ def _changes(name: str, before: Any, after: Any) -> list[str]:
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         names = sorted(before.keys() | after.keys())
         return [each for key in names for each in _changes(f"{name}.{key}", before.get(key), after.get(key))]
-    return [] if before == after else [f"{name} ({before!r} then, {after!r} now)"]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = enumerate(zip(before, after, strict=True))
+        return [each for place, (old, new) in pairs for each in _changes(f"{name}[{place}]", old, new)]
+    return [] if before == after else [f"{name} ({_short(before)} then, {_short(after)} now)"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]} ... {len(text)} characters"

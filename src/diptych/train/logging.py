@@ -20,15 +20,24 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from diptych.errors import UserError
+from diptych.report.progress import clock, in_words
+from diptych.report.run_report import told
 from diptych.train.checkpoint import TrainProgress
 from diptych.train.config import TrainConfig
+from diptych.train.pace import Pace
 from diptych.train.step import StepResult
 
 Measured: TypeAlias = float | int | Image.Image
 """A number for metrics.jsonl and TensorBoard, or an image for TensorBoard alone."""
+
+
+_MORE = 1.03
+"""How much longer a whole run must take than its training for both to be told."""
+_WORTH_TELLING = 30.0
+"""Seconds of a run that are worth an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +55,11 @@ class RunLogger:
     The main process also writes and shows the numbers. The others only count bad steps, so that all stop together.
     """
 
-    def __init__(self, out: Path, *, title: str, start: TrainProgress, train: TrainConfig, is_main: bool) -> None:
+    def __init__(
+        self, out: Path, *, title: str, start: TrainProgress, train: TrainConfig, pace: Pace, is_main: bool
+    ) -> None:
         """``start`` is where the run continues. Raises UserError if ``out`` cannot be written to."""
+        self._train, self._pace = train, pace
         self.bad_steps = start.bad_steps
         """Updates in a row that were skipped, up to the last step that was read."""
         self._max_bad_steps = train.max_bad_steps
@@ -57,16 +69,22 @@ class RunLogger:
         self._metrics, self._display = None, None
         if is_main:
             self._metrics = MetricsLogger(out, start=start.step, tensorboard=train.tensorboard, every=train.log_every)
-            self._display = ProgressDisplay(title, start=start.step, steps=train.steps, quiet=train.quiet)
+            self._display = ProgressDisplay(title, start=start.step, quiet=train.quiet)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._display:
-            self._display.close(self._step, loss=self._loss)
+            left = self._pace.stage_left(self._step, self._train.steps), None
+            self._display.close(self._step, self._train.steps, loss=self._loss, left=left)
         if self._metrics:
             self._metrics.close()
+
+    @property
+    def steps_done(self) -> int:
+        """Number of finished steps."""
+        return self._step
 
     @property
     def evaluated(self) -> bool:
@@ -105,7 +123,19 @@ class RunLogger:
             self._loss = loss
         self.flush()
         if self._display:
-            self._display.update(self._step, rows=sum(each.rows for each in unread), loss=self._loss)
+            rows, steps = sum(each.rows for each in unread), self._train.steps
+            left = self._pace.stage_left(self._step, steps), self._pace.all_left(self._step, steps)
+            self._display.update(self._step, steps, rows=rows, loss=self._loss, left=left)
+
+    def estimate(self, step: int) -> None:
+        """Print the time that is left, of this training and of its whole run, unless it is over in a moment."""
+        stage = self._pace.stage_left(step, self._train.steps)
+        everything = self._pace.all_left(step, self._train.steps)
+        if self._display is None or self._train.quiet or stage is None or everything is None:
+            return
+        if everything > _WORTH_TELLING:
+            more = f"; all: {in_words(everything)} left" if everything > _MORE * stage else ""
+            self._display.say(f"{self._train.steps:,} steps, {in_words(stage)} left{more}")
 
     def evaluation(self, progress: TrainProgress, numbers: Mapping[str, Measured], *, seconds: float) -> None:
         """Write one line for all evaluations after a step, so that metrics.jsonl has all of them or none.
@@ -116,6 +146,8 @@ class RunLogger:
             line = {"seconds": round(progress.seconds, 3), **numbers, "evaluation_seconds": round(seconds, 3)}
             self._metrics.write(progress.step, line)
             self._metrics.flush()
+        if self._display and not self._train.quiet and (scores := told(numbers)):
+            self._display.say(f"step {progress.step:,}: validation {scores} ({in_words(seconds)})")
 
     def flush(self, *, to_disk: bool = False) -> None:
         """See :meth:`MetricsLogger.flush`."""
@@ -232,8 +264,8 @@ class ProgressDisplay:
     A terminal gets a bar; elsewhere there is a line for the first step and one every ten seconds.
     """
 
-    def __init__(self, title: str, *, start: int, steps: int, quiet: bool) -> None:
-        self.title, self.start, self.steps, self.quiet = title, start, steps, quiet
+    def __init__(self, title: str, *, start: int, quiet: bool) -> None:
+        self.title, self.start, self.quiet = title, start, quiet
         self._began = time.monotonic()
         self._shown = -math.inf
         self._rows = 0
@@ -244,20 +276,25 @@ class ProgressDisplay:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
-            self._task = self._bar.add_task(title, total=steps, completed=start, note="")
+            self._task = self._bar.add_task(title, total=None, completed=start, note="")
             self._bar.start()
 
-    def update(self, step: int, *, rows: int, loss: float) -> None:
-        """Show, if it is time to, that ``step`` steps are finished. ``rows`` were trained on since the last call."""
+    def update(
+        self, step: int, steps: int, *, rows: int, loss: float, left: tuple[float | None, float | None] = (None, None)
+    ) -> None:
+        """Show, if it is time to, that ``step`` of ``steps`` steps are finished.
+
+        ``rows`` were trained on since the last call; ``left`` are the seconds for the rest of this training and of the
+        whole run, as far as they are known.
+        """
         self._rows += rows
         now = time.monotonic()
         if self.quiet or now - self._shown < (0.25 if self._bar else 10.0):
             return
         self._shown = now
-        self._show(step, loss=loss, seconds=now - self._began)
+        self._show(step, steps, loss=loss, left=left)
 
     def say(self, text: str) -> None:
         """Print a line that stays, also when quiet: something the user must know."""
@@ -266,25 +303,24 @@ class ProgressDisplay:
         else:
             print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
-    def close(self, step: int, *, loss: float) -> None:
+    def close(
+        self, step: int, steps: int, *, loss: float, left: tuple[float | None, float | None] = (None, None)
+    ) -> None:
         """Show that the run ended after ``step`` steps."""
         if not self.quiet and step > self.start:
-            self._show(step, loss=loss, seconds=time.monotonic() - self._began)
+            self._show(step, steps, loss=loss, left=left)
         if self._bar:
             self._bar.stop()
 
-    def _show(self, step: int, *, loss: float, seconds: float) -> None:
-        speed = (step - self.start) / max(seconds, 1e-9)
-        note = f"{speed:.3g} steps/s  {self._rows / max(seconds, 1e-9):.3g} rows/s  loss {loss:.4g}"
+    def _show(self, step: int, steps: int, *, loss: float, left: tuple[float | None, float | None]) -> None:
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        stage, everything = left
+        note = f"{(step - self.start) / seconds:.3g} steps/s  {self._rows / seconds:.3g} rows/s  loss {loss:.4g}"
+        if stage is not None:
+            note += f"  {clock(stage)} left"
+        if stage is not None and everything is not None and everything > _MORE * stage:
+            note += f"  all: {in_words(everything)} left"
         if self._bar:
-            self._bar.update(self._task, completed=step, note=note)
+            self._bar.update(self._task, completed=step, total=steps, note=note)
         else:
-            left = _clock((self.steps - step) / speed) if speed else "?"
-            self.say(f"step {step}/{self.steps}  {note}  {left} left")
-
-
-def _clock(seconds: float) -> str:
-    """``seconds`` as hours:minutes:seconds."""
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
+            self.say(f"step {step}/{steps}  {note}")

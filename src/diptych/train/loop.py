@@ -24,6 +24,7 @@ from diptych.train.distributed import Devices
 from diptych.train.interrupt import Interrupted, SignalWatch
 from diptych.train.logging import Measured, RunLogger
 from diptych.train.objective import Objective
+from diptych.train.pace import FIRST_ESTIMATE, Pace, StageCost
 from diptych.train.prefetch import BatchFn, count_rows, prefetch
 from diptych.train.step import TrainStep
 
@@ -94,12 +95,17 @@ def train(
     hooks: Sequence[Hook] = (),
     title: str = "training",
     identity: Mapping[str, Any] | None = None,
+    pace: Pace | None = None,
+    report: Callable[[str], object] | None = None,
 ) -> TrainResult:
     """Train ``objective`` on ``batches`` in the run folder ``out``, from its newest checkpoint if there is one.
 
     ``batches(step, rank, world)`` is pure, and the global generators (dropout) are seeded anew at each step: so a
     resumed run is, on a CPU, bit for bit the uninterrupted one. ``identity`` is whatever else decides the losses (the
-    recipe's other fields, as JSON values); resuming with another one is refused.
+    recipe's other fields, as JSON values); resuming with another one is refused. ``pace`` knows what follows this
+    training in its run, and under a budget corrects the number of steps. ``report`` writes the report of the run, given
+    a sentence on how far it is: after evaluations and checkpoints, where it costs little, and at the end, whatever
+    ended the training.
 
     Raises:
         UserError: settings that cannot be, that differ from the run's, or that do not train (losses that are not
@@ -108,6 +114,7 @@ def train(
     """
     train.check()
     optim.check()
+    train = replace(train)  # a budget corrects its number of steps
     devices = Devices(device=train.device, precision=train.precision)
     _check_rows(train, objective, world=devices.world)
     update = TrainStep(objective, train=train, optim=optim, devices=devices)
@@ -119,15 +126,22 @@ def train(
         devices=devices,
         state=TrainState(objective, update.optimizer, update.ema),
         settings=json.loads(json.dumps(describe(train, optim, identity or {}))),
+        pace=pace or Pace(cost=StageCost(name=title, steps=train.steps)),
+        report=_Report(report if devices.is_main else None),
     )
     progress, messages = run.restore()
+    run.pace.begin(progress.step, progress.seconds, train)
+    run = replace(run, first_step=progress.step)
     with (
-        RunLogger(out, title=title, start=progress, train=train, is_main=devices.is_main) as logger,
+        RunLogger(out, title=title, start=progress, train=train, pace=run.pace, is_main=devices.is_main) as logger,
         SignalWatch() as signals,
     ):
         for message in messages:
             logger.say(message)
-        progress, stop = _loop(run, update, batches, progress=progress, logger=logger, signals=signals)
+        try:
+            progress, stop = _loop(run, update, batches, progress=progress, logger=logger, signals=signals)
+        finally:
+            run.report.write(logger, train, finished=True)
     if stop.is_signal:
         raise Interrupted(signal.Signals[stop.name], step=progress.step)
     return TrainResult(step=progress.step, stop=stop, seconds=progress.seconds, ema=update.ema)
@@ -162,20 +176,67 @@ def _loop(
     signals: SignalWatch,
 ) -> tuple[TrainProgress, StopReason]:
     """Train from ``progress`` on until there is a reason to stop; return how far it came, and the reason."""
+    if run.make_up_hooks(progress, logger):
+        return progress, StopReason.NOTHING_LEFT
+    clock = _Clock(before=progress.seconds)
+    stop: StopReason | None = None if progress.step < run.train.steps else StopReason.FINISHED
+    while stop is None:  # once, and again where a budget has changed the number of steps
+        progress, stop = _steps(run, update, batches, progress=progress, clock=clock, logger=logger, signals=signals)
+    return progress, stop
+
+
+class _Report:
+    """Writes the report of a run, and takes care that this takes little of its time."""
+
+    _SHARE = 0.02  # largest share of the time
+
+    def __init__(self, write: Callable[[str], object] | None) -> None:
+        self._write, self._next = write, 0.0
+
+    def write(self, logger: RunLogger, train: TrainConfig, *, finished: bool = False) -> None:
+        """Write it, if it is time to or the training has ended."""
+        began = time.monotonic()
+        if self._write is None or (began < self._next and not finished) or logger.steps_done == 0:
+            return
+        logger.flush()
+        self._write(f"step {logger.steps_done:,} of {train.steps:,}")
+        self._next = time.monotonic() + (time.monotonic() - began) / self._SHARE
+
+
+class _Clock:
+    """The time of this invocation and of all."""
+
+    def __init__(self, *, before: float) -> None:
+        self.began, self.before = time.monotonic(), before
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+
+def _steps(
+    run: "_Run",
+    update: TrainStep,
+    batches: BatchFn,
+    *,
+    progress: TrainProgress,
+    clock: _Clock,
+    logger: RunLogger,
+    signals: SignalWatch,
+) -> tuple[TrainProgress, StopReason | None]:
+    """Steps until there is a reason to stop, which is None where the number of steps has been changed."""
     train, devices = run.train, run.devices
-    began, seconds_before = time.monotonic(), progress.seconds
-    over = run.make_up_hooks(progress, logger)
-    steps = range(progress.step, progress.step if over else train.steps)
+    steps = range(progress.step, train.steps)
     supply = prefetch(
         batches, steps, rank=devices.rank, world=devices.world, device=devices.device, workers=train.workers
     )
-    stop = StopReason.NOTHING_LEFT if over else StopReason.FINISHED
     with closing(supply):
         for step, batch in zip(steps, supply, strict=True):
             result = update(step, batch)
-            seconds = time.monotonic() - began
-            progress = TrainProgress(step=step + 1, seconds=seconds_before + seconds)
+            seconds = clock.seconds
+            progress = TrainProgress(step=step + 1, seconds=clock.before + seconds)
             logger.step(progress, result, rows=count_rows(batch) * devices.world)
+            changed = run.pace.after_step(progress.step, train)
 
             # On a CPU the numbers are there; from a GPU they are read now and then, and only then do processes agree.
             reading = not devices.waits or run.is_due(train.log_every, after=progress.step)
@@ -196,9 +257,14 @@ def _loop(
                 if not saving:
                     run.save(progress, logger)
             if reason is not None:
-                stop = reason
-                break
-    return progress, stop
+                return progress, reason
+            if saving or due:
+                run.report.write(logger, train)
+            if progress.step - run.first_step == FIRST_ESTIMATE:
+                logger.estimate(progress.step)
+            if changed:
+                return progress, None
+    return progress, StopReason.FINISHED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +283,10 @@ class _Run:
     state: TrainState
     settings: dict[str, Any]
     """What a resume is compared with, as JSON values."""
+    pace: Pace
+    report: "_Report"
+    first_step: int = 0
+    """Step after which this invocation began."""
 
     def restore(self) -> tuple[TrainProgress, list[str]]:
         """Continue from the newest undamaged checkpoint, if any; return its progress, and messages for the user."""

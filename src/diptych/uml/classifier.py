@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diptych.data.pixels import SkippedItems, decode_files
+from diptych.data.pixels import SkippedItems
 from diptych.data.sources import Source
 from diptych.data.splits import Labelled
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
 from diptych.io import load_network
 from diptych.nn.inference import Device, Prediction, eval_mode, pick_device, top_predictions
-from diptych.run_folder import write_json
+from diptych.report import print_metrics
+from diptych.run_folder import check_finished, write_json
 from diptych.uml.data import ScoredImages, score_classifier
 from diptych.uml.head import SharedHead
 from diptych.uml.training import IMAGE
@@ -32,11 +33,14 @@ class Classifier:
 
     def __init__(self, encoder: ImageEncoder, head: SharedHead, classes: Sequence[str], *, device: str) -> None:
         self.encoder, self.head, self.classes = encoder.to(device).eval(), head.to(device).eval(), tuple(classes)
-        self.device = device
+        self.image_size, self.device = encoder.image_size, device
 
     @classmethod
-    def from_pretrained(cls, run: Path, *, device: Device = "auto") -> "Classifier":
-        """The classifier of a run folder. Raises UserError if the run is not finished or a file is missing."""
+    def from_pretrained(cls, run: str | Path, *, device: Device = "auto") -> "Classifier":
+        """The classifier of a run folder. Raises UserError for a run of another kind or one that is not finished, and
+        if a file is missing."""
+        run = Path(run)
+        check_finished(run, "classifier")
         try:
             classes = json.loads((run / "classes.json").read_text())
         except (OSError, ValueError) as error:
@@ -54,19 +58,6 @@ class Classifier:
         return top_predictions(self.probabilities(pixels_B3SS), self.classes, top=top)
 
 
-def classify_run(run: Path, images: Sequence[Path], *, top: int = 1, device: Device = "auto") -> list[list[Prediction]]:
-    """The ``top`` most probable classes of each image file, best first.
-
-    Raises UserError for a run that is not finished, and for a file that is no image.
-    """
-    classifier = Classifier.from_pretrained(run, device=device)
-    found: list[list[Prediction]] = []
-    for begin in range(0, len(images), _ROWS):
-        pixels_B3SS = decode_files(images[begin : begin + _ROWS], size=classifier.encoder.image_size)
-        found += classifier.predictions(pixels_B3SS, top=top)
-    return found
-
-
 def evaluate_classifier_run(
     run: Path, source: Source, *, out: Path, device: Device = "auto", workers: int = 2, max_skipped_share: float = 0.01
 ) -> dict[str, Any]:
@@ -75,8 +66,6 @@ def evaluate_classifier_run(
     Raises UserError for a run that is not finished, for labels that it does not know, and if more than
     ``max_skipped_share`` of the images cannot be read.
     """
-    from rich.console import Console
-
     classifier = Classifier.from_pretrained(run, device=device)
     labelled = Labelled.of(source, classifier.classes)
     skipped = SkippedItems(max_skipped_share=max_skipped_share)
@@ -96,12 +85,8 @@ def evaluate_classifier_run(
         "per_class": per_class,
     }
     write_json(out / "metrics.json", metrics)
-    Console().print(
-        f"{run} on {source.name}: {metrics['accuracy']:.1%} of {metrics['images']:,} images right, "
-        f"{metrics['mean_class_accuracy']:.1%} as a mean over {len(per_class)} classes; written to {out}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for line in skipped.report(out / "skipped.jsonl"):
-        Console().print(f"Note: {line}", markup=False, soft_wrap=True)
+    shown = {"images": len(labels_N)} | {n: getattr(found, n) for n in ("accuracy", "mean_class_accuracy", "loss")}
+    chance = f"Chance is {1 / len(classifier.classes):.1%} with {len(classifier.classes)} classes."
+    print_metrics(shown, title=f"{run} on {source.name}", notes=[chance, *skipped.report(out / "skipped.jsonl")])
+    print(f"written to {out}")
     return metrics

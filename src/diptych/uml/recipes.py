@@ -27,7 +27,7 @@ def uml_probe() -> UmlRun:
             steps=12_800,
             batch_size=32,
             eval_every=100,
-            checkpoint_every=3200,
+            checkpoint_every=1280,
             workers=0,
             precision="fp32",
             tensorboard=False,
@@ -50,7 +50,7 @@ def uml_finetune() -> UmlRun:
         train_encoder="tuned",
         view=ViewConfig(scale=(0.6, 1.0), jitter=0.0, grey=0.0, blur=0.0),
         head=SharedHeadConfig(features="unit"),
-        train=TrainConfig(steps=12_800, batch_size=64, eval_every=400, checkpoint_every=1600),
+        train=TrainConfig(steps=12_800, batch_size=64, eval_every=400, checkpoint_every=400),
         optim=OptimConfig(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.0, warmup_steps=50, final_lr=0.2),
     )
 
@@ -64,6 +64,6 @@ def uml_ssl() -> UmlSslRun:
     return UmlSslRun(
         target=tyro.MISSING,
         model=SharedTransformerConfig(width=256, depth=4, heads=4),
-        train=TrainConfig(steps=3000, batch_size=32, tensorboard=False),
+        train=TrainConfig(steps=3000, batch_size=32, checkpoint_every=100, tensorboard=False),
         optim=OptimConfig(lr=5e-4, betas=(0.9, 0.98), weight_decay=0.01, max_grad_norm=1.0),
     )

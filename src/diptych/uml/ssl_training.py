@@ -16,10 +16,12 @@ from diptych.data.streams import BatchSampler
 from diptych.errors import UserError
 from diptych.io import load_network
 from diptych.nn.inference import Device, eval_mode, pick_device
+from diptych.report.run_report import closing_line, outcome, write_run_report
 from diptych.run_folder import Kind, save_model, write_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process
 from diptych.train.loop import train
+from diptych.train.pace import Budget, RunPlan, StageCost
 from diptych.uml.features import mean_and_scale, read_rows, sequence_stream
 from diptych.uml.ssl_objective import UmlSsl, UmlSslConfig
 from diptych.uml.trunk import SharedTransformer, SharedTransformerConfig
@@ -49,7 +51,7 @@ class UmlSslRun:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Settings of the optimizer."""
 
-    def fit(self, out: Path, *, recipe: str) -> None:
+    def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> None:
         """Train in the run folder ``out``, or go on there.
 
         It leaves ``out/model``, which embeds features of the target without the other modalities. Raises UserError for
@@ -57,20 +59,46 @@ class UmlSslRun:
         """
         stores = self.open()
         streams = {name: sequence_stream(store) for name, store in stores.items()}
-        write_config(out, recipe=recipe, run=self)
-        objective = UmlSsl(self.build(stores), self.objective, target=TARGET)
-        batches = BatchSampler(
-            streams, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
-        )
+        plan = RunPlan([StageCost(name=recipe, steps=self.train.steps)], budget=Budget.of_run(out, budget))
+
+        def make(run: UmlSslRun) -> tuple[UmlSsl, BatchSampler]:
+            objective = UmlSsl(run.build(stores), run.objective, target=TARGET)
+            rows, seed = run.train.batch_size, run.train.seed
+            return objective, BatchSampler(streams, multiples=objective.streams, batch_size=rows, seed=seed)
+
+        def report(state: str) -> None:
+            write_run_report(out, state=state)
+
+        run, pace = plan.fit_stage(recipe, self, out, make)
+        write_config(out, recipe=recipe, run=run)
+        objective, batches = make(run)
         identity = {
             "model": asdict(objective.model.config),
-            "objective": asdict(self.objective),
-            "data": {name: [len(store), store.manifest] for name, store in stores.items()},
+            "objective": asdict(run.objective),
+            "data": {name: {"count": len(store), **store.manifest} for name, store in stores.items()},
         }
-        result = train(objective, batches, out=out, train=self.train, optim=self.optim, title="UML", identity=identity)
+        result = train(
+            objective,
+            batches,
+            out=out,
+            train=run.train,
+            optim=run.optim,
+            title="UML",
+            identity=identity,
+            pace=pace,
+            report=report,
+        )
         with result.eval_mode(objective):
             if is_main_process():
                 save_model(objective.model, out / "model")
+        if result.finished and is_main_process():
+            write_run_report(out)
+            print(closing_line(out, self.kind, score=outcome(out)), flush=True)
+
+    @property
+    def slow_from(self) -> int:
+        """First step with all modalities."""
+        return self.objective.aux_start_step if self.others else 0
 
     def open(self) -> dict[str, VectorStore]:
         """The stores by modality: ``target``, ``other_1``, ``other_2`` and so on."""

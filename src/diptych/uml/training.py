@@ -7,8 +7,8 @@
 Shapes: N images, D width of their features, C classes.
 """
 
+import copy
 import hashlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -17,12 +17,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from PIL import Image
 from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig
 from diptych.data.class_texts import Shots, are_codes, texts_of
-from diptych.data.pixels import SkippedItems
+from diptych.data.pixels import SkippedItems, channels_first, read_image
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.content import content_digest
@@ -32,12 +32,16 @@ from diptych.encoders import ImageEncoder, ScratchConfig, open_image_encoder, op
 from diptych.encoders.image import ImagePooling
 from diptych.encoders.text import TextPooling
 from diptych.errors import UserError
-from diptych.nn.inference import pick_device
+from diptych.nn.inference import eval_mode, pick_device
+from diptych.report.run_report import closing_line, write_run_report
+from diptych.report.sheet import contact_sheet, save_png
 from diptych.run_folder import Kind, save_model, write_config, write_json
+from diptych.train.best import BestWeights, Score
 from diptych.train.config import FILES, OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first
 from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
+from diptych.train.pace import Budget, RunPlan, StageCost
 from diptych.uml.data import (
     LabelledFeatures,
     LabelledImages,
@@ -50,6 +54,8 @@ from diptych.uml.features import encoder_identity
 from diptych.uml.head import SharedHead, SharedHeadConfig
 from diptych.uml.objective import Init, UmlConfig, UmlObjective
 
+_SHOWN = 8
+"""Number of images in the report."""
 IMAGE, TEXT = "image", "text"
 """Names of the modalities, and of their streams."""
 
@@ -120,7 +126,7 @@ class UmlRun:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Settings of the optimizer."""
 
-    def fit(self, out: Path, *, recipe: str) -> TrainResult:
+    def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> TrainResult:
         """Train in the run folder ``out``, or go on there.
 
         A finished run leaves ``out/encoder``, ``out/head`` and ``out/classes.json``, which classify without any text.
@@ -128,10 +134,10 @@ class UmlRun:
         """
         self.check()
         join_processes(self.train.device)
+        plan = RunPlan([StageCost(name=recipe, steps=self.train.steps)], budget=Budget.of_run(out, budget))
         labelled = Labelled.of(open_finite(self.data.images, self.data.columns))
         encoder = self._open_encoder().to(pick_device(self.train.device))
         texts = self._texts(labelled.classes, cache=self.data.cache or out / "features")
-        write_config(out, recipe=recipe, run=self)
         skipped, skipped_valid = (SkippedItems(max_skipped_share=self.data.max_skipped_share) for _ in range(2))
         images, valid = self._images(
             labelled,
@@ -140,31 +146,46 @@ class UmlRun:
             skipped=skipped,
             skipped_valid=skipped_valid,
         )
-        objective = self.build(encoder, images, texts, classes=len(labelled.classes))
-        batches = BatchSampler(
-            {IMAGE: images.stream(), TEXT: texts.stream()},
-            multiples=objective.streams,
-            batch_size=self.train.batch_size,
-            seed=self.train.seed,
-        )
+
+        def make(run: UmlRun, encoder: ImageEncoder) -> tuple[UmlObjective, BatchSampler]:
+            objective = run.build(encoder, images, texts, classes=len(labelled.classes))
+            streams = {IMAGE: images.stream(), TEXT: texts.stream()}
+            rows, seed = run.train.batch_size, run.train.seed
+            return objective, BatchSampler(streams, multiples=objective.streams, batch_size=rows, seed=seed)
+
+        # Trial steps change a tuned encoder. More steps than the recipe's are of no use, as patience ends the run.
+        run, pace = plan.fit_stage(recipe, self, out, lambda run: make(run, copy.deepcopy(encoder)), most=1.0)
+        write_config(out, recipe=recipe, run=run)
+        objective, batches = make(run, encoder)
+
+        def report(state: str) -> None:
+            write_run_report(out, state=state)
+
         best = BestWeights(out / "best", patience=self.patience)
-        hook = Hook(every=self.train.eval_every, run=_validation(valid, best), over=best.is_over)
+        hook = Hook(every=run.train.eval_every, run=_validation(valid, best), over=best.is_over)
         result = train(
             objective,
             batches,
             out=out,
-            train=self.train,
-            optim=self.optim,
+            train=run.train,
+            optim=run.optim,
             hooks=[hook],
             title=recipe,
             identity=self._identity(objective, encoder, images, texts) | {FILES: content_digest(labelled.source)},
+            pace=pace,
+            report=report,
         )
         if is_main_process():
             for line in skipped.report(out / "skipped.jsonl") + skipped_valid.report(out / "skipped_valid.jsonl"):
                 print(line, file=sys.stderr)
         if result.finished and is_main_process():
-            _finish(out, objective, encoder, labelled.classes, best)
+            _finish(out, objective, encoder, labelled, best)
         return result
+
+    @property
+    def slow_from(self) -> int:
+        """0: all steps take the same time."""
+        return 0
 
     def check(self) -> None:
         """Raises UserError for combinations of fields that would fail late or train nothing."""
@@ -284,7 +305,7 @@ def start_head(
     return head
 
 
-def _validation(valid: LabelledFeatures | ScoredImages, best: "BestWeights") -> Callable[..., dict[str, Measured]]:
+def _validation(valid: LabelledFeatures | ScoredImages, best: BestWeights) -> Callable[..., dict[str, Measured]]:
     """A hook's function: the scores on the images to select on, as of `diptych evaluate`, also offered to ``best``."""
 
     def run(step: int, objective: nn.Module) -> dict[str, Measured]:
@@ -296,87 +317,38 @@ def _validation(valid: LabelledFeatures | ScoredImages, best: "BestWeights") -> 
         else:
             vectors_ND, labels_N = valid.tensors(device)
         found = score_classifier(objective.head, vectors_ND, labels_N, modality=objective.target)
-        best.offer(Score(step=step, accuracy=found.accuracy, loss=found.loss), objective)
+        best.offer(Score(step=step, value=found.accuracy, tie_break=-found.loss), objective)
         names = ("accuracy", "mean_class_accuracy", "loss")
         return {f"valid/{name}": getattr(found, name) for name in names}
 
     return run
 
 
-def _finish(
-    out: Path, objective: UmlObjective, encoder: ImageEncoder, classes: tuple[str, ...], best: "BestWeights"
-) -> None:
+def _finish(out: Path, objective: UmlObjective, encoder: ImageEncoder, labelled: Labelled, best: BestWeights) -> None:
     """Save the selected weights so that they classify without the texts and without this data."""
     best.load_into(objective)
     save_model(objective.head, out / "head")
     save_model(encoder, out / "encoder")
-    write_json(out / "classes.json", list(classes))
+    write_json(out / "classes.json", list(labelled.classes))
     assert best.score is not None
-    print(
-        f"{out}: {best.score.accuracy:.1%} of the validation images right after step {best.score.step}",
-        file=sys.stderr,
-    )
+    save_png(out / "samples" / "guesses.png", _sheet_of_guesses(objective, encoder, labelled))
+    write_run_report(out)
+    score = f"{best.score.value:.1%} of the validation images right after step {best.score.step:,}"
+    print(closing_line(out, "classifier", score=score), flush=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """The result of a validation after so many steps."""
-
-    step: int
-    accuracy: float
-    loss: float
-
-    def beats(self, other: "Score | None") -> bool:
-        """Whether the accuracy is higher, or the same with a lower loss: few validation images give many equals."""
-        return other is None or (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
-
-
-def select_best(scores: list[Score], *, patience: int) -> Score | None:
-    """The best of ``scores``, in the order of their steps, up to where ``patience`` in a row were no better."""
-    best, waited = None, 0
-    for score in scores:
-        if waited == patience:
-            break
-        best, waited = (score, 0) if score.beats(best) else (best, waited + 1)
-    return best
-
-
-def patience_is_over(scores: list[Score], *, patience: int) -> bool:
-    """Whether the last ``patience`` scores were no better, so that no further one can be selected."""
-    best = select_best(scores, patience=patience)
-    return best is not None and len(scores) - 1 - scores.index(best) >= patience
-
-
-class BestWeights:
-    """Keeps the weights of the selected step, and all scores, in a folder. A resumed run goes on with them."""
-
-    def __init__(self, folder: Path, *, patience: int) -> None:
-        self.folder, self.patience = folder, patience
-        found = folder / "scores.json"
-        self.scores = [Score(**each) for each in json.loads(found.read_text())] if found.is_file() else []
-
-    @property
-    def score(self) -> Score | None:
-        """The selected score, None before the first."""
-        return select_best(self.scores, patience=self.patience)
-
-    def is_over(self, step: int) -> bool:
-        """Whether no step after ``step`` can be selected any more."""
-        return patience_is_over([each for each in self.scores if each.step <= step], patience=self.patience)
-
-    def offer(self, score: Score, objective: nn.Module) -> None:
-        """Record a score, and keep the weights if it is selected. Scores are offered in the order of their steps.
-
-        Known scores of this step and of later ones are from before a resume, and are dropped.
-        """
-        self.scores = [*(each for each in self.scores if each.step < score.step), score]
-        if self.score == score:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            draft = self.folder / ".weights.safetensors"
-            save_file({name: value.contiguous() for name, value in objective.state_dict().items()}, draft)
-            draft.replace(self.folder / "weights.safetensors")
-        write_json(self.folder / "scores.json", [asdict(each) for each in self.scores])
-
-    def load_into(self, objective: nn.Module) -> None:
-        """Give ``objective`` the selected weights."""
-        objective.load_state_dict(load_file(self.folder / "weights.safetensors"))
+def _sheet_of_guesses(objective: UmlObjective, encoder: ImageEncoder, labelled: Labelled) -> Image.Image:
+    """Some images with their class and the most probable one."""
+    chosen = np.linspace(0, len(labelled.source) - 1, min(_SHOWN, len(labelled.source))).astype(int)
+    skipped = SkippedItems(max_skipped_share=1.0)
+    pixels = {i: read_image(labelled.source, int(i), size=encoder.image_size, skipped=skipped) for i in chosen}
+    shown = {item: image for item, image in pixels.items() if image is not None}
+    with eval_mode(encoder), eval_mode(objective):
+        device = objective.head.head.weight.device
+        features_BD = encoder(channels_first(np.stack(list(shown.values()))).to(device))
+        probability_BC = objective.head(features_BD, objective.target).softmax(1).cpu()
+    guesses = [
+        f"{labelled.classes[labelled.labels_N[item]]}: guessed {labelled.classes[int(row.argmax())]} {row.max():.0%}"
+        for item, row in zip(shown, probability_BC, strict=True)
+    ]
+    return contact_sheet(list(shown.values()), captions=guesses, title="images of the training data, and guesses")

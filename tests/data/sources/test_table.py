@@ -264,3 +264,12 @@ def test_pixels_are_not_kept(photos):
     assert np.all(source.image(0, 4) == 0)
     Image.new("RGB", (8, 8), (77, 77, 77)).save(photos / "photos" / "0.png")
     assert np.all(source.image(0, 4) == 77)
+
+
+def test_one_image_under_two_names_is_one_item(tmp_path, monkeypatch):
+    """Else it could be in two streams; and a name is printed as one would write it."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("file_name,caption\na.png,one\n./a.png,two\n")
+    monkeypatch.chdir(tmp_path)
+    source = open_source("./t.csv")
+    assert (len(source), source.key(0), source.captions(0)) == (1, "a.png", ["one", "two"])

@@ -214,7 +214,7 @@ class TableSource:
     def _path(self, folder: Path, value: Any, number: int) -> str:
         if not isinstance(value, str) or not value:
             raise UserError(f"{self.name}: row {number} (counted from 0) has no image path, but {value!r}")
-        return os.path.join(folder, value)
+        return str(Path(folder, value))  # one name for `a.jpg` and `./a.jpg`
 
     def _check_files(self) -> None:
         """Raise UserError where none of the first images exists: paths are relative to another folder, then."""

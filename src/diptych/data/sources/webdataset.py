@@ -9,7 +9,7 @@ import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -135,7 +135,7 @@ def _index(paths: Sequence[Path], keys: list[str], columns: Columns, *, source: 
     for shard, path in enumerate(paths):
         samples: dict[str, list[tuple[int, int, int]]] = {}
         for member in members(path):
-            folder, base = os.path.split(member.name.removeprefix("./"))
+            folder, base = os.path.split(PurePosixPath(member.name))
             stem, _, extension = base.partition(".")
             kind = _kind(extension.lower(), columns)
             if not stem or kind is None:

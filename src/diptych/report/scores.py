@@ -1,0 +1,54 @@
+"""What the numbers of an evaluation mean: which way is better, and how they are written."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """How a score is read."""
+
+    better: Literal["higher", "lower", ""] = ""
+    """Which values are better; empty where neither is."""
+    unit: Literal["%", "dB", "nats", ""] = ""
+    """Unit; a share from 0 to 1 is written in %."""
+    scale: str = ""
+    """What else a reader needs, such as the value of chance."""
+
+    def written(self, value: float) -> str:
+        """A value with its unit."""
+        if self.unit == "%":
+            return f"{100 * value:.1f} %"
+        number = f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.4g}"
+        return f"{number} {self.unit}".rstrip()
+
+
+_MEANINGS: tuple[tuple[str, Meaning], ...] = (
+    (r"cider", Meaning("higher", scale="CIDEr-D x 100")),
+    (r"rouge_l|bleu_\d", Meaning("higher", "%")),
+    (r"distinct_captions", Meaning("higher", "%", "different ones among all")),
+    (r"distinct_\d", Meaning("higher", "%", "different n-grams among all")),
+    (r"most_common_share", Meaning("lower", "%", "100 %: one caption for all")),
+    (r"vocabulary", Meaning(scale="different words")),
+    (r"mean_length", Meaning(scale="words")),
+    (r"\w+_information_gain", Meaning("higher", "nats", "0: nothing learned")),
+    (r"frechet/.*", Meaning("lower", scale="0: the same distribution")),
+    (r"(retrieval/)?(\w+/r\d+|mean_r1)", Meaning("higher", "%")),
+    (r"(retrieval/)?\w+/median_rank", Meaning("lower", scale="1: the right one is first")),
+    (r"modality/distance", Meaning("lower", scale="0: one cloud, 2: opposite")),
+    (r"modality/accuracy", Meaning("lower", "%", "50 %: images and texts mixed")),
+    (r"linear_probe/l2", Meaning()),
+    (r"psnr", Meaning("higher", "dB")),
+    (r"used", Meaning("higher", "%", "codes that occur")),
+    (r"perplexity", Meaning("higher", scale="codes in effective use")),
+    (r"rfd", Meaning("lower", scale="0: the same distribution")),
+    (r".*(accuracy|_readable|top\d+)", Meaning("higher", "%")),
+    (r"(caption|image)_[a-z]+(_\d+)?", Meaning("higher", "%")),
+)
+
+
+def meaning_of(name: str) -> Meaning:
+    """The meaning of a score by its name in ``metrics.json`` or, after ``valid/``, in ``metrics.jsonl``."""
+    name = name.removeprefix("valid/")
+    return next((meaning for pattern, meaning in _MEANINGS if re.fullmatch(pattern, name)), Meaning())
