@@ -9,6 +9,7 @@ Shapes: N images, D width of their features, C classes.
 
 import copy
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig
 from diptych.data.class_texts import Shots, texts_of
-from diptych.data.pixels import SkippedItems, channels_first, read_image
+from diptych.data.pixels import SkippedItems, channels_first, image_batches, read_image
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Episode, Labelled, draw_episode, hold_out
@@ -34,6 +35,7 @@ from diptych.errors import UserError
 from diptych.nn.inference import eval_mode, pick_device
 from diptych.report.run_report import closing_line, write_run_report
 from diptych.report.sheet import contact_sheet, save_png
+from diptych.rng import derive_seed
 from diptych.run_folder import Kind, save_model, write_config, write_json
 from diptych.train.best import BestWeights, Score
 from diptych.train.config import OptimConfig, TrainConfig
@@ -46,6 +48,10 @@ from diptych.uml.features import encoder_identity
 from diptych.uml.head import SharedHead, SharedHeadConfig
 from diptych.uml.objective import Init, UmlConfig, UmlObjective
 
+_TIMED = 16
+"""Number of images whose features are timed."""
+_FEATURES_SHARE = 0.6
+"""Share of a budget that the features of images take at most."""
 _SHOWN = 8
 """Number of images in the report."""
 IMAGE, TEXT = "image", "text"
@@ -129,7 +135,9 @@ class UmlRun:
         encoder = self._open_encoder().to(pick_device(self.train.device))
         texts = self._texts(labelled.classes, cache=self.data.cache or out / "features")
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
-        images, valid = self._images(labelled, encoder, cache=self.data.cache or out / "features", skipped=skipped)
+        share = self._affordable_share(labelled, encoder, plan.budget)
+        cache = self.data.cache or out / "features"
+        images, valid = self._images(labelled, encoder, cache=cache, skipped=skipped, share=share)
 
         def make(run: UmlRun, encoder: ImageEncoder) -> tuple[UmlObjective, BatchSampler]:
             objective = run.build(encoder, images, texts, classes=len(labelled.classes))
@@ -206,9 +214,9 @@ class UmlRun:
         return open_image_encoder(self.encoder, pooling=self.pooling)
 
     def _images(
-        self, labelled: Labelled, encoder: ImageEncoder, *, cache: Path, skipped: SkippedItems
+        self, labelled: Labelled, encoder: ImageEncoder, *, cache: Path, skipped: SkippedItems, share: float = 1.0
     ) -> tuple[LabelledFeatures | LabelledImages, LabelledFeatures | LabelledImages]:
-        """Images to learn from and images to select on."""
+        """Images to learn from and images to select on: ``share`` of those of each class."""
         data = self.data
 
         def prepare(part: Labelled, items: np.ndarray) -> LabelledFeatures | LabelledImages:
@@ -218,10 +226,40 @@ class UmlRun:
                 return labelled_image_features(encoder, part, items, cache=cache, skipped=skipped, workers=data.workers)
 
         episode = self._episode(labelled.labels_N)
+        train = self._some(labelled, episode.train, share)
         if data.valid is None:
-            return prepare(labelled, episode.train), prepare(labelled, episode.valid)
+            return prepare(labelled, train), prepare(labelled, self._some(labelled, episode.valid, share))
         valid = Labelled.of(open_finite(data.valid, data.columns), labelled.classes)
         return prepare(labelled, episode.train), prepare(valid, np.arange(len(valid.labels_N)))
+
+    def _some(self, labelled: Labelled, items: np.ndarray, share: float) -> np.ndarray:
+        """``share`` of ``items`` of each class, at random and at least one."""
+        if share >= 1:
+            return items
+        generator = np.random.Generator(np.random.PCG64(derive_seed(self.train.seed, "budget")))
+        labels = labelled.labels_N[items]
+        kept = [generator.permutation(items[labels == label]) for label in np.unique(labels)]
+        return np.sort(np.concatenate([each[: max(1, int(share * len(each)))] for each in kept]))
+
+    def _affordable_share(self, labelled: Labelled, encoder: ImageEncoder, budget: Budget | None) -> float:
+        """Share of the images whose features a budget has time for; 1 for an encoder that is trained."""
+        if budget is None or self.train_encoder == "tuned":
+            return 1.0
+
+        def decide() -> float:
+            skipped = SkippedItems(max_skipped_share=1.0)
+            tried = np.linspace(0, len(labelled.source) - 1, min(_TIMED, len(labelled.source))).astype(int)
+            began = time.monotonic()
+            for pixels, _ in image_batches(labelled.source, tried, size=encoder.image_size, skipped=skipped):
+                with eval_mode(encoder):
+                    encoder(pixels.to(pick_device(self.train.device)))
+            each = (time.monotonic() - began) / len(tried)
+            return min(1.0, _FEATURES_SHARE * budget.left() / (each * len(labelled.source)))
+
+        share = budget.decision("features", decide)
+        if share < 1:
+            print(f"features of {share:.0%} of the images fit into --minutes {budget.minutes:g}", flush=True)
+        return share
 
     def _episode(self, labels_N: np.ndarray) -> Episode:
         """Which images to learn from, and which to select on."""
