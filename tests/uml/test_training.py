@@ -10,12 +10,14 @@ from PIL import Image
 from diptych.data.pixels import decode_files
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import open_source
+from diptych.data.splits import Labelled
 from diptych.encoders import ScratchConfig, open_image_encoder, scratch_encoder
 from diptych.errors import UserError
 from diptych.nn.inference import eval_mode
 from diptych.registry import RECIPES
 from diptych.run_folder import kind_of
 from diptych.train.config import OptimConfig
+from diptych.train.pace import Budget
 from diptych.uml.classifier import Classifier, evaluate_classifier_run
 from diptych.uml.recipes import uml_finetune, uml_probe
 from diptych.uml.training import UmlData
@@ -216,3 +218,18 @@ def test_mistakes_are_told_before_anything_is_computed(dataset, encoders, tmp_pa
 
 def test_the_recipes_are_listed():
     assert {"uml-probe", "uml-finetune"} <= RECIPES.keys()
+
+
+def test_a_budget_takes_fewer_images_of_each_class_where_their_features_take_too_long(
+    dataset, encoders, tmp_path, monkeypatch, capsys
+):
+    run = small(uml_probe(), dataset, encoders)
+    monkeypatch.setattr("diptych.uml.training._FEATURES_SHARE", 1e-9)
+    run.fit(tmp_path / "run", recipe="uml-probe", budget=Budget(1.0))
+    decided = json.loads((tmp_path / "run/budget.json").read_text())["decisions"]
+    assert decided["features"] < 0.01
+    assert "of the images fit into --minutes 1" in capsys.readouterr().out
+    labelled = Labelled.of(open_source(str(dataset / "images")))
+    kept = run._some(labelled, np.arange(24), 0.5)
+    assert np.bincount(labelled.labels_N[kept]).tolist() == [6, 6]
+    assert (tmp_path / "run/classes.json").is_file()

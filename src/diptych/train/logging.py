@@ -36,6 +36,8 @@ Measured: TypeAlias = float | int | Image.Image
 
 _MORE = 1.03
 """How much longer a whole run must take than its training for both to be told."""
+_BETWEEN = 10.0
+"""Seconds between two validations that are printed."""
 _WORTH_TELLING = 30.0
 """Seconds of a run that are worth an estimate."""
 
@@ -59,7 +61,7 @@ class RunLogger:
         self, out: Path, *, title: str, start: TrainProgress, train: TrainConfig, pace: Pace, is_main: bool
     ) -> None:
         """``start`` is where the run continues. Raises UserError if ``out`` cannot be written to."""
-        self._train, self._pace = train, pace
+        self._train, self._pace, self._told = train, pace, -math.inf
         self.bad_steps = start.bad_steps
         """Updates in a row that were skipped, up to the last step that was read."""
         self._max_bad_steps = train.max_bad_steps
@@ -146,7 +148,10 @@ class RunLogger:
             line = {"seconds": round(progress.seconds, 3), **numbers, "evaluation_seconds": round(seconds, 3)}
             self._metrics.write(progress.step, line)
             self._metrics.flush()
-        if self._display and not self._train.quiet and (scores := told(numbers)):
+        now = time.monotonic()
+        due = now - self._told >= _BETWEEN or progress.step == self._train.steps
+        if self._display and due and not self._train.quiet and (scores := told(numbers)):
+            self._told = now
             self._display.say(f"step {progress.step:,}: validation {scores} ({in_words(seconds)})")
 
     def flush(self, *, to_disk: bool = False) -> None:

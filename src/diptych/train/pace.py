@@ -34,6 +34,8 @@ _LEAST_ROWS = 8
 """Number of rows below which no batch is made."""
 _REVIEWS = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Shares of a stage after which the number of its steps is corrected."""
+_LEAST_OF_PLAN = 0.25
+"""Share of the planned steps that is made on a machine that has become however slow."""
 _RESERVE = 0.08
 """Share of the minutes that is kept for what follows the last step: scores, samples, the report."""
 _MOST_GROWTH = 4.0
@@ -149,7 +151,8 @@ class Pace:
         if fits >= self.cost.slow_from:
             fits += max(0, int(left / (unit * self.cost.between(fits, fits + 1))))
         # A correction is no new plan: a machine that is busy for a minute must not end the stage.
-        return max(step + 1, min(max(fits, steps // 2), 2 * steps))
+        least = max(steps // 2, round(_LEAST_OF_PLAN * self.cost.steps))
+        return max(step + 1, min(max(fits, least), 2 * steps))
 
 
 # The budget of a run

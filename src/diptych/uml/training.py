@@ -10,6 +10,7 @@ Shapes: N images, D width of their features, C classes.
 import copy
 import hashlib
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig
 from diptych.data.class_texts import Shots, are_codes, texts_of
-from diptych.data.pixels import SkippedItems, channels_first, read_image
+from diptych.data.pixels import SkippedItems, channels_first, image_batches, read_image
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.content import content_digest
@@ -35,6 +36,7 @@ from diptych.errors import UserError
 from diptych.nn.inference import eval_mode, pick_device
 from diptych.report.run_report import closing_line, write_run_report
 from diptych.report.sheet import contact_sheet, save_png
+from diptych.rng import derive_seed
 from diptych.run_folder import Kind, save_model, write_config, write_json
 from diptych.train.best import BestWeights, Score
 from diptych.train.config import FILES, OptimConfig, TrainConfig
@@ -54,6 +56,10 @@ from diptych.uml.features import encoder_identity
 from diptych.uml.head import SharedHead, SharedHeadConfig
 from diptych.uml.objective import Init, UmlConfig, UmlObjective
 
+_TIMED = 16
+"""Number of images whose features are timed."""
+_FEATURES_SHARE = 0.6
+"""Share of a budget that the features of images take at most."""
 _SHOWN = 8
 """Number of images in the report."""
 IMAGE, TEXT = "image", "text"
@@ -145,6 +151,7 @@ class UmlRun:
             cache=self.data.cache or out / "features",
             skipped=skipped,
             skipped_valid=skipped_valid,
+            share=self._affordable_share(labelled, encoder, plan.budget),
         )
 
         def make(run: UmlRun, encoder: ImageEncoder) -> tuple[UmlObjective, BatchSampler]:
@@ -236,8 +243,9 @@ class UmlRun:
         cache: Path,
         skipped: SkippedItems,
         skipped_valid: SkippedItems,
+        share: float = 1.0,
     ) -> tuple[LabelledFeatures | LabelledImages, LabelledFeatures | ScoredImages]:
-        """Images to learn from and images to select on."""
+        """Images to learn from and images to select on: ``share`` of those of each class."""
         data, size = self.data, encoder.image_size
 
         def features(part: Labelled, items: np.ndarray, skipped: SkippedItems) -> LabelledFeatures:
@@ -245,15 +253,45 @@ class UmlRun:
                 return labelled_image_features(encoder, part, items, cache=cache, skipped=skipped, workers=data.workers)
 
         episode = self._episode(labelled.labels_N)
-        valid, items = labelled, episode.valid
+        train = self._some(labelled, episode.train, share)
+        valid, items = labelled, self._some(labelled, episode.valid, share)
         if data.valid is not None:
             valid = Labelled.of(open_finite(data.valid, data.columns), labelled.classes)
             items = np.arange(len(valid.labels_N))
         if self.train_encoder == "frozen":
-            return features(labelled, episode.train, skipped), features(valid, items, skipped_valid)
+            return features(labelled, train, skipped), features(valid, items, skipped_valid)
         options: dict[str, Any] = {"size": size, "cache_mb": data.cache_mb}
         scored = ScoredImages(valid, items, skipped=skipped_valid, workers=data.workers, **options)
-        return LabelledImages(labelled, episode.train, skipped=skipped, **options), scored
+        return LabelledImages(labelled, train, skipped=skipped, **options), scored
+
+    def _some(self, labelled: Labelled, items: np.ndarray, share: float) -> np.ndarray:
+        """``share`` of ``items`` of each class, at random and at least one."""
+        if share >= 1:
+            return items
+        generator = np.random.Generator(np.random.PCG64(derive_seed(self.train.seed, "budget")))
+        labels = labelled.labels_N[items]
+        kept = [generator.permutation(items[labels == label]) for label in np.unique(labels)]
+        return np.sort(np.concatenate([each[: max(1, int(share * len(each)))] for each in kept]))
+
+    def _affordable_share(self, labelled: Labelled, encoder: ImageEncoder, budget: Budget | None) -> float:
+        """Share of the images whose features a budget has time for; 1 for an encoder that is trained."""
+        if budget is None or self.train_encoder == "tuned":
+            return 1.0
+
+        def decide() -> float:
+            skipped = SkippedItems(max_skipped_share=1.0)
+            tried = np.linspace(0, len(labelled.source) - 1, min(_TIMED, len(labelled.source))).astype(int)
+            began = time.monotonic()
+            for pixels, _ in image_batches(labelled.source, tried, size=encoder.image_size, skipped=skipped):
+                with eval_mode(encoder):
+                    encoder(pixels.to(pick_device(self.train.device)))
+            each = (time.monotonic() - began) / len(tried)
+            return min(1.0, _FEATURES_SHARE * budget.left() / (each * len(labelled.source)))
+
+        share = budget.decision("features", decide)
+        if share < 1:
+            print(f"features of {share:.0%} of the images fit into --minutes {budget.minutes:g}", flush=True)
+        return share
 
     def _episode(self, labels_N: np.ndarray) -> Episode:
         """Which images to learn from, and which to select on."""
