@@ -2,7 +2,9 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
+from diptych.data.batch import PairExamples
 from diptych.data.scenes.source import ScenesSource
 from diptych.itit import controls
 from diptych.itit.controls import paired_only, regression_on_pixels, seconds_trained
@@ -42,5 +44,7 @@ def test_stopping_waits_for_five_evaluations_without_a_lower_loss(tmp_path, loss
     every = controls._STOP_EVERY
     lines = [{"step": every * place, "held_out_loss": loss} for place, loss in enumerate(losses, 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stopping = controls._EarlyStopping(None, tmp_path)
+    ids_BL = torch.ones(1, 3, dtype=torch.long)
+    held = PairExamples(tokens_BN=ids_BL, ids_BL=ids_BL, valid_BL=ids_BL > 0)
+    stopping = controls._EarlyStopping(held, tmp_path)
     assert stopping._over(every * len(losses)) == over
