@@ -117,7 +117,7 @@ def test_validation_equals_evaluate(recipe, dataset, encoders, tmp_path):
     run = replace(run, data=replace(run.data, valid=str(valid), max_skipped_share=0.05))
     run.fit(tmp_path / "run", recipe="uml")
     best = json.loads((tmp_path / "run" / "best" / "scores.json").read_text())
-    step = max(best, key=lambda score: (score["accuracy"], -score["loss"]))["step"]
+    step = max(best, key=lambda score: (score["value"], score["tie_break"]))["step"]
     (last,) = [line for line in lines(tmp_path / "run") if "valid/loss" in line and line["step"] == step]
     found = evaluate_classifier_run(
         tmp_path / "run", open_source(str(valid)), out=tmp_path / "scores", device="cpu", max_skipped_share=0.05
