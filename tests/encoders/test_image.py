@@ -10,6 +10,12 @@ from transformers import (
     ConvNextModel,
     Dinov2Config,
     Dinov2Model,
+    EfficientNetConfig,
+    EfficientNetModel,
+    MobileNetV1Config,
+    MobileNetV1Model,
+    MobileNetV2Config,
+    MobileNetV2Model,
     ResNetConfig,
     ResNetModel,
     ViTConfig,
@@ -24,11 +30,25 @@ from diptych.nn.inference import eval_mode
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 NORMAL = {"image_size": 8, "patch_size": 4}
+EFFICIENT = {
+    "image_size": 32,
+    "width_coefficient": 0.25,
+    "hidden_dim": 320,
+    "kernel_sizes": [3, 5],
+    "in_channels": [32, 16],
+    "out_channels": [16, 24],
+    "strides": [1, 2],
+    "num_block_repeats": [1, 1],
+    "expand_ratios": [1, 6],
+}
 MODELS = {
     "vit": lambda: ViTModel(ViTConfig(**SIZES, **NORMAL)),
     "dinov2": lambda: Dinov2Model(Dinov2Config(**SIZES, **NORMAL)),
     "resnet": lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1])),
     "convnext": lambda: ConvNextModel(ConvNextConfig(num_stages=2, hidden_sizes=[8, 12], depths=[1, 1])),
+    "efficientnet": lambda: EfficientNetModel(EfficientNetConfig(**EFFICIENT)),
+    "mobilenet_v1": lambda: MobileNetV1Model(MobileNetV1Config(depth_multiplier=0.25, image_size=32)),
+    "mobilenet_v2": lambda: MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.25, image_size=32)),
     "clip": lambda: CLIPModel(CLIPConfig(vision_config={**SIZES, **NORMAL}, text_config=SIZES, projection_dim=6)),
 }
 

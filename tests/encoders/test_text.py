@@ -75,6 +75,18 @@ def test_padding_changes_nothing_and_pooling_is_what_it_says(name, pooling, text
     assert encoder.width == encoder_width(folder, "text") == 16
 
 
+def test_a_sentence_encoder_pools_as_it_was_trained(text_encoder, save_text_model):
+    folder = save_text_model(BertModel(BertConfig(**small(text_encoder))))
+    assert open_text_encoder(folder).pooling == "mean"
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    assert open_text_encoder(folder).pooling == "cls"
+    assert open_text_encoder(folder, pooling="last").pooling == "last"
+    (folder / "1_Pooling" / "config.json").write_text("no json")
+    with pytest.raises(UserError, match="1_Pooling"):
+        open_text_encoder(folder)
+
+
 def test_a_text_encoder_run_gives_the_mean_of_its_features(text_encoder, tmp_path):
     text_encoder.save_pretrained(tmp_path / "run" / "text_encoder")
     ids, valid = text_encoder.tokenize(TEXTS, length=64)

@@ -15,6 +15,8 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diptych.encoders import packages
+from diptych.encoders.folding import FoldedCopy
 from diptych.encoders.loading import is_itit, is_projected, load, load_config, load_weights, resolve, tower_of, width_of
 from diptych.errors import UserError
 from diptych.io import without_progress_bars
@@ -53,6 +55,8 @@ class HubImageEncoder(ImageEncoder):
 
     Pooling "auto" is the model's own: CLIP's shared embedding, the pooler of DINOv2 and ViT, the mean of a
     convolutional network. If the weights came without the pooler, which would then be random, it is the CLS token.
+
+    Without gradients a convolutional network computes by its :class:`FoldedCopy`.
     """
 
     image_mean: Tensor
@@ -68,6 +72,7 @@ class HubImageEncoder(ImageEncoder):
     ) -> None:
         super().__init__()
         self.network, self.settings = network, settings
+        self._folded = FoldedCopy()
         self.width = width_of(network.config, "image")
         self.image_size = _input_size(settings, str(network.name_or_path))
         self.projected = is_projected(network.config)
@@ -88,7 +93,10 @@ class HubImageEncoder(ImageEncoder):
 
     @classmethod
     def from_pretrained(cls, name: str, *, pooling: ImagePooling = "auto") -> Self:
-        """From a folder, which needs no internet, or a hub name. Raises UserError if it cannot be loaded."""
+        """From a folder or package, which need no internet, or a hub name. Raises UserError if it cannot be loaded."""
+        if packages.is_package(name):
+            network = packages.lite0(packages.find(name, "image"), packages.lite0_config())
+            return cls(network, settings=packages.LITE0_PIXELS, pooling=pooling, has_pooler=True).eval()
         config = load_config(name, _WHAT)
         projected = is_projected(config)
         kind = transformers.CLIPVisionModelWithProjection if projected else transformers.AutoModel
@@ -115,7 +123,10 @@ class HubImageEncoder(ImageEncoder):
 
     def _run(self, pixels_B3HW: Tensor) -> Any:
         inputs_B3SS = resize(pixels_B3HW.to(self.image_mean), self.image_size) * self.scale
-        return self.network(pixel_values=(inputs_B3SS - self.image_mean) / self.image_std)
+        inputs_B3SS = (inputs_B3SS - self.image_mean) / self.image_std
+        if self.training or torch.is_grad_enabled():
+            return self.network(pixel_values=inputs_B3SS)
+        return self._folded.of(self.network)(pixel_values=inputs_B3SS.contiguous(memory_format=torch.channels_last))
 
     @without_progress_bars()
     def save_pretrained(self, folder: Path) -> None:
@@ -167,9 +178,10 @@ def scratch_encoder(config: ScratchConfig, *, seed: int) -> HubImageEncoder:
 
 
 def open_image_encoder(name: str | Path, *, pooling: ImagePooling = "auto") -> ImageEncoder:
-    """The encoder of a folder, hub name or run folder, in evaluation mode. Raises UserError if it cannot be loaded.
+    """The encoder of a folder, hub name, package or run folder, in evaluation mode.
 
-    ``pooling`` has no effect on an ITIT run, whose feature is the mean over its image tokens.
+    ``pooling`` has no effect on an ITIT run, whose feature is the mean over its image tokens. Raises UserError if it
+    cannot be loaded.
     """
     found = resolve(name, "image")
     if is_itit(found):

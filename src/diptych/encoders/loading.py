@@ -1,14 +1,19 @@
-"""Loading encoders: which folder a name stands for, what a configuration tells, and weights that are all there."""
+"""Loading encoders: which folder a name stands for, what a configuration tells, and weights that are all there.
+
+Shapes: B rows, S side of an image in pixels, D width of the features.
+"""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 import transformers
 from torch import nn
 from transformers.utils import logging
 
+from diptych.encoders import packages
 from diptych.errors import UserError, first_line
 from diptych.io import without_progress_bars
 
@@ -24,7 +29,14 @@ PARTS: dict[Modality, tuple[str, ...]] = {
 
 
 def resolve(name: str | Path, modality: Modality) -> str:
-    """The folder or hub name to load: a run folder's encoder of this modality, or else ``name`` itself."""
+    """The folder or hub name to load: a run folder's encoder of this modality, or else ``name`` itself.
+
+    The name of a package stands for the folder of transformers in it; it stays as it is for one that has none. Raises
+    UserError for a package that is not known or not installed.
+    """
+    if packages.is_package(str(name)):
+        found = packages.find(str(name), modality)
+        return str(found) if found.is_dir() else str(name)
     if modality == "image" and is_itit(name):
         return str(name)
     for part in PARTS[modality]:
@@ -60,6 +72,8 @@ def load(name: str, what: str, loader: Callable[..., T], **options: Any) -> T:
 
 def load_config(name: str, what: str) -> "transformers.PretrainedConfig":
     """The configuration alone. Raises UserError as :func:`load` does."""
+    if packages.is_package(name):
+        return packages.lite0_config()
     return load(name, what, transformers.AutoConfig.from_pretrained)
 
 
@@ -70,17 +84,36 @@ def is_projected(config: "transformers.PretrainedConfig") -> bool:
 
 
 def width_of(config: "transformers.PretrainedConfig", modality: Modality) -> int:
-    """Width of the pooled features.
+    """Width of the pooled features. Raises UserError for a model whose configuration does not tell it.
 
     Configurations of `transformers` have no common field for it: models of several modalities keep one configuration
-    for each, and convolutional networks a width for each stage.
+    for each, and convolutional networks a width for each stage, or none at all. The width of such a network is that of
+    what it makes of an image without values.
     """
     if is_projected(config):
         return config.projection_dim
     towers = {"image": "vision_config", "text": "text_config", "audio": "audio_config"}
     config = getattr(config, towers[modality], None) or config
-    sizes = getattr(config, "hidden_sizes", None)  # the last stage's is that of the features
-    return sizes[-1] if sizes else config.hidden_size
+    if sizes := getattr(config, "hidden_sizes", None):
+        return sizes[-1]  # the last stage's is that of the features
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(width, int) and modality == "image":
+        width = _measured_width(config)
+    if not isinstance(width, int):
+        raise UserError(f"{config.model_type}: its configuration names no hidden_size, the width of its features")
+    return width
+
+
+def _measured_width(config: "transformers.PretrainedConfig") -> int | None:
+    """Width of the maps [B D H W] of a convolutional network, which is built without weights. None if it has none."""
+    size = getattr(config, "image_size", None) or 224
+    try:
+        with torch.device("meta"):
+            network = transformers.AutoModel.from_config(config).eval()
+            maps = network(pixel_values=torch.empty(1, 3, size, size)).last_hidden_state
+    except Exception as error:  # a model of another kind, or one that needs a library such as timm
+        raise UserError(f"{config.model_type}: the width of its features is not known: {first_line(error)}") from error
+    return maps.shape[1] if maps.ndim == 4 else maps.shape[-1]
 
 
 def encoder_width(name: str | Path, modality: Modality) -> int:

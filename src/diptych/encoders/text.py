@@ -4,6 +4,7 @@ Shapes: B texts, L text tokens, D width of the features.
 """
 
 import html
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,7 +26,7 @@ from diptych.encoders.loading import (
     tower_of,
     width_of,
 )
-from diptych.errors import UserError
+from diptych.errors import UserError, first_line
 
 TextPooling = Literal["auto", "mean", "cls", "last"]
 _WHAT = "a text model"
@@ -48,7 +49,7 @@ class PooledTextEncoder(nn.Module):
     """A frozen language model of `transformers` with its tokenizer: from texts to features [B D].
 
     Padding reaches neither the features of a text nor their pooling. Pooling "auto" is CLIP's shared embedding where
-    there is one, else the mean over the valid tokens.
+    there is one, that of a sentence encoder where it names one, else the mean over the valid tokens.
     """
 
     width: int
@@ -87,6 +88,8 @@ class PooledTextEncoder(nn.Module):
         if config.model_type == "t5":
             # Diptych's own T5 models have no decoder, and that of a published one need not be loaded.
             kind = transformers.T5EncoderModel
+        elif pooling == "auto" and not projected:
+            pooling = _sentence_pooling(name)
         tower = tower_of(config, kind, "text_config") if projected else None
         network, _ = load_weights(name, _WHAT, kind, tower=tower)
         tokenizer = load(name, "a tokenizer", transformers.AutoTokenizer.from_pretrained)
@@ -149,8 +152,26 @@ class PooledTextEncoder(nn.Module):
         return self.network(input_ids=ids_BL, attention_mask=valid_BL.long()), valid_BL
 
 
+def _sentence_pooling(name: str) -> TextPooling:
+    """The pooling that a sentence encoder was trained with, which its folder or repository names; else the mean."""
+    try:
+        found = transformers.utils.cached_file(
+            name,
+            "1_Pooling/config.json",
+            local_files_only=Path(name).is_dir(),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        modes = json.loads(Path(found).read_text()) if found else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: its 1_Pooling/config.json cannot be read: {first_line(error)}") from error
+    if modes.get("pooling_mode_cls_token"):
+        return "cls"
+    return "last" if modes.get("pooling_mode_lasttoken") else "mean"
+
+
 def open_text_encoder(name: str | Path, *, pooling: TextPooling = "auto", length: int = 128) -> PooledTextEncoder:
-    """The encoder of a folder, hub name or run folder, which reads at most ``length`` tokens of a text.
+    """The encoder of a folder, hub name, package or run folder, which reads at most ``length`` tokens of a text.
 
     Raises UserError if it cannot be loaded.
     """
