@@ -13,6 +13,7 @@ Shapes: S pixels of a side.
 """
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -25,13 +26,15 @@ from jaxtyping import UInt8
 
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import SUFFIXES, ImageLimits
-from diptych.data.sources.table import SUFFIXES as TABLES
+from diptych.data.sources.rows import SUFFIXES as TABLES
 from diptych.data.sources.table import open_tables, unknown_split
 from diptych.errors import UserError
 
 _OPTIONS = ("split", "image", "caption", "label")
 _HUB_OPTIONS = (*_OPTIONS, "config", "revision")
 _LIMITS = ImageLimits()
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()
 
 
 @runtime_checkable
@@ -64,6 +67,15 @@ class Source(Protocol):
 
     def label(self, i: int) -> str | None:
         """The name of the class, where the source knows classes."""
+
+
+@runtime_checkable
+class HasNotes(Protocol):
+    """A source that has something to say about itself."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is not used, or read otherwise than its owner may expect, a line each."""
 
 
 @runtime_checkable
@@ -117,7 +129,8 @@ def open_source(
 ) -> Source:
     """Open a source: find its items and columns, and read no pixels.
 
-    Raises UserError, one line, for whatever is missing, empty, ambiguous or damaged.
+    Its notes go to the logger of this module as warnings, each once in a process. Raises UserError, one line, for
+    whatever is missing, empty, ambiguous or damaged.
 
     Args:
         spec: Names the source, as at the top of this file. Its options take precedence over the arguments.
@@ -125,6 +138,15 @@ def open_source(
         split: The one split to use; by default all items are used.
         limits: Images beyond these are unreadable.
     """
+    source = _open(spec, columns=columns, split=split, limits=limits)
+    for note in source.notes if isinstance(source, HasNotes) else ():
+        if (line := f"{source.name}: {note}") not in _logged:
+            _logged.add(line)
+            _log.warning("%s", line)
+    return source
+
+
+def _open(spec: str, *, columns: Columns | None, split: str | None, limits: ImageLimits) -> Source:
     if spec.startswith("scenes:"):
         from diptych.data.scenes.source import ScenesSource
 
