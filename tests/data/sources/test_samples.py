@@ -96,3 +96,13 @@ def test_second_side_cars_are_unused():
 def test_images_of_one_name_keep_whole_names():
     groups = group(["k.jpg", "k.png", "m.1.jpg", "m.2.jpg", "n.x.jpg"], Columns(), source="s")
     assert groups.keys == ["k.jpg", "k.png", "m.1", "m.2", "n"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_splits_in_json_that_are_used_together_are_named(tmp_path, kind):
+    files = {}
+    for i in range(4):
+        files |= {f"{i}.png": None, f"{i}.json": {"caption": "c", "split": ["train", "test"][i % 2]}}
+    spec = write(tmp_path, kind, files)
+    assert open_source(spec).notes == ["the splits test, train are used together; choose one, e.g. ?split=train"]
+    assert open_source(spec, split="test").notes == []

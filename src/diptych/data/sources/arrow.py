@@ -203,13 +203,17 @@ class ArrowSource:
         row = self._captions[i] if self._captions is not None else {}
         return [text for column in self._found.captions for text in captions_of(row[column])]
 
-    def image(self, i: int, size: int) -> np.ndarray:
+    def file(self, i: int) -> Path | bytes:
         value = self._images[i][self._found.image]
         data = value["bytes"] if isinstance(value, dict) else value
         if data is None and isinstance(value, dict) and value.get("path"):
-            path = self._tables.of(int(self._rows[i])).parent / value["path"]
-            return decode(path, size, limits=self._limits)
-        return decode(bytes(data or b""), size, name=f"{self.name}: {self.key(i)}", limits=self._limits)
+            return self._tables.of(int(self._rows[i])).parent / value["path"]
+        return bytes(data or b"")
+
+    def image(self, i: int, size: int) -> np.ndarray:
+        file = self.file(i)
+        name = None if isinstance(file, Path) else f"{self.name}: {self.key(i)}"
+        return decode(file, size, name=name, limits=self._limits)
 
     def label(self, i: int) -> str | None:
         if self._labels is None:

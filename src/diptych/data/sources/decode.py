@@ -119,6 +119,11 @@ def decode(
         raise UnreadableImage(f"{shown}: cannot be decoded ({reason}); replace or remove it") from None
 
 
+def header_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels that the header of an image says, as it is stored. For images that were decoded."""
+    return _open(io.BytesIO(data)).size
+
+
 def _path(data: bytes | Path | Image.Image) -> str | Path | None:
     return data if isinstance(data, Path) else getattr(data, "filename", None)
 

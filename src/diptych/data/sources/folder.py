@@ -137,8 +137,11 @@ class FolderSource(SampleSource):
     def _place(self, i: int, kind: int) -> str:
         return str(self._root / self._files[self._slots[i, kind]])
 
+    def file(self, i: int) -> Path:
+        return self._root / self._keys[i]
+
     def image(self, i: int, size: int) -> np.ndarray:
-        return decode(self._root / self._keys[i], size, limits=self._limits)
+        return decode(self.file(i), size, limits=self._limits)
 
 
 def _shards(files: list[str]) -> frozenset[str]:

@@ -79,6 +79,14 @@ class HasNotes(Protocol):
 
 
 @runtime_checkable
+class HasFiles(Protocol):
+    """A source whose images are files, of a disk or inside another file."""
+
+    def file(self, i: int) -> Path | bytes:
+        """The image file of item ``i``: its path, or its bytes where it lies inside another file."""
+
+
+@runtime_checkable
 class HasSides(Protocol):
     """What a `Source` and a `Store` of encoded data have in common."""
 
@@ -138,7 +146,7 @@ def open_source(
         split: The one split to use; by default all items are used.
         limits: Images beyond these are unreadable.
     """
-    source = _open(spec, columns=columns, split=split, limits=limits)
+    source = find_source(spec, columns=columns, split=split, limits=limits)
     for note in source.notes if isinstance(source, HasNotes) else ():
         if (line := f"{source.name}: {note}") not in _logged:
             _logged.add(line)
@@ -146,7 +154,10 @@ def open_source(
     return source
 
 
-def _open(spec: str, *, columns: Columns | None, split: str | None, limits: ImageLimits) -> Source:
+def find_source(
+    spec: str, *, columns: Columns | None = None, split: str | None = None, limits: ImageLimits = _LIMITS
+) -> Source:
+    """As `open_source`, but leaves the notes to the caller."""
     if spec.startswith("scenes:"):
         from diptych.data.scenes.source import ScenesSource
 
@@ -168,9 +179,15 @@ def _open(spec: str, *, columns: Columns | None, split: str | None, limits: Imag
 
 def open_finite(spec: str, columns: Columns) -> Source:
     """Open a source that is gone through from end to end: of endless scenes the first 20,000."""
+    return first_scenes(open_source(spec, columns=columns))
+
+
+def first_scenes(source: Source) -> Source:
+    """The source itself, but of endless scenes the first 20,000."""
+    if not source.name.startswith("scenes:"):  # spare other sources the import of torch
+        return source
     from diptych.data.scenes.source import ENDLESS, ScenesSource
 
-    source = open_source(spec, columns=columns)
     if isinstance(source, ScenesSource) and source.count == ENDLESS:
         return replace(source, count=20_000)
     return source

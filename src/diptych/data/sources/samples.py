@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from diptych.data.sources.columns import (
     label_of,
     usual,
 )
-from diptych.data.sources.decode import SUFFIXES, ImageLimits, UnreadableImage, decode
+from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
 from diptych.data.sources.rows import SUFFIXES as TABLES
 from diptych.data.sources.table import counted, is_split, sample_columns, select_split, some, split_notes
 from diptych.data.sources.text import clean, decode_text
@@ -271,14 +272,15 @@ class SampleSource(ABC):
         if wanted.caption is None and not found.captions and len(having) > len(spread):
             every = [self._json(int(i)) for i in having[:: max(1, len(having) // _MANY)]]
             found = find_fields(sample_columns(every), wanted=wanted, source=source)
-        self.notes += [*found.notes, *split_notes(row.get(found.split) for row in spread if found.split)]
+        self.notes += found.notes
         return found
 
     def _take_split(self, split: str | None, folders: Sequence[str | None]) -> None:
-        if split is None:
-            self.notes += split_notes(folders)
-            return
         field = self._found.split if self._found else None
+        if split is None:
+            some_items = range(0, len(self), max(1, len(self) // 64))
+            self.notes += split_notes([self._json(i).get(field) for i in some_items] if field else folders)
+            return
         values = [self._json(i).get(field) for i in range(len(self))] if field else folders
         chosen = select_split(values, split, source=self.name)
         self._keys = [self._keys[i] for i in chosen]
@@ -328,13 +330,13 @@ class SampleSource(ABC):
             names = [name for name in fields if usual(name, CAPTION_NAMES)][:1]
         return [text for name in names for text in captions_of(fields[name])]
 
+    def file(self, i: int) -> Path | bytes:
+        return self._read(int(self._slots[i, IMAGE]))
+
     def image(self, i: int, size: int) -> np.ndarray:
         if not self.has_images:
             raise UserError(f"{self.name}: holds no images")
-        name = f"{self.name}: {self._keys[i]}"
-        if (member := int(self._slots[i, IMAGE])) < 0:
-            raise UnreadableImage(f"{name}: has no image, only texts")
-        return decode(self._read(member), size, name=name, limits=self._limits)
+        return decode(self.file(i), size, name=f"{self.name}: {self._keys[i]}", limits=self._limits)
 
     def label(self, i: int) -> str | None:
         """The content of `key.cls`, else the json field of the label, else the folder of the image."""

@@ -265,7 +265,9 @@ class TableSource:
         self._captions: list[tuple[str, ...]] = []
         self._labels: list[str | None] = []
         at: dict[str, int] = {}
-        empty, nulls, lost, other_labels = [], 0, [], []
+        empty, nulls, other_labels = [], 0, []
+        self.missing: list[str] = []
+        """Paths of the images that do not exist."""
         paths = ImagePaths()
         roots = self._roots(rows, found.image, paths)
         for number, (table, row) in enumerate(rows):
@@ -293,13 +295,14 @@ class TableSource:
             self._captions.append(captions)
             self._labels.append(label)
             if not exists:
-                lost.append(key)
-        self._check(found, empty, lost)
+                self.missing.append(key)
+        self._check(found, empty)
         if empty:
             self.notes.append(f"{counted(len(empty), 'row')} without an image path not used: {some(empty, len(empty))}")
-        if lost:
+        if self.missing:
             self.notes.append(
-                f"{len(lost):,} of {counted(len(self._keys), 'image')} do not exist: {some(lost, len(lost))}"
+                f"{len(self.missing):,} of {counted(len(self._keys), 'image')} do not exist: "
+                + some(self.missing, len(self.missing))
             )
         if nulls:
             self.notes.append(f"{counted(nulls, 'caption')} such as nan or null taken for missing")
@@ -323,7 +326,7 @@ class TableSource:
                 self.notes.append(f"image paths{of_table} are taken relative to {root}")
         return roots
 
-    def _check(self, found: Found, empty: list[str], lost: list[str]) -> None:
+    def _check(self, found: Found, empty: list[str]) -> None:
         """Raise UserError where nothing is left, or no image exists: paths are relative to another folder, then."""
         if not self._keys and empty:
             raise UserError(
@@ -331,8 +334,8 @@ class TableSource:
             )
         if not self._keys:
             raise UserError(f"{self.name}: holds no captions")
-        if len(lost) == len(self._keys):
-            raise UserError(f"{lost[0]}: does not exist; image paths in {self.name} are relative to its folder")
+        if len(self.missing) == len(self._keys):
+            raise UserError(f"{self.missing[0]}: does not exist; image paths in {self.name} are relative to its folder")
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -343,10 +346,13 @@ class TableSource:
     def captions(self, i: int) -> list[str]:
         return list(self._captions[i])
 
+    def file(self, i: int) -> Path:
+        return Path(self._keys[i])
+
     def image(self, i: int, size: int) -> np.ndarray:
         if not self.has_images:
             raise UserError(f"{self.name}: holds no images")
-        return decode(Path(self._keys[i]), size, limits=self._limits)
+        return decode(self.file(i), size, limits=self._limits)
 
     def label(self, i: int) -> str | None:
         return self._labels[i]
