@@ -150,7 +150,7 @@ def _written_list(text: str) -> list[Any] | None:
         items = json.loads(text)
     except (ValueError, RecursionError):
         items = _python_list(text)
-    if isinstance(items, list) and items and all(isinstance(item, str | dict) or is_missing(item) for item in items):
+    if isinstance(items, list) and all(isinstance(item, str | dict) or is_missing(item) for item in items):
         return items
     return None
 

@@ -66,11 +66,16 @@ def _read_plain_lines(text: str, path: Path) -> list[dict[str, Any]] | None:
     """The rows of a table with tabs in which every line is a row; None where some line is not.
 
     Many such files hold quotes as plain characters, and two of them in two rows would make one cell of both. Quotes
-    around a whole cell are taken off.
+    around a whole cell are taken off. Lines are no rows, too, where some have the path of an image and some have none:
+    then quoted cells hold tabs and line ends.
     """
     lines = [line.split("\t") for line in text.split("\n") if line.strip()]
     if not lines or any(len(cells) != len(lines[0]) for cells in lines):
         return None
+    for column in zip(*lines[1:], strict=True):
+        paths = sum(is_image_path(_unquote(cell)) for cell in column)
+        if len(column) > paths >= 0.5 * len(column):
+            return None
     header = _header([_unquote(cell) for cell in lines[0]], path)
     return [dict(zip(header, map(_unquote, cells), strict=True)) for cells in lines[1:]]
 
