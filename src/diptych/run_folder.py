@@ -33,6 +33,8 @@ USES: dict[Kind, tuple[str, str]] = {
     "text encoder": ("holds no text encoder of its own", "a text-encoder recipe"),
 }
 """What only runs of each kind can do, said of another run, and the recipes of the kind."""
+BASELINES = "baselines.json"
+"""File of what a run is compared with, beside its own scores."""
 _LIBRARIES = ("diptych", "torch", "accelerate", "transformers", "datasets")
 
 

@@ -7,7 +7,7 @@ import torch
 from diptych.data.batch import PairExamples
 from diptych.data.scenes.source import ScenesSource
 from diptych.itit import controls
-from diptych.itit.controls import paired_only, regression_on_pixels, seconds_trained
+from diptych.itit.controls import regression_on_pixels, seconds_trained
 from diptych.itit.data import DataConfig
 from diptych.itit.recipes import itit_tiny
 
@@ -15,7 +15,7 @@ RUN = replace(itit_tiny(), data=DataConfig(pairs="scenes:?level=1&count=200", ma
 
 
 def test_pairs_only_leaves_out_all_that_is_unpaired():
-    alone = paired_only(RUN)
+    alone = RUN.pairs_only()
     assert (alone.objective.texts, alone.objective.images) == ("off", "off")
     assert (alone.objective.weights.t2t, alone.objective.weights.unpaired_i2i) == (0, 0)
 

@@ -10,7 +10,7 @@ from diptych.data.pixels import channels_first
 from diptych.data.scenes.source import ScenesSource
 from diptych.eval.scenes import image_accuracy
 from diptych.itit import controls, demo
-from diptych.itit.controls import paired_only, train_stopped, train_watched
+from diptych.itit.controls import train_stopped, train_watched
 from diptych.itit.demo import demo_recipe, run_demo
 from diptych.itit.pipeline import Diptych
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
@@ -34,7 +34,7 @@ def shrunk(run):
 @contextmanager
 def trained_before(run, out, test):
     """The controls in this process: another one takes seconds to start."""
-    alone = paired_only(run)
+    alone = run.pairs_only()
     inputs = alone.prepare(out / "itit")
     train_watched(alone, inputs, out / "paired_only", test, title="pairs only")
     shutil.copytree(out / "paired_only", out / "paired_only_longer")
@@ -101,7 +101,7 @@ def test_the_report_needs_nothing_else(shown):
 
 def test_the_control_differs_in_unpaired_data_alone():
     run = demo_recipe(quick=False, seed=3)
-    control = paired_only(run)
+    control = run.pairs_only()
     assert (control.objective.texts, control.objective.images) == ("off", "off")
     assert (control.objective.weights.t2t, control.objective.weights.unpaired_i2i) == (0, 0)
     same = {name: getattr(run.objective, name) for name in ("texts", "images", "weights")}

@@ -12,7 +12,7 @@ import pytest
 from diptych.data.scenes.source import ScenesSource
 from diptych.errors import UserError
 from diptych.itit.data import DataConfig
-from diptych.itit.evaluation import EvaluateConfig, evaluate
+from diptych.itit.evaluation import ALONE, EvaluateConfig, evaluate, evaluate_run
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ItitConfig
 from diptych.itit.objective import ItitObjectiveConfig
@@ -329,3 +329,52 @@ def test_a_score_that_is_not_there_is_named(started):
     run = replace(tiny_run(valid="scenes:?split=test&count=6"), select="clip_score")
     with pytest.raises(UserError, match="--select clip_score: no score of that name; there are cider"):
         run.fit(started, recipe="itit-tiny")
+
+
+def test_a_run_is_compared_with_its_baselines_and_with_the_pairs_alone(started, capsys):
+    """This network has learned nothing, so that the consensus caption is better, and the first line says so."""
+    run = tiny_run(valid="scenes:?split=test&count=6")
+    run = replace(run, compare="pairs-only", objective=replace(run.objective, cycle_start_step=1))
+    assert run.fit(started, recipe="itit-tiny").finished
+    found = json.loads((started / "baselines.json").read_text())
+    names = [row[0] for row in found["rows"]]
+    assert names[:3] == ["this run", "most frequent caption", "consensus of all captions"]
+    assert names[3:] == ["consensus of the 10 nearest by colour and gradient histograms", ALONE]
+    assert found["verdict"].startswith("The run loses to a baseline: cider ")
+    page = (started / "report.html").read_text()
+    (lead,) = [line for line in page.splitlines() if 'class="lead"' in line]
+    assert "The run loses to a baseline: cider " in lead
+    assert found["verdict"] in capsys.readouterr().out
+    ours = next(line for line in reversed(lines_of(started)) if "valid/cider" in line)
+    assert found["scores"]["cider"] == ours["valid/cider"]
+    config = json.loads((started / "pairs_only" / "config.json").read_text())["run"]
+    assert (config["objective"]["texts"], config["objective"]["images"]) == ("off", "off")
+    weights = contents(started / "pairs_only" / "model")
+
+    evaluate_run(started, VALID, EvaluateConfig(beams=2), features=None, out=started / "scores", device="cpu")
+    metrics = json.loads((started / "scores" / "metrics.json").read_text())
+    assert metrics["baselines"].keys() == set(names[1:])
+    for name in ("most frequent caption", "consensus of all captions", ALONE):
+        known = next(row for row in found["rows"] if row[0] == name)
+        assert metrics["baselines"][name]["cider"] == pytest.approx(known[1])
+    run.fit(started, recipe="itit-tiny")
+    assert contents(started / "pairs_only" / "model") == weights
+
+
+def test_baselines_of_a_run_whose_pairs_are_gone(started):
+    tiny_run().fit(started, recipe="itit-tiny")
+    config = json.loads((started / "config.json").read_text())
+    config["run"]["data"]["pairs"] = "gone/"
+    (started / "config.json").write_text(json.dumps(config))
+    evaluate_run(started, VALID, EvaluateConfig(beams=1), features=None, out=started / "scores", device="cpu")
+    metrics = json.loads((started / "scores" / "metrics.json").read_text())
+    assert metrics["baselines"] == {}
+    assert metrics["notes"][-1].startswith("No baselines from the pairs: gone")
+
+
+def test_a_comparison_needs_unpaired_data_and_validation():
+    with pytest.raises(UserError, match=r"--compare pairs-only: the run has no --data\.valid"):
+        replace(tiny_run(), compare="pairs-only").check()
+    run = tiny_run(valid="scenes:?split=test&count=6").pairs_only()
+    with pytest.raises(UserError, match="--compare pairs-only: the run has no unpaired data"):
+        replace(run, compare="pairs-only").check()

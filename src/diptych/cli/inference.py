@@ -363,6 +363,7 @@ def evaluate(
     beams: int | None = None,
     seed: int = 0,
     features: str | None = None,
+    baseline_encoder: str | None = None,
     train: str | None = None,
     classes: Path | None = None,
     umap: bool = False,
@@ -374,7 +375,8 @@ def evaluate(
 
     An ITIT run is scored on captioned images by its captions and the images it generates, an image tokenizer by what it
     keeps of images, a classifier by its accuracy on labelled images. A dual encoder is scored by retrieval and modality
-    gap on captioned images and by zero-shot classification on labelled ones.
+    gap on captioned images and by zero-shot classification on labelled ones. Beside the scores stand those of baselines
+    that take seconds, from the data that the run has learned from.
 
     Args:
         run: Run folder of any recipe but text-encoder and uml-ssl.
@@ -385,6 +387,8 @@ def evaluate(
         features: ITIT, image tokenizer: features of the Frechet distance, as folder or hub name of a vision model of
             transformers, or as TorchScript file (an Inception network gives FID). Default: a random network, which
             needs no download.
+        baseline_encoder: ITIT: pretrained image encoder, by folder, hub name or package, whose features also find the
+            nearest images for the baselines. Default: that of the run.
         train: Dual encoder: source of labelled images to fit a linear probe to.
         classes: Dual encoder: file with the name of a class a line, for labels that are numbers (they count the lines
             from 0) or codes (`n01440764 tench`, or the names in the order of the sorted codes).
@@ -434,7 +438,7 @@ def evaluate(
         from diptych.itit.evaluation import EvaluateConfig, evaluate_run
 
         config = EvaluateConfig(limit=limit, beams=beams, seed=seed, max_skipped_share=max_skipped_share)
-        evaluate_run(run, source, config, features=features, out=out, device=device)
+        evaluate_run(run, source, config, features=features, encoder=baseline_encoder, out=out, device=device)
 
 
 def _free_folder(run: Path, out: Path | None) -> Path:

@@ -75,15 +75,44 @@ def linear_probe(
         )
         validation, (train_ND, labels_N) = (train_ND[held], labels_N[held]), (train_ND[kept], labels_N[kept])
     classes = 1 + int(torch.cat([labels_N, labels_M, validation[1]]).max())
-    accuracy: dict[float, float] = {}
+    chosen = select_linear(train_ND, labels_N, validation=validation, classes=classes, grid=grid)
+    both = torch.cat([train_ND, validation[0]]), torch.cat([labels_N, validation[1]])
+    final = fit_linear(*both, classes=classes, l2=chosen.l2)
+    return Probe(
+        accuracy=final.accuracy(test_MD, labels_M), validation_accuracy=chosen.validation_accuracy, l2=chosen.l2
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selected:
+    """The classifier of the l2 penalty that does best on validation items, which it was not fitted to."""
+
+    linear: Linear
+    l2: float
+    validation_accuracy: float
+
+
+def select_linear(
+    train_ND: Float[Tensor, "N D"],
+    labels_N: Int[Tensor, "N"],
+    *,
+    validation: tuple[Tensor, Tensor],
+    classes: int,
+    grid: Sequence[float] = L2_GRID,
+) -> Selected:
+    """Multinomial logistic regression with the l2 of ``grid`` that does best on ``validation``: [V D] and labels [V].
+
+    Of equals it is the first of ``grid``.
+    """
     found: Linear | None = None
+    best: Selected | None = None
     for l2 in grid:
         found = fit_linear(train_ND, labels_N, classes=classes, l2=l2, start=found)
-        accuracy[l2] = found.accuracy(*validation)
-    best = max(accuracy, key=accuracy.__getitem__)  # of equals the first, which is the strongest l2
-    both = torch.cat([train_ND, validation[0]]), torch.cat([labels_N, validation[1]])
-    final = fit_linear(*both, classes=classes, l2=best)
-    return Probe(accuracy=final.accuracy(test_MD, labels_M), validation_accuracy=accuracy[best], l2=best)
+        accuracy = found.accuracy(*validation)
+        if best is None or accuracy > best.validation_accuracy:
+            best = Selected(linear=found, l2=l2, validation_accuracy=accuracy)
+    assert best is not None
+    return best
 
 
 def fit_linear(

@@ -58,12 +58,6 @@ _L2 = (1.0, 0.1, 0.01)
 """Strengths of the l2 penalty that the regression chooses from."""
 
 
-def paired_only(run: ItitRun) -> ItitRun:
-    """The same run without unpaired data."""
-    weights = replace(run.objective.weights, t2t=0.0, unpaired_i2i=0.0)
-    return replace(run, objective=replace(run.objective, texts="off", images="off", weights=weights))
-
-
 def train_watched(
     run: ItitRun,
     inputs: TrainingInputs,
@@ -126,7 +120,7 @@ def seconds_trained(folder: Path) -> float:
 def _train_controls(run: ItitRun, out: Path, test: ScenesSource) -> None:
     """Train the three one after another, the longer one until SIGTERM. Runs in the process of the controls."""
     torch.set_num_threads(half_the_cores())
-    alone = paired_only(replace(run, train=replace(run.train, quiet=True)))
+    alone = replace(run, train=replace(run.train, quiet=True)).pairs_only()
     inputs = alone.prepare(out / "itit")
     train_watched(alone, inputs, out / "paired_only", test, title=TITLES["paired_only"])
     train_stopped(alone, inputs, out / "paired_only_stopped", test)

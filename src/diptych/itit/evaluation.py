@@ -5,7 +5,7 @@ Shapes: B images, S pixels a side, N image tokens, L text tokens.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,12 @@ from diptych.data.pixels import SkippedItems, channels_first, read_captioned
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.scenes.world import Scene
 from diptych.data.sources import Source
+from diptych.data.sources.columns import Columns
+from diptych.data.splits import Subset
+from diptych.data.store import Store
+from diptych.encoders import open_image_encoder
+from diptych.errors import UserError, first_line
+from diptych.eval.baselines import Baseline, Comparison, caption_baselines
 from diptych.eval.captions import score_captions
 from diptych.eval.frechet import (
     FeatureExtractor,
@@ -29,14 +35,15 @@ from diptych.eval.frechet import (
 )
 from diptych.eval.scenes import SceneScore, caption_accuracy, image_accuracy
 from diptych.io import write_bytes
+from diptych.itit.data import DataConfig, open_data
 from diptych.itit.model import Encoded, shift_right
 from diptych.itit.pipeline import Diptych
 from diptych.nn.functional import token_loss
-from diptych.nn.inference import Device
-from diptych.report import print_metrics
+from diptych.nn.inference import Device, pick_device
+from diptych.report import print_comparison, print_metrics
 from diptych.report.progress import ProgressLine
 from diptych.report.sheet import Cell, comparison, save_png
-from diptych.run_folder import write_json
+from diptych.run_folder import read_config, write_json
 from diptych.tokenizers.text_tokenizer import PAD
 
 _ROWS = 64
@@ -79,6 +86,8 @@ class Evaluation:
     metrics: dict[str, float]
     notes: list[str]
     """What a reader of the metrics must know."""
+    items: list[int]
+    """Numbers of the images in their source."""
     keys: list[str]
     """Names of the images in their source."""
     references: list[list[str]]
@@ -117,6 +126,7 @@ def evaluate(
     notes: list[str] = []
     captions: list[str] = []
     generated = None
+    score = CaptionScorer(references, scenes)
     if config.captions:
         tokens_BN = diptych.tokenize(pixels)
         captions = [
@@ -125,11 +135,8 @@ def evaluate(
                 tokens_BN, beams=config.beams, advance=ProgressLine("captioning") if shown else None
             )
         ]
-        scores = score_captions(captions, references)
-        metrics |= scores.table()
-        notes += scores.warnings
-        if scenes is not None:
-            metrics |= _scene_metrics("caption", caption_accuracy(captions, scenes))
+        metrics |= score(captions)
+        notes += score.warnings
         if config.images:
             length = diptych.model.config.max_text_len
             gain = information_gain(diptych, tokens_BN, diptych.text_encoder.tokenize(first, length=length)[0])
@@ -150,6 +157,7 @@ def evaluate(
     return Evaluation(
         metrics=metrics,
         notes=notes,
+        items=items,
         keys=[source.key(item) for item in items],
         references=references,
         real_BSS3=pixels,
@@ -157,6 +165,22 @@ def evaluate(
         captions=captions,
         generated_BSS3=generated,
     )
+
+
+class CaptionScorer:
+    """The scores of captions for some images: of those that a run generates, and of its baselines."""
+
+    def __init__(self, references: Sequence[Sequence[str]], scenes: Sequence[Scene] | None = None) -> None:
+        """``references``: the true captions of each image; ``scenes``: what is known of each, of `scenes:` alone."""
+        self.references, self.scenes = references, scenes
+        self.warnings: list[str] = []
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, float]:
+        """Scores of one caption for each image. Sets ``warnings``, what a reader of them must know."""
+        scores = score_captions(captions, self.references)
+        self.warnings = scores.warnings
+        exact = _scene_metrics("caption", caption_accuracy(captions, self.scenes)) if self.scenes is not None else {}
+        return scores.table() | exact
 
 
 def _frechet(
@@ -271,21 +295,86 @@ def _image_loss(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Tensor:
     return token_loss(model.image_logits(encoded, hidden_BN), tokens_BN, hidden_BN, label_smoothing=0.0)
 
 
+# Baselines
+
+PAIRS_ONLY = "pairs_only"
+"""Folder, in the run folder, of the same network trained on the pairs alone: `--compare pairs-only`."""
+ALONE = "pairs alone for the same time"
+"""Its name in the tables."""
+_ADVICE = "more pairs, more --minutes, or parts that are trained already (--tokenizer, --text-encoder)"
+_ADVICE_UNPAIRED = "a later --objective.cycle-start-step, --objective.texts off or --objective.images off"
+
+
+def compare(
+    data: DataConfig,
+    source: Source,
+    items: Sequence[int],
+    *,
+    encoder: str | None = None,
+    select: str = "cider",
+    device: Device = "auto",
+) -> Comparison:
+    """Baselines of captions for the images ``items``, from the pairs of a run, ahead of the run's own scores.
+
+    Raises UserError where ``encoder``, of images and by name, cannot be opened. Where the pairs are gone, no captions
+    can be had from them, and a note says so.
+    """
+    baselines, notes = [], []
+    opened = open_image_encoder(encoder).to(pick_device(device)) if encoder is not None else None
+    scenes = source.scenes(items) if isinstance(source, ScenesSource) else None
+    score = CaptionScorer([source.captions(item) for item in items], scenes)
+    try:
+        pairs = open_data(data).pairs
+        if isinstance(pairs.source, Store):
+            raise UserError(f"{data.pairs}: encoded data has no images to compare with")
+        test = Subset(source, np.asarray(items))
+        baselines = caption_baselines(pairs, test, score=score, encoder=opened, encoder_name=encoder or "")
+    except UserError as error:
+        notes.append(f"No baselines from the pairs: {error}")
+    return Comparison(
+        source=source.name,
+        select=select,
+        baselines=baselines,
+        advice=_ADVICE,
+        advice_unpaired=_ADVICE_UNPAIRED,
+        notes=notes,
+    )
+
+
 # The command
 
 
 def evaluate_run(
-    run: Path, source: Source, config: EvaluateConfig, *, features: str | None, out: Path, device: Device
+    run: Path,
+    source: Source,
+    config: EvaluateConfig,
+    *,
+    features: str | None,
+    out: Path,
+    device: Device,
+    encoder: str | None = None,
 ) -> None:
-    """Score a run; print a table, and write ``metrics.json``, ``captions.jsonl`` and ``sheet.png`` into ``out``."""
+    """Score a run; print a table, and write ``metrics.json``, ``captions.jsonl`` and ``sheet.png`` into ``out``.
+
+    Beside it are its baselines, with the features of ``encoder`` too, by default the run's own ``baseline_encoder``;
+    and the same network on the pairs alone, if it was trained.
+    """
     diptych = Diptych.from_pretrained(run, device=device)
     _ = diptych.text_encoder  # what is wrong with it is told before the work
-    found = evaluate(diptych, source, config, extractor=open_extractor(features), progress="shown")
+    extractor = open_extractor(features)
+    found = evaluate(diptych, source, config, extractor=extractor, progress="shown")
+    comparison = _compare_run(run, source, found, encoder=encoder, device=device)
+    if (run / PAIRS_ONLY / "model").is_dir():
+        alone = Diptych.from_pretrained(run / PAIRS_ONLY, device=device)
+        scores = evaluate(alone, source, config, extractor=extractor, progress="shown").metrics
+        comparison.baselines.append(Baseline(name=ALONE, scores=scores, kind="without unpaired data"))
     out.mkdir(parents=True, exist_ok=True)
     notes = found.notes + found.skipped.report(out / "skipped.jsonl")
     print_metrics(found.metrics, title=f"{run} on {source.name}", notes=notes)
-    told = {"skipped": len(found.skipped), "source": source.name, "notes": notes}
-    write_json(out / "metrics.json", {**found.metrics, **told})
+    title, notes_beside = "beside its baselines", [*comparison.notes, comparison.verdict()]
+    print_comparison(*comparison.table(), title=title, notes=notes_beside)
+    told = {"skipped": len(found.skipped), "source": source.name, "notes": notes + comparison.notes}
+    write_json(out / "metrics.json", {**found.metrics, **told, **comparison.record()})
     if found.captions:
         lines = (
             json.dumps({"key": key, "caption": text, "references": references}, ensure_ascii=False)
@@ -294,6 +383,19 @@ def evaluate_run(
         write_bytes(out / "captions.jsonl", ("\n".join(lines) + "\n").encode())
     save_png(out / "sheet.png", sheet(found))
     print(f"written to {out}")
+
+
+def _compare_run(run: Path, source: Source, found: Evaluation, *, encoder: str | None, device: Device) -> Comparison:
+    """The scores of a run beside the baselines from its pairs."""
+    try:
+        fields = read_config(run)["run"]
+        data = DataConfig(**{**fields["data"], "columns": Columns(**fields["data"]["columns"])})
+    except (UserError, KeyError, TypeError) as error:
+        why = f"No baselines: the run does not tell its pairs ({first_line(error)})."
+        return Comparison(source=source.name, select="cider", baselines=[], advice=_ADVICE, notes=[why])
+    encoder, select = encoder or fields.get("baseline_encoder"), fields.get("select", "cider")
+    comparison = compare(data, source, found.items, encoder=encoder, select=select, device=device)
+    return replace(comparison, scores=found.metrics)
 
 
 def sheet(found: Evaluation, *, shown: int = _SHOWN, title: str = "") -> Image.Image:

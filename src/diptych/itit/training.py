@@ -1,6 +1,7 @@
 """Training of ITIT: the stages of a run, from its sources to a folder that captions and generates images."""
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -8,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,17 +17,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diptych.data.encode import DataTokenizers
-from diptych.data.pixels import channels_first
+from diptych.data.pixels import SkippedItems, channels_first, read_captioned
+from diptych.data.sources import open_source
 from diptych.data.store import Store
 from diptych.data.streams import BatchSampler
 from diptych.errors import UserError
+from diptych.eval.baselines import Baseline, Comparison
 from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open_data, open_valid
+from diptych.itit.evaluation import ALONE, PAIRS_ONLY, compare
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ItitConfig
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych, data_tokenizers
 from diptych.itit.report import Samples
 from diptych.nn.inference import eval_mode, pick_device
+from diptych.report import print_comparison
+from diptych.report.figures import read_metrics
 from diptych.report.run_report import closing_line, outcome, write_run_report
 from diptych.report.scores import meaning_of
 from diptych.rng import derive_seed
@@ -63,6 +69,8 @@ _LEAST_ENCODED = 256
 """Number of items of each kind that are encoded under any budget."""
 _TRIED = 48
 """Number of items whose encoding is timed."""
+_MOST_PAIRS_ONLY = 8.0
+"""Largest number of steps on pairs alone for each step of the run: they cost less than those with cycles."""
 _WHITENED = 2000
 """Number of texts whose features decide the whitening."""
 
@@ -116,6 +124,12 @@ class ItitRun:
     select: str = "cider"
     """Validation score by which the best weights are chosen, if `data.valid` is given: a name in the line that each
     validation prints, or in metrics.jsonl after `valid/`."""
+    compare: Literal["nothing", "pairs-only"] = "nothing"
+    """Control to train after the run: `pairs-only` is the same network without unpaired data, trained for the same time
+    (on top of a budget's) in the folder `pairs_only` of the run. It needs `data.valid`."""
+    baseline_encoder: str | None = None
+    """Pretrained image encoder, by folder, hub name or package, whose features also find the nearest images for the
+    baselines that the run is compared with. Default: colour and gradient histograms alone."""
     patience: int = 5
     """Number of validations in a row without a better one after which training ends, if `data.valid` is given."""
 
@@ -132,6 +146,7 @@ class ItitRun:
             write_run_report(out, state=state)
 
         plan = RunPlan(self.costs(), budget=Budget.of_run(out, budget), report=report)
+        comparison = self._baselines()
         if not all((out / part).is_dir() for part in ("tokenizer", "text_encoder")):
             # A repeat of a run that is killed below finds here which tokenizers were made.
             write_config(out, recipe=recipe, run=self)
@@ -150,9 +165,17 @@ class ItitRun:
             over=best.is_over if best is not None else None,
         )
         result = run.train_on(inputs, objective, out, hooks=[hook], pace=pace, best=best, report=report)
+        if result.finished and comparison is not None:
+            alone = run._train_pairs_only(inputs, out, seconds=result.seconds)
+            comparison = replace(comparison, baselines=comparison.baselines + alone, scores=_best_scores(out, best))
+            if is_main_process():
+                comparison.write(out)
         if result.finished and is_main_process():
             with nullcontext() if best is not None else result.eval_mode(objective), eval_mode(objective):
                 write_run_report(out, samples=samples.sections())
+            if comparison is not None:
+                title = f"{out} beside its baselines on {comparison.source}"
+                print_comparison(*comparison.table(), title=title, notes=[*comparison.notes, comparison.verdict()])
             print(
                 closing_line(
                     out,
@@ -191,6 +214,45 @@ class ItitRun:
                 f"--objective.cycle-start-step {start} is not before --train.steps {steps}, "
                 "so unpaired data would never be used: lower it, or switch --objective.texts and .images off"
             )
+
+        if self.compare == "pairs-only" and not (unpaired and self.data.valid):
+            lacks = "--data.valid to compare on" if unpaired else "unpaired data, so it is the pairs alone itself"
+            raise UserError(f"--compare pairs-only: the run has no {lacks}")
+
+    def _baselines(self) -> Comparison | None:
+        """What the run is compared with on `--data.valid`, printed ahead of any training; None without it."""
+        if self.data.valid is None or not is_main_process():
+            return None
+        source = open_source(self.data.valid, columns=self.data.columns)
+        skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
+        items, _ = read_captioned(source, limit=self.data.valid_images, size=1, skipped=skipped)
+        comparison = compare(self.data, source, items, encoder=self.baseline_encoder, select=self.select)
+        print_comparison(*comparison.table(), title=f"to beat on {source.name}", notes=comparison.notes)
+        return comparison
+
+    def pairs_only(self) -> "ItitRun":
+        """The same run without unpaired data."""
+        weights = replace(self.objective.weights, t2t=0.0, unpaired_i2i=0.0)
+        objective = replace(self.objective, texts="off", images="off", weights=weights)
+        return replace(self, objective=objective, compare="nothing")
+
+    def _train_pairs_only(self, inputs: TrainingInputs, out: Path, *, seconds: float) -> list[Baseline]:
+        """The network trained on the pairs alone for ``seconds``, as a row of the comparison; none if not asked for."""
+        if self.compare == "nothing":
+            return []
+        folder = out / PAIRS_ONLY
+        budget = Budget.of_run(folder, None) or Budget.of_run(folder, Budget.for_stage(seconds))
+        run, pace = RunPlan([replace(self.pairs_only().costs()[-1], name=ALONE)], budget=budget).fit_stage(
+            ALONE, self.pairs_only(), folder, lambda run: run.ready(inputs), most=_MOST_PAIRS_ONLY
+        )
+        write_config(folder, recipe="itit pairs only", run=run)
+        for part in ("tokenizer", "text_encoder"):
+            shutil.copytree(out / part, folder / part, dirs_exist_ok=True)
+        objective, best = run.build(inputs), BestWeights(folder / "best", patience=run.patience)
+        samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, folder / "samples")
+        hook = Hook(every=run.train.eval_every, run=partial(run._validate, samples, best), over=best.is_over)
+        run.train_on(inputs, objective, folder, hooks=[hook], title=ALONE, pace=pace, best=best)
+        return [Baseline(name=ALONE, scores=_best_scores(folder, best), kind="without unpaired data")]
 
     def _seconds_of_an_evaluation(self, inputs: TrainingInputs, out: Path) -> float:
         objective = self.build(inputs)
@@ -407,6 +469,15 @@ class ItitRun:
             if is_main_process():
                 save_model(objective.model, out / "model")
         return result
+
+
+def _best_scores(out: Path, best: BestWeights | None) -> dict[str, float]:
+    """The validation scores of the weights that were kept."""
+    assert best is not None
+    assert best.score is not None
+    records = [each for each in read_metrics(out / "metrics.jsonl") if each["step"] == best.score.step]
+    found = next(each for each in reversed(records) if "loss" not in each)
+    return {name.removeprefix("valid/"): value for name, value in found.items() if name.startswith("valid/")}
 
 
 def _within_budget(data: DataSplit, tokenizers: DataTokenizers, plan: RunPlan, *, seed: int) -> DataSplit:

@@ -3,14 +3,15 @@
 It is made from the files of the run folder, so it can be written while the run trains and after it was interrupted.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diptych.report.figures import Panel, Record, curves, read_metrics
-from diptych.report.html import Facts, Figures, Section, Text, write_report
-from diptych.report.scores import meaning_of
-from diptych.run_folder import Kind, read_config
+from diptych.report.html import Facts, Figures, Section, Table, Text, write_report
+from diptych.report.scores import HEADLINES, meaning_of
+from diptych.run_folder import BASELINES, Kind, read_config
 
 _NO_CURVE = frozenset({"step", "seconds", "evaluation_seconds", "lr", "skipped"})
 _SHEETS = 2
@@ -29,7 +30,7 @@ _NEXT: dict[Kind, str] = {
 def write_run_report(run: Path, *, samples: Sequence[Section] = (), state: str = "") -> Path:
     """Write ``run/report.html``. Without ``samples``, the newest sheets in ``run/samples`` are shown.
 
-    ``state`` says in the first line how far the run is.
+    ``state`` says in the first line how far the run is. Before it stands how the run does beside its baselines.
     """
     config = read_config(run)
     recipe = str(config.get("recipe", run.name))
@@ -39,8 +40,23 @@ def write_run_report(run: Path, *, samples: Sequence[Section] = (), state: str =
         sections += [Section(f"Stage: {name}", section.blocks) for section in _curves(name, read_metrics(stage))]
     facts = {"recipe": recipe, **{f"{name} version": value for name, value in config["versions"].items()}}
     sections.append(Section("Settings", [Facts(items=facts), Text(_listed(config["run"]), kind="code")]))
-    lead = f"{run.name}: {state}" if state else run.name
+    verdict, beside = _beside(run)
+    sections = beside + sections
+    lead = f"{run.name}: {' '.join(filter(None, (verdict, state)))}" if verdict or state else run.name
     return write_report(run / "report.html", sections, title=f"Diptych: {recipe}", lead=lead)
+
+
+def _beside(run: Path) -> tuple[str, list[Section]]:
+    """The verdict on a run beside its baselines, and a table of them; nothing where there are none."""
+    if not (run / BASELINES).is_file():
+        return "", []
+    found = json.loads((run / BASELINES).read_text())
+    about = f"All on the same images of {found['source']}, scored by the same code."
+    blocks: list[Any] = [Text(" ".join([about, *found["notes"]]))]
+    if found["rows"]:
+        best = {name: "high" if meaning_of(name).better == "higher" else "low" for name in found["head"]}
+        blocks.append(Table(head=["", *found["head"]], rows=found["rows"], best=best))  # type: ignore[arg-type]
+    return found["verdict"], [Section("Beside its baselines", blocks)]
 
 
 def closing_line(run: Path, kind: Kind, *, score: str) -> str:
@@ -62,22 +78,8 @@ def outcome(run: Path, *, step: int | None = None, select: str = "", source: str
 def told(numbers: Mapping[str, Any], *, best: str = "") -> str:
     """The scores of a validation in one line, those of headline first; ``best`` is the name that selects weights."""
     scores = {name.removeprefix("valid/"): value for name, value in numbers.items() if name.startswith("valid/")}
-    chosen = [name for name in (best, *_HEADLINES) if name in scores]
+    chosen = [name for name in (best, *HEADLINES) if name in scores]
     return ", ".join(f"{name} {meaning_of(name).written(scores[name])}" for name in dict.fromkeys(chosen))
-
-
-_HEADLINES = (
-    "cider",
-    "distinct_captions",
-    "caption_accuracy",
-    "image_accuracy",
-    "mean_r1",
-    "image_to_text/r10",
-    "text_to_image/r10",
-    "accuracy",
-    "loss",
-)
-"""Scores that are printed in the terminal, where a run has them."""
 
 
 def _sheets(run: Path) -> list[Section]:

@@ -33,6 +33,7 @@ _MEANINGS: tuple[tuple[str, Meaning], ...] = (
     (r"vocabulary", Meaning(scale="different words")),
     (r"mean_length", Meaning(scale="words")),
     (r"\w+_information_gain", Meaning("higher", "nats", "0: nothing learned")),
+    (r"(text|image)_drift.*", Meaning(scale="above 0: mistakes that agree")),
     (r"frechet/.*", Meaning("lower", scale="0: the same distribution")),
     (r"(retrieval/)?(\w+/r\d+|mean_r1)", Meaning("higher", "%")),
     (r"(retrieval/)?\w+/median_rank", Meaning("lower", scale="1: the right one is first")),
@@ -44,8 +45,23 @@ _MEANINGS: tuple[tuple[str, Meaning], ...] = (
     (r"perplexity", Meaning("higher", scale="codes in effective use")),
     (r"rfd", Meaning("lower", scale="0: the same distribution")),
     (r".*(accuracy|_readable|top\d+)", Meaning("higher", "%")),
+    (r"loss", Meaning("lower", "nats")),
     (r"(caption|image)_[a-z]+(_\d+)?", Meaning("higher", "%")),
 )
+
+
+HEADLINES = (
+    "cider",
+    "distinct_captions",
+    "caption_accuracy",
+    "image_accuracy",
+    "mean_r1",
+    "image_to_text/r10",
+    "text_to_image/r10",
+    "accuracy",
+    "loss",
+)
+"""Scores that are printed in the terminal, where a run has them."""
 
 
 def meaning_of(name: str) -> Meaning:
@@ -53,3 +69,9 @@ def meaning_of(name: str) -> Meaning:
     ``metrics.jsonl``."""
     name = name.removeprefix("valid/").removeprefix("measure/")
     return next((meaning for pattern, meaning in _MEANINGS if re.fullmatch(pattern, name)), Meaning())
+
+
+def better(name: str, value: float, other: float) -> bool:
+    """Whether ``value`` is better than ``other`` as the score ``name``; never, where neither direction is better."""
+    direction = meaning_of(name).better
+    return value > other if direction == "higher" else direction == "lower" and value < other

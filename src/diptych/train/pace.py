@@ -187,6 +187,11 @@ class Budget:
         self._decisions: dict[str, Any] = {}
 
     @classmethod
+    def for_stage(cls, seconds: float) -> "Budget":
+        """A budget with ``seconds`` for a single stage, beside the reserve."""
+        return cls(round(seconds / 60 / (1 - _RESERVE), 3))
+
+    @classmethod
     def of_run(cls, out: Path, budget: "Budget | None") -> "Budget | None":
         """The budget of the run folder ``out``: ``budget``, or the one that an interrupted run was begun with.
 

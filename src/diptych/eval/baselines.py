@@ -1,0 +1,362 @@
+"""What a run must beat: baselines that take seconds, beside its own scores and computed by the same code.
+
+    caption_baselines   the most frequent caption, and the consensus caption of all pairs and of the nearest images
+    class_baselines     chance, the most frequent class, and logistic regression
+    Comparison          a run beside its baselines, and the sentence that a report begins with
+
+Consensus captions are those of Devlin et al., "Exploring Nearest Neighbor Approaches for Image Captioning" (2015).
+Departure: captions are compared by the cosine of their TF-IDF vectors of n-grams, which are those of CIDEr.
+
+Shapes: B images, T training images, S pixels a side, F width of the features, N items, C classes.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from diptych.data.pixels import SkippedItems, image_batches
+from diptych.data.sources import Source
+from diptych.data.splits import Subset
+from diptych.encoders import ImageEncoder
+from diptych.errors import UserError
+from diptych.eval.captions import tokenize
+from diptych.eval.probe import select_linear
+from diptych.nn.inference import eval_mode
+from diptych.report.scores import better, meaning_of
+from diptych.rng import derive_seed
+from diptych.run_folder import BASELINES, write_json
+
+NEAREST = 30
+"""Number of training images whose captions are looked at. CIDEr-D on Flickr8k's dev images rises up to about here."""
+_MOST = 3000
+"""Number of training images that are looked at, a random part of larger data: baselines take seconds."""
+_SIZE = 64
+"""Side in pixels at which histograms are taken."""
+_COLOURS, _COLOUR_CELLS = 4, 2
+_ANGLES, _GRADIENT_CELLS = 8, 4
+_ROWS = 64
+HISTOGRAMS = "colour and gradient histograms"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """One thing to compare a run with."""
+
+    name: str
+    scores: dict[str, float]
+    """Scores on the same items, under the names of the run's own."""
+    kind: Literal["baseline", "without unpaired data"] = "baseline"
+    """A baseline takes seconds; "without unpaired data" is the same run, trained without what it is to profit from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A run beside its baselines, all scored on the same items."""
+
+    source: str
+    """What they were scored on."""
+    select: str
+    """Name of the score that decides."""
+    baselines: list[Baseline]
+    scores: dict[str, float] = field(default_factory=dict)
+    """Scores of the run; none before it is trained."""
+    advice: str
+    """What to try when a baseline is better, as the rest of a sentence that begins with "Try"."""
+    advice_unpaired: str = ""
+    """What to try when unpaired data hurt."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out, and why."""
+
+    def verdict(self) -> str:
+        """What a reader must know first: whether a baseline is better, whether unpaired data hurt, and what to try.
+
+        Empty where nothing was compared.
+        """
+        if self.select not in self.scores:
+            return ""
+        told = [self._beside_baselines(), *(self._beside_control(each) for each in self._of("without unpaired data"))]
+        return " ".join(sentence for sentence in told if sentence)
+
+    def table(self) -> tuple[list[str], list[list[str | float | None]]]:
+        """Names of the scores, the deciding one first; and a row for the run and for each baseline, None where a score
+        is not known. Only scores that can be better or worse are in it."""
+        rows = [Baseline(name="this run", scores=self.scores)] if self.scores else []
+        rows += self.baselines
+        names = list(dict.fromkeys(name for each in rows for name in each.scores if meaning_of(name).better))
+        names.sort(key=lambda name: name != self.select)
+        return names, [[each.name, *(each.scores.get(name) for name in names)] for each in rows]
+
+    def record(self) -> dict[str, Any]:
+        """For a file of scores: the baselines by name, and the verdict."""
+        return {"baselines": {each.name: each.scores for each in self.baselines}, "verdict": self.verdict()}
+
+    def write(self, run: Path) -> None:
+        """Write ``baselines.json`` into a run folder, where its report finds its table and its first line."""
+        head, rows = self.table()
+        write_json(run / BASELINES, asdict(self) | {"verdict": self.verdict(), "head": head, "rows": rows})
+
+    def _of(self, kind: str) -> list[Baseline]:
+        return [each for each in self.baselines if each.kind == kind and self.select in each.scores]
+
+    def _beside_baselines(self) -> str:
+        others = self._of("baseline")
+        if not others:
+            return ""
+        best = others[0]
+        for each in others[1:]:
+            if better(self.select, each.scores[self.select], best.scores[self.select]):
+                best = each
+        ours, theirs = (meaning_of(self.select).written(each[self.select]) for each in (self.scores, best.scores))
+        if better(self.select, best.scores[self.select], self.scores[self.select]):
+            return f"The run loses to a baseline: {self.select} {ours}, {best.name} {theirs}. Try {self.advice}."
+        return f"No baseline does better: {self.select} {ours}, the best of them ({best.name}) {theirs}."
+
+    def _beside_control(self, control: Baseline) -> str:
+        """What unpaired data did to the scores, as far as their written values differ."""
+
+        def told(names: Sequence[str]) -> str:
+            some = [f"{name} {written(control.scores, name)} to {written(self.scores, name)}" for name in names[:4]]
+            return ", ".join(some) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+        def written(scores: Mapping[str, float], name: str) -> str:
+            return meaning_of(name).written(scores[name])
+
+        both = [name for name in self.scores if name in control.scores and meaning_of(name).better]
+        both.sort(key=lambda name: name != self.select)
+        changed = [name for name in both if written(self.scores, name) != written(control.scores, name)]
+        helped = [name for name in changed if better(name, self.scores[name], control.scores[name])]
+        hurt = [name for name in changed if name not in helped]
+        if self.select in hurt:
+            return f"Unpaired data hurt, against {control.name}: {told(hurt)}. Try {self.advice_unpaired}."
+        if hurt:
+            return f"Unpaired data helped {told(helped)}, but hurt, against {control.name}: {told(hurt)}."
+        return f"Unpaired data helped, against {control.name}: {told(helped)}." if helped else ""
+
+
+# Captions
+
+
+def caption_baselines(
+    pairs: Subset[Source],
+    test: Subset[Source],
+    *,
+    score: Callable[[Sequence[str]], dict[str, float]],
+    encoder: ImageEncoder | None = None,
+    encoder_name: str = "",
+) -> list[Baseline]:
+    """Captions for the images ``test`` that need no training, from the captioned images ``pairs``.
+
+    Of more than 3,000 pairs a random 3,000 are looked at. Raises UserError where none of them has a caption and an
+    image that can be read.
+
+    Args:
+        pairs: What the run learned from.
+        test: Readable images, in the order in which ``score`` takes their captions.
+        score: The scores of captions, one for each image of ``test``.
+        encoder: Pretrained encoder whose features also find nearest images.
+        encoder_name: What the encoder is called in the tables.
+    """
+    captioned = some(np.array([item for item in pairs.items if pairs.source.captions(int(item))], np.int64))
+    items, known = image_histograms(Subset(pairs.source, captioned))
+    if not len(items):
+        raise UserError(f"{pairs.source.name}: no image with a caption to compare with")
+    texts = [pairs.source.captions(int(item)) for item in items]
+    pool = CaptionPool(texts)
+    every, rows = range(len(texts)), len(test.items)
+    found = [
+        Baseline(name="most frequent caption", scores=score([most_frequent(texts)] * rows)),
+        Baseline(name="consensus of all captions", scores=score([pool.consensus(every)] * rows)),
+    ]
+    features = {HISTOGRAMS: (known, image_histograms(test)[1])}
+    if encoder is not None:
+        features[encoder_name] = (
+            encoded(encoder, Subset(pairs.source, items)),
+            encoded(encoder, test),
+        )
+    for name, (known_TF, query_BF) in features.items():
+        if len(known_TF) != len(texts) or len(query_BF) != rows:
+            continue  # an image that could be read a moment ago cannot be read any more
+        captions = [pool.consensus(near) for near in nearest(query_BF, known_TF, count=NEAREST).tolist()]
+        count = min(NEAREST, len(texts))
+        found.append(Baseline(name=f"consensus of the {count} nearest by {name}", scores=score(captions)))
+    return found
+
+
+def most_frequent(texts: Iterable[Sequence[str]]) -> str:
+    """The caption that occurs most often; of equals the first."""
+    return Counter(text for of_image in texts for text in of_image).most_common(1)[0][0]
+
+
+class CaptionPool:
+    """The captions of some images, each as a vector of n-grams."""
+
+    def __init__(self, texts: Sequence[Sequence[str]]) -> None:
+        """``texts``: the captions of each image, at least one."""
+        self.texts = texts
+        ngrams = [[_ngrams(text) for text in of_image] for of_image in texts]
+        images_with: Counter[tuple[str, ...]] = Counter()
+        for of_image in ngrams:
+            images_with.update(set().union(*of_image))
+        # One more image than there are, so that a single image has vectors too.
+        weight = {gram: math.log((len(texts) + 1) / count) for gram, count in images_with.items()}
+        self._vectors = [[_unit_by_length(grams, weight) for grams in of_image] for of_image in ngrams]
+
+    def consensus(self, images: Iterable[int]) -> str:
+        """The caption of one of ``images`` that is most like their other captions in the mean; of equals the first."""
+        candidates = [(image, number) for image in images for number in range(len(self.texts[image]))]
+        total: Counter[tuple[str, ...]] = Counter()
+        for image, number in candidates:
+            for gram, value in self._vectors[image][number].items():
+                total[gram] += value  # type: ignore[assignment]
+
+        def likeness(candidate: tuple[int, int]) -> float:
+            image, number = candidate
+            return sum(value * (total[gram] - value) for gram, value in self._vectors[image][number].items())
+
+        image, number = max(candidates, key=likeness)
+        return self.texts[image][number]
+
+
+def _ngrams(text: str) -> Counter[tuple[str, ...]]:
+    """How often each sequence of one to four tokens occurs."""
+    words = tokenize(text).split()
+    return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+
+
+def _unit_by_length(
+    grams: Mapping[tuple[str, ...], int], weight: Mapping[tuple[str, ...], float]
+) -> dict[tuple[str, ...], float]:
+    """TF-IDF values, those of the n-grams of each length n scaled to length one, as in CIDEr."""
+    values = {gram: count * weight[gram] for gram, count in grams.items()}
+    squares = [math.sqrt(sum(v * v for gram, v in values.items() if len(gram) == n)) for n in range(1, 5)]
+    return {gram: value / (squares[len(gram) - 1] or 1.0) for gram, value in values.items()}
+
+
+# Features
+
+
+def nearest(
+    query_BF: Float[np.ndarray, "B F"], known_TF: Float[np.ndarray, "T F"], *, count: int
+) -> Int[np.ndarray, "B K"]:
+    """Rows of the ``count`` nearest known features of each query, nearest first, by cosine after centring."""
+    centre_F = known_TF.mean(0)
+    query_BF, known_TF = (_unit(each - centre_F) for each in (query_BF, known_TF))
+    return np.argsort(-(query_BF @ known_TF.T), axis=1, kind="stable")[:, :count]
+
+
+def _unit(x_BF: np.ndarray) -> np.ndarray:
+    return x_BF / np.maximum(np.linalg.norm(x_BF, axis=1, keepdims=True), 1e-12)
+
+
+def image_histograms(images: Subset[Source]) -> tuple[Int[np.ndarray, "B"], Float[np.ndarray, "B F"]]:
+    """The readable ones among the items, and their :func:`histograms`."""
+    items, found = [np.empty(0, np.int64)], [np.empty((0, _WIDTH), np.float32)]
+    skipped = SkippedItems(max_skipped_share=1.0)
+    try:
+        for pixels_B3SS, some in image_batches(images.source, images.items, size=_SIZE, skipped=skipped, rows=_ROWS):
+            items.append(some)
+            found.append(histograms(pixels_B3SS.numpy().transpose(0, 2, 3, 1)))
+    except UserError:  # not one can be read
+        return items[0], found[0]
+    return np.concatenate(items), np.concatenate(found)
+
+
+_WIDTH = _COLOURS**3 * _COLOUR_CELLS**2 + _ANGLES * _GRADIENT_CELLS**2
+
+
+def histograms(pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Float[np.ndarray, "B F"]:
+    """Which colours and which directions of edges an image has in which part of it: square roots of shares.
+
+    The 64 colours of four levels a channel are counted in each quarter of the image, and eight directions of the
+    gradient, weighted by its length, in each of 16 cells.
+    """
+    level = pixels_BSS3.astype(np.int64) * _COLOURS // 256
+    colour_BSS = (level[..., 0] * _COLOURS + level[..., 1]) * _COLOURS + level[..., 2]
+    grey_BSS = pixels_BSS3.astype(np.float32).mean(-1)
+    dy_BSS, dx_BSS = np.gradient(grey_BSS, axis=(1, 2))
+    turn_BSS = np.arctan2(dy_BSS, dx_BSS) % np.pi / np.pi
+    angle_BSS = (turn_BSS * _ANGLES).astype(np.int64) % _ANGLES
+    counts = (
+        _count_in_cells(colour_BSS, np.ones(colour_BSS.shape), kinds=_COLOURS**3, cells=_COLOUR_CELLS),
+        _count_in_cells(angle_BSS, np.hypot(dy_BSS, dx_BSS), kinds=_ANGLES, cells=_GRADIENT_CELLS),
+    )
+    shares = [np.sqrt(each / np.maximum(each.sum(1, keepdims=True), 1e-9)) for each in counts]
+    return np.concatenate(shares, axis=1).astype(np.float32)
+
+
+def _count_in_cells(kind_BSS: np.ndarray, weight_BSS: np.ndarray, *, kinds: int, cells: int) -> np.ndarray:
+    """Sums of the weights of each kind in each of ``cells`` x ``cells`` parts of the image, [B cells*cells*kinds]."""
+    rows, side, _ = kind_BSS.shape
+    cell_S = np.arange(side) * cells // side
+    place = (np.arange(rows)[:, None, None] * cells + cell_S[:, None]) * cells + cell_S
+    flat = (place * kinds + kind_BSS).ravel()
+    return np.bincount(flat, weight_BSS.ravel(), minlength=rows * cells * cells * kinds).reshape(rows, -1)
+
+
+def encoded(encoder: ImageEncoder, images: Subset[Source]) -> Float[np.ndarray, "B F"]:
+    """Features of the readable ones among the items."""
+    found = []
+    skipped = SkippedItems(max_skipped_share=1.0)
+    device = next(encoder.parameters()).device
+    for pixels_B3SS, _ in image_batches(
+        images.source, images.items, size=encoder.image_size, skipped=skipped, rows=_ROWS
+    ):
+        with eval_mode(encoder):
+            found.append(encoder(pixels_B3SS.to(device)).float().cpu().numpy())
+    return np.concatenate(found)
+
+
+def some(items_N: Int[np.ndarray, "N"]) -> Int[np.ndarray, "M"]:
+    """All items, or 3,000 random ones in their order."""
+    if len(items_N) <= _MOST:
+        return items_N
+    generator = np.random.Generator(np.random.PCG64(derive_seed("baselines")))
+    return np.sort(generator.choice(items_N, _MOST, replace=False))
+
+
+# Classes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifiedFeatures:
+    """Features [N F] and labels [N] to learn from, to select on and to score."""
+
+    train: tuple[Tensor, Tensor]
+    valid: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def class_baselines(
+    features: Mapping[str, ClassifiedFeatures],
+    *,
+    classes: int,
+    score: Callable[[Tensor, Tensor], dict[str, float]],
+) -> list[Baseline]:
+    """Chance, the most frequent class, and logistic regression on each kind of ``features``, by its name.
+
+    The strength of the l2 penalty is chosen on the validation items; none of these is learned from. ``score`` takes
+    logits [N C] and labels [N].
+    """
+    first = next(iter(features.values()))
+    labels_N, rows = first.train[1], len(first.test[1])
+    counts_C = torch.bincount(labels_N, minlength=classes).float()
+    names = ("accuracy", "mean_class_accuracy", "loss")
+    chance = dict(zip(names, (1 / classes, 1 / classes, math.log(classes)), strict=True))
+    found = [Baseline(name="chance", scores=chance)]
+    if counts_C.min() < counts_C.max():
+        prior_C = ((counts_C + 1) / (counts_C + 1).sum()).log()
+        found.append(
+            Baseline(name="most frequent class", scores=score(prior_C.expand(rows, -1), first.test[1])),
+        )
+    for name, each in features.items():
+        linear = select_linear(*each.train, validation=each.valid, classes=classes).linear
+        found.append(Baseline(name=f"logistic regression on {name}", scores=score(linear(each.test[0]), each.test[1])))
+    return found
