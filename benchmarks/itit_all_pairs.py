@@ -83,6 +83,12 @@ def settings(changes: Sequence[str], *, seed: int, stages: str | None) -> ItitRu
     run.objective = replace(run.objective, texts="off", images="off")
     run.train = replace(run.train, seed=seed, device="cpu", precision="fp32", quiet=True, tensorboard=False)
     run.tokenizer = run.text_encoder = stages
+    changed(run, changes)
+    return run
+
+
+def changed(run: ItitRun, changes: Sequence[str]) -> None:
+    """Apply the changes ``field.of.field=value`` to ``run`` in place."""
     for change in changes:
         path, _, text = change.partition("=")
         *owners, name = path.split(".")
@@ -95,7 +101,6 @@ def settings(changes: Sequence[str], *, seed: int, stages: str | None) -> ItitRu
         except (ValueError, SyntaxError):
             value = text
         setattr(owner, name, value)
-    return run
 
 
 def seconds_per_step(run: ItitRun, inputs: TrainingInputs, out: Path) -> float:

@@ -172,4 +172,4 @@ def test_without_its_weight_there_is_no_fusion():
 def test_the_scale_is_held_at_100_before_it_is_used():
     module = objective("clip")
     module.model.clip.logit_scale.data.fill_(9.0)
-    assert module(batch(module), 0).terms["align/scale"].item() == pytest.approx(100, rel=1e-4)
+    assert module(batch(module), 0).measures["align/scale"].item() == pytest.approx(100, rel=1e-4)

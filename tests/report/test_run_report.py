@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diptych.report.html import Section, Text
-from diptych.report.run_report import closing_line, outcome, told, write_run_report
+from diptych.report.run_report import _curves, closing_line, outcome, told, write_run_report
 from diptych.report.sheet import save_png
 from diptych.run_folder import write_config
 from diptych.tokenizers.recipes import vqgan_tiny
@@ -58,3 +58,10 @@ def test_scores_in_one_line():
     assert told(numbers) == "cider 12, mean_r1 5.0 %"
     assert told(numbers, best="rouge_l") == "rouge_l 20.0 %, cider 12, mean_r1 5.0 %"
     assert told({"lr": 1.0}) == ""
+
+
+def test_measures_stand_among_the_curves_of_training():
+    curves, validation = _curves("run", [{"step": 1, "loss": 3.0, "measure/psnr": 9.0}, {"step": 1, "valid/psnr": 2.0}])
+    assert [curves.title, validation.title] == ["Curves", "Validation"]
+    assert len(curves.blocks[0].images) == 2  # the loss and the measure
+    assert len(validation.blocks[0].images) == 1

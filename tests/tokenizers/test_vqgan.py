@@ -60,8 +60,8 @@ def test_total_is_the_sum_it_says():
     fake = made.tokenizer.reconstruct(codes.transpose(1, 2).view_as(latents))
     reconstruction = (fake - real).abs().mean() + 2 * (fake - real).square().mean() + 0.5 * edge_distance(fake, real)
     torch.testing.assert_close(losses.total, reconstruction + 1.3 * (flat - codes).square().mean())
-    torch.testing.assert_close(losses.terms["psnr"], -10 * torch.log10((fake - real).square().mean()))
-    assert all(not term.requires_grad for term in losses.terms.values())
+    torch.testing.assert_close(losses.measures["psnr"], -10 * torch.log10((fake - real).square().mean()))
+    assert all(not value.requires_grad for value in [*losses.terms.values(), *losses.measures.values()])
 
 
 def test_gradient_reaches_every_weight_of_the_tokenizer_straight_through_the_codes():
@@ -144,7 +144,7 @@ def test_one_batch_is_learned_by_heart():
         optimizer.step()
         seen.append(losses.total.item())
     assert seen[-1] < seen[0] / 2
-    assert losses.terms["perplexity"] > 8
+    assert losses.measures["perplexity"] > 8
 
 
 # The discriminator

@@ -34,7 +34,7 @@ def test_every_step_has_one_line_with_its_numbers(tmp_path):
     lines = read_metrics(tmp_path)
     assert (result.step, result.finished) == (12, True)
     assert [line["step"] for line in lines] == list(range(1, 13))
-    usual = ["step", "loss", "loss/main", "lr", "grad_norm", "seconds"]
+    usual = ["step", "loss", "loss/main", "measure/mean", "lr", "grad_norm", "seconds"]
     assert list(lines[0]) == usual
     assert list(lines[3]) == [*usual[:3], "loss/late", *usual[3:]]
     assert lines[0]["lr"] == pytest.approx(0.005)

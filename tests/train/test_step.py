@@ -35,11 +35,11 @@ def test_the_average_follows_the_weights():
     torch.testing.assert_close(update.ema.weights["head.weight"], shadow, rtol=1e-5, atol=1e-7)
 
 
-def test_the_numbers_are_the_loss_its_terms_and_the_norm():
+def test_the_numbers_are_the_loss_its_terms_the_measures_and_the_norm():
     toy = Toy(late_from=0)
     outcome = make(toy)(0, toy_batches(0, 0, 1))
-    loss, main, late, norm = outcome.values.tolist()
-    assert outcome.names == ["main", "late"]
+    loss, main, late, _, norm = outcome.values.tolist()
+    assert outcome.names == ["loss/main", "loss/late", "measure/mean"]
     assert abs(loss - main - late) < 1e-5
     assert norm > 0
     assert not outcome.values.requires_grad

@@ -47,7 +47,7 @@ class Toy(Objective):
         if step >= self.late_from:
             terms["late"] = _cross_entropy(self.late(hidden_BND), tokens_BN)
         total = torch.stack(list(terms.values())).sum() * self.explode_at.get(step, 1.0)
-        return Losses(total, terms)
+        return Losses(total, terms, {"mean": hidden_BND.mean()})
 
 
 def toy_batches(step: int, rank: int, world: int, *, seed: int = 7) -> Batch:

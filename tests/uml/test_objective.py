@@ -148,4 +148,4 @@ def test_one_batch_can_be_over_fitted():
         found.total.backward()
         optimizer.step()
     assert found.total < 0.05
-    assert found.terms["image/accuracy"] == 1
+    assert found.measures["image/accuracy"] == 1

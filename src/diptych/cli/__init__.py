@@ -7,7 +7,7 @@ from typing import Any
 import tyro
 
 from diptych.cli.inference import caption, classify, cycle, embed, evaluate, export, imagine, search
-from diptych.cli.training import demo, encode, features, fit, fit_for_help, recipes
+from diptych.cli.training import check, demo, encode, features, fit, fit_for_help, recipes
 from diptych.errors import UserError
 from diptych.train.interrupt import Interrupted
 
@@ -19,6 +19,7 @@ _ABOUT = (
 COMMANDS = {
     "demo": demo,
     "recipes": recipes,
+    "check": check,
     "encode": encode,
     "features": features,
     "caption": caption,

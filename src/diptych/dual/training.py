@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from diptych.data.check import Part, check_parts
 from diptych.data.pixels import ReadableImages, SkippedItems
 from diptych.data.sources import Source, open_finite, open_source, require_pairs
 from diptych.data.sources.content import content_digest
@@ -88,6 +89,9 @@ class DualRun:
         join_processes(self.train.device)
         source = open_finite(self.data.pairs, self.data.columns)
         require_pairs(source, self.data.pairs)
+        told = check_parts([Part("pair", source, range(len(source)))], max_skipped_share=self.data.max_skipped_share)
+        if is_main_process():
+            print(told, flush=True)
         self._fit_batch(source)
 
         def report(state: str) -> None:

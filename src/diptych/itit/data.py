@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from diptych.data.check import Part, check_parts
 from diptych.data.encode import DataTokenizers, encode, origin
 from diptych.data.sources import Source, open_finite, require_pairs
 from diptych.data.sources.columns import Columns
@@ -55,6 +56,17 @@ class DataSplit:
     images: Subset
     texts: Subset
 
+    def check(self, valid: Source | None, *, max_skipped_share: float) -> str:
+        """As `check_parts`, with the images for validation."""
+        parts = [Part("pair", self.pairs.source, self.pairs.items)]
+        if self.images is not self.pairs:
+            parts.append(Part("unpaired image", self.images.source, self.images.items))
+        if self.texts is not self.pairs:
+            parts.append(Part("unpaired text", self.texts.source, self.texts.items))
+        if valid is not None:
+            parts.append(Part("validation image", valid, range(len(valid))))
+        return check_parts(parts, max_skipped_share=max_skipped_share)
+
     def raw_images(self) -> list[Subset[Source]]:
         """All images, each once, to train an image tokenizer on. Raises UserError if all are encoded already."""
         return _raw((self.images, self.pairs) if self.images is not self.pairs else (self.pairs,), "images")
@@ -87,6 +99,17 @@ def open_data(data: DataConfig) -> DataSplit:
         images=_unpaired("images", data.images, data, held_back=Subset(pairs, split.images), pairs=kept),
         texts=_unpaired("texts", data.texts, data, held_back=Subset(pairs, split.texts), pairs=kept),
     )
+
+
+def open_valid(data: DataConfig) -> Source | None:
+    """The captioned images for validation, if any are given. Raises UserError as `open_data`."""
+    if data.valid is None:
+        return None
+    if Store.is_one(data.valid):
+        raise UserError(f"{data.valid}: validation needs pixels, which encoded data has not: give the source itself")
+    valid = open_finite(data.valid, data.columns)
+    require_pairs(valid, data.valid)
+    return valid
 
 
 def _unpaired(

@@ -341,7 +341,7 @@ def _curves(out: Path, runs: list[ScoredRun]) -> list[Any]:
         Panel(title="images exact", keys=["image_accuracy"]),
     ]
     losses = [Panel(title=name, keys=[f"loss/{name}"]) for name in ("t2i", "i2t", "i2i", "t2i2t", "i2t2i")]
-    variety = Panel(title="distinct captions in the cycle", keys=["loss/i2t2i/distinct_captions"])
+    variety = Panel(title="distinct captions in the cycle", keys=["measure/i2t2i/distinct_captions"])
     by_seconds, by_steps = curves(records, panels=accuracy, over="seconds"), curves(records, panels=accuracy)
     return [
         Figures(images=by_seconds, caption="Accuracy over seconds of training."),

@@ -117,7 +117,7 @@ class ItitObjective(Objective):
     def forward(self, batch: Batch, step: int) -> Losses:
         """The weighted sum of the losses that are on at this step, and each of them unweighted."""
         config, rng = self.config, batch.rng
-        measured: dict[str, Tensor] = {}
+        measures: dict[str, Tensor] = {}
         pairs: PairExamples = batch["pairs"]
         for_image, for_text = pairs[0::2], pairs[1::2]  # so any even run of rows holds as many of each
         losses = {"t2i": self.t2i_loss(for_image, rng)} | self.i2t_and_i2i_losses(for_text, rng)
@@ -130,10 +130,10 @@ class ItitObjective(Objective):
             if config.texts != "off":
                 losses["t2i2t"] = self.t2i2t_loss(batch["texts"], rng)
             if config.images != "off":
-                losses["i2t2i"], measured["i2t2i/distinct_captions"] = self.i2t2i_loss(batch["images"], rng)
+                losses["i2t2i"], measures["i2t2i/distinct_captions"] = self.i2t2i_loss(batch["images"], rng)
         weighted = [getattr(config.weights, name) * loss for name, loss in losses.items()]
         total = torch.stack(weighted).sum()
-        return Losses(total, {name: value.detach() for name, value in (losses | measured).items()})
+        return Losses(total, {name: value.detach() for name, value in losses.items()}, measures)
 
     # Captioned images
 

@@ -23,7 +23,7 @@ from diptych.data.store import Store
 from diptych.data.streams import BatchSampler
 from diptych.errors import UserError
 from diptych.eval.baselines import Baseline, Comparison
-from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open_data
+from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open_data, open_valid
 from diptych.itit.evaluation import ALONE, PAIRS_ONLY, compare
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ItitConfig
@@ -327,6 +327,9 @@ class ItitRun:
         join_processes(self.train.device)
         plan = plan or RunPlan(self.costs())
         data = open_data(self.data)
+        told = data.check(open_valid(self.data), max_skipped_share=self.data.max_skipped_share)
+        if is_main_process():
+            print(told, flush=True)
         tokenizer = self._tokenizer(data, out, plan)
         text_encoder = self._text_encoder(data, out, plan)
         return TrainingInputs(tokenizer, text_encoder, self._encode(data, tokenizer, text_encoder, out, plan))

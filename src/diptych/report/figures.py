@@ -119,7 +119,9 @@ def _draw(axes: "Axes", panel: Panel, runs: Mapping[str, Sequence[Record]], *, o
             continue
         colour = SERIES[(list(runs).index(name) if by_run else list(panel.keys).index(key)) % len(SERIES)]
         dash = "-" if not by_run else ("-", (0, (4, 2)), (0, (1, 1.5)))[list(panel.keys).index(key) % 3]
-        parts = [name] * by_run + [key.removeprefix("loss/")] * (len(panel.keys) > 1 or not by_run)
+        parts = [name] * by_run + [key.removeprefix("loss/").removeprefix("measure/")] * (
+            len(panel.keys) > 1 or not by_run
+        )
         marker = "o" if len(x) < 25 else None  # a single measurement must be visible too
         if smooth and marker is None:
             axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.25)

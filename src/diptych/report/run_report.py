@@ -109,10 +109,12 @@ def _curves(name: str, records: Sequence[Record]) -> list[Section]:
     """Training and validation curves of everything that was logged."""
     keys = list(dict.fromkeys(key for record in records for key in record if key not in _NO_CURVE))
     losses = [key for key in keys if key == "loss" or key.startswith("loss/")]
-    scores = sorted(key for key in keys if key not in losses and key != "grad_norm")
+    measures = [key for key in keys if key.startswith("measure/")]
+    scores = sorted(key for key in keys if key not in [*losses, *measures, "grad_norm"])
     sections = []
     if losses:
         panels = [Panel(title=key.removeprefix("loss/"), keys=[key]) for key in [*losses, "grad_norm"]]
+        panels += [_score_panel(key) for key in measures]
         sections.append(Section("Curves", [Figures(images=curves({name: records}, panels=panels, smooth=0.95))]))
     if scores:
         panels = [_score_panel(key) for key in scores]
@@ -122,7 +124,11 @@ def _curves(name: str, records: Sequence[Record]) -> list[Section]:
 
 def _score_panel(key: str) -> Panel:
     better = meaning_of(key).better
-    return Panel(title=key.removeprefix("valid/"), keys=[key], label=f"{better} is better" if better else "")
+    return Panel(
+        title=key.removeprefix("valid/").removeprefix("measure/"),
+        keys=[key],
+        label=f"{better} is better" if better else "",
+    )
 
 
 def _listed(fields: Mapping[str, Any], prefix: str = "") -> str:

@@ -27,7 +27,7 @@ class Meaning:
 _MEANINGS: tuple[tuple[str, Meaning], ...] = (
     (r"cider", Meaning("higher", scale="CIDEr-D x 100")),
     (r"rouge_l|bleu_\d", Meaning("higher", "%")),
-    (r"distinct_captions", Meaning("higher", "%", "different ones among all")),
+    (r"(i2t2i/)?distinct_captions", Meaning("higher", "%", "different ones among all")),
     (r"distinct_\d", Meaning("higher", "%", "different n-grams among all")),
     (r"most_common_share", Meaning("lower", "%", "100 %: one caption for all")),
     (r"vocabulary", Meaning(scale="different words")),
@@ -65,8 +65,9 @@ HEADLINES = (
 
 
 def meaning_of(name: str) -> Meaning:
-    """The meaning of a score by its name in ``metrics.json`` or, after ``valid/``, in ``metrics.jsonl``."""
-    name = name.removeprefix("valid/")
+    """The meaning of a score by its name in ``metrics.json`` or, after ``valid/`` or ``measure/``, in
+    ``metrics.jsonl``."""
+    name = name.removeprefix("valid/").removeprefix("measure/")
     return next((meaning for pattern, meaning in _MEANINGS if re.fullmatch(pattern, name)), Meaning())
 
 

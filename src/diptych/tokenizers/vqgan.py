@@ -69,9 +69,9 @@ class VQGANConfig:
 class VQGAN(Objective):
     """Trains ``tokenizer`` in place on the stream ``images`` of pixels.
 
-    The terms are ``pixel``, ``perceptual``, ``codebook``, ``psnr`` in decibels, ``perplexity`` of the codes in the
-    batch and, from ``adversarial_start`` on, ``adversarial`` and ``discriminator``. ``seed`` decides the weights of the
-    discriminator. Raises UserError for a perceptual model that cannot be loaded.
+    The terms are ``pixel``, ``perceptual``, ``codebook`` and, from ``adversarial_start`` on, ``adversarial`` and
+    ``discriminator``; the measures are ``psnr`` in decibels and the ``perplexity`` of the codes in the batch. ``seed``
+    decides the weights of the discriminator. Raises UserError for a perceptual model that cannot be loaded.
     """
 
     may_skip_parameters = True  # the discriminator joins at `adversarial_start`
@@ -102,18 +102,16 @@ class VQGAN(Objective):
         squared = F.mse_loss(fake, real)
         reconstruction = pixel + self.config.squared_weight * squared + self.config.perceptual_weight * perceptual
         total = reconstruction + quantized.codebook + self.config.commitment_weight * quantized.commitment
-        terms = {
-            "pixel": pixel,
-            "perceptual": perceptual,
-            "codebook": quantized.codebook,
-            "psnr": psnr(squared, peak=1.0 if self.tokenizer.unit_range else 2.0),
+        terms = {"pixel": pixel, "perceptual": perceptual, "codebook": quantized.codebook}
+        measures = {
+            "psnr": psnr(squared.detach(), peak=1.0 if self.tokenizer.unit_range else 2.0),
             "perplexity": quantized.perplexity,
         }
         if self.discriminator is not None and step >= self.adversarial_start:
             generator, discriminator, scale = self._adversarial(fake, real, reconstruction)
             total = total + self.config.adversarial_weight * scale * generator + discriminator
             terms |= {"adversarial": generator, "discriminator": discriminator}
-        return Losses(total, {name: value.detach() for name, value in terms.items()})
+        return Losses(total, {name: value.detach() for name, value in terms.items()}, measures)
 
     def _perceptual_distance(self, fake: Tensor, real: Tensor) -> Tensor:
         if self.perceptual is None:

@@ -115,8 +115,8 @@ class RunLogger:
         numbers = iter(torch.cat([each.result.values for each in unread]).tolist())
         for each in unread:
             names, step = each.result.names, each.progress.step
-            loss, *terms, norm = islice(numbers, len(names) + 2)
-            line = {"loss": loss} | {f"loss/{name}": term for name, term in zip(names, terms, strict=True)}
+            loss, *others, norm = islice(numbers, len(names) + 2)
+            line = {"loss": loss} | dict(zip(names, others, strict=True))
             line |= {"lr": each.result.lr, "grad_norm": norm, "seconds": round(each.progress.seconds, 3)}
             good = math.isfinite(loss + norm)
             if self._metrics:

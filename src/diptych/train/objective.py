@@ -1,6 +1,6 @@
 """The contract between an objective and the training loop: the loop knows nothing else of what it trains."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,12 +10,19 @@ from diptych.data.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """What an objective returns: ``total`` is differentiated, ``terms`` are logged as ``loss/NAME``."""
+    """What an objective returns: ``total`` is differentiated, the rest is logged."""
 
     total: Tensor
     """A 0-d tensor."""
     terms: dict[str, Tensor]
-    """0-d tensors by name: the unweighted parts of the total, and whatever else deserves a curve."""
+    """The unweighted parts of the total by name, 0-d tensors; logged as ``loss/NAME``."""
+    measures: dict[str, Tensor] = field(default_factory=dict)
+    """What else deserves a curve and is no loss, such as an accuracy, 0-d tensors; logged as ``measure/NAME``."""
+
+    def logged(self) -> dict[str, Tensor]:
+        """Terms and measures by their names in metrics.jsonl, without gradient."""
+        kinds = {"loss": self.terms, "measure": self.measures}
+        return {f"{kind}/{name}": value.detach() for kind, values in kinds.items() for name, value in values.items()}
 
 
 class Objective(nn.Module):

@@ -21,9 +21,9 @@ class StepResult:
     """The numbers of a step, still on the device."""
 
     names: list[str]
-    """Names of the loss terms."""
+    """Names in metrics.jsonl of the terms and measures."""
     values: Tensor
-    """[2 + terms]: the loss, its terms, the norm of the gradient before it was clipped."""
+    """[2 + names]: the loss, its terms and measures, the norm of the gradient before it was clipped."""
     lr: float
     """Learning rate of the update."""
 
@@ -57,17 +57,17 @@ class TrainStep:
         return StepResult(names, torch.cat([losses, norm[None]]), lr)
 
     def _differentiate(self, step: int, batch: Batch) -> tuple[list[str], Tensor]:
-        """Leave the gradient of the whole batch in the parameters; return the loss and its terms, [1 + terms]."""
+        """Leave the gradient of the whole batch in the parameters; return what is logged: names, and the loss first."""
         names: list[str] = []
         parts: list[Tensor] = []
         for micro in split(batch, self.train.grad_accum_steps):
             self.devices.seed(derive_seed(self.train.seed, "step", step, micro.rng.rank))
             last = len(parts) + 1 == self.train.grad_accum_steps
             with nullcontext() if last else self.devices.keep_local(self.model):
-                total, terms = self.model(micro, step)
+                total, logged = self.model(micro, step)
                 (total / self.train.grad_accum_steps).backward()
-            names = list(terms)
-            parts.append(torch.stack([value.float() for value in (total.detach(), *terms.values())]))
+            names = list(logged)
+            parts.append(torch.stack([value.float() for value in (total.detach(), *logged.values())]))
         return names, self.devices.mean(torch.stack(parts).mean(0) if len(parts) > 1 else parts[0])
 
 
@@ -85,4 +85,4 @@ class _UnderPolicy(nn.Module):
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         with self._devices.autocast():
             losses = self.objective(batch, step)
-        return losses.total, {name: term.detach() for name, term in losses.terms.items()}
+        return losses.total, losses.logged()

@@ -85,8 +85,8 @@ class UmlObjective(Objective):
             logits[name] = self.head(self.features(examples, batch), name)
         total, terms = uml_loss(logits, labels, self.weights)
         right_B = logits[self.target].argmax(1) == labels[self.target]
-        terms[f"{self.target}/accuracy"] = right_B.float().mean()
-        return Losses(total, {name: term.detach() for name, term in terms.items()})
+        measures = {f"{self.target}/accuracy": right_B.float().mean()}
+        return Losses(total, {name: term.detach() for name, term in terms.items()}, measures)
 
     def features(self, examples: LabelledVectorExamples | LabelledImageExamples, batch: Batch) -> Float[Tensor, "B D"]:
         """The cached features, or those that the encoder computes of a random view of the images."""

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig
+from diptych.data.check import Part, check_parts
 from diptych.data.class_texts import Shots, are_codes, texts_of
 from diptych.data.pixels import SkippedItems, channels_first, image_batches, read_image
 from diptych.data.sources import open_finite
@@ -159,6 +160,12 @@ class UmlRun:
         join_processes(self.train.device)
         plan = RunPlan([StageCost(name=recipe, steps=self.train.steps)], budget=Budget.of_run(out, budget))
         labelled = Labelled.of(open_finite(self.data.images, self.data.columns))
+        told = check_parts(
+            [Part("labelled image", labelled.source, range(len(labelled.labels_N)))],
+            max_skipped_share=self.data.max_skipped_share,
+        )
+        if is_main_process():
+            print(f"{told}; {len(labelled.classes)} classes", flush=True)
         encoder = self._open_encoder().to(pick_device(self.train.device))
         texts = self._texts(labelled.classes, cache=self.data.cache or out / "features")
         skipped, skipped_valid = (SkippedItems(max_skipped_share=self.data.max_skipped_share) for _ in range(2))

@@ -174,3 +174,26 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError, match=r"hub:owner/name: cannot be loaded .Couldn't reach the hub"):
         open_source("hub:owner/name")
+
+
+def test_values_late_in_a_column_count(tmp_path):
+    """`datasets` stores nulls first where nobody sorted them; the first rows say nothing of a column."""
+    images = [{"bytes": png(i), "path": None} for i in range(24)]
+    table = {"image": images, "caption": [None] * 20 + ["late"] * 4, "captions_list": [["a", None]] * 24}
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table(table), path)
+    source = open_source(str(path))
+    assert [source.captions(0), source.captions(23)] == [[], ["late"]]
+    assert open_source(f"{path}?caption=captions_list").captions(0) == ["a"]
+
+
+def test_paths_are_relative_to_their_own_file(tmp_path):
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "x.png").write_bytes(png(i))
+        for name, cell in (("paths", "x.png"), ("records", {"bytes": None, "path": "x.png"})):
+            table = pa.table({"image": [cell], "caption": [f"c{i}"]})
+            pq.write_table(table, tmp_path / str(i) / f"{name}.parquet")
+    for name in ("paths", "records"):
+        source = open_source(f"{tmp_path}/*/{name}.parquet")
+        assert [int(source.image(i, 4)[0, 0, 0]) for i in range(2)] == [0, 1]

@@ -93,11 +93,80 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert [source.key(i) for i in range(len(source))] == ["photos/a.png"]
 
 
-def test_a_side_car_without_its_image(tmp_path):
+def test_what_is_not_used_is_named(tmp_path, caplog):
     put(tmp_path / "a.png", caption="a")
     (tmp_path / "b.txt").write_text("b")
-    with pytest.raises(UserError, match=r"b\.txt: no image of that name"):
+    (tmp_path / "captions.csv").write_text("image,caption\na.png,a\n")
+    source = open_source(str(tmp_path))
+    assert list(source.notes) == [
+        "1 text without an image of that name not used: b.txt",
+        "1 other file not used: captions.csv; a table of captions is a source of its own",
+    ]
+    open_source(str(tmp_path))
+    assert [record.message for record in caplog.records] == [f"{tmp_path}: {note}" for note in source.notes]
+
+
+def test_a_text_for_two_images_is_refused(tmp_path):
+    put(tmp_path / "cat.jpg")
+    put(tmp_path / "cat.png", caption="a cat")
+    with pytest.raises(UserError, match=r"cat\.txt: belongs to 2 images, such as cat\.jpg and cat\.png; rename"):
         open_source(str(tmp_path))
+    source = open_source(f"{tmp_path}?image=png")
+    assert [(source.key(i), source.captions(i)) for i in range(len(source))] == [("cat.png", ["a cat"])]
+    assert source.notes == ["1 other file not used: cat.jpg"]
+
+
+def test_side_cars_of_other_tools(tmp_path):
+    """kohya: .caption; img2dataset: .json, and folders that are shards."""
+    put(tmp_path / "00000" / "000000000.jpg")
+    (tmp_path / "00000" / "000000000.json").write_text(json.dumps({"caption": "from json", "url": "https://a.org/x"}))
+    put(tmp_path / "00001" / "000010000.jpg")
+    (tmp_path / "00001" / "000010000.caption").write_text("from caption")
+    for shard in ("00000", "00001"):
+        (tmp_path / f"{shard}_stats.json").write_text("{}")
+        (tmp_path / f"{shard}.parquet").touch()
+    source = open_source(str(tmp_path))
+    assert [source.captions(i) for i in range(2)] == [["from json"], ["from caption"]]
+    assert [source.label(i) for i in range(2)] == [None, None]
+
+
+def test_one_folder_is_no_class_and_splits_are_named(tmp_path):
+    put(tmp_path / "images" / "a.png")
+    put(tmp_path / "images" / "b.png")
+    assert open_source(str(tmp_path)).label(0) is None
+    put(tmp_path / "c" / "train2017" / "a.png")
+    put(tmp_path / "c" / "val2017" / "b.png")
+    source = open_source(str(tmp_path / "c"))
+    assert source.notes == ["the splits train2017, val2017 are used together; choose one, e.g. ?split=val2017"]
+    assert source.label(0) is None
+    assert len(open_source(f"{tmp_path / 'c'}?split=val2017")) == 1
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet", "csv.gz"])
+def test_metadata_of_every_format(tmp_path, kind):
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    put(tmp_path / "train" / "a.png", 1)
+    put(tmp_path / "test" / "b.png", 2)
+    put(tmp_path / "test" / "unlisted.png", 3)
+    rows = [{"file_name": "train/a.png", "text": "one"}, {"file_name": "test/b.png", "text": "two"}]
+    path = tmp_path / f"metadata.{kind}"
+    lines = {"csv": ",", "tsv": "\t", "csv.gz": ","}
+    if kind in lines:
+        text = "\n".join(lines[kind].join(cells) for cells in (list(rows[0]), *(row.values() for row in rows)))
+        path.write_bytes(gzip.compress(text.encode()) if kind == "csv.gz" else text.encode())
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    source = open_source(str(tmp_path))
+    assert [source.captions(i) for i in range(len(source))] == [["one"], ["two"]]
+    assert any("1 image not listed in metadata" in note and "test/unlisted.png" in note for note in source.notes)
+    assert any("splits test, train are used together" in note for note in source.notes)
+    assert [open_source(str(tmp_path), split="test").captions(0)] == [["two"]]
 
 
 def test_notes_elsewhere_are_no_side_cars(tmp_path):

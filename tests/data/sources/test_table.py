@@ -224,7 +224,7 @@ def test_what_cannot_be_guessed_is_said(photos, header, row, columns, message):
         ("t.json", '{"a": 1}', "must be a list of objects"),
         ("t.jsonl", '{"text": "a"}\n{"text": ', "line 2 is not JSON"),
         ("t.jsonl", '{"text": "a"}\n[1]', "line 2 is not a JSON object"),
-        ("t.jsonl", '{"image": "a.png"}\n{"image": null}', "row 1 .* has no image path"),
+        ("t.jsonl", '{"image": "a.png"}\n{"image": null}', "a.png: does not exist"),
         ("t.csv", "caption,n\n,1\n,2\n", "no column of images or captions"),
         ("t.csv.gz", "not gzip", "is not a complete gzip file"),
     ],
@@ -273,3 +273,97 @@ def test_one_image_under_two_names_is_one_item(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = open_source("./t.csv")
     assert (len(source), source.key(0), source.captions(0)) == (1, "a.png", ["one", "two"])
+
+
+def table(folder, name, rows):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("\n".join(json.dumps(row) for row in rows))
+    return open_source(str(folder / name))
+
+
+@pytest.mark.parametrize(
+    ("cell", "captions"),
+    [
+        ('["a dog runs", "one dog"]', ["a dog runs", "one dog"]),
+        ("['a dog runs', \"it's one\"]", ["a dog runs", "it's one"]),
+        ("['a dog runs' 'one dog'\n 'a pet']", ["a dog runs", "one dog", "a pet"]),
+        ('[{"raw": "a dog"}, {"raw": "one dog"}]', ["a dog", "one dog"]),
+        ('["a dog", null]', ["a dog"]),
+        ("[laughs] a man [music]", ["[laughs] a man [music]"]),
+        ("[a dog]", ["[a dog]"]),
+        ("[1, 2]", ["[1, 2]"]),
+    ],
+)
+def test_lists_in_cells(photos, cell, captions):
+    path = write_csv(photos / "t.csv", [("image", "caption"), ("photos/0.png", cell), ("photos/1.png", "a cat")])
+    assert open_source(path).captions(0) == captions
+
+
+def test_missing_values_disqualify_no_column_and_are_no_captions(photos):
+    rows = [{"image": f"photos/{i % 3}.png", "caption": None, "label": None} for i in range(30)]
+    rows[20] = {"image": "photos/2.png", "caption": "late", "label": 3.0}
+    rows[21] = {"image": "photos/1.png", "caption": float("nan"), "label": 3}
+    rows[22] = {"image": "photos/1.png", "caption": "nan"}
+    rows[23] = {"image": None, "caption": "of nothing"}
+    source = table(photos, "t.jsonl", rows)
+    assert [row[1:] for row in rows_of(source)] == [([], None), ([], "3"), (["late"], "3")]
+    assert source.notes == [
+        "1 row without an image path not used: row 23 of " + source.name,
+        "1 caption such as nan or null taken for missing",
+    ]
+
+
+@pytest.mark.parametrize(
+    "spelling", ["./photos/0.png", "photos/../photos/0.png", " photos/0.png ", "photos\\0.png", "photos/0"]
+)
+def test_spellings_of_a_path(photos, spelling):
+    rows = [{"image": "photos/0.png", "caption": "one"}, {"image": "photos/1.png", "caption": "x"}]
+    source = table(photos, "t.jsonl", [*rows, {"image": spelling, "caption": "two"}])
+    assert [row[:2] for row in rows_of(source)] == [(0, ["one", "two"]), (1, ["x"])]
+
+
+def test_accents_in_paths(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "cafe\u0301.png")
+    source = table(tmp_path, "t.jsonl", [{"image": "caf\u00e9.png", "caption": "one"}])
+    assert source.image(0, 4).shape == (4, 4, 3)
+    assert source.notes == []
+
+
+def test_names_without_suffix(photos):
+    rows = [{"image_id": i, "caption": f"c {i}"} for i in range(3)]
+    assert [row[:2] for row in rows_of(table(photos, "photos/t.jsonl", rows))] == [(i, [f"c {i}"]) for i in range(3)]
+    source = table(photos, "elsewhere/t.jsonl", [{"image": "0001", "caption": "c"}])
+    assert not source.has_images
+    assert source.notes == ["no images: column 'image' holds '0001', which is no path of an image file"]
+
+
+def test_images_of_a_table_lie_near_it(photos):
+    (photos / "annotations").mkdir()
+    source = table(photos, "annotations/captions.jsonl", [{"image": "0.png", "caption": "c"}])
+    assert source.notes == [f"image paths are taken relative to {photos / 'photos'}"]
+    assert source.image(0, 4).shape == (4, 4, 3)
+    (photos / "other").mkdir()
+    Image.new("RGB", (4, 4)).save(photos / "other" / "0.png")
+    with pytest.raises(UserError, match=r"its images may be those in .*other or in .*photos; write the folder"):
+        table(photos, "annotations/captions.jsonl", [{"image": "0.png", "caption": "c"}])
+
+
+def test_missing_images_labels_that_differ_and_splits_are_named(photos):
+    rows = [
+        {"image": "photos/0.png", "caption": "c", "label": "cat", "split": "train"},
+        {"image": "./photos/0.png", "caption": "c", "label": "dog", "split": "train"},
+        {"image": "photos/9.png", "caption": "c", "label": "dog", "split": "restval"},
+    ]
+    source = table(photos, "t.jsonl", rows)
+    assert [source.label(i) for i in range(2)] == ["cat", "dog"]
+    assert source.notes == [
+        f"1 of 2 images do not exist: {photos / 'photos' / '9.png'}",
+        f"1 image with two labels, of which the first is used: {photos / 'photos' / '0.png'} (cat, dog)",
+        "the splits restval, train are used together; choose one, e.g. ?split=train",
+    ]
+    assert len(open_source(f"{source.name}?split=train+restval")) == 2
+
+
+def test_captions_guessed_by_content_are_named(photos):
+    source = table(photos, "t.jsonl", [{"image": "photos/0.png", "author": "Jane Doe"}])
+    assert source.notes == ["captions are taken from 'author', the only column of sentences"]

@@ -4,6 +4,7 @@ import gzip
 
 import pytest
 
+from diptych.data.sources import open_source
 from diptych.data.sources.text import TextSource, clean, read_text
 from diptych.errors import UserError
 
@@ -51,7 +52,7 @@ def test_long_captions_are_kept(tmp_path):
 def test_wrong_encoding_names_line_and_byte(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes(b"fine\ncaf\xe9\n")
-    with pytest.raises(UserError, match=r"latin\.txt: line 2, byte 8 \(0xe9\) is not UTF-8; .*iconv -f LATIN1"):
+    with pytest.raises(UserError, match=r"latin\.txt: line 2, byte 8 \(0xe9\) is not UTF-8; .*iconv -f WINDOWS-1252"):
         read_text(path)
     path.write_bytes(b"\xef\xbb\xbffine\ncaf\xe9\n")
     with pytest.raises(UserError, match="line 2, byte 11 "):
@@ -92,3 +93,14 @@ def test_has_no_images(tmp_path):
     assert source.label(0) is None
     with pytest.raises(UserError, match="not images"):
         source.image(0, 8)
+
+
+@pytest.mark.parametrize(
+    "line", ["a.jpg,A dog runs.", "1000_a.jpg#0\tA child .", "x/b.PNG| 0| two birds", "'c.jpeg';a cat"]
+)
+def test_tables_of_images_are_no_texts(tmp_path, line):
+    (tmp_path / "captions.txt").write_text(f"image,caption\n{line}\n{line}\n")
+    with pytest.raises(UserError, match=r"captions\.txt: is a table of images .* rename it to \.[ct]sv"):
+        open_source(str(tmp_path / "captions.txt"))
+    (tmp_path / "texts.txt").write_text("see a.jpg, it shows a dog\nanother text\n")
+    assert len(open_source(str(tmp_path / "texts.txt"))) == 2

@@ -141,7 +141,7 @@ def test_texts_only(tmp_path):
 
 def test_an_image_is_chosen_by_extension(tmp_path):
     path = make(tmp_path / "t.tar", {"a.left.png": png(1), "a.right.png": png(2), "a.txt": "a"})
-    with pytest.raises(UserError, match=r"sample a has several members such as a\.right\.png; .*--data.columns.image"):
+    with pytest.raises(UserError, match=r"a\.txt: belongs to 2 images, such as a\.left\.png and a\.right\.png"):
         open_source(path)
     assert grey(open_source(f"{path}?image=right.png"), 0) == 2
 
@@ -180,12 +180,14 @@ def test_a_damaged_header_is_placed(tmp_path):
 
 
 def test_damaged_members_are_named(tmp_path):
-    source = open_source(make(tmp_path / "t.tar", {"a.jpg": b"", "b.jpg": png(1)[:45], "c.txt": b"caf\xe9"}))
-    for i, message in enumerate(["a: is empty", "b: cannot be decoded", "c: has no image"]):
+    members = {"a.jpg": b"", "b.jpg": png(1)[:45], "b.txt": b"caf\xe9", "c.txt": "a lone text"}
+    source = open_source(make(tmp_path / "t.tar", members))
+    for i, message in enumerate(["a: is empty", "b: cannot be decoded"]):
         with pytest.raises(UnreadableImage, match=rf"t\.tar: {message}"):
             source.image(i, 8)
-    with pytest.raises(UserError, match=r"c\.txt: line 1, byte 3"):
-        source.captions(2)
+    with pytest.raises(UserError, match=r"b\.txt: line 1, byte 3"):
+        source.captions(1)
+    assert source.notes == ["1 text without an image of that name not used: c.txt"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])

@@ -5,16 +5,19 @@ without holding the others, and makes a new copy when the time or size of a file
 """
 
 import glob
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diptych.data.sources.columns import Columns, Found, captions_of, find_columns
+from diptych.data.sources.columns import Columns, Found, captions_of, find_columns, is_missing, label_of
 from diptych.data.sources.decode import ImageLimits, decode
-from diptych.data.sources.table import TableSource, from_rows, sample_columns, select_split, unknown_split
+from diptych.data.sources.table import SAMPLE, TableSource, from_rows, select_split, split_notes, unknown_split
 from diptych.errors import UserError
 
 
@@ -24,18 +27,31 @@ def open_parquet(
     """One source from one or more parquet files. Raises UserError for a file that is damaged or holds no rows."""
     import datasets
 
-    for path in paths:
-        _check(path)
+    counts = [_rows_in(path) for path in paths]
     files = [glob.escape(str(path)) for path in paths]  # `datasets` takes every name for a pattern
     try:
         with _quietly():
             data = datasets.load_dataset("parquet", data_files=files, split="train")
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise UserError(f"{name}: is not readable as parquet ({_reason(error)})") from None
-    return _from_dataset(data, name=name, folder=paths[0].parent, columns=columns, split=split, limits=limits)
+    tables = Tables(tuple(paths), tuple(counts))
+    return _from_dataset(data, name=name, tables=tables, columns=columns, split=split, limits=limits)
 
 
-def _check(path: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The files that the rows of a data set come from."""
+
+    paths: tuple[Path, ...]
+    counts: tuple[int, ...]
+    """Number of rows of each file."""
+
+    def of(self, row: int) -> Path:
+        """The file of a row."""
+        return self.paths[bisect_right(list(accumulate(self.counts)), row)]
+
+
+def _rows_in(path: Path) -> int:
     """Read the footer of a file alone: its errors name the file and the reason, which those of `datasets` do not."""
     import pyarrow
     import pyarrow.parquet
@@ -46,6 +62,7 @@ def _check(path: Path) -> None:
         raise UserError(f"{path}: is not readable as parquet ({_reason(error)})") from None
     if not rows:
         raise UserError(f"{path}: holds no rows")
+    return rows
 
 
 def open_hub(
@@ -75,7 +92,8 @@ def open_hub(
     if split is not None and split not in found:
         raise unknown_split(split, found, source=name)
     data = found[split or next(iter(found))]
-    return _from_dataset(data, name=name, folder=Path(), columns=columns, split=None, limits=limits)
+    tables = Tables((Path(),), (len(data),))
+    return _from_dataset(data, name=name, tables=tables, columns=columns, split=None, limits=limits)
 
 
 @contextmanager
@@ -100,7 +118,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _from_dataset(
-    data: Any, *, name: str, folder: Path, columns: Columns, split: str | None, limits: ImageLimits
+    data: Any, *, name: str, tables: Tables, columns: Columns, split: str | None, limits: ImageLimits
 ) -> "ArrowSource | TableSource":
     import datasets
 
@@ -109,26 +127,65 @@ def _from_dataset(
             data = data.cast_column(column, datasets.Image(decode=False))
     if not len(data):
         raise UserError(f"{name}: holds no rows")
-    rows = data.select(range(min(len(data), 8))).to_list()
-    found = find_columns(sample_columns(rows), wanted=columns, source=name)
+    found = find_columns(_sample(data), wanted=columns, source=name)
     if not found.embedded:
         kept = [column for column in (found.image, *found.captions, found.label, found.split) if column]
-        rows = data.select_columns(kept).to_list()
+        rows = data.select_columns(kept if found.image else data.column_names).to_list()
         for row in rows if found.label else ():
             row[found.label] = _class_name(data.features[found.label], row[found.label])
         wanted = Columns(image=found.image, caption=",".join(found.captions) or None, label=found.label)
-        return from_rows(rows, folders=[folder] * len(rows), name=name, columns=wanted, split=split, limits=limits)
+        of = [path for path, count in zip(tables.paths, tables.counts, strict=True) for _ in range(count)]
+        return from_rows(rows, tables=of, name=name, columns=wanted, split=split, limits=limits)
+    rows = np.arange(len(data))
+    values = data[found.split][:] if found.split else [None] * len(data)
     if split is not None:
-        values = data[found.split][:] if found.split else [None] * len(data)
-        data = data.select(select_split(values, split, source=name))
-    return ArrowSource(data, name=name, found=found, limits=limits)
+        rows = np.array(select_split(values, split, source=name))
+        data = data.select(rows)
+    notes = [*found.notes, *(split_notes(values) if split is None else ())]
+    return ArrowSource(data, name=name, found=found, rows=rows, tables=tables, limits=limits, notes=notes)
+
+
+def _sample(data: Any) -> dict[str, list[Any]]:
+    """Every column name with values that are not missing, spread over the whole column: few or none may be filled."""
+    import pyarrow.compute
+
+    columns: dict[str, list[Any]] = {}
+    for name in data.column_names:
+        present = pyarrow.compute.drop_null(data.data.column(name))
+        if pyarrow.types.is_list(present.type) or pyarrow.types.is_large_list(present.type):
+            present = present.filter(pyarrow.compute.greater(pyarrow.compute.list_value_length(present), 0))
+        elif pyarrow.types.is_string(present.type) or pyarrow.types.is_large_string(present.type):
+            present = present.filter(pyarrow.compute.greater(pyarrow.compute.binary_length(present), 0))
+        # Of columns with images a few values are enough: each is as large as an image.
+        count = SAMPLE if not pyarrow.types.is_struct(present.type) and not _is_binary(present.type) else 8
+        chosen = present.take(np.arange(0, len(present), max(1, len(present) // count)))
+        columns[name] = [value for value in chosen.to_pylist() if not is_missing(value)]
+    return columns
+
+
+def _is_binary(kind: Any) -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 
 class ArrowSource:
     """Rows that hold their images, read from the memory-mapped copy one by one."""
 
-    def __init__(self, data: Any, *, name: str, found: Found, limits: ImageLimits):
-        self.name = name
+    def __init__(
+        self,
+        data: Any,
+        *,
+        name: str,
+        found: Found,
+        rows: np.ndarray,
+        tables: Tables,
+        limits: ImageLimits,
+        notes: list[str],
+    ):
+        """``rows`` are the numbers that the rows of ``data`` have in all ``tables`` together."""
+        self.name, self.notes = name, notes
+        self._rows, self._tables = rows, tables
         self.has_images, self.has_captions = True, bool(found.captions)
         self._found, self._limits = found, limits
         self._images = data.select_columns([found.image])
@@ -146,12 +203,17 @@ class ArrowSource:
         row = self._captions[i] if self._captions is not None else {}
         return [text for column in self._found.captions for text in captions_of(row[column])]
 
-    def image(self, i: int, size: int) -> np.ndarray:
+    def file(self, i: int) -> Path | bytes:
         value = self._images[i][self._found.image]
         data = value["bytes"] if isinstance(value, dict) else value
         if data is None and isinstance(value, dict) and value.get("path"):
-            return decode(Path(value["path"]), size, limits=self._limits)
-        return decode(bytes(data or b""), size, name=f"{self.name}: {self.key(i)}", limits=self._limits)
+            return self._tables.of(int(self._rows[i])).parent / value["path"]
+        return bytes(data or b"")
+
+    def image(self, i: int, size: int) -> np.ndarray:
+        file = self.file(i)
+        name = None if isinstance(file, Path) else f"{self.name}: {self.key(i)}"
+        return decode(file, size, name=name, limits=self._limits)
 
     def label(self, i: int) -> str | None:
         if self._labels is None:
@@ -162,5 +224,5 @@ class ArrowSource:
 def _class_name(feature: Any, value: Any) -> str | None:
     """The label as text: of a ClassLabel the name of its number, None for -1, which means unlabelled."""
     if value is None or not hasattr(feature, "int2str"):
-        return None if value is None else str(value)
+        return label_of(value)
     return feature.int2str(value) if value >= 0 else None

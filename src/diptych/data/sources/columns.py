@@ -1,18 +1,23 @@
 """Which columns of a table hold the image, the captions and the label: as named, else by type and usual name."""
 
+import ast
+import io
+import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import PurePath
+import tokenize
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from diptych.data.sources.decode import SUFFIXES
+from diptych.data.sources.decode import is_image_path
 from diptych.data.sources.text import clean
 from diptych.errors import UserError
 
 Role = Literal["image", "caption", "label"]
 Table = Mapping[str, Sequence[Any]]
 
+STEM_NAMES = frozenset({"image_id", "img_id", "image", "image_name", "filename", "file_name", "filepath"})
+"""Columns that may name image files without their suffix."""
 IMAGE_NAMES = frozenset(
     {"image", "img", "picture", "photo", "jpg", "png", "file", "path"}
     | {"file_name", "filename", "filepath", "file_path", "image_path", "image_file", "image_name", "img_path"}
@@ -24,6 +29,7 @@ CAPTION_NAMES = frozenset(
 LABEL_NAMES = frozenset({"label", "labels", "class", "classes", "cls", "class_name", "classname", "category"})
 SPLIT_NAMES = frozenset({"split", "partition"})
 _NUMBERED = re.compile(r"(caption|text|sentence|description)s?_?\d+", re.IGNORECASE)
+_NULLS = frozenset({"nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "N/A", "n/a", "#N/A"})
 _INNER = ("raw", "caption", "text", "sentence")
 """Where a list of captions holds records instead of strings, the fields that may carry the text."""
 
@@ -50,29 +56,40 @@ class Found:
     split: str | None
     embedded: bool
     """True where the image column holds the images themselves, not paths."""
+    notes: tuple[str, ...] = ()
+    """What the owner of the table may not expect of the choice, a line each."""
 
 
 def find_columns(table: Table, *, wanted: Columns, source: str) -> Found:
     """The columns to use of a table of images, texts or both.
 
     Args:
-        table: Every column name with a few of its values.
+        table: Every column name with a few of its values that are not missing, as `is_missing` says.
         wanted: Names given by the user.
         source: What messages call the table.
 
     Raises UserError, which lists the columns, where a named column is missing, where several qualify, and where there
     is neither an image nor a caption column.
     """
-    image = _find_image(table, wanted.image, source)
+    image = find_image(table, wanted.image, source)
     found = find_fields(table, wanted=wanted, source=source, image=image)
-    if image is None and not found.captions:
+    if image is not None:
+        return found
+    if not found.captions:
         for name in table:
             _refuse_addresses(table, name, source)
         raise UserError(
             f"{source}: no column of images or captions among {_listed(table)}; "
             "name one with --data.columns.image NAME or --data.columns.caption NAME"
         )
-    return found
+    strange = [
+        f"no images: column {name!r} holds {str(values[0])[:60]!r}, which is no path of an image file"
+        for name, values in table.items()
+        if wanted.image is None
+        and name not in found.captions
+        and ((usual(name, IMAGE_NAMES) and values) or _all(values, _is_address))
+    ]
+    return replace(found, notes=(*found.notes, *strange))
 
 
 def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None = None) -> Found:
@@ -80,25 +97,77 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
     captions = _find_captions(table, wanted.caption, image, source)
     label = _named(table, wanted.label, "label", source) if wanted.label else None
     if wanted.label is None:
-        usual = [name for name in table if _usual(name, LABEL_NAMES) and name not in captions]
-        label = _one(usual, "label", table, source)
-    split = next((name for name in table if _usual(name, SPLIT_NAMES)), None)
+        known = [name for name in table if usual(name, LABEL_NAMES) and name not in captions]
+        label = _one(known, "label", table, source)
+    split = next((name for name in table if usual(name, SPLIT_NAMES)), None)
     embedded = image is not None and _embedded(table[image])
-    return Found(image=image, captions=captions, label=label, split=split, embedded=embedded)
+    named = [name for name in captions if usual(name, CAPTION_NAMES) or _NUMBERED.fullmatch(name)]
+    notes = []
+    if wanted.caption is None and captions and not named:
+        notes.append(f"captions are taken from {captions[0]!r}, the only column of sentences")
+    return Found(image=image, captions=captions, label=label, split=split, embedded=embedded, notes=tuple(notes))
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell is empty: None, NaN, an empty text, or a list of nothing else."""
+    if isinstance(value, list | tuple):
+        return all(map(is_missing, value))
+    return value is None or (isinstance(value, float) and value != value) or value == ""
+
+
+def says_missing(value: Any) -> bool:
+    """Whether a cell holds the word that some library writes for an empty one."""
+    return isinstance(value, str) and value.strip() in _NULLS
+
+
+def label_of(value: Any) -> str | None:
+    """The label in a cell; whole floats, which libraries make of integers beside empty cells, as integers."""
+    if is_missing(value) or says_missing(value):
+        return None
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip() or None
 
 
 def captions_of(value: Any) -> list[str]:
-    """The captions in a cell: a string, a list of strings, or a list of records such as {"raw": ...}."""
-    if value is None:
-        return []
+    """The captions in a cell: a text, a list of texts, or a list of records such as {"raw": ...}.
+
+    A list may also be written as text, as JSON or as Python and NumPy print it.
+    """
     if isinstance(value, str):
+        if value[:1] == "[" and (items := _written_list(value)) is not None:
+            return captions_of(items)
         text = clean(value)
-        return [text] if text else []
+        return [text] if text and not says_missing(text) else []
     if isinstance(value, Mapping):
         return next((captions_of(value[name]) for name in _INNER if name in value), [])
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return [text for item in value for text in captions_of(item)]
-    return captions_of(str(value))
+    return [] if is_missing(value) else [str(value)]
+
+
+def _written_list(text: str) -> list[Any] | None:
+    """The list of texts or records that ``text`` writes out; None where it writes none."""
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        items = _python_list(text)
+    if isinstance(items, list) and all(isinstance(item, str | dict) or is_missing(item) for item in items):
+        return items
+    return None
+
+
+def _python_list(text: str) -> list[Any] | None:
+    if not text.rstrip().endswith("]"):
+        return None
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(text.strip()).readline))
+        strings = [token.string for token in tokens if token.type == tokenize.STRING]
+        marks = {token.string for token in tokens if token.type == tokenize.OP}
+        # NumPy puts no commas between texts, and Python would join them.
+        if strings and marks <= set("[],") and all(token.type != tokenize.NAME for token in tokens):
+            return [ast.literal_eval(string) for string in strings]
+        return ast.literal_eval(text.strip())
+    except (tokenize.TokenError, SyntaxError, ValueError, RecursionError, MemoryError, IndentationError):
+        return None
 
 
 def is_embedded(value: Any) -> bool:
@@ -106,18 +175,19 @@ def is_embedded(value: Any) -> bool:
     return isinstance(value, bytes | bytearray) or (isinstance(value, Mapping) and "bytes" in value)
 
 
-def _find_image(table: Table, wanted: str | None, source: str) -> str | None:
+def find_image(table: Table, wanted: str | None, source: str) -> str | None:
+    """The column of images: the named one, else one of bytes, else one of paths. Raises UserError."""
     if wanted == "":
         return None
     if wanted is not None:
         _refuse_addresses(table, _named(table, wanted, "image", source), source)
         return wanted
     pixels = [name for name, values in table.items() if _embedded(values)]
-    paths = [name for name, values in table.items() if _all(values, _is_image_path)]
+    paths = [name for name, values in table.items() if _holds(name, IMAGE_NAMES, values, is_image_path)]
     tiers = (
-        [name for name in pixels if _usual(name, IMAGE_NAMES)],
+        [name for name in pixels if usual(name, IMAGE_NAMES)],
         pixels,
-        [name for name in paths if _usual(name, IMAGE_NAMES)],
+        [name for name in paths if usual(name, IMAGE_NAMES)],
         paths,
     )
     for tier in tiers:
@@ -140,15 +210,13 @@ def _find_captions(table: Table, wanted: str | None, image: str | None, source: 
     if wanted is not None:
         names = (wanted,) if wanted in table else tuple(part.strip() for part in wanted.split(","))
         return tuple(str(_named(table, name, "caption", source)) for name in names)
-    texts = [name for name, values in table.items() if name != image and _all(values, _is_text)]
-    usual = [name for name in texts if _usual(name, CAPTION_NAMES)]
-    if not usual and (numbered := [name for name in texts if _NUMBERED.fullmatch(name)]):
+    texts = [name for name, values in table.items() if name != image and _holds(name, CAPTION_NAMES, values, _is_text)]
+    known = [name for name in texts if usual(name, CAPTION_NAMES)]
+    if not known and (numbered := [name for name in texts if _NUMBERED.fullmatch(name)]):
         return tuple(numbered)
     other = CAPTION_NAMES | IMAGE_NAMES | LABEL_NAMES | SPLIT_NAMES
-    prose = [
-        name for name in texts if not _usual(name, other) and any(" " in text for text in captions_of(table[name]))
-    ]
-    found = _one(usual or prose, "caption", table, source)
+    prose = [name for name in texts if not usual(name, other) and any(" " in text for text in captions_of(table[name]))]
+    found = _one(known or prose, "caption", table, source)
     return (found,) if found is not None else ()
 
 
@@ -172,30 +240,34 @@ def _listed(table: Table) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def _usual(name: str, names: frozenset[str]) -> bool:
+def usual(name: str, names: frozenset[str]) -> bool:
+    """Whether ``name`` is one of ``names``, whatever its case, with blanks or hyphens for underscores."""
     return name.strip().lower().replace(" ", "_").replace("-", "_") in names
 
 
-def _all(values: Sequence[Any], test: Any) -> bool:
-    present = [value for value in values if value is not None and value != "" and value != []]
-    return bool(present) and all(test(value) for value in present)
+def _all(values: Sequence[Any], test: Callable[[Any], bool]) -> bool:
+    return bool(values) and all(map(test, values))
+
+
+def _holds(name: str, names: frozenset[str], values: Sequence[Any], test: Callable[[Any], bool]) -> bool:
+    """Whether a column is of a kind: all its values, or at least half of them where its name says so too."""
+    return _all(values, test) or (usual(name, names) and 2 * sum(map(test, values)) >= max(1, len(values)))
 
 
 def _embedded(values: Sequence[Any]) -> bool:
     return _all(values, is_embedded)
 
 
-def _is_image_path(value: Any) -> bool:
-    return isinstance(value, str) and PurePath(value).suffix.lower() in SUFFIXES and "://" not in value
-
-
 def _is_address(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(("http://", "https://"))
+    return isinstance(value, str) and value.strip().lower().startswith(("http://", "https://"))
 
 
 def _is_text(value: Any) -> bool:
     if isinstance(value, str):
-        return not _is_image_path(value) and not _is_address(value)
+        return not is_image_path(value) and not _is_address(value)
     if isinstance(value, Mapping):
         return any(isinstance(value.get(name), str) for name in _INNER)
-    return isinstance(value, list | tuple) and bool(value) and all(map(_is_text, value))
+    if not isinstance(value, list | tuple):
+        return False
+    present = [item for item in value if not is_missing(item)]
+    return bool(present) and all(map(_is_text, present))

@@ -7,6 +7,7 @@ image whose numbers do not say what is black and what is white: it would become 
 
 import io
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ SUFFIXES = frozenset(
 )
 """Suffixes of the files that are taken for images. HEIC is among them so that it is reported, not overlooked."""
 
+_NUMBERED = re.compile(r"#\d+$")
 _ORIENTATION = 0x0112
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 """TIFF tags: bits of a value, whether 0 is white (0) or black (1), and whether values are signed (2)."""
@@ -59,6 +61,18 @@ _TURNS = {
 
 
 _MEND = "which value is white is not known: convert it to 8 bits"
+
+
+def without_number(path: str) -> str:
+    """The path of an image without the number of a caption behind it, as in `a.jpg#0` of Flickr8k and Flickr30k."""
+    return _NUMBERED.sub("", path)
+
+
+def is_image_path(value: Any) -> bool:
+    """Whether a value is the path of an image by its suffix. Addresses on the web are not."""
+    if not isinstance(value, str) or value.strip().lower().startswith(("http://", "https://")):
+        return False
+    return os.path.splitext(without_number(value.strip()))[1].lower() in SUFFIXES
 
 
 class UnreadableImage(UserError):  # noqa: N818 (named after what it is about)
@@ -103,6 +117,11 @@ def decode(
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(f"{shown}: cannot be decoded ({reason}); replace or remove it") from None
+
+
+def header_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels that the header of an image says, as it is stored. For images that were decoded."""
+    return _open(io.BytesIO(data)).size
 
 
 def _path(data: bytes | Path | Image.Image) -> str | Path | None:

@@ -8,14 +8,14 @@ import numpy as np
 
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
-from diptych.data.sources.table import TableSource, from_rows, read_rows, unknown_split
-from diptych.data.sources.text import clean, read_text
+from diptych.data.sources.rows import SUFFIXES as TABLES
+from diptych.data.sources.rows import read_rows
+from diptych.data.sources.samples import SampleSource, folder_labels, group, unused_notes
+from diptych.data.sources.table import TableSource, counted, from_rows, some, split_notes, split_of, unknown_split
 from diptych.errors import UserError
 
-SPLITS = frozenset(["train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"])
-_METADATA = ("metadata.csv", "metadata.jsonl")
-_NOTES = frozenset({"readme", "license", "licence", "notes", "classes", "labels"})
-_OTHER_KINDS = (".tar", ".parquet", ".csv", ".tsv", ".json", ".jsonl")
+_TABLES = (*sorted(TABLES), ".parquet")
+_OTHER_KINDS = (".tar", *_TABLES)
 
 
 def open_folder(
@@ -23,14 +23,19 @@ def open_folder(
 ) -> "FolderSource | TableSource":
     """A folder with all its sub-folders; as a table where it holds metadata files.
 
-    Raises UserError for a folder without images, for an unknown split, and for a text beside images that belongs to
-    none of them.
+    Raises UserError for a folder without images, for an unknown split, and for a text that could belong to several
+    images.
     """
     files = sorted(_walk(root))
-    tables = [file for file in files if PurePosixPath(file).name in _METADATA]
+    tables = [file for file in files if _is_metadata(PurePosixPath(file).name)]
     if tables:
-        return _open_metadata(root, tables, name=name, columns=columns, split=split, limits=limits)
-    return FolderSource(root, _of_split(files, split, source=name), name=name, limits=limits)
+        return _open_metadata(root, files, tables, name=name, columns=columns, split=split, limits=limits)
+    return FolderSource(root, files, name=name, columns=columns, split=split, limits=limits)
+
+
+def _is_metadata(name: str) -> bool:
+    stem, _, suffix = name.lower().removesuffix(".gz").partition(".")
+    return stem == "metadata" and f".{suffix}" in _TABLES
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -55,88 +60,100 @@ def _walk(root: Path) -> Iterator[str]:
             raise UserError(f"{os.path.join(root, folder)}: cannot be read ({error.strerror})") from None
 
 
-def _split_of(file: str) -> str | None:
-    top, _, rest = file.partition("/")
-    return top if rest and top in SPLITS else None
-
-
-def _of_split(files: list[str], split: str | None, *, source: str) -> list[str]:
-    if split is None:
-        return files
-    found = {name for file in files if (name := _split_of(file))}
-    if split not in found:
-        raise unknown_split(split, found, source=source)
-    return [file for file in files if _split_of(file) == split]
-
-
 def _open_metadata(
-    root: Path, tables: list[str], *, name: str, columns: Columns, split: str | None, limits: ImageLimits
+    root: Path,
+    files: list[str],
+    tables: list[str],
+    *,
+    name: str,
+    columns: Columns,
+    split: str | None,
+    limits: ImageLimits,
 ) -> TableSource:
-    """A table of metadata files as in the ImageFolder of `datasets`: one for all, or one in each split's folder."""
-    if split is not None and any(_split_of(table) for table in tables):
-        tables, split = _of_split(tables, split, source=name), None
-    rows, folders = [], []
+    """A table of metadata files as in the ImageFolder of `datasets`: one for all, or one in each split's folder.
+
+    Where the tables have no column of splits, the folders of the images say them.
+    """
+    notes = []
+    by_folder = [split_of(table) for table in tables]
+    if split is not None and any(by_folder):
+        if split not in by_folder:
+            raise unknown_split(split, {each for each in by_folder if each}, source=name)
+        tables, split = [table for table, each in zip(tables, by_folder, strict=True) if each == split], None
+        files = [file for file in files if split_of(file) == split_of(tables[0])]
+    elif split is None:
+        notes = split_notes(by_folder)
+    rows, of_table = [], []
     for table in tables:
         found = read_rows(root / table)
         rows += found
-        folders += [(root / table).parent] * len(found)
-    return from_rows(rows, folders=folders, name=name, columns=columns, split=split, limits=limits)
+        of_table += [root / table] * len(found)
+    source = from_rows(rows, tables=of_table, name=name, columns=columns, split=split, limits=limits, root=root)
+    listed = {source.key(i) for i in range(len(source))} if source.has_images and split is None else None
+    if listed is not None:
+        unlisted = [
+            file
+            for file in files
+            if os.path.splitext(file)[1].lower() in SUFFIXES and os.path.normpath(root / file) not in listed
+        ]
+        if unlisted:
+            notes.append(
+                f"{counted(len(unlisted), 'image')} not listed in {tables[0]} not used: {some(unlisted, len(unlisted))}"
+            )
+    source.notes += notes
+    return source
 
 
-class FolderSource:
-    """Images found under a folder. An image without a caption file beside it has no caption."""
+class FolderSource(SampleSource):
+    """Images found under a folder, with the side-cars beside them."""
 
-    has_images = True
-
-    def __init__(self, root: Path, files: list[str], *, name: str, limits: ImageLimits):
-        self.name = name
-        self._root, self._limits = root, limits
-        self._files = [file for file in files if PurePosixPath(file).suffix.lower() in SUFFIXES]
-        if not self._files:
+    def __init__(
+        self, root: Path, files: list[str], *, name: str, columns: Columns, split: str | None, limits: ImageLimits
+    ):
+        self._root, self._files = root, files
+        groups = group(files, columns, source=name)
+        if not groups.keys:
             raise UserError(f"{name}: holds no images{_hint(files)}")
-        self._texts = self._caption_files(files)
-        self.has_captions = bool(self._texts)
+        images = [files[slots[0]] for slots in groups.slots]
+        super().__init__(
+            images,
+            np.array(groups.slots),
+            name=name,
+            labels=folder_labels(images, _shards(files)),
+            splits=[split_of(image) for image in images],
+            columns=columns,
+            split=split,
+            limits=limits,
+            texts_named=groups.texts_named,
+            notes=unused_notes([files[i] for i in groups.lone], [files[i] for i in groups.unused]),
+        )
 
-    def _caption_files(self, files: list[str]) -> set[str]:
-        """The paths, without suffix, of the images that have a caption file.
+    def _read(self, member: int) -> bytes:
+        try:
+            return (self._root / self._files[member]).read_bytes()
+        except OSError as error:
+            raise UserError(f"{self._root / self._files[member]}: cannot be read ({error.strerror})") from None
 
-        A text among images that belongs to none of them raises UserError: its caption would be lost in silence.
-        """
-        images = {os.path.splitext(file)[0] for file in self._files}
-        folders = {os.path.dirname(file) for file in self._files}
-        texts = {file[:-4] for file in files if file.endswith(".txt")}
-        for text in sorted(texts - images):
-            if os.path.dirname(text) in folders and os.path.basename(text).lower() not in _NOTES:
-                raise UserError(
-                    f"{self._root / text}.txt: no image of that name lies beside it; add it or move the text"
-                )
-        return texts & images
+    def _place(self, i: int, kind: int) -> str:
+        return str(self._root / self._files[self._slots[i, kind]])
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def key(self, i: int) -> str:
-        return self._files[i]
-
-    def captions(self, i: int) -> list[str]:
-        stem = os.path.splitext(self._files[i])[0]
-        if stem not in self._texts:
-            return []
-        lines = read_text(self._root / f"{stem}.txt").split("\n")
-        return [text for line in lines if (text := clean(line))]
+    def file(self, i: int) -> Path:
+        return self._root / self._keys[i]
 
     def image(self, i: int, size: int) -> np.ndarray:
-        return decode(self._root / self._files[i], size, limits=self._limits)
+        return decode(self.file(i), size, limits=self._limits)
 
-    def label(self, i: int) -> str | None:
-        """The name of the folder that holds the image, unless that is the root or the folder of a split."""
-        folder = PurePosixPath(self._files[i]).parent
-        return folder.name if folder.name and str(folder) not in SPLITS else None
+
+def _shards(files: list[str]) -> frozenset[str]:
+    """The folders that img2dataset numbered: each has a file of the same name beside it."""
+    names = {name.partition(".")[0].removesuffix("_stats") for name in files if "/" not in name}
+    return frozenset(name for name in names if name.isdecimal())
 
 
 def _hint(files: list[str]) -> str:
     for suffix in _OTHER_KINDS:
-        for file in files:
-            if file.endswith(suffix):
-                return f", but {file}; give that file itself as the source"
+        others = [file for file in files if file.lower().endswith(suffix)]
+        if others:
+            more = f", or all {len(others)} of them, e.g. '{os.path.dirname(others[0]) or '.'}/*{suffix}'"
+            return f", but {others[0]}; give that file itself as the source{more if len(others) > 1 else ''}"
     return " (searched in its sub-folders too)" if files else "; it is empty"

@@ -13,6 +13,7 @@ Shapes: S pixels of a side.
 """
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -25,13 +26,15 @@ from jaxtyping import UInt8
 
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import SUFFIXES, ImageLimits
-from diptych.data.sources.table import SUFFIXES as TABLES
+from diptych.data.sources.rows import SUFFIXES as TABLES
 from diptych.data.sources.table import open_tables, unknown_split
 from diptych.errors import UserError
 
 _OPTIONS = ("split", "image", "caption", "label")
 _HUB_OPTIONS = (*_OPTIONS, "config", "revision")
 _LIMITS = ImageLimits()
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()
 
 
 @runtime_checkable
@@ -64,6 +67,23 @@ class Source(Protocol):
 
     def label(self, i: int) -> str | None:
         """The name of the class, where the source knows classes."""
+
+
+@runtime_checkable
+class HasNotes(Protocol):
+    """A source that has something to say about itself."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is not used, or read otherwise than its owner may expect, a line each."""
+
+
+@runtime_checkable
+class HasFiles(Protocol):
+    """A source whose images are files, of a disk or inside another file."""
+
+    def file(self, i: int) -> Path | bytes:
+        """The image file of item ``i``: its path, or its bytes where it lies inside another file."""
 
 
 @runtime_checkable
@@ -117,7 +137,8 @@ def open_source(
 ) -> Source:
     """Open a source: find its items and columns, and read no pixels.
 
-    Raises UserError, one line, for whatever is missing, empty, ambiguous or damaged.
+    Its notes go to the logger of this module as warnings, each once in a process. Raises UserError, one line, for
+    whatever is missing, empty, ambiguous or damaged.
 
     Args:
         spec: Names the source, as at the top of this file. Its options take precedence over the arguments.
@@ -125,6 +146,18 @@ def open_source(
         split: The one split to use; by default all items are used.
         limits: Images beyond these are unreadable.
     """
+    source = find_source(spec, columns=columns, split=split, limits=limits)
+    for note in source.notes if isinstance(source, HasNotes) else ():
+        if (line := f"{source.name}: {note}") not in _logged:
+            _logged.add(line)
+            _log.warning("%s", line)
+    return source
+
+
+def find_source(
+    spec: str, *, columns: Columns | None = None, split: str | None = None, limits: ImageLimits = _LIMITS
+) -> Source:
+    """As `open_source`, but leaves the notes to the caller."""
     if spec.startswith("scenes:"):
         from diptych.data.scenes.source import ScenesSource
 
@@ -146,9 +179,15 @@ def open_source(
 
 def open_finite(spec: str, columns: Columns) -> Source:
     """Open a source that is gone through from end to end: of endless scenes the first 20,000."""
+    return first_scenes(open_source(spec, columns=columns))
+
+
+def first_scenes(source: Source) -> Source:
+    """The source itself, but of endless scenes the first 20,000."""
+    if not source.name.startswith("scenes:"):  # spare other sources the import of torch
+        return source
     from diptych.data.scenes.source import ENDLESS, ScenesSource
 
-    source = open_source(spec, columns=columns)
     if isinstance(source, ScenesSource) and source.count == ENDLESS:
         return replace(source, count=20_000)
     return source

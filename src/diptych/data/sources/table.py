@@ -1,136 +1,42 @@
-"""Tables with a row per image or text: csv, tsv, json, jsonl, and parquet whose images are paths."""
+"""Sources that are tables with a row per image or text, whose images are paths."""
 
-import csv
-import io
-import json
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from diptych.data.sources.columns import Columns, Found, captions_of, find_columns
+from diptych.data.sources.columns import (
+    STEM_NAMES,
+    Columns,
+    Found,
+    captions_of,
+    find_columns,
+    find_image,
+    is_missing,
+    label_of,
+    says_missing,
+    usual,
+)
 from diptych.data.sources.decode import SUFFIXES as IMAGE_SUFFIXES
-from diptych.data.sources.decode import ImageLimits, decode
-from diptych.data.sources.text import read_text
+from diptych.data.sources.decode import ImageLimits, decode, is_image_path, without_number
+from diptych.data.sources.rows import SUFFIXES, read_rows
 from diptych.errors import UserError
 
-SUFFIXES = frozenset({".csv", ".tsv", ".json", ".jsonl", ".ndjson"})
-_SAMPLE = 64
-"""Rows whose values decide what a column holds."""
+__all__ = ["SUFFIXES", "TableSource", "from_rows", "open_tables"]
+
+SAMPLE = 256
+"""Values of a column, spread over the table, that decide what it holds."""
+_BESIDE = frozenset({"annotations", "annotation", "captions", "labels", "metadata", "splits"})
+"""Folders of tables whose images lie beside the folder, as in COCO."""
+_FOLDERS = 300
+"""Number of folders in which images are looked for that do not lie where their table says."""
 
 Row = Mapping[str, Any]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a csv, tsv, json or jsonl file, which may end in .gz. Raises UserError for a damaged or empty one."""
-    suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
-    text = read_text(path)
-    if suffix in (".csv", ".tsv"):
-        rows = _read_delimited(text, path, "," if suffix == ".csv" else "\t")
-    elif suffix == ".json":
-        rows = _read_json(text, path)
-    else:
-        rows = _read_json_lines(text, path)
-    if not rows:
-        raise UserError(f"{path}: holds no rows")
-    return rows
-
-
-def _read_delimited(text: str, path: Path, delimiter: str) -> list[dict[str, Any]]:
-    first = text.split("\n", 1)[0]
-    if delimiter not in first:  # in many countries spreadsheets write ; into csv files
-        delimiter = next((other for other in ";\t," if other in first), delimiter)
-    try:
-        return _read_cells(text, path, delimiter, csv.QUOTE_MINIMAL)
-    except UserError:
-        if delimiter != "\t":
-            raise
-        # Many tab-separated files hold quotes as plain characters.
-        return _read_cells(text, path, delimiter, csv.QUOTE_NONE)
-
-
-def _read_cells(text: str, path: Path, delimiter: str, quoting: Literal[0, 3]) -> list[dict[str, Any]]:
-    # Strict: an unclosed quote would otherwise swallow the rest of the file.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-    rows: list[dict[str, Any]] = []
-    start = 2
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        if len(set(header)) < len(header) or not all(map(_is_name, header)):
-            shown = ", ".join(header)[:100]
-            raise UserError(f"{path}: the first line must name every column, each once; it is {shown!r}")
-        for cells in reader:
-            if cells and len(cells) != len(header):
-                raise UserError(
-                    f"{path}: the row at line {start} has {len(cells)} cells and the header {len(header)}; "
-                    "put quotes around cells that hold the delimiter"
-                )
-            if cells:
-                rows.append(dict(zip(header, cells, strict=True)))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}: the row at line {start}: {error}; look for a quote that is not closed") from None
-    return rows
-
-
-def _is_name(cell: str) -> bool:
-    """False for a cell that must be data: the first line of a table without a header."""
-    return 0 < len(cell) <= 100 and Path(cell).suffix.lower() not in IMAGE_SUFFIXES
-
-
-def _read_json_lines(text: str, path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            row = _parse(line, f"{path}: line {number}")
-            if not isinstance(row, dict):
-                raise UserError(f"{path}: line {number} is not a JSON object {{...}}")
-            rows.append(row)
-    return rows
-
-
-def _read_json(text: str, path: Path) -> list[dict[str, Any]]:
-    """Rows of a list of objects or texts, an object that holds one such list, COCO captions or misnamed JSON lines."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-            return _read_json_lines(text, path)
-        raise UserError(f"{path}: is not JSON ({error})") from None
-    if isinstance(document, dict):
-        lists = {name: value for name, value in document.items() if _is_rows(value)}
-        if {"images", "annotations"} <= lists.keys():
-            return _join_coco(lists["images"], lists["annotations"], path)
-        document = next(iter(lists.values())) if len(lists) == 1 else document
-    if isinstance(document, list) and document and all(isinstance(item, str) for item in document):
-        return [{"text": text} for text in document]
-    if not _is_rows(document):
-        raise UserError(f'{path}: must be a list of objects, e.g. [{{"file_name": ..., "caption": ...}}, ...]')
-    return document
-
-
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
-
-
-def _join_coco(images: list[dict], annotations: list[dict], path: Path) -> list[dict[str, Any]]:
-    """Rows from COCO's two lists, which keep the captions apart from the images they belong to."""
-    try:
-        captions: dict[Any, list[str]] = {image["id"]: [] for image in images}
-        for annotation in annotations:
-            captions[annotation["image_id"]].append(annotation["caption"])
-        return [{"file_name": image["file_name"], "captions": captions[image["id"]]} for image in images]
-    except KeyError as error:
-        raise UserError(f"{path}: looks like COCO captions, but {error} is missing") from None
-
-
-def _parse(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not JSON ({error})") from None
 
 
 def open_tables(
@@ -138,40 +44,79 @@ def open_tables(
 ) -> "TableSource":
     """One source from one or more files with the same columns."""
     rows: list[dict[str, Any]] = []
-    folders: list[Path] = []
+    tables: list[Path] = []
     for path in paths:
         found = read_rows(path)
         rows += found
-        folders += [path.parent] * len(found)
-    return from_rows(rows, folders=folders, name=name, columns=columns, split=split, limits=limits)
+        tables += [path] * len(found)
+    return from_rows(rows, tables=tables, name=name, columns=columns, split=split, limits=limits)
 
 
 def from_rows(
-    rows: Sequence[Row], *, folders: Sequence[Path], name: str, columns: Columns, split: str | None, limits: ImageLimits
+    rows: Sequence[Row],
+    *,
+    tables: Sequence[Path],
+    name: str,
+    columns: Columns,
+    split: str | None,
+    limits: ImageLimits,
+    root: Path | None = None,
 ) -> "TableSource":
-    """A source from rows in memory; the image path of row i is relative to ``folders[i]``. Raises UserError."""
-    found = find_columns(sample_columns(rows), wanted=columns, source=name)
+    """A source from rows in memory. Raises UserError.
+
+    Image paths of row i are relative to the folder of ``tables[i]``. Below ``root``, if it is given, the folders of
+    the images say the splits that no column says.
+    """
+    sample = sample_columns(rows)
+    if columns.image is None and find_image(sample, None, name) is None:
+        columns = replace(columns, image=_column_of_stems(sample, tables[0]))
+    found = find_columns(sample, wanted=columns, source=name)
     if found.embedded:
         raise UserError(f"{name}: images inside a {Path(name).suffix} table are not read; store their paths")
-    chosen = select_split([row.get(found.split) if found.split else None for row in rows], split, source=name)
-    return TableSource([(folders[i], rows[i]) for i in chosen], name=name, found=found, limits=limits)
+    if found.split or root is None or not found.image:
+        splits = [row.get(found.split) if found.split else None for row in rows]
+    else:
+        where = [os.path.join(table.parent, str(row.get(found.image))) for table, row in zip(tables, rows, strict=True)]
+        splits = [split_of(os.path.relpath(path, root)) for path in where]
+    chosen = select_split(splits, split, source=name)
+    source = TableSource([(tables[i], rows[i]) for i in chosen], name=name, found=found, limits=limits)
+    if split is None:
+        source.notes += split_notes(splits)
+    return source
+
+
+def _column_of_stems(sample: Mapping[str, Sequence[Any]], table: Path) -> str | None:
+    """The column, if any, that names image files near the table without their suffix."""
+    paths = ImagePaths()
+    for name, values in sample.items():
+        stems = [str(value).strip() for value in values[:8]]
+        if usual(name, STEM_NAMES) and stems and all(isinstance(value, str | int) for value in values):
+            root = paths.root(table, stems)
+            if 2 * sum(paths.find(root, stem)[1] for stem in stems) > len(stems):
+                return name
+    return None
 
 
 def sample_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Every column name with a few of its values, evenly spaced over the table."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    step = max(1, len(rows) // _SAMPLE)
-    return {str(name): [row.get(name) for row in rows[::step]] for name in names}
+    """Every column name with up to 256 of its values that are not missing, spread over the table."""
+    columns: dict[str, list[Any]] = {}
+    for row in rows:
+        for name, value in row.items():
+            values = columns.setdefault(str(name), [])
+            if not is_missing(value):
+                values.append(value)
+    return {name: values[:: max(1, len(values) // SAMPLE)] for name, values in columns.items()}
 
 
 def select_split(values: Sequence[Any], split: str | None, *, source: str) -> list[int]:
-    """Indices of the rows of ``split``, of all rows when it is None."""
+    """Indices of the rows of ``split``, such as `train` or `train+restval`; of all rows when it is None."""
     if split is None:
         return list(range(len(values)))
-    chosen = [i for i, value in enumerate(values) if value == split]
-    if not chosen:
-        raise unknown_split(split, {str(value) for value in values if value is not None}, source=source)
-    return chosen
+    found = {str(value).strip() for value in values if not is_missing(value)}
+    wanted = {split} if split in found else set(split.split("+"))
+    for each in sorted(wanted - found):
+        raise unknown_split(each, found, source=source)
+    return [i for i, value in enumerate(values) if not is_missing(value) and str(value).strip() in wanted]
 
 
 def unknown_split(split: str, found: Iterable[str], *, source: str) -> UserError:
@@ -181,6 +126,129 @@ def unknown_split(split: str, found: Iterable[str], *, source: str) -> UserError
     )
 
 
+_SPLIT = re.compile(r"(train|training|val|valid|validation|dev|eval|test|testing)[-_]?(\d{4})?", re.IGNORECASE)
+
+
+def is_split(folder: str) -> bool:
+    """Whether a folder is called like a split, such as `train`, `Test` or `val2017`."""
+    return _SPLIT.fullmatch(folder) is not None
+
+
+def split_of(name: str) -> str | None:
+    """The folder at the top of a relative path, where it is called like a split."""
+    top, _, rest = name.partition("/")
+    return top if rest and is_split(top) else None
+
+
+def split_notes(values: Iterable[Any]) -> list[str]:
+    """A note where a source is divided in splits and all of them are used."""
+    found = sorted({str(value).strip() for value in values if not is_missing(value)})
+    if len(found) < 2:
+        return []
+    return [f"the splits {', '.join(found[:6])} are used together; choose one, e.g. ?split={found[-1]}"]
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """`1 file`, `2,000 files`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def some(names: Iterable[str], count: int) -> str:
+    """The first three of ``count`` names, as a list for a message."""
+    shown = [name for name, _ in zip(names, range(3), strict=False)]
+    return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
+
+
+class ImagePaths:
+    """Finds the file that a table means by a path. Each folder is listed once."""
+
+    def __init__(self) -> None:
+        self._listed: dict[str, dict[str, str]] = {}
+        self._stems: dict[str, dict[str, list[str]]] = {}
+
+    def find(self, folder: Path, value: str) -> tuple[str, bool]:
+        """The path of an image relative to ``folder``, and whether there is such a file.
+
+        Also found are files whose accents Unicode writes in the other way, paths with backslashes, and names that lack
+        their suffix.
+        """
+        value = value.strip().removeprefix("file://")
+        value = without_number(value) if is_image_path(value) else value
+        path = os.path.normpath(os.path.join(folder, value))
+        for spelling in dict.fromkeys((path, os.path.normpath(os.path.join(folder, value.replace("\\", "/"))))):
+            head, base = os.path.split(spelling)
+            names = self._names(head)
+            if (name := names.get(unicodedata.normalize("NFC", base))) is not None:
+                return os.path.join(head, name), True
+            if not is_image_path(base):
+                same = self._stems[head].get(unicodedata.normalize("NFC", base), [])
+                if len(same) == 1:
+                    return os.path.join(head, same[0]), True
+        return path, os.path.isfile(path)
+
+    def _names(self, folder: str) -> dict[str, str]:
+        if folder not in self._listed:
+            try:
+                names = os.listdir(folder or ".")
+            except OSError:
+                names = []
+            self._listed[folder] = {unicodedata.normalize("NFC", name): name for name in names}
+            stems = self._stems[folder] = {}
+            for normal, name in self._listed[folder].items():
+                stem, suffix = os.path.splitext(normal)
+                if suffix.lower() in IMAGE_SUFFIXES:
+                    stems.setdefault(stem, []).append(name)
+        return self._listed[folder]
+
+    def root(self, table: Path, values: Sequence[str]) -> Path:
+        """The folder that the paths in a table are relative to: its own, else the one near it that has the images.
+
+        Raises UserError where two folders qualify.
+        """
+        sample = list(dict.fromkeys(values))[:8]
+        if not sample or any(self.find(table.parent, value)[1] for value in sample):
+            return table.parent
+        best: list[Path] = []
+        most = len(sample) // 2
+        beside = (
+            [Path(os.path.normpath(table.parent / ".."))] if table.absolute().parent.name.lower() in _BESIDE else []
+        )
+        for near in (table.parent, *beside):
+            for folder in () if best else _folders_below(near):
+                count = sum(self.find(folder, value)[1] for value in sample)
+                if count > most:
+                    best, most = [], count
+                if count == most and count:
+                    best.append(folder)
+        best = [folder for folder in best if folder.name and folder.name in table.stem] or best
+        if len(best) > 1:
+            raise UserError(
+                f"{table}: its images may be those in {best[0]} or in {best[1]}; write the folder into the paths"
+            )
+        return best[0] if best else table.parent
+
+
+def _folders_below(folder: Path) -> list[Path]:
+    """``folder`` and the folders in it, two deep, at most 300."""
+    found, level = [folder], [folder]
+    for _ in range(2):
+        inner: list[Path] = []
+        for parent in level:
+            try:
+                with os.scandir(parent) as entries:
+                    names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            except OSError:
+                continue
+            inner += [parent / name for name in names]
+        found, level = (found + inner)[:_FOLDERS], inner[:_FOLDERS]
+    return found
+
+
+def _path_of(cell: Any) -> str:
+    """The path in a cell, or a number that is the name of a file; empty for anything else."""
+    return "" if is_missing(cell) or not isinstance(cell, str | int) or says_missing(cell) else str(cell).strip()
+
+
 class TableSource:
     """Rows in memory, images on disk.
 
@@ -188,41 +256,86 @@ class TableSource:
     put one image into two streams.
     """
 
-    def __init__(self, rows: Iterable[tuple[Path, Row]], *, name: str, found: Found, limits: ImageLimits):
-        self.name = name
+    def __init__(self, rows: Sequence[tuple[Path, Row]], *, name: str, found: Found, limits: ImageLimits):
+        """``rows`` are pairs of the table's file and a row of it."""
+        self.name, self.notes = name, list(found.notes)
         self.has_images, self.has_captions = found.image is not None, bool(found.captions)
         self._limits = limits
         self._keys: list[str] = []
         self._captions: list[tuple[str, ...]] = []
         self._labels: list[str | None] = []
         at: dict[str, int] = {}
-        for number, (folder, row) in enumerate(rows):
-            captions = tuple(text for column in found.captions for text in captions_of(row.get(column)))
-            if found.image is None and not captions:
+        empty, nulls, other_labels = [], 0, []
+        self.missing: list[str] = []
+        """Paths of the images that do not exist."""
+        paths = ImagePaths()
+        roots = self._roots(rows, found.image, paths)
+        for number, (table, row) in enumerate(rows):
+            cells = [row.get(column) for column in found.captions]
+            captions = tuple(text for cell in cells for text in captions_of(cell))
+            nulls += sum(map(says_missing, cells))
+            label = label_of(row.get(found.label)) if found.label else None
+            key, exists = f"row {number}", True
+            if found.image is not None:
+                value = _path_of(row.get(found.image))
+                if not value:
+                    empty.append(f"row {number} of {name}")
+                    continue
+                key, exists = paths.find(roots[table], value)
+            elif not captions:
                 continue
-            key = f"row {number}" if found.image is None else self._path(folder, row.get(found.image), number)
             i = at.setdefault(key, len(self._keys))
             if i < len(self._keys):
                 self._captions[i] += captions
+                if label is not None and self._labels[i] not in (None, label):
+                    other_labels.append(f"{key} ({self._labels[i]}, {label})")
+                self._labels[i] = self._labels[i] or label
                 continue
             self._keys.append(key)
             self._captions.append(captions)
-            label = row.get(found.label) if found.label else None
-            self._labels.append(None if label is None or label == "" else str(label))
-        self._check_files()
+            self._labels.append(label)
+            if not exists:
+                self.missing.append(key)
+        self._check(found, empty)
+        if empty:
+            self.notes.append(f"{counted(len(empty), 'row')} without an image path not used: {some(empty, len(empty))}")
+        if self.missing:
+            self.notes.append(
+                f"{len(self.missing):,} of {counted(len(self._keys), 'image')} do not exist: "
+                + some(self.missing, len(self.missing))
+            )
+        if nulls:
+            self.notes.append(f"{counted(nulls, 'caption')} such as nan or null taken for missing")
+        if other_labels:
+            self.notes.append(
+                f"{counted(len(other_labels), 'image')} with two labels, of which the first is used: "
+                + some(other_labels, len(other_labels))
+            )
 
-    def _path(self, folder: Path, value: Any, number: int) -> str:
-        if not isinstance(value, str) or not value:
-            raise UserError(f"{self.name}: row {number} (counted from 0) has no image path, but {value!r}")
-        return str(Path(folder, value))  # one name for `a.jpg` and `./a.jpg`
+    def _roots(self, rows: Sequence[tuple[Path, Row]], image: str | None, paths: ImagePaths) -> dict[Path, Path]:
+        """The folder that the image paths of each table are relative to."""
+        values: dict[Path, list[str]] = {}
+        for table, row in rows:
+            first = values.setdefault(table, [])
+            if image is not None and len(first) < 64 and (value := _path_of(row.get(image))):
+                first.append(value)
+        roots = {table: paths.root(table, first) for table, first in values.items()}
+        for table, root in roots.items():
+            if root != table.parent:
+                of_table = f" in {table}" if len(roots) > 1 else ""
+                self.notes.append(f"image paths{of_table} are taken relative to {root}")
+        return roots
 
-    def _check_files(self) -> None:
-        """Raise UserError where none of the first images exists: paths are relative to another folder, then."""
-        first = self._keys[:8]
+    def _check(self, found: Found, empty: list[str]) -> None:
+        """Raise UserError where nothing is left, or no image exists: paths are relative to another folder, then."""
+        if not self._keys and empty:
+            raise UserError(
+                f"{empty[0]} (counted from 0) has no image path in column {found.image!r}, nor has any other"
+            )
         if not self._keys:
             raise UserError(f"{self.name}: holds no captions")
-        if self.has_images and not any(os.path.exists(path) for path in first):
-            raise UserError(f"{first[0]}: does not exist; image paths in {self.name} are relative to its folder")
+        if len(self.missing) == len(self._keys):
+            raise UserError(f"{self.missing[0]}: does not exist; image paths in {self.name} are relative to its folder")
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -233,10 +346,13 @@ class TableSource:
     def captions(self, i: int) -> list[str]:
         return list(self._captions[i])
 
+    def file(self, i: int) -> Path:
+        return Path(self._keys[i])
+
     def image(self, i: int, size: int) -> np.ndarray:
         if not self.has_images:
             raise UserError(f"{self.name}: holds no images")
-        return decode(Path(self._keys[i]), size, limits=self._limits)
+        return decode(self.file(i), size, limits=self._limits)
 
     def label(self, i: int) -> str | None:
         return self._labels[i]

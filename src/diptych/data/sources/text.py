@@ -4,15 +4,18 @@ import gzip
 import re
 import zlib
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
+from diptych.data.sources.decode import is_image_path
 from diptych.errors import UserError
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ROW = re.compile(r"""["']?(?P<image>[^,;|\t"']+)["']?\s*(?P<delimiter>[,;|\t])""")
 
 
 def clean(text: str) -> str:
@@ -58,11 +61,25 @@ def decode_text(data: bytes, *, name: str) -> str:
 def _not_utf8(data: bytes, *, name: str, offset: int) -> NoReturn:
     offset += 3 * data.startswith(b"\xef\xbb\xbf")  # the codec counts from behind the byte order mark
     line = data.count(b"\n", 0, offset) + 1
-    coding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+    # Windows-1252 is Latin-1 with quotes and dashes where Latin-1 has control characters, which no caption holds.
+    coding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
     raise UserError(
         f"{name}: line {line}, byte {offset} (0x{data[offset]:02x}) is not UTF-8; "
         f"convert it, e.g. iconv -f {coding} -t UTF-8 FILE > NEW"
     )
+
+
+def _refuse_table(path: Path, lines: Sequence[str]) -> None:
+    """Raise UserError where most lines are rows of a table whose first cell is the path of an image."""
+    sample = [line for line in lines[:50] if line.strip()]
+    rows = [row for line in sample if (row := _ROW.match(line)) and is_image_path(row["image"])]
+    if 2 * len(rows) > len(sample):
+        delimiter = rows[0]["delimiter"]
+        suffix = ".tsv" if delimiter == "\t" else ".csv"
+        raise UserError(
+            f"{path}: is a table of images ({rows[0].string[:60]!r}), not a list of texts; rename it to {suffix}, "
+            f"with the first line {f'image{delimiter}caption'!r}"
+        )
 
 
 class TextSource:
@@ -79,7 +96,9 @@ class TextSource:
         pieces, ends, keys = [], array("q", [0]), array("q")
         self._files = [path.name for path in paths]
         for number, path in enumerate(paths):
-            for line, text in enumerate(read_text(path).split("\n"), start=1):
+            lines = read_text(path).split("\n")
+            _refuse_table(path, lines)
+            for line, text in enumerate(lines, start=1):
                 if text := clean(text):
                     piece = text.encode()
                     pieces.append(piece)

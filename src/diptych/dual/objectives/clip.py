@@ -57,4 +57,4 @@ class ClipObjective(PairsObjective[ClipConfig]):
             loss = torch.stack(each).mean()
         else:
             loss = multi_view_info_nce(images_VBD, texts_MBD, scale)
-        return Losses(loss, {"align": loss, "align/scale": scale})
+        return Losses(loss, {"align": loss}, {"align/scale": scale})

@@ -87,11 +87,11 @@ class ItoObjective(PairsObjective[ItoConfig]):
         images_VBD, texts_MBD, *fused = map(gather_rows, in_chunks(encode, rows=len(pairs), chunk=c.chunk))
         scale = self.model.scale
         align = multi_view_info_nce(images_VBD, texts_MBD, scale)
-        terms = {"align": align, "align/scale": scale}
+        terms, measures = {"align": align}, {"align/scale": scale}
         if not fused:
-            return Losses(align, terms)
+            return Losses(align, terms, measures)
         fusion = multi_view_nt_xent(fused[0], scale)
-        return Losses(align + c.fusion_weight * fusion, terms | {"fusion": fusion})
+        return Losses(align + c.fusion_weight * fusion, terms | {"fusion": fusion}, measures)
 
     def _fuse(self, images: list[TowerOutput], texts: list[TowerOutput], valid: list[Tensor]) -> Tensor:
         """S_v of every view, [V b D]. View v is fused with caption v; fewer captions than views are used in turn."""

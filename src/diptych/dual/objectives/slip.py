@@ -73,4 +73,4 @@ class SlipObjective(PairsObjective[SlipConfig]):
         align = multi_view_info_nce(images_VBD, texts_MBD, scale)
         simclr = multi_view_nt_xent(strong_2BD, 1 / c.temperature)
         total = align + c.simclr_weight * simclr
-        return Losses(total, {"align": align, "align/scale": scale, "simclr": simclr})
+        return Losses(total, {"align": align, "simclr": simclr}, {"align/scale": scale})

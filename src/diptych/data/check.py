@@ -1,0 +1,193 @@
+"""What a source holds, before anything is trained on it: `diptych check`, and the first line of every `fit`."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from diptych.data.sources import Source
+from diptych.data.sources.decode import UnreadableImage, header_size
+from diptych.data.sources.open import HasFiles, HasNotes, HasSides
+from diptych.data.sources.table import TableSource, counted, some
+from diptych.errors import UserError
+
+_SAMPLE = 32
+"""Number of images that are opened before a run begins."""
+_SIZE = 32
+"""Side in pixels to which images are decoded here: JPEGs are decoded at an eighth, which is quick."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceCheck:
+    """What was found in a source."""
+
+    name: str
+    items: int
+    captions: Sequence[int]
+    """Number of captions of each item."""
+    shared_captions: int
+    """Number of captions that belong to several items."""
+    lengths: Sequence[int]
+    """Number of words of each caption."""
+    labels: Counter[str]
+    """Number of items of each class."""
+    opened: int
+    """Number of images that were opened, spread over the source; 0 where it has none."""
+    unreadable: Sequence[str]
+    """What is wrong with those of them that cannot be read."""
+    sizes: Sequence[tuple[int, int]]
+    """Width and height in pixels of those that can, as stored."""
+    twins: Sequence[tuple[str, str]]
+    """Keys of opened images that are the same file as another one opened before them."""
+    notes: Sequence[str]
+    samples: Sequence[tuple[str, str]]
+    """Key and first caption of a few items."""
+
+    def lines(self) -> list[str]:
+        """The findings as lines for the terminal."""
+        captioned = sum(count > 0 for count in self.captions)
+        total = sum(self.captions)
+        told = [("items", f"{self.items:,}")]
+        if total:
+            each = _range([count for count in self.captions if count])
+            told.append(("captions", f"{total:,} of {counted(captioned, 'item')}, {each} each"))
+            told.append(("words", f"{_range(self.lengths)} of a caption, {np.median(self.lengths):.0f} in the middle"))
+            if captioned < self.items:
+                told.append(("", f"{counted(self.items - captioned, 'item')} without a caption"))
+            if self.shared_captions:
+                told.append(("", f"{counted(self.shared_captions, 'caption')} in the same words at several items"))
+        else:
+            told.append(("captions", "none"))
+        if self.opened:
+            told.append(("images", f"{self.opened:,} opened, {len(self.unreadable):,} of them unreadable"))
+            if self.sizes:
+                widths, heights = zip(*self.sizes, strict=True)
+                middle = f"{np.median(widths):.0f} x {np.median(heights):.0f} in the middle"
+                told.append(("pixels", f"{_range(widths)} wide, {_range(heights)} high, {middle}"))
+            if self.twins:
+                pairs = [f"{a} = {b}" for a, b in self.twins]
+                told.append(("twins", f"{counted(len(pairs), 'image')} the same as another: {some(pairs, len(pairs))}"))
+        else:
+            told.append(("images", "none"))
+        if self.labels:
+            classes = [f"{label} {count:,}" for label, count in self.labels.most_common()]
+            told.append(("labels", f"{counted(len(classes), 'class', 'classes')}: {some(classes, len(classes))}"))
+        told += [("unreadable", reason) for reason in self.unreadable[:3]]
+        told += [("note", note) for note in self.notes]
+        told += [("sample", f"{key}  {text}".rstrip()) for key, text in self.samples]
+        return [self.name, *(f"  {head:<10} {text}" for head, text in told)]
+
+
+def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
+    """Read all captions and labels, and open up to ``images`` images, spread over the source; 0 opens all."""
+    texts = [source.captions(i) for i in range(len(source))]
+    owners = Counter(text for captions in texts for text in set(captions))
+    labels = Counter(label for i in range(len(source)) if (label := source.label(i)) is not None)
+    chosen = _spread(len(source), images or len(source)) if source.has_images else []
+    found = _open_images(source, chosen)
+    first: dict[bytes, str] = {}
+    twins = []
+    for item, image in zip(chosen, found, strict=True):
+        if image.digest is not None:
+            key = first.setdefault(image.digest, source.key(item))
+            if key != source.key(item):
+                twins.append((source.key(item), key))
+    return SourceCheck(
+        name=source.name,
+        items=len(source),
+        captions=[len(captions) for captions in texts],
+        shared_captions=sum(count > 1 for count in owners.values()),
+        lengths=[len(text.split()) for captions in texts for text in captions],
+        labels=labels,
+        opened=len(chosen),
+        unreadable=[image.fault for image in found if image.fault],
+        sizes=[image.size for image in found if image.size],
+        twins=twins,
+        notes=list(source.notes) if isinstance(source, HasNotes) else [],
+        samples=[(source.key(i), next(iter(texts[i]), "")) for i in _spread(len(source), 3)],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some items of a source, and what a run takes from them: `pair`, `unpaired image`, `unpaired text`, `image`."""
+
+    what: str
+    source: HasSides
+    items: Sequence[int] | np.ndarray
+
+    def describe(self) -> str:
+        """Such as `600 pairs (3,000 captions)`."""
+        texts = None
+        if isinstance(self.source, Source) and self.source.has_images and self.source.has_captions:
+            texts = sum(len(self.source.captions(int(item))) for item in self.items)
+        if "text" in self.what:
+            return counted(len(self.items) if texts is None else texts, self.what)
+        told = counted(len(self.items), self.what)
+        return told if self.what != "pair" or texts is None else f"{told} ({counted(texts, 'caption')})"
+
+
+def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
+    """Open a few images of each part, before anything is trained on them.
+
+    Returns the line that `fit` prints first. Raises UserError where more of a table's images do not exist than may be
+    skipped, and where more than half of the images that were tried cannot be read.
+    """
+    tried, faults = 0, []
+    for part in parts:
+        if "text" in part.what or not isinstance(part.source, Source):  # encoded data needs no images
+            continue
+        missing = part.source.missing if isinstance(part.source, TableSource) else ()
+        if len(missing) > max_skipped_share * len(part.source):
+            raise UserError(
+                f"{part.source.name}: {len(missing):,} of {len(part.source):,} images do not exist, over the tolerated "
+                f"{max_skipped_share:.1%}: {some(missing, len(missing))}; mend the paths or raise max-skipped-share"
+            )
+        chosen = [int(part.items[i]) for i in _spread(len(part.items), _SAMPLE)]
+        wrong = [image.fault for image in _open_images(part.source, chosen) if image.fault]
+        if 2 * len(wrong) > len(chosen):
+            raise UserError(
+                f"{part.source.name}: {len(wrong)} of {len(chosen)} images that were tried cannot be read, "
+                f"such as {wrong[0]}"
+            )
+        tried += len(chosen)
+        faults += wrong
+    opened = f"; {len(faults)} of {tried} images that were tried cannot be read" if tried else ""
+    return ", ".join(part.describe() for part in parts) + opened + (f", such as {faults[0]}" if faults else "")
+
+
+def _range(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    fault: str | None
+    size: tuple[int, int] | None
+    digest: bytes | None
+
+
+def _open_images(source: Source, items: Sequence[int]) -> list[_Opened]:
+    def open_one(item: int) -> _Opened:
+        try:
+            pixels = source.image(item, _SIZE)
+        except UnreadableImage as error:
+            return _Opened(str(error), None, None)
+        if not isinstance(source, HasFiles):
+            return _Opened(None, None, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest())
+        file = source.file(item)
+        data = file if isinstance(file, bytes) else file.read_bytes()
+        return _Opened(None, header_size(data), hashlib.blake2b(data, digest_size=16).digest())
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(open_one, items))
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """Up to ``count`` numbers below ``total``, evenly spread, each once."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]

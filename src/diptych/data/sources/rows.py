@@ -1,0 +1,220 @@
+"""The rows of table files: csv, tsv, json, jsonl and parquet, in the forms that the common tools write."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from diptych.data.sources.decode import is_image_path
+from diptych.data.sources.text import read_text
+from diptych.errors import UserError
+
+SUFFIXES = frozenset({".csv", ".tsv", ".json", ".jsonl", ".ndjson"})
+_DELIMITERS = ",\t;|"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a csv, tsv, json, jsonl or parquet file. All but parquet may end in .gz.
+
+    Raises UserError for a file that is damaged or has no rows.
+    """
+    suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+    if suffix == ".parquet":
+        rows = _read_parquet(path)
+    elif suffix in (".csv", ".tsv"):
+        rows = _read_delimited(read_text(path), path, "," if suffix == ".csv" else "\t")
+    elif suffix == ".json":
+        rows = _read_json(read_text(path), path)
+    else:
+        rows = _read_json_lines(read_text(path), path)
+    if not rows:
+        raise UserError(f"{path}: holds no rows")
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: is not readable as parquet ({' '.join(str(error).split())[:300]})") from None
+
+
+def _read_delimited(text: str, path: Path, delimiter: str) -> list[dict[str, Any]]:
+    text = text.lstrip("\n")
+    first, _, rest = text.partition("\n")
+    if first.startswith("sep=") and len(first) == 5:  # how spreadsheets are told the delimiter
+        delimiter, text = first[4], rest
+        first = rest.partition("\n")[0]
+    if delimiter not in first:  # in many countries spreadsheets write ; into csv files
+        delimiter = next((other for other in _DELIMITERS if other in first), delimiter)
+    if delimiter == "\t" and (rows := _read_plain_lines(text, path)) is not None:
+        return rows
+    try:
+        return _read_cells(text, path, delimiter, csv.QUOTE_MINIMAL)
+    except UserError:
+        if delimiter != "\t":
+            raise
+        return _read_cells(text, path, delimiter, csv.QUOTE_NONE)
+
+
+def _read_plain_lines(text: str, path: Path) -> list[dict[str, Any]] | None:
+    """The rows of a table with tabs in which every line is a row; None where some line is not.
+
+    Many such files hold quotes as plain characters, and two of them in two rows would make one cell of both. Quotes
+    around a whole cell are taken off. Lines are no rows, too, where some have the path of an image and some have none:
+    then quoted cells hold tabs and line ends.
+    """
+    lines = [line.split("\t") for line in text.split("\n") if line.strip()]
+    if not lines or any(len(cells) != len(lines[0]) for cells in lines):
+        return None
+    for column in zip(*lines[1:], strict=True):
+        paths = sum(is_image_path(_unquote(cell)) for cell in column)
+        if len(column) > paths >= 0.5 * len(column):
+            return None
+    header = _header([_unquote(cell) for cell in lines[0]], path)
+    return [dict(zip(header, map(_unquote, cells), strict=True)) for cells in lines[1:]]
+
+
+def _unquote(cell: str) -> str:
+    cell = cell.strip()
+    if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', ""):
+        return cell[1:-1].replace('""', '"')
+    return cell
+
+
+def _read_cells(text: str, path: Path, delimiter: str, quoting: Literal[0, 3]) -> list[dict[str, Any]]:
+    # Strict: an unclosed quote would otherwise swallow the rest of the file.
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True, skipinitialspace=True
+    )
+    rows: list[dict[str, Any]] = []
+    start = 2
+    try:
+        header = _header(next(reader, []), path)
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise UserError(
+                    f"{path}: the row at line {start} has {len(cells)} cells and the header {len(header)}; "
+                    "put quotes around cells that hold the delimiter"
+                )
+            if cells:
+                _refuse_swallowed(cells, delimiter, f"{path}: the row at line {start}")
+                rows.append(dict(zip(header, (cell.strip() for cell in cells), strict=True)))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}: the row at line {start}: {error}; look for a quote that is not closed") from None
+    return rows
+
+
+def _header(cells: Sequence[str], path: Path) -> list[str]:
+    """The names of the columns. Those without one, as of the index that pandas writes, are called by their number."""
+    names = [name.strip() or f"column {number}" for number, name in enumerate(cells, start=1)]
+    if len(set(names)) < len(names) or not any(map(str.strip, cells)) or not all(map(_is_name, names)):
+        shown = ", ".join(cells)[:100]
+        raise UserError(f"{path}: the first line must name every column, each once; it is {shown!r}")
+    return names
+
+
+def _is_name(cell: str) -> bool:
+    """False for a cell that must be data: the first line of a table without a header."""
+    return len(cell) <= 100 and not is_image_path(cell)
+
+
+def _refuse_swallowed(cells: Sequence[str], delimiter: str, place: str) -> None:
+    """Raise UserError where a quoted cell runs over lines that are rows of their own, with the path of an image."""
+    for cell in cells:
+        for line in cell.split("\n")[1:] if "\n" in cell else ():
+            if delimiter in line and any(is_image_path(part.strip(' "')) for part in line.split(delimiter)):
+                raise UserError(
+                    f"{place}: a quote that opens there closes in a later row ({line[:60]!r}); close it in its row, "
+                    'or write "" for a quote inside a quoted cell'
+                )
+
+
+def _read_json_lines(text: str, path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            row = _parse(line, f"{path}: line {number}")
+            if not isinstance(row, dict):
+                raise UserError(f"{path}: line {number} is not a JSON object {{...}}")
+            rows.append(row)
+    return rows
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not JSON ({error})") from None
+
+
+def _read_json(text: str, path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON document.
+
+    It may be a list of objects or of texts, an object that holds one such list, COCO's captions, Karpathy's splits, an
+    object with a file name for each key (as kohya's scripts write), columns as pandas writes them, or JSON lines.
+    """
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            return _read_json_lines(text, path)
+        raise UserError(f"{path}: is not JSON ({error})") from None
+    if isinstance(document, dict):
+        lists = {name: value for name, value in document.items() if _is_rows(value)}
+        if "images" in lists and ("annotations" in document or "licenses" in document):
+            return _join_coco(lists["images"], document.get("annotations") or [], path)
+        document = next(iter(lists.values())) if len(lists) == 1 else _keyed(document) or document
+    if isinstance(document, list) and document and all(isinstance(item, str) for item in document):
+        return [{"text": text} for text in document]
+    if not _is_rows(document):
+        raise UserError(f'{path}: must be a list of objects, e.g. [{{"file_name": ..., "caption": ...}}, ...]')
+    return [_with_folder(row) for row in document]
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _keyed(document: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Rows of {column: {index: value}} and of {file name: {field: value}}, {file name: caption or captions}."""
+    values = list(document.values())
+    if values and all(isinstance(value, dict) for value in values):
+        if all(value.keys() == values[0].keys() for value in values) and all(key.isdecimal() for key in values[0]):
+            return [{name: column[index] for name, column in document.items()} for index in values[0]]
+        return [{"file_name": name, **value} for name, value in document.items()]
+    if values and all(map(is_image_path, document)) and all(isinstance(value, str | list) for value in values):
+        return [{"file_name": name, "captions": value} for name, value in document.items()]
+    return None
+
+
+def _with_folder(row: dict[str, Any]) -> dict[str, Any]:
+    """Karpathy's files keep the folder of an image, `filepath`, apart from its name, `filename`."""
+    folder, name = row.get("filepath"), row.get("filename")
+    if isinstance(folder, str) and isinstance(name, str) and is_image_path(name) and not is_image_path(folder):
+        rest = {field: value for field, value in row.items() if field not in ("filepath", "filename")}
+        return {"file_name": f"{folder}/{name}" if folder else name, **rest}
+    return row
+
+
+def _join_coco(images: list[dict], annotations: list[dict], path: Path) -> list[dict[str, Any]]:
+    """Rows from COCO's two lists, which keep the captions apart from the images they belong to."""
+    try:
+        captions: dict[Any, list[str]] = {image["id"]: [] for image in images}
+        for annotation in annotations:
+            image = annotation["image_id"]
+            if image not in captions:
+                raise UserError(
+                    f"{path}: the caption {str(annotation.get('caption'))[:60]!r} is of image {image}, which is not "
+                    "among its images; add the image or remove the caption"
+                )
+            captions[image].append(annotation["caption"])
+        return [{"file_name": image["file_name"], "captions": captions[image["id"]]} for image in images]
+    except KeyError as error:
+        raise UserError(f"{path}: looks like COCO captions, but {error} is missing") from None

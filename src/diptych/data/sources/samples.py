@@ -1,0 +1,349 @@
+"""What belongs to an image, by the names of files: one rule for folders and for the members of tars.
+
+A side-car is a text (`.txt`, `.text`, `.caption`), a `.json` or a class (`.cls`, `.class`). It belongs to the image
+
+1. of its own name up to the last dot: `a.txt` to `a.jpg`, `20.05.txt` to `20.05.jpg`;
+2. whose whole name it carries: `a.jpg.txt` to `a.jpg`;
+3. of its own name up to the first dot, as in WebDataset: `a.outputs.txt` to `a.input.jpg`.
+
+Suffixes in capitals are the same, and so are the two ways in which Unicode writes an accent. What belongs to no image
+is not used and is named in the notes of the source. What could belong to several images is refused.
+"""
+
+import json
+import os
+import unicodedata
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diptych.data.sources.columns import (
+    CAPTION_NAMES,
+    Columns,
+    Found,
+    captions_of,
+    find_fields,
+    is_missing,
+    label_of,
+    usual,
+)
+from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
+from diptych.data.sources.rows import SUFFIXES as TABLES
+from diptych.data.sources.table import counted, is_split, sample_columns, select_split, some, split_notes
+from diptych.data.sources.text import clean, decode_text
+from diptych.errors import UserError
+
+IMAGE, TEXT, JSON, CLASS = range(4)
+"""The kinds of files that a sample may have, one of each."""
+TEXT_SUFFIXES = (".txt", ".text", ".caption")
+_KINDS = {**dict.fromkeys(TEXT_SUFFIXES, TEXT), ".json": JSON, ".cls": CLASS, ".class": CLASS}
+_SHOWN = {TEXT: "txt", JSON: "json", CLASS: "cls"}
+_SYSTEM = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
+_MANY = 100_000
+"""Largest number of .json files that are read in search of captions when a source is opened."""
+
+
+@dataclass(slots=True)
+class Groups:
+    """Samples as numbers of names, and the names that belong to none."""
+
+    keys: list[str] = field(default_factory=list)
+    slots: list[list[int]] = field(default_factory=list)
+    """For each sample the image, the text, the json and the class; -1 where there is none."""
+    lone: list[int] = field(default_factory=list)
+    """Side-cars whose image is missing."""
+    unused: list[int] = field(default_factory=list)
+    """Second side-cars of one kind, and files of other kinds."""
+    texts_named: bool = False
+    """Whether the user named the texts by their extension, and not a field of the json."""
+
+
+def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
+    """The images among ``names``, each with its side-cars.
+
+    ``columns.image`` may name the extension of the images, such as `left.png`, and ``columns.caption`` the one of the
+    texts. Raises UserError for a side-car that could belong to several images.
+    """
+    found = Groups()
+    # Names that no file ends in are those of columns or fields, for tables or json.
+    extension, texts = (
+        ending if ending and any(name.lower().endswith(ending) for name in names) else ""
+        for ending in (_extension(columns.image), _text_extension(columns))
+    )
+    found.texts_named = bool(texts)
+    images: list[int] = []
+    sidecars: list[tuple[int, int]] = []
+    for number, name in enumerate(names):
+        base = os.path.basename(name)
+        if base.startswith(".") or base.lower() in _SYSTEM:
+            continue
+        kind = _kind(base.lower(), extension, texts)
+        if kind == IMAGE:
+            images.append(number)
+        elif kind is None:
+            found.unused.append(number)
+        else:
+            sidecars.append((number, kind))
+
+    by_stem, by_name, by_key = (defaultdict(list) for _ in range(3))
+    for sample, number in enumerate(images):
+        name = _normal(names[number])
+        by_stem[name[: -len(extension)] if extension else os.path.splitext(name)[0]].append(sample)
+        by_name[name].append(sample)
+        by_key[_first_dot(name)].append(sample)
+        found.slots.append([number, -1, -1, -1])
+    found.keys = _keys([_normal(names[number]) for number in images], by_stem, by_key)
+
+    refused: list[str] = []
+
+    def give(number: int, kind: int, owners: list[int]) -> None:
+        if len(owners) > 1:
+            shown = " and ".join(os.path.basename(names[images[owner]]) for owner in owners[:2])
+            refused.append(f"{names[number]}: belongs to {len(owners)} images, such as {shown}")
+        elif found.slots[owners[0]][kind] < 0:
+            found.slots[owners[0]][kind] = number
+        else:
+            found.unused.append(number)
+
+    # All of the first two rules before any of the third: `a.old.txt` must not take the place of `a.txt`.
+    left = []
+    for number, kind in sidecars:
+        stem = os.path.splitext(_normal(names[number]))[0]
+        if owners := by_stem.get(stem) or by_name.get(stem):
+            give(number, kind, owners)
+        else:
+            left.append((number, kind))
+    for number, kind in left:
+        if owners := by_key.get(_first_dot(_normal(names[number]))):
+            give(number, kind, owners)
+        else:
+            found.lone.append(number)
+    if refused:
+        more = f", and {len(refused) - 1} more files likewise" if len(refused) > 1 else ""
+        raise UserError(
+            f"{source}: {refused[0]}{more}; rename one, or choose the images with --data.columns.image EXTENSION"
+        )
+    return found
+
+
+def group_texts(names: Sequence[str], lone: Sequence[int]) -> Groups:
+    """Samples without images, from side-cars: for sources that hold texts alone."""
+    found = Groups()
+    kinds = [(number, _KINDS[os.path.splitext(names[number].lower())[1]]) for number in lone]
+    per_key = Counter((_first_dot(_normal(names[number])), kind) for number, kind in kinds)
+    at: dict[str, int] = {}
+    for number, kind in kinds:
+        name = _normal(names[number])
+        key = _first_dot(name)
+        if per_key[key, kind] > 1:
+            key = os.path.splitext(name)[0]
+        sample = at.setdefault(key, len(found.keys))
+        if sample == len(found.keys):
+            found.keys.append(key)
+            found.slots.append([-1] * 4)
+        if found.slots[sample][kind] < 0:
+            found.slots[sample][kind] = number
+        else:
+            found.unused.append(number)
+    return found
+
+
+def _extension(name: str | None) -> str:
+    return "." + name.lower().lstrip(".") if name else ""
+
+
+def _kind(base: str, image_extension: str, text_extension: str) -> int | None:
+    suffix = os.path.splitext(base)[1]
+    if image_extension:
+        if base.endswith(image_extension):
+            return IMAGE
+    elif suffix in SUFFIXES:
+        return IMAGE
+    kind = _KINDS.get(suffix)
+    return None if kind == TEXT and not base.endswith(text_extension) else kind
+
+
+def _text_extension(columns: Columns) -> str:
+    """The extension of texts that the user named, such as `.outputs.txt`; empty where it can only be a field."""
+    extension = _extension(columns.caption)
+    return extension if extension.endswith(TEXT_SUFFIXES) else ""
+
+
+def _normal(name: str) -> str:
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def _first_dot(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _keys(names: list[str], by_stem: dict[str, list[int]], by_key: dict[str, list[int]]) -> list[str]:
+    """The shortest name of each image that no other image has."""
+    keys = []
+    for name in names:
+        stem, key = os.path.splitext(name)[0], _first_dot(name)
+        keys.append(key if len(by_key[key]) == 1 else stem if len(by_stem.get(stem, ())) == 1 else name)
+    return keys
+
+
+def folder_labels(names: Sequence[str], shards: frozenset[str] = frozenset()) -> list[str | None]:
+    """The folder that holds each file as its class; folders of splits and ``shards`` are none.
+
+    A folder that holds all files says nothing about them, and is no class either.
+    """
+    labels: list[str | None] = []
+    for name in names:
+        folder = os.path.dirname(name)
+        known = not folder or is_split(folder) or folder in shards
+        labels.append(None if known else os.path.basename(folder))
+    return labels if len(set(labels)) > 1 else [None] * len(labels)
+
+
+def unused_notes(lone: Sequence[str], unused: Sequence[str]) -> list[str]:
+    """What the owner of a source should know of the files that are not used."""
+    texts = [name for name in lone if os.path.splitext(name)[1].lower() != ".json"]
+    others = [*(name for name in lone if os.path.splitext(name)[1].lower() == ".json"), *unused]
+    notes = []
+    if texts:
+        notes.append(f"{counted(len(texts), 'text')} without an image of that name not used: {some(texts, len(texts))}")
+    if others:
+        table = any(os.path.splitext(name)[1].lower() in (*TABLES, ".parquet") for name in others)
+        hint = "; a table of captions is a source of its own" if table else ""
+        notes.append(f"{counted(len(others), 'other file')} not used: {some(others, len(others))}{hint}")
+    return notes
+
+
+class SampleSource(ABC):
+    """Images with side-cars. Where they lie, in a folder or in tars, is what the two subclasses know."""
+
+    def __init__(
+        self,
+        keys: list[str],
+        slots: np.ndarray,
+        *,
+        name: str,
+        labels: list[str | None],
+        splits: Sequence[str | None],
+        columns: Columns,
+        split: str | None,
+        limits: ImageLimits,
+        notes: list[str],
+        texts_named: bool,
+    ):
+        """``slots`` [N, 4] are as in `Groups`; ``labels`` and ``splits`` are what the folders of the samples say."""
+        self.name, self.notes = name, notes
+        self._limits, self._keys, self._slots, self._labels = limits, keys, slots, labels
+        self._by_text = columns.caption is None or texts_named
+        self._found = self._fields(columns)
+        if columns.caption == "" or (self._found and not self._by_text):  # a field that is named, or none at all
+            self._slots[:, TEXT] = -1
+        elif not self._found:
+            self._by_text = True  # the name is that of a column of another source
+        self.has_images = self._any(IMAGE)
+        self.has_captions = self._any(TEXT) or bool(self._found and self._found.captions)
+        self._take_split(split, splits)
+
+    @abstractmethod
+    def _read(self, member: int) -> bytes:
+        """The content of a file by its number in the groups."""
+
+    def _any(self, kind: int) -> bool:
+        return bool(np.any(self._slots[:, kind] >= 0))
+
+    def _fields(self, columns: Columns) -> Found | None:
+        """The json fields that hold captions, label and split; captions only of samples that have no text."""
+        having = np.flatnonzero(self._slots[:, JSON] >= 0)
+        if not len(having):
+            return None
+        wanted = columns
+        textless = having[self._slots[having, TEXT] < 0]
+        if self._by_text:
+            wanted = replace(columns, caption=None if len(textless) else "")
+            having = textless if len(textless) else having
+        spread = [self._json(int(i)) for i in having[:: max(1, len(having) // 64)]]
+        source = f"{self.name} (fields of its .json members)"
+        found = find_fields(sample_columns(spread), wanted=wanted, source=source)
+        if wanted.caption is None and not found.captions and len(having) > len(spread):
+            every = [self._json(int(i)) for i in having[:: max(1, len(having) // _MANY)]]
+            found = find_fields(sample_columns(every), wanted=wanted, source=source)
+        self.notes += found.notes
+        return found
+
+    def _take_split(self, split: str | None, folders: Sequence[str | None]) -> None:
+        field = self._found.split if self._found else None
+        if split is None:
+            some_items = range(0, len(self), max(1, len(self) // 64))
+            self.notes += split_notes([self._json(i).get(field) for i in some_items] if field else folders)
+            return
+        values = [self._json(i).get(field) for i in range(len(self))] if field else folders
+        chosen = select_split(values, split, source=self.name)
+        self._keys = [self._keys[i] for i in chosen]
+        self._labels = [self._labels[i] for i in chosen]
+        self._slots = self._slots[chosen]
+
+    def _json(self, i: int) -> dict[str, Any]:
+        member = int(self._slots[i, JSON])
+        if member < 0:
+            return {}
+        place = self._place(i, JSON)
+        try:
+            fields = json.loads(decode_text(self._read(member), name=place))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{place} is not JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise UserError(f"{place} is not a JSON object {{...}}")
+        return fields
+
+    def _place(self, i: int, kind: int) -> str:
+        """What messages call a side-car."""
+        return f"{self.name}: {self._keys[i]}.{_SHOWN[kind]}"
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def key(self, i: int) -> str:
+        return self._keys[i]
+
+    def captions(self, i: int) -> list[str]:
+        """A caption per line of the text; else what the fields of the json say.
+
+        A text of several lines that the json repeats as one caption, as img2dataset writes both, is one caption.
+        """
+        if (member := int(self._slots[i, TEXT])) >= 0:
+            content = decode_text(self._read(member), name=self._place(i, TEXT))
+            lines = [text for line in content.split("\n") if (text := clean(line))]
+            if len(lines) > 1 and self._slots[i, JSON] >= 0:
+                whole = clean(content)
+                if whole in [text for value in self._json(i).values() for text in captions_of(value)]:
+                    return [whole]
+            if lines:
+                return lines
+        fields = self._json(i)
+        names = [name for name in (self._found.captions if self._found else ()) if not is_missing(fields.get(name))]
+        if not names and self._by_text:  # a json unlike the others, or one beside an empty text
+            names = [name for name in fields if usual(name, CAPTION_NAMES)][:1]
+        return [text for name in names for text in captions_of(fields[name])]
+
+    def file(self, i: int) -> Path | bytes:
+        return self._read(int(self._slots[i, IMAGE]))
+
+    def image(self, i: int, size: int) -> np.ndarray:
+        if not self.has_images:
+            raise UserError(f"{self.name}: holds no images")
+        return decode(self.file(i), size, name=f"{self.name}: {self._keys[i]}", limits=self._limits)
+
+    def label(self, i: int) -> str | None:
+        """The content of `key.cls`, else the json field of the label, else the folder of the image."""
+        if (member := int(self._slots[i, CLASS])) >= 0:
+            return clean(decode_text(self._read(member), name=self._place(i, CLASS)))
+        if self._found and self._found.label:
+            label = label_of(self._json(i).get(self._found.label))
+            if label is not None:
+                return label
+        return self._labels[i]

@@ -1,0 +1,80 @@
+"""Rows of table files in the forms that common tools write; what is ambiguous is refused."""
+
+import json
+
+import pytest
+
+from diptych.data.sources.rows import read_rows
+from diptych.errors import UserError
+
+
+def rows_of(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_rows(path)
+
+
+A_B = [{"image": "a.jpg", "caption": "a dog"}, {"image": "b.jpg", "caption": "a cat"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", "image,caption\na.jpg,a dog\nb.jpg,a cat\n"),
+        ("t.csv", "\nimage, caption\na.jpg, a dog \n b.jpg,a cat"),
+        ("t.csv", 'image,caption\na.jpg, "a dog"\n"b.jpg",a cat'),
+        ("t.csv", "image|caption\na.jpg| a dog\nb.jpg|a cat"),
+        ("t.csv", "sep=;\nimage;caption\na.jpg;a dog\nb.jpg;a cat"),
+        ("t.csv", "image\tcaption\r\na.jpg\ta dog\r\nb.jpg\ta cat\r\n"),
+        ("t.tsv", "image,caption\na.jpg,a dog\nb.jpg,a cat\n"),
+        ("t.tsv", 'image\tcaption\na.jpg\t"a dog"\nb.jpg\ta cat\n'),
+        ("t.json", json.dumps({"image": {"0": "a.jpg", "1": "b.jpg"}, "caption": {"0": "a dog", "1": "a cat"}})),
+    ],
+)
+def test_the_same_rows(tmp_path, name, content):
+    assert rows_of(tmp_path, name, content) == A_B
+
+
+def test_an_index_without_a_name(tmp_path):
+    assert rows_of(tmp_path, "t.csv", ",image\n0,a.jpg\n") == [{"column 1": "0", "image": "a.jpg"}]
+
+
+def test_quotes_in_tab_separated_rows_end_with_the_row(tmp_path):
+    rows = rows_of(tmp_path, "t.tsv", 'a\tb\n1\t"a dog\n2\ta cat"\n3\t"he said ""hi"""\n')
+    assert [row["b"] for row in rows] == ['"a dog', 'a cat"', 'he said "hi"']
+    quoted = rows_of(tmp_path, "q.tsv", 'a\tb\n1\t"two\nlines"\n2\t"a\ttab"\n')
+    assert [row["b"] for row in quoted] == ["two\nlines", "a\ttab"]
+
+
+def test_a_quote_that_swallows_a_row_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"t\.csv: the row at line 2: a quote that opens there closes in a later row"):
+        rows_of(tmp_path, "t.csv", 'image,caption\na.jpg,"a dog\nb.jpg,a cat"\nc.jpg,two birds\n')
+    rows = rows_of(tmp_path, "u.csv", 'image,caption\na.jpg,"a dog, brown\nruns, fast"\n')
+    assert rows[0]["caption"] == "a dog, brown\nruns, fast"
+
+
+def test_documents_of_the_field(tmp_path):
+    karpathy = {
+        "dataset": "coco",
+        "images": [{"filepath": "val2014", "filename": "1.jpg", "split": "test", "sentences": [{"raw": "A dog."}]}],
+    }
+    assert rows_of(tmp_path, "k.json", json.dumps(karpathy))[0]["file_name"] == "val2014/1.jpg"
+    coco = {
+        "info": {},
+        "licenses": [{"id": 1}],
+        "images": [{"id": 1, "file_name": "x.jpg"}, {"id": 2, "file_name": "y.jpg"}],
+        "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}],
+    }
+    assert [row["captions"] for row in rows_of(tmp_path, "c.json", json.dumps(coco))] == [["a dog"], []]
+    test = {name: coco[name] for name in ("info", "licenses", "images")}
+    assert [row["captions"] for row in rows_of(tmp_path, "i.json", json.dumps(test))] == [[], []]
+    coco["annotations"].append({"id": 2, "image_id": 7, "caption": "lost"})
+    with pytest.raises(UserError, match=r"'lost' is of image 7, which is not among its images"):
+        rows_of(tmp_path, "d.json", json.dumps(coco))
+    kohya = {"dir/a.jpg": {"caption": "a dog", "tags": "dog"}, "dir/b.jpg": {"caption": "a cat"}}
+    assert [row["file_name"] for row in rows_of(tmp_path, "m.json", json.dumps(kohya))] == ["dir/a.jpg", "dir/b.jpg"]
+    plain = {"a.jpg": "a dog", "b.jpg": ["a cat", "one cat"]}
+    assert [row["captions"] for row in rows_of(tmp_path, "p.json", json.dumps(plain))] == [
+        "a dog",
+        ["a cat", "one cat"],
+    ]

@@ -1,0 +1,108 @@
+"""What belongs to an image by its name: the same in a folder and in a tar."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+from diptych.data.sources import open_source
+from diptych.data.sources.columns import Columns
+from diptych.data.sources.samples import IMAGE, JSON, TEXT, group
+from diptych.errors import UserError
+
+
+def png():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(place, kind, files):
+    """The same files as a folder or as members of a tar; the spec of the source."""
+    contents = {
+        name: png() if data is None else (json.dumps(data) if isinstance(data, dict) else data).encode()
+        for name, data in files.items()
+    }
+    if kind == "folder":
+        for name, data in contents.items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(data)
+        return str(place)
+    with tarfile.open(place / "t.tar", "w") as tar:
+        for name, data in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(place / "t.tar")
+
+
+CASES = {
+    "own name": ({"a.png": None, "a.txt": "one"}, [["one"]]),
+    "capitals": ({"A.PNG": None, "A.TXT": "one"}, [["one"]]),
+    "whole name": ({"a.png": None, "a.png.txt": "one"}, [["one"]]),
+    "dots in names": ({"2.05.png": None, "2.05.txt": "five", "2.06.png": None, "2.06.txt": "six"}, [["five"], ["six"]]),
+    "compound extensions": ({"s.input.png": None, "s.outputs.txt": "one"}, [["one"]]),
+    "nearest first": ({"a.old.txt": "old", "a.png": None, "a.txt": "new"}, [["new"]]),
+    "accents": ({"caf\u00e9.png": None, "cafe\u0301.txt": "one"}, [["one"]]),
+    "caption": ({"a.png": None, "a.caption": "one"}, [["one"]]),
+    "json": ({"a.png": None, "a.json": {"caption": "one"}}, [["one"]]),
+    "json of some": ({"a.png": None, "a.json": {"caption": "one"}, "b.png": None, "b.txt": "two"}, [["one"], ["two"]]),
+    "empty text": ({"a.png": None, "a.txt": "\n", "a.json": {"caption": "one"}, "b.png": None}, [["one"], []]),
+    "a caption a line": ({"a.png": None, "a.txt": "one\ntwo\n"}, [["one", "two"]]),
+    "one of two lines": ({"a.png": None, "a.txt": "One\ntwo", "a.json": {"caption": "One\ntwo"}}, [["One two"]]),
+    "folders": ({"x/a.png": None, "y/a.png": None, "y/a.txt": "one"}, [[], ["one"]]),
+    "system files": ({"a.png": None, "._a.png": "?", "Thumbs.db": "?", "a.txt": "one"}, [["one"]]),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("case", CASES)
+def test_captions_by_name(tmp_path, kind, case):
+    files, expected = CASES[case]
+    source = open_source(write(tmp_path, kind, files))
+    assert [source.captions(i) for i in range(len(source))] == expected
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_late_json_captions_are_found(tmp_path, kind):
+    files = {}
+    for i in range(200):
+        files |= {f"{i:03}.png": None, f"{i:03}.json": {"width": 8, **({"caption": "late"} if i == 7 else {})}}
+    source = open_source(write(tmp_path, kind, files))
+    assert source.has_captions
+    assert source.captions(7) == ["late"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_extensions_may_be_named(tmp_path, kind):
+    files = {"a.left.png": None, "a.right.png": None, "a.tags.txt": "tags", "a.long.txt": "long"}
+    spec = write(tmp_path, kind, files)
+    with pytest.raises(UserError, match=r"a\.\w+\.txt: belongs to 2 images, .* and 1 more files likewise"):
+        open_source(spec)
+    source = open_source(spec, columns=Columns(image="right.png", caption="long.txt"))
+    assert [source.captions(i) for i in range(len(source))] == [["long"]]
+    assert source.notes == ["2 other files not used: a.left.png, a.tags.txt"]
+
+
+def test_second_side_cars_are_unused():
+    groups = group(["k.jpg", "k.a.txt", "k.b.txt", "k.json", "z.json", "n.pdf"], Columns(), source="s")
+    assert groups.keys == ["k"]
+    assert [groups.slots[0][kind] for kind in (IMAGE, TEXT, JSON)] == [0, 1, 3]
+    assert (groups.lone, groups.unused) == ([4], [5, 2])
+
+
+def test_images_of_one_name_keep_whole_names():
+    groups = group(["k.jpg", "k.png", "m.1.jpg", "m.2.jpg", "n.x.jpg"], Columns(), source="s")
+    assert groups.keys == ["k.jpg", "k.png", "m.1", "m.2", "n"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_splits_in_json_that_are_used_together_are_named(tmp_path, kind):
+    files = {}
+    for i in range(4):
+        files |= {f"{i}.png": None, f"{i}.json": {"caption": "c", "split": ["train", "test"][i % 2]}}
+    spec = write(tmp_path, kind, files)
+    assert open_source(spec).notes == ["the splits test, train are used together; choose one, e.g. ?split=train"]
+    assert open_source(spec, split="test").notes == []

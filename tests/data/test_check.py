@@ -1,0 +1,92 @@
+"""What a source holds, said before anything is trained on it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diptych.data.check import Part, check_parts, check_source
+from diptych.data.sources import open_source
+from diptych.errors import UserError
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six images of two classes: two are the same file, one is broken, one has no caption."""
+    for i in range(5):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        grey = 10 * min(i, 3)
+        Image.new("RGB", (8 + min(i, 3), 8), (grey, grey, grey)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+        if i < 4:
+            (tmp_path / "ab"[i % 2] / f"{i}.txt").write_text("a grey square\n" + f"number {i}\n" * (i > 0))
+    (tmp_path / "a" / "broken.jpg").write_text("<html>")
+    (tmp_path / "b" / "lost.txt").write_text("of no image")
+    return tmp_path
+
+
+def test_what_a_source_holds(photos):
+    found = check_source(open_source(str(photos)))
+    assert (found.items, list(found.captions), found.shared_captions) == (6, [1, 2, 0, 0, 2, 2], 1)
+    assert found.labels == {"a": 4, "b": 2}
+    assert (found.opened, len(found.unreadable)) == (6, 1)
+    assert "broken.jpg" in found.unreadable[0]
+    assert sorted(found.sizes) == [(8, 8), (9, 8), (10, 8), (11, 8), (11, 8)]
+    assert list(found.twins) == [("b/3.png", "a/4.png")]
+    lines = found.lines()
+    for line in [
+        "  items      6",
+        "  captions   7 of 4 items, 1 to 2 each",
+        "             2 items without a caption",
+        "             1 caption in the same words at several items",
+        "  images     6 opened, 1 of them unreadable",
+        "  pixels     8 to 11 wide, 8 high, 10 x 8 in the middle",
+        "  twins      1 image the same as another: b/3.png = a/4.png",
+        "  labels     2 classes: a 4, b 2",
+        "  note       1 text without an image of that name not used: b/lost.txt",
+        "  sample     a/0.png  a grey square",
+    ]:
+        assert line in lines
+
+
+def test_only_some_images_are_opened(photos):
+    assert check_source(open_source(str(photos)), images=2).opened == 2
+    assert check_source(open_source(str(photos)), images=0).opened == 6
+
+
+def test_texts_and_bare_images(tmp_path):
+    (tmp_path / "t.txt").write_text("one text\nanother\n")
+    lines = check_source(open_source(str(tmp_path / "t.txt"))).lines()
+    assert "  captions   2 of 2 items, 1 each" in lines
+    assert "  images     none" in lines
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    assert "  captions   none" in check_source(open_source(str(tmp_path))).lines()
+
+
+def test_the_first_line_of_a_run(photos):
+    source = open_source(str(photos))
+    (photos / "t.txt").write_text("one\ntwo\n")
+    texts = open_source(str(photos / "t.txt"))
+    told = check_parts(
+        [
+            Part("pair", source, np.array([0, 1, 4, 5])),
+            Part("unpaired image", source, [2, 3]),
+            Part("unpaired text", texts, range(2)),
+        ],
+        max_skipped_share=0.01,
+    )
+    assert told.startswith("4 pairs (7 captions), 2 unpaired images, 2 unpaired texts; 1 of 6 images that were tried")
+    with pytest.raises(UserError, match=r"1 of 1 images that were tried cannot be read, such as .*broken\.jpg"):
+        check_parts([Part("pair", source, [3])], max_skipped_share=1)
+
+
+def test_missing_files_stop_a_run_before_it_trains(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "0.png")
+    rows = [{"image": f"{i}.png", "caption": "c"} for i in range(4)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(str(tmp_path / "t.jsonl"))
+    assert "3 of 4 images do not exist" in source.notes[0]
+    with pytest.raises(UserError, match=r"3 of 4 images do not exist, over the tolerated 50\.0%: .*1\.png"):
+        check_parts([Part("pair", source, range(4))], max_skipped_share=0.5)
+    with pytest.raises(UserError, match="3 of 4 images that were tried cannot be read"):
+        check_parts([Part("pair", source, range(4))], max_skipped_share=0.8)
