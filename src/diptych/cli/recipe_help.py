@@ -36,7 +36,6 @@ FIRST: dict[Kind, tuple[str, ...]] = {
         "train.steps",
         "train.batch_size",
         "optim.lr",
-        "train.seed",
     ),
     "classifier": (
         "data.images",
