@@ -139,17 +139,26 @@ def test_transformers_loads_the_folder_and_computes_the_same(towers, tmp_path):
     assert (again.max_text_len, again.image_size, again.width) == (24, 16, 12)
 
 
-def test_a_tower_sees_what_its_own_encoder_sees(towers):
-    encoder = encoder_of(towers).eval()
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_tower_sees_and_pools_as_its_own_encoder(pooling, tmp_path, text_encoder, towers):
+    text = save_text(tmp_path / "text", bert(text_encoder), text_encoder)
+    (tmp_path / "text" / "1_Pooling").mkdir()
+    (tmp_path / "text" / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}_token": True}))
+    encoder, own = encoder_of((towers[0], text)).eval(), open_text_encoder(text, length=24)
+    assert own.pooling == pooling
     with torch.no_grad():
-        ours = encoder.encode_images(pixels() / 255).state_BW
+        seen = encoder.encode_images(pixels() / 255).state_BW
+        torch.testing.assert_close(seen, open_image_encoder(towers[0])(pixels()), rtol=1e-4, atol=1e-5)
         ids_BL, valid_BL = encoder.tokenize(TEXTS)
-        pooled = encoder.encode_texts(ids_BL, valid_BL).state_BW
-        torch.testing.assert_close(ours, open_image_encoder(towers[0])(pixels()), rtol=1e-4, atol=1e-5)
-        network = BertModel.from_pretrained(towers[1]).eval()
-        for row, text in enumerate(TEXTS):
-            alone = encoder.tokenizer(text, truncation=True, return_tensors="pt")
-            torch.testing.assert_close(pooled[row], network(**alone).pooler_output[0], rtol=1e-4, atol=1e-5)
+        output = encoder.encode_texts(ids_BL, valid_BL, keep_tokens=True)
+    wanted = own(TEXTS)
+    if pooling == "mean":
+        wanted = torch.nn.functional.layer_norm(wanted, (16,))
+    torch.testing.assert_close(output.state_BW, torch.tanh(0.1 * wanted), rtol=1e-3, atol=1e-4)
+    tokens_BLF, found_BL = own.tokens(TEXTS)
+    assert torch.equal(found_BL, valid_BL)
+    embedded = encoder.text_projection(tokens_BLF)
+    torch.testing.assert_close(output.tokens_BSD[valid_BL], embedded[valid_BL], rtol=1e-4, atol=1e-5)
 
 
 def test_the_heads_follow_from_the_seed_alone(towers):

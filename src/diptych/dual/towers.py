@@ -8,6 +8,7 @@ Shapes: B rows, H and W pixels, L text tokens, S states of an image or a text (t
 tower, D width of the common space, N tokens of a vision model, C cells of the grid.
 """
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable
@@ -31,7 +32,9 @@ _GRID = 3
 _ROWS = 8
 """Images that a frozen tower computes at once on a CPU: more do not stay in its cache, and take twice the time."""
 _NEARLY_LINEAR = 0.1
-"""Diagonal of a pooler that the weights lack: tanh(0.1 x) of the first token is nearly linear."""
+"""Diagonal of a pooler that does not change the first token: tanh(0.1 x) is nearly linear."""
+_AVERAGE = 1e4
+"""Factor of the mean of all tokens in an averaging layer, against which the first token itself is nothing."""
 
 
 class _Projected(Temperature):
@@ -56,6 +59,7 @@ class TowersEncoder(DualEncoder, _Projected):
     def __init__(self, clip: "transformers.VisionTextDualEncoderModel", processor: Any) -> None:
         super().__init__(clip, processor)
         self._folded = FoldedCopy()
+        self._averaging = [_averaging_layer(clip.text_model)]  # in a list, as it is a part of clip already
         self._known: dict[bytes, Tensor] | None = None
         self.freeze("heads")
 
@@ -69,16 +73,17 @@ class TowersEncoder(DualEncoder, _Projected):
         vision, language = open_image_encoder(image), open_text_encoder(text, length=max_text_len)
         if not isinstance(vision, HubImageEncoder):
             raise UserError(f"{image}: an ITIT run is no image tower; give a vision model of transformers")
+        text_config, weights = _pooled_as_trained(language)
         config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
-            _with_width(vision), language.network.config, projection_dim=width
+            _with_width(vision), text_config, projection_dim=width
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             clip = transformers.VisionTextDualEncoderModel(config)
             for head in (clip.visual_projection, clip.text_projection):
                 nn.init.normal_(head.weight, std=head.in_features**-0.5)
-        _adopt(clip.vision_model, vision.network, image)
-        _adopt(clip.text_model, language.network, text)
+        _adopt(clip.vision_model, vision.network.state_dict(), image)
+        _adopt(clip.text_model, weights, text)
         clip.eval()
         encoder = cls(clip, _processor(vision, language))
         encoder._try(image, text)
@@ -103,6 +108,8 @@ class TowersEncoder(DualEncoder, _Projected):
         self.learned_images = tune == "all"
         self.clip.vision_model.requires_grad_(tune == "all")
         self.clip.text_model.requires_grad_(tune != "heads")
+        if self._averaging[0] is not None:
+            self._averaging[0].requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TowersEncoder":
@@ -114,6 +121,8 @@ class TowersEncoder(DualEncoder, _Projected):
         ):
             for part in tower.modules():
                 part.training = mode and learned and not isinstance(part, nn.modules.batchnorm._BatchNorm)
+        if self._averaging[0] is not None:
+            self._averaging[0].eval()
         return self
 
     @property
@@ -184,9 +193,14 @@ class TowersEncoder(DualEncoder, _Projected):
         """The pooled feature and, with ``keep_tokens``, the tokens, where S is L + 1."""
         learned = self.tune != "heads" and torch.is_grad_enabled()
         with torch.set_grad_enabled(learned):
-            output = self.clip.text_model(input_ids=ids_BL, attention_mask=valid_BL.long())
+            output = self.clip.text_model(
+                input_ids=ids_BL, attention_mask=valid_BL.long(), output_hidden_states=keep_tokens
+            )
         pooled_B1F = output.pooler_output[:, None]
-        return torch.cat([pooled_B1F, output.last_hidden_state], 1) if keep_tokens else pooled_B1F
+        if not keep_tokens:
+            return pooled_B1F
+        last = -1 if self._averaging[0] is None else -2
+        return torch.cat([pooled_B1F, output.hidden_states[last]], 1)
 
     def encode_images(self, pixels_B3HW: Float[Tensor, "B 3 H W"], *, keep_tokens: bool = False) -> TowerOutput:
         states_BSF = self._once(lambda: self.image_states(pixels_B3HW, keep_tokens=keep_tokens), pixels_B3HW)
@@ -264,21 +278,58 @@ def _with_width(vision: HubImageEncoder) -> "transformers.PretrainedConfig":
     return config
 
 
-def _adopt(tower: nn.Module, network: nn.Module, name: str) -> None:
-    """Give ``tower`` the weights of ``network``. A pooler that these lack becomes nearly the first token.
+def _adopt(tower: nn.Module, given: dict[str, Tensor], name: str) -> None:
+    """Give ``tower`` the weights ``given``. A pooler that these lack leaves the first token nearly as it is.
 
     Raises UserError where other weights are missing.
     """
-    given = network.state_dict()
     weights = {}
     for key, value in tower.state_dict().items():
         found = next((given[k] for k in (key, f"vision_model.{key}", f"text_model.{key}") if k in given), None)
         if found is None and "pooler." in key:
             found = _NEARLY_LINEAR * torch.eye(*value.shape) if value.ndim == 2 else torch.zeros_like(value)
         if found is None or found.shape != value.shape:
-            raise UserError(f"{name}: {type(network).__name__} cannot be a tower of VisionTextDualEncoderModel ({key})")
+            raise UserError(f"{name}: {type(tower).__name__} needs weights that it does not have ({key}): take another")
         weights[key] = found
     tower.load_state_dict(weights)
+
+
+def _pooled_as_trained(language: PooledTextEncoder) -> tuple["transformers.PretrainedConfig", dict[str, Tensor]]:
+    """Configuration and weights of a text tower whose pooler gives what the encoder pools by.
+
+    `transformers` pools BERT and its like by a layer on the first token. Where the encoder takes the mean of the
+    tokens, the tower gets one more layer, whose attention is the same for all tokens, so that its first token is their
+    mean after a LayerNorm. The pooler itself is then left out, as :func:`_adopt` does.
+    """
+    config, weights = copy.deepcopy(language.network.config), language.network.state_dict()
+    first = "encoder.layer.0."
+    if language.pooling not in ("mean", "cls") or f"{first}attention.self.query.weight" not in weights:
+        return config, weights
+    weights = {name: value for name, value in weights.items() if not name.startswith("pooler.")}
+    if language.pooling == "mean":
+        new = f"encoder.layer.{config.num_hidden_layers}."
+        config.num_hidden_layers += 1
+        layer = {name.removeprefix(first): value for name, value in weights.items() if name.startswith(first)}
+        weights |= {new + name: _averaging(name, value) for name, value in layer.items()}
+    return config, weights
+
+
+def _averaging(name: str, like: Tensor) -> Tensor:
+    """The weight ``name`` of a layer of BERT that makes each token the mean of all."""
+    if name == "attention.self.value.weight":
+        return torch.eye(*like.shape)
+    if name == "attention.output.dense.weight":
+        return _AVERAGE * torch.eye(*like.shape)
+    return torch.ones_like(like) if name.endswith("LayerNorm.weight") else torch.zeros_like(like)
+
+
+def _averaging_layer(network: Any) -> nn.Module | None:
+    """The last layer, where it takes the mean."""
+    layers: Any = getattr(getattr(network, "encoder", None), "layer", None)
+    if layers is None:
+        return None
+    attention = getattr(getattr(layers[-1], "attention", None), "self", None)
+    return layers[-1] if attention is not None and not attention.query.weight.any() else None
 
 
 def _check_pooled(run: Callable[[], Any], width: int, name: str) -> None:
