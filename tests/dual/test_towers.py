@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     AutoProcessor,
     BertConfig,
     BertModel,
     CLIPConfig,
     CLIPModel,
+    DebertaV2Config,
+    DebertaV2Model,
     DistilBertConfig,
     DistilBertModel,
     EfficientNetConfig,
@@ -39,7 +42,6 @@ from diptych.train.config import OptimConfig, TrainConfig
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 TEXTS = ["a small red circle", "a blue square in the top left on a white background"]
-NAMES = ["clip-frozen", "siglip-frozen", "slip-frozen", "ito-frozen"]
 
 
 def vit(**more) -> ViTModel:
@@ -192,6 +194,9 @@ def test_models_without_a_place_are_refused(tmp_path, text_encoder, towers):
     text = save_text(tmp_path / "distil", DistilBertModel(distil), text_encoder)
     with pytest.raises(UserError, match=r"distil: has no pooled feature.*BERT"):
         encoder_of((towers[0], text))
+    deberta = DebertaV2Model(DebertaV2Config(vocab_size=text_encoder.vocab_rows, **SIZES))
+    with pytest.raises(UserError, match="deberta: has no pooled feature"):
+        encoder_of((towers[0], save_text(tmp_path / "deberta", deberta, text_encoder)))
     resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]))
     image = save_image(tmp_path / "resnet", resnet)
     with pytest.raises(UserError, match=r"resnet: has a pooled feature \[1, 8, 1, 1\]"):
@@ -262,17 +267,21 @@ def test_open_clip_has_no_place_for_it(towers, tmp_path):
 # Training
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_heads_learn_and_towers_stay_as_they_are(name, towers, tmp_path):
-    run = small_run(towers, name)
+@pytest.mark.parametrize("name", ["siglip-frozen", "slip-frozen", "ito-frozen"])
+def test_heads_learn_and_towers_stay_as_they_are(name, towers, done, tmp_path):
+    out = done if name == "ito-frozen" else tmp_path / "run"
+    if out != done:
+        small_run(towers, name, steps=2).fit(out, recipe=name)
     before = encoder_of(towers, width=16).state_dict()
-    run.fit(tmp_path / "run", recipe=name)
-    after = DualEncoder.from_pretrained(tmp_path / "run").state_dict()
+    after = DualEncoder.from_pretrained(out).state_dict()
     changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
     assert changed <= {"clip.visual_projection.weight", "clip.text_projection.weight", "clip.logit_scale"}
     assert len(changed) >= 2
-    checkpoint = max((tmp_path / "run" / "checkpoints").iterdir())
-    assert sum(file.stat().st_size for file in checkpoint.rglob("*")) < 200_000  # without the towers
+    checkpoint = max((out / "checkpoints").iterdir())
+    files = [file.name for file in checkpoint.rglob("*")]
+    names = {key for file in checkpoint.rglob("*.safetensors") for key in load_file(file)}
+    assert names, files
+    assert not any("vision_model" in key or "text_model" in key for key in names)
 
 
 @pytest.mark.parametrize("tune", ["text", "all"])

@@ -328,8 +328,8 @@ def _averaging_layer(network: Any) -> nn.Module | None:
     layers: Any = getattr(getattr(network, "encoder", None), "layer", None)
     if layers is None:
         return None
-    attention = getattr(getattr(layers[-1], "attention", None), "self", None)
-    return layers[-1] if attention is not None and not attention.query.weight.any() else None
+    query = getattr(getattr(getattr(layers[-1], "attention", None), "self", None), "query", None)
+    return layers[-1] if query is not None and not query.weight.any() else None
 
 
 def _check_pooled(run: Callable[[], Any], width: int, name: str) -> None:
