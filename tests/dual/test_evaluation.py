@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -155,3 +156,28 @@ def test_codes_are_no_names(dual_run, dual_encoder, tmp_path, capsys):
     classes.write_text("blue\ngreen\n")
     with pytest.raises(UserError, match="none of its lines is for the label 'red'"):
         evaluate(dual_run, tmp_path / "named", classes=classes)
+
+
+def test_retrieval_stands_beside_chance_and_the_words_of_the_nearest_images(dual_run, capsys):
+    """A random encoder knows nothing; the captions of images that look alike share words with the right one."""
+    config = json.loads((dual_run / "config.json").read_text())
+    config["run"]["data"]["pairs"] = "scenes:?count=200&seed=2"
+    (dual_run / "config.json").write_text(json.dumps(config))
+    found = evaluate(dual_run)
+    chance, nearest = found["baselines"].values()
+    assert list(found["baselines"]) == [
+        "chance",
+        "captions of the 30 nearest by colour and gradient histograms",
+    ]
+    alike = [SOURCE.captions(i)[0] for i in range(60)]
+    assert chance["retrieval/image_to_text/r1"] == pytest.approx(np.mean([alike.count(text) / 60 for text in alike]))
+    assert nearest["retrieval/mean_r1"] > 2 * chance["retrieval/mean_r1"]
+    assert "The run loses to a baseline: retrieval/mean_r1" in found["verdict"]
+    assert found["verdict"] in capsys.readouterr().out
+
+    config["run"]["data"]["pairs"] = "gone/"
+    (dual_run / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(dual_run / "evaluation")
+    found = evaluate(dual_run)
+    assert list(found["baselines"]) == ["chance"]
+    assert found["notes"][-1].startswith("No baselines from the pairs: gone")

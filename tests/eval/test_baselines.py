@@ -15,8 +15,10 @@ from diptych.eval.baselines import (
     ClassBaselines,
     Comparison,
     caption_baselines,
+    chance_of_recall,
     histograms,
     image_histograms,
+    lent_embeddings,
     most_frequent,
     nearest,
 )
@@ -144,6 +146,30 @@ def test_pairs_without_an_image_that_can_be_read(photos):
     (photos / "0.png").write_bytes(b"")
     with pytest.raises(UserError, match="no image with a caption"):
         caption_baselines(Subset(source, np.array([0])), Subset(source, np.array([1])), score=lambda captions: {})
+
+
+# Retrieval
+
+
+def test_images_have_the_words_of_their_nearest(photos, monkeypatch):
+    monkeypatch.setattr("diptych.eval.baselines.NEAREST", 2)
+    source = open_source(str(photos))
+    pairs, test = Subset(source, np.array([0, 2, 3, 5])), Subset(source, np.array([1, 4]))
+    texts = ["green grass", "a red wall", "unknown words"]
+    ((name, (images_BV, texts_NV)),) = lent_embeddings(pairs, test, texts).items()
+    assert name == "captions of the 2 nearest by colour and gradient histograms"
+    assert (images_BV @ texts_NV.T).argmax(1).tolist() == [0, 1]
+    np.testing.assert_allclose(images_BV.norm(dim=1), 1, rtol=1e-6)
+    assert texts_NV[2].abs().sum() == 0
+    assert float(images_BV[1] @ texts_NV[1]) == pytest.approx(1)
+
+
+def test_chance_of_recall_by_hand():
+    """Of 4 targets: 1 right one is among 2 random ones with 1/2, 2 right ones with 1 - 1/6, all 4 with 1."""
+    right_Q = torch.tensor([1, 2, 4])
+    assert chance_of_recall(right_Q, targets=4, k=2) == pytest.approx((1 / 2 + 5 / 6 + 1) / 3)
+    assert chance_of_recall(right_Q, targets=4, k=10) == 1
+    assert chance_of_recall(right_Q, targets=4, k=1) == pytest.approx(7 / 12)
 
 
 # Features

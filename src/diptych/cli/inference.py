@@ -387,8 +387,8 @@ def evaluate(
         features: ITIT, image tokenizer: features of the Frechet distance, as folder or hub name of a vision model of
             transformers, or as TorchScript file (an Inception network gives FID). Default: a random network, which
             needs no download.
-        baseline_encoder: ITIT: pretrained image encoder, by folder, hub name or package, whose features also find the
-            nearest images for the baselines. Default: that of the run.
+        baseline_encoder: ITIT, dual encoder: pretrained image encoder, by folder, hub name or package, whose features
+            also find the nearest images for the baselines. Default: that of an ITIT run, none for a dual encoder.
         train: Dual encoder: source of labelled images to fit a linear probe to.
         classes: Dual encoder: file with the name of a class a line, for labels that are numbers (they count the lines
             from 0) or codes (`n01440764 tench`, or the names in the order of the sorted codes).
@@ -421,6 +421,7 @@ def evaluate(
             umap=umap,
             limit=limit,
             max_skipped_share=max_skipped_share,
+            baseline_encoder=baseline_encoder,
             out=out,
             device=device,
         )
