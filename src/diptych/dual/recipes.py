@@ -137,7 +137,7 @@ def ito_frozen() -> ItoRun:
 
     Command: diptych fit ito-frozen --data.pairs 'photos.tar?split=train' --data.valid 'photos.tar?split=dev'
              --out runs/ito --minutes 5
-    Cost: features of 6,000 images and 30,000 captions, then 800 steps; five minutes on two CPU cores.
+    Cost: features of 6,000 images and 30,000 captions, then 500 steps; minutes on two CPU cores.
     """
     return ItoRun(**_frozen(), objective=ItoConfig(captions=2, augment=_crops()))
 
@@ -150,7 +150,7 @@ def clip_frozen() -> ClipRun:
 
     Command: diptych fit clip-frozen --data.pairs 'photos.tar?split=train' --data.valid 'photos.tar?split=dev'
              --out runs/clip --minutes 5
-    Cost: features of 6,000 images and 30,000 captions, then 800 steps; five minutes on two CPU cores.
+    Cost: features of 6,000 images and 30,000 captions, then 500 steps; minutes on two CPU cores.
     """
     return ClipRun(**_frozen(), objective=ClipConfig(augment=whole_view()))
 
@@ -173,12 +173,12 @@ def _crops() -> ViewConfig:
 
 def _frozen() -> dict:
     towers = DualEncoderConfig(
-        image_tower="package:efficientnet-lite0", text_tower="package:minilm-l6", tune="heads", dropout=0.4
+        image_tower="package:efficientnet-lite0", text_tower="package:minilm-l6", width=256, dropout=0.3
     )
     return _fields(
         towers,
-        TrainConfig(steps=800, batch_size=512, eval_every=100, checkpoint_every=100, tensorboard=False),
-        OptimConfig(lr=1e-3, warmup_steps=40, weight_decay=0.1),
+        TrainConfig(steps=500, batch_size=256, eval_every=50, checkpoint_every=50, tensorboard=False),
+        OptimConfig(lr=2e-3, warmup_steps=25, weight_decay=0.1),
     )
 
 
