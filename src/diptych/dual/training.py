@@ -224,6 +224,8 @@ class DualRun:
             model = DualEncoder.from_config(config, self._tokenizer(source, out), seed=self.train.seed)
         if isinstance(model, TowersEncoder):
             model.freeze(config.tune, dropout=config.dropout)
+        elif config.tune != "heads" or config.dropout:
+            raise UserError("--model.tune and --model.dropout are for pretrained towers: give --model.image-tower too")
         return model.to(device)
 
     def _remember_validation(self, model: TowersEncoder, out: Path) -> float:
