@@ -37,6 +37,7 @@ from diptych.dual.training import PairsData
 from diptych.encoders import open_image_encoder, open_text_encoder
 from diptych.errors import UserError
 from diptych.registry import RECIPES
+from diptych.run_folder import read_config
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.pace import Budget
 
@@ -291,13 +292,14 @@ def test_chunks_change_no_loss(towers, done, tmp_path):
 
 def test_a_budget_takes_as_many_images_as_fit(towers, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("diptych.dual.training.seconds_of_states", lambda *arguments: 1.0)
-    small_run(towers, steps=8).fit(tmp_path, recipe="clip-frozen", budget=Budget(0.3))
+    small_run(towers, steps=8).fit(tmp_path, recipe="clip-frozen", budget=Budget(0.2))
     told = re.search(r"features: (\d+) of 24 images fit", capsys.readouterr().out)
     assert told
     assert 2 <= int(told[1]) < 13
     (states,) = (tmp_path / "features").glob("images-*")
     assert len(np.load(states / "states.npy")) == int(told[1])
     assert json.loads((tmp_path / "budget.json").read_text())["decisions"]["images"] == int(told[1])
+    assert read_config(tmp_path)["run"]["train"]["batch_size"] <= int(told[1])
 
 
 def test_validation_equals_evaluate(done, tmp_path):

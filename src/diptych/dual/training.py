@@ -110,6 +110,7 @@ class DualRun:
             seconds = affordable._remember_validation(model, out)
             captions = captions.first_items(self._affordable_items(model, source, captions, plan.budget))
             states = self._states(model, source, captions, out, skipped)
+            affordable._lower_batch(len(states.rows_N))
 
         def make(run: DualRun, model: DualEncoder) -> tuple[Objective, BatchSampler]:
             model.tune_for_training()
@@ -183,6 +184,12 @@ class DualRun:
             pairs += bool(source.captions(item))
             if pairs >= self.train.batch_size:
                 return
+        self._lower_batch(pairs)
+
+    def _lower_batch(self, pairs: int) -> None:
+        """Lower the batch size to the number of pairs, if it is above."""
+        if pairs >= self.train.batch_size:
+            return
         world = process_count()
         fitting = pairs - pairs % world
         if fitting < 2:
