@@ -33,7 +33,7 @@ def states_of(given, cache, **more):
 def test_cached_states_are_those_of_the_towers(keep, given, tmp_path):
     encoder, captions = given
     cached = states_of(given, tmp_path, keep_tokens=keep)
-    assert cached.images_NVSF.shape == (10, 2, encoder.image_tokens if keep else 1, 16)
+    assert [view.shape for view in cached.views] == [(10, encoder.image_tokens if keep else 1, 16)] * 2
     rows = np.array([7, 2, 5])
     examples = cached.stream(captions, per_image=2, seed=4).take(rows, np.zeros(3, int))
     pixels = torch.from_numpy(np.stack([SOURCE.image(int(row), 16) for row in rows])).permute(0, 3, 1, 2)
@@ -64,31 +64,42 @@ def test_an_interrupted_computation_goes_on(given, tmp_path, monkeypatch):
     monkeypatch.setattr("diptych.dual.states._TEXTS", 3)
     plain, computed = states.image_states, []
 
-    def stop(encoder, pixels_B3HW, items, config):
-        computed.append(items.tolist())
-        if len(computed) == 2:
+    def stop(encoder, pixels_B3HW, items, view, draw, config):
+        computed.append((VIEWS.index(view), items.tolist()))
+        if len(computed) == 4:
             raise KeyboardInterrupt
-        return plain(encoder, pixels_B3HW, items, config)
+        return plain(encoder, pixels_B3HW, items, view, draw, config)
 
     monkeypatch.setattr("diptych.dual.states.image_states", stop)
     with pytest.raises(KeyboardInterrupt):
         states_of(given, tmp_path / "stopped")
     again = states_of(given, tmp_path / "stopped")
-    assert computed == [[0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7], [8, 9]]
-    np.testing.assert_allclose(again.images_NVSF, whole.images_NVSF, atol=2e-4)
+    first, second, third = [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]
+    assert computed[:4] == [(0, first), (1, first), (0, second), (1, second)]
+    assert computed[4:] == [(1, second), (0, third), (1, third)]
+    for one, other in zip(again.views, whole.views, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)
     np.testing.assert_allclose(again.texts, whole.texts, atol=2e-4)
     assert np.array_equal(again.starts, whole.starts)
 
 
-def test_other_settings_have_states_of_their_own(given, tmp_path):
-    states_of(given, tmp_path)
-    states_of(given, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
-    states_of(given, tmp_path, views=VIEWS[:1])  # the captions are the same
-    assert len(list(tmp_path.iterdir())) == 3
+def test_what_is_decided_alike_is_computed_once(given, tmp_path):
+    def count(**more):
+        found = states_of(given, tmp_path, **more)
+        return len(list(tmp_path.iterdir())), found
+
+    assert count()[0] == 3  # two views and the captions
+    assert count(views=VIEWS[1:])[0] == 3
+    number, both = count(views=[ViewConfig(), ViewConfig()])  # one more draw
+    assert number == 4
+    assert not np.array_equal(*both.views)
+    number, pooled = count(keep_tokens=False)  # what has tokens serves
+    assert number == 4
+    assert [view.shape[1] for view in pooled.views] == [1, 1]
+    assert set(pooled.lengths) == {1}
+    assert count(size=20)[0] == 6
     given[0].clip.text_model.embeddings.word_embeddings.weight.data += 0.1
-    states_of(given, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert count()[0] == 7
 
 
 def test_a_stream_is_a_function_of_its_index(given, tmp_path):

@@ -210,15 +210,19 @@ def test_the_heads_are_those_of_the_encoder(towers):
                 assert one.tokens_BSD is other.tokens_BSD is None
 
 
-def test_features_that_are_remembered_are_the_same(towers, monkeypatch):
+def test_features_that_are_remembered_are_the_same(towers, tmp_path, monkeypatch):
     encoder = encoder_of(towers).eval()
     fresh = encoder.embed_images(pixels()), encoder.embed_texts(TEXTS)
-    encoder.remember()
+    encoder.remember(tmp_path)
     encoder.embed_images(pixels()), encoder.embed_texts(TEXTS)
+    encoder.keep()
     monkeypatch.setattr(TowersEncoder, "image_states", None)
     monkeypatch.setattr(TowersEncoder, "text_states", None)
     assert torch.equal(encoder.embed_images(pixels()), fresh[0])
     assert torch.equal(encoder.embed_texts(TEXTS), fresh[1])
+    again = encoder_of(towers).eval()
+    again.remember(tmp_path)
+    assert torch.equal(again.embed_images(pixels()), fresh[0])
 
 
 def test_open_clip_has_no_place_for_it(towers, tmp_path):
