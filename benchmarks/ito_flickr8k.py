@@ -35,6 +35,7 @@ from diptych.data.sources import open_source
 from diptych.dual import recipes
 from diptych.dual.metrics import retrieval
 from diptych.dual.model import DualEncoder
+from diptych.dual.towers import TowersEncoder
 from diptych.dual.training import DualRun
 from diptych.io import write_bytes
 from diptych.report.figures import Panel, Record, curves, read_metrics
@@ -104,7 +105,7 @@ def one(arm: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     whole = time.monotonic() - began
     curve = {r["step"]: r["valid/mean_r1"] for r in read_metrics(out / "metrics.jsonl") if "valid/mean_r1" in r}
     best = max(curve, key=lambda step: curve[step])
-    found = test(out / "model", f"{options.data}?split=test") | {
+    found = test(out / "model", f"{options.data}?split=test", features=options.runs / "features") | {
         "dev_last": curve[max(curve)],
         "dev_best": curve[best],
         "dev_best_step": best,
@@ -138,14 +139,21 @@ def _first_photos(path: str, count: int) -> bytes:
     return buffer.getvalue()
 
 
-def test(folder: Path, spec: str) -> dict[str, float]:
-    """Retrieval among all test images and all their captions, and the distance between the modalities' means."""
+def test(folder: Path, spec: str, *, features: Path) -> dict[str, float]:
+    """Retrieval among all test images and all their captions, and the distance between the modalities' means.
+
+    ``features`` keeps those of pretrained towers, which are the same for all runs.
+    """
     model, source = DualEncoder.from_pretrained(folder), open_source(spec)
+    if isinstance(model, TowersEncoder):
+        model.remember(features / "test")
     captions = [source.captions(item) for item in range(len(source))]
     pixels = channels_first(np.stack([source.image(item, model.image_size) for item in range(len(source))]))
     image_of_T = torch.tensor([item for item, texts in enumerate(captions) for _ in texts])
     images_ID = model.embed_images(pixels)
     texts_TD = model.embed_texts([text for texts in captions for text in texts])
+    if isinstance(model, TowersEncoder):
+        model.keep()
     gap = (images_ID.mean(0) - texts_TD.mean(0)).norm().item()
     return retrieval(images_ID, texts_TD, image_of_T=image_of_T).table() | {"gap": gap}
 

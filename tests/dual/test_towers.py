@@ -1,6 +1,7 @@
 """Dual encoders of two pretrained models, here two small random ones that are saved as their library saves them."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from small_towers import SIZES, bert, encoder_of, pixels, save_image, save_text, vit
 from transformers import (
     AutoProcessor,
-    BertConfig,
-    BertModel,
     CLIPConfig,
     CLIPModel,
     DebertaV2Config,
@@ -24,7 +24,6 @@ from transformers import (
     ResNetConfig,
     ResNetModel,
     VisionTextDualEncoderModel,
-    ViTConfig,
     ViTModel,
 )
 
@@ -38,14 +37,11 @@ from diptych.dual.training import PairsData
 from diptych.encoders import open_image_encoder, open_text_encoder
 from diptych.errors import UserError
 from diptych.registry import RECIPES
+from diptych.run_folder import read_config
 from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.pace import Budget
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 TEXTS = ["a small red circle", "a blue square in the top left on a white background"]
-
-
-def vit(**more) -> ViTModel:
-    return ViTModel(ViTConfig(**SIZES, image_size=16, patch_size=4, **more))
 
 
 def convolutional() -> EfficientNetModel:
@@ -54,36 +50,6 @@ def convolutional() -> EfficientNetModel:
         in_channels=[8], out_channels=[8], num_block_repeats=[1], expand_ratios=[1], depthwise_padding=[],
     )  # fmt: skip
     return EfficientNetModel(config)
-
-
-def save_image(folder: Path, model, *, size: int = 16) -> str:
-    model.save_pretrained(folder)
-    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": size, "width": size}}
-    settings |= {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return str(folder)
-
-
-def save_text(folder: Path, model, text_encoder) -> str:
-    model.save_pretrained(folder)
-    text_encoder.tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def bert(text_encoder) -> BertModel:
-    return BertModel(BertConfig(vocab_size=text_encoder.vocab_rows, **SIZES))
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory, text_encoder) -> tuple[str, str]:
-    """Folders of a ViT and of a BERT."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("towers")
-    return save_image(folder / "vit", vit()), save_text(folder / "bert", bert(text_encoder), text_encoder)
-
-
-def encoder_of(towers, **more) -> TowersEncoder:
-    return TowersEncoder.from_towers(*towers, **{"width": 12, "max_text_len": 24, "seed": 0} | more)
 
 
 def small_run(towers, name: str = "clip-frozen", *, steps: int = 4, tune: str = "heads", **changes):
@@ -113,10 +79,6 @@ def done(towers, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "ito"
     small_run(towers, "ito-frozen").fit(out, recipe="ito-frozen")
     return out
-
-
-def pixels(count: int = 3, size: int = 16) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 # The encoder
@@ -248,15 +210,19 @@ def test_the_heads_are_those_of_the_encoder(towers):
                 assert one.tokens_BSD is other.tokens_BSD is None
 
 
-def test_features_that_are_remembered_are_the_same(towers, monkeypatch):
+def test_features_that_are_remembered_are_the_same(towers, tmp_path, monkeypatch):
     encoder = encoder_of(towers).eval()
     fresh = encoder.embed_images(pixels()), encoder.embed_texts(TEXTS)
-    encoder.remember()
+    encoder.remember(tmp_path)
     encoder.embed_images(pixels()), encoder.embed_texts(TEXTS)
+    encoder.keep()
     monkeypatch.setattr(TowersEncoder, "image_states", None)
     monkeypatch.setattr(TowersEncoder, "text_states", None)
     assert torch.equal(encoder.embed_images(pixels()), fresh[0])
     assert torch.equal(encoder.embed_texts(TEXTS), fresh[1])
+    again = encoder_of(towers).eval()
+    again.remember(tmp_path)
+    assert torch.equal(again.embed_images(pixels()), fresh[0])
 
 
 def test_open_clip_has_no_place_for_it(towers, tmp_path):
@@ -318,6 +284,28 @@ def test_features_are_computed_once(towers, done, tmp_path, monkeypatch):
     run.fit(tmp_path / "other", recipe="ito-frozen")
 
 
+def test_chunks_change_no_loss(towers, done, tmp_path):
+    whole, chunked = small_run(towers, "ito-frozen", steps=2), small_run(towers, "ito-frozen", steps=2)
+    whole.data.cache = chunked.data.cache = done / "features"
+    whole.model.dropout = chunked.model.dropout = 0.0
+    chunked.objective.chunk = 3
+    whole.fit(tmp_path / "whole", recipe="ito-frozen")
+    chunked.fit(tmp_path / "chunked", recipe="ito-frozen")
+    assert losses(tmp_path / "chunked") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_a_budget_takes_as_many_images_as_fit(towers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("diptych.dual.training.seconds_of_states", lambda *arguments: 1.0)
+    small_run(towers, steps=8).fit(tmp_path, recipe="clip-frozen", budget=Budget(0.2))
+    told = re.search(r"features: (\d+) of 24 images fit", capsys.readouterr().out)
+    assert told
+    assert 2 <= int(told[1]) < 13
+    (states,) = (tmp_path / "features").glob("images-*")
+    assert len(np.load(states / "states.npy")) == int(told[1])
+    assert json.loads((tmp_path / "budget.json").read_text())["decisions"]["images"] == int(told[1])
+    assert read_config(tmp_path)["run"]["train"]["batch_size"] <= int(told[1])
+
+
 def test_validation_equals_evaluate(done, tmp_path):
     options = {"train": None, "umap": False, "limit": None}
     evaluate_dual_run(done, "scenes:?split=test&count=6", out=tmp_path, device="cpu", **options)
@@ -355,6 +343,9 @@ def test_settings_that_do_not_go_together_are_refused(towers, done, tmp_path):
         run.fit(tmp_path / "a", recipe="clip-frozen")
     with pytest.raises(UserError, match="--tokenizer is for new towers"):
         small_run(towers, tokenizer="some").fit(tmp_path / "a", recipe="clip-frozen")
+    scratch = small_run((None, None), tune="all")
+    with pytest.raises(UserError, match=r"--model\.tune and --model\.dropout are for pretrained towers"):
+        scratch.fit(tmp_path / "a", recipe="clip-frozen")
     with pytest.raises(UserError, match="--start continues"):
         small_run(towers, start=str(done)).fit(tmp_path / "a", recipe="clip-frozen")
 

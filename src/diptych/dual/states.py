@@ -3,8 +3,8 @@
 Each image has the states of its views, which are drawn once; each caption has its own. Nothing else of images and
 captions is needed while the heads train, and no tower computes anything.
 
-Shapes: N images, V views of an image, S states of a view, L states of a caption, F width of a tower, B rows, M captions
-of a row.
+Shapes: N images, V views of an image, K random numbers of a view, S states of a view, L states of a caption, F width of
+a tower, B rows, M captions of a row.
 """
 
 import hashlib
@@ -60,18 +60,26 @@ class StatesConfig:
     precision: Precision
     """Number format of the towers' matrix products."""
 
+    @property
+    def drawn(self) -> list[tuple[ViewConfig, int]]:
+        """Each view, with its number among those that are drawn alike."""
+        return [(view, list(self.views[:place]).count(view)) for place, view in enumerate(self.views)]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class States:
     """The states of images and of their captions, mapped into memory, in half precision."""
 
-    images_NVSF: np.ndarray
+    views: list[np.ndarray]
+    """The states [N, S, F] of each view."""
     rows_N: np.ndarray
     """Number of each image among the captioned items; those that cannot be read are left out."""
     texts: np.ndarray
     """The states [all of them, F] of all captions, end to end."""
     starts: np.ndarray
-    """Where each caption begins in ``texts``, and one more entry for the end."""
+    """Where each caption begins in ``texts``."""
+    lengths: np.ndarray
+    """Number of states of each caption."""
 
     def stream(self, captions: CaptionIds, *, per_image: int, seed: int) -> Stream[CaptionedStateExamples]:
         """Every image once an epoch, with the states of ``per_image`` of its captions."""
@@ -79,16 +87,14 @@ class States:
         def take(index: np.ndarray, epoch: np.ndarray) -> CaptionedStateExamples:
             number_BM = captions.choose(self.rows_N[index], epoch, captions=per_image, seed=seed)
             states_BMLF, valid_BML = self._captions(number_BM)
-            return CaptionedStateExamples(
-                images_BVSF=_to_torch(self.images_NVSF[index]), texts_BMLF=states_BMLF, valid_BML=valid_BML
-            )
+            images_BVSF = _to_torch(np.stack([view[index] for view in self.views], axis=1))
+            return CaptionedStateExamples(images_BVSF=images_BVSF, texts_BMLF=states_BMLF, valid_BML=valid_BML)
 
         return Stream(size=len(self.rows_N), take=take)
 
     def _captions(self, number_BM: np.ndarray) -> tuple[Tensor, Tensor]:
         """The states of captions, padded with zeros, and which of their tokens are valid."""
-        start_BM = self.starts[number_BM]
-        length_BM = self.starts[number_BM + 1] - start_BM
+        start_BM, length_BM = self.starts[number_BM], self.lengths[number_BM]
         valid_BML = np.arange(length_BM.max()) < length_BM[..., None]
         found = np.zeros((*valid_BML.shape, self.texts.shape[1]), self.texts.dtype)
         found[valid_BML] = self.texts[(start_BM[..., None] + np.arange(valid_BML.shape[-1]))[valid_BML]]
@@ -114,39 +120,47 @@ def cached_states(
     An interrupted computation goes on where it stopped. Raises UserError when too many images cannot be read; the
     others of them are recorded in ``skipped`` and left out.
     """
-    width, dtype = encoder.text_tower_width, _precision(encoder, config)
-    shared = {"keep_tokens": config.keep_tokens, "precision": dtype}
-    made_by: dict[str, Any] = {"weights": weights_digest(encoder.clip.vision_model)}
-    made_by |= {"views": [asdict(each) for each in config.views]}
+    width, kept = encoder.text_tower_width, {"keep_tokens": config.keep_tokens}
+    shared: dict[str, Any] = {"precision": _precision(encoder, config)}
+    made_by = shared | {"weights": weights_digest(encoder.clip.vision_model), "items": _digest(captions.items)}
     made_by |= {"mean": encoder.mean_311.flatten().tolist(), "std": encoder.std_311.flatten().tolist()}
     made_by |= {"size": [config.size, encoder.image_size], "source": source.name, "files": content_digest(source)}
-    images = _cached(cache, "images", made_by | shared | {"items": _digest(captions.items)})
+    views = [
+        _cached(cache, "images", made_by | {"view": asdict(view), "draw": draw}, **kept) for view, draw in config.drawn
+    ]
     with ThreadPoolExecutor(_THREADS) as threads, eval_mode(encoder):
-        _write_images(images, encoder, source, captions.items, config, skipped, threads)
-    made_by = {"weights": weights_digest(encoder.clip.text_model), "ids": _digest(captions.ids, captions.starts)}
-    texts = _cached(cache, "texts", made_by | shared)
+        _write_images(views, encoder, source, captions.items, config, skipped, threads)
+    made_by = shared | {"weights": weights_digest(encoder.clip.text_model)}
+    texts = _cached(cache, "texts", made_by | {"ids": _digest(captions.ids, captions.starts)}, **kept)
     with eval_mode(encoder):
         _write_texts(texts, encoder, captions, config)
     counts = texts.map("counts")
     return States(
-        images_NVSF=images.map("states"),
-        rows_N=images.map("rows"),
+        views=[view.map("states")[:, : None if config.keep_tokens else 1] for view in views],
+        rows_N=views[0].map("rows"),
         texts=texts.map("states").reshape(-1, width),
-        starts=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
+        starts=np.cumsum(counts, dtype=np.int64) - counts,
+        lengths=counts if config.keep_tokens else np.ones_like(counts),
     )
 
 
 def seconds_of_states(encoder: TowersEncoder, source: Source, captions: CaptionIds, config: StatesConfig) -> float:
     """Seconds that the states of an image with its captions take, by some of them."""
     tried = np.linspace(0, len(captions.items) - 1, min(_TIMED, len(captions.items))).astype(int)
-    numbers = np.concatenate([np.arange(captions.first[row], captions.first[row + 1]) for row in tried])
     skipped = SkippedItems(max_skipped_share=1.0)
+
+    def compute(rows: np.ndarray) -> None:
+        numbers = np.concatenate([np.arange(captions.first[row], captions.first[row + 1]) for row in rows])
+        with ThreadPoolExecutor(_THREADS) as threads, eval_mode(encoder):
+            items = captions.items[rows]
+            pixels, found = read_images(source, items, size=config.size, skipped=skipped, threads=threads)
+            for drawn in config.drawn if len(found) else ():
+                image_states(encoder, channels_first(pixels), found, *drawn, config)
+            text_states(encoder, captions, numbers, config)
+
+    compute(tried[:4])  # the first call costs more than later ones
     began = time.monotonic()
-    with ThreadPoolExecutor(_THREADS) as threads, eval_mode(encoder):
-        pixels, found = read_images(source, captions.items[tried], size=config.size, skipped=skipped, threads=threads)
-        if len(found):
-            image_states(encoder, channels_first(pixels), found, config)
-        text_states(encoder, captions, numbers, config)
+    compute(tried)
     return (time.monotonic() - began) / len(tried)
 
 
@@ -166,10 +180,14 @@ class _Cached:
         return np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))
 
 
-def _cached(cache: Path, kind: str, made_by: dict[str, Any]) -> _Cached:
-    made_by = json.loads(json.dumps(made_by))
-    name = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:24]
-    return _Cached(cache / f"{kind}-{name}", made_by)
+def _cached(cache: Path, kind: str, made_by: dict[str, Any], *, keep_tokens: bool) -> _Cached:
+    """The folder for what ``made_by`` decides; the one with tokens serves those who need none, if it is there."""
+    folders = []
+    for tokens in (True, keep_tokens):
+        content = json.loads(json.dumps(made_by | {"keep_tokens": tokens}))
+        name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+        folders.append(_Cached(cache / f"{kind}-{name}", content))
+    return folders[0] if folders[0].finished else folders[1]
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -193,7 +211,7 @@ def _half(states: Tensor) -> np.ndarray:
 
 
 def _write_images(
-    cached: _Cached,
+    views: list[_Cached],
     encoder: TowersEncoder,
     source: Source,
     items: np.ndarray,
@@ -201,39 +219,45 @@ def _write_images(
     skipped: SkippedItems,
     threads: ThreadPoolExecutor,
 ) -> None:
-    if cached.finished:
-        for key, reason in json.loads((cached.folder / "manifest.json").read_text())["skipped"].items():
-            skipped.record(key, reason)
-        return
-    cached.folder.parent.mkdir(parents=True, exist_ok=True)
-    writer = ResumableArrayWriter(cached.folder, cached.made_by)
-    skipped.reasons.update(writer.skipped)
+    """Compute the views that are not there yet, all in one pass over the images."""
+    writers = []
+    for view, drawn in zip(views, config.drawn, strict=True):
+        if view.finished:
+            skipped.reasons.update(json.loads((view.folder / "manifest.json").read_text())["skipped"])
+            continue
+        view.folder.parent.mkdir(parents=True, exist_ok=True)
+        writers.append((drawn, ResumableArrayWriter(view.folder, view.made_by)))
+        skipped.reasons.update(writers[-1][1].skipped)
     advance = ProgressLine("computing the features of images")
-    for begin in range(writer.done, len(items), _IMAGES):
+    for begin in range(min((writer.done for _, writer in writers), default=len(items)), len(items), _IMAGES):
         some = items[begin : begin + _IMAGES]
+        end = begin + len(some)
         pixels, found = read_images(source, some, size=config.size, skipped=skipped, threads=threads)
         skipped.check(len(items))
-        writer.skipped.update(skipped.reasons)
-        arrays = {}
-        if len(found):
-            states_BVSF = image_states(encoder, channels_first(pixels), found, config)
-            arrays = {"states": states_BVSF, "rows": begin + np.searchsorted(some, found)}
-        writer.append(arrays, done=begin + len(some))
-        advance(begin + len(some), len(items))
-    writer.finish("manifest.json", {"made_by": cached.made_by, "skipped": writer.skipped}, lambda folder: folder)
+        for drawn, writer in writers:
+            if writer.done >= end:
+                continue
+            writer.skipped.update(skipped.reasons)
+            arrays = {}
+            if len(found):
+                states_BSF = image_states(encoder, channels_first(pixels), found, *drawn, config)
+                arrays = {"states": states_BSF, "rows": begin + np.searchsorted(some, found)}
+            writer.append(arrays, done=end)
+        advance(end, len(items))
+    for _, writer in writers:
+        content = {"made_by": writer.state["made_by"], "skipped": writer.skipped}
+        writer.finish("manifest.json", content, lambda folder: folder)
 
 
-def image_states(encoder: TowersEncoder, pixels_B3HW: Tensor, items: np.ndarray, config: StatesConfig) -> np.ndarray:
-    """The states [B V S F] of the views of images; those of an image follow from its item alone."""
-    pixels_B3HW = pixels_B3HW.to(encoder.mean_311.device)
-    rng = RowRNG(0, 0, row_seeds=tuple(items.tolist()))
-    views = []
+def image_states(
+    encoder: TowersEncoder, pixels_B3HW: Tensor, items: np.ndarray, view: ViewConfig, draw: int, config: StatesConfig
+) -> np.ndarray:
+    """The states [B S F] of a view of images; that of an image follows from its item and ``draw`` alone."""
+    rng = RowRNG(0, draw, row_seeds=tuple(items.tolist()))
+    drawn_BK = draw_view(rng, "view", len(items))
     with _autocast(encoder, config):
-        for number, view in enumerate(config.views):
-            drawn = draw_view(rng, f"view{number}", len(items))
-            seen = make_view(pixels_B3HW, drawn, view, size=encoder.image_size)
-            views.append(_half(encoder.image_states(seen, keep_tokens=config.keep_tokens)))
-    return np.stack(views, axis=1)
+        seen = make_view(pixels_B3HW.to(encoder.mean_311.device), drawn_BK, view, size=encoder.image_size)
+        return _half(encoder.image_states(seen, keep_tokens=config.keep_tokens))
 
 
 def _write_texts(cached: _Cached, encoder: TowersEncoder, captions: CaptionIds, config: StatesConfig) -> None:

@@ -12,12 +12,14 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
 from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from diptych.dual.model import DualEncoder, Temperature, TowerOutput, Tune
@@ -25,7 +27,7 @@ from diptych.encoders import PooledTextEncoder, open_image_encoder, open_text_en
 from diptych.encoders.folding import FoldedCopy
 from diptych.encoders.image import HubImageEncoder
 from diptych.errors import UserError
-from diptych.io import weights_digest
+from diptych.io import weights_digest, write_bytes
 
 _GRID = 3
 """Cells of a side of the grid to which the map of an image is averaged, for ITO's fusion."""
@@ -60,7 +62,7 @@ class TowersEncoder(DualEncoder, _Projected):
         super().__init__(clip, processor)
         self._folded = FoldedCopy()
         self._averaging = [_averaging_layer(clip.text_model)]  # in a list, as it is a part of clip already
-        self._known: dict[bytes, Tensor] | None = None
+        self._known: dict[str, Tensor] | None = None
         self.freeze("heads")
 
     @classmethod
@@ -135,13 +137,21 @@ class TowersEncoder(DualEncoder, _Projected):
         towers = [weights_digest(tower) for tower in (self.clip.vision_model, self.clip.text_model)]
         return {"tune": self.tune, "dropout": self.dropout, "towers": towers}
 
-    def remember(self) -> None:
+    def remember(self, folder: Path) -> None:
         """From now on keep the pooled features of every batch that frozen towers see outside of training.
 
         So a validation that sees the same batches again and again computes them once. They are those of that very
-        batch, to the last bit.
+        batch, to the last bit. ``folder`` has those that an earlier call of :meth:`keep` wrote for these towers.
         """
-        self._known = {}
+        digest = weights_digest(self.clip.vision_model), weights_digest(self.clip.text_model)
+        self._kept_in = folder / f"validation-{'-'.join(digest)}.safetensors"
+        self._known = load_file(self._kept_in) if self._kept_in.is_file() else {}
+        self._known = {key: value.to(self.mean_311.device) for key, value in self._known.items()}
+
+    def keep(self) -> None:
+        """Write what is remembered for other runs and for this one when it is resumed."""
+        assert self._known is not None
+        write_bytes(self._kept_in, save({key: value.cpu().contiguous() for key, value in self._known.items()}))
 
     def _once(self, compute: Callable[[], Tensor], *inputs: Tensor) -> Tensor:
         if self._known is None:
@@ -149,9 +159,9 @@ class TowersEncoder(DualEncoder, _Projected):
         key = hashlib.blake2b(digest_size=16)
         for each in inputs:
             key.update(each.contiguous().cpu().numpy().data)
-        if key.digest() not in self._known:
-            self._known[key.digest()] = compute()
-        return self._known[key.digest()]
+        if key.hexdigest() not in self._known:
+            self._known[key.hexdigest()] = compute()
+        return self._known[key.hexdigest()]
 
     def heads(self) -> "Heads":
         """The heads alone, on weights that are shared with this encoder."""

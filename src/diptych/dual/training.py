@@ -59,7 +59,9 @@ _TIMED = 16
 """Number of images whose validation is timed."""
 _VALID_SHARE = 0.04
 """Share of a budget that one validation takes at most."""
-_FEATURES_SHARE = 0.7
+_VALID_ONCE_SHARE = 0.1
+"""The same for frozen towers, which compute the features of a validation once."""
+_FEATURES_SHARE = 0.6
 """Share of what is left of a budget that the features of frozen towers take at most."""
 
 
@@ -114,6 +116,7 @@ class DualRun:
             seconds = affordable._remember_validation(model, out)
             captions = captions.first_items(self._affordable_items(model, source, captions, plan.budget))
             states = self._states(model, source, captions, out, skipped)
+            affordable._lower_batch(len(states.rows_N))
 
         def make(run: DualRun, model: DualEncoder) -> tuple[Objective, BatchSampler]:
             model.tune_for_training()
@@ -187,6 +190,12 @@ class DualRun:
             pairs += bool(source.captions(item))
             if pairs >= self.train.batch_size:
                 return
+        self._lower_batch(pairs)
+
+    def _lower_batch(self, pairs: int) -> None:
+        """Lower the batch size to the number of pairs, if it is above."""
+        if pairs >= self.train.batch_size:
+            return
         world = process_count()
         fitting = pairs - pairs % world
         if fitting < 2:
@@ -228,15 +237,19 @@ class DualRun:
             model = DualEncoder.from_config(config, self._tokenizer(source, out), seed=self.train.seed)
         if isinstance(model, TowersEncoder):
             model.freeze(config.tune, dropout=config.dropout)
+        elif config.tune != "heads" or config.dropout:
+            raise UserError("--model.tune and --model.dropout are for pretrained towers: give --model.image-tower too")
         return model.to(device)
 
     def _remember_validation(self, model: TowersEncoder, out: Path) -> float:
         """Compute the features of validation once; return the seconds that each validation takes from then on."""
-        model.remember()
+        model.remember(self.data.cache or out / "features")
         if self.data.valid is None:
             return 0.0
         measure = measure_retrieval(model, self._valid_images(model, out))
         measure(0, model)
+        if is_main_process():
+            model.keep()
         began = time.monotonic()
         measure(0, model)
         return time.monotonic() - began
@@ -290,10 +303,13 @@ class DualRun:
             return self, 0.0
         few = replace(self, data=replace(self.data, valid_images=min(_TIMED, self.data.valid_images)))
         measure = measure_retrieval(model, few._valid_images(model, out))
+        measure(0, model)  # the first call costs more than later ones
         began = time.monotonic()
         measure(0, model)
         each = (time.monotonic() - began) / few.data.valid_images
-        fits = int(_VALID_SHARE * 60 * plan.budget.minutes / each)
+        once = isinstance(model, TowersEncoder) and model.frozen
+        share = _VALID_ONCE_SHARE if once else _VALID_SHARE
+        fits = int(share * 60 * plan.budget.minutes / each)
         images = plan.budget.decision("valid_images", lambda: max(_TIMED, min(fits, self.data.valid_images)))
         if images < self.data.valid_images:
             print(f"validation: {images:,} of {self.data.valid_images:,} images fit into the budget", flush=True)
