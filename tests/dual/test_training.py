@@ -19,7 +19,8 @@ from diptych.registry import RECIPES
 from diptych.run_folder import kind_of, read_config
 from diptych.train.config import OptimConfig, TrainConfig
 
-NAMES = [name for name in RECIPES if name.split("-")[0] in ("ito", "clip", "siglip", "slip")]
+FAMILIES = ("ito", "clip", "siglip", "slip")
+NAMES = [name for name in RECIPES if name.split("-")[0] in FAMILIES and not name.endswith("-frozen")]
 SCENES = ScenesSource(count=24)
 MODEL = DualEncoderConfig(
     image_size=16,

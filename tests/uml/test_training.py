@@ -233,3 +233,48 @@ def test_a_budget_takes_fewer_images_of_each_class_where_their_features_take_too
     kept = run._some(labelled, np.arange(24), 0.5)
     assert np.bincount(labelled.labels_N[kept]).tolist() == [6, 6]
     assert (tmp_path / "run/classes.json").is_file()
+
+
+def test_a_probe_is_compared_with_logistic_regression(dataset, encoders, tmp_path, capsys):
+    """One step with a rate near zero learns nothing, so that the regression is better, and the first line says so."""
+    run = small(uml_probe(), dataset, encoders)
+    train = replace(run.train, steps=1, eval_every=1)
+    run = replace(run, train=train, optim=replace(run.optim, lr=1e-9))
+    run.fit(tmp_path / "run", recipe="uml-probe")
+    found = json.loads((tmp_path / "run" / "baselines.json").read_text())
+    names = [row[0] for row in found["rows"]]
+    assert names == [
+        "this run",
+        "chance",
+        "logistic regression on the same features",
+        "logistic regression on colour and gradient histograms",
+    ]
+    assert found["verdict"].startswith("The run loses to a baseline: accuracy ")
+    page = (tmp_path / "run" / "report.html").read_text()
+    (lead,) = [line for line in page.splitlines() if 'class="lead"' in line]
+    assert "The run loses to a baseline: accuracy " in lead
+    assert found["verdict"] in capsys.readouterr().out
+
+    # Where the images are those that were selected on, evaluate has the same numbers.
+    labelled = Labelled.of(open_source(str(dataset / "images")))
+    valid = tmp_path / "valid"
+    for item in run._split(labelled, 1.0).valid:
+        file = labelled.source.key(int(item))
+        (valid / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(dataset / "images" / file, valid / file)
+    scores = evaluate_classifier_run(tmp_path / "run", open_source(str(valid)), out=tmp_path / "scores", device="cpu")
+    assert scores["verdict"] == found["verdict"]
+    for each in found["baselines"]:
+        assert scores["baselines"][each["name"]] == pytest.approx(each["scores"])
+
+
+def test_a_tuned_encoder_is_compared_with_histograms(dataset, encoders, tmp_path):
+    run = small(uml_finetune(), dataset, encoders)
+    run.fit(tmp_path / "run", recipe="uml-finetune")
+    names = [each["name"] for each in json.loads((tmp_path / "run" / "baselines.json").read_text())["baselines"]]
+    assert names == ["chance", "logistic regression on colour and gradient histograms"]
+    (tmp_path / "run" / "baselines.safetensors").unlink()
+    source = open_source(str(dataset / "images"))
+    scores = evaluate_classifier_run(tmp_path / "run", source, out=tmp_path / "scores", device="cpu")
+    assert scores["baselines"] == {}
+    assert "older Diptych" in scores["notes"][0]

@@ -1,7 +1,7 @@
 """What a run must beat: baselines that take seconds, beside its own scores and computed by the same code.
 
     caption_baselines   the most frequent caption, and the consensus caption of all pairs and of the nearest images
-    class_baselines     chance, the most frequent class, and logistic regression
+    ClassBaselines      chance, the most frequent class, and logistic regression
     Comparison          a run beside its baselines, and the sentence that a report begins with
 
 Consensus captions are those of Devlin et al., "Exploring Nearest Neighbor Approaches for Image Captioning" (2015).
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -26,9 +28,10 @@ from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import Source
 from diptych.data.splits import Subset
 from diptych.encoders import ImageEncoder
-from diptych.errors import UserError
+from diptych.errors import UserError, first_line
 from diptych.eval.captions import tokenize
-from diptych.eval.probe import select_linear
+from diptych.eval.probe import Linear, select_linear
+from diptych.io import write_bytes
 from diptych.nn.inference import eval_mode
 from diptych.report.scores import better, meaning_of
 from diptych.rng import derive_seed
@@ -325,38 +328,70 @@ def some(items_N: Int[np.ndarray, "N"]) -> Int[np.ndarray, "M"]:
 # Classes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClassifiedFeatures:
-    """Features [N F] and labels [N] to learn from, to select on and to score."""
+class ClassBaselines:
+    """Chance, the most frequent class, and logistic regression on each of several kinds of features.
 
-    train: tuple[Tensor, Tensor]
-    valid: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-
-
-def class_baselines(
-    features: Mapping[str, ClassifiedFeatures],
-    *,
-    classes: int,
-    score: Callable[[Tensor, Tensor], dict[str, float]],
-) -> list[Baseline]:
-    """Chance, the most frequent class, and logistic regression on each kind of ``features``, by its name.
-
-    The strength of the l2 penalty is chosen on the validation items; none of these is learned from. ``score`` takes
-    logits [N C] and labels [N].
+    They are fitted once and kept in the run folder, so that they score any images without the training data.
     """
-    first = next(iter(features.values()))
-    labels_N, rows = first.train[1], len(first.test[1])
-    counts_C = torch.bincount(labels_N, minlength=classes).float()
-    names = ("accuracy", "mean_class_accuracy", "loss")
-    chance = dict(zip(names, (1 / classes, 1 / classes, math.log(classes)), strict=True))
-    found = [Baseline(name="chance", scores=chance)]
-    if counts_C.min() < counts_C.max():
-        prior_C = ((counts_C + 1) / (counts_C + 1).sum()).log()
-        found.append(
-            Baseline(name="most frequent class", scores=score(prior_C.expand(rows, -1), first.test[1])),
-        )
-    for name, each in features.items():
-        linear = select_linear(*each.train, validation=each.valid, classes=classes).linear
-        found.append(Baseline(name=f"logistic regression on {name}", scores=score(linear(each.test[0]), each.test[1])))
-    return found
+
+    def __init__(self, prior_C: Float[Tensor, "C"], linear: Mapping[str, Linear]) -> None:
+        """``prior_C``: shares of the classes; ``linear``: a classifier for each kind of features, by its name."""
+        self.prior_C, self.linear = prior_C, dict(linear)
+
+    @classmethod
+    def fit(
+        cls,
+        features: Mapping[str, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]],
+        *,
+        classes: int,
+    ) -> "ClassBaselines":
+        """Fit them to ``features``: each kind has features [N F] and labels [N] to learn from, then those to select on.
+
+        The strength of the l2 penalty is chosen on the latter, which are not learned from.
+        """
+        (labels_N, *_), *_ = [train[1:] for train, _ in features.values()]
+        counts_C = torch.bincount(labels_N.cpu(), minlength=classes).float() + 1
+        linear = {
+            name: select_linear(*train, validation=valid, classes=classes).linear
+            for name, (train, valid) in features.items()
+        }
+        return cls(counts_C / counts_C.sum(), linear)
+
+    def scored(
+        self,
+        features: Mapping[str, tuple[Tensor, Tensor]],
+        score: Callable[[Tensor, Tensor], dict[str, float]],
+    ) -> list[Baseline]:
+        """The scores of each on features [N F] and labels [N]. ``score`` takes logits [N C] and labels."""
+        classes, labels_N = len(self.prior_C), next(iter(features.values()))[1]
+        values = (1 / classes, 1 / classes, math.log(classes))
+        found = [Baseline(name="chance", scores=dict(zip(_OF_CLASSES, values, strict=True)))]
+        if self.prior_C.min() < self.prior_C.max():
+            logits_NC = self.prior_C.log().to(labels_N.device).expand(len(labels_N), -1)
+            found.append(Baseline(name="most frequent class", scores=score(logits_NC, labels_N)))
+        for name, (x_NF, labels_N) in features.items():
+            scores = score(self.linear[name](x_NF), labels_N)
+            found.append(Baseline(name=f"logistic regression on {name}", scores=scores))
+        return found
+
+    def save(self, file: Path) -> None:
+        """Write them to a safetensors file."""
+        tensors = {"prior_C": self.prior_C}
+        for name, linear in self.linear.items():
+            tensors |= {f"{name}/{part}": getattr(linear, part).cpu().contiguous() for part in _PARTS}
+        write_bytes(file, safetensors.torch.save(tensors))
+
+    @classmethod
+    def load(cls, file: Path, *, device: str) -> "ClassBaselines":
+        """Read what :meth:`save` wrote. Raises UserError where it cannot be read."""
+        try:
+            tensors = safetensors.torch.load_file(file, device=device)
+            names = dict.fromkeys(name.rpartition("/")[0] for name in tensors if "/" in name)
+            linear = {name: Linear(**{part: tensors[f"{name}/{part}"] for part in _PARTS}) for name in names}
+            return cls(tensors["prior_C"].cpu(), linear)
+        except (OSError, KeyError, safetensors.SafetensorError) as error:
+            raise UserError(f"{file}: the fitted baselines cannot be read ({first_line(error)})") from error
+
+
+_OF_CLASSES = ("accuracy", "mean_class_accuracy", "loss")
+_PARTS = ("mean_D", "std_D", "weight_DC", "bias_C")
