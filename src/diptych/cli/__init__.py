@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from diptych.cli.inference import caption, classify, cycle, embed, evaluate, export, imagine, search
+from diptych.cli.inference import audit, caption, classify, cycle, embed, evaluate, export, imagine, search
 from diptych.cli.training import check, demo, encode, features, fit, fit_for_help, recipes
 from diptych.errors import UserError
 from diptych.train.interrupt import Interrupted
@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": demo,
     "recipes": recipes,
     "check": check,
+    "audit": audit,
     "encode": encode,
     "features": features,
     "caption": caption,
