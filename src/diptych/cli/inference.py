@@ -355,6 +355,59 @@ def export(run: RunArg, *, out: Path) -> None:
 # Scores: runs of any kind
 
 
+def audit(
+    source: SourceArg,
+    *,
+    run: Path | None = None,
+    out: Path,
+    worst: float = 0.1,
+    max_skipped_share: float = 1.0,
+    device: Device = "auto",
+) -> None:
+    """Say which captions do not fit their images, which images and captions are there twice, and what else is odd.
+
+    Writes a table (csv and parquet), a sheet of the pairs that fit worst, and the list of what to keep, which makes a
+    source: `SOURCE?keep=OUT/keep.jsonl`.
+
+    Args:
+        source: Source of captioned images.
+        run: Run folder of a dual encoder, which compares cosines, or of ITIT, which compares how well captions are
+            explained by their own and by other images. Without a run, captions and images are not compared.
+        out: Folder for the findings.
+        worst: Share of the captions, those that fit worst, that are not kept, 0 to 1.
+        max_skipped_share: Largest share of unreadable images at which the audit goes on, 0 to 1.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+    """
+    if not 0 <= worst <= 1:
+        raise UserError(f"--worst {worst}: a share from 0 to 1")
+    kind = check_finished(run, "dual", "itit") if run is not None else None
+    from diptych.data.audit import Fit, write_audit
+    from diptych.data.audit import audit as look_at
+    from diptych.data.pixels import SkippedItems
+    from diptych.data.sources import open_finite
+    from diptych.data.sources.columns import Columns
+    from diptych.report.progress import ProgressLine
+
+    opened = open_finite(source, Columns())
+    if not opened.has_images:
+        raise UserError(f"{source}: has no images to look at")
+    skipped = SkippedItems(max_skipped_share=max_skipped_share)
+    fits: list[Fit] | None = None
+    if run is not None and kind == "dual":
+        from diptych.dual.evaluation import pair_fits
+        from diptych.dual.model import open_dual
+
+        encoder = open_dual(run, device=device)
+        fits = pair_fits(encoder, opened, skipped=skipped, advance=ProgressLine("embedding images"))
+    elif run is not None:
+        from diptych.itit.evaluation import pair_fits as itit_pair_fits
+
+        fits = itit_pair_fits(_open(run, device), opened, skipped=skipped, advance=ProgressLine("reading captions"))
+    findings = look_at(opened, fits, worst=worst, advance=ProgressLine("comparing images"))
+    for line in write_audit(opened, findings, out, spec=source):
+        print(line)
+
+
 def evaluate(
     run: RunArg,
     *,

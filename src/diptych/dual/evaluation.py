@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diptych.data.audit import Fit
 from diptych.data.class_texts import are_codes, name_classes, read_names
 from diptych.data.pixels import ReadableImages, SkippedItems
 from diptych.data.sources import Source, open_finite
@@ -191,6 +192,17 @@ def compare_retrieval(
     )
 
 
+def compare_finished(run: Path, encoder: DualEncoder, images: ReadableImages) -> None:
+    """Print a finished run beside its baselines on its validation images; write them for its report."""
+    embedded = embed_readable(encoder, images)
+    pairs = embed_pairs(encoder, embedded)
+    comparison = compare_retrieval(run, embedded, pairs)
+    comparison = replace(comparison, scores=_named(score_retrieval(pairs)))
+    comparison.write(run)
+    title = f"{run} beside its baselines on {comparison.source}"
+    print_comparison(*comparison.table(), title=title, notes=[*comparison.notes, comparison.verdict()])
+
+
 def _chance(pairs: EmbeddedPairs) -> dict[str, float]:
     """What an encoder that knows nothing finds."""
     images, texts = len(pairs.images_ID), len(pairs.texts_TD)
@@ -311,6 +323,36 @@ def embed_pairs(encoder: DualEncoder, images: EmbeddedImages) -> EmbeddedPairs:
         image_of_T=torch.arange(len(captioned)).repeat_interleave(counts).to(device),
         wording_T=torch.tensor(wording, device=device),
     )
+
+
+def pair_fits(
+    encoder: DualEncoder,
+    source: Source,
+    *,
+    skipped: SkippedItems,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Fit]:
+    """How far the cosine of each image and caption lies above those of the image with all captions, and of the caption
+    with all images, in standard deviations; the sum of both.
+
+    Captions of the source's readable images; raises UserError for a source without images or captions.
+    """
+    if not source.has_captions:
+        raise UserError(f"{source.name}: has no captions that could fit")
+    images = embed_source(encoder, source, skipped=skipped, advance=advance)
+    pairs = embed_pairs(encoder, images)
+    means, sds = [], []
+    for rows, others in ((pairs.images_ID, pairs.texts_TD), (pairs.texts_TD, pairs.images_ID)):
+        # Mean and variance of the products of a row with all others, from the others' mean and second moments.
+        mean_D, second_DD = others.mean(0), others.T @ others / len(others)
+        mean_R = rows @ mean_D
+        means.append(mean_R)
+        sds.append(((rows @ second_DD * rows).sum(1) - mean_R**2).clamp_min(1e-12).sqrt())
+    own_T = pairs.image_of_T
+    cosine_T = (pairs.images_ID[own_T] * pairs.texts_TD).sum(1)
+    fit_T = (cosine_T - means[0][own_T]) / sds[0][own_T] + (cosine_T - means[1]) / sds[1]
+    places = [(int(item), number) for item in images.items_I for number in range(len(source.captions(int(item))))]
+    return [Fit(item, number, fit) for (item, number), fit in zip(places, fit_T.tolist(), strict=True)]
 
 
 def score_retrieval(pairs: EmbeddedPairs) -> dict[str, float]:
