@@ -276,6 +276,17 @@ def test_the_best_weights_are_kept_and_training_ends_without_better_ones(tmp_pat
     assert "best after step 2, mean_r1 50.0 %" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_the_first_line_of_the_report_says_how_the_run_does_beside_its_baselines(done):
+    found = json.loads((done / "baselines.json").read_text())
+    names = [row[0] for row in found["rows"]]
+    assert names[:2] == ["this run", "chance"]
+    assert names[2].startswith("captions of the ")
+    page = (done / "report.html").read_text()
+    (lead,) = [line for line in page.splitlines() if 'class="lead"' in line]
+    assert found["verdict"].split(":")[0] in lead
+    assert found["verdict"].startswith(("The run loses to a baseline", "No baseline does better"))
+
+
 def test_the_report_has_curves_and_the_images_that_texts_find(done):
     page = (done / "report.html").read_text()
     for title in ("Samples", "Curves", "Validation", "Settings"):

@@ -192,6 +192,17 @@ def compare_retrieval(
     )
 
 
+def compare_finished(run: Path, encoder: DualEncoder, images: ReadableImages) -> None:
+    """Print a finished run beside its baselines on its validation images; write them for its report."""
+    embedded = embed_readable(encoder, images)
+    pairs = embed_pairs(encoder, embedded)
+    comparison = compare_retrieval(run, embedded, pairs)
+    comparison = replace(comparison, scores=_named(score_retrieval(pairs)))
+    comparison.write(run)
+    title = f"{run} beside its baselines on {comparison.source}"
+    print_comparison(*comparison.table(), title=title, notes=[*comparison.notes, comparison.verdict()])
+
+
 def _chance(pairs: EmbeddedPairs) -> dict[str, float]:
     """What an encoder that knows nothing finds."""
     images, texts = len(pairs.images_ID), len(pairs.texts_TD)

@@ -26,6 +26,7 @@ from diptych.dual.data import CaptionIds, PairsData, pair_stream
 from diptych.dual.evaluation import (
     EmbeddedImages,
     EmbeddedPairs,
+    compare_finished,
     embed_pairs,
     embed_readable,
     readable_images,
@@ -167,6 +168,8 @@ class DualRun:
                 model.clamp_scale()
                 save_model(model, out / "model")
         if result.finished and is_main_process():
+            if best is not None:
+                compare_finished(out, model, run._valid_images(model, out))
             write_run_report(out)
             print(
                 closing_line(

@@ -4,7 +4,7 @@ Shapes: B images, S pixels a side, N image tokens, L text tokens.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
