@@ -74,6 +74,14 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in lines(out) if "loss" in line]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_report():
+    """Curves take longer than all else here; tests/dual/test_training.py looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diptych.dual.training.write_run_report", lambda *arguments, **options: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def done(towers, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "ito"
@@ -216,8 +224,12 @@ def test_features_that_are_remembered_are_the_same(towers, tmp_path, monkeypatch
     encoder.remember(tmp_path)
     encoder.embed_images(pixels()), encoder.embed_texts(TEXTS)
     encoder.keep()
-    monkeypatch.setattr(TowersEncoder, "image_states", None)
-    monkeypatch.setattr(TowersEncoder, "text_states", None)
+
+    def fail(*arguments, **options):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(TowersEncoder, "image_states", fail)
+    monkeypatch.setattr(TowersEncoder, "text_states", fail)
     assert torch.equal(encoder.embed_images(pixels()), fresh[0])
     assert torch.equal(encoder.embed_texts(TEXTS), fresh[1])
     again = encoder_of(towers).eval()

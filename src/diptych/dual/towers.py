@@ -153,14 +153,14 @@ class TowersEncoder(DualEncoder, _Projected):
         assert self._known is not None
         write_bytes(self._kept_in, save({key: value.cpu().contiguous() for key, value in self._known.items()}))
 
-    def _once(self, compute: Callable[[], Tensor], *inputs: Tensor) -> Tensor:
-        if self._known is None:
-            return compute()
+    def _once(self, compute: Callable[..., Tensor], *inputs: Tensor, keep_tokens: bool) -> Tensor:
+        if self._known is None or keep_tokens:
+            return compute(*inputs, keep_tokens=keep_tokens)
         key = hashlib.blake2b(digest_size=16)
         for each in inputs:
             key.update(each.contiguous().cpu().numpy().data)
         if key.hexdigest() not in self._known:
-            self._known[key.hexdigest()] = compute()
+            self._known[key.hexdigest()] = compute(*inputs, keep_tokens=False)
         return self._known[key.hexdigest()]
 
     def heads(self) -> "Heads":
@@ -213,13 +213,13 @@ class TowersEncoder(DualEncoder, _Projected):
         return torch.cat([pooled_B1F, output.hidden_states[last]], 1)
 
     def encode_images(self, pixels_B3HW: Float[Tensor, "B 3 H W"], *, keep_tokens: bool = False) -> TowerOutput:
-        states_BSF = self._once(lambda: self.image_states(pixels_B3HW, keep_tokens=keep_tokens), pixels_B3HW)
+        states_BSF = self._once(self.image_states, pixels_B3HW, keep_tokens=keep_tokens)
         return self._embed(states_BSF, self.visual_projection, first=0, keep_tokens=keep_tokens)
 
     def encode_texts(
         self, ids_BL: Int[Tensor, "B L"], valid_BL: Bool[Tensor, "B L"], *, keep_tokens: bool = False
     ) -> TowerOutput:
-        states_BSF = self._once(lambda: self.text_states(ids_BL, valid_BL, keep_tokens=keep_tokens), ids_BL, valid_BL)
+        states_BSF = self._once(self.text_states, ids_BL, valid_BL, keep_tokens=keep_tokens)
         return self._embed(states_BSF, self.text_projection, first=1, keep_tokens=keep_tokens)
 
     @torch.no_grad()

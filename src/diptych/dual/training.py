@@ -237,22 +237,21 @@ class DualRun:
                 seed=self.train.seed,
             )
         else:
+            if config.tune != "heads" or config.dropout:
+                raise UserError("--model.tune and --model.dropout are for pretrained towers: give --model.image-tower")
             model = DualEncoder.from_config(config, self._tokenizer(source, out), seed=self.train.seed)
         if isinstance(model, TowersEncoder):
             model.freeze(config.tune, dropout=config.dropout)
-        elif config.tune != "heads" or config.dropout:
-            raise UserError("--model.tune and --model.dropout are for pretrained towers: give --model.image-tower too")
         return model.to(device)
 
     def _remember_validation(self, model: TowersEncoder, out: Path) -> float:
         """Compute the features of validation once; return the seconds that each validation takes from then on."""
         model.remember(self.data.cache or out / "features")
-        if self.data.valid is None:
+        if self.data.valid is None or not is_main_process():
             return 0.0
         measure = measure_retrieval(model, self._valid_images(model, out))
         measure(0, model)
-        if is_main_process():
-            model.keep()
+        model.keep()
         began = time.monotonic()
         measure(0, model)
         return time.monotonic() - began
