@@ -4,13 +4,14 @@ Shapes: B images, S pixels a side, N image tokens, L text tokens.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
