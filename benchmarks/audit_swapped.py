@@ -53,7 +53,7 @@ def main() -> None:
             recipe.train.quiet = True
             if minutes is None:
                 recipe.train.steps = 1
-                recipe.optim.lr = 0.0
+                recipe.optim.lr = 1e-12
             recipe.fit(run, recipe=given.recipe, budget=Budget(minutes) if minutes is not None else None)
             source = open_source(noisy)
             fits = pair_fits(open_dual(run, device="auto"), source, skipped=SkippedItems())

@@ -66,7 +66,9 @@ def test_a_fresh_network_gets_bad_ones(diptych):
     assert found.metrics["caption_accuracy"] == 0
     assert found.metrics["image_accuracy"] == 0
     assert found.captions == diptych.caption(list(SCENES.images(range(8), 32)), beams=1)
-    np.testing.assert_array_equal(found.generated_BSS3, diptych.imagine([texts[0] for texts in found.references]))
+    np.testing.assert_array_equal(
+        found.generated_BSS3, diptych.imagine_pixels([texts[0] for texts in found.references])
+    )
     np.testing.assert_array_equal(found.real_BSS3, SCENES.images(range(8), 32))
     assert found.keys == [SCENES.key(i) for i in range(8)]
     again = evaluate(diptych, SCENES, GREEDY)
@@ -148,7 +150,7 @@ class Fake(Diptych):
     def caption_tokens(self, tokens_BN, *, beams=None):
         return [Caption(text=text, score=None) for text in self.told]
 
-    def imagine(self, texts, *, seed=0, config=None):
+    def imagine_pixels(self, texts, *, seed=0, config=None):
         return self.drawn
 
 
