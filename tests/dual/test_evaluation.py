@@ -9,9 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+from diptych.data.pixels import SkippedItems
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import open_source
-from diptych.dual.evaluation import EmbeddedPairs, embed_pairs, embed_source, evaluate_dual_run, score_classes
+from diptych.dual.evaluation import (
+    EmbeddedPairs,
+    embed_pairs,
+    embed_source,
+    evaluate_dual_run,
+    pair_fits,
+    score_classes,
+)
 from diptych.dual.metrics import modality_gap
 from diptych.errors import UserError
 
@@ -181,3 +189,22 @@ def test_retrieval_stands_beside_chance_and_the_words_of_the_nearest_images(dual
     found = evaluate(dual_run)
     assert list(found["baselines"]) == ["chance"]
     assert found["notes"][-1].startswith("No baselines from the pairs: gone")
+
+
+def test_the_fit_of_a_pair_is_its_cosine_against_those_of_all_others(dual_encoder):
+    source = ScenesSource(count=12, captions_each=2)
+    fits = pair_fits(dual_encoder, source, skipped=SkippedItems())
+    assert [(each.item, each.caption) for each in fits] == [(item, n) for item in range(12) for n in range(2)]
+    pairs = embed_pairs(dual_encoder, embed_source(dual_encoder, source))
+    cosine_IT = (pairs.images_ID @ pairs.texts_TD.T).double()
+    for text, each in enumerate(fits):
+        own = cosine_IT[each.item, text]
+        row, column = cosine_IT[each.item], cosine_IT[:, text]
+        expected = (own - row.mean()) / row.std(unbiased=False) + (own - column.mean()) / column.std(unbiased=False)
+        assert each.fit == pytest.approx(float(expected), abs=0.02)
+
+
+def test_images_alone_have_no_fit(dual_encoder, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="has no captions that could fit"):
+        pair_fits(dual_encoder, open_source(str(tmp_path)), skipped=SkippedItems())

@@ -97,6 +97,9 @@ def test_a_probe_leaves_a_run_that_classifies_without_texts(dataset, encoders, t
     assert all(sum(g.probability for g in predictions) == pytest.approx(1) for predictions in found)
     assert all(predictions[0].probability >= predictions[1].probability for predictions in found)
 
+    assert classifier.predictions([str(file) for file in files], top=2) == found
+    assert classifier.predictions(files[0])[0] == found[0][:1]
+
     source = open_source(str(dataset / "images"))
     metrics = evaluate_classifier_run(tmp_path / "run", source, out=tmp_path / "scores", device="cpu")
     assert json.loads((tmp_path / "scores" / "metrics.json").read_text()) == metrics

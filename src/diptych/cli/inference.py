@@ -96,7 +96,7 @@ def imagine(
 
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
     config = replace(diptych.image_generation, **{name: value for name, value in given.items() if value is not None})
-    images = list(diptych.imagine(texts, seed=seed, config=config))
+    images = list(diptych.imagine_pixels(texts, seed=seed, config=config))
     _make_room(out)
     for number, image in enumerate(images):
         save_png(out / f"{number:03d}.png", image)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
+from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
 from diptych.encoders.text import cleaned
 from diptych.errors import UserError, first_line
 from diptych.io import without_progress_bars
@@ -262,8 +264,19 @@ class DualEncoder(nn.Module, Temperature):
 
     # Inference
 
-    def embed_images(self, pixels_B3HW: UInt8[Tensor, "B 3 H W"], *, batch_size: int = 64) -> Float[Tensor, "B D"]:
-        """L2-normalized embeddings, fp32, on the encoder's device. H and W are ``image_size``."""
+    def embed_images(
+        self, images: UInt8[Tensor, "B 3 H W"] | ImageLike | Sequence[ImageLike], *, batch_size: int = 64
+    ) -> Float[Tensor, "B D"]:
+        """L2-normalized embeddings of images, or of a single one, fp32, on the encoder's device.
+
+        Of a tensor H and W are ``image_size``. Raises as :func:`to_pixels`.
+        """
+        if not isinstance(images, Tensor):
+            every = one_or_more(images)
+            rows = [every[start : start + batch_size] for start in range(0, len(every), batch_size)]
+            pixels = (np.stack([to_pixels(image, self.image_size) for image in row]) for row in rows)
+            return torch.cat([self.embed_images(channels_first(row)) for row in pixels])
+        pixels_B3HW = images
         with eval_mode(self):
             parts = [
                 self.encode_images(part.to(self.mean_311.device).float() / 255).pooled_BD

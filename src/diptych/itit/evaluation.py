@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
@@ -144,7 +145,7 @@ def evaluate(
             metrics |= {"caption_information_gain": gain.caption, "image_information_gain": gain.image}
             notes.append(_GAIN_NOTE)
     if config.images:
-        generated = diptych.imagine(
+        generated = diptych.imagine_pixels(
             first, seed=config.seed, advance=ProgressLine("generating images") if shown else None
         )
         distance, note = _frechet(pixels, generated, extractor or RandomFeatures())
@@ -225,7 +226,7 @@ def drift(
     told = [caption.text for caption in diptych.caption_tokens(diptych.tokenize(generated_BSS3), beams=1)]
     text_trip, image = caption_accuracy(told, scenes), image_accuracy(generated_BSS3, scenes)
     image_trip, caption = (
-        image_accuracy(diptych.imagine(captions, seed=seed), scenes),
+        image_accuracy(diptych.imagine_pixels(captions, seed=seed), scenes),
         caption_accuracy(captions, scenes),
     )
     return _excess("text_drift", text_trip, image) | _excess("image_drift", image_trip, caption)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from torch import Tensor
 
-from diptych.data.pixels import SkippedItems
+from diptych.data.pixels import ImageLike, SkippedItems, channels_first, one_or_more, to_pixels
 from diptych.data.sources import Source
 from diptych.data.splits import Labelled
 from diptych.encoders import ImageEncoder, open_image_encoder
@@ -55,9 +56,20 @@ class Classifier:
         with eval_mode(self.encoder), eval_mode(self.head):
             return self.head(self.encoder(pixels_B3SS.to(self.device)), IMAGE).softmax(1)
 
-    def predictions(self, pixels_B3SS: Tensor, *, top: int) -> list[list[Prediction]]:
-        """The ``top`` most probable classes of each image, best first."""
-        return top_predictions(self.probabilities(pixels_B3SS), self.classes, top=top)
+    def predictions(
+        self, images: UInt8[Tensor, "B 3 S S"] | ImageLike | Sequence[ImageLike], *, top: int = 1
+    ) -> list[list[Prediction]]:
+        """The ``top`` most probable classes of each image, best first; a list of one for a single image.
+
+        Raises as :func:`to_pixels`.
+        """
+        if isinstance(images, Tensor):
+            return top_predictions(self.probabilities(images), self.classes, top=top)
+        every, found = one_or_more(images), []
+        for start in range(0, len(every), _ROWS):
+            pixels = np.stack([to_pixels(image, self.image_size) for image in every[start : start + _ROWS]])
+            found += self.predictions(channels_first(pixels), top=top)
+        return found
 
 
 def evaluate_classifier_run(
