@@ -34,7 +34,7 @@ def oracle(diptych, monkeypatch) -> Diptych:
     """Knows every scene: its captions and images are right."""
     captions = [Caption(text=SCENES.captions(i)[0], score=None) for i in range(8)]
     monkeypatch.setattr(Diptych, "caption_tokens", lambda self, tokens_BN, **_: captions)
-    monkeypatch.setattr(Diptych, "imagine", lambda self, texts, **_: SCENES.images(range(8), 32))
+    monkeypatch.setattr(Diptych, "imagine_pixels", lambda self, texts, **_: SCENES.images(range(8), 32))
     return diptych
 
 
