@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 	$(BIN)/diptych demo --out $(OUT)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

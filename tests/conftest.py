@@ -1,5 +1,6 @@
 """The smallest complete Diptych: a tokenizer, a text encoder and a network, with random weights; and a dual encoder."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,13 @@ from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerCon
 from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.text_tokenizer import train_tokenizer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of several test processes one thread: more would wait for one another."""
+    if hasattr(config, "workerinput"):
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,8 @@ USES: dict[Kind, tuple[str, str]] = {
 """What only runs of each kind can do, said of another run, and the recipes of the kind."""
 BASELINES = "baselines.json"
 """File of what a run is compared with, beside its own scores."""
+CLASS_BASELINES = "baselines.safetensors"
+"""File of the classifiers that a classifier is compared with."""
 _LIBRARIES = ("diptych", "torch", "accelerate", "transformers", "datasets")
 
 

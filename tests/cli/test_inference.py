@@ -4,7 +4,9 @@ import io
 import json
 import subprocess
 import sys
+import tarfile
 import zlib
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 from diptych.data.scenes.source import ScenesSource
+from diptych.data.sources import open_source
 from diptych.data.sources.decode import decode
 from diptych.data.store import VectorStore
 from diptych.dual.search import Index
@@ -485,3 +488,71 @@ def test_evaluate_a_dual_encoder(call, dual_run):
     metrics = json.loads((dual_run / "evaluation/metrics.json").read_text())
     assert metrics["images"] == 8
     assert {"zero_shot/top1", "linear_probe/accuracy", "modality/accuracy"} <= metrics.keys()
+
+
+@pytest.fixture
+def set_of_images(photo, tmp_path):
+    """40 images, of which two are captioned and one cannot be read."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i:02}.png").write_bytes(photo.read_bytes() if i != 5 else b"no image")
+    (folder / "03.txt").write_text("my own caption\n")
+    (folder / "07.txt").write_text("another of mine\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl", "out.parquet", "out.json"])
+def test_captions_of_a_data_set(call, run, set_of_images, tmp_path, mistaken, name):
+    out = tmp_path / name
+    status, told, err = call("caption", run, set_of_images, "--out", out, "--beams", 1)
+    assert status == 1
+    assert "05.png: is not an image" in err
+    assert told == f"37 images captioned; 2 that have captions left out: {out}\n"
+    source = open_source(str(out))
+    assert [Path(source.key(i)).name for i in range(3)] == ["00.png", "01.png", "02.png"]
+    assert len(source) == 37
+    expected = call("caption", run, set_of_images / "00.png", "--beams", 1)[1].strip()
+    assert source.captions(0) == ([expected] if expected else [])
+    assert source.image(0, 8).shape == (8, 8, 3)
+    mistaken(call("caption", run, set_of_images, "--out", out), f"{name}: exists already")
+    every = call("caption", run, set_of_images, "--out", tmp_path / f"all-{name}", "--all", "--beams", 1)
+    assert every[1].startswith("39 images captioned: ")
+
+
+def test_captioning_that_is_killed_goes_on(call, run, set_of_images, tmp_path, mistaken, monkeypatch):
+    from diptych.data import caption_file
+
+    call("caption", run, set_of_images, "--out", tmp_path / "whole.csv")
+    add, killed = caption_file.CaptionFile.add, []
+
+    def add_and_die(self, made):
+        add(self, made)
+        if len(killed) < 2:
+            killed.append(len(self.made))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(caption_file.CaptionFile, "add", add_and_die)
+    parts = tmp_path / "parts.csv"
+    for _ in range(2):
+        assert call("caption", run, set_of_images, "--out", parts)[0] == 130
+        assert not parts.exists()
+    with open(tmp_path / ".parts.csv.partial", "a") as file:
+        file.write('{"file": "a line that was cut sh')
+    mistaken(call("caption", run, set_of_images, "--out", parts, "--beams", 3), "begun by another run")
+    out = call("caption", run, set_of_images, "--out", parts)[1]
+    assert out.startswith(f"37 images captioned, {killed[1]} of them before;")
+    assert parts.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not (tmp_path / ".parts.csv.partial").exists()
+
+
+def test_captions_beside_the_images(call, run, set_of_images, tmp_path, mistaken):
+    status, out, _ = call("caption", run, set_of_images, "--out", "sidecars", "--beams", 1)
+    assert (status, out.split(";")[0]) == (1, "37 images captioned")
+    assert (set_of_images / "03.txt").read_text() == "my own caption\n"
+    assert len(list(set_of_images.glob("*.txt"))) == 39
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        tar.add(set_of_images / "00.png", "00.png")
+    mistaken(call("caption", run, tmp_path / "t.tar", "--out", "sidecars"), "00 is no file")
+    mistaken(call("caption", run, "scenes:?count=2", "--out", "sidecars", "--all"), "--all: goes with --out FILE")
+    mistaken(call("caption", run, set_of_images, "--out", "x.txt"), "x.txt: give a name that ends in .csv")

@@ -11,12 +11,14 @@ from diptych.data.pixels import (
     SkippedItems,
     decode_files,
     image_batches,
+    one_or_more,
     pixel_stream,
     read_captioned,
     read_first_images,
+    to_pixels,
 )
 from diptych.data.scenes.source import ScenesSource
-from diptych.data.sources.decode import UnreadableImage
+from diptych.data.sources.decode import UnreadableImage, decode
 from diptych.data.splits import Subset
 from diptych.errors import UserError
 
@@ -245,3 +247,16 @@ def test_readable_images_are_the_same_each_time(monkeypatch, cache_mb, reads):
         assert [items.tolist() for _, items in images] == [[0, 1, 2, 3], [5, 6, 7], [8]]
     assert len(asked) == 9 * reads
     assert list(skipped.reasons) == ["0/4"]
+
+
+def test_whatever_holds_an_image_gives_the_same_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    expected = decode(tmp_path / "a.png", 4)
+    for image in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels), pixels):
+        assert np.array_equal(to_pixels(image, 4), expected)
+        assert len(one_or_more(image)) == 1
+        assert len(one_or_more([image, image])) == 2
+    assert len(one_or_more(np.stack([pixels] * 3))) == 3
+    with pytest.raises(UserError, match=r"an image of float32 \(8, 12, 3\): give uint8"):
+        to_pixels(pixels.astype(np.float32), 4)

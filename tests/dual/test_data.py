@@ -107,3 +107,15 @@ def test_images_that_fit_are_decoded_once(cache_mb, decoded):
 def test_a_source_without_captions_is_refused():
     with pytest.raises(UserError, match="counted: no item has a caption"):
         CaptionIds.read(Counted(4), np.array([0]), tokenize)
+
+
+def test_the_first_items_keep_their_captions():
+    captions = CaptionIds.read(Counted(40), np.arange(40), tokenize)
+    few = captions.first_items(7)
+    assert len(few.items) == 7
+    assert few.items.tolist() == sorted({*few.items.tolist()} & {*captions.items.tolist()})
+    for row, item in enumerate(few.items):
+        numbers = np.arange(few.first[row], few.first[row + 1])
+        texts = [few.ids[few.starts[number] : few.starts[number + 1]].tolist() for number in numbers]
+        assert texts == tokenize(Counted(40).captions(int(item)))
+    assert captions.first_items(99) is captions

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,9 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+from diptych.data.pixels import SkippedItems
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import open_source
-from diptych.dual.evaluation import EmbeddedPairs, embed_pairs, embed_source, evaluate_dual_run, score_classes
+from diptych.dual.evaluation import (
+    EmbeddedPairs,
+    embed_pairs,
+    embed_source,
+    evaluate_dual_run,
+    pair_fits,
+    score_classes,
+)
 from diptych.dual.metrics import modality_gap
 from diptych.errors import UserError
 
@@ -155,3 +164,47 @@ def test_codes_are_no_names(dual_run, dual_encoder, tmp_path, capsys):
     classes.write_text("blue\ngreen\n")
     with pytest.raises(UserError, match="none of its lines is for the label 'red'"):
         evaluate(dual_run, tmp_path / "named", classes=classes)
+
+
+def test_retrieval_stands_beside_chance_and_the_words_of_the_nearest_images(dual_run, capsys):
+    """A random encoder knows nothing; the captions of images that look alike share words with the right one."""
+    config = json.loads((dual_run / "config.json").read_text())
+    config["run"]["data"]["pairs"] = "scenes:?count=200&seed=2"
+    (dual_run / "config.json").write_text(json.dumps(config))
+    found = evaluate(dual_run)
+    chance, nearest = found["baselines"].values()
+    assert list(found["baselines"]) == [
+        "chance",
+        "captions of the 30 nearest by colour and gradient histograms",
+    ]
+    alike = [SOURCE.captions(i)[0] for i in range(60)]
+    assert chance["retrieval/image_to_text/r1"] == pytest.approx(np.mean([alike.count(text) / 60 for text in alike]))
+    assert nearest["retrieval/mean_r1"] > 2 * chance["retrieval/mean_r1"]
+    assert "The run loses to a baseline: retrieval/mean_r1" in found["verdict"]
+    assert found["verdict"] in capsys.readouterr().out
+
+    config["run"]["data"]["pairs"] = "gone/"
+    (dual_run / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(dual_run / "evaluation")
+    found = evaluate(dual_run)
+    assert list(found["baselines"]) == ["chance"]
+    assert found["notes"][-1].startswith("No baselines from the pairs: gone")
+
+
+def test_the_fit_of_a_pair_is_its_cosine_against_those_of_all_others(dual_encoder):
+    source = ScenesSource(count=12, captions_each=2)
+    fits = pair_fits(dual_encoder, source, skipped=SkippedItems())
+    assert [(each.item, each.caption) for each in fits] == [(item, n) for item in range(12) for n in range(2)]
+    pairs = embed_pairs(dual_encoder, embed_source(dual_encoder, source))
+    cosine_IT = (pairs.images_ID @ pairs.texts_TD.T).double()
+    for text, each in enumerate(fits):
+        own = cosine_IT[each.item, text]
+        row, column = cosine_IT[each.item], cosine_IT[:, text]
+        expected = (own - row.mean()) / row.std(unbiased=False) + (own - column.mean()) / column.std(unbiased=False)
+        assert each.fit == pytest.approx(float(expected), abs=0.02)
+
+
+def test_images_alone_have_no_fit(dual_encoder, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="has no captions that could fit"):
+        pair_fits(dual_encoder, open_source(str(tmp_path)), skipped=SkippedItems())

@@ -285,3 +285,15 @@ def test_transformers_own_processor_sees_the_same_square(dual_encoder, tmp_path)
         assert ours @ theirs(ImageOps.fit(image, (min(image.size),) * 2)) >= 0.9999
         assert ours @ theirs(image) >= 0.99  # half a pixel of the small image at most
     assert ours.shape == (dual_encoder.width,)
+
+
+def test_images_are_embedded_as_paths_pillow_images_and_arrays(dual_encoder, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    expected = dual_encoder.embed_images(decode_files(files, size=dual_encoder.image_size))
+    for images in (files, list(pixels), pixels, [str(files[0]), Image.fromarray(pixels[1]), pixels[2]]):
+        with torch.inference_mode():
+            torch.testing.assert_close(dual_encoder.embed_images(images, batch_size=2), expected)
+    torch.testing.assert_close(dual_encoder.embed_images(files[1]), expected[1:2])

@@ -19,7 +19,8 @@ from diptych.registry import RECIPES
 from diptych.run_folder import kind_of, read_config
 from diptych.train.config import OptimConfig, TrainConfig
 
-NAMES = [name for name in RECIPES if name.split("-")[0] in ("ito", "clip", "siglip", "slip")]
+FAMILIES = ("ito", "clip", "siglip", "slip")
+NAMES = [name for name in RECIPES if name.split("-")[0] in FAMILIES and not name.endswith("-frozen")]
 SCENES = ScenesSource(count=24)
 MODEL = DualEncoderConfig(
     image_size=16,
@@ -273,6 +274,17 @@ def test_the_best_weights_are_kept_and_training_ends_without_better_ones(tmp_pat
     kept = DualEncoder.from_pretrained(tmp_path / "run").clip.visual_projection.weight
     assert torch.equal(kept, seen[2])
     assert "best after step 2, mean_r1 50.0 %" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_first_line_of_the_report_says_how_the_run_does_beside_its_baselines(done):
+    found = json.loads((done / "baselines.json").read_text())
+    names = [row[0] for row in found["rows"]]
+    assert names[:2] == ["this run", "chance"]
+    assert names[2].startswith("captions of the ")
+    page = (done / "report.html").read_text()
+    (lead,) = [line for line in page.splitlines() if 'class="lead"' in line]
+    assert found["verdict"].split(":")[0] in lead
+    assert found["verdict"].startswith(("The run loses to a baseline", "No baseline does better"))
 
 
 def test_the_report_has_curves_and_the_images_that_texts_find(done):

@@ -12,12 +12,13 @@ from diptych.errors import UserError
 from diptych.eval.baselines import (
     Baseline,
     CaptionPool,
-    ClassifiedFeatures,
+    ClassBaselines,
     Comparison,
     caption_baselines,
-    class_baselines,
+    chance_of_recall,
     histograms,
     image_histograms,
+    lent_embeddings,
     most_frequent,
     nearest,
 )
@@ -147,6 +148,30 @@ def test_pairs_without_an_image_that_can_be_read(photos):
         caption_baselines(Subset(source, np.array([0])), Subset(source, np.array([1])), score=lambda captions: {})
 
 
+# Retrieval
+
+
+def test_images_have_the_words_of_their_nearest(photos, monkeypatch):
+    monkeypatch.setattr("diptych.eval.baselines.NEAREST", 2)
+    source = open_source(str(photos))
+    pairs, test = Subset(source, np.array([0, 2, 3, 5])), Subset(source, np.array([1, 4]))
+    texts = ["green grass", "a red wall", "unknown words"]
+    ((name, (images_BV, texts_NV)),) = lent_embeddings(pairs, test, texts).items()
+    assert name == "captions of the 2 nearest by colour and gradient histograms"
+    assert (images_BV @ texts_NV.T).argmax(1).tolist() == [0, 1]
+    np.testing.assert_allclose(images_BV.norm(dim=1), 1, rtol=1e-6)
+    assert texts_NV[2].abs().sum() == 0
+    assert float(images_BV[1] @ texts_NV[1]) == pytest.approx(1)
+
+
+def test_chance_of_recall_by_hand():
+    """Of 4 targets: 1 right one is among 2 random ones with 1/2, 2 right ones with 1 - 1/6, all 4 with 1."""
+    right_Q = torch.tensor([1, 2, 4])
+    assert chance_of_recall(right_Q, targets=4, k=2) == pytest.approx((1 / 2 + 5 / 6 + 1) / 3)
+    assert chance_of_recall(right_Q, targets=4, k=10) == 1
+    assert chance_of_recall(right_Q, targets=4, k=1) == pytest.approx(7 / 12)
+
+
 # Features
 
 
@@ -186,26 +211,31 @@ def score(logits_NC, labels_N):
     return {"accuracy": float((logits_NC.argmax(1) == labels_N).float().mean())}
 
 
-def test_chance_frequent_class_and_regression():
+def test_chance_frequent_class_and_regression(tmp_path):
     x_N = torch.tensor([-2.0, -1.0, 1.0, 2.0, 3.0])[:, None]
     y_N = (x_N[:, 0] > 0).long()
-    both = ClassifiedFeatures(train=(x_N, y_N), valid=(x_N, y_N), test=(x_N[:4], y_N[:4]))
-    found = class_baselines({"the same features": both}, classes=2, score=score)
-    assert {each.name: each.scores["accuracy"] for each in found} == {
-        "chance": 0.5,
-        "most frequent class": 0.5,
-        "logistic regression on the same features": 1.0,
-    }
-    assert found[0].scores["loss"] == pytest.approx(math.log(2))
+    fitted = ClassBaselines.fit({"the same features": ((x_N, y_N), (x_N, y_N))}, classes=2)
+    fitted.save(tmp_path / "baselines.safetensors")
+    for each in (fitted, ClassBaselines.load(tmp_path / "baselines.safetensors", device="cpu")):
+        found = each.scored({"the same features": (x_N[:4], y_N[:4])}, score)
+        assert {each.name: each.scores["accuracy"] for each in found} == {
+            "chance": 0.5,
+            "most frequent class": 0.5,
+            "logistic regression on the same features": 1.0,
+        }
+        assert found[0].scores["loss"] == pytest.approx(math.log(2))
 
 
 def test_classes_of_equal_size_have_no_most_frequent_one():
     x_N, y_N = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
-    both = ClassifiedFeatures(train=(x_N, y_N), valid=(x_N, y_N), test=(x_N, y_N))
-    assert [each.name for each in class_baselines({"x": both}, classes=2, score=score)] == [
-        "chance",
-        "logistic regression on x",
-    ]
+    found = ClassBaselines.fit({"x": ((x_N, y_N), (x_N, y_N))}, classes=2).scored({"x": (x_N, y_N)}, score)
+    assert [each.name for each in found] == ["chance", "logistic regression on x"]
+
+
+def test_a_damaged_file_of_class_baselines(tmp_path):
+    (tmp_path / "baselines.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"baselines\.safetensors: the fitted baselines cannot be read"):
+        ClassBaselines.load(tmp_path / "baselines.safetensors", device="cpu")
 
 
 def test_a_comparison_is_json(tmp_path):

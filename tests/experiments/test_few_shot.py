@@ -13,12 +13,15 @@ import pytest
 from diptych.data.splits import draw_episode
 from diptych.experiments.few_shot import (
     CONTROLS,
+    REGRESSION,
     FewShotConfig,
     FewShotResult,
     accuracy_figure,
+    after_refit,
     as_json,
     few_shot,
     gain,
+    regression,
     show,
     spread,
     table,
@@ -50,6 +53,7 @@ def results():
         aux_weights=(1.0,),
         steps=200,
         eval_every=40,
+        after_selection="refit",
         head=SharedHeadConfig(logit_scale=4.0),
     )
     episodes = {
@@ -57,15 +61,31 @@ def results():
         for shots in config.shots
         for seed in config.seeds
     }
-    return few_shot(images, texts, episodes, np.arange(16 * CLASSES, 60 * CLASSES), config)
+    test = np.arange(16 * CLASSES, 60 * CLASSES)
+    return few_shot(images, texts, episodes, test, config) + regression(images, episodes, test, config)
 
 
 def test_every_control_is_tried_on_every_episode(results):
     tried = {(each.control, each.shots, each.seed) for each in results}
-    assert tried == {(name, shots, seed) for name in CONTROLS for shots in (1, 2) for seed in (1, 2, 3)}
+    assert tried == {(name, shots, seed) for name in (*CONTROLS, REGRESSION) for shots in (1, 2) for seed in (1, 2, 3)}
     assert len(results) == len(tried)
     without = {"image only", "init only"}
-    assert all((each.chosen["aux_weight"] == 0) == (each.control in without) for each in results)
+    grid = [each for each in results if each.control != REGRESSION]
+    assert all((each.chosen["aux_weight"] == 0) == (each.control in without) for each in grid)
+
+
+def test_a_refit_learns_from_twice_the_images_at_these_shots(results):
+    refitted = after_refit(results)
+    assert len(refitted) == len(results)
+    for control in ("image only", REGRESSION):
+        for shots in (1, 2):
+            assert spread(refitted, control, shots)[0] > spread(results, control, shots)[0] + 0.02
+    assert after_refit(made_up([0.1])) == []
+
+
+def test_the_head_is_no_worse_than_logistic_regression(results):
+    for each in (results, after_refit(results)):
+        assert gain(each, "image only", REGRESSION).mean > -0.01
 
 
 def test_related_texts_help_and_unrelated_ones_do_not(results):
@@ -82,12 +102,12 @@ def test_related_texts_help_and_unrelated_ones_do_not(results):
 def test_the_report_has_table_sentences_figure_and_numbers(results, capsys):
     show(results, title="attributes")
     told = capsys.readouterr().out
-    for name in CONTROLS:
+    for name in (*CONTROLS, REGRESSION):
         assert name in told
     assert "UML against image only: " in told
     assert b"<svg" in accuracy_figure(results, title="attributes")
     found = as_json(results)
-    assert len(found["outcomes"]) == 36
+    assert len(found["outcomes"]) == 42
     assert {each["shots"] for each in found["gains"]} == {"all", 1, 2}
 
 

@@ -81,7 +81,7 @@ def test_both_run_folders_load(shown):
     out, _ = shown
     for name in ("paired_only", "itit"):
         loaded = Diptych.from_pretrained(out / name)
-        assert loaded.imagine(["a red circle"]).shape == (1, 32, 32, 3)
+        assert loaded.imagine_pixels(["a red circle"]).shape == (1, 32, 32, 3)
         lines = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
         assert any("caption_accuracy" in line for line in lines)

@@ -9,7 +9,7 @@ from diptych.data.sources import open_source
 from diptych.errors import UserError
 from diptych.eval.frechet import RandomFeatures
 from diptych.itit import evaluation as module
-from diptych.itit.evaluation import EvaluateConfig, drift, evaluate, information_gain
+from diptych.itit.evaluation import EvaluateConfig, drift, evaluate, information_gain, pair_fits
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.pipeline import Caption, Diptych
 
@@ -34,7 +34,7 @@ def oracle(diptych, monkeypatch) -> Diptych:
     """Knows every scene: its captions and images are right."""
     captions = [Caption(text=SCENES.captions(i)[0], score=None) for i in range(8)]
     monkeypatch.setattr(Diptych, "caption_tokens", lambda self, tokens_BN, **_: captions)
-    monkeypatch.setattr(Diptych, "imagine", lambda self, texts, **_: SCENES.images(range(8), 32))
+    monkeypatch.setattr(Diptych, "imagine_pixels", lambda self, texts, **_: SCENES.images(range(8), 32))
     return diptych
 
 
@@ -66,7 +66,9 @@ def test_a_fresh_network_gets_bad_ones(diptych):
     assert found.metrics["caption_accuracy"] == 0
     assert found.metrics["image_accuracy"] == 0
     assert found.captions == diptych.caption(list(SCENES.images(range(8), 32)), beams=1)
-    np.testing.assert_array_equal(found.generated_BSS3, diptych.imagine([texts[0] for texts in found.references]))
+    np.testing.assert_array_equal(
+        found.generated_BSS3, diptych.imagine_pixels([texts[0] for texts in found.references])
+    )
     np.testing.assert_array_equal(found.real_BSS3, SCENES.images(range(8), 32))
     assert found.keys == [SCENES.key(i) for i in range(8)]
     again = evaluate(diptych, SCENES, GREEDY)
@@ -148,7 +150,7 @@ class Fake(Diptych):
     def caption_tokens(self, tokens_BN, *, beams=None):
         return [Caption(text=text, score=None) for text in self.told]
 
-    def imagine(self, texts, *, seed=0, config=None):
+    def imagine_pixels(self, texts, *, seed=0, config=None):
         return self.drawn
 
 
@@ -215,3 +217,27 @@ def test_what_was_learned_is_found(exact, pairs):
     found = information_gain(exact, tokens, ids)
     assert found.caption > 0.3
     assert found.image > 0.3
+
+
+def test_a_caption_that_does_not_fit_gains_nothing_from_its_image(exact, monkeypatch):
+    source = ScenesSource(count=6)
+    pixels = [source.image(i, exact.tokenizer.image_size) for i in range(6)]
+    tokens = exact.tokenize(np.stack(pixels))
+    ids = exact.text_encoder.tokenize([source.captions(i)[0] for i in range(6)], length=20)[0]
+    rule = torch.optim.Adam(exact.model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = module._caption_loss(exact, exact.model.encode(exact.model.embed_image(tokens)), ids)
+        rule.zero_grad()
+        loss.backward()
+        rule.step()
+    fits = pair_fits(exact, source, skipped=SkippedItems())
+    assert [(each.item, each.caption) for each in fits] == [(i, 0) for i in range(6)]
+    assert min(each.fit for each in fits) > 0
+    captions = [source.captions(i) for i in range(6)]
+    captions[1], captions[4] = captions[4], captions[1]
+    monkeypatch.setattr(ScenesSource, "captions", lambda self, i: captions[i])
+    worst = sorted(pair_fits(exact, source, skipped=SkippedItems()), key=lambda each: each.fit)
+    assert {each.item for each in worst[:2]} == {1, 4}
+    monkeypatch.setattr(module, "_ROWS", 4)
+    again = sorted(pair_fits(exact, source, skipped=SkippedItems()), key=lambda each: each.fit)
+    assert [each.fit for each in again] == pytest.approx([each.fit for each in worst], abs=1e-5)

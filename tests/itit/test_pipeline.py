@@ -82,7 +82,7 @@ def test_the_libraries_show_no_progress(run, made, monkeypatch, capfd):
     from transformers.utils import logging
 
     monkeypatch.setattr(logging, "_tqdm_active", True)
-    Diptych.from_pretrained(run, device="cpu").imagine("a red circle")
+    Diptych.from_pretrained(run, device="cpu").imagine_pixels("a red circle")
     made.text_encoder.save_pretrained(run / "again")
     assert capfd.readouterr() == ("", "")
     assert logging.is_progress_bar_enabled()
@@ -94,7 +94,7 @@ def test_bf16_is_near_fp32(made, run, pixels):
     scores = [caption.score for caption in near.captions(list(pixels))]
     assert scores != exact
     assert scores == pytest.approx(exact, rel=0.01)
-    assert near.imagine(["a red circle"]).shape == (1, 32, 32, 3)
+    assert near.imagine_pixels(["a red circle"]).shape == (1, 32, 32, 3)
 
 
 def test_many_images_are_captioned_in_pieces(made, pixels, monkeypatch):
@@ -142,11 +142,11 @@ def test_other_arrays_are_refused(made, wrong):
 
 
 def test_images_follow_from_text_and_seed(made, scene_texts):
-    first = made.imagine(scene_texts[:3], seed=1)
+    first = made.imagine_pixels(scene_texts[:3], seed=1)
     assert (first.shape, first.dtype) == ((3, 32, 32, 3), np.uint8)
-    np.testing.assert_array_equal(first, made.imagine(scene_texts[:3], seed=1))
-    assert (first != made.imagine(scene_texts[:3], seed=2)).any(axis=(1, 2, 3)).all()
-    assert (first[0] != made.imagine([scene_texts[0]] * 2, seed=1)[1]).any()
+    np.testing.assert_array_equal(first, made.imagine_pixels(scene_texts[:3], seed=1))
+    assert (first != made.imagine_pixels(scene_texts[:3], seed=2)).any(axis=(1, 2, 3)).all()
+    assert (first[0] != made.imagine_pixels([scene_texts[0]] * 2, seed=1)[1]).any()
 
 
 def test_the_image_of_a_text_does_not_depend_on_its_place(made, scene_texts, monkeypatch):
@@ -185,20 +185,20 @@ def test_many_texts_are_imagined_in_pieces(made, scene_texts, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "红色的圆", "a red circle " * 800, "<pad></s><extra_id_0>", "\0"])
 def test_any_text_can_be_imagined(made, text):
-    assert made.imagine([text]).shape == (1, 32, 32, 3)
+    assert made.imagine_pixels([text]).shape == (1, 32, 32, 3)
 
 
 def test_no_text_and_a_text_without_its_list_are_refused(made):
     with pytest.raises(UserError, match="no text to imagine"):
-        made.imagine([])
-    assert (made.imagine("a red circle", seed=3) == made.imagine(["a red circle"], seed=3)).all()
+        made.imagine_pixels([])
+    assert (made.imagine_pixels("a red circle", seed=3) == made.imagine_pixels(["a red circle"], seed=3)).all()
 
 
 def test_a_cycle_alternates(made, scene_texts, pixels):
     steps = made.cycle(text=scene_texts[0], rounds=2, seed=3)
     assert [step.image is None for step in steps] == [True, False, True, False, True]
     assert steps[0].shown == scene_texts[0]
-    np.testing.assert_array_equal(steps[1].shown, made.imagine([scene_texts[0]], seed=3)[0])
+    np.testing.assert_array_equal(steps[1].shown, made.imagine_pixels([scene_texts[0]], seed=3)[0])
     assert steps[2].shown == made.caption([steps[1].image])[0]
     again = made.cycle(text=scene_texts[0], rounds=2, seed=3)
     np.testing.assert_array_equal(steps[3].image, again[3].image)
@@ -221,7 +221,7 @@ def test_a_run_folder_is_the_same_diptych(made, run, pixels, scene_texts):
     loaded = diptych.Diptych.from_pretrained(run, device="cpu", precision="fp32")
     assert (loaded.image_generation, loaded.text_generation) == (IMAGES, TEXTS)
     assert loaded.captions(list(pixels)) == made.captions(list(pixels))
-    np.testing.assert_array_equal(loaded.imagine(scene_texts[:2]), made.imagine(scene_texts[:2]))
+    np.testing.assert_array_equal(loaded.imagine_pixels(scene_texts[:2]), made.imagine_pixels(scene_texts[:2]))
     assert tokenizers_of(loaded).fingerprint == tokenizers_of(made).fingerprint
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config["run"]))  # as older runs have it
@@ -289,7 +289,7 @@ def test_damaged_parts_are_named_in_one_line(run, part, damage):
         case "config":
             (run / part / "config.json").write_text("{")
     with pytest.raises(UserError) as caught:
-        Diptych.from_pretrained(run).imagine("a red circle")  # the text encoder is read when it is needed
+        Diptych.from_pretrained(run).imagine_pixels("a red circle")  # the text encoder is read when it is needed
     one_line(caught, str(run / part))
 
 
@@ -321,3 +321,12 @@ def test_an_unreadable_image_is_named(made, tmp_path, wide):
     with pytest.raises(UserError) as caught:
         made.caption([tmp_path / "cut.jpg"])
     one_line(caught, str(tmp_path / "cut.jpg"))
+
+
+def test_images_come_as_pillow_images(made, scene_texts):
+    with torch.inference_mode():
+        images = made.imagine(scene_texts[:2], seed=1)
+    assert np.array_equal(
+        np.stack([np.asarray(image) for image in images]), made.imagine_pixels(scene_texts[:2], seed=1)
+    )
+    assert len(made.imagine(scene_texts[0])) == 1

@@ -154,7 +154,7 @@ def test_the_folder_works_elsewhere(done, tmp_path):
     assert there.image_generation == IMAGES
     images = list(ScenesSource(count=3).images(range(3), 32))
     assert there.captions(images) == here.captions(images)
-    np.testing.assert_array_equal(there.imagine(["a red circle"]), here.imagine(["a red circle"]))
+    np.testing.assert_array_equal(there.imagine_pixels(["a red circle"]), here.imagine_pixels(["a red circle"]))
 
 
 def test_the_same_command_again_changes_nothing(done, tmp_path, monkeypatch):

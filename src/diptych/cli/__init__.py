@@ -1,12 +1,13 @@
 """The command line: one function for each command, its name, and the exit status of mistakes and interruptions."""
 
+import io
 import os
 import sys
 from typing import Any
 
 import tyro
 
-from diptych.cli.inference import caption, classify, cycle, embed, evaluate, export, imagine, search
+from diptych.cli.inference import audit, caption, classify, cycle, embed, evaluate, export, imagine, search
 from diptych.cli.training import check, demo, encode, features, fit, fit_for_help, recipes
 from diptych.errors import UserError
 from diptych.train.interrupt import Interrupted
@@ -20,6 +21,7 @@ COMMANDS = {
     "demo": demo,
     "recipes": recipes,
     "check": check,
+    "audit": audit,
     "encode": encode,
     "features": features,
     "caption": caption,
@@ -39,6 +41,9 @@ def main() -> None:
     # The libraries read these when they are imported. Loading three small files needs no progress bars.
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.setdefault(name, "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     try:
         if arguments[:1] == ["fit"]:
             fit(arguments[1:])

@@ -1,7 +1,7 @@
 """The images that a command is given. What cannot be read is told on stderr, and the others go on."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -25,8 +25,13 @@ class ImageArguments:
         for line in found.mistakes:
             _tell(line)
 
-    def batches(self, size: int) -> Iterator[tuple[list[str], np.ndarray]]:
-        """Names and pixels [B size size 3] of those that can be read, a few at a time."""
+    def batches(
+        self, size: int, *, advance: Callable[[int, int], None] = lambda done, total: None
+    ) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Names and pixels [B size size 3] of those that can be read, a few at a time.
+
+        ``advance`` is called with the number of images that are done and that of all.
+        """
         for start in range(0, len(self.images), _ROWS):
             names, pixels = [], []
             for image in self.images[start : start + _ROWS]:
@@ -39,6 +44,7 @@ class ImageArguments:
             self.used += len(names)
             if names:
                 yield names, np.stack(pixels)
+            advance(min(start + _ROWS, len(self.images)), len(self.images))
 
     def exit_if_any_was_left_out(self) -> None:
         """Status 1 where some could not be read, and 2 where none could, so that a script notices."""

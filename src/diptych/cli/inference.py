@@ -31,17 +31,28 @@ SourceArg = Annotated[Positional[str], tyro.conf.arg(metavar="SRC")]
 
 
 def caption(
-    run: RunArg, images: ImagesArg, *, json: bool = False, beams: int | None = None, device: Device = "auto"
+    run: RunArg,
+    images: ImagesArg,
+    *,
+    json: bool = False,
+    out: Path | None = None,
+    all: bool = False,
+    beams: int | None = None,
+    device: Device = "auto",
 ) -> None:
-    """Caption images: one line for each.
+    """Caption images: one line for each, or a file of captions for a whole data set.
 
     The line is the caption alone for one image file, else FILE: CAPTION. An image that cannot be read is told on
-    stderr; the others are captioned, and the exit status is 1.
+    stderr; the others are captioned, and the exit status is 1. With --out, images that have captions are left out,
+    and a command that was stopped goes on where it was when it is repeated.
 
     Args:
         run: Run folder of an itit recipe.
         images: Image files, and sources with all their images: a folder, a table, tars, scenes:.
         json: Print one JSON object a line, with file, caption and score.
+        out: File for the captions and their scores, which does not exist yet: .csv, .jsonl, .parquet, or .json as COCO
+            writes it. `sidecars` writes a text beside each image file, where there is none.
+        all: With --out, also caption images that have captions already. Texts beside images are never replaced.
         beams: Number of beams of the search; 1 is greedy. Default: the setting of the run.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
@@ -49,8 +60,18 @@ def caption(
         raise UserError("no image given: diptych caption RUN IMAGE...")
     check_finished(run, "itit")
     _at_least_one("--beams", beams)
+    sidecars = out == Path("sidecars")
+    if all and (out is None or sidecars):
+        raise UserError("--all: goes with --out FILE alone: sidecars never replaces a caption")
+    if out is not None and not sidecars:
+        from diptych.data.caption_file import check_format
+
+        check_format(out)
     given = _image_arguments(images)
 
+    if out is not None:
+        _caption_into(out, given, run=run, every=all, beams=beams, device=device)
+        return
     diptych = _open(run, device)
     alone = len(images) == len(given.images) == 1
     for names, pixels in given.batches(diptych.tokenizer.image_size):
@@ -58,6 +79,47 @@ def caption(
             record = {"file": name, "caption": found.text, "score": found.score}
             line = json_format.dumps(record, ensure_ascii=False) if json else found.text
             print(line if json or alone else f"{name}: {line}", flush=True)
+    given.exit_if_any_was_left_out()
+
+
+def _caption_into(
+    out: Path, given: "ImageArguments", *, run: Path, every: bool, beams: int | None, device: Device
+) -> None:
+    from diptych.data.caption_file import CaptionFile, MadeCaption, write_sidecar
+    from diptych.io import weights_digest
+    from diptych.report.progress import ProgressLine
+
+    found = len(given.images)
+    if not every:
+        given.images = [image for image in given.images if not image.has_caption()]
+    captioned = found - len(given.images)
+    diptych = _open(run, device)
+    file = None
+    if out == Path("sidecars"):
+        inside = next((image.name for image in given.images if not Path(image.name).is_file()), None)
+        if inside is not None:
+            raise UserError(f"--out sidecars: {inside} is no file, so no text can lie beside it; give a file")
+    else:
+        file = CaptionFile(out, made_by={"weights": weights_digest(diptych.model), "beams": beams})
+    order = [image.name for image in given.images]
+    begun = sum(image.name in file.made for image in given.images) if file is not None else 0
+    if file is not None:
+        given.images = [image for image in given.images if image.name not in file.made]
+    for names, pixels in given.batches(diptych.tokenizer.image_size, advance=ProgressLine("captioning")):
+        made = [
+            MadeCaption(file=name, caption=each.text, score=each.score)
+            for name, each in zip(names, diptych.captions(pixels, beams=beams), strict=True)
+        ]
+        if file is not None:
+            file.add(made)
+        else:
+            for each in made:
+                write_sidecar(Path(each.file), each.caption)
+    if file is not None:
+        file.finish(order)
+    more = f", {begun:,} of them before" if begun else ""
+    left = f"; {captioned:,} that have captions left out" if captioned else ""
+    print(f"{given.used + begun:,} images captioned{more}{left}: {out if file is not None else 'texts beside them'}")
     given.exit_if_any_was_left_out()
 
 
@@ -96,7 +158,7 @@ def imagine(
 
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
     config = replace(diptych.image_generation, **{name: value for name, value in given.items() if value is not None})
-    images = list(diptych.imagine(texts, seed=seed, config=config))
+    images = list(diptych.imagine_pixels(texts, seed=seed, config=config))
     _make_room(out)
     for number, image in enumerate(images):
         save_png(out / f"{number:03d}.png", image)
@@ -355,6 +417,59 @@ def export(run: RunArg, *, out: Path) -> None:
 # Scores: runs of any kind
 
 
+def audit(
+    source: SourceArg,
+    *,
+    run: Path | None = None,
+    out: Path,
+    worst: float = 0.1,
+    max_skipped_share: float = 1.0,
+    device: Device = "auto",
+) -> None:
+    """Say which captions do not fit their images, which images and captions are there twice, and what else is odd.
+
+    Writes a table (csv and parquet), a sheet of the pairs that fit worst, and the list of what to keep, which makes a
+    source: `SOURCE?keep=OUT/keep.jsonl`.
+
+    Args:
+        source: Source of captioned images.
+        run: Run folder of a dual encoder, which compares cosines, or of ITIT, which compares how well captions are
+            explained by their own and by other images. Without a run, captions and images are not compared.
+        out: Folder for the findings.
+        worst: Share of the captions, those that fit worst, that are not kept, 0 to 1.
+        max_skipped_share: Largest share of unreadable images at which the audit goes on, 0 to 1.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+    """
+    if not 0 <= worst <= 1:
+        raise UserError(f"--worst {worst}: a share from 0 to 1")
+    kind = check_finished(run, "dual", "itit") if run is not None else None
+    from diptych.data.audit import Fit, write_audit
+    from diptych.data.audit import audit as look_at
+    from diptych.data.pixels import SkippedItems
+    from diptych.data.sources import open_finite
+    from diptych.data.sources.columns import Columns
+    from diptych.report.progress import ProgressLine
+
+    opened = open_finite(source, Columns())
+    if not opened.has_images:
+        raise UserError(f"{source}: has no images to look at")
+    skipped = SkippedItems(max_skipped_share=max_skipped_share)
+    fits: list[Fit] | None = None
+    if run is not None and kind == "dual":
+        from diptych.dual.evaluation import pair_fits
+        from diptych.dual.model import open_dual
+
+        encoder = open_dual(run, device=device)
+        fits = pair_fits(encoder, opened, skipped=skipped, advance=ProgressLine("embedding images"))
+    elif run is not None:
+        from diptych.itit.evaluation import pair_fits as itit_pair_fits
+
+        fits = itit_pair_fits(_open(run, device), opened, skipped=skipped, advance=ProgressLine("reading captions"))
+    findings = look_at(opened, fits, worst=worst, advance=ProgressLine("comparing images"))
+    for line in write_audit(opened, findings, out, spec=source):
+        print(line)
+
+
 def evaluate(
     run: RunArg,
     *,
@@ -387,8 +502,8 @@ def evaluate(
         features: ITIT, image tokenizer: features of the Frechet distance, as folder or hub name of a vision model of
             transformers, or as TorchScript file (an Inception network gives FID). Default: a random network, which
             needs no download.
-        baseline_encoder: ITIT: pretrained image encoder, by folder, hub name or package, whose features also find the
-            nearest images for the baselines. Default: that of the run.
+        baseline_encoder: ITIT, dual encoder: pretrained image encoder, by folder, hub name or package, whose features
+            also find the nearest images for the baselines. Default: that of an ITIT run, none for a dual encoder.
         train: Dual encoder: source of labelled images to fit a linear probe to.
         classes: Dual encoder: file with the name of a class a line, for labels that are numbers (they count the lines
             from 0) or codes (`n01440764 tench`, or the names in the order of the sorted codes).
@@ -421,6 +536,7 @@ def evaluate(
             umap=umap,
             limit=limit,
             max_skipped_share=max_skipped_share,
+            baseline_encoder=baseline_encoder,
             out=out,
             device=device,
         )

@@ -55,6 +55,11 @@ def weak_view() -> ViewConfig:
     return ViewConfig(scale=(0.9, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
 
 
+def whole_view() -> ViewConfig:
+    """The whole image, resized, as it is seen outside of training."""
+    return ViewConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
+
+
 def draw_view(rng: StepRNG, name: str, rows: int) -> Float[Tensor, "B K"]:
     """Random numbers in [0, 1) for one view of each row, on the CPU: choosing rows by them must not wait for a GPU."""
     return rng.uniform(name, rows, _NUMBERS)

@@ -1,7 +1,7 @@
 """The batch of one training step: examples of every stream, and the step's random numbers.
 
 Shapes: B rows of a stream on this process, N image tokens, L text tokens, F width of features, S positions of a feature
-sequence, D width of a feature vector, H and W pixels.
+sequence, D width of a feature vector, H and W pixels, V views of an image, M captions of an image.
 """
 
 from collections.abc import Mapping
@@ -78,6 +78,18 @@ class CaptionedImageExamples(Examples):
     """The M captions of an image side by side, each padded to the same number of tokens: L is M times that number."""
     valid_BL: Bool[Tensor, "B L"]
     """True where an id is real, False where it is padding."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionedStateExamples(Examples):
+    """What frozen towers make of images and of their captions, for the heads of a dual encoder."""
+
+    images_BVSF: Float[Tensor, "B V S F"]
+    """States of the V views of an image: its pooled feature, then S - 1 cells."""
+    texts_BMLF: Float[Tensor, "B M L E"]
+    """States of M captions: the pooled feature, then those of the tokens; zero at padding."""
+    valid_BML: Bool[Tensor, "B M K"]
+    """Which tokens are valid; K is L - 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor
 
 from diptych.data.batch import ImageExamples
@@ -260,6 +261,31 @@ def pixel_stream(
 def decode_files(files: Sequence[str | Path], *, size: int) -> UInt8[Tensor, "B 3 S S"]:
     """Image files as one batch. Raises UnreadableImage for one that cannot be read."""
     return channels_first(np.stack([decode(Path(file), size) for file in files]))
+
+
+ImageLike = str | Path | Image.Image | np.ndarray
+"""A path, a Pillow image, or uint8 pixels [H W 3]."""
+
+
+def to_pixels(image: ImageLike, size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """The centre square of an image, resized to ``size``. A Pillow image gives what its file would give.
+
+    Raises UserError for arrays of another kind, and UnreadableImage for images that cannot be used.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise UserError(f"an image of {image.dtype} {image.shape}: give uint8 [height, width, 3]")
+        if image.shape[:2] == (size, size):
+            return image
+        image = Image.fromarray(image)
+    return decode(image if isinstance(image, Image.Image) else Path(image), size)
+
+
+def one_or_more(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
+    """A list of images, also of a single one. An array with four axes is a list of its rows."""
+    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+        return [images]
+    return list(images)
 
 
 def channels_first(pixels: np.ndarray) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: B rows, M captions of a row, L tokens of a caption.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,7 +39,10 @@ class PairsData:
     columns: Columns = field(default_factory=Columns)
     """Names of table columns that cannot be guessed."""
     decode_size: int | None = None
-    """Side of decoded images, in pixels; views are cropped from these. Not given: 1.5 times the side of a view."""
+    """Side of decoded images, in pixels; views are cropped from these. Not given: 1.5 times the side of a view, for
+    frozen towers just that side."""
+    cache: Path | None = None
+    """Folder for the features of frozen towers, which runs may share; if not given, one in the run folder."""
     cache_mb: int = 1024
     """Memory for decoded images, in MB. They are kept only if all of them fit."""
     max_skipped_share: float = 0.01
@@ -82,22 +86,43 @@ class CaptionIds:
         first, starts = (np.concatenate([[0], np.cumsum(sizes)]) for sizes in (count[count > 0], lengths))
         return cls(items[count > 0], first, starts, np.concatenate(flat))
 
-    def take(
-        self, index: np.ndarray, epoch: np.ndarray, *, captions: int, seed: int, pad: int
-    ) -> tuple[Tensor, Tensor]:
-        """Ids and validity [B, M L] of ``captions`` captions of each item.
+    def first_items(self, count: int) -> "CaptionIds":
+        """Those of the first ``count`` captioned items of a random order, which is always the same."""
+        if count >= len(self.items):
+            return self
+        chosen = np.sort(np.random.Generator(np.random.PCG64(0)).permutation(len(self.items))[:count])
+        numbers = np.concatenate([np.arange(self.first[item], self.first[item + 1]) for item in chosen])
+        first, starts = (
+            np.concatenate([[0], np.cumsum(sizes)])
+            for sizes in (np.diff(self.first)[chosen], np.diff(self.starts)[numbers])
+        )
+        ids = np.concatenate([self.ids[self.starts[number] : self.starts[number + 1]] for number in numbers])
+        return CaptionIds(self.items[chosen], first, starts, ids)
+
+    def choose(self, index: np.ndarray, epoch: np.ndarray, *, captions: int, seed: int) -> np.ndarray:
+        """Numbers [B, M] of ``captions`` captions of each item.
 
         They are drawn anew in each epoch, and all different where the item has enough.
         """
         count = np.diff(self.first)[index]
         chosen_BM = choose(count, index, epoch, seed)[:, None] + np.arange(captions)
-        number_N = (self.first[index][:, None] + chosen_BM % count[:, None]).ravel()
+        return self.first[index][:, None] + chosen_BM % count[:, None]
+
+    def padded(self, number_N: np.ndarray, *, pad: int) -> tuple[Tensor, Tensor]:
+        """Ids and validity [N, L] of captions by their numbers; L is the length of the longest."""
         start_N, end_N = self.starts[number_N], self.starts[number_N + 1]
         valid_NL = np.arange((end_N - start_N).max()) < (end_N - start_N)[:, None]
         ids_NL = np.full(valid_NL.shape, pad, np.int64)
         ids_NL[valid_NL] = np.concatenate([self.ids[a:b] for a, b in zip(start_N, end_N, strict=True)])
-        rows = len(index)
-        return torch.from_numpy(ids_NL.reshape(rows, -1)), torch.from_numpy(valid_NL.reshape(rows, -1))
+        return torch.from_numpy(ids_NL), torch.from_numpy(valid_NL)
+
+    def take(
+        self, index: np.ndarray, epoch: np.ndarray, *, captions: int, seed: int, pad: int
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and validity [B, M L] of ``captions`` captions of each item, as :meth:`choose` draws them."""
+        number_N = self.choose(index, epoch, captions=captions, seed=seed).ravel()
+        ids_NL, valid_NL = self.padded(number_N, pad=pad)
+        return ids_NL.reshape(len(index), -1), valid_NL.reshape(len(index), -1)
 
 
 def pair_stream(

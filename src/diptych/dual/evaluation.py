@@ -8,7 +8,7 @@ Shapes: I images, T texts, C classes, D width of the space, W width of the image
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diptych.data.audit import Fit
 from diptych.data.class_texts import are_codes, name_classes, read_names
 from diptych.data.pixels import ReadableImages, SkippedItems
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
+from diptych.data.splits import Subset
 from diptych.dual.metrics import (
     ENSEMBLE,
     PLAIN,
+    RightTargets,
     class_accuracy,
     class_embeddings,
     import_umap,
@@ -32,14 +35,16 @@ from diptych.dual.metrics import (
     retrieval,
 )
 from diptych.dual.model import DualEncoder, open_dual
+from diptych.encoders import open_image_encoder
 from diptych.encoders.text import cleaned
-from diptych.errors import UserError
+from diptych.errors import UserError, first_line
+from diptych.eval.baselines import Baseline, Comparison, chance_of_recall, lent_embeddings
 from diptych.eval.probe import linear_probe
 from diptych.io import write_bytes
-from diptych.nn.inference import Device, eval_mode
-from diptych.report import print_metrics
+from diptych.nn.inference import Device, eval_mode, pick_device
+from diptych.report import print_comparison, print_metrics
 from diptych.report.progress import ProgressLine
-from diptych.run_folder import write_json
+from diptych.run_folder import read_config, write_json
 
 _MAPPED = 8192
 """Largest number of pairs on the map, as in ITO's figure."""
@@ -106,12 +111,14 @@ def evaluate_dual_run(
     device: Device,
     classes: Path | None = None,
     max_skipped_share: float = 0.01,
+    baseline_encoder: str | None = None,
 ) -> None:
     """Score a run on the source ``data``: print a table and write ``metrics.json`` and, with ``umap``, ``umap.png``.
 
     ``train`` is a labelled source to fit a linear probe to; ``limit`` scores the first so many images of ``data`` only;
     ``classes`` is a file with the names of the classes; ``max_skipped_share`` is the share of images that may be
-    unreadable. Raises UserError for a source that has nothing to score by.
+    unreadable; ``baseline_encoder`` is an image encoder whose features also find nearest images for the baselines.
+    Raises UserError for a source that has nothing to score by.
     """
     source = open_finite(data, Columns())
     if umap:
@@ -123,10 +130,13 @@ def evaluate_dual_run(
     images = embed_source(encoder, source, limit=limit, skipped=skipped, advance=ProgressLine("embedding images"))
     metrics: dict[str, float] = {"images": len(images.items_I)}
     notes: list[str] = []
-    map_png = None
+    map_png = comparison = None
     if source.has_captions:
         pairs = embed_pairs(encoder, images)
         metrics |= score_pairs(pairs)
+        comparison = replace(
+            compare_retrieval(run, images, pairs, encoder=baseline_encoder, device=device), scores=metrics.copy()
+        )
         notes += _shared_captions(pairs)
         if umap:
             map_png = modality_map({run.name: (pairs.images_ID[:_MAPPED], pairs.first_ID[:_MAPPED])})
@@ -135,10 +145,83 @@ def evaluate_dual_run(
     out.mkdir(parents=True, exist_ok=True)
     notes += told + skipped.report(out / "skipped.jsonl")
     print_metrics(metrics, title=f"{run} on {data}", notes=notes)
-    write_json(out / "metrics.json", {**metrics, "skipped": len(skipped), "source": data, "notes": notes})
+    beside = {}
+    if comparison is not None:
+        told_beside = [*comparison.notes, comparison.verdict()]
+        print_comparison(*comparison.table(), title="beside its baselines", notes=told_beside)
+        notes, beside = notes + comparison.notes, comparison.record()
+    write_json(out / "metrics.json", {**metrics, "skipped": len(skipped), "source": data, "notes": notes, **beside})
     if map_png:
         write_bytes(out / "umap.png", map_png)
     print(f"written to {out}")
+
+
+_ADVICE = "more pairs, more --minutes, or --start with a model that is trained already"
+
+
+def compare_retrieval(
+    run: Path, images: EmbeddedImages, pairs: EmbeddedPairs, *, encoder: str | None = None, device: Device = "auto"
+) -> Comparison:
+    """Baselines of retrieval among ``pairs``, from what the run learned from, ahead of the run's own scores.
+
+    They are chance, and images embedded as the words in the captions of the nearest training images. Raises UserError
+    where ``encoder`` cannot be opened; a note tells where the data of the run is gone.
+    """
+    notes = []
+    baselines = [Baseline(name="chance", scores=_chance(pairs))]
+    opened = open_image_encoder(encoder).to(pick_device(device)) if encoder is not None else None
+    items = [item for item in map(int, images.items_I) if images.source.captions(item)]
+    texts = [text for item in items for text in images.source.captions(item)]
+    try:
+        data = read_config(run)["run"]["data"]
+        known = open_finite(data["pairs"], Columns(**data["columns"]))
+        found = lent_embeddings(
+            Subset(known, np.arange(len(known))),
+            Subset(images.source, np.array(items)),
+            texts,
+            encoder=opened,
+            encoder_name=encoder or "",
+        )
+        for name, (images_ID, texts_TD) in found.items():
+            lent = replace(pairs, images_ID=images_ID.to(pairs.images_ID), texts_TD=texts_TD.to(pairs.texts_TD))
+            baselines.append(Baseline(name=name, scores=_named(score_retrieval(lent))))
+    except (UserError, KeyError, TypeError) as error:
+        notes.append(f"No baselines from the pairs: {first_line(error)}")
+    return Comparison(
+        source=images.source.name, select="retrieval/mean_r1", baselines=baselines, advice=_ADVICE, notes=notes
+    )
+
+
+def compare_finished(run: Path, encoder: DualEncoder, images: ReadableImages) -> None:
+    """Print a finished run beside its baselines on its validation images; write them for its report."""
+    embedded = embed_readable(encoder, images)
+    pairs = embed_pairs(encoder, embedded)
+    comparison = compare_retrieval(run, embedded, pairs)
+    comparison = replace(comparison, scores=_named(score_retrieval(pairs)))
+    comparison.write(run)
+    title = f"{run} beside its baselines on {comparison.source}"
+    print_comparison(*comparison.table(), title=title, notes=[*comparison.notes, comparison.verdict()])
+
+
+def _chance(pairs: EmbeddedPairs) -> dict[str, float]:
+    """What an encoder that knows nothing finds."""
+    images, texts = len(pairs.images_ID), len(pairs.texts_TD)
+    right = RightTargets(images, pairs.image_of_T, pairs.wording_T)
+    sides = {
+        "image_to_text": ([right.texts_of_images(row, row + 1).sum() for row in range(images)], texts),
+        "text_to_image": ([right.images_of_texts(row, row + 1).sum() for row in range(texts)], images),
+    }
+    found = {
+        f"{side}/r{k}": chance_of_recall(torch.stack(counts), targets=targets, k=k)
+        for side, (counts, targets) in sides.items()
+        for k in (1, 5, 10)
+    }
+    return _named(found | {"mean_r1": (found["image_to_text/r1"] + found["text_to_image/r1"]) / 2})
+
+
+def _named(table: dict[str, float]) -> dict[str, float]:
+    """The scores of retrieval under their names in `metrics.json`."""
+    return {f"retrieval/{name}": value for name, value in table.items()}
 
 
 def _shared_captions(pairs: EmbeddedPairs) -> list[str]:
@@ -242,6 +325,36 @@ def embed_pairs(encoder: DualEncoder, images: EmbeddedImages) -> EmbeddedPairs:
     )
 
 
+def pair_fits(
+    encoder: DualEncoder,
+    source: Source,
+    *,
+    skipped: SkippedItems,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Fit]:
+    """How far the cosine of each image and caption lies above those of the image with all captions, and of the caption
+    with all images, in standard deviations; the sum of both.
+
+    Captions of the source's readable images; raises UserError for a source without images or captions.
+    """
+    if not source.has_captions:
+        raise UserError(f"{source.name}: has no captions that could fit")
+    images = embed_source(encoder, source, skipped=skipped, advance=advance)
+    pairs = embed_pairs(encoder, images)
+    means, sds = [], []
+    for rows, others in ((pairs.images_ID, pairs.texts_TD), (pairs.texts_TD, pairs.images_ID)):
+        # Mean and variance of the products of a row with all others, from the others' mean and second moments.
+        mean_D, second_DD = others.mean(0), others.T @ others / len(others)
+        mean_R = rows @ mean_D
+        means.append(mean_R)
+        sds.append(((rows @ second_DD * rows).sum(1) - mean_R**2).clamp_min(1e-12).sqrt())
+    own_T = pairs.image_of_T
+    cosine_T = (pairs.images_ID[own_T] * pairs.texts_TD).sum(1)
+    fit_T = (cosine_T - means[0][own_T]) / sds[0][own_T] + (cosine_T - means[1]) / sds[1]
+    places = [(int(item), number) for item in images.items_I for number in range(len(source.captions(int(item))))]
+    return [Fit(item, number, fit) for (item, number), fit in zip(places, fit_T.tolist(), strict=True)]
+
+
 def score_retrieval(pairs: EmbeddedPairs) -> dict[str, float]:
     """Retrieval with all captions, by the names of :meth:`Retrieval.table`."""
     found = retrieval(pairs.images_ID, pairs.texts_TD, image_of_T=pairs.image_of_T, wording_T=pairs.wording_T)
@@ -251,9 +364,7 @@ def score_retrieval(pairs: EmbeddedPairs) -> dict[str, float]:
 def score_pairs(pairs: EmbeddedPairs) -> dict[str, float]:
     """Retrieval with all captions, and the modality gap by the first caption of each image."""
     gap = modality_gap(pairs.images_ID, pairs.first_ID)
-    return {f"retrieval/{name}": value for name, value in score_retrieval(pairs).items()} | {
-        f"modality/{name}": value for name, value in asdict(gap).items()
-    }
+    return _named(score_retrieval(pairs)) | {f"modality/{name}": value for name, value in asdict(gap).items()}
 
 
 def score_classes(
@@ -287,7 +398,7 @@ def _zero_shot(
     encoder: DualEncoder, images: EmbeddedImages, labels: list[str], *, known: list[str], classes: Path | None
 ) -> tuple[dict[str, float], list[str]]:
     """Accuracy among the classes of the file ``classes``, else among the labels ``known``; and notes about it."""
-    notes = []
+    notes: list[str] = []
     if classes is not None:
         found = name_classes(classes, sorted(set(labels)))
         names, place = found.names, found.place
@@ -302,6 +413,7 @@ def _zero_shot(
     else:
         names, place = tuple(known), {label: number for number, label in enumerate(known)}
     metrics: dict[str, float] = {"classes": len(names)}
+    notes.append(f"Chance is {1 / len(names):.1%} with {len(names)} classes.")
     labels_I = torch.tensor([place[label] for label in labels], device=images.state_IW.device)
     for title, templates in (("zero_shot", ENSEMBLE), ("zero_shot_one_prompt", PLAIN)):
         classes_CD = class_embeddings(encoder.embed_texts, names, templates=templates)

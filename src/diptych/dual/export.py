@@ -21,7 +21,10 @@ WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 
 
 def save_open_clip(encoder: DualEncoder, folder: str | os.PathLike[str]) -> None:
-    """Write weights, configuration and tokenizer. Raises UserError for an activation that open_clip does not have."""
+    """Write weights, configuration and tokenizer.
+
+    Raises UserError for pretrained towers, and for an activation that open_clip does not have.
+    """
     folder = Path(folder)
     config = open_clip_config(encoder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,8 +35,10 @@ def save_open_clip(encoder: DualEncoder, folder: str | os.PathLike[str]) -> None
 
 
 def open_clip_config(encoder: DualEncoder) -> dict[str, Any]:
-    """The content of `open_clip_config.json`. Raises UserError for an activation that open_clip does not have."""
+    """The content of `open_clip_config.json`. Raises UserError for what open_clip does not have."""
     clip: Any = encoder.clip.config
+    if clip.model_type != "clip":
+        raise UserError(f"open_clip reads CLIP alone, and this is a {clip.model_type}: load it in transformers")
     image, text = clip.vision_config, clip.text_config
     activations = {image.hidden_act, text.hidden_act}
     if activations not in ({"gelu"}, {"quick_gelu"}):

@@ -1,5 +1,5 @@
 """A dual encoder: an image tower and a text tower that map into one space. It is a plain `transformers.CLIPModel` with
-its processor, so that any tool that loads CLIP loads it.
+its processor, so that any tool that loads CLIP loads it; `dual/towers.py` has the one of two pretrained models.
 
 The file holds the sizes, the network, and the training of a text tokenizer in CLIP's format.
 
@@ -13,8 +13,9 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
+from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
 from diptych.encoders.text import cleaned
 from diptych.errors import UserError, first_line
 from diptych.io import without_progress_bars
@@ -36,9 +38,23 @@ _HEAD_WIDTH = 64
 _ATTENTION = "diptych"
 
 
+Tune = Literal["heads", "text", "all"]
+
+
 @dataclass(kw_only=True, slots=True)
 class DualEncoderConfig:
-    """Sizes of the two towers. The defaults are those of ViT-B/16."""
+    """The two towers: two pretrained models, or sizes of new ones. The default sizes are those of ViT-B/16."""
+
+    image_tower: str | None = None
+    """Pretrained image tower: a folder, hub name, package or run (docs/encoders.md), given together with a text tower.
+    Not given: new towers of the sizes below."""
+    text_tower: str | None = None
+    """Pretrained text tower: a folder, hub name, package or run."""
+    tune: Tune = "heads"
+    """What is trained of pretrained towers: `heads`, the projections alone; `text`, also the text tower, as in LiT; or
+    `all`."""
+    dropout: float = 0.0
+    """Share of the features of pretrained towers that training hides from the projections, 0 to 1."""
 
     image_size: int = 224
     """Side of the images that the image tower sees, in pixels."""
@@ -102,26 +118,48 @@ class TowerOutput:
     """All tokens after LayerNorm and projection, where the caller asked for them."""
 
 
-class DualEncoder(nn.Module):
+class Temperature:
+    """The learned factor on cosines, 1 / temperature, whose logarithm is the parameter ``logit_scale``."""
+
+    logit_scale: nn.Parameter
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """The factor."""
+        return self.logit_scale.exp()
+
+    @torch.no_grad()
+    def clamp_scale(self) -> None:
+        """Set the scale to 100 where it is larger, as CLIP does after each update."""
+        self.logit_scale.clamp_(max=torch.tensor(LARGEST_SCALE).log().item())
+
+
+class DualEncoder(nn.Module, Temperature):
     """CLIP's two towers, its tokenizer and its preparation of pixels."""
 
+    learned_images = True
+    """Whether the image tower is trained, so that a loss may read its output before the projection."""
     mean_311: Tensor
     std_311: Tensor
 
-    def __init__(self, clip: "transformers.CLIPModel", processor: "transformers.CLIPProcessor") -> None:
+    def __init__(self, clip: Any, processor: Any) -> None:
+        """``clip`` is a `transformers.CLIPModel`, ``processor`` its `CLIPProcessor`."""
         super().__init__()
-        _use_fast_attention(clip)
         self.clip, self.processor = clip, processor
         self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         config: Any = clip.config  # its annotations allow parts that a finished configuration never lacks
-        self.image_size: int = config.vision_config.image_size
         self.image_tower_width: int = config.vision_config.hidden_size
         self.text_tower_width: int = config.text_config.hidden_size
-        self.max_text_len: int = config.text_config.max_position_embeddings
         self.width: int = config.projection_dim
+        self.image_size, self.max_text_len = self._input_sizes(config)
         pixels = processor.image_processor
         for name, values in (("mean_311", pixels.image_mean), ("std_311", pixels.image_std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def _input_sizes(self, config: Any) -> tuple[int, int]:
+        """Side of an image in pixels, and the largest number of tokens of a text; called once."""
+        _use_fast_attention(self.clip)
+        return config.vision_config.image_size, config.text_config.max_position_embeddings
 
     @classmethod
     def from_config(cls, config: DualEncoderConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> "DualEncoder":
@@ -134,14 +172,8 @@ class DualEncoder(nn.Module):
         return cls(clip, transformers.CLIPProcessor(pixels, tokenizer))
 
     @property
-    def scale(self) -> Float[Tensor, ""]:
-        """The learned factor on cosines: 1 / temperature."""
-        return self.clip.logit_scale.exp()
-
-    @torch.no_grad()
-    def clamp_scale(self) -> None:
-        """Set the scale to 100 where it is larger, as CLIP does after each update."""
-        self.clip.logit_scale.clamp_(max=torch.tensor(LARGEST_SCALE).log().item())
+    def logit_scale(self) -> nn.Parameter:  # type: ignore[override]
+        return self.clip.logit_scale
 
     # Training
 
@@ -159,6 +191,10 @@ class DualEncoder(nn.Module):
         for layer in (*clip.vision_model.encoder.layers, *clip.text_model.encoder.layers):
             layer.layer_norm1.register_forward_hook(_round_output)
 
+    def training_settings(self) -> dict[str, Any]:
+        """What decides the losses besides the configuration and the weights."""
+        return {}
+
     def recompute_image_activations(self) -> None:
         """From now on the backward pass recomputes the outputs of the image tower's GELUs, its widest tensors.
 
@@ -169,8 +205,21 @@ class DualEncoder(nn.Module):
         for layer in clip.vision_model.encoder.layers:
             layer.mlp = RecomputingMLP(layer.mlp)
 
-    def text_positions(self, length: int) -> Float[Tensor, "L W"]:
-        """The text tower's learned embeddings of the first ``length`` positions."""
+    @property
+    def image_tokens(self) -> int:
+        """Number of tokens of an image: CLS and the patches of a square."""
+        return self.clip.vision_model.embeddings.num_positions
+
+    def text_positions(self, length: int) -> Float[Tensor, "L D"]:
+        """The text tower's learned embeddings of the first ``length`` positions, as ITO's fusion adds them.
+
+        Raises UserError where the tower is not as wide as the common space.
+        """
+        if self.text_tower_width != self.width:
+            raise UserError(
+                f"model.text-width is {self.text_tower_width} and model.width {self.width}; "
+                "the fusion adds the text tower's positions to what the towers give: make them equal"
+            )
         return self.clip.text_model.embeddings.position_embedding.weight[:length]
 
     def encode_images(self, pixels_B3HW: Float[Tensor, "B 3 H W"], *, keep_tokens: bool = False) -> TowerOutput:
@@ -215,8 +264,19 @@ class DualEncoder(nn.Module):
 
     # Inference
 
-    def embed_images(self, pixels_B3HW: UInt8[Tensor, "B 3 H W"], *, batch_size: int = 64) -> Float[Tensor, "B D"]:
-        """L2-normalized embeddings, fp32, on the encoder's device. H and W are ``image_size``."""
+    def embed_images(
+        self, images: UInt8[Tensor, "B 3 H W"] | ImageLike | Sequence[ImageLike], *, batch_size: int = 64
+    ) -> Float[Tensor, "B D"]:
+        """L2-normalized embeddings of images, or of a single one, fp32, on the encoder's device.
+
+        Of a tensor H and W are ``image_size``. Raises as :func:`to_pixels`.
+        """
+        if not isinstance(images, Tensor):
+            every = one_or_more(images)
+            rows = [every[start : start + batch_size] for start in range(0, len(every), batch_size)]
+            pixels = (np.stack([to_pixels(image, self.image_size) for image in row]) for row in rows)
+            return torch.cat([self.embed_images(channels_first(row)) for row in pixels])
+        pixels_B3HW = images
         with eval_mode(self):
             parts = [
                 self.encode_images(part.to(self.mean_311.device).float() / 255).pooled_BD
@@ -239,20 +299,27 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], *, device: Device = "cpu") -> "DualEncoder":
-        """Load a CLIP from a folder, without any use of the network, from a run folder, or by its hub name.
+        """Load a CLIP or two towers from a folder, without any use of the network, a run folder, or by a hub name.
 
-        Raises UserError when ``name`` holds no readable CLIP, and for a run that is not finished or of another kind.
+        Raises UserError when ``name`` holds neither, and for a run that is not finished or of another kind.
         """
+        from diptych.dual.towers import TowersEncoder  # a subclass
+
         name = finished_part(name, "dual", "model")
         where: dict[str, Any] = {"local_files_only": Path(name).is_dir()}
+        kinds: dict[str, tuple[Any, type[DualEncoder]]] = {
+            "clip": (transformers.CLIPModel, DualEncoder),
+            "vision-text-dual-encoder": (transformers.VisionTextDualEncoderModel, TowersEncoder),
+        }
         try:
-            config = transformers.CLIPConfig.from_pretrained(name, **where)
-            if config.model_type != "clip":
+            config = transformers.AutoConfig.from_pretrained(name, **where)
+            if config.model_type not in kinds:
                 raise UserError(f"a {config.model_type!r} model")
+            kind, ours = kinds[config.model_type]
             with without_progress_bars(name):
-                clip = transformers.CLIPModel.from_pretrained(name, dtype=torch.float32, **where)
+                clip = kind.from_pretrained(name, dtype=torch.float32, **where)
                 processor = transformers.AutoProcessor.from_pretrained(name, **where)
-            return cls(clip, processor).to(pick_device(device))
+            return ours(clip, processor).to(pick_device(device))
         except Exception as error:  # transformers, safetensors and json each raise their own kinds for a broken file
             raise UserError(
                 f"dual encoder {name}: {first_line(error)}; give the folder or hub name of a CLIP"
@@ -260,7 +327,7 @@ class DualEncoder(nn.Module):
 
     @without_progress_bars()
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a plain folder for `CLIPModel` and `AutoProcessor`."""
+        """Write a plain folder for the class of ``clip`` and for `AutoProcessor`."""
         self.clip.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 

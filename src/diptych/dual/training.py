@@ -1,12 +1,13 @@
 """Training dual encoders: ITO and the methods that it is compared with, on the same batches."""
 
+import copy
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,15 +16,17 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from diptych.data.batch import CaptionedImageExamples
 from diptych.data.check import Part, check_parts
 from diptych.data.pixels import ReadableImages, SkippedItems
 from diptych.data.sources import Source, open_finite, open_source, require_pairs
 from diptych.data.sources.content import content_digest
-from diptych.data.streams import BatchSampler
+from diptych.data.streams import BatchSampler, Stream
 from diptych.dual.data import CaptionIds, PairsData, pair_stream
 from diptych.dual.evaluation import (
     EmbeddedImages,
     EmbeddedPairs,
+    compare_finished,
     embed_pairs,
     embed_readable,
     readable_images,
@@ -34,6 +37,8 @@ from diptych.dual.objectives.base import PairsConfig
 from diptych.dual.objectives.clip import ClipConfig
 from diptych.dual.objectives.ito import ItoConfig
 from diptych.dual.objectives.slip import SlipConfig
+from diptych.dual.states import States, StatesConfig, cached_states, seconds_of_states
+from diptych.dual.towers import TowersEncoder
 from diptych.errors import UserError
 from diptych.nn.inference import pick_device
 from diptych.report.run_report import closing_line, outcome, write_run_report
@@ -55,6 +60,10 @@ _TIMED = 16
 """Number of images whose validation is timed."""
 _VALID_SHARE = 0.04
 """Share of a budget that one validation takes at most."""
+_VALID_ONCE_SHARE = 0.1
+"""The same for frozen towers, which compute the features of a validation once."""
+_FEATURES_SHARE = 0.6
+"""Share of what is left of a budget that the features of frozen towers take at most."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,24 +109,35 @@ class DualRun:
         best = BestWeights(out / "best", patience=self.patience) if self.data.valid else None
         plan = RunPlan([StageCost(name=recipe, steps=self.train.steps)], budget=Budget.of_run(out, budget))
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
-        captions = CaptionIds.read(source, np.arange(len(source)), self._model(source, out).ids)
+        model = self._model(source, out)
+        affordable, seconds = self._affordable_evaluation(model, out, plan)
+        captions = CaptionIds.read(source, np.arange(len(source)), model.ids)
+        states = None
+        if isinstance(model, TowersEncoder) and model.frozen:
+            seconds = affordable._remember_validation(model, out)
+            captions = captions.first_items(self._affordable_items(model, source, captions, plan.budget))
+            states = self._states(model, source, captions, out, skipped)
+            affordable._lower_batch(len(states.rows_N))
 
-        def make(run: DualRun) -> tuple[Objective, BatchSampler]:
-            model = run._model(source, out)
+        def make(run: DualRun, model: DualEncoder) -> tuple[Objective, BatchSampler]:
             model.tune_for_training()
             objective = run._objective(model)
-            return objective, run._batches(source, captions, model, objective, skipped)
+            if states is None:
+                stream: Stream[Any] = run._pixels(source, captions, model, skipped)
+            else:
+                stream = states.stream(captions, per_image=run.objective.captions, seed=run.train.seed)
+            rows, seed = run.train.batch_size, run.train.seed
+            return objective, BatchSampler({"pairs": stream}, multiples=objective.streams, batch_size=rows, seed=seed)
 
-        affordable, seconds = self._affordable_evaluation(source, out, plan)
-        run, pace = plan.fit_stage(recipe, affordable, out, make, evaluation_seconds=seconds)
-        model = run._model(source, out)
-        model.tune_for_training()
+        # Trial steps change a model.
+        run, pace = plan.fit_stage(
+            recipe, affordable, out, lambda run: make(run, copy.deepcopy(model)), evaluation_seconds=seconds
+        )
         hooks = run._hooks(model, out, best)
         write_config(out, recipe=recipe, run=run)
-        objective = run._objective(model)
-        batches = run._batches(source, captions, model, objective, skipped)
+        objective, batches = make(run, model)
         identity = {
-            "model": model.clip.config.to_diff_dict(),
+            "model": model.clip.config.to_diff_dict() | model.training_settings(),
             "objective": self.objective.identity(),
             "data": {
                 "pairs": source.name,
@@ -148,6 +168,8 @@ class DualRun:
                 model.clamp_scale()
                 save_model(model, out / "model")
         if result.finished and is_main_process():
+            if best is not None:
+                compare_finished(out, model, run._valid_images(model, out))
             write_run_report(out)
             print(
                 closing_line(
@@ -171,6 +193,12 @@ class DualRun:
             pairs += bool(source.captions(item))
             if pairs >= self.train.batch_size:
                 return
+        self._lower_batch(pairs)
+
+    def _lower_batch(self, pairs: int) -> None:
+        """Lower the batch size to the number of pairs, if it is above."""
+        if pairs >= self.train.batch_size:
+            return
         world = process_count()
         fitting = pairs - pairs % world
         if fitting < 2:
@@ -189,9 +217,76 @@ class DualRun:
         return 0
 
     def _model(self, source: Source, out: Path) -> DualEncoder:
+        """The dual encoder that training begins with, on the device that trains."""
+        config, device = self.model, pick_device(self.train.device)
+        towers = (config.image_tower, config.text_tower)
         if self.start is not None:
-            return DualEncoder.from_pretrained(part_of(self.start, "model"))
-        return DualEncoder.from_config(self.model, self._tokenizer(source, out), seed=self.train.seed)
+            if any(towers):
+                raise UserError("--start continues a model, and --model.image-tower begins one: give one of them")
+            model = DualEncoder.from_pretrained(part_of(self.start, "model"))
+        elif any(towers):
+            if config.image_tower is None or config.text_tower is None:
+                raise UserError("--model.image-tower and --model.text-tower belong together: give both or none")
+            if self.tokenizer is not None:
+                raise UserError("--tokenizer is for new towers: a pretrained text tower has its own; leave it away")
+            model = TowersEncoder.from_towers(
+                config.image_tower,
+                config.text_tower,
+                width=config.width,
+                max_text_len=config.max_text_len,
+                seed=self.train.seed,
+            )
+        else:
+            if config.tune != "heads" or config.dropout:
+                raise UserError("--model.tune and --model.dropout are for pretrained towers: give --model.image-tower")
+            model = DualEncoder.from_config(config, self._tokenizer(source, out), seed=self.train.seed)
+        if isinstance(model, TowersEncoder):
+            model.freeze(config.tune, dropout=config.dropout)
+        return model.to(device)
+
+    def _remember_validation(self, model: TowersEncoder, out: Path) -> float:
+        """Compute the features of validation once; return the seconds that each validation takes from then on."""
+        model.remember(self.data.cache or out / "features")
+        if self.data.valid is None or not is_main_process():
+            return 0.0
+        measure = measure_retrieval(model, self._valid_images(model, out))
+        measure(0, model)
+        model.keep()
+        began = time.monotonic()
+        measure(0, model)
+        return time.monotonic() - began
+
+    def _states_config(self, model: TowersEncoder) -> StatesConfig:
+        return StatesConfig(
+            views=self.objective.view_configs(),
+            keep_tokens=self.objective.keeps_tokens,
+            size=self.data.decode_size or model.image_size,
+            precision=self.train.precision,
+        )
+
+    def _affordable_items(
+        self, model: TowersEncoder, source: Source, captions: CaptionIds, budget: Budget | None
+    ) -> int:
+        """Number of captioned images whose features a budget has time for: all of them, if there is none."""
+        if budget is None:
+            return len(captions.items)
+
+        def decide() -> int:
+            assert budget is not None
+            each = seconds_of_states(model, source, captions, self._states_config(model))
+            return min(len(captions.items), max(2, int(_FEATURES_SHARE * budget.left() / each)))
+
+        fits = budget.decision("images", decide)
+        if fits < len(captions.items):
+            print(f"features: {fits:,} of {len(captions.items):,} images fit into the budget", flush=True)
+        return fits
+
+    def _states(
+        self, model: TowersEncoder, source: Source, captions: CaptionIds, out: Path, skipped: SkippedItems
+    ) -> States:
+        with main_process_first():
+            cache = self.data.cache or out / "features"
+            return cached_states(model, source, captions, self._states_config(model), cache=cache, skipped=skipped)
 
     def _tokenizer(self, source: Source, out: Path) -> PreTrainedTokenizerBase:
         """The given tokenizer, else that of the run folder. The first process trains it where it is not there yet."""
@@ -204,17 +299,19 @@ class DualRun:
         name = part_of(self.tokenizer, "tokenizer") if self.tokenizer is not None else str(folder)
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
 
-    def _affordable_evaluation(self, source: Source, out: Path, plan: RunPlan) -> tuple["DualRun", float]:
+    def _affordable_evaluation(self, model: DualEncoder, out: Path, plan: RunPlan) -> tuple["DualRun", float]:
         """The run with so many images to validate on as a budget has time for, and the seconds that these take."""
         if plan.budget is None or self.data.valid is None:
             return self, 0.0
-        model = self._model(source, out).to(pick_device(self.train.device))
         few = replace(self, data=replace(self.data, valid_images=min(_TIMED, self.data.valid_images)))
         measure = measure_retrieval(model, few._valid_images(model, out))
+        measure(0, model)  # the first call costs more than later ones
         began = time.monotonic()
         measure(0, model)
         each = (time.monotonic() - began) / few.data.valid_images
-        fits = int(_VALID_SHARE * 60 * plan.budget.minutes / each)
+        once = isinstance(model, TowersEncoder) and model.frozen
+        share = _VALID_ONCE_SHARE if once else _VALID_SHARE
+        fits = int(share * 60 * plan.budget.minutes / each)
         images = plan.budget.decision("valid_images", lambda: max(_TIMED, min(fits, self.data.valid_images)))
         if images < self.data.valid_images:
             print(f"validation: {images:,} of {self.data.valid_images:,} images fit into the budget", flush=True)
@@ -254,12 +351,14 @@ class DualRun:
     def _objective(self, model: DualEncoder) -> Objective:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)  # for weights outside the model, which are dropped after training
+            if isinstance(model, TowersEncoder) and model.frozen:
+                return self.objective.build(model.heads())
             return self.objective.build(model)
 
-    def _batches(
-        self, source: Source, captions: CaptionIds, model: DualEncoder, objective: Objective, skipped: SkippedItems
-    ) -> BatchSampler:
-        stream = pair_stream(
+    def _pixels(
+        self, source: Source, captions: CaptionIds, model: DualEncoder, skipped: SkippedItems
+    ) -> Stream[CaptionedImageExamples]:
+        return pair_stream(
             source,
             captions,
             size=self.data.decode_size or model.image_size * 3 // 2,
@@ -268,9 +367,6 @@ class DualRun:
             skipped=skipped,
             cache_mb=self.data.cache_mb,
             seed=self.train.seed,
-        )
-        return BatchSampler(
-            {"pairs": stream}, multiples=objective.streams, batch_size=self.train.batch_size, seed=self.train.seed
         )
 
 

@@ -102,6 +102,8 @@ class PooledTextEncoder(nn.Module):
         tokenizer.padding_side = "right"
         if config.is_encoder_decoder and config.model_type != "t5":
             network = network.get_encoder()
+        if config.model_type == "vision-text-dual-encoder":
+            network = network.text_model
         return cls(network, tokenizer, pooling=pooling, length=length)
 
     def train(self, mode: bool = True) -> "PooledTextEncoder":

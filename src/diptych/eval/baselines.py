@@ -1,13 +1,15 @@
 """What a run must beat: baselines that take seconds, beside its own scores and computed by the same code.
 
     caption_baselines   the most frequent caption, and the consensus caption of all pairs and of the nearest images
-    class_baselines     chance, the most frequent class, and logistic regression
+    lent_embeddings     images as the words in the captions of the nearest images, for retrieval
+    ClassBaselines      chance, the most frequent class, and logistic regression
     Comparison          a run beside its baselines, and the sentence that a report begins with
 
 Consensus captions are those of Devlin et al., "Exploring Nearest Neighbor Approaches for Image Captioning" (2015).
 Departure: captions are compared by the cosine of their TF-IDF vectors of n-grams, which are those of CIDEr.
 
-Shapes: B images, T training images, S pixels a side, F width of the features, N items, C classes.
+Shapes: B images, T training images, S pixels a side, F width of the features, N items or texts, V words, Q queries,
+C classes.
 """
 
 import math
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -26,9 +30,10 @@ from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import Source
 from diptych.data.splits import Subset
 from diptych.encoders import ImageEncoder
-from diptych.errors import UserError
+from diptych.errors import UserError, first_line
 from diptych.eval.captions import tokenize
-from diptych.eval.probe import select_linear
+from diptych.eval.probe import Linear, select_linear
+from diptych.io import write_bytes
 from diptych.nn.inference import eval_mode
 from diptych.report.scores import better, meaning_of
 from diptych.rng import derive_seed
@@ -42,6 +47,7 @@ _SIZE = 64
 """Side in pixels at which histograms are taken."""
 _COLOURS, _COLOUR_CELLS = 4, 2
 _ANGLES, _GRADIENT_CELLS = 8, 4
+_WORDS = 2000
 _ROWS = 64
 HISTOGRAMS = "colour and gradient histograms"
 
@@ -164,30 +170,46 @@ def caption_baselines(
         encoder: Pretrained encoder whose features also find nearest images.
         encoder_name: What the encoder is called in the tables.
     """
-    captioned = some(np.array([item for item in pairs.items if pairs.source.captions(int(item))], np.int64))
-    items, known = image_histograms(Subset(pairs.source, captioned))
-    if not len(items):
-        raise UserError(f"{pairs.source.name}: no image with a caption to compare with")
-    texts = [pairs.source.captions(int(item)) for item in items]
-    pool = CaptionPool(texts)
-    every, rows = range(len(texts)), len(test.items)
+    known = _KnownImages.of(pairs, test, encoder=encoder, encoder_name=encoder_name)
+    pool = CaptionPool(known.texts)
+    every, rows = range(len(known.texts)), len(test.items)
     found = [
-        Baseline(name="most frequent caption", scores=score([most_frequent(texts)] * rows)),
+        Baseline(name="most frequent caption", scores=score([most_frequent(known.texts)] * rows)),
         Baseline(name="consensus of all captions", scores=score([pool.consensus(every)] * rows)),
     ]
-    features = {HISTOGRAMS: (known, image_histograms(test)[1])}
-    if encoder is not None:
-        features[encoder_name] = (
-            encoded(encoder, Subset(pairs.source, items)),
-            encoded(encoder, test),
-        )
-    for name, (known_TF, query_BF) in features.items():
-        if len(known_TF) != len(texts) or len(query_BF) != rows:
-            continue  # an image that could be read a moment ago cannot be read any more
-        captions = [pool.consensus(near) for near in nearest(query_BF, known_TF, count=NEAREST).tolist()]
-        count = min(NEAREST, len(texts))
-        found.append(Baseline(name=f"consensus of the {count} nearest by {name}", scores=score(captions)))
+    for name, near in known.nearest.items():
+        found.append(Baseline(name=f"consensus of {name}", scores=score([pool.consensus(rows) for rows in near])))
     return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KnownImages:
+    """The captions of some training images, and which of these are nearest to each test image."""
+
+    texts: list[list[str]]
+    """All captions of each training image."""
+    nearest: dict[str, list[list[int]]]
+    """By the kind of features in words: for each test image the places of the nearest ones in ``texts``."""
+
+    @classmethod
+    def of(
+        cls, pairs: Subset[Source], test: Subset[Source], *, encoder: ImageEncoder | None, encoder_name: str
+    ) -> "_KnownImages":
+        captioned = some(np.array([item for item in pairs.items if pairs.source.captions(int(item))], np.int64))
+        items, known_TF = image_histograms(Subset(pairs.source, captioned))
+        if not len(items):
+            raise UserError(f"{pairs.source.name}: no image with a caption to compare with")
+        features = {HISTOGRAMS: (known_TF, image_histograms(test)[1])}
+        if encoder is not None:
+            features[encoder_name] = (encoded(encoder, Subset(pairs.source, items)), encoded(encoder, test))
+        count = min(NEAREST, len(items))
+        found = {
+            f"the {count} nearest by {name}": nearest(query_BF, known, count=count).tolist()
+            for name, (known, query_BF) in features.items()
+            # Otherwise an image that could be read a moment ago cannot be read any more.
+            if (len(known), len(query_BF)) == (len(items), len(test.items))
+        }
+        return cls(texts=[pairs.source.captions(int(item)) for item in items], nearest=found)
 
 
 def most_frequent(texts: Iterable[Sequence[str]]) -> str:
@@ -238,6 +260,53 @@ def _unit_by_length(
     values = {gram: count * weight[gram] for gram, count in grams.items()}
     squares = [math.sqrt(sum(v * v for gram, v in values.items() if len(gram) == n)) for n in range(1, 5)]
     return {gram: value / (squares[len(gram) - 1] or 1.0) for gram, value in values.items()}
+
+
+# Retrieval
+
+
+def lent_embeddings(
+    pairs: Subset[Source],
+    test: Subset[Source],
+    texts: Sequence[str],
+    *,
+    encoder: ImageEncoder | None = None,
+    encoder_name: str = "",
+) -> dict[str, tuple[Float[Tensor, "B V"], Float[Tensor, "N V"]]]:
+    """Embeddings of the images ``test`` and of ``texts`` in which words are the dimensions, by the name of a baseline.
+
+    An image has the words in the captions of the nearest of ``pairs``, a text its own. Words are the 2,000 that are in
+    most captions of ``pairs``, with TF-IDF weights; rows have length one. Raises UserError as `caption_baselines`.
+    """
+    known = _KnownImages.of(pairs, test, encoder=encoder, encoder_name=encoder_name)
+    words_of = [[set(tokenize(text).split()) for text in of_image] for of_image in known.texts]
+    images_with = Counter(word for of_image in words_of for word in set().union(*of_image))
+    place = {word: number for number, (word, _) in enumerate(images_with.most_common(_WORDS))}
+    weight_V = torch.tensor([math.log((len(words_of) + 1) / images_with[word]) for word in place])
+
+    def embedded(words: Sequence[Iterable[str]]) -> Float[Tensor, "N V"]:
+        x_NV = torch.zeros(len(words), len(place))
+        for row, each in enumerate(words):
+            for word in each:
+                if word in place:
+                    x_NV[row, place[word]] += 1
+        return torch.nn.functional.normalize(x_NV * weight_V, dim=-1)
+
+    told_NV = embedded([tokenize(text).split() for text in texts])
+    lent_TV = torch.stack([embedded(of_image).mean(0) for of_image in words_of])
+    found = {}
+    for name, near in known.nearest.items():
+        lent_BV = torch.stack([lent_TV[rows].mean(0) for rows in near])
+        found[f"captions of {name}"] = (torch.nn.functional.normalize(lent_BV, dim=-1), told_NV)
+    return found
+
+
+def chance_of_recall(right_Q: Int[Tensor, "Q"], *, targets: int, k: int) -> float:
+    """The mean chance that ``k`` random ones of the targets hold one of the ``right_Q`` right ones of a query."""
+    miss_Q = torch.ones(len(right_Q), dtype=torch.float64)
+    for drawn in range(min(k, targets)):
+        miss_Q *= ((targets - right_Q.cpu() - drawn) / (targets - drawn)).clamp_min(0)
+    return float(1 - miss_Q.mean())
 
 
 # Features
@@ -325,38 +394,70 @@ def some(items_N: Int[np.ndarray, "N"]) -> Int[np.ndarray, "M"]:
 # Classes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClassifiedFeatures:
-    """Features [N F] and labels [N] to learn from, to select on and to score."""
+class ClassBaselines:
+    """Chance, the most frequent class, and logistic regression on each of several kinds of features.
 
-    train: tuple[Tensor, Tensor]
-    valid: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-
-
-def class_baselines(
-    features: Mapping[str, ClassifiedFeatures],
-    *,
-    classes: int,
-    score: Callable[[Tensor, Tensor], dict[str, float]],
-) -> list[Baseline]:
-    """Chance, the most frequent class, and logistic regression on each kind of ``features``, by its name.
-
-    The strength of the l2 penalty is chosen on the validation items; none of these is learned from. ``score`` takes
-    logits [N C] and labels [N].
+    They are fitted once and kept in the run folder, so that they score any images without the training data.
     """
-    first = next(iter(features.values()))
-    labels_N, rows = first.train[1], len(first.test[1])
-    counts_C = torch.bincount(labels_N, minlength=classes).float()
-    names = ("accuracy", "mean_class_accuracy", "loss")
-    chance = dict(zip(names, (1 / classes, 1 / classes, math.log(classes)), strict=True))
-    found = [Baseline(name="chance", scores=chance)]
-    if counts_C.min() < counts_C.max():
-        prior_C = ((counts_C + 1) / (counts_C + 1).sum()).log()
-        found.append(
-            Baseline(name="most frequent class", scores=score(prior_C.expand(rows, -1), first.test[1])),
-        )
-    for name, each in features.items():
-        linear = select_linear(*each.train, validation=each.valid, classes=classes).linear
-        found.append(Baseline(name=f"logistic regression on {name}", scores=score(linear(each.test[0]), each.test[1])))
-    return found
+
+    def __init__(self, prior_C: Float[Tensor, "C"], linear: Mapping[str, Linear]) -> None:
+        """``prior_C``: shares of the classes; ``linear``: a classifier for each kind of features, by its name."""
+        self.prior_C, self.linear = prior_C, dict(linear)
+
+    @classmethod
+    def fit(
+        cls,
+        features: Mapping[str, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]],
+        *,
+        classes: int,
+    ) -> "ClassBaselines":
+        """Fit them to ``features``: each kind has features [N F] and labels [N] to learn from, then those to select on.
+
+        The strength of the l2 penalty is chosen on the latter, which are not learned from.
+        """
+        (labels_N, *_), *_ = [train[1:] for train, _ in features.values()]
+        counts_C = torch.bincount(labels_N.cpu(), minlength=classes).float() + 1
+        linear = {
+            name: select_linear(*train, validation=valid, classes=classes).linear
+            for name, (train, valid) in features.items()
+        }
+        return cls(counts_C / counts_C.sum(), linear)
+
+    def scored(
+        self,
+        features: Mapping[str, tuple[Tensor, Tensor]],
+        score: Callable[[Tensor, Tensor], dict[str, float]],
+    ) -> list[Baseline]:
+        """The scores of each on features [N F] and labels [N]. ``score`` takes logits [N C] and labels."""
+        classes, labels_N = len(self.prior_C), next(iter(features.values()))[1]
+        values = (1 / classes, 1 / classes, math.log(classes))
+        found = [Baseline(name="chance", scores=dict(zip(_OF_CLASSES, values, strict=True)))]
+        if self.prior_C.min() < self.prior_C.max():
+            logits_NC = self.prior_C.log().to(labels_N.device).expand(len(labels_N), -1)
+            found.append(Baseline(name="most frequent class", scores=score(logits_NC, labels_N)))
+        for name, (x_NF, labels_N) in features.items():
+            scores = score(self.linear[name](x_NF), labels_N)
+            found.append(Baseline(name=f"logistic regression on {name}", scores=scores))
+        return found
+
+    def save(self, file: Path) -> None:
+        """Write them to a safetensors file."""
+        tensors = {"prior_C": self.prior_C}
+        for name, linear in self.linear.items():
+            tensors |= {f"{name}/{part}": getattr(linear, part).cpu().contiguous() for part in _PARTS}
+        write_bytes(file, safetensors.torch.save(tensors))
+
+    @classmethod
+    def load(cls, file: Path, *, device: str) -> "ClassBaselines":
+        """Read what :meth:`save` wrote. Raises UserError where it cannot be read."""
+        try:
+            tensors = safetensors.torch.load_file(file, device=device)
+            names = dict.fromkeys(name.rpartition("/")[0] for name in tensors if "/" in name)
+            linear = {name: Linear(**{part: tensors[f"{name}/{part}"] for part in _PARTS}) for name in names}
+            return cls(tensors["prior_C"].cpu(), linear)
+        except (OSError, KeyError, safetensors.SafetensorError) as error:
+            raise UserError(f"{file}: the fitted baselines cannot be read ({first_line(error)})") from error
+
+
+_OF_CLASSES = ("accuracy", "mean_class_accuracy", "loss")
+_PARTS = ("mean_D", "std_D", "weight_DC", "bias_C")

@@ -1,6 +1,7 @@
 """The few-shot grid: supervised UML beside its controls, for several numbers of labelled images and several seeds.
 
     few_shot                       train the grid; settings are chosen on validation images, never on test images
+    regression                     logistic regression on the same features, a further control
     gain, spread, table            what the results say: gains with standard errors, means over seeds
     show, accuracy_figure, as_json print it, draw it, store it
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from diptych.data.class_texts import Shots, choose_texts, permuted
 from diptych.data.splits import Episode
+from diptych.eval.probe import fit_linear, select_linear
 from diptych.experiments.classifier_bank import BankMember, ClassifierBank, TrainedMember
 from diptych.report.figures import Panel, curves
 from diptych.train.config import OptimConfig, TrainConfig
@@ -49,6 +51,8 @@ CONTROLS: dict[str, Control] = {
     "UML": Control(texts="own", init="random"),
     "UML init": Control(texts="own", init="anchor"),
 }
+REGRESSION = "logistic regression"
+"""The control of :func:`regression`, which no classifier of the grid should be below."""
 COMPARISONS = (
     ("UML", "image only"),
     ("UML init", "image only"),
@@ -57,6 +61,9 @@ COMPARISONS = (
     ("UML init", "init only"),
     ("unrelated text", "image only"),
     ("unrelated init", "image only"),
+    ("image only", REGRESSION),
+    ("UML", REGRESSION),
+    ("UML init", REGRESSION),
 )
 """The pairs of controls to report the gain of, the first over the second."""
 
@@ -72,7 +79,7 @@ class FewShotConfig:
     text_shots: Shots = "all"
     """Texts of each class to learn from: a number of random ones, `all`, or `mean`, the mean of all their features,
     which the caller computes."""
-    lrs: tuple[float, ...] = (1e-2, 1e-3)
+    lrs: tuple[float, ...] = (1e-3,)
     """Learning rates to choose from."""
     weight_decays: tuple[float, ...] = (0.01,)
     """Weight decays to choose from."""
@@ -86,6 +93,9 @@ class FewShotConfig:
     """Number of steps from one validation to the next."""
     patience: int = 10
     """Number of validations in a row without a better one after which no later weights are selected."""
+    after_selection: Literal["keep", "refit"] = "keep"
+    """What follows the selection on validation images: `refit` also trains each classifier anew, with the selected
+    settings and number of steps, on the images to learn from and those to select on together."""
     head: SharedHeadConfig = field(default_factory=SharedHeadConfig)
     """Architecture of the classifier; widths and classes follow from the features."""
 
@@ -103,6 +113,8 @@ class FewShotResult:
     """Share of the validation images that are classified rightly."""
     chosen: dict[str, Any]
     """The chosen settings, and the selected step."""
+    refit_accuracy: float | None = None
+    """Share of the test images that are classified rightly after the refit, if one was asked for."""
 
 
 def few_shot(
@@ -138,7 +150,10 @@ def few_shot(
             for (name, seed), member, found in zip(names, members, trained, strict=True):
                 chosen = {"lr": lr, "weight_decay": decay, "batch_size": rows, "aux_weight": member.aux_weight}
                 tried.setdefault((name, seed), []).append((chosen, found))
-        results += [_choose(name, shots, seed, found) for (name, seed), found in tried.items()]
+        selected = [_choose(name, shots, seed, found) for (name, seed), found in tried.items()]
+        if config.after_selection == "refit":
+            selected = _refit(selected, images, texts, episodes, test, config, head=head)
+        results += selected
         say(f"{shots} shots: {sum(len(each) for each in tried.values())} classifiers trained")
     return results
 
@@ -165,24 +180,120 @@ def _members(
     """A classifier to be trained for each control, seed and lambda; before them the (control, seed) of each."""
     names, members = [], []
     for seed in config.seeds:
-        count = config.text_shots
-        every = np.arange(len(texts.labels_N))
-        rows = choose_texts(texts.labels_N, count, seed=seed) if isinstance(count, int) else every
-        own = texts.labels_N[rows]
-        labels = {"none": own, "own": own, "permuted": permuted(classes, seed=seed)[own]}
         for name, control in CONTROLS.items():
             for weight in (0.0,) if control.texts == "none" else config.aux_weights:
-                member = BankMember(
-                    episode=episodes[shots, seed],
-                    text_rows=rows,
-                    text_labels=labels[control.texts],
-                    aux_weight=weight,
-                    init=control.init,
-                    seed=seed,
-                )
                 names.append((name, seed))
-                members.append(member)
+                episode = episodes[shots, seed]
+                members.append(_member(config, name, seed, texts, classes=classes, episode=episode, aux_weight=weight))
     return names, members
+
+
+def _member(
+    config: FewShotConfig,
+    name: str,
+    seed: int,
+    texts: LabelledFeatures,
+    *,
+    classes: int,
+    episode: Episode,
+    aux_weight: float,
+) -> BankMember:
+    """The classifier of one control."""
+    count, control = config.text_shots, CONTROLS[name]
+    every = np.arange(len(texts.labels_N))
+    rows = choose_texts(texts.labels_N, count, seed=seed) if isinstance(count, int) else every
+    own = texts.labels_N[rows]
+    labels = permuted(classes, seed=seed)[own] if control.texts == "permuted" else own
+    return BankMember(
+        episode=episode,
+        text_rows=rows,
+        text_labels=labels,
+        aux_weight=aux_weight,
+        init=control.init,
+        seed=seed,
+    )
+
+
+def _refit(
+    results: Sequence[FewShotResult],
+    images: LabelledFeatures,
+    texts: LabelledFeatures,
+    episodes: Mapping[tuple[int, int], Episode],
+    test: np.ndarray,
+    config: FewShotConfig,
+    *,
+    head: SharedHeadConfig,
+) -> list[FewShotResult]:
+    """The results with the accuracy of classifiers that also learned from the images to select on."""
+    groups: dict[tuple[float, float, int], list[FewShotResult]] = {}
+    for each in results:
+        chosen = each.chosen
+        groups.setdefault((chosen["lr"], chosen["weight_decay"], chosen["batch_size"]), []).append(each)
+    found = []
+    for (lr, decay, rows), group in groups.items():
+        train, optim = _settings(config, lr=lr, weight_decay=decay, batch_size=rows)
+        members = [
+            _member(
+                config,
+                each.control,
+                each.seed,
+                texts,
+                classes=head.classes,
+                episode=_both(episodes[each.shots, each.seed]),
+                aux_weight=each.chosen["aux_weight"],
+            )
+            for each in group
+        ]
+        bank = ClassifierBank(members, images, texts, head=head, train=train, optim=optim)
+        rights = bank.fit_for([each.chosen["step"] for each in group], test)
+        found += [
+            replace(each, refit_accuracy=float(right_N.mean())) for each, right_N in zip(group, rights, strict=True)
+        ]
+    return found
+
+
+def _both(episode: Episode) -> Episode:
+    """An episode that learns from all its images."""
+    return Episode(train=np.sort(np.concatenate([episode.train, episode.valid])), valid=episode.valid)
+
+
+def regression(
+    images: LabelledFeatures, episodes: Mapping[tuple[int, int], Episode], test: np.ndarray, config: FewShotConfig
+) -> list[FewShotResult]:
+    """Multinomial logistic regression on the features of the images, as a further control of the grid.
+
+    It learns from the images that the classifiers learn from. Its l2 penalty is chosen on the images that they are
+    selected on; with a refit it is then fitted to both.
+    """
+    x_ND, labels_N = images.tensors()
+    classes, found = int(labels_N.max()) + 1, []
+    for shots in config.shots:
+        for seed in config.seeds:
+            train, valid, every = episodes[shots, seed].train, episodes[shots, seed].valid, _both(episodes[shots, seed])
+            selected = select_linear(
+                x_ND[train], labels_N[train], validation=(x_ND[valid], labels_N[valid]), classes=classes
+            )
+            refit = None
+            if config.after_selection == "refit":
+                both = fit_linear(x_ND[every.train], labels_N[every.train], classes=classes, l2=selected.l2)
+                refit = both.accuracy(x_ND[test], labels_N[test])
+            found.append(
+                FewShotResult(
+                    control=REGRESSION,
+                    shots=shots,
+                    seed=seed,
+                    accuracy=selected.linear.accuracy(x_ND[test], labels_N[test]),
+                    valid_accuracy=selected.validation_accuracy,
+                    chosen={"l2": selected.l2},
+                    refit_accuracy=refit,
+                )
+            )
+    return found
+
+
+def after_refit(results: Sequence[FewShotResult]) -> list[FewShotResult]:
+    """The same results with the accuracy after the refit as their accuracy; none where nothing was refitted."""
+    return [replace(each, accuracy=each.refit_accuracy) for each in results if each.refit_accuracy is not None]
 
 
 def _choose(name: str, shots: int, seed: int, tried: Sequence[tuple[dict[str, Any], TrainedMember]]) -> FewShotResult:
@@ -244,11 +355,20 @@ def table(results: Sequence[FewShotResult]) -> list[list[str]]:
     """A row for each control: mean and standard deviation in per cent for each number of shots, then the mean."""
     every = sorted({each.shots for each in results})
     rows = [["", *(f"{shots} shot{'s' * (shots > 1)}" for shots in every), "mean"]]
-    for control in CONTROLS:
+    for control in controls_of(results):
         cells = [spread(results, control, shots) for shots in every]
         mean = statistics.mean(mean for mean, _ in cells)
         rows.append([control, *(f"{100 * m:.2f} ± {100 * sd:.2f}" for m, sd in cells), f"{100 * mean:.2f}"])
     return rows
+
+
+def controls_of(results: Sequence[FewShotResult]) -> list[str]:
+    """All controls of the grid, and logistic regression if it is among the results."""
+    return [*CONTROLS, *({REGRESSION} & {each.control for each in results})]
+
+
+def _comparisons(results: Sequence[FewShotResult]) -> list[tuple[str, str]]:
+    return [(better, worse) for better, worse in COMPARISONS if worse in controls_of(results)]
 
 
 def show(results: Sequence[FewShotResult], *, title: str) -> None:
@@ -262,7 +382,7 @@ def show(results: Sequence[FewShotResult], *, title: str) -> None:
     for row in rows:
         shown.add_row(*row)
     Console(width=120).print(shown)
-    for better, worse in COMPARISONS:
+    for better, worse in _comparisons(results):
         print(gain(results, better, worse))
 
 
@@ -271,7 +391,7 @@ def accuracy_figure(results: Sequence[FewShotResult], *, title: str) -> bytes:
     every = sorted({each.shots for each in results})
     runs = {
         control: [{"shots": shots, "accuracy": 100 * spread(results, control, shots)[0]} for shots in every]
-        for control in CONTROLS
+        for control in controls_of(results)
     }
     return curves(runs, panels=[Panel(title=title, keys=["accuracy"], label="test accuracy, %")], over="shots")[0]
 
@@ -280,7 +400,7 @@ def as_json(results: Sequence[FewShotResult]) -> dict[str, Any]:
     """All results, and all gains for each number of shots and over all of them, as JSON values."""
     every = sorted({each.shots for each in results})
     gains = []
-    for better, worse in COMPARISONS:
+    for better, worse in _comparisons(results):
         gains.append(asdict(gain(results, better, worse)) | {"shots": "all"})
         gains += [asdict(gain(results, better, worse, shots=shots)) | {"shots": shots} for shots in every]
     return {"outcomes": [asdict(each) for each in results], "gains": gains}

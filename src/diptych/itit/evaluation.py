@@ -4,17 +4,19 @@ Shapes: B images, S pixels a side, N image tokens, L text tokens.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from diptych.data.audit import Fit
 from diptych.data.pixels import SkippedItems, channels_first, read_captioned
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.scenes.world import Scene
@@ -143,7 +145,7 @@ def evaluate(
             metrics |= {"caption_information_gain": gain.caption, "image_information_gain": gain.image}
             notes.append(_GAIN_NOTE)
     if config.images:
-        generated = diptych.imagine(
+        generated = diptych.imagine_pixels(
             first, seed=config.seed, advance=ProgressLine("generating images") if shown else None
         )
         distance, note = _frechet(pixels, generated, extractor or RandomFeatures())
@@ -224,7 +226,7 @@ def drift(
     told = [caption.text for caption in diptych.caption_tokens(diptych.tokenize(generated_BSS3), beams=1)]
     text_trip, image = caption_accuracy(told, scenes), image_accuracy(generated_BSS3, scenes)
     image_trip, caption = (
-        image_accuracy(diptych.imagine(captions, seed=seed), scenes),
+        image_accuracy(diptych.imagine_pixels(captions, seed=seed), scenes),
         caption_accuracy(captions, scenes),
     )
     return _excess("text_drift", text_trip, image) | _excess("image_drift", image_trip, caption)
@@ -293,6 +295,42 @@ def _image_loss(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Tensor:
         valid_BL=valid_BL,
     )
     return token_loss(model.image_logits(encoded, hidden_BN), tokens_BN, hidden_BN, label_smoothing=0.0)
+
+
+@torch.no_grad()
+def pair_fits(
+    diptych: Diptych,
+    source: Source,
+    *,
+    skipped: SkippedItems,
+    others: int = 4,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Fit]:
+    """How much better each caption is explained by its image than by ``others`` other images, in nats a token.
+
+    Captions of the source's readable images; raises UserError for a source without images or captions.
+    """
+    items, pixels = read_captioned(source, limit=None, size=diptych.tokenizer.image_size, skipped=skipped)
+    tokens_BN = diptych.tokenize(pixels)
+    pairs = [(row, number) for row, item in enumerate(items) for number in range(len(source.captions(item)))]
+    texts = [source.captions(items[row])[number] for row, number in pairs]
+    ids_PL = diptych.text_encoder.tokenize(texts, length=diptych.model.config.max_text_len)[0]
+    # Offsets of an image's own captions would compare it with itself; the images of distant rows are others.
+    offsets = [0, *(1 + len(items) * k // (others + 1) for k in range(min(others, len(items) - 1)))]
+    nats_KP = torch.zeros(len(offsets), len(pairs))
+    for start in range(0, len(pairs), _ROWS):
+        rows = torch.tensor([row for row, _ in pairs[start : start + _ROWS]])
+        ids_BL = ids_PL[start : start + _ROWS].to(diptych.device)
+        for k, offset in enumerate(offsets):
+            tokens = tokens_BN[(rows + offset) % len(items)].to(diptych.device)
+            encoded = diptych.model.encode(diptych.model.embed_image(tokens))
+            logits_BLV = diptych.model.text_logits(encoded.image_BKD, shift_right(ids_BL))
+            nats_BL = F.cross_entropy(logits_BLV.float().transpose(1, 2), ids_BL, reduction="none")
+            valid_BL = ids_BL != PAD
+            nats_KP[k, start : start + _ROWS] = ((nats_BL * valid_BL).sum(1) / valid_BL.sum(1)).cpu()
+        advance(min(start + _ROWS, len(pairs)), len(pairs))
+    gain_P = nats_KP[1:].mean(0) - nats_KP[0]
+    return [Fit(items[row], number, float(gain)) for (row, number), gain in zip(pairs, gain_P, strict=True)]
 
 
 # Baselines

@@ -18,8 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.data.encode import DataTokenizers
-from diptych.data.pixels import channels_first
-from diptych.data.sources.decode import decode
+from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
 from diptych.errors import UserError
 from diptych.io import load_network, weights_digest
 from diptych.itit.generation import (
@@ -35,9 +34,6 @@ from diptych.run_folder import check_finished, read_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.text_tokenizer import PAD, TextTokenizer
-
-ImageLike = str | Path | Image.Image | np.ndarray
-"""A path, a PIL image, or uint8 pixels [H W 3]."""
 
 Advance = Callable[[int, int], None]
 """Called with the number of rows that are done and that of all."""
@@ -147,8 +143,7 @@ class Diptych:
 
     def captions(self, images: ImageLike | Sequence[ImageLike], *, beams: int | None = None) -> list[Caption]:
         """As :meth:`caption`, each with its score."""
-        if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
-            images = [images]
+        images = one_or_more(images)
         found: list[Caption] = []
         for start in range(0, len(images), _ROWS):
             pixels = np.stack([self.read(image) for image in images[start : start + _ROWS]])
@@ -180,6 +175,16 @@ class Diptych:
     # Images
 
     def imagine(
+        self, texts: str | Sequence[str], *, seed: int = 0, config: ImageGenerationConfig | None = None
+    ) -> list[Image.Image]:
+        """One image for each text; a list of one for a single text. The same seed generates the same image for a text,
+        whatever texts are beside it; a text that is given several times gets as many different images.
+
+        ``config`` None takes the run's own settings. Raises UserError when no text is given.
+        """
+        return [Image.fromarray(pixels) for pixels in self.imagine_pixels(texts, seed=seed, config=config)]
+
+    def imagine_pixels(
         self,
         texts: str | Sequence[str],
         *,
@@ -187,12 +192,7 @@ class Diptych:
         config: ImageGenerationConfig | None = None,
         advance: Advance | None = None,
     ) -> UInt8[np.ndarray, "B S S 3"]:
-        """One image for each text, or for a single text. The same seed generates the same image for a text, whatever
-        texts are beside it; a text that is given several times gets as many different images.
-
-        ``config`` None takes the run's own settings. ``advance`` is called with the number of images done and that of
-        all. Raises UserError when no text is given.
-        """
+        """As :meth:`imagine`, as an array. ``advance`` is called with the number of images done and that of all."""
         tokens_BN = self.imagine_tokens(texts, seed=seed, config=config, advance=advance)
         return self.tokenizer.decode(tokens_BN).permute(0, 2, 3, 1).cpu().numpy()
 
@@ -204,7 +204,7 @@ class Diptych:
         config: ImageGenerationConfig | None = None,
         advance: Advance | None = None,
     ) -> Int[Tensor, "B N"]:
-        """The image tokens that :meth:`imagine` decodes to pixels."""
+        """The image tokens that :meth:`imagine_pixels` decodes."""
         if not texts:
             raise UserError("no text to imagine")
         texts = [texts] if isinstance(texts, str) else texts
@@ -252,23 +252,14 @@ class Diptych:
             last = steps[-1]
             if last.image is None:
                 assert last.text is not None
-                steps.append(CycleStep(image=self.imagine([last.text], seed=seed + turn)[0]))
+                steps.append(CycleStep(image=self.imagine_pixels([last.text], seed=seed + turn)[0]))
             else:
                 steps.append(CycleStep(text=self.caption([last.image])[0]))
         return steps
 
     def read(self, image: ImageLike) -> UInt8[np.ndarray, "S S 3"]:
-        """The image's centre square, resized to the tokenizer's size. A Pillow image gives what its file would give.
-
-        Raises UserError for arrays of another kind, and for images that cannot be used.
-        """
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-                raise UserError(f"an image of {image.dtype} {image.shape}: give uint8 [height, width, 3]")
-            if image.shape[:2] == (self.tokenizer.image_size, self.tokenizer.image_size):
-                return image
-            image = Image.fromarray(image)
-        return decode(image if isinstance(image, Image.Image) else Path(image), self.tokenizer.image_size)
+        """The image's centre square at the tokenizer's size, as :func:`to_pixels`."""
+        return to_pixels(image, self.tokenizer.image_size)
 
 
 def _generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfig]:

@@ -78,7 +78,7 @@ class Samples:
 
     def _generate(self) -> tuple[list[str], list[np.ndarray]]:
         """A caption for each image and an image for each text, with the network's present weights."""
-        return self.diptych.caption(self.pixels), list(self.diptych.imagine(self.texts))
+        return self.diptych.caption(self.pixels), list(self.diptych.imagine_pixels(self.texts))
 
     def _samples(self) -> list[Any]:
         examples = []

@@ -32,8 +32,7 @@ from diptych.itit.pipeline import Diptych, data_tokenizers
 from diptych.itit.report import Samples
 from diptych.nn.inference import eval_mode, pick_device
 from diptych.report import print_comparison
-from diptych.report.figures import read_metrics
-from diptych.report.run_report import closing_line, outcome, write_run_report
+from diptych.report.run_report import closing_line, outcome, validation_scores, write_run_report
 from diptych.report.scores import meaning_of
 from diptych.rng import derive_seed
 from diptych.run_folder import Kind, kind_of, part_of, read_config, save_model, write_config
@@ -167,7 +166,7 @@ class ItitRun:
         result = run.train_on(inputs, objective, out, hooks=[hook], pace=pace, best=best, report=report)
         if result.finished and comparison is not None:
             alone = run._train_pairs_only(inputs, out, seconds=result.seconds)
-            comparison = replace(comparison, baselines=comparison.baselines + alone, scores=_best_scores(out, best))
+            comparison = replace(comparison, baselines=comparison.baselines + alone, scores=_scores_of_best(out, best))
             if is_main_process():
                 comparison.write(out)
         if result.finished and is_main_process():
@@ -252,7 +251,7 @@ class ItitRun:
         samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, folder / "samples")
         hook = Hook(every=run.train.eval_every, run=partial(run._validate, samples, best), over=best.is_over)
         run.train_on(inputs, objective, folder, hooks=[hook], title=ALONE, pace=pace, best=best)
-        return [Baseline(name=ALONE, scores=_best_scores(folder, best), kind="without unpaired data")]
+        return [Baseline(name=ALONE, scores=_scores_of_best(folder, best), kind="without unpaired data")]
 
     def _seconds_of_an_evaluation(self, inputs: TrainingInputs, out: Path) -> float:
         objective = self.build(inputs)
@@ -471,13 +470,10 @@ class ItitRun:
         return result
 
 
-def _best_scores(out: Path, best: BestWeights | None) -> dict[str, float]:
-    """The validation scores of the weights that were kept."""
+def _scores_of_best(out: Path, best: BestWeights | None) -> dict[str, float]:
     assert best is not None
     assert best.score is not None
-    records = [each for each in read_metrics(out / "metrics.jsonl") if each["step"] == best.score.step]
-    found = next(each for each in reversed(records) if "loss" not in each)
-    return {name.removeprefix("valid/"): value for name, value in found.items() if name.startswith("valid/")}
+    return validation_scores(out, best.score.step)
 
 
 def _within_budget(data: DataSplit, tokenizers: DataTokenizers, plan: RunPlan, *, seed: int) -> DataSplit:

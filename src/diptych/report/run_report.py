@@ -75,6 +75,12 @@ def outcome(run: Path, *, step: int | None = None, select: str = "", source: str
     return f"loss {losses[-1]:.3g}, nothing was scored" if losses else ""
 
 
+def validation_scores(run: Path, step: int) -> dict[str, float]:
+    """The scores of the validation after ``step`` steps, by their names without `valid/`."""
+    records = [each for each in read_metrics(run / "metrics.jsonl") if each.get("step") == step and "loss" not in each]
+    return {n.removeprefix("valid/"): value for n, value in records[-1].items() if n.startswith("valid/")}
+
+
 def told(numbers: Mapping[str, Any], *, best: str = "") -> str:
     """The scores of a validation in one line, those of headline first; ``best`` is the name that selects weights."""
     scores = {name.removeprefix("valid/"): value for name, value in numbers.items() if name.startswith("valid/")}

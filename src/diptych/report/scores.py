@@ -58,6 +58,9 @@ HEADLINES = (
     "mean_r1",
     "image_to_text/r10",
     "text_to_image/r10",
+    "retrieval/mean_r1",
+    "retrieval/image_to_text/r10",
+    "retrieval/text_to_image/r10",
     "accuracy",
     "loss",
 )

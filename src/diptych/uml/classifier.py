@@ -5,22 +5,25 @@ Shapes: B images, C classes, S side of an image in pixels.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from torch import Tensor
 
-from diptych.data.pixels import SkippedItems
+from diptych.data.pixels import ImageLike, SkippedItems, channels_first, one_or_more, to_pixels
 from diptych.data.sources import Source
 from diptych.data.splits import Labelled
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
+from diptych.eval.baselines import HISTOGRAMS, ClassBaselines, Comparison
 from diptych.io import load_network
 from diptych.nn.inference import Device, Prediction, eval_mode, pick_device, top_predictions
-from diptych.report import print_metrics
-from diptych.run_folder import check_finished, write_json
-from diptych.uml.data import ScoredImages, score_classifier
+from diptych.report import print_comparison, print_metrics
+from diptych.run_folder import CLASS_BASELINES, check_finished, write_json
+from diptych.uml.data import SAME_FEATURES, ScoredImages, compare_classifier, histograms_of, score_classifier
 from diptych.uml.head import SharedHead
 from diptych.uml.training import IMAGE
 
@@ -53,9 +56,20 @@ class Classifier:
         with eval_mode(self.encoder), eval_mode(self.head):
             return self.head(self.encoder(pixels_B3SS.to(self.device)), IMAGE).softmax(1)
 
-    def predictions(self, pixels_B3SS: Tensor, *, top: int) -> list[list[Prediction]]:
-        """The ``top`` most probable classes of each image, best first."""
-        return top_predictions(self.probabilities(pixels_B3SS), self.classes, top=top)
+    def predictions(
+        self, images: UInt8[Tensor, "B 3 S S"] | ImageLike | Sequence[ImageLike], *, top: int = 1
+    ) -> list[list[Prediction]]:
+        """The ``top`` most probable classes of each image, best first; a list of one for a single image.
+
+        Raises as :func:`to_pixels`.
+        """
+        if isinstance(images, Tensor):
+            return top_predictions(self.probabilities(images), self.classes, top=top)
+        every, found = one_or_more(images), []
+        for start in range(0, len(every), _ROWS):
+            pixels = np.stack([to_pixels(image, self.image_size) for image in every[start : start + _ROWS]])
+            found += self.predictions(channels_first(pixels), top=top)
+        return found
 
 
 def evaluate_classifier_run(
@@ -74,19 +88,36 @@ def evaluate_classifier_run(
     with eval_mode(classifier.encoder), eval_mode(classifier.head):
         vectors_ND, labels_N = images.features(classifier.encoder, classifier.device)
         found = score_classifier(classifier.head, vectors_ND, labels_N, modality=IMAGE)
+    comparison = replace(
+        _compare(run, labelled, (vectors_ND, labels_N), device=classifier.device), scores=found.table()
+    )
     per_class = {classifier.classes[number]: share for number, share in found.per_class.items()}
     metrics = {
-        "accuracy": found.accuracy,
-        "mean_class_accuracy": found.mean_class_accuracy,
-        "loss": found.loss,
+        **found.table(),
         "images": len(labels_N),
         "skipped": len(skipped),
         "source": source.name,
+        "notes": comparison.notes,
+        **comparison.record(),
         "per_class": per_class,
     }
     write_json(out / "metrics.json", metrics)
-    shown = {"images": len(labels_N)} | {n: getattr(found, n) for n in ("accuracy", "mean_class_accuracy", "loss")}
-    chance = f"Chance is {1 / len(classifier.classes):.1%} with {len(classifier.classes)} classes."
-    print_metrics(shown, title=f"{run} on {source.name}", notes=[chance, *skipped.report(out / "skipped.jsonl")])
+    shown = {"images": len(labels_N)} | found.table()
+    print_metrics(shown, title=f"{run} on {source.name}", notes=skipped.report(out / "skipped.jsonl"))
+    beside = [*comparison.notes, comparison.verdict()]
+    print_comparison(*comparison.table(), title="beside its baselines", notes=beside)
     print(f"written to {out}")
     return metrics
+
+
+def _compare(run: Path, labelled: Labelled, features: tuple[Tensor, Tensor], *, device: str) -> Comparison:
+    """The baselines that the run was trained beside, on all images of ``labelled`` and their ``features``."""
+    if not (run / CLASS_BASELINES).is_file():
+        why = "No baselines: the run was trained by an older Diptych, which fitted none."
+        return Comparison(source=labelled.source.name, select="accuracy", baselines=[], advice="", notes=[why])
+    baselines = ClassBaselines.load(run / CLASS_BASELINES, device=device)
+    known = {HISTOGRAMS: histograms_of(labelled, np.arange(len(labelled.labels_N)))}
+    if SAME_FEATURES in baselines.linear:
+        known = {SAME_FEATURES: features} | known
+    known = {name: (x_NF.to(device), labels_N.to(device)) for name, (x_NF, labels_N) in known.items()}
+    return compare_classifier(baselines, known, source=labelled.source.name, notes=[])

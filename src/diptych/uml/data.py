@@ -4,7 +4,7 @@ Shapes: N images, T texts, D width of the features, B rows of a batch, C classes
 S pixels of a side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from diptych.data.pixels import CachedImages, ReadableImages, SkippedItems, chan
 from diptych.data.splits import Labelled, Subset
 from diptych.data.streams import Stream
 from diptych.encoders import ImageEncoder, PooledTextEncoder
+from diptych.eval.baselines import ClassBaselines, Comparison, image_histograms
 from diptych.uml.features import image_features, text_features
 from diptych.uml.head import SharedHead
 
@@ -106,13 +107,21 @@ class ClassifierScore:
     per_class: dict[int, float]
     """Accuracy of each class that occurs."""
 
+    def table(self) -> dict[str, float]:
+        """The numbers under the names that go into `metrics.json`."""
+        return {"accuracy": self.accuracy, "mean_class_accuracy": self.mean_class_accuracy, "loss": self.loss}
+
 
 @torch.no_grad()
 def score_classifier(
     head: SharedHead, vectors_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"], *, modality: str
 ) -> ClassifierScore:
     """Classify features of the modality ``modality``, some at a time."""
-    logits_NC = torch.cat([head(piece, modality) for piece in vectors_ND.split(_ROWS)])
+    return score_logits(torch.cat([head(piece, modality) for piece in vectors_ND.split(_ROWS)]), labels_N)
+
+
+def score_logits(logits_NC: Float[Tensor, "N C"], labels_N: Int[Tensor, "N"]) -> ClassifierScore:
+    """The scores of a classifier that gives ``logits_NC``: of a run, and of its baselines."""
     right_N = logits_NC.argmax(1) == labels_N
     per_class = {int(c): float(right_N[labels_N == c].float().mean()) for c in labels_N.unique()}
     return ClassifierScore(
@@ -121,6 +130,24 @@ def score_classifier(
         loss=float(F.cross_entropy(logits_NC, labels_N)),
         per_class=per_class,
     )
+
+
+SAME_FEATURES = "the same features"
+_ADVICE = "another --objective.aux-weight (0 leaves the texts out), --optim.lr or --head.features"
+
+
+def histograms_of(labelled: Labelled, items: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Colour and gradient histograms of the readable ones of ``items`` [N F], and their labels [N]."""
+    found, vectors_NF = image_histograms(Subset(labelled.source, items))
+    return torch.from_numpy(vectors_NF), torch.from_numpy(labelled.labels_N[found])
+
+
+def compare_classifier(
+    baselines: ClassBaselines, features: Mapping[str, tuple[Tensor, Tensor]], *, source: str, notes: list[str]
+) -> Comparison:
+    """The baselines on ``features`` of the images that a classifier is scored on, ahead of its own scores."""
+    scored = baselines.scored(features, lambda logits_NC, labels_N: score_logits(logits_NC, labels_N).table())
+    return Comparison(source=source, select="accuracy", baselines=scored, advice=_ADVICE, notes=notes)
 
 
 def labelled_image_features(

@@ -42,8 +42,13 @@ class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=[
     """Logits s_m W P_m z_m of the features z_m of modality m.
 
     All modalities share the classifier W; the scale s_m and the projection P_m are the modality's own, and P_m is the
-    identity for the anchor. Random weights are normal with the inverse of their input width as variance, so the rows of
-    W are as long as those of :meth:`init_from_anchor`, and P_m keeps the length of features.
+    identity for the anchor. W starts with random orthogonal rows of length one, as long as those of
+    :meth:`init_from_anchor`; where there are more classes than its width, with orthogonal columns. Random weights of
+    P_m are normal with the inverse of their input width as variance, so it keeps the length of features.
+
+    Departure: the paper's W starts with independent random rows, or with the mean features of texts as they are. P_m
+    learns through W, so it would learn the classes at the unequal rates of W W^T, and images alone would stay below
+    logistic regression on the same features (docs/log.md).
 
     Raises UserError for an anchor that is no modality, and for an identity projection between unequal widths.
     """
@@ -66,7 +71,7 @@ class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=[
 
     def init_weights(self) -> None:
         """Start anew, with the distributions named above."""
-        nn.init.normal_(self.head.weight, std=self.width**-0.5)
+        nn.init.orthogonal_(self.head.weight, gain=max(1.0, self.config.classes / self.width) ** 0.5)
         for name, projection in self.projections.items():
             assert isinstance(projection, nn.Linear)
             width = projection.in_features
@@ -110,7 +115,16 @@ class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=[
 
     @torch.no_grad()
     def init_from_anchor(self, features_TD: Float[Tensor, "T D"], labels_T: Int[Tensor, "T"]) -> None:
-        """Set each class's weight to the mean prepared feature of its texts, scaled to length one."""
+        """Start each class near the mean prepared feature of its texts, with a weight of length one.
+
+        With the projection "identity" it is that mean: a zero-shot classifier. Else the matrix of the means has its
+        singular values replaced by their square roots: classes whose texts are alike keep alike weights, and images
+        learn to tell them apart at rates that differ less.
+        """
         prepared_TW = self.prepared(features_TD, self.config.anchor)
         sums_CW = torch.zeros_like(self.head.weight).index_add_(0, labels_T, prepared_TW)
-        self.head.weight.copy_(F.normalize(sums_CW, dim=-1))
+        weight_CW = F.normalize(sums_CW, dim=-1)
+        if self.config.projection != "identity":
+            left_CK, values_K, right_KW = torch.linalg.svd(weight_CW, full_matrices=False)
+            weight_CW = F.normalize(left_CK * values_K.sqrt() @ right_KW, dim=-1)
+        self.head.weight.copy_(weight_CW)

@@ -34,11 +34,13 @@ from diptych.encoders import ImageEncoder, ScratchConfig, open_image_encoder, op
 from diptych.encoders.image import ImagePooling
 from diptych.encoders.text import TextPooling
 from diptych.errors import UserError
+from diptych.eval.baselines import HISTOGRAMS, ClassBaselines, Comparison, some
 from diptych.nn.inference import eval_mode, pick_device
-from diptych.report.run_report import closing_line, write_run_report
+from diptych.report import print_comparison
+from diptych.report.run_report import closing_line, validation_scores, write_run_report
 from diptych.report.sheet import contact_sheet, save_png
 from diptych.rng import derive_seed
-from diptych.run_folder import Kind, save_model, write_config, write_json
+from diptych.run_folder import CLASS_BASELINES, Kind, save_model, write_config, write_json
 from diptych.train.best import BestWeights, Score
 from diptych.train.config import FILES, OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first
@@ -46,14 +48,17 @@ from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.pace import Budget, RunPlan, StageCost
 from diptych.uml.data import (
+    SAME_FEATURES,
     LabelledFeatures,
     LabelledImages,
     ScoredImages,
     class_text_features,
+    compare_classifier,
+    histograms_of,
     labelled_image_features,
     score_classifier,
 )
-from diptych.uml.features import encoder_identity
+from diptych.uml.features import encoder_identity, read_features
 from diptych.uml.head import SharedHead, SharedHeadConfig
 from diptych.uml.objective import Init, UmlConfig, UmlObjective
 
@@ -87,6 +92,9 @@ class UmlData:
     """Templates of texts, with {} for the name of the class, which are used if no texts are given."""
     text_shots: Shots = "all"
     """Texts of each class to learn from: a number of random ones, `all`, or `mean`, the mean of all their features."""
+    features: Path | None = None
+    """Features of `images` that `encoder` gave elsewhere, a row for each image in the order of the source: a .npy file,
+    or a .parquet file with a column `features`. If not given, they are computed."""
     cache: Path | None = None
     """Folder for the features of frozen encoders, which runs may share; if not given, one in the run folder."""
     columns: Columns = field(default_factory=Columns)
@@ -97,6 +105,18 @@ class UmlData:
     """Memory for decoded images of a tuned encoder, in MiB; if all of them take more, they are decoded every epoch."""
     max_skipped_share: float = 0.01
     """Largest share of unreadable images that is left out without stopping."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Which images a run learns from and which it selects on."""
+
+    labelled: Labelled
+    train: np.ndarray
+    """Items of ``labelled`` to learn from."""
+    valid_labelled: Labelled
+    valid: np.ndarray
+    """Items of ``valid_labelled`` to select on."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -152,14 +172,11 @@ class UmlRun:
         encoder = self._open_encoder().to(pick_device(self.train.device))
         texts = self._texts(labelled.classes, cache=self.data.cache or out / "features")
         skipped, skipped_valid = (SkippedItems(max_skipped_share=self.data.max_skipped_share) for _ in range(2))
-        images, valid = self._images(
-            labelled,
-            encoder,
-            cache=self.data.cache or out / "features",
-            skipped=skipped,
-            skipped_valid=skipped_valid,
-            share=self._affordable_share(labelled, encoder, plan.budget),
-        )
+        share = self._affordable_share(labelled, encoder, plan.budget)
+        parts = self._split(labelled, share)
+        cache = self.data.cache or out / "features"
+        images, valid = self._images(parts, encoder, cache=cache, skipped=skipped, skipped_valid=skipped_valid)
+        comparison = self._baselines(parts, images, valid, out=out) if is_main_process() else None
 
         def make(run: UmlRun, encoder: ImageEncoder) -> tuple[UmlObjective, BatchSampler]:
             objective = run.build(encoder, images, texts, classes=len(labelled.classes))
@@ -193,8 +210,35 @@ class UmlRun:
             for line in skipped.report(out / "skipped.jsonl") + skipped_valid.report(out / "skipped_valid.jsonl"):
                 print(line, file=sys.stderr)
         if result.finished and is_main_process():
-            _finish(out, objective, encoder, labelled, best)
+            _finish(out, objective, encoder, labelled, best, comparison)
         return result
+
+    def _baselines(
+        self,
+        parts: Parts,
+        images: LabelledFeatures | LabelledImages,
+        valid: LabelledFeatures | ScoredImages,
+        *,
+        out: Path,
+    ) -> Comparison:
+        """Baselines on the images to select on; fitted, printed ahead of any training, and kept in the run folder."""
+        classes = len(parts.labelled.classes)
+        known = {
+            HISTOGRAMS: (
+                histograms_of(parts.labelled, some(parts.train)),
+                histograms_of(parts.valid_labelled, parts.valid),
+            )
+        }
+        if isinstance(images, LabelledFeatures) and isinstance(valid, LabelledFeatures):
+            known = {SAME_FEATURES: (images.tensors(), valid.tensors())} | known
+        baselines = ClassBaselines.fit(known, classes=classes)
+        baselines.save(out / CLASS_BASELINES)
+        selected = "The l2 penalties were chosen on these images, as the weights of the run are."
+        scored = {name: features for name, (_, features) in known.items()}
+        source = self.data.valid or self.data.images
+        comparison = compare_classifier(baselines, scored, source=source, notes=[selected])
+        print_comparison(*comparison.table(), title=f"to beat on {source}", notes=[])
+        return comparison
 
     @property
     def slow_from(self) -> int:
@@ -210,6 +254,8 @@ class UmlRun:
             raise UserError(
                 f"--head.features {wanted} needs features that stay as they are: take unit for a tuned encoder"
             )
+        if self.train_encoder == "tuned" and self.data.features is not None:
+            raise UserError("--data.features are of an encoder that stays as it is: leave them away to tune it")
         if self.objective.aux_weight < 0:
             raise UserError(f"--objective.aux-weight is {self.objective.aux_weight}; it must be 0 or more")
 
@@ -243,33 +289,34 @@ class UmlRun:
         return open_image_encoder(self.encoder, pooling=self.pooling)
 
     def _images(
-        self,
-        labelled: Labelled,
-        encoder: ImageEncoder,
-        *,
-        cache: Path,
-        skipped: SkippedItems,
-        skipped_valid: SkippedItems,
-        share: float = 1.0,
+        self, parts: Parts, encoder: ImageEncoder, *, cache: Path, skipped: SkippedItems, skipped_valid: SkippedItems
     ) -> tuple[LabelledFeatures | LabelledImages, LabelledFeatures | ScoredImages]:
-        """Images to learn from and images to select on: ``share`` of those of each class."""
+        """Images to learn from and images to select on."""
         data, size = self.data, encoder.image_size
 
         def features(part: Labelled, items: np.ndarray, skipped: SkippedItems) -> LabelledFeatures:
+            if data.features is not None and part is parts.labelled:
+                vectors_ND = read_features(data.features, rows=len(part.labels_N), width=encoder.width)[items]
+                return LabelledFeatures(vectors_ND=np.asarray(vectors_ND, np.float32), labels_N=part.labels_N[items])
             with main_process_first():
                 return labelled_image_features(encoder, part, items, cache=cache, skipped=skipped, workers=data.workers)
 
-        episode = self._episode(labelled.labels_N)
-        train = self._some(labelled, episode.train, share)
-        valid, items = labelled, self._some(labelled, episode.valid, share)
-        if data.valid is not None:
-            valid = Labelled.of(open_finite(data.valid, data.columns), labelled.classes)
-            items = np.arange(len(valid.labels_N))
+        labelled, valid = parts.labelled, parts.valid_labelled
         if self.train_encoder == "frozen":
-            return features(labelled, train, skipped), features(valid, items, skipped_valid)
+            return features(labelled, parts.train, skipped), features(valid, parts.valid, skipped_valid)
         options: dict[str, Any] = {"size": size, "cache_mb": data.cache_mb}
-        scored = ScoredImages(valid, items, skipped=skipped_valid, workers=data.workers, **options)
-        return LabelledImages(labelled, train, skipped=skipped, **options), scored
+        scored = ScoredImages(valid, parts.valid, skipped=skipped_valid, workers=data.workers, **options)
+        return LabelledImages(labelled, parts.train, skipped=skipped, **options), scored
+
+    def _split(self, labelled: Labelled, share: float) -> Parts:
+        """Items to learn from and to select on: ``share`` of those of each class."""
+        episode = self._episode(labelled.labels_N)
+        train, valid = self._some(labelled, episode.train, share), self._some(labelled, episode.valid, share)
+        if self.data.valid is None:
+            return Parts(labelled=labelled, train=train, valid_labelled=labelled, valid=valid)
+        other = Labelled.of(open_finite(self.data.valid, self.data.columns), labelled.classes)
+        every = np.arange(len(other.labels_N))
+        return Parts(labelled=labelled, train=train, valid_labelled=other, valid=every)
 
     def _some(self, labelled: Labelled, items: np.ndarray, share: float) -> np.ndarray:
         """``share`` of ``items`` of each class, at random and at least one."""
@@ -282,7 +329,7 @@ class UmlRun:
 
     def _affordable_share(self, labelled: Labelled, encoder: ImageEncoder, budget: Budget | None) -> float:
         """Share of the images whose features a budget has time for; 1 for an encoder that is trained."""
-        if budget is None or self.train_encoder == "tuned":
+        if budget is None or self.train_encoder == "tuned" or self.data.features is not None:
             return 1.0
 
         def decide() -> float:
@@ -369,7 +416,14 @@ def _validation(valid: LabelledFeatures | ScoredImages, best: BestWeights) -> Ca
     return run
 
 
-def _finish(out: Path, objective: UmlObjective, encoder: ImageEncoder, labelled: Labelled, best: BestWeights) -> None:
+def _finish(
+    out: Path,
+    objective: UmlObjective,
+    encoder: ImageEncoder,
+    labelled: Labelled,
+    best: BestWeights,
+    comparison: Comparison | None,
+) -> None:
     """Save the selected weights so that they classify without the texts and without this data."""
     best.load_into(objective)
     save_model(objective.head, out / "head")
@@ -377,7 +431,12 @@ def _finish(out: Path, objective: UmlObjective, encoder: ImageEncoder, labelled:
     write_json(out / "classes.json", list(labelled.classes))
     assert best.score is not None
     save_png(out / "samples" / "guesses.png", _sheet_of_guesses(objective, encoder, labelled))
+    assert comparison is not None
+    comparison = replace(comparison, scores=validation_scores(out, best.score.step))
+    comparison.write(out)
     write_run_report(out)
+    title = f"{out} beside its baselines on {comparison.source}"
+    print_comparison(*comparison.table(), title=title, notes=[*comparison.notes, comparison.verdict()])
     score = f"{best.score.value:.1%} of the validation images right after step {best.score.step:,}"
     print(closing_line(out, "classifier", score=score), flush=True)
 

@@ -197,3 +197,17 @@ def test_paths_are_relative_to_their_own_file(tmp_path):
     for name in ("paths", "records"):
         source = open_source(f"{tmp_path}/*/{name}.parquet")
         assert [int(source.image(i, 4)[0, 0, 0]) for i in range(2)] == [0, 1]
+
+
+def test_types_of_columns_that_other_engines_write(tmp_path):
+    """Views of strings, and captions as bytes, beside images as bytes."""
+    for kind, column in [
+        ("view", pa.array(["a dog", None]).cast(pa.string_view())),
+        ("binary", pa.array([b"a dog", None], pa.binary())),
+        ("dictionary", pa.array(["a dog", None]).dictionary_encode()),
+        ("large", pa.array(["a dog", None], pa.large_string())),
+    ]:
+        path = tmp_path / f"{kind}.parquet"
+        pq.write_table(pa.table({"image": [png(1), png(2)], "caption": column}), path)
+        source = open_source(str(path))
+        assert [source.captions(i) for i in range(2)] == [["a dog"], []]

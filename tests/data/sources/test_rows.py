@@ -47,7 +47,7 @@ def test_quotes_in_tab_separated_rows_end_with_the_row(tmp_path):
 
 
 def test_a_quote_that_swallows_a_row_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"t\.csv: the row at line 2: a quote that opens there closes in a later row"):
+    with pytest.raises(UserError, match=r"t\.csv: the row at line 2: a quote that opens there closes in another row"):
         rows_of(tmp_path, "t.csv", 'image,caption\na.jpg,"a dog\nb.jpg,a cat"\nc.jpg,two birds\n')
     rows = rows_of(tmp_path, "u.csv", 'image,caption\na.jpg,"a dog, brown\nruns, fast"\n')
     assert rows[0]["caption"] == "a dog, brown\nruns, fast"
@@ -58,7 +58,7 @@ def test_documents_of_the_field(tmp_path):
         "dataset": "coco",
         "images": [{"filepath": "val2014", "filename": "1.jpg", "split": "test", "sentences": [{"raw": "A dog."}]}],
     }
-    assert rows_of(tmp_path, "k.json", json.dumps(karpathy))[0]["file_name"] == "val2014/1.jpg"
+    assert rows_of(tmp_path, "k.json", json.dumps(karpathy))[0]["filepath"] == "val2014"
     coco = {
         "info": {},
         "licenses": [{"id": 1}],
@@ -78,3 +78,28 @@ def test_documents_of_the_field(tmp_path):
         "a dog",
         ["a cat", "one cat"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a.jpg": "a dog", "a.jpg": "one dog"}', "the key 'a.jpg' is there twice"),
+        ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}', "the id 1"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of git-lfs"),
+        ("<!DOCTYPE html><html>", "is a page of HTML"),
+        ("PK\x03\x04...", "is a zip or a spreadsheet"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        rows_of(tmp_path, "t.json", content)
+
+
+def test_documents_by_split_and_by_id(tmp_path):
+    by_split = {"train": [{"image": "a.jpg"}], "test": [{"image": "b.jpg"}]}
+    assert [row["split"] for row in rows_of(tmp_path, "s.json", json.dumps(by_split))] == ["train", "test"]
+    coco = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": "1", "caption": "a dog"}]}
+    assert rows_of(tmp_path, "c.json", json.dumps(coco))[0]["captions"] == ["a dog"]
+    keyed = {"a.jpg": [{"caption": "a dog"}, {"caption": "one dog"}]}
+    assert rows_of(tmp_path, "k.json", json.dumps(keyed))[0]["file_name"] == "a.jpg"
+    assert rows_of(tmp_path, "l.jsonl", json.dumps([{"image": "a.jpg"}])) == [{"image": "a.jpg"}]

@@ -45,6 +45,17 @@ CASES = {
     "dots in names": ({"2.05.png": None, "2.05.txt": "five", "2.06.png": None, "2.06.txt": "six"}, [["five"], ["six"]]),
     "compound extensions": ({"s.input.png": None, "s.outputs.txt": "one"}, [["one"]]),
     "nearest first": ({"a.old.txt": "old", "a.png": None, "a.txt": "new"}, [["new"]]),
+    "numbers are no extensions": ({"IMG.2020.01.png": None, "IMG.2020.02.txt": "another"}, [[]]),
+    "nor are words that one name has": (
+        {"Mr.Jones.png": None, "Mr.Smith.txt": "another", "b.png": None, "b.txt": "one"},
+        [[], ["one"]],
+    ),
+    "compound extensions of many": (
+        {name: data for k in "ab" for name, data in ((f"{k}.in.png", None), (f"{k}.out.txt", f"text {k}"))},
+        [["text a"], ["text b"]],
+    ),
+    "words for nothing": ({"a.png": None, "a.txt": "nan\none\n"}, [["one"]]),
+    "folders of systems": ({"a.png": None, "a.txt": "one", "__MACOSX/a.png": None, "@eaDir/b.png": None}, [["one"]]),
     "accents": ({"caf\u00e9.png": None, "cafe\u0301.txt": "one"}, [["one"]]),
     "caption": ({"a.png": None, "a.caption": "one"}, [["one"]]),
     "json": ({"a.png": None, "a.json": {"caption": "one"}}, [["one"]]),
@@ -106,3 +117,31 @@ def test_splits_in_json_that_are_used_together_are_named(tmp_path, kind):
     spec = write(tmp_path, kind, files)
     assert open_source(spec).notes == ["the splits test, train are used together; choose one, e.g. ?split=train"]
     assert open_source(spec, split="test").notes == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_texts_of_boxes_are_no_captions(tmp_path, kind):
+    files = {"a.png": None, "a.txt": "0 0.5 0.5 0.2 0.3\n1 0.1 0.1 0.2 0.2\n", "b.png": None, "b.txt": "2 0.5 0.5 1 1"}
+    source = open_source(write(tmp_path, kind, files))
+    assert not source.has_captions
+    assert source.notes == ["2 texts with boxes not used: they hold no captions"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["cat/a.png", "dog/b.png"], ["cat", "dog"]),
+        (["images/train/a.png", "images/val/b.png"], [None, None]),
+        (["train_images/a.png", "test_images/b.png"], [None, None]),
+        (["data/test/cat/a.png", "data/train/dog/b.png"], ["cat", "dog"]),
+        (["images_001/a.png", "images_002/b.png"], [None, None]),
+    ],
+)
+def test_folders_that_are_classes(tmp_path, kind, names, labels):
+    source = open_source(write(tmp_path, kind, dict.fromkeys(names)))
+    assert [source.label(i) for i in range(2)] == labels
+    splits = any("train" in name for name in names)
+    assert bool(source.notes) == splits
+    if splits:
+        assert "used together" in source.notes[0]

@@ -289,6 +289,19 @@ def table(folder, name, rows):
         ("['a dog runs' 'one dog'\n 'a pet']", ["a dog runs", "one dog", "a pet"]),
         ('[{"raw": "a dog"}, {"raw": "one dog"}]', ["a dog", "one dog"]),
         ('["a dog", null]', ["a dog"]),
+        ("['a dog', nan]", ["a dog"]),
+        ("array(['a dog', 'one dog'], dtype=object)", ["a dog", "one dog"]),
+        ("('a dog', 'one dog')", ["a dog", "one dog"]),
+        ('{"a dog","one dog"}', ["a dog", "one dog"]),
+        ("b'a dog'", ["a dog"]),
+        ("[b'a dog', b'one dog']", ["a dog", "one dog"]),
+        ('{"caption": "a dog"}', ["a dog"]),
+        ("{'text': ['a dog', 'one dog']}", ["a dog", "one dog"]),
+        ('[["a", "dog"], ["one", "dog"]]', ["a dog", "one dog"]),
+        ("[]", []),
+        ("NA", []),
+        ("(a dog) and 'a cat'", ["(a dog) and 'a cat'"]),
+        ("{a dog}", ["{a dog}"]),
         ("[laughs] a man [music]", ["[laughs] a man [music]"]),
         ("[a dog]", ["[a dog]"]),
         ("[1, 2]", ["[1, 2]"]),
@@ -367,3 +380,58 @@ def test_missing_images_labels_that_differ_and_splits_are_named(photos):
 def test_captions_guessed_by_content_are_named(photos):
     source = table(photos, "t.jsonl", [{"image": "photos/0.png", "author": "Jane Doe"}])
     assert source.notes == ["captions are taken from 'author', the only column of sentences"]
+
+
+def test_numbered_columns_beside_one_without_number(photos):
+    rows = [{"image": "photos/0.png", "caption": "", "caption.1": "two", "Caption 3": "three"}]
+    source = table(photos, "t.jsonl", [*rows, {"image": "photos/1.png", "caption": "one"}])
+    assert [row[1] for row in rows_of(source)] == [["two", "three"], ["one"]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a very typical bus station\thttps://a.org/0.jpg\n", "a dog runs\na cat sits\n", "1\ta dog runs\n2\ta cat\n"],
+)
+def test_a_table_without_a_header_is_refused(tmp_path, text):
+    (tmp_path / "t.tsv").write_text(text)
+    with pytest.raises(UserError, match="the first line must name"):
+        open_source(str(tmp_path / "t.tsv"))
+
+
+def test_folders_of_images_in_a_column_of_their_own(photos):
+    rows = [
+        {"folder": "photos", "filename": "0.png", "caption": "c"},
+        {"folder": ".", "filename": "1.png", "caption": "d"},
+    ]
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(photos / "1.png")
+    assert [row[:2] for row in rows_of(table(photos, "t.jsonl", rows))] == [(0, ["c"]), (9, ["d"])]
+
+
+def test_absolute_and_relative_paths_are_one_item(photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    rows = [{"image": "photos/0.png", "caption": "one"}, {"image": str(photos / "photos" / "0.png"), "caption": "two"}]
+    (photos / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source("t.jsonl")
+    assert [source.captions(i) for i in range(len(source))] == [["one", "two"]]
+
+
+def test_what_has_no_captions_says_what_it_has(photos):
+    source = table(photos, "t.jsonl", [{"image": "photos/0.png", "title": "Dog", "conversations": [{"value": "x"}]}])
+    assert source.notes == ["no captions: none of the columns title, conversations is called like captions"]
+    lists = table(photos, "l.jsonl", [{"image": "photos/0.png", "label": ["cat", "dog"]}])
+    assert lists.label(0) is None
+    assert lists.notes == ["no labels: column 'label' holds \"['cat', 'dog']\", which is no class"]
+
+
+def test_names_of_classes_go_before_their_numbers(photos):
+    rows = [{"image": f"photos/{i}.png", "label": i, "label_name": name} for i, name in enumerate(["dog", "cat"])]
+    assert [row[2] for row in rows_of(table(photos, "t.jsonl", rows))] == ["dog", "cat"]
+
+
+def test_tables_of_splits_and_of_other_columns_are_named(photos):
+    write_csv(photos / "train.csv", [("image", "caption"), ("photos/0.png", "c")])
+    write_csv(photos / "test.csv", [("image", "comment"), ("photos/1.png", "d")])
+    assert open_source(str(photos / "*.csv")).notes == [
+        "files of the splits test, train are used together",
+        "no captions in test.csv: there is no column caption",
+    ]

@@ -37,7 +37,7 @@ def test_one_text_per_line_empty_ones_left_out(tmp_path):
 
 def test_gz_and_several_files(tmp_path):
     (tmp_path / "a.txt").write_text("a\n")
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"b\n\nc\n"))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"b\n\nc\n", mtime=0))
     source = TextSource([tmp_path / "a.txt", tmp_path / "b.txt.gz"], name="both")
     assert [source.captions(i)[0] for i in range(len(source))] == ["a", "b", "c"]
     assert source.key(2) == "b.txt.gz:3"
@@ -68,7 +68,7 @@ def test_utf16_is_recognised(tmp_path, coding):
 
 
 @pytest.mark.parametrize(
-    "damage", [b"no gzip", gzip.compress(b"text " * 99)[:-12], gzip.compress(b"x" * 9)[:-4] + b"abcd"]
+    "damage", [b"no gzip", gzip.compress(b"text " * 99, mtime=0)[:-12], gzip.compress(b"x" * 9, mtime=0)[:-4] + b"abcd"]
 )
 def test_damaged_gz(tmp_path, damage):
     path = tmp_path / "t.txt.gz"

@@ -117,8 +117,40 @@ def test_index_agrees_with_tarfile(tmp_path, format):
         tar.addfile(link)
     with tarfile.open(path) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar.getmembers() if m.isfile()]
+    expected.append(("link.txt", *expected[0][1:]))  # what the link stands for
     assert [(m.name, m.offset, m.size) for m in tar_index.members(tmp_path / "t.tar")] == expected
-    assert len(expected) == len(names)
+    assert len(expected) == len(names) + 1
+
+
+def test_links_and_tars_joined_end_to_end(tmp_path):
+    make(tmp_path / "a.tar", {"a.png": png(1), "a.txt": "one"})
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        for name, target, kind in [
+            ("d/b.png", "a.png", tarfile.LNKTYPE),
+            ("d/c.png", "../a.png", tarfile.SYMTYPE),
+            ("d/lost.png", "nowhere.png", tarfile.SYMTYPE),
+        ]:
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    make(tmp_path / "b.tar", {"e.png": png(5)})
+    (tmp_path / "c.tar").write_bytes((tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes())
+    source = open_source(str(tmp_path / "c.tar"))
+    assert [source.key(i) for i in range(len(source))] == ["a", "e", "d/b", "d/c", "d/lost"]
+    assert [grey(source, i) for i in range(4)] == [1, 5, 1, 1]
+    with pytest.raises(UnreadableImage, match="d/lost: is empty"):
+        source.image(4, 4)
+
+
+def test_of_members_of_one_name_the_last_counts(tmp_path):
+    path = make(tmp_path / "t.tar", {"a.png": png(1), "a.txt": "old"})
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("./a.txt")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"new"))
+    source = open_source(path)
+    assert source.captions(0) == ["new"]
+    assert source.notes == [f"1 member of {path} replaced by later ones of the name"]
 
 
 def test_threads_read_what_one_thread_reads(tmp_path):

@@ -17,7 +17,15 @@ import numpy as np
 
 from diptych.data.sources.columns import Columns, Found, captions_of, find_columns, is_missing, label_of
 from diptych.data.sources.decode import ImageLimits, decode
-from diptych.data.sources.table import SAMPLE, TableSource, from_rows, select_split, split_notes, unknown_split
+from diptych.data.sources.table import (
+    SAMPLE,
+    TableSource,
+    file_split_notes,
+    from_rows,
+    select_split,
+    split_notes,
+    unknown_split,
+)
 from diptych.errors import UserError
 
 
@@ -129,7 +137,7 @@ def _from_dataset(
         raise UserError(f"{name}: holds no rows")
     found = find_columns(_sample(data), wanted=columns, source=name)
     if not found.embedded:
-        kept = [column for column in (found.image, *found.captions, found.label, found.split) if column]
+        kept = [each for each in (found.image, found.folder, *found.captions, found.label, found.split) if each]
         rows = data.select_columns(kept if found.image else data.column_names).to_list()
         for row in rows if found.label else ():
             row[found.label] = _class_name(data.features[found.label], row[found.label])
@@ -141,7 +149,9 @@ def _from_dataset(
     if split is not None:
         rows = np.array(select_split(values, split, source=name))
         data = data.select(rows)
-    notes = [*found.notes, *(split_notes(values) if split is None else ())]
+    notes = list(found.notes)
+    if split is None:
+        notes += split_notes(values) or file_split_notes(tables.paths)
     return ArrowSource(data, name=name, found=found, rows=rows, tables=tables, limits=limits, notes=notes)
 
 
@@ -151,7 +161,10 @@ def _sample(data: Any) -> dict[str, list[Any]]:
 
     columns: dict[str, list[Any]] = {}
     for name in data.column_names:
-        present = pyarrow.compute.drop_null(data.data.column(name))
+        column = data.data.column(name)
+        if pyarrow.types.is_string_view(column.type):  # which few functions of pyarrow take
+            column = column.cast(pyarrow.large_string())
+        present = pyarrow.compute.drop_null(column)
         if pyarrow.types.is_list(present.type) or pyarrow.types.is_large_list(present.type):
             present = present.filter(pyarrow.compute.greater(pyarrow.compute.list_value_length(present), 0))
         elif pyarrow.types.is_string(present.type) or pyarrow.types.is_large_string(present.type):

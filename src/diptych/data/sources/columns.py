@@ -5,7 +5,7 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,18 +19,29 @@ Table = Mapping[str, Sequence[Any]]
 STEM_NAMES = frozenset({"image_id", "img_id", "image", "image_name", "filename", "file_name", "filepath"})
 """Columns that may name image files without their suffix."""
 IMAGE_NAMES = frozenset(
-    {"image", "img", "picture", "photo", "jpg", "png", "file", "path"}
+    {"image", "images", "img", "picture", "photo", "jpg", "png", "file", "path"}
     | {"file_name", "filename", "filepath", "file_path", "image_path", "image_file", "image_name", "img_path"}
 )
 CAPTION_NAMES = frozenset(
     {"caption", "text", "sentence", "description", "prompt", "raw", "txt", "alt", "alt_text", "alttext"}
     | {"captions", "texts", "sentences", "descriptions", "prompts"}
 )
-LABEL_NAMES = frozenset({"label", "labels", "class", "classes", "cls", "class_name", "classname", "category"})
-SPLIT_NAMES = frozenset({"split", "partition"})
-_NUMBERED = re.compile(r"(caption|text|sentence|description)s?_?\d+", re.IGNORECASE)
-_NULLS = frozenset({"nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "N/A", "n/a", "#N/A"})
-_INNER = ("raw", "caption", "text", "sentence")
+LABEL_NAMES = frozenset(
+    {"label", "labels", "class", "classes", "cls", "category"}
+    | {"class_name", "classname", "label_name", "label_text", "category_name"}
+)
+SPLIT_NAMES = frozenset({"split", "partition", "subset", "set"})
+FOLDER_NAMES = frozenset({"folder", "dir", "directory", "subfolder", "subdir", "filepath", "image_dir"})
+"""Columns that may hold the folder of an image whose name another column holds."""
+_NUMBERED = re.compile(r"(caption|text|sentence|description)s?[ _.-]?\d+", re.IGNORECASE)
+_NULLS = frozenset(
+    {"nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "undefined", "\\N"}
+    | {"#N/A", "#NAME?", "#REF!", "#VALUE!"}
+)
+_WRITTEN = re.compile(r"""\s*(\[|\{\s*["']|\(\s*["']|array\(|b["'])""")
+_LIST_NAMES = frozenset({"nan", "None", "null", "array", "dtype", "object"})
+_WHOLE = re.compile(r"^(-?\d+)\.0$")
+_INNER = ("raw", "caption", "text", "sentence", "captions", "texts", "sentences")
 """Where a list of captions holds records instead of strings, the fields that may carry the text."""
 
 
@@ -54,6 +65,8 @@ class Found:
     captions: tuple[str, ...]
     label: str | None
     split: str | None
+    folder: str | None
+    """The column of the folder that the image lies in, if it is one of its own."""
     embedded: bool
     """True where the image column holds the images themselves, not paths."""
     notes: tuple[str, ...] = ()
@@ -98,14 +111,34 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
     label = _named(table, wanted.label, "label", source) if wanted.label else None
     if wanted.label is None:
         known = [name for name in table if usual(name, LABEL_NAMES) and name not in captions]
-        label = _one(known, "label", table, source)
+        words = [name for name in known if not all(str(value).strip("-0123456789.") == "" for value in table[name])]
+        label = _one(words if len(words) == 1 else known, "label", table, source)
     split = next((name for name in table if usual(name, SPLIT_NAMES)), None)
-    embedded = image is not None and _embedded(table[image])
-    named = [name for name in captions if usual(name, CAPTION_NAMES) or _NUMBERED.fullmatch(name)]
+    embedded = image is not None and _embedded(image, table[image])
     notes = []
-    if wanted.caption is None and captions and not named:
+    if wanted.caption is None and captions and not any(map(_is_caption_name, captions)):
+        if captions[0].count(" ") > 1:
+            raise UserError(
+                f"{source}: the first line must name the columns, and {captions[0]!r} looks like data; add a first line"
+            )
         notes.append(f"captions are taken from {captions[0]!r}, the only column of sentences")
-    return Found(image=image, captions=captions, label=label, split=split, embedded=embedded, notes=tuple(notes))
+    if wanted.caption is None and not captions:
+        other = LABEL_NAMES | IMAGE_NAMES | SPLIT_NAMES | FOLDER_NAMES
+        texts = [name for name, values in table.items() if _could_be_captions(values) and not usual(name, other)]
+        if texts and (image is not None or wanted.image == ""):
+            notes.append(f"no captions: none of the columns {_listed(texts)} is called like captions")
+    if label is not None and table[label] and all(label_of(value) is None for value in table[label]):
+        notes.append(f"no labels: column {label!r} holds {str(table[label][0])[:60]!r}, which is no class")
+    folder = None if image is None else next((name for name in table if _is_folder(name, table[name], image)), None)
+    return Found(
+        image=image,
+        captions=captions,
+        label=label,
+        split=split,
+        folder=folder,
+        embedded=embedded,
+        notes=tuple(notes),
+    )
 
 
 def is_missing(value: Any) -> bool:
@@ -121,58 +154,91 @@ def says_missing(value: Any) -> bool:
 
 
 def label_of(value: Any) -> str | None:
-    """The label in a cell; whole floats, which libraries make of integers beside empty cells, as integers."""
-    if is_missing(value) or says_missing(value):
+    """The label in a cell; whole floats, which libraries make of integers beside empty cells, as integers.
+
+    Lists and records are no labels.
+    """
+    if is_missing(value) or says_missing(value) or isinstance(value, list | tuple | Mapping):
         return None
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip() or None
+    return _WHOLE.sub(r"\1", str(value).strip()) or None
 
 
 def captions_of(value: Any) -> list[str]:
-    """The captions in a cell: a text, a list of texts, or a list of records such as {"raw": ...}.
+    """The captions in a cell: a text, a list of texts or of lists of words, or records such as {"raw": ...}.
 
-    A list may also be written as text, as JSON or as Python and NumPy print it.
+    Lists and records may also be written as text, as JSON, Python, NumPy or PostgreSQL print them.
     """
+    if isinstance(value, bytes):
+        return captions_of(value.decode("utf-8", "replace"))
     if isinstance(value, str):
-        if value[:1] == "[" and (items := _written_list(value)) is not None:
-            return captions_of(items)
+        if _WRITTEN.match(value) and (written := _written(value.strip())) is not None:
+            return captions_of(written)
         text = clean(value)
         return [text] if text and not says_missing(text) else []
     if isinstance(value, Mapping):
         return next((captions_of(value[name]) for name in _INNER if name in value), [])
-    if isinstance(value, Sequence) and not isinstance(value, bytes):
+    if isinstance(value, Sequence):
+        if len(value) > 1 and all(map(_is_words, value)):
+            return [text for words in value for text in captions_of(" ".join(words))]
         return [text for item in value for text in captions_of(item)]
-    return [] if is_missing(value) else [str(value)]
+    return [] if is_missing(value) or isinstance(value, bool) else [str(value)]
 
 
-def _written_list(text: str) -> list[Any] | None:
-    """The list of texts or records that ``text`` writes out; None where it writes none."""
+def _is_words(value: Any) -> bool:
+    """Whether ``value`` is a text that was split into words."""
+    return (
+        isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) and " " not in word for word in value)
+    )
+
+
+def _written(text: str) -> list[Any] | dict[str, Any] | str | None:
+    """The list or record that ``text`` writes out; None where it is a text like any other."""
     try:
-        items = json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        items = _python_list(text)
-    if isinstance(items, list) and all(isinstance(item, str | dict) or is_missing(item) for item in items):
-        return items
-    return None
+        return _written_list(text)
+    if isinstance(found, dict):
+        return found if any(name in found for name in _INNER) else None
+    return (
+        found
+        if isinstance(found, list) and all(isinstance(item, str | list | dict) or is_missing(item) for item in found)
+        else None
+    )
 
 
-def _python_list(text: str) -> list[Any] | None:
-    if not text.rstrip().endswith("]"):
-        return None
+def _written_list(text: str) -> list[Any] | str | None:
+    """Texts in quotes between brackets. NumPy puts no commas between them, and Python would join them."""
     try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(text.strip()).readline))
-        strings = [token.string for token in tokens if token.type == tokenize.STRING]
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+        names = {token.string for token in tokens if token.type == tokenize.NAME}
         marks = {token.string for token in tokens if token.type == tokenize.OP}
-        # NumPy puts no commas between texts, and Python would join them.
-        if strings and marks <= set("[],") and all(token.type != tokenize.NAME for token in tokens):
-            return [ast.literal_eval(string) for string in strings]
-        return ast.literal_eval(text.strip())
-    except (tokenize.TokenError, SyntaxError, ValueError, RecursionError, MemoryError, IndentationError):
+        values = [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
+        if not values or not names <= _LIST_NAMES or not marks <= set("[](){},=:") | {"..."}:
+            return None
+        if ":" in marks:
+            found = ast.literal_eval(text)
+            records = found if isinstance(found, list) else [found]
+            return records if all(isinstance(item, dict | str) for item in records) else None
+    except (tokenize.TokenError, SyntaxError, ValueError, RecursionError, MemoryError):
         return None
+    texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
+    return texts[0] if not marks else texts
 
 
 def is_embedded(value: Any) -> bool:
     """Image bytes, or the {bytes, path} record of `datasets`."""
-    return isinstance(value, bytes | bytearray) or (isinstance(value, Mapping) and "bytes" in value)
+    if isinstance(value, Mapping):
+        return "bytes" in value
+    return isinstance(value, bytes | bytearray) and not _is_utf8(value)
+
+
+def _is_utf8(value: bytes | bytearray) -> bool:
+    """Whether bytes are text. No format of images is, from its first bytes on."""
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def find_image(table: Table, wanted: str | None, source: str) -> str | None:
@@ -182,8 +248,8 @@ def find_image(table: Table, wanted: str | None, source: str) -> str | None:
     if wanted is not None:
         _refuse_addresses(table, _named(table, wanted, "image", source), source)
         return wanted
-    pixels = [name for name, values in table.items() if _embedded(values)]
-    paths = [name for name, values in table.items() if _holds(name, IMAGE_NAMES, values, is_image_path)]
+    pixels = [name for name, values in table.items() if _embedded(name, values)]
+    paths = [name for name, values in table.items() if _holds(name, IMAGE_NAMES, values, _is_path_cell)]
     tiers = (
         [name for name in pixels if usual(name, IMAGE_NAMES)],
         pixels,
@@ -194,6 +260,10 @@ def find_image(table: Table, wanted: str | None, source: str) -> str | None:
         if tier:
             return _one(tier, "image", table, source)
     return None
+
+
+def _is_path_cell(value: Any) -> bool:
+    return is_image_path(value[0] if isinstance(value, list) and len(value) == 1 else value)
 
 
 def _refuse_addresses(table: Table, name: str | None, source: str) -> None:
@@ -212,12 +282,32 @@ def _find_captions(table: Table, wanted: str | None, image: str | None, source: 
         return tuple(str(_named(table, name, "caption", source)) for name in names)
     texts = [name for name, values in table.items() if name != image and _holds(name, CAPTION_NAMES, values, _is_text)]
     known = [name for name in texts if usual(name, CAPTION_NAMES)]
-    if not known and (numbered := [name for name in texts if _NUMBERED.fullmatch(name)]):
-        return tuple(numbered)
+    numbered = [name for name in texts if _NUMBERED.fullmatch(name)]
+    if numbered and len(known) < 2:
+        return (*known, *numbered)
     other = CAPTION_NAMES | IMAGE_NAMES | LABEL_NAMES | SPLIT_NAMES
     prose = [name for name in texts if not usual(name, other) and any(" " in text for text in captions_of(table[name]))]
     found = _one(known or prose, "caption", table, source)
     return (found,) if found is not None else ()
+
+
+def _is_caption_name(name: str) -> bool:
+    return usual(name, CAPTION_NAMES) or _NUMBERED.fullmatch(name) is not None
+
+
+def _could_be_captions(values: Sequence[Any]) -> bool:
+    """Whether some value is a text or holds texts, whatever its form."""
+    return any(
+        isinstance(value, list | Mapping)
+        or (isinstance(value, str) and _is_text(value) and any(map(str.isalpha, value)))
+        for value in values
+    )
+
+
+def _is_folder(name: str, values: Sequence[Any], image: str) -> bool:
+    if name == image or not usual(name, FOLDER_NAMES):
+        return False
+    return _all(values, lambda value: isinstance(value, str) and not is_image_path(value))
 
 
 def _named(table: Table, name: str | None, role: Role, source: str) -> str | None:
@@ -235,7 +325,7 @@ def _one(names: list[str], role: Role, table: Table, source: str) -> str | None:
     return names[0] if names else None
 
 
-def _listed(table: Table) -> str:
+def _listed(table: Iterable[Any]) -> str:
     names = [str(name) for name in table]
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
@@ -254,7 +344,9 @@ def _holds(name: str, names: frozenset[str], values: Sequence[Any], test: Callab
     return _all(values, test) or (usual(name, names) and 2 * sum(map(test, values)) >= max(1, len(values)))
 
 
-def _embedded(values: Sequence[Any]) -> bool:
+def _embedded(name: str, values: Sequence[Any]) -> bool:
+    if usual(name, IMAGE_NAMES) and _all(values, lambda value: isinstance(value, bytes | bytearray)):
+        return True  # even if the bytes are no image
     return _all(values, is_embedded)
 
 
@@ -263,10 +355,12 @@ def _is_address(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
+    if isinstance(value, bytes):
+        return _is_utf8(value)
     if isinstance(value, str):
         return not is_image_path(value) and not _is_address(value)
     if isinstance(value, Mapping):
-        return any(isinstance(value.get(name), str) for name in _INNER)
+        return any(_is_text(value.get(name)) for name in _INNER)
     if not isinstance(value, list | tuple):
         return False
     present = [item for item in value if not is_missing(item)]

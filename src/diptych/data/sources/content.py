@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from diptych.data.sources.open import Source, find_files
+from diptych.data.sources.open import KeptSource, Source, find_files
 from diptych.errors import UserError
 
 _WHOLE = 256 * 2**20
@@ -20,6 +20,9 @@ def content_digest(source: Source) -> str:
     themselves of tars, parquet and texts. Where they are more than 256 MB together, sizes and blocks stand for files.
     Neither their dates nor the place of the folder count, so that a data set may be copied.
     """
+    if isinstance(source, KeptSource):
+        inner = content_digest(source.source).encode()
+        return hashlib.blake2b(inner + source.keep_file.read_bytes(), digest_size=8).hexdigest()
     if source.name.startswith(("scenes:", "hub:")):
         return ""
     try:

@@ -6,12 +6,21 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from diptych.data.sources.columns import Columns
+from diptych.data.sources.columns import IMAGE_NAMES, Columns, find_image, usual
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
 from diptych.data.sources.rows import SUFFIXES as TABLES
 from diptych.data.sources.rows import read_rows
-from diptych.data.sources.samples import SampleSource, folder_labels, group, unused_notes
-from diptych.data.sources.table import TableSource, counted, from_rows, some, split_notes, split_of, unknown_split
+from diptych.data.sources.samples import TEXT_SUFFIXES, SampleSource, folder_labels, group, is_hidden, unused_notes
+from diptych.data.sources.table import (
+    TableSource,
+    counted,
+    from_rows,
+    sample_columns,
+    some,
+    split_notes,
+    split_of,
+    unknown_split,
+)
 from diptych.errors import UserError
 
 _TABLES = (*sorted(TABLES), ".parquet")
@@ -27,15 +36,28 @@ def open_folder(
     images.
     """
     files = sorted(_walk(root))
-    tables = [file for file in files if _is_metadata(PurePosixPath(file).name)]
+    tables = _metadata(root, files)
     if tables:
         return _open_metadata(root, files, tables, name=name, columns=columns, split=split, limits=limits)
     return FolderSource(root, files, name=name, columns=columns, split=split, limits=limits)
 
 
-def _is_metadata(name: str) -> bool:
-    stem, _, suffix = name.lower().removesuffix(".gz").partition(".")
-    return stem == "metadata" and f".{suffix}" in _TABLES
+def _metadata(root: Path, files: list[str]) -> list[str]:
+    """The metadata files, one of each folder. JSON that is no table, as some albums have, is none."""
+    found: dict[str, str] = {}
+    for file in files:
+        stem, _, suffix = PurePosixPath(file).name.lower().removesuffix(".gz").partition(".")
+        if stem == "metadata" and f".{suffix}" in _TABLES and not (suffix == "json" and not _is_table(root / file)):
+            found.setdefault(os.path.dirname(file), file)
+    return list(found.values())
+
+
+def _is_table(file: Path) -> bool:
+    try:
+        sample = sample_columns(read_rows(file))
+        return find_image(sample, None, str(file)) is not None or any(usual(name, IMAGE_NAMES) for name in sample)
+    except UserError:
+        return False
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -50,7 +72,7 @@ def _walk(root: Path) -> Iterator[str]:
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(os.path.join(root, folder)) as entries:
                 for entry in entries:
-                    if not entry.name.startswith("."):
+                    if not is_hidden(entry.name):
                         path = f"{folder}/{entry.name}" if folder else entry.name
                         if entry.is_dir():
                             waiting.append(path)
@@ -100,8 +122,18 @@ def _open_metadata(
             notes.append(
                 f"{counted(len(unlisted), 'image')} not listed in {tables[0]} not used: {some(unlisted, len(unlisted))}"
             )
+    unread = [file for file in files if file not in tables and _is_caption_file(file)]
+    if unread:
+        notes.append(
+            f"{counted(len(unread), 'file')} beside the images not used, as {tables[0]} is read: "
+            + some(unread, len(unread))
+        )
     source.notes += notes
     return source
+
+
+def _is_caption_file(file: str) -> bool:
+    return os.path.splitext(file)[1].lower() in (*TEXT_SUFFIXES, *_TABLES)
 
 
 class FolderSource(SampleSource):
@@ -113,7 +145,7 @@ class FolderSource(SampleSource):
         self._root, self._files = root, files
         groups = group(files, columns, source=name)
         if not groups.keys:
-            raise UserError(f"{name}: holds no images{_hint(files)}")
+            raise UserError(f"{name}: holds no images{_hint(root, files)}")
         images = [files[slots[0]] for slots in groups.slots]
         super().__init__(
             images,
@@ -150,10 +182,10 @@ def _shards(files: list[str]) -> frozenset[str]:
     return frozenset(name for name in names if name.isdecimal())
 
 
-def _hint(files: list[str]) -> str:
+def _hint(root: Path, files: list[str]) -> str:
     for suffix in _OTHER_KINDS:
         others = [file for file in files if file.lower().endswith(suffix)]
         if others:
-            more = f", or all {len(others)} of them, e.g. '{os.path.dirname(others[0]) or '.'}/*{suffix}'"
+            more = f", or all {len(others)} of them, e.g. '{(root / others[0]).parent}/*{suffix}'"
             return f", but {others[0]}; give that file itself as the source{more if len(others) > 1 else ''}"
     return " (searched in its sub-folders too)" if files else "; it is empty"

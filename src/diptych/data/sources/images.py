@@ -26,6 +26,8 @@ class NamedImage:
     """Its path where it is a file, else its key in the source."""
     read: Callable[[int], UInt8[np.ndarray, "S S 3"]]
     """The centre square, resized to so many pixels. Raises UnreadableImage."""
+    has_caption: Callable[[], bool] = lambda: False
+    """Whether its source has a caption of it already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,14 @@ def _images_of(place: str) -> list[NamedImage]:
     source = open_finite(place, Columns())
     if not source.has_images:
         raise UserError(f"{place}: has no images")
-    return [NamedImage(_name(source, place, item), partial(source.image, item)) for item in range(len(source))]
+    return [
+        NamedImage(_name(source, place, item), partial(source.image, item), partial(_has_caption, source, item))
+        for item in range(len(source))
+    ]
+
+
+def _has_caption(source: Source, item: int) -> bool:
+    return bool(source.captions(item))
 
 
 def _image_files(place: str) -> list[Path]:

@@ -7,7 +7,8 @@
     hub:owner/name[:split][?config]          the one kind that may use the network
     scenes:                                  the built-in world
 
-Options follow a question mark: `photos.tar?split=train&caption=title`. Files may end in .gz where they are text.
+Options follow a question mark: `photos.tar?split=train&caption=title`. Of every kind `keep=FILE` keeps the items that a
+file lists, as `diptych audit` writes one. Files may end in .gz where they are text.
 
 Shapes: S pixels of a side.
 """
@@ -19,20 +20,22 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
 
-from diptych.data.sources.columns import Columns
+from diptych.data.sources.columns import Columns, captions_of
 from diptych.data.sources.decode import SUFFIXES, ImageLimits
 from diptych.data.sources.rows import SUFFIXES as TABLES
+from diptych.data.sources.rows import read_rows
 from diptych.data.sources.table import open_tables, unknown_split
 from diptych.errors import UserError
 
 _OPTIONS = ("split", "image", "caption", "label")
 _HUB_OPTIONS = (*_OPTIONS, "config", "revision")
 _LIMITS = ImageLimits()
+_KEEP = re.compile(r"(?P<mark>[?&])keep=(?P<file>[^&]+)(?P<more>&|$)")
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
@@ -158,6 +161,9 @@ def find_source(
     spec: str, *, columns: Columns | None = None, split: str | None = None, limits: ImageLimits = _LIMITS
 ) -> Source:
     """As `open_source`, but leaves the notes to the caller."""
+    if keep := _KEEP.search(spec):
+        rest = spec[: keep.start()] + (keep["mark"] if keep["more"] else "") + spec[keep.end() :]
+        return kept(find_source(rest, columns=columns, split=split, limits=limits), Path(keep["file"]))
     if spec.startswith("scenes:"):
         from diptych.data.scenes.source import ScenesSource
 
@@ -191,6 +197,55 @@ def first_scenes(source: Source) -> Source:
     if isinstance(source, ScenesSource) and source.count == ENDLESS:
         return replace(source, count=20_000)
     return source
+
+
+class KeptSource:
+    """The items of another source that a file lists, with the captions that it gives them."""
+
+    def __init__(self, source: Source, items: list[int], captions: list[list[str]], file: Path):
+        self.source, self.items, self.keep_file = source, items, file
+        self.name, self.has_images, self._captions = source.name, source.has_images, captions
+        self.has_captions = any(captions)
+        self.notes = list(source.notes) if isinstance(source, HasNotes) else []
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def key(self, i: int) -> str:
+        return self.source.key(self.items[i])
+
+    def captions(self, i: int) -> list[str]:
+        return list(self._captions[i])
+
+    def image(self, i: int, size: int) -> UInt8[np.ndarray, "S S 3"]:
+        return self.source.image(self.items[i], size)
+
+    def label(self, i: int) -> str | None:
+        return self.source.label(self.items[i])
+
+
+class KeptFiles(KeptSource):
+    """The same of a source whose images are files."""
+
+    source: Any
+
+    def file(self, i: int) -> Path | bytes:
+        return self.source.file(self.items[i])
+
+
+def kept(source: Source, file: Path) -> KeptSource:
+    """What `keep.jsonl` of `diptych audit` leaves of a source: a line {"key": ..., "captions": [...]} for each item.
+
+    Without captions in a line, an item keeps all of its own. Raises UserError for a key that the source does not have.
+    """
+    at = {source.key(i): i for i in range(len(source))}
+    items, captions = [], []
+    for number, row in enumerate(read_rows(file), start=1):
+        if (item := at.get(str(row.get("key")))) is None:
+            raise UserError(f"{file}: row {number}: {source.name} has no item {row.get('key')!r}: audit it again")
+        items.append(item)
+        captions.append(captions_of(row["captions"]) if "captions" in row else source.captions(item))
+    return (KeptFiles if isinstance(source, HasFiles) else KeptSource)(source, items, captions, file)
 
 
 def _open_hub(spec: Spec, *, columns: Columns, split: str | None, limits: ImageLimits) -> Source:

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,14 @@ from diptych.errors import UserError
 
 SUFFIXES = frozenset({".csv", ".tsv", ".json", ".jsonl", ".ndjson"})
 _DELIMITERS = ",\t;|"
+_SPLIT = re.compile(
+    r"(train|training|val|valid|validation|dev|eval|test|testing)[-_]?(\d{4}|images|set|data|[ab])?", re.IGNORECASE
+)
+
+
+def is_split(name: str) -> bool:
+    """Whether a folder or a key is called like a split, such as `train`, `Test`, `val2017` or `test_images`."""
+    return _SPLIT.fullmatch(name) is not None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -47,7 +57,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 def _read_delimited(text: str, path: Path, delimiter: str) -> list[dict[str, Any]]:
     text = text.lstrip("\n")
     first, _, rest = text.partition("\n")
-    if first.startswith("sep=") and len(first) == 5:  # how spreadsheets are told the delimiter
+    if first.startswith("sep=") and len(first.strip()) == 5:  # how spreadsheets are told the delimiter
         delimiter, text = first[4], rest
         first = rest.partition("\n")[0]
     if delimiter not in first:  # in many countries spreadsheets write ; into csv files
@@ -122,21 +132,23 @@ def _header(cells: Sequence[str], path: Path) -> list[str]:
 
 def _is_name(cell: str) -> bool:
     """False for a cell that must be data: the first line of a table without a header."""
-    return len(cell) <= 100 and not is_image_path(cell)
+    return len(cell) <= 100 and not is_image_path(cell) and "://" not in cell
 
 
 def _refuse_swallowed(cells: Sequence[str], delimiter: str, place: str) -> None:
     """Raise UserError where a quoted cell runs over lines that are rows of their own, with the path of an image."""
     for cell in cells:
-        for line in cell.split("\n")[1:] if "\n" in cell else ():
+        for line in cell.split("\n") if "\n" in cell else ():
             if delimiter in line and any(is_image_path(part.strip(' "')) for part in line.split(delimiter)):
                 raise UserError(
-                    f"{place}: a quote that opens there closes in a later row ({line[:60]!r}); close it in its row, "
+                    f"{place}: a quote that opens there closes in another row ({line[:60]!r}); close it in its row, "
                     'or write "" for a quote inside a quoted cell'
                 )
 
 
 def _read_json_lines(text: str, path: Path) -> list[dict[str, Any]]:
+    if text.lstrip().startswith("["):
+        return _read_json(text, path)
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -149,9 +161,18 @@ def _read_json_lines(text: str, path: Path) -> list[dict[str, Any]]:
 
 def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not JSON ({error})") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are there once. Of two, JSON readers would drop the first without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
 
 
 def _read_json(text: str, path: Path) -> list[dict[str, Any]]:
@@ -161,7 +182,7 @@ def _read_json(text: str, path: Path) -> list[dict[str, Any]]:
     object with a file name for each key (as kohya's scripts write), columns as pandas writes them, or JSON lines.
     """
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             return _read_json_lines(text, path)
@@ -170,12 +191,17 @@ def _read_json(text: str, path: Path) -> list[dict[str, Any]]:
         lists = {name: value for name, value in document.items() if _is_rows(value)}
         if "images" in lists and ("annotations" in document or "licenses" in document):
             return _join_coco(lists["images"], document.get("annotations") or [], path)
-        document = next(iter(lists.values())) if len(lists) == 1 else _keyed(document) or document
+        if lists and all(map(is_split, document)):
+            document = [{"split": name, **row} for name, rows in lists.items() for row in rows]
+        elif len(lists) == 1 and not any(map(is_image_path, document)):
+            document = next(iter(lists.values()))
+        else:
+            document = _keyed(document) or document
     if isinstance(document, list) and document and all(isinstance(item, str) for item in document):
         return [{"text": text} for text in document]
     if not _is_rows(document):
         raise UserError(f'{path}: must be a list of objects, e.g. [{{"file_name": ..., "caption": ...}}, ...]')
-    return [_with_folder(row) for row in document]
+    return document
 
 
 def _is_rows(value: Any) -> bool:
@@ -189,32 +215,33 @@ def _keyed(document: dict[str, Any]) -> list[dict[str, Any]] | None:
         if all(value.keys() == values[0].keys() for value in values) and all(key.isdecimal() for key in values[0]):
             return [{name: column[index] for name, column in document.items()} for index in values[0]]
         return [{"file_name": name, **value} for name, value in document.items()]
-    if values and all(map(is_image_path, document)) and all(isinstance(value, str | list) for value in values):
+    if values and all(map(is_image_path, document)) and all(isinstance(value, str | list | None) for value in values):
         return [{"file_name": name, "captions": value} for name, value in document.items()]
     return None
-
-
-def _with_folder(row: dict[str, Any]) -> dict[str, Any]:
-    """Karpathy's files keep the folder of an image, `filepath`, apart from its name, `filename`."""
-    folder, name = row.get("filepath"), row.get("filename")
-    if isinstance(folder, str) and isinstance(name, str) and is_image_path(name) and not is_image_path(folder):
-        rest = {field: value for field, value in row.items() if field not in ("filepath", "filename")}
-        return {"file_name": f"{folder}/{name}" if folder else name, **rest}
-    return row
 
 
 def _join_coco(images: list[dict], annotations: list[dict], path: Path) -> list[dict[str, Any]]:
     """Rows from COCO's two lists, which keep the captions apart from the images they belong to."""
     try:
-        captions: dict[Any, list[str]] = {image["id"]: [] for image in images}
+        captions: dict[str, list[str]] = {str(image["id"]): [] for image in images}
+        if len(captions) < len(images):
+            twice = next(name for name, count in Counter(str(image["id"]) for image in images).items() if count > 1)
+            raise UserError(f"{path}: two of its images have the id {twice}; give each its own")
         for annotation in annotations:
-            image = annotation["image_id"]
+            image = str(annotation["image_id"])
             if image not in captions:
                 raise UserError(
                     f"{path}: the caption {str(annotation.get('caption'))[:60]!r} is of image {image}, which is not "
                     "among its images; add the image or remove the caption"
                 )
             captions[image].append(annotation["caption"])
-        return [{"file_name": image["file_name"], "captions": captions[image["id"]]} for image in images]
+        return [
+            {
+                "file_name": image["file_name"],
+                "captions": captions[str(image["id"])],
+                **{name: image[name] for name in ("split", "label") if name in image},
+            }
+            for image in images
+        ]
     except KeyError as error:
-        raise UserError(f"{path}: looks like COCO captions, but {error} is missing") from None
+        raise UserError(f"{path}: looks like COCO captions, but {error} is missing in some record") from None

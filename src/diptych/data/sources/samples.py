@@ -4,7 +4,9 @@ A side-car is a text (`.txt`, `.text`, `.caption`), a `.json` or a class (`.cls`
 
 1. of its own name up to the last dot: `a.txt` to `a.jpg`, `20.05.txt` to `20.05.jpg`;
 2. whose whole name it carries: `a.jpg.txt` to `a.jpg`;
-3. of its own name up to the first dot, as in WebDataset: `a.outputs.txt` to `a.input.jpg`.
+3. of its own name up to the first dot, as in WebDataset, if what follows is a word that several names have:
+   `a.outputs.txt` to `a.input.jpg` where there are `b.outputs.txt` and `b.input.jpg`, but never `IMG.2020.02.txt` to
+   `IMG.2020.01.jpg`.
 
 Suffixes in capitals are the same, and so are the two ways in which Unicode writes an accent. What belongs to no image
 is not used and is named in the notes of the source. What could belong to several images is refused.
@@ -12,6 +14,7 @@ is not used and is named in the notes of the source. What could belong to severa
 
 import json
 import os
+import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
@@ -30,11 +33,13 @@ from diptych.data.sources.columns import (
     find_fields,
     is_missing,
     label_of,
+    says_missing,
     usual,
 )
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
 from diptych.data.sources.rows import SUFFIXES as TABLES
-from diptych.data.sources.table import counted, is_split, sample_columns, select_split, some, split_notes
+from diptych.data.sources.rows import is_split
+from diptych.data.sources.table import counted, sample_columns, select_split, some, split_notes
 from diptych.data.sources.text import clean, decode_text
 from diptych.errors import UserError
 
@@ -43,7 +48,11 @@ IMAGE, TEXT, JSON, CLASS = range(4)
 TEXT_SUFFIXES = (".txt", ".text", ".caption")
 _KINDS = {**dict.fromkeys(TEXT_SUFFIXES, TEXT), ".json": JSON, ".cls": CLASS, ".class": CLASS}
 _SHOWN = {TEXT: "txt", JSON: "json", CLASS: "cls"}
-_SYSTEM = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
+_SYSTEM = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "#recycle"})
+_WORD = re.compile(r"[A-Za-z_][\w.-]*")
+_BOXES = re.compile(r"(\s*\d+(\s+-?[\d.]+){4,}\s*)+")
+"""Lines of a class and a box, as detectors have them."""
+_SHARD = re.compile(r"(images?|img|part|chunk|batch|data|shard|split)[-_]?\d+", re.IGNORECASE)
 _MANY = 100_000
 """Largest number of .json files that are read in search of captions when a source is opened."""
 
@@ -80,7 +89,7 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
     sidecars: list[tuple[int, int]] = []
     for number, name in enumerate(names):
         base = os.path.basename(name)
-        if base.startswith(".") or base.lower() in _SYSTEM:
+        if is_hidden(name):
             continue
         kind = _kind(base.lower(), extension, texts)
         if kind == IMAGE:
@@ -118,8 +127,18 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
             give(number, kind, owners)
         else:
             left.append((number, kind))
+    keys_of = defaultdict(set)
+    for number in (*images, *(number for number, _ in left)):
+        keys_of[_after_key(names[number])].add(_first_dot(_normal(names[number])))
+    few = len({_first_dot(_normal(names[number])) for number in images}) < 2
+
+    def is_extension(number: int) -> bool:
+        rest = _after_key(names[number])
+        return not rest or (_WORD.fullmatch(rest) is not None and (few or len(keys_of[rest]) > 1))
+
     for number, kind in left:
-        if owners := by_key.get(_first_dot(_normal(names[number]))):
+        owners = by_key.get(_first_dot(_normal(names[number])))
+        if owners and is_extension(number) and all(is_extension(images[owner]) for owner in owners):
             give(number, kind, owners)
         else:
             found.lone.append(number)
@@ -183,6 +202,16 @@ def _first_dot(name: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
+def _after_key(name: str) -> str:
+    """What is between the first dot and the last, such as `input` of `a.input.jpg`."""
+    return os.path.splitext(os.path.basename(name).partition(".")[2])[0] if name.count(".") > 1 else ""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file, or a folder that it is in, is hidden or made by a system for itself."""
+    return any(part.startswith(".") or part.lower() in _SYSTEM for part in name.split("/"))
+
+
 def _keys(names: list[str], by_stem: dict[str, list[int]], by_key: dict[str, list[int]]) -> list[str]:
     """The shortest name of each image that no other image has."""
     keys = []
@@ -200,8 +229,9 @@ def folder_labels(names: Sequence[str], shards: frozenset[str] = frozenset()) ->
     labels: list[str | None] = []
     for name in names:
         folder = os.path.dirname(name)
-        known = not folder or is_split(folder) or folder in shards
-        labels.append(None if known else os.path.basename(folder))
+        label = os.path.basename(folder)
+        known = is_split(label) or folder in shards or _SHARD.fullmatch(label)
+        labels.append(None if known or not label else label)
     return labels if len(set(labels)) > 1 else [None] * len(labels)
 
 
@@ -239,6 +269,7 @@ class SampleSource(ABC):
         """``slots`` [N, 4] are as in `Groups`; ``labels`` and ``splits`` are what the folders of the samples say."""
         self.name, self.notes = name, notes
         self._limits, self._keys, self._slots, self._labels = limits, keys, slots, labels
+        self._drop_boxes()
         self._by_text = columns.caption is None or texts_named
         self._found = self._fields(columns)
         if columns.caption == "" or (self._found and not self._by_text):  # a field that is named, or none at all
@@ -255,6 +286,16 @@ class SampleSource(ABC):
 
     def _any(self, kind: int) -> bool:
         return bool(np.any(self._slots[:, kind] >= 0))
+
+    def _drop_boxes(self) -> None:
+        """Take no texts for captions that hold boxes, as those of detectors do."""
+        having = np.flatnonzero(self._slots[:, TEXT] >= 0)
+        some_items = having[:: max(1, len(having) // 16)]
+        contents = [self._read(int(self._slots[i, TEXT])) for i in some_items]
+        written = [content.decode("utf-8", "replace") for content in contents if content.strip()]
+        if written and all(map(_BOXES.fullmatch, written)):
+            self._slots[:, TEXT] = -1
+            self.notes.append(f"{counted(len(having), 'text')} with boxes not used: they hold no captions")
 
     def _fields(self, columns: Columns) -> Found | None:
         """The json fields that hold captions, label and split; captions only of samples that have no text."""
@@ -317,7 +358,7 @@ class SampleSource(ABC):
         """
         if (member := int(self._slots[i, TEXT])) >= 0:
             content = decode_text(self._read(member), name=self._place(i, TEXT))
-            lines = [text for line in content.split("\n") if (text := clean(line))]
+            lines = [text for line in content.split("\n") if (text := clean(line)) and not says_missing(text)]
             if len(lines) > 1 and self._slots[i, JSON] >= 0:
                 whole = clean(content)
                 if whole in [text for value in self._json(i).values() for text in captions_of(value)]:

@@ -24,7 +24,7 @@ from diptych.data.sources.columns import (
 )
 from diptych.data.sources.decode import SUFFIXES as IMAGE_SUFFIXES
 from diptych.data.sources.decode import ImageLimits, decode, is_image_path, without_number
-from diptych.data.sources.rows import SUFFIXES, read_rows
+from diptych.data.sources.rows import SUFFIXES, is_split, read_rows
 from diptych.errors import UserError
 
 __all__ = ["SUFFIXES", "TableSource", "from_rows", "open_tables"]
@@ -35,6 +35,8 @@ _BESIDE = frozenset({"annotations", "annotation", "captions", "labels", "metadat
 """Folders of tables whose images lie beside the folder, as in COCO."""
 _FOLDERS = 300
 """Number of folders in which images are looked for that do not lie where their table says."""
+
+_LAST_NUMBER = re.compile(r"\d+$")
 
 Row = Mapping[str, Any]
 
@@ -81,8 +83,23 @@ def from_rows(
     chosen = select_split(splits, split, source=name)
     source = TableSource([(tables[i], rows[i]) for i in chosen], name=name, found=found, limits=limits)
     if split is None:
-        source.notes += split_notes(splits)
+        source.notes += split_notes(splits) or file_split_notes(dict.fromkeys(tables))
+    source.notes += _tables_without_captions(rows, tables, found)
     return source
+
+
+def _tables_without_captions(rows: Sequence[Row], tables: Sequence[Path], found: Found) -> list[str]:
+    """A note on the tables, of several, that have no value in any column of captions: theirs may have other names."""
+    every = list(dict.fromkeys(tables))
+    if len(every) == 1 or not found.captions:
+        return []
+    having = {
+        path for path, row in zip(tables, rows, strict=True) if any(captions_of(row.get(c)) for c in found.captions)
+    }
+    without = [path.name for path in every if path not in having]
+    if not without:
+        return []
+    return [f"no captions in {some(without, len(without))}: there is no column {' or '.join(found.captions)}"]
 
 
 def _column_of_stems(sample: Mapping[str, Sequence[Any]], table: Path) -> str | None:
@@ -126,18 +143,16 @@ def unknown_split(split: str, found: Iterable[str], *, source: str) -> UserError
     )
 
 
-_SPLIT = re.compile(r"(train|training|val|valid|validation|dev|eval|test|testing)[-_]?(\d{4})?", re.IGNORECASE)
-
-
-def is_split(folder: str) -> bool:
-    """Whether a folder is called like a split, such as `train`, `Test` or `val2017`."""
-    return _SPLIT.fullmatch(folder) is not None
-
-
 def split_of(name: str) -> str | None:
-    """The folder at the top of a relative path, where it is called like a split."""
-    top, _, rest = name.partition("/")
-    return top if rest and is_split(top) else None
+    """The outermost folder of a relative path that is called like a split."""
+    return next((folder for folder in name.split("/")[:-1] if is_split(folder)), None)
+
+
+def file_split_notes(paths: Iterable[Path]) -> list[str]:
+    """As `split_notes`, by the names of files such as `train-00000-of-00002.parquet`."""
+    names = (re.split(r"[-_.\d]", path.name)[0] for path in paths)
+    found = sorted({name for name in names if is_split(name)})
+    return [f"files of the splits {', '.join(found)} are used together"] if len(found) > 1 else []
 
 
 def split_notes(values: Iterable[Any]) -> list[str]:
@@ -165,12 +180,13 @@ class ImagePaths:
     def __init__(self) -> None:
         self._listed: dict[str, dict[str, str]] = {}
         self._stems: dict[str, dict[str, list[str]]] = {}
+        self._numbers: dict[str, dict[int, list[str]]] = {}
 
     def find(self, folder: Path, value: str) -> tuple[str, bool]:
         """The path of an image relative to ``folder``, and whether there is such a file.
 
-        Also found are files whose accents Unicode writes in the other way, paths with backslashes, and names that lack
-        their suffix.
+        Also found are files whose accents Unicode writes in the other way, paths with backslashes, names that lack
+        their suffix, and numbers for the names that end in them (`42` for `COCO_val2014_000000000042.jpg`).
         """
         value = value.strip().removeprefix("file://")
         value = without_number(value) if is_image_path(value) else value
@@ -182,6 +198,8 @@ class ImagePaths:
                 return os.path.join(head, name), True
             if not is_image_path(base):
                 same = self._stems[head].get(unicodedata.normalize("NFC", base), [])
+                if not same and base.isdecimal():
+                    same = self._numbers[head].get(int(base), [])
                 if len(same) == 1:
                     return os.path.join(head, same[0]), True
         return path, os.path.isfile(path)
@@ -193,11 +211,15 @@ class ImagePaths:
             except OSError:
                 names = []
             self._listed[folder] = {unicodedata.normalize("NFC", name): name for name in names}
-            stems = self._stems[folder] = {}
+            stems: dict[str, list[str]] = {}
+            numbers: dict[int, list[str]] = {}
+            self._stems[folder], self._numbers[folder] = stems, numbers
             for normal, name in self._listed[folder].items():
                 stem, suffix = os.path.splitext(normal)
                 if suffix.lower() in IMAGE_SUFFIXES:
                     stems.setdefault(stem, []).append(name)
+                    if digits := _LAST_NUMBER.search(stem):
+                        numbers.setdefault(int(digits[0]), []).append(name)
         return self._listed[folder]
 
     def root(self, table: Path, values: Sequence[str]) -> Path:
@@ -205,7 +227,8 @@ class ImagePaths:
 
         Raises UserError where two folders qualify.
         """
-        sample = list(dict.fromkeys(values))[:8]
+        sample = list(dict.fromkeys(values))
+        sample = sample[:: max(1, len(sample) // 8)]
         if not sample or any(self.find(table.parent, value)[1] for value in sample):
             return table.parent
         best: list[Path] = []
@@ -244,9 +267,15 @@ def _folders_below(folder: Path) -> list[Path]:
     return found
 
 
-def _path_of(cell: Any) -> str:
-    """The path in a cell, or a number that is the name of a file; empty for anything else."""
-    return "" if is_missing(cell) or not isinstance(cell, str | int) or says_missing(cell) else str(cell).strip()
+def _path_of(row: Row, image: str, folder: str | None) -> str:
+    """The path in a row, or a number that is the name of a file; empty for anything else."""
+    cell = row.get(image)
+    if isinstance(cell, list) and len(cell) == 1:
+        cell = cell[0]
+    if is_missing(cell) or not isinstance(cell, str | int) or says_missing(cell):
+        return ""
+    place = row.get(folder) if folder is not None else None
+    return os.path.join(place.strip(), str(cell).strip()) if isinstance(place, str) else str(cell).strip()
 
 
 class TableSource:
@@ -265,11 +294,12 @@ class TableSource:
         self._captions: list[tuple[str, ...]] = []
         self._labels: list[str | None] = []
         at: dict[str, int] = {}
-        empty, nulls, other_labels = [], 0, []
+        empty, nulls, textless = [], 0, 0
+        other_labels: dict[str, str] = {}
         self.missing: list[str] = []
         """Paths of the images that do not exist."""
         paths = ImagePaths()
-        roots = self._roots(rows, found.image, paths)
+        roots = self._roots(rows, found.image, found.folder, paths)
         for number, (table, row) in enumerate(rows):
             cells = [row.get(column) for column in found.captions]
             captions = tuple(text for cell in cells for text in captions_of(cell))
@@ -277,18 +307,19 @@ class TableSource:
             label = label_of(row.get(found.label)) if found.label else None
             key, exists = f"row {number}", True
             if found.image is not None:
-                value = _path_of(row.get(found.image))
+                value = _path_of(row, found.image, found.folder)
                 if not value:
                     empty.append(f"row {number} of {name}")
                     continue
                 key, exists = paths.find(roots[table], value)
             elif not captions:
+                textless += 1
                 continue
-            i = at.setdefault(key, len(self._keys))
+            i = at.setdefault(os.path.abspath(key) if found.image is not None else key, len(self._keys))
             if i < len(self._keys):
                 self._captions[i] += captions
                 if label is not None and self._labels[i] not in (None, label):
-                    other_labels.append(f"{key} ({self._labels[i]}, {label})")
+                    other_labels.setdefault(key, f"{key} ({self._labels[i]}, {label})")
                 self._labels[i] = self._labels[i] or label
                 continue
             self._keys.append(key)
@@ -304,20 +335,24 @@ class TableSource:
                 f"{len(self.missing):,} of {counted(len(self._keys), 'image')} do not exist: "
                 + some(self.missing, len(self.missing))
             )
+        if textless:
+            self.notes.append(f"{counted(textless, 'row')} without a text not used")
         if nulls:
             self.notes.append(f"{counted(nulls, 'caption')} such as nan or null taken for missing")
         if other_labels:
             self.notes.append(
                 f"{counted(len(other_labels), 'image')} with two labels, of which the first is used: "
-                + some(other_labels, len(other_labels))
+                + some(other_labels.values(), len(other_labels))
             )
 
-    def _roots(self, rows: Sequence[tuple[Path, Row]], image: str | None, paths: ImagePaths) -> dict[Path, Path]:
+    def _roots(
+        self, rows: Sequence[tuple[Path, Row]], image: str | None, folder: str | None, paths: ImagePaths
+    ) -> dict[Path, Path]:
         """The folder that the image paths of each table are relative to."""
         values: dict[Path, list[str]] = {}
         for table, row in rows:
             first = values.setdefault(table, [])
-            if image is not None and len(first) < 64 and (value := _path_of(row.get(image))):
+            if image is not None and (value := _path_of(row, image, folder)):
                 first.append(value)
         roots = {table: paths.root(table, first) for table, first in values.items()}
         for table, root in roots.items():

@@ -14,8 +14,17 @@ from diptych.data.sources.decode import is_image_path
 from diptych.errors import UserError
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]+")
+_NO_TEXTS = {
+    b"version https://git-lfs": "is a pointer of git-lfs, not the file itself; fetch it with git lfs pull",
+    b"<!doctype html": "is a page of HTML, as servers send for a missing file; download it again",
+    b"<html": "is a page of HTML, as servers send for a missing file; download it again",
+    b"pk\x03\x04": "is a zip or a spreadsheet, whatever its name; unpack it, or save it as csv in UTF-8",
+    b"par1": "is parquet, whatever its name; let it end in .parquet",
+    b"\x1f\x8b": "is packed with gzip; let its name end in .gz",
+}
+"""How files begin that are no text, in small letters."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_ROW = re.compile(r"""["']?(?P<image>[^,;|\t"']+)["']?\s*(?P<delimiter>[,;|\t])""")
+_ROW = re.compile(r"""["']?(?P<image>[^,;|\t"']+?)["']?(?P<delimiter>\s*[,;|\t]|\s+|$)""")
 
 
 def clean(text: str) -> str:
@@ -33,13 +42,17 @@ def read_bytes(path: Path) -> bytes:
     """The whole file, unpacked when its name ends in .gz. Raises UserError where it cannot be read."""
     try:
         data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
+        data = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: is not a complete gzip file ({error}); copy or make it again") from None
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    for start, what in _NO_TEXTS.items():
+        if data[:64].lstrip().lower().startswith(start):
+            raise UserError(f"{path}: {what}")
+    return data
 
 
 def read_text(path: Path) -> str:
@@ -65,16 +78,21 @@ def _not_utf8(data: bytes, *, name: str, offset: int) -> NoReturn:
     coding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
     raise UserError(
         f"{name}: line {line}, byte {offset} (0x{data[offset]:02x}) is not UTF-8; "
-        f"convert it, e.g. iconv -f {coding} -t UTF-8 FILE > NEW"
+        f"convert it from the encoding that it was saved in, e.g. iconv -f {coding} -t UTF-8 FILE > NEW"
     )
 
 
 def _refuse_table(path: Path, lines: Sequence[str]) -> None:
     """Raise UserError where most lines are rows of a table whose first cell is the path of an image."""
     sample = [line for line in lines[:50] if line.strip()]
+    addresses = [line for line in sample if line.strip().lower().startswith(("http://", "https://"))]
+    if 2 * len(addresses) > len(sample):
+        raise UserError(
+            f"{path}: is a list of web addresses ({addresses[0][:60]!r}), not of texts; download them first"
+        )
     rows = [row for line in sample if (row := _ROW.match(line)) and is_image_path(row["image"])]
     if 2 * len(rows) > len(sample):
-        delimiter = rows[0]["delimiter"]
+        delimiter = rows[0]["delimiter"].strip(" ") or ","
         suffix = ".tsv" if delimiter == "\t" else ".csv"
         raise UserError(
             f"{path}: is a table of images ({rows[0].string[:60]!r}), not a list of texts; rename it to {suffix}, "

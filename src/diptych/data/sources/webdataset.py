@@ -22,11 +22,13 @@ from diptych.data.sources.samples import (
     group_texts,
     unused_notes,
 )
-from diptych.data.sources.table import split_of
+from diptych.data.sources.table import counted, file_split_notes, split_of
 from diptych.errors import UserError
 
 _BLOCK = 512
 _FILES = (b"0", b"\0", b"7")
+_LINKS, _SPARSE = (b"1", b"2"), b"S"
+"""Hard and symbolic links, and files with holes, which are not read."""
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}
 
 
@@ -43,6 +45,7 @@ class WebDatasetSource(SampleSource):
         lone: list[tuple[list[str], list[int]]] = []  # of each shard the names and members of texts without an image
         unused: list[str] = []
         texts_named = False
+        notes: list[str] = []
 
         def add(groups: Groups, numbers: Sequence[int]) -> None:
             keys.extend(groups.keys)
@@ -53,7 +56,12 @@ class WebDatasetSource(SampleSource):
             numbers = range(len(places) // 3, len(places) // 3 + len(found))
             for member in found:
                 places.extend((shard, member.offset, member.size))
-            names = [os.path.normpath(member.name) for member in found]
+            last = {os.path.normpath(member.name): number for number, member in enumerate(found)}
+            if len(last) < len(found):  # `tar -r` adds the new version of a file behind the old one
+                notes.append(
+                    f"{counted(len(found) - len(last), 'member')} of {path} replaced by later ones of the name"
+                )
+            names = ["." if last[name] != i else name for i, name in enumerate(map(_name, found))]
             groups = group(names, columns, source=str(path))
             add(groups, numbers)
             texts_named |= groups.texts_named
@@ -84,14 +92,20 @@ class WebDatasetSource(SampleSource):
             split=split,
             limits=limits,
             texts_named=texts_named,
-            notes=unused_notes([name for names, _ in lone for name in names], unused),
+            notes=[*notes, *unused_notes([name for names, _ in lone for name in names], unused)],
         )
+        if split is None:
+            self.notes += file_split_notes(self._paths)
         if not self.has_images and not self.has_captions:
             raise UserError(f"{name}: holds no images and no captions")
 
     def _read(self, member: int) -> bytes:
         shard, offset, size = self._places[member].tolist()
         return read(self._paths[shard], offset, size)
+
+
+def _name(member: "Member") -> str:
+    return os.path.normpath(member.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +120,11 @@ class Member:
 
 
 def members(path: Path) -> Iterator[Member]:
-    """The plain files of a tar (ustar, GNU long names, pax paths), in order. Raises UserError when it is cut short."""
+    """The files of a tar (ustar, GNU long names, pax paths), in order, and those that links in it stand for.
+
+    A link to what the tar does not hold is an empty file. Several tars that were joined end to end are read as one.
+    Raises UserError when the tar is cut short.
+    """
     try:
         with open(path, "rb", buffering=_BLOCK) as file:
             yield from _members(file.fileno(), path, os.fstat(file.fileno()).st_size)
@@ -130,10 +148,16 @@ def read(path: Path, offset: int, size: int) -> bytes:
 
 def _members(descriptor: int, path: Path, end: int) -> Iterator[Member]:
     position, long_name = 0, None
+    files: dict[str, Member] = {}
+    links: list[tuple[str, str, int]] = []
     while True:
         header = os.pread(descriptor, _BLOCK, position)
         if len(header) == _BLOCK and not any(header):
-            return
+            if (following := _next_header(descriptor, position + _BLOCK)) is None:
+                yield from (_linked(files, name, target, place) for name, target, place in links)
+                return
+            position = following
+            continue
         size = _size(header, path, position, end)
         start, kind = position + _BLOCK, header[156:157]
         position = start + -(-size // _BLOCK) * _BLOCK
@@ -141,9 +165,32 @@ def _members(descriptor: int, path: Path, end: int) -> Iterator[Member]:
             body = os.pread(descriptor, size, start)
             long_name = _long_name(body, kind) or long_name
             continue
+        name = long_name or _short_name(header)
         if kind in _FILES:
-            yield Member(long_name or _short_name(header), start, size)
+            member = files[os.path.normpath(name)] = Member(name, start, size)
+            yield member
+        elif kind in _LINKS:
+            target = header[157:257].split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
+            folder = os.path.dirname(name) if kind == b"2" else ""
+            links.append((name, os.path.normpath(os.path.join(folder, target)), start))
+        elif kind == _SPARSE:
+            yield Member(name, start, 0)
         long_name = None
+
+
+def _next_header(descriptor: int, position: int) -> int | None:
+    """Byte of the next block that is not all zeros; None where the file ends before one."""
+    while data := os.pread(descriptor, 2**16, position):
+        if any(data):
+            offset = next(i for i, byte in enumerate(data) if byte)
+            return position + offset // _BLOCK * _BLOCK
+        position += len(data)
+    return None
+
+
+def _linked(files: dict[str, "Member"], name: str, target: str, place: int) -> "Member":
+    found = files.get(target)
+    return Member(name, found.offset, found.size) if found is not None else Member(name, place, 0)
 
 
 def _size(header: bytes, path: Path, position: int, end: int) -> int:
@@ -179,13 +226,13 @@ def _size(header: bytes, path: Path, position: int, end: int) -> int:
 def _short_name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return (prefix + b"/" + name if prefix else name).decode("utf-8", "replace")
+    return (prefix + b"/" + name if prefix else name).decode("utf-8", "backslashreplace")
 
 
 def _long_name(body: bytes, kind: bytes) -> str | None:
     """The path in a GNU long-name member or a pax header of records `LENGTH key=value\\n`."""
     if kind == b"L":
-        return body.rstrip(b"\0").decode("utf-8", "replace")
+        return body.rstrip(b"\0").decode("utf-8", "backslashreplace")
     while kind == b"x" and body:
         length, _, rest = body.partition(b" ")
         count = int(length) if length.isdigit() else 0
@@ -193,6 +240,6 @@ def _long_name(body: bytes, kind: bytes) -> str | None:
             return None
         key, _, value = rest[: count - len(length) - 2].partition(b"=")
         if key == b"path":
-            return value.decode("utf-8", "replace")
+            return value.decode("utf-8", "backslashreplace")
         body = body[count:]
     return None

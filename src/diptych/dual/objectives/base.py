@@ -16,10 +16,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diptych.data.augment import ViewConfig, draw_view, make_view, weak_view
-from diptych.data.batch import Batch, CaptionedImageExamples
+from diptych.data.batch import Batch, CaptionedImageExamples, CaptionedStateExamples
 from diptych.dual.model import DualEncoder
+from diptych.dual.towers import Heads
 from diptych.errors import UserError
 from diptych.train.objective import Objective
+
+Trained = DualEncoder | Heads
+"""What learns: a dual encoder, or the heads alone of one whose towers are frozen."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,12 +44,21 @@ class PairsConfig:
     backward pass, which gives the gradient of the whole batch in the memory of a chunk, for a third more time
     (GradCache)."""
 
-    def build(self, model: DualEncoder) -> "PairsObjective[Any]":
+    def build(self, model: Trained) -> "PairsObjective[Any]":
         """The objective with these settings, on ``model``. New weights come from torch's global generator.
 
         Raises UserError for a value that cannot be meant.
         """
         raise NotImplementedError
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether a loss reads all tokens of the towers."""
+        return False
+
+    def view_configs(self) -> list[ViewConfig]:
+        """How each view of an image in a step is made."""
+        return [self.augment] * self.views
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the losses, to be compared when a run is resumed."""
@@ -66,7 +79,7 @@ class PairsObjective(Objective, Generic[Config]):
 
     couples_rows = True
 
-    def __init__(self, model: DualEncoder, config: Config) -> None:
+    def __init__(self, model: Trained, config: Config) -> None:
         super().__init__()
         config.check()
         self.streams = {"pairs": 1}
@@ -76,23 +89,35 @@ class PairsObjective(Objective, Generic[Config]):
 class Views:
     """The views of a step's images.
 
-    The random numbers are drawn at once for all rows; pixels are made for the rows that are asked for.
+    The random numbers are drawn at once for all rows; pixels are made for the rows that are asked for. Where the batch
+    holds states of frozen towers, the views are those that were drawn when the states were computed.
     """
 
-    def __init__(self, batch: Batch, config: ViewConfig, *, views: int, size: int, name: str) -> None:
-        """``size`` is the side of a view in pixels; ``name`` tells these random numbers from others of the step."""
-        pairs: CaptionedImageExamples = batch["pairs"]
+    def __init__(self, batch: Batch, config: ViewConfig, *, views: int, size: int, name: str, first: int = 0) -> None:
+        """``size`` is the side of a view in pixels; ``name`` tells these random numbers from others of the step;
+        ``first`` is the place of the first of these views among :meth:`PairsConfig.view_configs`."""
+        pairs: CaptionedImageExamples | CaptionedStateExamples = batch["pairs"]
+        self._states = None
+        if isinstance(pairs, CaptionedStateExamples):
+            self._states = pairs.images_BVSF[:, first : first + views]
+            return
         self._pixels_B3HW, self._config, self._size = pairs.pixels_B3HW, config, size
         self._drawn = [draw_view(batch.rng, f"{name}{view}", len(pairs)) for view in range(views)]
 
     def __call__(self, rows: slice) -> list[Tensor]:
-        """Pixels [b 3 S S] of each view."""
+        """Pixels [b 3 S S] of each view, or its states [b S F]."""
+        if self._states is not None:
+            return list(self._states[rows].unbind(1))
         pixels = self._pixels_B3HW[rows]
         return [make_view(pixels, drawn[rows], self._config, size=self._size) for drawn in self._drawn]
 
 
-def unbind_captions(pairs: CaptionedImageExamples, rows: slice, *, captions: int) -> list[tuple[Tensor, Tensor]]:
-    """Ids and validity [b L] of the first caption of each row, then of the second one, and so on."""
+def unbind_captions(
+    pairs: CaptionedImageExamples | CaptionedStateExamples, rows: slice, *, captions: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Ids, or states, and validity [b L] of the first caption of each row, then of the second one, and so on."""
+    if isinstance(pairs, CaptionedStateExamples):
+        return list(zip(pairs.texts_BMLF[rows].unbind(1), pairs.valid_BML[rows].unbind(1), strict=True))
     ids, valid = (side[rows].unflatten(1, (captions, -1)).unbind(1) for side in (pairs.ids_BL, pairs.valid_BL))
     return list(zip(ids, valid, strict=True))
 
@@ -112,8 +137,5 @@ def in_chunks(encode: Callable[[slice], tuple[Tensor, ...]], *, rows: int, chunk
     """
     if chunk is None or chunk >= rows:
         return encode(slice(0, rows))
-    parts = [
-        checkpoint(encode, slice(start, start + chunk), use_reentrant=False, preserve_rng_state=False)
-        for start in range(0, rows, chunk)
-    ]
+    parts = [checkpoint(encode, slice(start, start + chunk), use_reentrant=False) for start in range(0, rows, chunk)]
     return tuple(torch.cat(part, dim=-2) for part in zip(*parts, strict=True))

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual.losses import multi_view_info_nce, sigmoid_loss
-from diptych.dual.model import DualEncoder
-from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, in_chunks, unbind_captions, unit
+from diptych.dual.objectives.base import PairsConfig, PairsObjective, Trained, Views, in_chunks, unbind_captions, unit
 from diptych.nn.functional import gather_rows
 from diptych.train.objective import Losses
 
@@ -24,18 +23,18 @@ class ClipConfig(PairsConfig):
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """Contrastive loss: softmax is CLIP's, sigmoid is SigLIP's."""
 
-    def build(self, model: DualEncoder) -> "ClipObjective":
+    def build(self, model: Trained) -> "ClipObjective":
         return ClipObjective(model, self)
 
 
 class ClipObjective(PairsObjective[ClipConfig]):
     """L = mean of the loss over all pairs of an image view and a caption."""
 
-    def __init__(self, model: DualEncoder, config: ClipConfig) -> None:
+    def __init__(self, model: Trained, config: ClipConfig) -> None:
         super().__init__(model, config)
         if config.loss == "sigmoid":
             # SigLIP starts at scale 10 and bias -10, as nearly all combinations of an image and a text do not match.
-            nn.init.constant_(model.clip.logit_scale, torch.tensor(10.0).log().item())
+            nn.init.constant_(model.logit_scale, torch.tensor(10.0).log().item())
             self.bias = nn.Parameter(torch.tensor(-10.0))
 
     def forward(self, batch: Batch, step: int) -> Losses:

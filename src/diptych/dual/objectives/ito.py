@@ -16,8 +16,8 @@ from diptych.data.augment import ViewConfig
 from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual.fusion import Fusion, FusionConfig
 from diptych.dual.losses import multi_view_info_nce, multi_view_nt_xent
-from diptych.dual.model import DualEncoder, TowerOutput
-from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, in_chunks, unbind_captions, unit
+from diptych.dual.model import TowerOutput
+from diptych.dual.objectives.base import PairsConfig, PairsObjective, Trained, Views, in_chunks, unbind_captions, unit
 from diptych.errors import UserError
 from diptych.nn.functional import gather_rows
 from diptych.train.objective import Losses
@@ -41,14 +41,18 @@ class ItoConfig(PairsConfig):
 
     MEMORY_ONLY = (*PairsConfig.MEMORY_ONLY, "lean")
 
-    def build(self, model: DualEncoder) -> "ItoObjective":
+    @property
+    def keeps_tokens(self) -> bool:
+        return bool(self.fusion_weight)
+
+    def build(self, model: Trained) -> "ItoObjective":
         return ItoObjective(model, self)
 
 
 class ItoObjective(PairsObjective[ItoConfig]):
     """L = L_align + lambda L_fusion."""
 
-    def __init__(self, model: DualEncoder, config: ItoConfig) -> None:
+    def __init__(self, model: Trained, config: ItoConfig) -> None:
         """The weights of the fusion come from torch's global generator.
 
         Raises UserError where the fusion has no two views to compare, or towers whose widths differ.
@@ -62,13 +66,8 @@ class ItoObjective(PairsObjective[ItoConfig]):
                 raise UserError(
                     "objective.views is 1; the fusion compares views: set 2, or --objective.fusion-weight 0"
                 )
-            if model.text_tower_width != model.width:
-                raise UserError(
-                    f"model.text-width is {model.text_tower_width} and model.width {model.width}; "
-                    "the fusion adds the text tower's positions to what the towers give: make them equal"
-                )
-            tokens = model.clip.vision_model.embeddings.num_positions
-            self.fusion = Fusion(config.fusion, width=model.width, image_tokens=tokens)
+            model.text_positions(1)  # raises where they do not fit
+            self.fusion = Fusion(config.fusion, width=model.width, image_tokens=model.image_tokens)
 
     def forward(self, batch: Batch, step: int) -> Losses:
         c = self.config

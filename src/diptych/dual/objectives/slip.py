@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from diptych.data.augment import ViewConfig
 from diptych.data.batch import Batch, CaptionedImageExamples
 from diptych.dual.losses import multi_view_info_nce, multi_view_nt_xent
-from diptych.dual.model import DualEncoder
-from diptych.dual.objectives.base import PairsConfig, PairsObjective, Views, in_chunks, unbind_captions, unit
+from diptych.dual.objectives.base import PairsConfig, PairsObjective, Trained, Views, in_chunks, unbind_captions, unit
 from diptych.nn.functional import gather_rows
 from diptych.nn.transformer import init_weights
 from diptych.train.objective import Losses
@@ -33,21 +32,26 @@ class SlipConfig(PairsConfig):
     projected: int = 256
     """Width of the projector's output, which SimCLR compares."""
 
-    def build(self, model: DualEncoder) -> "SlipObjective":
+    def view_configs(self) -> list[ViewConfig]:
+        return [self.augment] * self.views + [self.strong] * 2
+
+    def build(self, model: Trained) -> "SlipObjective":
         return SlipObjective(model, self)
 
 
 class SlipObjective(PairsObjective[SlipConfig]):
     """L = L_CLIP + L_SimCLR, where L_SimCLR reads the image tower before its projection.
 
+    Where the tower is frozen, its output does not learn, and L_SimCLR reads what the projection makes of it.
+
     Departure: the projector has LayerNorm where SLIP has BatchNorm, whose statistics depend on how the rows are split
     over processes and chunks.
     """
 
-    def __init__(self, model: DualEncoder, config: SlipConfig) -> None:
+    def __init__(self, model: Trained, config: SlipConfig) -> None:
         """The weights of the projector come from torch's global generator."""
         super().__init__(model, config)
-        widths = (model.image_tower_width, config.hidden, config.hidden)
+        widths = (model.image_tower_width if model.learned_images else model.width, config.hidden, config.hidden)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.ReLU()]
@@ -59,13 +63,15 @@ class SlipObjective(PairsObjective[SlipConfig]):
         pairs: CaptionedImageExamples = batch["pairs"]
         self.model.clamp_scale()
         weak = Views(batch, c.augment, views=c.views, size=size, name="view")
-        strong = Views(batch, c.strong, views=2, size=size, name="strong")
+        strong = Views(batch, c.strong, views=2, size=size, name="strong", first=c.views)
 
         def encode(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
             images = [self.model.encode_images(view).pooled_BD for view in weak(rows)]
             captions = unbind_captions(pairs, rows, captions=c.captions)
             texts = [self.model.encode_texts(*caption).pooled_BD for caption in captions]
-            projected = [self.projector(self.model.encode_images(view).state_BW) for view in strong(rows)]
+            outputs = [self.model.encode_images(view) for view in strong(rows)]
+            learned = self.model.learned_images
+            projected = [self.projector(each.state_BW if learned else each.pooled_BD) for each in outputs]
             return unit(images), unit(texts), unit(projected)
 
         images_VBD, texts_MBD, strong_2BD = map(gather_rows, in_chunks(encode, rows=len(pairs), chunk=c.chunk))

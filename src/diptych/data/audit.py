@@ -1,0 +1,268 @@
+"""What is wrong with a data set: pairs that do not fit, images and captions that are there twice, odd sizes.
+
+How well a caption fits its image is said by a run, in the slices of the learners; the rest needs no run. The findings
+become a table, a sheet of the worst pairs, and a list of what to keep, which `?keep=` makes a source of.
+
+Shapes: N images, B bits of a print, P pairs.
+"""
+
+import csv
+import io
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from diptych.data.sources import Source
+from diptych.data.sources.decode import UnreadableImage, header_size
+from diptych.data.sources.open import HasFiles
+from diptych.io import write_bytes
+from diptych.report.sheet import contact_sheet, save_png
+
+_SIDE = 32
+"""Side in pixels at which images are compared."""
+_SMALL = 8
+"""Side in cells of the averages that make an image's print."""
+_BITS = 10
+"""Largest number of the 112 bits of two prints in which near duplicates differ."""
+_COLOUR = 10.0
+"""Largest mean difference of their averages, on the scale from 0 to 255."""
+_ROWS = 2048
+"""Rows of the comparison of all images with all at once."""
+_LONGEST = 60
+"""Words beyond which a caption is called long: text encoders cut captions at 64 tokens or 77."""
+_WIDE = 3.0
+"""Ratio of the sides from which an image is called odd: its centre square shows less than a third of it."""
+_ON_SHEET = 24
+_HAS_OPTIONS = re.compile(r"\?\w+=")
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How well a caption fits its image, on a scale of which only the order is used: less is worse."""
+
+    item: int
+    caption: int
+    """Which of the item's captions."""
+    fit: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Finding:
+    """An image with one of its captions, or an image without any."""
+
+    item: int
+    key: str
+    caption: str = ""
+    fit: float | None = None
+    rank: float | None = None
+    """Share of all pairs that fit worse, 0 to 1."""
+    same_image: str = ""
+    """Key of an earlier image that is the same or nearly so."""
+    reasons: list[str] = field(default_factory=list)
+    """What is to be looked at; empty for a pair that nothing speaks against."""
+
+
+def audit(
+    source: Source,
+    fits: Sequence[Fit] | None,
+    *,
+    worst: float,
+    workers: int = 2,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Finding]:
+    """The findings on every pair and every bare image of ``source``, those that fit worst first.
+
+    Pairs in the ``worst`` share of ``fits`` are to be looked at; near duplicates are compared by their centre squares.
+    """
+    images = _look(source, workers=workers, advance=advance) if source.has_images else []
+    twins = near_duplicates([image.pixels for image in images])
+    findings, of_pair = [], {}
+    seen: dict[str, str] = {}
+    for item in range(len(source)):
+        key, captions = source.key(item), source.captions(item)
+        for number, caption in enumerate(captions or [""]):
+            found = Finding(item=item, key=key, caption=caption)
+            findings.append(found)
+            of_pair[item, number] = found
+            if images and images[item].fault:
+                found.reasons.append("unreadable image")
+            elif images and max(images[item].ratio, 1 / images[item].ratio) >= _WIDE:
+                found.reasons.append(f"sides of {images[item].ratio:.1f} : 1")
+            if item in twins:
+                found.same_image = source.key(twins[item])
+                found.reasons.append("image there twice")
+            if not caption:
+                found.reasons.append("no caption")
+                continue
+            if len(caption.split()) > _LONGEST:
+                found.reasons.append("long caption")
+            first = seen.setdefault(caption.casefold(), key)
+            if first != key:
+                found.reasons.append("caption of another image too")
+            elif captions.index(caption) < number:
+                found.reasons.append("caption there twice")
+    if fits:
+        order = np.argsort([each.fit for each in fits], kind="stable")
+        for place, index in enumerate(order):
+            found = of_pair[fits[index].item, fits[index].caption]
+            found.fit, found.rank = fits[index].fit, place / len(fits)
+            if place < worst * len(fits):
+                found.reasons.insert(0, "caption does not fit")
+    findings.sort(key=lambda found: (found.fit is None, found.fit if found.fit is not None else 0.0, found.item))
+    return findings
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    fault: str | None
+    pixels: UInt8[np.ndarray, "32 32 3"] | None
+    ratio: float = 1.0
+
+
+def _look(source: Source, *, workers: int, advance: Callable[[int, int], None]) -> list[_Look]:
+    def look(item: int) -> _Look:
+        try:
+            pixels = source.image(item, _SIDE)
+        except UnreadableImage as error:
+            return _Look(str(error), None)
+        width = height = 1
+        if isinstance(source, HasFiles):
+            file = source.file(item)
+            width, height = header_size(file if isinstance(file, bytes) else file.read_bytes())
+        return _Look(None, pixels, width / height)
+
+    found = []
+    with ThreadPoolExecutor(workers) as pool:
+        for item, each in enumerate(pool.map(look, range(len(source)))):
+            found.append(each)
+            advance(item + 1, len(source))
+    return found
+
+
+def near_duplicates(pixels: Sequence[UInt8[np.ndarray, "S S 3"] | None]) -> dict[int, int]:
+    """For each image that is the same as an earlier one, or nearly so, the number of the earliest such image.
+
+    Images that were compressed again, resized or mirrored count as the same. Compared are the signs of the brightness
+    differences between neighbouring cells of an 8 x 8 average, and then the colours of the cells.
+    """
+    held = [number for number, image in enumerate(pixels) if image is not None]
+    if not held:
+        return {}
+    cells_N = np.stack([_cells(image) for image in pixels if image is not None])
+    prints_N = _prints(cells_N)
+    others = [(prints_N, cells_N), (_prints(cells_N[:, :, ::-1]), cells_N[:, :, ::-1])]
+    earliest = list(range(len(held)))
+    for start in range(0, len(held), _ROWS):
+        end = min(start + _ROWS, len(held))
+        # Only with those before the end of the block: every pair is met once, the earlier image as the other one.
+        near: list[tuple[int, int]] = []
+        for other_prints, other_cells in others:
+            different = sum(
+                np.bitwise_count(prints_N[start:end, word, None] ^ other_prints[None, :end, word]) for word in (0, 1)
+            )
+            for row, other in zip(*np.nonzero(different <= _BITS), strict=True):
+                number = start + int(row)
+                if other < number and np.abs(cells_N[number] - other_cells[other]).mean() <= _COLOUR:
+                    near.append((number, int(other)))
+        for number, other in sorted(near):
+            earliest[number] = min(earliest[number], earliest[other])
+    return {held[number]: held[first] for number, first in enumerate(earliest) if first != number}
+
+
+def _cells(image: UInt8[np.ndarray, "S S 3"]) -> np.ndarray:
+    side = len(image) // _SMALL
+    return image.reshape(_SMALL, side, _SMALL, side, 3).mean((1, 3), dtype=np.float32)
+
+
+def _prints(cells_N883: np.ndarray) -> np.ndarray:
+    """Two words of 64 bits for each image: the signs of horizontal and of vertical differences."""
+    grey = cells_N883.mean(-1)
+    across, down = np.diff(grey, axis=2) > 0, np.diff(grey, axis=1) > 0
+    return np.stack([_packed(across), _packed(down)], axis=1)
+
+
+def _packed(bits: Bool[np.ndarray, "N H W"]) -> np.ndarray:
+    flat = bits.reshape(len(bits), -1)
+    flat = np.pad(flat, ((0, 0), (0, 64 - flat.shape[1])))
+    return np.packbits(flat, axis=1).view(np.uint64)[:, 0]
+
+
+def write_audit(source: Source, findings: Sequence[Finding], out: Path, *, spec: str) -> list[str]:
+    """Write ``audit.csv``, ``audit.parquet``, ``worst.png`` and ``keep.jsonl`` to ``out``, each whole or not at all.
+
+    ``spec`` is what the source was opened by. Returns lines for the terminal.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "key": found.key,
+            "caption": found.caption,
+            "fit": found.fit,
+            "rank": found.rank,
+            "same_image": found.same_image,
+            "reasons": "; ".join(found.reasons),
+        }
+        for found in findings
+    ]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(out / "audit.csv", text.getvalue().encode())
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    write_bytes(out / "audit.parquet", buffer.getvalue())
+    write_bytes(out / "keep.jsonl", _kept(findings).encode())
+    if worst := [found for found in findings if found.fit is not None and found.reasons][:_ON_SHEET]:
+        images, captions = [], []
+        for found in worst:
+            try:
+                images.append(source.image(found.item, 160))
+            except UnreadableImage:
+                continue
+            captions.append(found.caption)
+        save_png(out / "worst.png", contact_sheet(images, captions=captions, title=f"{source.name}: what fits worst"))
+    return _told(findings, source, out, spec)
+
+
+_REASONS_TO_DROP = ("unreadable image", "caption does not fit", "image there twice", "caption there twice")
+
+
+def _kept(findings: Sequence[Finding]) -> str:
+    """A line {key, captions} for each image that is kept, with the captions that are kept."""
+    captions: dict[str, list[str]] = defaultdict(list)
+    dropped: set[str] = set()
+    order = sorted(findings, key=lambda found: found.item)
+    for found in order:
+        if "unreadable image" in found.reasons or "image there twice" in found.reasons:
+            dropped.add(found.key)
+        elif found.caption and not any(reason in _REASONS_TO_DROP for reason in found.reasons):
+            captions[found.key].append(found.caption)
+    keys = dict.fromkeys(found.key for found in order if found.key not in dropped)
+    return "".join(json.dumps({"key": key, "captions": captions[key]}) + "\n" for key in keys)
+
+
+def _told(findings: Sequence[Finding], source: Source, out: Path, spec: str) -> list[str]:
+    counts: Counter[str] = Counter()
+    for found in findings:
+        counts.update("odd sides" if reason.startswith("sides of") else reason for reason in found.reasons)
+    pairs = sum(bool(found.caption) for found in findings)
+    lines = [f"{spec}: {pairs:,} captions of {len(source):,} items looked at"]
+    lines += [f"{count:>7,}  {reason}" for reason, count in counts.most_common()]
+    worst = ", the worst pairs on worst.png" if (out / "worst.png").is_file() else ""
+    joined = "&" if _HAS_OPTIONS.search(spec) else "?"
+    return [
+        *lines,
+        f"written to {out}: audit.csv, audit.parquet{worst}",
+        f"what is left, as a source: '{spec}{joined}keep={out}/keep.jsonl'",
+    ]

@@ -1,0 +1,130 @@
+"""Captions of a whole data set on disk: written as they are made, and whole under their name when all are there.
+
+A killed command leaves `.NAME.partial` beside the file, from which its repetition goes on.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diptych.errors import UserError
+from diptych.io import write_bytes
+
+FORMATS = (".csv", ".jsonl", ".parquet", ".json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeCaption:
+    """A caption that a run made of an image."""
+
+    file: str
+    """The image: its path, or its key in the source."""
+    caption: str
+    score: float | None
+    """Length-normalized log-probability; None with one beam."""
+
+
+class CaptionFile:
+    """A table of captions that is in the making: csv, jsonl, parquet, or COCO's json."""
+
+    def __init__(self, out: Path, *, made_by: dict[str, Any]) -> None:
+        """``made_by``: what decides the captions; a file that was begun otherwise is not continued.
+
+        Raises UserError for an unknown format, for a file that exists, and for one that was begun otherwise.
+        """
+        check_format(out)
+        self.out, self._partial = out, out.with_name(f".{out.name}.partial")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self.made: dict[str, MadeCaption] = {}
+        head = json.dumps({"made_by": made_by}) + "\n"
+        # A line that a kill cut short is made again.
+        lines = self._partial.read_text().splitlines(keepends=True) if self._partial.is_file() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if whole and whole[0] != head:
+            raise UserError(
+                f"{self._partial}: begun by another run or with other settings; remove it, or give another --out"
+            )
+        for line in whole[1:]:
+            made = MadeCaption(**json.loads(line))
+            self.made[made.file] = made
+        write_bytes(self._partial, "".join(whole or [head]).encode())
+
+    def add(self, made: Sequence[MadeCaption]) -> None:
+        """Keep captions, so that a kill at any later moment does not lose them."""
+        with open(self._partial, "a") as file:
+            for each in made:
+                self.made[each.file] = each
+                file.write(json.dumps(asdict(each)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, order: Sequence[str]) -> None:
+        """Write the file, its rows in the given order of images, and remove what it was made from."""
+        rows = [self.made[name] for name in dict.fromkeys(order) if name in self.made]
+        write_bytes(self.out, _FORMS[self.out.suffix.lower()](rows, self.out))
+        self._partial.unlink()
+
+
+def check_format(out: Path) -> None:
+    """Raise UserError for a file whose name does not say its format, and for one that exists."""
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"{out}: give a name that ends in {', '.join(FORMATS)}, or sidecars")
+    if out.exists():
+        raise UserError(f"{out}: exists already; remove it, or give another --out")
+
+
+def write_sidecar(image: Path, caption: str) -> None:
+    """Write ``caption`` beside the image, as `name.txt`. A text that is there is left as it is."""
+    text = image.with_suffix(".txt")
+    if not text.exists():
+        write_bytes(text, (caption + "\n").encode())
+
+
+def _path(file: str, out: Path) -> str:
+    """How the table names an image file: relative to the table, as sources read it."""
+    return os.path.relpath(file, out.parent) if os.path.isfile(file) else file
+
+
+def _csv(rows: Sequence[MadeCaption], out: Path) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file_name", "caption", "score"])
+    writer.writerows([_path(row.file, out), row.caption, "" if row.score is None else row.score] for row in rows)
+    return text.getvalue().encode()
+
+
+def _jsonl(rows: Sequence[MadeCaption], out: Path) -> bytes:
+    records = [{"file_name": _path(row.file, out), "caption": row.caption, "score": row.score} for row in rows]
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def _parquet(rows: Sequence[MadeCaption], out: Path) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = {
+        "file_name": pyarrow.array([_path(row.file, out) for row in rows], pyarrow.string()),
+        "caption": pyarrow.array([row.caption for row in rows], pyarrow.string()),
+        "score": pyarrow.array([row.score for row in rows], pyarrow.float32()),
+    }
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(table), file)
+    return file.getvalue()
+
+
+def _coco(rows: Sequence[MadeCaption], out: Path) -> bytes:
+    document = {
+        "images": [{"id": i, "file_name": _path(row.file, out)} for i, row in enumerate(rows, start=1)],
+        "annotations": [
+            {"id": i, "image_id": i, "caption": row.caption, "score": row.score} for i, row in enumerate(rows, start=1)
+        ],
+    }
+    return json.dumps(document, ensure_ascii=False).encode()
+
+
+_FORMS = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet, ".json": _coco}
