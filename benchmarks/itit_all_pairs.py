@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def settings(changes: Sequence[str], *, seed: int, stages: str | None) -> ItitRun:
-    """`itit-tiny` on pairs alone, with the changes ``field.of.field=value``."""
+    """`itit-tiny` without cycles on all pairs, with the changes ``field.of.field=value``."""
     run = itit_tiny()
     run.data = DataConfig(pairs=f"scenes:?level=3&seed={seed}&count={IMAGES}")
     run.objective = replace(run.objective, texts="off", images="off")
