@@ -8,6 +8,7 @@ from PIL import Image
 
 from diptych.data.sources import open_source
 from diptych.data.splits import Subset
+from diptych.encoders import ImageEncoder
 from diptych.errors import UserError
 from diptych.eval.baselines import (
     Baseline,
@@ -139,6 +140,32 @@ def test_nearest_images_lend_their_captions(photos, monkeypatch):
     assert [each.scores["cider"] for each in found] == [1.0, 2.0, 3.0]
     assert seen[0] == ["a red wall"] * 2
     assert seen[2] == ["the green grass", "a red wall"]
+
+
+def test_a_pretrained_encoder_finds_nearest_images_too(photos, monkeypatch):
+    """This one sees nothing but how red and how green an image is."""
+    monkeypatch.setattr("diptych.eval.baselines.NEAREST", 1)
+
+    class Redness(ImageEncoder):
+        image_size = 8
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.eye(2))
+
+        def forward(self, pixels_B3HW):
+            return pixels_B3HW.float().mean((2, 3))[:, :2] @ self.weight
+
+    source, seen = open_source(str(photos)), []
+
+    def score(captions):
+        seen.append(list(captions))
+        return {}
+
+    pairs, test = Subset(source, np.array([0, 3])), Subset(source, np.array([1, 2, 4, 5]))
+    found = caption_baselines(pairs, test, score=score, encoder=Redness(), encoder_name="redness")
+    assert found[-1].name == "consensus of the 1 nearest by redness"
+    assert seen[-1] == ["the green grass", "a red wall", "a red wall", "the green grass"]
 
 
 def test_pairs_without_an_image_that_can_be_read(photos):
