@@ -3,6 +3,8 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +21,7 @@ from diptych.run_folder import kind_of
 from diptych.train.config import OptimConfig
 from diptych.train.pace import Budget
 from diptych.uml.classifier import Classifier, evaluate_classifier_run
+from diptych.uml.features import read_features
 from diptych.uml.recipes import uml_finetune, uml_probe
 from diptych.uml.training import UmlData
 
@@ -282,3 +285,40 @@ def test_a_tuned_encoder_is_compared_with_histograms(dataset, encoders, tmp_path
     scores = evaluate_classifier_run(tmp_path / "run", source, out=tmp_path / "scores", device="cpu")
     assert scores["baselines"] == {}
     assert "older Diptych" in scores["notes"][0]
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_features_from_a_file_train_as_those_that_are_computed(kind, dataset, encoders, tmp_path):
+    run = small(uml_probe(), dataset, encoders)
+    run.fit(tmp_path / "computed", recipe="uml-probe")
+    source, encoder = open_source(str(dataset / "images")), open_image_encoder(encoders["encoder"])
+    files = [dataset / "images" / source.key(item) for item in range(len(source))]
+    with eval_mode(encoder):
+        vectors = encoder(decode_files(files, size=encoder.image_size)).numpy()
+    file = tmp_path / f"features.{kind}"
+    if kind == "npy":
+        np.save(file, vectors)
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"features": list(vectors)}), file)
+    run.data.features = file
+    run.fit(tmp_path / "given", recipe="uml-probe")
+    one, other = (Classifier.from_pretrained(tmp_path / name, device="cpu").head for name in ("computed", "given"))
+    for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not list((tmp_path / "given" / "features").glob("*/items.npy"))
+
+
+def test_features_from_a_file_that_do_not_fit(tmp_path):
+    file = tmp_path / "features.npy"
+    np.save(file, np.zeros((3, 2)))
+    with pytest.raises(UserError, match="holds 3 x 2 numbers, but 4 images and an encoder of width 2 need 4 x 2"):
+        read_features(file, rows=4, width=2)
+    np.save(file, np.full((3, 2), np.nan))
+    with pytest.raises(UserError, match="not finite"):
+        read_features(file, rows=3, width=2)
+    with pytest.raises(UserError, match=r"gone\.npy: cannot be read"):
+        read_features(tmp_path / "gone.npy", rows=3, width=2)
+    with pytest.raises(UserError, match=r"features\.csv: features are a \.npy file"):
+        read_features(tmp_path / "features.csv", rows=3, width=2)
+    with pytest.raises(UserError, match=r"--data\.features are of an encoder that stays as it is"):
+        replace(uml_finetune(), encoder="scratch", data=UmlData(images="x", features=file)).check()

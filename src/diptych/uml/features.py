@@ -36,7 +36,7 @@ from diptych.encoders import (
     open_image_encoder,
     open_text_encoder,
 )
-from diptych.errors import UserError
+from diptych.errors import UserError, first_line
 from diptych.io import weights_digest
 from diptych.nn.inference import Device, eval_mode, pick_device
 
@@ -221,6 +221,37 @@ def _audio_sequences(
         with eval_mode(encoder):
             x_BLD, valid_BL = encoder.tokens([clips.wave(i, rate=encoder.rate)])
         yield x_BLD, valid_BL, {name: array[i : i + 1] for name, array in arrays.items()}
+
+
+# Features from elsewhere
+
+
+def read_features(file: Path, *, rows: int, width: int) -> np.ndarray:
+    """Features [``rows``, ``width``] from a .npy file, or from the column ``features`` of a .parquet file.
+
+    Raises UserError for a file that cannot be read, holds another shape, or values that are not finite.
+    """
+    import pyarrow.parquet  # a recipe's --help does without it
+
+    try:
+        if file.suffix == ".npy":
+            found = np.load(file, mmap_mode="r", allow_pickle=False)
+        elif file.suffix == ".parquet":
+            found = np.stack(pyarrow.parquet.read_table(file, columns=["features"])["features"].to_numpy())
+        else:
+            raise UserError(f"{file}: features are a .npy file, or a .parquet file with a column `features`")
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file}: cannot be read as features ({first_line(error)})") from error
+    if found.shape != (rows, width):
+        raise UserError(
+            f"{file}: holds {' x '.join(map(str, found.shape))} numbers, but {rows:,} images and an encoder of width "
+            f"{width:,} need {rows} x {width}: one row for each image of --data.images, in its order"
+        )
+    if not np.isfinite(found).all():
+        raise UserError(f"{file}: some features are not finite: compute them again")
+    return found
 
 
 # Reading sequences

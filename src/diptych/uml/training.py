@@ -58,7 +58,7 @@ from diptych.uml.data import (
     labelled_image_features,
     score_classifier,
 )
-from diptych.uml.features import encoder_identity
+from diptych.uml.features import encoder_identity, read_features
 from diptych.uml.head import SharedHead, SharedHeadConfig
 from diptych.uml.objective import Init, UmlConfig, UmlObjective
 
@@ -92,6 +92,9 @@ class UmlData:
     """Templates of texts, with {} for the name of the class, which are used if no texts are given."""
     text_shots: Shots = "all"
     """Texts of each class to learn from: a number of random ones, `all`, or `mean`, the mean of all their features."""
+    features: Path | None = None
+    """Features of `images` that `encoder` gave elsewhere, a row for each image in the order of the source: a .npy file,
+    or a .parquet file with a column `features`. If not given, they are computed."""
     cache: Path | None = None
     """Folder for the features of frozen encoders, which runs may share; if not given, one in the run folder."""
     columns: Columns = field(default_factory=Columns)
@@ -251,6 +254,8 @@ class UmlRun:
             raise UserError(
                 f"--head.features {wanted} needs features that stay as they are: take unit for a tuned encoder"
             )
+        if self.train_encoder == "tuned" and self.data.features is not None:
+            raise UserError("--data.features are of an encoder that stays as it is: leave them away to tune it")
         if self.objective.aux_weight < 0:
             raise UserError(f"--objective.aux-weight is {self.objective.aux_weight}; it must be 0 or more")
 
@@ -290,6 +295,9 @@ class UmlRun:
         data, size = self.data, encoder.image_size
 
         def features(part: Labelled, items: np.ndarray, skipped: SkippedItems) -> LabelledFeatures:
+            if data.features is not None and part is parts.labelled:
+                vectors_ND = read_features(data.features, rows=len(part.labels_N), width=encoder.width)[items]
+                return LabelledFeatures(vectors_ND=np.asarray(vectors_ND, np.float32), labels_N=part.labels_N[items])
             with main_process_first():
                 return labelled_image_features(encoder, part, items, cache=cache, skipped=skipped, workers=data.workers)
 
@@ -321,7 +329,7 @@ class UmlRun:
 
     def _affordable_share(self, labelled: Labelled, encoder: ImageEncoder, budget: Budget | None) -> float:
         """Share of the images whose features a budget has time for; 1 for an encoder that is trained."""
-        if budget is None or self.train_encoder == "tuned":
+        if budget is None or self.train_encoder == "tuned" or self.data.features is not None:
             return 1.0
 
         def decide() -> float:
