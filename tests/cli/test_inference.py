@@ -482,7 +482,7 @@ def test_evaluate_a_tokenizer(call, tokenizer, photo, tmp_path, mistaken):
 def test_evaluate_a_dual_encoder(call, dual_run):
     status, out, err = call("evaluate", dual_run, "--data", TEST, "--train", "scenes:?count=40")
     assert (status, err) == (0, "")
-    (recall,) = (line for line in out.splitlines() if "retrieval/mean_r1" in line)
+    recall = next(line for line in out.splitlines() if "retrieval/mean_r1" in line)
     assert "%" in recall
     assert "higher" in recall
     metrics = json.loads((dual_run / "evaluation/metrics.json").read_text())

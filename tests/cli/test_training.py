@@ -2,9 +2,10 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from diptych.cli.training import RENAMED_FLAGS, _renamed
+from diptych.cli.training import RENAMED_FLAGS, _renamed, settings_as_flags
 from diptych.data.store import Store
 from diptych.registry import RECIPES
+from diptych.run_folder import read_config
 
 TEST = "scenes:?split=test&count=8"
 
@@ -218,3 +219,40 @@ def test_sources_that_cannot_be_encoded_or_scored(call, run, tmp_path, mistaken)
         mistaken(call("encode", TEST, "--run", run, "--out", taken), taken, "no encoded data")
     assert (tmp_path / "texts.txt").read_text() == before
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_in_a_file(call, mistaken, tmp_path):
+    """What a run was asked for is in its config.yaml; given as --config it is asked for again, but for flags."""
+    flags = ["--data.pairs", "scenes:?count=40", "--train.steps", 2, "--train.batch-size", 4, "--train.quiet"]
+    assert call("fit", "clip-tiny", "--out", tmp_path / "a", *flags)[0] == 0
+    text = (tmp_path / "a" / "config.yaml").read_text()
+    assert text.startswith("recipe: clip-tiny\ndata:\n  pairs: scenes:?count=40\n")
+    before = read_config(tmp_path / "a")["run"]
+    assert call("fit", "--config", tmp_path / "a" / "config.yaml", "--out", tmp_path / "b")[0] == 0
+    assert read_config(tmp_path / "b")["run"] == before
+    again = ("fit", "clip-tiny", f"--config={tmp_path / 'a' / 'config.yaml'}", "--out", tmp_path / "c")
+    assert call(*again, "--train.steps", 1, "--train.no-quiet")[0] == 0
+    other = read_config(tmp_path / "c")["run"]
+    assert (other["train"]["steps"], other["train"]["quiet"]) == (1, False)
+    mistaken(call("fit", "ito-tiny", *again[2:]), "made for the recipe clip-tiny, and ito-tiny is given")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("train: [", "is no YAML"), ("- 1", "holds no settings"), ("train: {steps: 1}", "no recipe given")],
+)
+def test_files_that_hold_no_settings(call, mistaken, tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    mistaken(call("fit", "--config", tmp_path / "run.yaml", "--out", tmp_path / "x"), message)
+    mistaken(call("fit", "--config", tmp_path / "none.yaml", "--out", tmp_path / "x"), "none.yaml: cannot be read")
+    mistaken(call("fit", "--out", tmp_path / "x", "--config"), "--config: no file given")
+
+
+def test_settings_become_flags_in_the_form_that_each_takes():
+    settings = {"recipe": "r", "train": {"steps": 3, "compile": False, "ema": None}, "a_b": [1, 2], "quick": True}
+    assert settings_as_flags(settings, but_not=["--out", "x"]) == [
+        "--train.steps", "3", "--train.no-compile", "--train.ema", "None", "--a-b", "1", "2", "--quick",
+    ]  # fmt: skip
+    assert settings_as_flags(settings, but_not=["--train.compile", "--train.steps=4", "--a_b", "--quick"]) == [
+        "--train.ema", "None",
+    ]  # fmt: skip

@@ -3,8 +3,10 @@
 Heavy imports are inside the functions, so that --help and mistakes answer at once.
 """
 
+import json
 import time
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -13,6 +15,7 @@ from tyro.conf import Positional
 
 from diptych.cli.inference import Device, SourceArg
 from diptych.errors import UserError
+from diptych.io import write_bytes
 
 RENAMED_FLAGS = {
     "objective.cycles-from": "objective.cycle-start-step",
@@ -165,7 +168,15 @@ def fit(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         tyro.cli(fit_for_help, prog="diptych fit", args=["--help"])
         return
+    file, arguments = _take_config(arguments)
+    settings = read_settings(file) if file is not None else {}
+    if not arguments or arguments[0].startswith("-"):
+        if "recipe" not in settings:
+            raise UserError("no recipe given: diptych fit RECIPE --out RUN, or `recipe:` in the file of --config")
+        arguments = [str(settings["recipe"]), *arguments]
     name, rest = arguments[0], arguments[1:]
+    if settings.get("recipe", name) != name:
+        raise UserError(f"{file}: made for the recipe {settings['recipe']}, and {name} is given")
     for argument in rest:
         flag = argument.partition("=")[0]
         if flag.startswith("--") and (now := _renamed(flag)) is not None:
@@ -183,13 +194,108 @@ def fit(arguments: list[str]) -> None:
         print(short_help(name, recipe, about=RECIPES[name].__doc__ or "", always=always), end="")
         return
     rest = ["--help" if argument == "--help-all" else argument for argument in rest]
+    rest = settings_as_flags(settings, but_not=rest) + rest
     given = _parse_fit(type(recipe), recipe, rest, prog=f"diptych fit {name}", about=RECIPES[name].__doc__)
     budget = None
     if given.minutes is not None:
         from diptych.train.pace import Budget
 
         budget = Budget(given.minutes, began=time.monotonic() - time.process_time())  # the imports took their time
-    given.run.fit(given.out, recipe=name, budget=budget)
+    asked = _changed(_plain(given.run), _plain(recipe))
+    try:
+        given.run.fit(given.out, recipe=name, budget=budget)
+    except UserError:  # what was asked for may not fit the run that is there
+        raise
+    except BaseException:
+        write_settings(given.out, name, asked)
+        raise
+    write_settings(given.out, name, asked)
+
+
+def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The file of `--config`, and the other arguments."""
+    for place, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return Path(argument.partition("=")[2]), arguments[:place] + arguments[place + 1 :]
+        if argument == "--config":
+            if place + 1 == len(arguments):
+                raise UserError("--config: no file given")
+            return Path(arguments[place + 1]), arguments[:place] + arguments[place + 2 :]
+    return None, arguments
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings in a YAML file: fields of a recipe, nested as in `config.yaml` of a run folder, and its name.
+
+    Raises UserError where there is no such file or it holds no settings.
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: is no YAML ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise UserError(f"{file}: holds no settings: write fields of a recipe, e.g. `train: {{steps: 100}}`")
+    return settings
+
+
+def settings_as_flags(settings: Mapping[str, Any], *, but_not: Sequence[str]) -> list[str]:
+    """The settings as arguments of `diptych fit`, without those that ``but_not`` gives: a flag counts more."""
+    given = {_without_no(argument.partition("=")[0]) for argument in but_not if argument.startswith("--")}
+    flags: list[str] = []
+
+    def add(path: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                add(f"{path}.{name}" if path else str(name), inner)
+            return
+        flag = "--" + path.replace("_", "-")
+        if flag in given:
+            return
+        if isinstance(value, bool):
+            head, _, last = flag.rpartition(".")
+            flags.append(flag if value else f"{head}.no-{last}" if head else f"--no-{last.removeprefix('--')}")
+        elif isinstance(value, list):
+            flags.extend([flag, *map(str, value)])
+        else:
+            flags.extend([flag, str(value)])
+
+    add("", {name: value for name, value in settings.items() if name != "recipe"})
+    return flags
+
+
+def _without_no(flag: str) -> str:
+    head, dot, last = flag.replace("_", "-").rpartition(".")
+    return f"{head}{dot}{last.removeprefix('no-')}" if dot else flag.replace("_", "-")
+
+
+def write_settings(out: Path, name: str, changed: Mapping[str, Any]) -> None:
+    """Write ``out/config.yaml``, for `--config`: the recipe and the fields that differ from it. Only into a run."""
+    import yaml
+
+    if (out / "config.json").is_file():
+        text = yaml.safe_dump({"recipe": name, **changed}, sort_keys=False, allow_unicode=True)
+        write_bytes(out / "config.yaml", text.encode())
+
+
+def _plain(run: Any) -> dict[str, Any]:
+    """All fields, as lists, numbers and texts."""
+    return json.loads(json.dumps(asdict(run), default=str))
+
+
+def _changed(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            if inner := _changed(value, old):
+                found[name] = inner
+        elif value != old:
+            found[name] = value
+    return found
 
 
 def _renamed(flag: str) -> str | None:
@@ -221,7 +327,9 @@ def _parse_fit(kind: type, default: Any, arguments: list[str], *, prog: str, abo
     return tyro.cli(parse, prog=prog, description=about, args=arguments)
 
 
-def fit_for_help(recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIPE")], *, out: Path) -> None:
+def fit_for_help(
+    recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIPE")], *, out: Path, config: Path | None = None
+) -> None:
     """Train a recipe, or continue where the same command stopped.
 
     Every field of the recipe is an option: `diptych fit RECIPE --help` lists the ones that matter first, `--help-all`
@@ -229,5 +337,6 @@ def fit_for_help(recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIP
 
     Args:
         recipe: Name of a recipe; `diptych recipes` lists them.
+        config: YAML file of fields, as `config.yaml` of a run folder; a flag counts more. It may name the recipe.
         out: Folder of the run; an interrupted run continues there.
     """
