@@ -1,9 +1,10 @@
 """Does `diptych audit` find captions that belong to another image, and images that are there twice?
 
-In a tenth of the pairs the captions are exchanged among one another. A dual encoder learns from these pairs, as one
-would, and audits them. The score is the share of exchanged captions among the tenth that fits worst; by chance it is a
-tenth. Control: the same with the heads as they were drawn. Near duplicates: photos compressed again, at half the size,
-and mirrored, each beside its original.
+In a tenth of the pairs the captions are exchanged among one another. A dual encoder learns from one half of these pairs
+and audits the other, and the reverse. The score is the share of exchanged captions among the tenth that fits worst; by
+chance it is a tenth. Controls: audited by the run that learned from the same pairs (`heart`: by heart), or by heads as
+they were drawn (`control`). Near duplicates: photos compressed again, at half the size, and mirrored, each
+beside its original.
 
     python benchmarks/audit_swapped.py --data flickr8k_96.tar --out DIR [--pairs 2000] [--seeds 0 1 2] [--steps 400]
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diptych.data.audit import Fit, near_duplicates
+from diptych.data.audit import near_duplicates
 from diptych.data.pixels import SkippedItems
 from diptych.data.sources import open_source
 from diptych.data.sources.decode import decode
@@ -27,6 +28,7 @@ from diptych.registry import RECIPES
 from diptych.run_folder import write_json
 
 SHARE = 0.1
+NAMES = ("precision", "heart", "control")
 
 
 def main() -> None:
@@ -40,46 +42,55 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     spec = f"{given.data}?split=train"
-    found = {"precision": [], "control": [], **duplicates(spec, given.seeds[0])}
+    found = {**{name: [] for name in NAMES}, **duplicates(spec, given.seeds[0])}
     for seed in given.seeds:
-        noisy, wrong = exchange(spec, given.out / f"noisy-{seed}.jsonl", pairs=given.pairs, seed=seed)
-        for name in ("precision", "control"):
-            run = given.out / f"{name}-{seed}"
-            recipe = RECIPES[given.recipe]()
-            recipe.data.pairs = noisy
-            recipe.data.cache = given.out / "features"
-            recipe.train.seed = seed
-            recipe.train.quiet = True
-            recipe.train.steps = given.steps if name == "precision" else 1
-            recipe.optim.lr = recipe.optim.lr if name == "precision" else 1e-12
-            recipe.fit(run, recipe=given.recipe)
-            source = open_source(noisy)
-            fits = pair_fits(open_dual(run, device="auto"), source, skipped=SkippedItems())
+        halves, wrong = exchange(spec, given.out, pairs=given.pairs, seed=seed)
+        for name in NAMES:
+            fits = {}
+            for half, (learned, audited) in enumerate(((0, 1), (1, 0))):
+                learned = audited if name == "heart" else learned
+                run = given.out / f"{name}-{seed}-{half}"
+                recipe = RECIPES[given.recipe]()
+                recipe.data.pairs = halves[learned]
+                recipe.data.cache = given.out / f"features-{seed}-{learned}"
+                recipe.train.seed, recipe.train.quiet = seed, True
+                recipe.train.steps = 1 if name == "control" else given.steps
+                recipe.optim.lr = 1e-12 if name == "control" else recipe.optim.lr
+                recipe.fit(run, recipe=given.recipe)
+                source = open_source(halves[audited])
+                for each in pair_fits(open_dual(run, device="auto"), source, skipped=SkippedItems()):
+                    fits[source.key(each.item)] = each.fit
             found[name].append(precision(fits, wrong))
-        print(f"seed {seed}: {found['precision'][-1]:.3f}, heads as drawn {found['control'][-1]:.3f}", flush=True)
-    for name in ("precision", "control"):
+        print(f"seed {seed}: " + ", ".join(f"{name} {found[name][-1]:.3f}" for name in NAMES), flush=True)
+    for name in NAMES:
         print(f"{name}: {np.mean(found[name]):.3f} +- {np.std(found[name], ddof=len(given.seeds) > 1):.3f}")
     write_json(given.out / "audit.json", found)
 
 
-def exchange(spec: str, file: Path, *, pairs: int, seed: int) -> tuple[str, set[int]]:
-    """A source of ``pairs`` images with one caption each, of which a tenth is another image's; and which these are."""
+def exchange(spec: str, out: Path, *, pairs: int, seed: int) -> tuple[list[str], set[str]]:
+    """Two sources of half of ``pairs`` images each, with one caption each, of which a tenth is another image's.
+
+    Also the keys of the images with such a caption.
+    """
     source = open_source(spec)
     generator = np.random.default_rng(seed)
-    chosen = np.sort(generator.permutation(len(source))[:pairs])
+    chosen = generator.permutation(len(source))[:pairs]
     captions = [source.captions(int(item))[0] for item in chosen]
+    keys = [source.key(int(item)) for item in chosen]
     wrong = generator.permutation(pairs)[: int(SHARE * pairs)]
-    moved = {int(a): captions[b] for a, b in zip(wrong, np.roll(wrong, 1), strict=True)}
-    rows = [
-        {"key": source.key(int(item)), "captions": [moved.get(row, captions[row])]} for row, item in enumerate(chosen)
-    ]
-    write_bytes(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return f"{spec}&keep={file}", set(moved)
+    for place, caption in zip(wrong, [captions[i] for i in np.roll(wrong, 1)], strict=True):
+        captions[place] = caption
+    rows = [json.dumps({"key": key, "captions": [text]}) + "\n" for key, text in zip(keys, captions, strict=True)]
+    halves = []
+    for half in (0, 1):
+        file = write_bytes(out / f"half-{seed}-{half}.jsonl", "".join(rows[half::2]).encode())
+        halves.append(f"{spec}&keep={file}")
+    return halves, {keys[place] for place in wrong}
 
 
-def precision(fits: list[Fit], wrong: set[int]) -> float:
-    worst = sorted(fits, key=lambda each: each.fit)[: len(wrong)]
-    return float(np.mean([each.item in wrong for each in worst]))
+def precision(fits: dict[str, float], wrong: set[str]) -> float:
+    worst = sorted(fits, key=lambda key: fits[key])[: len(wrong)]
+    return float(np.mean([key in wrong for key in worst]))
 
 
 def duplicates(spec: str, seed: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from diptych.data.scenes.source import ScenesSource
 from diptych.data.sources import open_source
 from diptych.data.sources.decode import decode
 from diptych.data.store import VectorStore
+from diptych.dual.recipes import clip_tiny
 from diptych.dual.search import Index
 from diptych.run_folder import read_config, write_config, write_json
 from diptych.tokenizers.recipes import text_encoder_tiny, vqgan_tiny
@@ -556,3 +557,30 @@ def test_captions_beside_the_images(call, run, set_of_images, tmp_path, mistaken
     mistaken(call("caption", run, tmp_path / "t.tar", "--out", "sidecars"), "00 is no file")
     mistaken(call("caption", run, "scenes:?count=2", "--out", "sidecars", "--all"), "--all: goes with --out FILE")
     mistaken(call("caption", run, set_of_images, "--out", "x.txt"), "x.txt: give a name that ends in .csv")
+
+
+def test_audit(call, run, dual_run, set_of_images, tmp_path, mistaken):
+    """Without a run, by a dual encoder, and by ITIT; the list of what to keep is a source."""
+    status, out, err = call("audit", set_of_images, "--out", tmp_path / "plain")
+    assert (status, err) == (0, "")
+    assert "2 captions of 40 items looked at" in out
+    assert "image there twice" in out
+    kept = open_source(f"{set_of_images}?keep={tmp_path / 'plain' / 'keep.jsonl'}")
+    assert [kept.key(i) for i in range(len(kept))] == ["00.png"]
+    for name, made in (("dual", dual_run), ("itit", run)):
+        status, out, err = call("audit", "scenes:?count=20&seed=5", "--run", made, "--out", tmp_path / name)
+        assert (status, err) == (0, "")
+        assert f"{2:>7,}  caption does not fit" in out
+        assert (tmp_path / name / "worst.png").is_file()
+    write_config(dual_run, recipe="clip-tiny", run=replace_pairs(clip_tiny(), "scenes:?count=20"))
+    assert (
+        "has learned from scenes:?count=20"
+        in call("audit", "scenes:?count=20", "--run", dual_run, "--out", tmp_path / "own")[2]
+    )
+    mistaken(call("audit", set_of_images, "--out", tmp_path / "x", "--worst", 2), "--worst 2.0: a share")
+    mistaken(call("audit", tmp_path / "none", "--out", tmp_path / "x"), "none: does not exist")
+
+
+def replace_pairs(recipe, pairs):
+    recipe.data.pairs = pairs
+    return recipe

@@ -4,6 +4,7 @@ Imports are inside the functions, after all arguments have been looked at: --hel
 """
 
 import json as json_format  # commands have a parameter `json`
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import tyro
 from tyro.conf import Positional
 
 from diptych.errors import UserError
-from diptych.run_folder import check_finished, kind_of
+from diptych.run_folder import check_finished, kind_of, read_config
 
 if TYPE_CHECKING:
     from diptych.cli.images import ImageArguments
@@ -417,6 +418,14 @@ def export(run: RunArg, *, out: Path) -> None:
 # Scores: runs of any kind
 
 
+def _learned_from(run: Path, source: str) -> bool:
+    """Whether a run was trained on ``source`` or a part of it, by the names."""
+    if not (run / "config.json").is_file():
+        return False
+    pairs = str(read_config(run).get("run", {}).get("data", {}).get("pairs", ""))
+    return source in (pairs, pairs.partition("?")[0])
+
+
 def audit(
     source: SourceArg,
     *,
@@ -455,6 +464,12 @@ def audit(
         raise UserError(f"{source}: has no images to look at")
     skipped = SkippedItems(max_skipped_share=max_skipped_share)
     fits: list[Fit] | None = None
+    if run is not None and _learned_from(run, source):
+        print(
+            f"{run} has learned from {source}: it may know wrong captions by heart, which then seem to fit; "
+            "better audit with a run of other pairs, e.g. one half with a run of the other half",
+            file=sys.stderr,
+        )
     if run is not None and kind == "dual":
         from diptych.dual.evaluation import pair_fits
         from diptych.dual.model import open_dual
