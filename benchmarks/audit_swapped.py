@@ -7,6 +7,7 @@ they were drawn (`control`). Near duplicates: photos compressed again, at half t
 beside its original.
 
     python benchmarks/audit_swapped.py --data flickr8k_96.tar --out DIR [--pairs 2000] [--seeds 0 1 2] [--steps 400]
+        [--arms precision heart control]
 """
 
 import argparse
@@ -39,13 +40,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipe", default="clip-frozen")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--arms", nargs="+", default=NAMES, choices=NAMES)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     spec = f"{given.data}?split=train"
-    found = {**{name: [] for name in NAMES}, **duplicates(spec, given.seeds[0])}
+    found = {**{name: [] for name in given.arms}, **duplicates(spec, given.seeds[0])}
     for seed in given.seeds:
         halves, wrong = exchange(spec, given.out, pairs=given.pairs, seed=seed)
-        for name in NAMES:
+        for name in given.arms:
             fits = {}
             for half, (learned, audited) in enumerate(((0, 1), (1, 0))):
                 learned = audited if name == "heart" else learned
@@ -61,8 +63,8 @@ def main() -> None:
                 for each in pair_fits(open_dual(run, device="auto"), source, skipped=SkippedItems()):
                     fits[source.key(each.item)] = each.fit
             found[name].append(precision(fits, wrong))
-        print(f"seed {seed}: " + ", ".join(f"{name} {found[name][-1]:.3f}" for name in NAMES), flush=True)
-    for name in NAMES:
+        print(f"seed {seed}: " + ", ".join(f"{name} {found[name][-1]:.3f}" for name in given.arms), flush=True)
+    for name in given.arms:
         print(f"{name}: {np.mean(found[name]):.3f} +- {np.std(found[name], ddof=len(given.seeds) > 1):.3f}")
     write_json(given.out / "audit.json", found)
 
