@@ -12,21 +12,18 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from diptych.data.check import open_images
 from diptych.data.sources import Source
-from diptych.data.sources.decode import UnreadableImage, header_size
-from diptych.data.sources.open import HasFiles
+from diptych.data.sources.decode import UnreadableImage
 from diptych.io import write_bytes
 from diptych.report.sheet import contact_sheet, save_png
 
-_SIDE = 32
-"""Side in pixels at which images are compared."""
 _SMALL = 8
 """Side in cells of the averages that make an image's print."""
 _BITS = 10
@@ -81,7 +78,10 @@ def audit(
 
     Pairs in the ``worst`` share of ``fits`` are to be looked at; near duplicates are compared by their centre squares.
     """
-    images = _look(source, workers=workers, advance=advance) if source.has_images else []
+    images = []
+    for image in open_images(source, range(len(source)), workers=workers) if source.has_images else ():
+        images.append(image)
+        advance(len(images), len(source))
     twins = near_duplicates([image.pixels for image in images])
     findings, of_pair = [], {}
     seen: dict[str, str] = {}
@@ -93,8 +93,8 @@ def audit(
             of_pair[item, number] = found
             if images and images[item].fault:
                 found.reasons.append("unreadable image")
-            elif images and max(images[item].ratio, 1 / images[item].ratio) >= _WIDE:
-                found.reasons.append(f"sides of {images[item].ratio:.1f} : 1")
+            elif images and (size := images[item].size) and max(size) >= _WIDE * min(size):
+                found.reasons.append(f"sides of {size[0] / size[1]:.1f} : 1")
             if item in twins:
                 found.same_image = source.key(twins[item])
                 found.reasons.append("image there twice")
@@ -117,33 +117,6 @@ def audit(
                 found.reasons.insert(0, "caption does not fit")
     findings.sort(key=lambda found: (found.fit is None, found.fit if found.fit is not None else 0.0, found.item))
     return findings
-
-
-@dataclass(frozen=True, slots=True)
-class _Look:
-    fault: str | None
-    pixels: UInt8[np.ndarray, "32 32 3"] | None
-    ratio: float = 1.0
-
-
-def _look(source: Source, *, workers: int, advance: Callable[[int, int], None]) -> list[_Look]:
-    def look(item: int) -> _Look:
-        try:
-            pixels = source.image(item, _SIDE)
-        except UnreadableImage as error:
-            return _Look(str(error), None)
-        width = height = 1
-        if isinstance(source, HasFiles):
-            file = source.file(item)
-            width, height = header_size(file if isinstance(file, bytes) else file.read_bytes())
-        return _Look(None, pixels, width / height)
-
-    found = []
-    with ThreadPoolExecutor(workers) as pool:
-        for item, each in enumerate(pool.map(look, range(len(source)))):
-            found.append(each)
-            advance(item + 1, len(source))
-    return found
 
 
 def near_duplicates(pixels: Sequence[UInt8[np.ndarray, "S S 3"] | None]) -> dict[int, int]:

@@ -2,11 +2,12 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import UInt8
 
 from diptych.data.sources import Source
 from diptych.data.sources.decode import UnreadableImage, header_size
@@ -16,7 +17,7 @@ from diptych.errors import UserError
 
 _SAMPLE = 32
 """Number of images that are opened before a run begins."""
-_SIZE = 32
+SIDE = 32
 """Side in pixels to which images are decoded here: JPEGs are decoded at an eighth, which is quick."""
 
 
@@ -87,10 +88,12 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
     owners = Counter(text for captions in texts for text in set(captions))
     labels = Counter(label for i in range(len(source)) if (label := source.label(i)) is not None)
     chosen = _spread(len(source), images or len(source)) if source.has_images else []
-    found = _open_images(source, chosen)
+    faults, sizes = [], []
     first: dict[bytes, str] = {}
     twins = []
-    for item, image in zip(chosen, found, strict=True):
+    for item, image in zip(chosen, open_images(source, chosen), strict=True):
+        faults += [image.fault] if image.fault else []
+        sizes += [image.size] if image.size else []
         if image.digest is not None:
             key = first.setdefault(image.digest, source.key(item))
             if key != source.key(item):
@@ -103,8 +106,8 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
         lengths=[len(text.split()) for captions in texts for text in captions],
         labels=labels,
         opened=len(chosen),
-        unreadable=[image.fault for image in found if image.fault],
-        sizes=[image.size for image in found if image.size],
+        unreadable=faults,
+        sizes=sizes,
         twins=twins,
         notes=list(source.notes) if isinstance(source, HasNotes) else [],
         samples=[(source.key(i), next(iter(texts[i]), "")) for i in _spread(len(source), 3)],
@@ -147,7 +150,7 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
                 f"{max_skipped_share:.1%}: {some(missing, len(missing))}; mend the paths or raise max-skipped-share"
             )
         chosen = [int(part.items[i]) for i in _spread(len(part.items), _SAMPLE)]
-        wrong = [image.fault for image in _open_images(part.source, chosen) if image.fault]
+        wrong = [image.fault for image in open_images(part.source, chosen) if image.fault]
         if 2 * len(wrong) > len(chosen):
             raise UserError(
                 f"{part.source.name}: {len(wrong)} of {len(chosen)} images that were tried cannot be read, "
@@ -165,26 +168,39 @@ def _range(numbers: Sequence[int]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
+class OpenedImage:
+    """What is seen of an image when it is opened."""
+
     fault: str | None
-    size: tuple[int, int] | None
-    digest: bytes | None
+    """Why it cannot be read, else None, and nothing else is known of it."""
+    pixels: UInt8[np.ndarray, "32 32 3"] | None = None
+    """Its centre square."""
+    size: tuple[int, int] | None = None
+    """Width and height in pixels as stored; None too where the source has no files."""
+    digest: bytes | None = None
+    """Of its file, else of its pixels."""
 
 
-def _open_images(source: Source, items: Sequence[int]) -> list[_Opened]:
-    def open_one(item: int) -> _Opened:
+def open_images(source: Source, items: Iterable[int], *, workers: int = 2) -> Iterator[OpenedImage]:
+    """Open images in their order; a caller that keeps no pixels needs no memory for them."""
+
+    def open_one(item: int) -> OpenedImage:
         try:
-            pixels = source.image(item, _SIZE)
+            pixels = source.image(item, SIDE)
         except UnreadableImage as error:
-            return _Opened(str(error), None, None)
+            return OpenedImage(str(error))
         if not isinstance(source, HasFiles):
-            return _Opened(None, None, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest())
+            return OpenedImage(None, pixels, None, _digest(pixels.tobytes()))
         file = source.file(item)
         data = file if isinstance(file, bytes) else file.read_bytes()
-        return _Opened(None, header_size(data), hashlib.blake2b(data, digest_size=16).digest())
+        return OpenedImage(None, pixels, header_size(data), _digest(data))
 
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(open_one, items))
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(open_one, items)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _spread(total: int, count: int) -> list[int]:
