@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diptych.data.caption_file import CaptionFile, MadeCaption, write_sidecar
+from diptych.data.caption_file import CaptionFile, MadeCaption, Sidecars
 from diptych.errors import UserError
 
 ONE = MadeCaption(file="k1", caption='a "dog", one', score=-0.5)
@@ -47,6 +47,9 @@ def test_names_that_cannot_be(tmp_path, name, message):
 
 def test_no_text_is_replaced(tmp_path):
     (tmp_path / "a.txt").write_text("mine")
-    write_sidecar(tmp_path / "a.png", "other")
-    write_sidecar(tmp_path / "b.png", "a cat")
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    texts = Sidecars([str(tmp_path / name) for name in ("a.png", "b.png")])
+    texts.add([MadeCaption(file=str(tmp_path / "a.png"), caption="other", score=None)])
+    texts.add([MadeCaption(file=str(tmp_path / "b.png"), caption="a cat", score=None)])
     assert ((tmp_path / "a.txt").read_text(), (tmp_path / "b.txt").read_text()) == ("mine", "a cat\n")

@@ -86,41 +86,33 @@ def caption(
 def _caption_into(
     out: Path, given: "ImageArguments", *, run: Path, every: bool, beams: int | None, device: Device
 ) -> None:
-    from diptych.data.caption_file import CaptionFile, MadeCaption, write_sidecar
+    from diptych.data.caption_file import CaptionFile, MadeCaption, Sidecars
     from diptych.io import weights_digest
     from diptych.report.progress import ProgressLine
 
-    found = len(given.images)
-    if not every:
-        given.images = [image for image in given.images if not image.has_caption()]
-    captioned = found - len(given.images)
+    images = [image for image in given.images if every or not image.has_caption()]
+    captioned = len(given.images) - len(images)
+    names = [image.name for image in images]
     diptych = _open(run, device)
-    file = None
+    file: CaptionFile | Sidecars
     if out == Path("sidecars"):
-        inside = next((image.name for image in given.images if not Path(image.name).is_file()), None)
-        if inside is not None:
-            raise UserError(f"--out sidecars: {inside} is no file, so no text can lie beside it; give a file")
+        file = Sidecars(names)
     else:
         file = CaptionFile(out, made_by={"weights": weights_digest(diptych.model), "beams": beams})
-    order = [image.name for image in given.images]
-    begun = sum(image.name in file.made for image in given.images) if file is not None else 0
-    if file is not None:
-        given.images = [image for image in given.images if image.name not in file.made]
-    for names, pixels in given.batches(diptych.tokenizer.image_size, advance=ProgressLine("captioning")):
-        made = [
-            MadeCaption(file=name, caption=each.text, score=each.score)
-            for name, each in zip(names, diptych.captions(pixels, beams=beams), strict=True)
-        ]
-        if file is not None:
-            file.add(made)
-        else:
-            for each in made:
-                write_sidecar(Path(each.file), each.caption)
-    if file is not None:
-        file.finish(order)
+    given.images = [image for image in images if image.name not in file.made]
+    begun = len(images) - len(given.images)
+    for batch, pixels in given.batches(diptych.tokenizer.image_size, advance=ProgressLine("captioning")):
+        found = diptych.captions(pixels, beams=beams)
+        file.add(
+            [
+                MadeCaption(file=name, caption=each.text, score=each.score)
+                for name, each in zip(batch, found, strict=True)
+            ]
+        )
+    file.finish(names)
     more = f", {begun:,} of them before" if begun else ""
     left = f"; {captioned:,} that have captions left out" if captioned else ""
-    print(f"{given.used + begun:,} images captioned{more}{left}: {out if file is not None else 'texts beside them'}")
+    print(f"{given.used + begun:,} images captioned{more}{left}: {file.where}")
     given.exit_if_any_was_left_out()
 
 

@@ -208,7 +208,9 @@ def write_audit(source: Source, findings: Sequence[Finding], out: Path, *, spec:
     return _told(findings, source, out, spec)
 
 
-_REASONS_TO_DROP = ("unreadable image", "caption does not fit", "image there twice", "caption there twice")
+_NO_IMAGE = {"unreadable image", "image there twice"}
+_NO_CAPTION = {"caption does not fit", "caption there twice"}
+"""Reasons for which an image, or one caption of it, is not kept."""
 
 
 def _kept(findings: Sequence[Finding]) -> str:
@@ -217,9 +219,9 @@ def _kept(findings: Sequence[Finding]) -> str:
     dropped: set[str] = set()
     order = sorted(findings, key=lambda found: found.item)
     for found in order:
-        if "unreadable image" in found.reasons or "image there twice" in found.reasons:
+        if not _NO_IMAGE.isdisjoint(found.reasons):
             dropped.add(found.key)
-        elif found.caption and not any(reason in _REASONS_TO_DROP for reason in found.reasons):
+        elif found.caption and _NO_CAPTION.isdisjoint(found.reasons):
             captions[found.key].append(found.caption)
     keys = dict.fromkeys(found.key for found in order if found.key not in dropped)
     return "".join(json.dumps({"key": key, "captions": captions[key]}) + "\n" for key in keys)

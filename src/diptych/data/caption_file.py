@@ -38,7 +38,7 @@ class CaptionFile:
         Raises UserError for an unknown format, for a file that exists, and for one that was begun otherwise.
         """
         check_format(out)
-        self.out, self._partial = out, out.with_name(f".{out.name}.partial")
+        self.out, self.where, self._partial = out, str(out), out.with_name(f".{out.name}.partial")
         out.parent.mkdir(parents=True, exist_ok=True)
         self.made: dict[str, MadeCaption] = {}
         head = json.dumps({"made_by": made_by}) + "\n"
@@ -78,11 +78,27 @@ def check_format(out: Path) -> None:
         raise UserError(f"{out}: exists already; remove it, or give another --out")
 
 
-def write_sidecar(image: Path, caption: str) -> None:
-    """Write ``caption`` beside the image, as `name.txt`. A text that is there is left as it is."""
-    text = image.with_suffix(".txt")
-    if not text.exists():
-        write_bytes(text, (caption + "\n").encode())
+class Sidecars:
+    """Captions as texts beside their images, in place of a :class:`CaptionFile`."""
+
+    where = "texts beside them"
+
+    def __init__(self, images: Sequence[str]) -> None:
+        """Raises UserError for an image that is no file."""
+        self.made: dict[str, MadeCaption] = {}  # those of an earlier command are captions of the source by now
+        inside = next((name for name in images if not Path(name).is_file()), None)
+        if inside is not None:
+            raise UserError(f"--out sidecars: {inside} is no file, so no text can lie beside it; give a file")
+
+    def add(self, made: Sequence[MadeCaption]) -> None:
+        """Write each as `name.txt`. A text that is there is left as it is."""
+        for each in made:
+            text = Path(each.file).with_suffix(".txt")
+            if not text.exists():
+                write_bytes(text, (each.caption + "\n").encode())
+
+    def finish(self, order: Sequence[str]) -> None:
+        """Nothing: every text was whole when it was written."""
 
 
 def _path(file: str, out: Path) -> str:

@@ -195,7 +195,7 @@ class _KnownImages:
     def of(
         cls, pairs: Subset[Source], test: Subset[Source], *, encoder: ImageEncoder | None, encoder_name: str
     ) -> "_KnownImages":
-        captioned = some(np.array([item for item in pairs.items if pairs.source.captions(int(item))], np.int64))
+        captioned = sampled(np.array([item for item in pairs.items if pairs.source.captions(int(item))], np.int64))
         items, known_TF = image_histograms(Subset(pairs.source, captioned))
         if not len(items):
             raise UserError(f"{pairs.source.name}: no image with a caption to compare with")
@@ -383,7 +383,7 @@ def encoded(encoder: ImageEncoder, images: Subset[Source]) -> Float[np.ndarray, 
     return np.concatenate(found)
 
 
-def some(items_N: Int[np.ndarray, "N"]) -> Int[np.ndarray, "M"]:
+def sampled(items_N: Int[np.ndarray, "N"]) -> Int[np.ndarray, "M"]:
     """All items, or 3,000 random ones in their order."""
     if len(items_N) <= _MOST:
         return items_N

@@ -34,7 +34,7 @@ from diptych.encoders import ImageEncoder, ScratchConfig, open_image_encoder, op
 from diptych.encoders.image import ImagePooling
 from diptych.encoders.text import TextPooling
 from diptych.errors import UserError
-from diptych.eval.baselines import HISTOGRAMS, ClassBaselines, Comparison, some
+from diptych.eval.baselines import HISTOGRAMS, ClassBaselines, Comparison, sampled
 from diptych.nn.inference import eval_mode, pick_device
 from diptych.report import print_comparison
 from diptych.report.run_report import closing_line, validation_scores, write_run_report
@@ -225,7 +225,7 @@ class UmlRun:
         classes = len(parts.labelled.classes)
         known = {
             HISTOGRAMS: (
-                histograms_of(parts.labelled, some(parts.train)),
+                histograms_of(parts.labelled, sampled(parts.train)),
                 histograms_of(parts.valid_labelled, parts.valid),
             )
         }

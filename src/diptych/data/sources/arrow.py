@@ -42,7 +42,7 @@ def open_parquet(
             data = datasets.load_dataset("parquet", data_files=files, split="train")
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise UserError(f"{name}: is not readable as parquet ({_reason(error)})") from None
-    tables = Tables(tuple(paths), tuple(counts))
+    tables = Tables(tuple(paths), tuple(accumulate(counts)))
     return _from_dataset(data, name=name, tables=tables, columns=columns, split=split, limits=limits)
 
 
@@ -51,12 +51,12 @@ class Tables:
     """The files that the rows of a data set come from."""
 
     paths: tuple[Path, ...]
-    counts: tuple[int, ...]
-    """Number of rows of each file."""
+    ends: tuple[int, ...]
+    """Number of rows of each file and all before it."""
 
     def of(self, row: int) -> Path:
         """The file of a row."""
-        return self.paths[bisect_right(list(accumulate(self.counts)), row)]
+        return self.paths[bisect_right(self.ends, row)]
 
 
 def _rows_in(path: Path) -> int:
@@ -142,7 +142,7 @@ def _from_dataset(
         for row in rows if found.label else ():
             row[found.label] = _class_name(data.features[found.label], row[found.label])
         wanted = Columns(image=found.image, caption=",".join(found.captions) or None, label=found.label)
-        of = [path for path, count in zip(tables.paths, tables.counts, strict=True) for _ in range(count)]
+        of = [tables.of(row) for row in range(len(rows))]
         return from_rows(rows, tables=of, name=name, columns=wanted, split=split, limits=limits)
     rows = np.arange(len(data))
     values = data[found.split][:] if found.split else [None] * len(data)
