@@ -495,9 +495,9 @@ def evaluate(
 ) -> None:
     """Score a run on data it has not seen: a table, metrics.json and a sheet.
 
-    An ITIT run is scored on captioned images by its captions and the images it generates, an image tokenizer by how well
-    it reconstructs images, a classifier by its accuracy on labelled images. A dual encoder is scored by retrieval and
-    modality gap on captioned images and by zero-shot classification on labelled ones. The scores of baselines stand
+    An ITIT run is scored on captioned images by its captions and the images it generates, an image tokenizer by how
+    well it reconstructs images, a classifier by its accuracy on labelled images. A dual encoder is scored by retrieval
+    and modality gap on captioned images and by zero-shot classification on labelled ones. The scores of baselines stand
     beside them; the baselines learn, in seconds, from the data that the run has learned from.
 
     Args:
