@@ -119,7 +119,8 @@ def test_a_path_a_pil_image_and_an_array_give_the_same_caption(made, wide, tmp_p
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
 def test_pil_images_of_any_mode_are_read_as_files_are(made, wide, tmp_path, mode):
     if mode in ("I;16", "I", "F"):
-        image = Image.fromarray(wide[..., 0].astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+        kind, white = {"I;16": (np.uint16, 65535), "I": (np.int32, 255), "F": (np.float32, 255)}[mode]
+        image = Image.fromarray((wide[..., 0] * (white / 255)).astype(kind))
     else:
         image = Image.fromarray(wide).convert(mode)
     image.save(tmp_path / "image.tiff")

@@ -17,6 +17,9 @@ from diptych.errors import UserError
         ("half \ud83d of a pair", "half \ufffd of a pair"),
         ("ein Mädchen, 猫, 🐈", "ein Mädchen, 猫, 🐈"),
         ("\u2028 \0", ""),
+        (r"caf\u00e9 \ud83d\udc08 \U0001F408", "café 🐈 🐈"),
+        (r"half \ud83d of a pair", "half \ufffd of a pair"),
+        (r"C:\users \\u00e9 \Uffffffff", r"C:\users \\u00e9 \Uffffffff"),
     ],
 )
 def test_clean(text, expected):

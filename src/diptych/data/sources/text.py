@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import sys
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from diptych.data.sources.decode import is_image_path
 from diptych.errors import UserError
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]+")
+_ESCAPE = re.compile(r"(?<!\\)\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))")
+"""A character as JSON and Python write it in ASCII. Tables that hold pieces of JSON hold it as six characters."""
 _NO_TEXTS = {
     b"version https://git-lfs": "is a pointer of git-lfs, not the file itself; fetch it with git lfs pull",
     b"<!doctype html": "is a page of HTML, as servers send for a missing file; download it again",
@@ -30,12 +33,20 @@ _ROW = re.compile(r"""["']?(?P<image>[^,;|\t"']+?)["']?(?P<delimiter>\s*[,;|\t]|
 def clean(text: str) -> str:
     """The text with every run of control characters and white space as one space, and none at its ends.
 
-    Half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD.
+    Half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD. Characters that are written out as
+    `\\u00e9` are read as the character.
     """
+    if "\\u" in text or "\\U" in text:
+        text = _ESCAPE.sub(_unescaped, text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if text.isprintable() and "  " not in text:  # nearly every caption, and ten times quicker
         return text.strip()
     text = _CONTROL.sub(" ", text)
     return " ".join(_SURROGATE.sub("\ufffd", text).split())
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    code = int(escape[1] or escape[2], 16)
+    return chr(code) if code <= sys.maxunicode else escape[0]
 
 
 def read_bytes(path: Path) -> bytes:
