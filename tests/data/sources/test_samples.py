@@ -139,6 +139,7 @@ def test_texts_of_boxes_are_no_captions(tmp_path, kind):
         (["images_001/a.png", "images_002/b.png"], [None, None]),
         (["data/cat/black/a.png", "data/dog/b.png"], ["cat", "dog"]),
         (["cat/train/a.png", "dog/test/b.png"], ["cat", "dog"]),
+        (["test/images/a.png", "train/cat/images/b.png"], [None, "cat"]),
     ],
 )
 def test_folders_that_are_classes(tmp_path, kind, names, labels):
@@ -164,6 +165,7 @@ def test_folders_that_are_classes(tmp_path, kind, names, labels):
             ["k/test/bad/0.png", "k/train/good/0.png", "k/ground_truth/bad/0_mask.png"],
             ["k/ground_truth/bad/0_mask.png"],
         ),
+        (["images/val/a.jpg", "annotations/val/a.png", "images/val/b.png"], ["annotations/val/a.png"]),
         (["masks/0.jpg", "hats/0.jpg"], []),
         (["masks/0.png", "hats/0.png", "gloves/0.png"], []),
         (["bank_mask.png", "carnival_mask.png"], []),
@@ -203,3 +205,13 @@ def test_a_class_of_minus_one_is_none(tmp_path, kind):
     source = open_source(write(tmp_path, kind, {"a.png": None, "a.cls": "-1", "b.png": None, "b.cls": "3"}))
     assert [source.label(i) for i in range(2)] == [None, "3"]
     assert "1 label of -1 taken for missing" in source.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_side_cars_that_say_nothing_are_named(tmp_path, kind):
+    files = {"a.png": None, "a.json": {"shapes": [], "version": "5"}, "b.png": None, "b.txt": " \n"}
+    source = open_source(write(tmp_path, kind, files))
+    assert source.notes == [
+        ".json without captions and labels: their fields are shapes, version",
+        "1 text of 2 that were looked at is empty",
+    ]

@@ -392,6 +392,52 @@ def test_labels_of_minus_one_are_counted(photos):
     assert source.notes == ["1 label of -1 taken for missing; give the class another name if it is one"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "note"),
+    [
+        (
+            [("a dog|one dog",), ("a cat|one cat",)],
+            "'|' in the cells of 'caption' parts no captions: a cell is one caption",
+        ),
+        ([("a &quot;dog&quot;",), ("a cat &amp; one",)], None),
+        ([("a dog",), ("a cat|one cat",)], None),
+    ],
+)
+def test_marks_between_captions_are_named(photos, rows, note):
+    path = write_csv(
+        photos / "t.csv", [("image", "caption"), *((f"photos/{i}.png", *row) for i, row in enumerate(rows))]
+    )
+    assert open_source(path).notes == ([note] if note else [])
+
+
+def test_columns_of_marks_are_named(photos):
+    rows = [("filename", "cat", "dog"), ("photos/0.png", 1, 0), ("photos/1.png", 0, 1)]
+    source = open_source(write_csv(photos / "t.csv", rows))
+    assert source.notes == ["no labels: columns of marks such as cat, dog are not read; write a column label"]
+
+
+def test_paths_of_texts_are_no_captions(photos):
+    with pytest.raises(UserError, match=r"column 'caption' holds paths of text files, such as '0\.txt'"):
+        table(photos, "t.jsonl", [{"image": "photos/0.png", "caption": "0.txt"}])
+
+
+def test_a_title_above_the_header_is_refused(photos):
+    (photos / "t.csv").write_text("My photos,\nimage,caption\nphotos/0.png,a dog\n")
+    with pytest.raises(UserError, match=r"the second line names the columns \(image, caption\); remove the first line"):
+        open_source(str(photos / "t.csv"))
+
+
+def test_a_split_in_two_spellings_is_one(photos):
+    rows = [
+        {"image": f"photos/{i}.png", "caption": "c", "split": split}
+        for i, split in enumerate(["train", "Train", "val"])
+    ]
+    table(photos, "t.jsonl", rows)
+    assert len(open_source(str(photos / "t.jsonl"), split="train")) == 2
+    with pytest.raises(UserError, match="no split 'TRAIN'"):
+        open_source(str(photos / "t.jsonl"), split="TRAIN")
+
+
 def test_lists_of_words_are_one_caption_or_named(photos):
     rows = [{"image": "photos/0.png", "caption": ["a", "dog", "runs"]}, {"image": "photos/1.png", "caption": ["cats"]}]
     source = table(photos, "t.jsonl", rows)

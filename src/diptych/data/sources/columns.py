@@ -39,9 +39,12 @@ NULLS = frozenset(
     | {"#N/A", "#NAME?", "#REF!", "#VALUE!"}
 )
 _WRITTEN = re.compile(r"""\s*(\[|\{\s*["']|\(\s*["']|array\(|b["'])""")
+_ENTITY = re.compile(r"&#?\w+;")
 _LIST_NAMES = frozenset({"nan", "None", "null", "array", "dtype", "object"})
 _GRAMMAR = frozenset({"a", "an", "the", "of", "is", "are", "in", "on", "at", "and", "with", ".", ",", "<eos>", "</s>"})
 """Words by which a list is seen to be a text that was split into words, and no list of captions of one word."""
+_SEPARATORS = ("|", ";", "\n", "<sep>", "[SEP]")
+"""What people put between the captions in a cell."""
 _WHOLE = re.compile(r"^(-?\d+)\.0$")
 _INNER = ("raw", "caption", "text", "sentence", "captions", "texts", "sentences")
 """Where a list of captions holds records instead of strings, the fields that may carry the text."""
@@ -129,6 +132,26 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
         texts = [name for name, values in table.items() if _could_be_captions(values) and not usual(name, other)]
         if texts and (image is not None or wanted.image == ""):
             notes.append(f"no captions: none of the columns {_listed(texts)} is called like captions")
+    for name in captions:
+        if _all(table[name], _is_text_file):
+            raise UserError(
+                f"{source}: column {name!r} holds paths of text files, such as {table[name][0]!r}, which are not read; "
+                "put the captions into the table, or texts of the name of each image beside the images"
+            )
+        written = [value for value in table[name] if isinstance(value, str) and not _WRITTEN.match(value)]
+        cells = [_ENTITY.sub("", value).strip() for value in written]
+        for mark in _SEPARATORS:
+            if len(cells) > 1 and 10 * sum(mark in cell for cell in cells) >= 9 * len(cells):
+                notes.append(f"{mark!r} in the cells of {name!r} parts no captions: a cell is one caption")
+                break
+    if label is None and image is not None:
+        flags = [
+            name for name, values in table.items() if name not in (image, *captions, split) and _all(values, _is_flag)
+        ]
+        if len(flags) > 1 and wanted.label is None:
+            notes.append(
+                f"no labels: columns of marks such as {', '.join(flags[:3])} are not read; write a column label"
+            )
     words = [value for name in captions for value in table[name] if len(captions_of(value)) > 1]
     if words and not any(" " in text for value in words for text in captions_of(value)):
         shown = str(words[0])[:60]
@@ -145,6 +168,15 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
         embedded=embedded,
         notes=tuple(notes),
     )
+
+
+def _is_text_file(value: Any) -> bool:
+    return isinstance(value, str) and value.strip().lower().endswith(".txt") and len(value.split()) == 1
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether a cell marks one of several classes or attributes, as 0 and 1 or as -1 and 1 do."""
+    return str(value).strip() in ("0", "1", "-1", "0.0", "1.0", "True", "False")
 
 
 def is_missing(value: Any) -> bool:

@@ -136,7 +136,7 @@ def _open_metadata(
             f"{counted(len(unread), 'file')} beside the images not used, as {tables[0]} is read: "
             + some(unread, len(unread))
         )
-    source.notes += notes
+    source.notes += [note for note in notes if note not in source.notes]
     return source
 
 
@@ -192,6 +192,10 @@ def _shards(files: list[str]) -> frozenset[str]:
 
 
 def _hint(root: Path, files: list[str]) -> str:
+    if any(file.endswith(".arrow") for file in files):
+        return ": it is what save_to_disk of datasets writes; save the data set with to_parquet"
+    if packed := [file for file in files if file.lower().endswith((".zip", ".7z", ".rar", ".tar.gz", ".tgz"))]:
+        return f", but {packed[0]}; unpack it first"
     for suffix in _OTHER_KINDS:
         others = [file for file in files if file.lower().endswith(suffix)]
         if others:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from diptych.data.sources.columns import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, usual
 from diptych.data.sources.decode import is_image_path
 from diptych.data.sources.text import read_text
 from diptych.errors import UserError
@@ -110,6 +111,8 @@ def _read_cells(text: str, path: Path, delimiter: str, quoting: Literal[0, 3]) -
     try:
         header = _header(next(reader, []), path)
         for cells in reader:
+            if start == 2:
+                _refuse_title(header, cells, path)
             if cells and len(cells) != len(header):
                 raise UserError(
                     f"{path}: the row at line {start} has {len(cells)} cells and the header {len(header)}; "
@@ -131,6 +134,13 @@ def _header(cells: Sequence[str], path: Path) -> list[str]:
         shown = ", ".join(cells)[:100]
         raise UserError(f"{path}: the first line must name every column, each once; it is {shown!r}")
     return names
+
+
+def _refuse_title(header: Sequence[str], cells: Sequence[str], path: Path) -> None:
+    """Raise UserError where the second line names the columns: a title stands above it."""
+    names = IMAGE_NAMES | CAPTION_NAMES | LABEL_NAMES
+    if not any(usual(name, names) for name in header) and sum(usual(cell, names) for cell in cells) > 1:
+        raise UserError(f"{path}: the second line names the columns ({', '.join(cells)[:60]}); remove the first line")
 
 
 def _is_name(cell: str) -> bool:

@@ -61,13 +61,16 @@ _MASK_END = re.compile(
 )
 """What the name of a mask has behind the name of its image."""
 _MASKS = re.compile(
-    r"mask|(.*[ _-])?(masks|trimaps|mattes|segmentations?|segmentation(class|object)|ground[ _-]?truth|gt|depths?)",
+    r"mask|annotations?|labels|"
+    r"(.*[ _-])?(masks|trimaps|mattes|segmentations?|segmentation(class|object)|ground[ _-]?truth|gt|depths?)",
     re.IGNORECASE,
 )
 """Folders of masks."""
 _LOSSLESS = frozenset({".png", ".gif", ".bmp", ".tif", ".tiff"})
 _SAMPLE = 64
 """Number of samples whose texts and json are read when a source is opened."""
+_PLAIN = frozenset({"image", "images", "img", "imgs", "jpegimages"})
+"""Folders that are no class, wherever they are."""
 _MANY = 100_000
 """Largest number of .json files that are read in search of captions when a source is opened."""
 
@@ -296,7 +299,7 @@ def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[st
             [
                 folder
                 for folder, is_shard in zip(folders, known, strict=True)
-                if not (is_shard or is_split(folder) or _SHARD.fullmatch(folder))
+                if not (is_shard or is_split(folder) or folder.lower() in _PLAIN or _SHARD.fullmatch(folder))
             ]
         )
     shared = 0
@@ -395,19 +398,24 @@ class SampleSource(ABC):
             every = [self._json(int(i)) for i in having[:: max(1, len(having) // _MANY)]]
             found = find_fields(sample_columns(every), wanted=wanted, source=source)
         self.notes += found.notes
+        if not (found.captions or found.label or found.split) and not (columns.caption == columns.label == ""):
+            names = sorted({name for fields in spread for name in fields})
+            if textless.size:
+                self.notes.append(f".json without captions and labels: their fields are {some(names, len(names))}")
         return found
 
     def _notes_on_side_cars(self) -> list[str]:
         """What a sample of the side-cars says that is not used: other captions in the json, nan for a caption, -1."""
         having = np.flatnonzero((self._slots[:, TEXT:] >= 0).any(1))
         chosen = [int(i) for i in having[:: max(1, len(having) // _SAMPLE)]]
-        both, other, nulls, unlabelled = 0, [], 0, 0
+        both, other, nulls, unlabelled, blank = 0, [], 0, 0, 0
         for i in chosen:
             try:
                 fields, text, label = self._json(i), self._text(i), self._class(i)
             except UserError:  # it is raised where the item is used
                 continue
             nulls += sum(map(says_missing, text.split("\n")))
+            blank += bool(self._slots[i, TEXT] >= 0) and not text.strip()
             if self._found:
                 nulls += sum(says_missing(fields.get(name)) for name in self._found.captions)
                 label = label or str(fields.get(self._found.label or "", ""))
@@ -419,7 +427,7 @@ class SampleSource(ABC):
                 if not any(captions & set(values) for values in said.values()):
                     other.append(next(name for name, values in said.items() if values))
         of = f"of {len(chosen):,} that were looked at"
-        notes = []
+        notes = [f"{counted(blank, 'text')} {of} {'is' if blank == 1 else 'are'} empty"] if blank else []
         if other:
             notes.append(
                 f"{len(other):,} of {both:,} .json that were looked at have other captions than the text beside them, "

@@ -141,7 +141,8 @@ def select_split(values: Sequence[Any], split: str | None, *, source: str) -> li
     wanted = {split} if split in found else set(split.split("+"))
     for each in sorted(wanted - found):
         raise unknown_split(each, found, source=source)
-    return [i for i, value in enumerate(values) if not is_missing(value) and str(value).strip() in wanted]
+    same = {each.casefold() for each in wanted}  # `Train` in some rows is a slip, not another split
+    return [i for i, value in enumerate(values) if not is_missing(value) and str(value).strip().casefold() in same]
 
 
 def unknown_split(split: str, found: Iterable[str], *, source: str) -> UserError:
