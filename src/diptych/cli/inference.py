@@ -407,6 +407,47 @@ def export(run: RunArg, *, out: Path) -> None:
     print(f'open_clip.create_model_and_transforms("local-dir:{out}")')
 
 
+# The page: runs of any kind
+
+
+def app(
+    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    token: str | None = None,
+    device: Device = "auto",
+) -> None:
+    """Serve a local page to caption, generate, search, classify and label images with runs. Needs the extra `app`.
+
+    Args:
+        runs: Run folders. They decide which tabs the page has.
+        host: Address to listen on. All but loopback addresses need a token, which is made and printed if none is given.
+        port: Port to listen on.
+        token: Word that opens the page, of 8 characters or more.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+    """
+    if not runs:
+        raise UserError("no run given: diptych app RUN...; `diptych demo` trains runs to begin with")
+    from diptych.app.serve import listening, private_cache, token_for
+
+    token = token_for(host, token)
+    listening(host, port).close()  # said before networks are loaded
+    for run in runs:
+        kind_of(run)
+    with private_cache():
+        try:
+            import gradio  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"diptych app needs gradio ({error}): pip install 'diptych[app]'") from error
+        from diptych.app.page import build
+        from diptych.app.runs import open_runs
+        from diptych.app.serve import serve
+
+        page = build(open_runs(runs, device=device))
+        serve(page, host=host, port=port, token=token, ready=lambda where: print(f"open {where}", flush=True))
+
+
 # Scores: runs of any kind
 
 
