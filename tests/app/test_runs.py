@@ -2,20 +2,42 @@
 
 import pytest
 
-from diptych.app.runs import AT_ONCE, networks, open_runs, read_images, tabs_of
+from diptych.app.runs import AT_ONCE, open_given, read_images
+from diptych.dual.search import embed_run
 from diptych.errors import UserError
 
-
-def test_a_finished_run_gives_the_tabs_of_its_kind(itit_run):
-    runs = open_runs([itit_run, itit_run], device="cpu")
-    assert len(runs) == 1
-    assert list(networks(runs, "itit")) == [str(itit_run)]
-    assert "Caption" in tabs_of(runs)
+ITIT = ["Caption", "Draw", "Cycle"]
 
 
-def test_a_folder_that_is_no_run_is_told(tmp_path):
+def test_tabs_are_those_of_the_runs(itit_run, dual_run, photos, tmp_path):
+    index = tmp_path / "index"
+    embed_run(dual_run, str(photos), side="images", out=index, workers=1, device="cpu")
+
+    def tabs(*runs, **more):
+        return open_given(runs, device="cpu", **more).tabs
+
+    assert tabs(itit_run, itit_run) == ITIT
+    assert tabs(dual_run) == ["Classify"]
+    assert tabs(dual_run, indexes=[index]) == ["Search", "Classify"]
+    data = {"data": str(photos), "out": tmp_path / "out"}
+    assert tabs(itit_run, **data) == [*ITIT, "Label"]
+    (photos / "0.txt").write_text("a dog")
+    assert tabs(itit_run, **data) == [*ITIT, "Label", "Audit"]
+    for number in range(1, 4):
+        (photos / f"{number}.txt").write_text("a dog")
+    assert tabs(itit_run, dual_run, **data) == [*ITIT, "Classify", "Audit"]
+    (itit_run / "metrics.jsonl").touch()
+    assert tabs(itit_run) == [*ITIT, "Train"]
+    (itit_run / "model").rename(itit_run / "hidden")
+    assert tabs(itit_run) == ["Train"]
+
+
+def test_what_cannot_be_opened_is_told(itit_run, dual_run, photos, tmp_path):
     with pytest.raises(UserError, match="no run folder"):
-        open_runs([tmp_path], device="cpu")
+        open_given([tmp_path], device="cpu")
+    embed_run(dual_run, str(photos), side="images", out=tmp_path / "index", workers=1, device="cpu")
+    with pytest.raises(UserError, match="with the run that made it"):
+        open_given([itit_run], indexes=[tmp_path / "index"], device="cpu")
 
 
 def test_images_are_what_a_network_sees(photos):

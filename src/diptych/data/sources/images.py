@@ -71,7 +71,7 @@ def _images_of(place: str) -> list[NamedImage]:
     if not source.has_images:
         raise UserError(f"{place}: has no images")
     return [
-        NamedImage(_name(source, place, item), partial(source.image, item), partial(_has_caption, source, item))
+        NamedImage(name_in(source, place, item), partial(source.image, item), partial(_has_caption, source, item))
         for item in range(len(source))
     ]
 
@@ -89,7 +89,8 @@ def _image_files(place: str) -> list[Path]:
     return files if all(file.suffix.lower() in SUFFIXES and file.is_file() for file in files) else []
 
 
-def _name(source: Source, place: str, item: int) -> str:
+def name_in(source: Source, place: str, item: int) -> str:
+    """The path of an item's image where it is a file, else its key. ``place`` is what the source was opened by."""
     key = source.key(item)
     file = os.path.join(place, key)
     return file if os.path.isfile(file) else key
