@@ -17,7 +17,7 @@ from diptych.itit.pipeline import Diptych
 
 
 def opened(photos, out, *, sidecars=False):
-    return Labels(open_source(str(photos)), str(photos), file=out / "labels.jsonl", sidecars=sidecars)
+    return Labels(open_source(str(photos)), file=out / "labels.jsonl", sidecars=sidecars)
 
 
 def test_decisions_are_rows_and_a_source(photos, tmp_path):
@@ -82,7 +82,7 @@ def test_what_cannot_be_is_told(photos, tmp_path):
     with pytest.raises(UserError, match="empty caption"):
         opened(photos, tmp_path).decide(0, "  ", proposed="x")
     with pytest.raises(UserError, match="no files"):
-        Labels(open_source("scenes:?count=3"), "scenes:?count=3", file=tmp_path / "l.jsonl", sidecars=True)
+        Labels(open_source("scenes:?count=3"), file=tmp_path / "l.jsonl", sidecars=True)
 
 
 LABEL_ON = """
@@ -91,7 +91,7 @@ from diptych.app.labels import Labels
 from diptych.data.sources import open_source
 photos, out = sys.argv[1:]
 from pathlib import Path
-labels = Labels(open_source(photos), photos, file=Path(out), sidecars=True)
+labels = Labels(open_source(photos), file=Path(out), sidecars=True)
 for round in range(10**6):
     for item in range(4):
         labels.decide(item, f"caption {round} {item}", proposed="")

@@ -23,7 +23,7 @@ from torch import Tensor
 from diptych.data.caption_file import path_in_table
 from diptych.data.sources import Source
 from diptych.data.sources.decode import UnreadableImage
-from diptych.data.sources.images import name_in
+from diptych.data.sources.open import HasFiles
 from diptych.data.sources.text import clean
 from diptych.errors import UserError
 from diptych.io import write_bytes
@@ -37,18 +37,18 @@ _BEAMS = 4
 class Labels:
     """The captions that users accept for the images of a source."""
 
-    def __init__(self, source: Source, spec: str, *, file: Path, sidecars: bool = False) -> None:
-        """``spec`` is what the source was opened by; with ``sidecars`` captions also go beside the images.
+    def __init__(self, source: Source, *, file: Path, sidecars: bool = False) -> None:
+        """With ``sidecars`` captions also go beside the images.
 
         Raises UserError for a source without images, for one whose images are no files where sidecars are wanted, and
         for a damaged ``file``.
         """
         if not source.has_images:
-            raise UserError(f"{spec}: has no images to label")
+            raise UserError(f"{source.name}: has no images to label")
         self.source, self.file, self.sidecars = source, file, sidecars
-        self.names = [name_in(source, spec, item) for item in range(len(source))]
+        self.names = _names(source)
         if sidecars and not all(Path(name).is_file() for name in self.names):
-            raise UserError(f"--sidecars: the images of {spec} are no files, so no text can lie beside them")
+            raise UserError(f"--sidecars: the images of {source.name} are no files, so no text can lie beside them")
         self._lock = threading.Lock()
         own = self._own(self._rows())
         self.open = [
@@ -128,6 +128,15 @@ class Labels:
             write_bytes(text, (caption + "\n").encode())
         elif ours:
             text.unlink()
+
+
+def _names(source: Source) -> list[str]:
+    """The paths of the images where they are files, else the keys of the items."""
+    items = range(len(source))
+    # To ask inside a tar would read every image of it.
+    if isinstance(source, HasFiles) and len(source) and isinstance(source.file(0), Path):
+        return [str(source.file(item)) for item in items]
+    return [source.key(item) for item in items]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

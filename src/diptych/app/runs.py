@@ -120,7 +120,7 @@ def open_given(
     if data is not None:
         assert out is not None
         source = open_finite(data, Columns())
-        labels = Labels(source, data, file=out / "labels.jsonl", sidecars=sidecars)
+        labels = Labels(source, file=out / "labels.jsonl", sidecars=sidecars)
         ranking = Ranking(source, out=out) if source.has_captions else None
     given = Given(runs=runs, indexes=found, labels=labels if labels and labels.open else None, ranking=ranking)
     if not given.tabs:
