@@ -19,8 +19,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from diptych.data.scenes.source import ScenesSource
 from PIL import Image
+
+from diptych.data.scenes import ScenesSource
 
 WORST = 5.0
 """Largest ratio of the longest wait to the median."""

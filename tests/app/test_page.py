@@ -196,7 +196,8 @@ def test_labels_survive_reloads_and_kills(itit_run, photos, tmp_path, serve, bro
         """Press keys; the decision must be on disk when the next image is shown."""
         before, count = visit.shown("#label-image .key"), len(saved())
         for key in keys:
-            visit.page.keyboard.press(key) if len(key) < 9 else visit.page.keyboard.insert_text(key)
+            type_ = visit.page.keyboard.insert_text if " " in key else visit.page.keyboard.press
+            type_(key)
         visit.until(lambda: visit.shown("#label-image .key") != before)
         assert len(saved()) == count + 1
         return saved()[-1]

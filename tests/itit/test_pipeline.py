@@ -124,7 +124,7 @@ def test_pil_images_of_any_mode_are_read_as_files_are(made, wide, tmp_path, mode
     else:
         image = Image.fromarray(wide).convert(mode)
     image.save(tmp_path / "image.tiff")
-    if mode == "YCbCr" and int(PIL.__version__.partition(".")[0]) < 13:
+    if mode == "YCbCr" and PIL.__version__ < "13":
         pytest.skip("Pillow 12 cannot read the YCbCr TIFFs that it writes")
     np.testing.assert_array_equal(made.read(image), made.read(tmp_path / "image.tiff"))
 
