@@ -584,3 +584,16 @@ def test_audit(call, run, dual_run, set_of_images, tmp_path, mistaken):
 def replace_pairs(recipe, pairs):
     recipe.data.pairs = pairs
     return recipe
+
+
+def test_app_tells_mistakes_before_it_loads_anything(call, run, tmp_path, mistaken, monkeypatch):
+    mistaken(call("app"), "no run given", "diptych demo")
+    mistaken(call("app", tmp_path), "no run folder")
+    mistaken(call("app", run, "--data", "scenes:"), "--out go together")
+    mistaken(call("app", run, "--sidecars"), "--data")
+    mistaken(call("app", run, "--port", "0", "--token", "short"), "can be guessed")
+    mistaken(call("app", run, "--host", "203.0.113.7", "--port", "0"), "203.0.113.7", "cannot be listened on")
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    mistaken(call("app", run, "--port", "0"), "pip install 'diptych[app]'")

@@ -7,7 +7,7 @@ from typing import Any
 
 import tyro
 
-from diptych.cli.inference import audit, caption, classify, cycle, embed, evaluate, export, imagine, search
+from diptych.cli.inference import app, audit, caption, classify, cycle, embed, evaluate, export, imagine, search
 from diptych.cli.training import check, demo, encode, features, fit, fit_for_help, recipes
 from diptych.errors import Interrupted, UserError
 
@@ -29,6 +29,7 @@ COMMANDS = {
     "embed": embed,
     "search": search,
     "classify": classify,
+    "app": app,
     "export": export,
     "evaluate": evaluate,
 }

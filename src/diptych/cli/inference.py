@@ -407,6 +407,64 @@ def export(run: RunArg, *, out: Path) -> None:
     print(f'open_clip.create_model_and_transforms("local-dir:{out}")')
 
 
+# The page: runs of any kind
+
+
+def app(
+    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")],
+    *,
+    index: tuple[Path, ...] = (),
+    data: str | None = None,
+    out: Path | None = None,
+    sidecars: bool = False,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    token: str | None = None,
+    device: Device = "auto",
+) -> None:
+    """Serve a local page to caption, generate, search, classify and label images with runs. Needs the extra `app`.
+
+    The page has the tabs for which it is given something: Caption, Draw and Cycle for an ITIT run; Classify for a dual
+    encoder or a classifier; Search for a dual encoder with --index; Label for an ITIT run with --data; Audit for an
+    ITIT run or a dual encoder with --data; Train for every run that has logged something, also while it trains.
+
+    Args:
+        runs: Run folders.
+        index: Folders that `diptych embed` wrote.
+        data: Source of images to label, or whose captions are to be audited.
+        out: Folder for what users decide about --data: labels.jsonl, a source of captions, and keep.jsonl, for ?keep=.
+        sidecars: Also write accepted captions beside their images, where there are none.
+        host: Address to listen on. All but loopback addresses need a token, which is made and printed if none is given.
+        port: Port to listen on.
+        token: Word that opens the page, of 8 characters or more.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+    """
+    if not runs:
+        raise UserError("no run given: diptych app RUN...; `diptych demo` trains runs to begin with")
+    if (data is None) != (out is None):
+        raise UserError("--data and --out go together: out is the folder for what is decided about the data")
+    if sidecars and data is None:
+        raise UserError("--sidecars: captions lie beside the images of --data: give it")
+    for run in runs:
+        kind_of(run)
+    from diptych.app.serve import listening, private_cache, token_for
+
+    token = token_for(host, token)
+    listening(host, port).close()  # said before networks are loaded
+    with private_cache():
+        try:
+            import gradio  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"diptych app needs gradio ({error}): pip install 'diptych[app]'") from error
+        from diptych.app.page import build
+        from diptych.app.runs import open_given
+        from diptych.app.serve import serve
+
+        given = open_given(runs, indexes=index, data=data, out=out, sidecars=sidecars, device=device)
+        print(f"tabs: {', '.join(given.tabs)}", flush=True)
+        serve(build(given), host=host, port=port, token=token, ready=lambda where: print(f"open {where}", flush=True))
+
+
 # Scores: runs of any kind
 
 

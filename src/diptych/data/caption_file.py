@@ -101,7 +101,7 @@ class Sidecars:
         """Nothing: every text was whole when it was written."""
 
 
-def _path(file: str, out: Path) -> str:
+def path_in_table(file: str, out: Path) -> str:
     """How the table names an image file: relative to the table, as sources read it."""
     return os.path.relpath(file, out.parent) if os.path.isfile(file) else file
 
@@ -110,12 +110,14 @@ def _csv(rows: Sequence[MadeCaption], out: Path) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file_name", "caption", "score"])
-    writer.writerows([_path(row.file, out), row.caption, "" if row.score is None else row.score] for row in rows)
+    writer.writerows(
+        [path_in_table(row.file, out), row.caption, "" if row.score is None else row.score] for row in rows
+    )
     return text.getvalue().encode()
 
 
 def _jsonl(rows: Sequence[MadeCaption], out: Path) -> bytes:
-    records = [{"file_name": _path(row.file, out), "caption": row.caption, "score": row.score} for row in rows]
+    records = [{"file_name": path_in_table(row.file, out), "caption": row.caption, "score": row.score} for row in rows]
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
@@ -124,7 +126,7 @@ def _parquet(rows: Sequence[MadeCaption], out: Path) -> bytes:
     import pyarrow.parquet
 
     table = {
-        "file_name": pyarrow.array([_path(row.file, out) for row in rows], pyarrow.string()),
+        "file_name": pyarrow.array([path_in_table(row.file, out) for row in rows], pyarrow.string()),
         "caption": pyarrow.array([row.caption for row in rows], pyarrow.string()),
         "score": pyarrow.array([row.score for row in rows], pyarrow.float32()),
     }
@@ -135,7 +137,7 @@ def _parquet(rows: Sequence[MadeCaption], out: Path) -> bytes:
 
 def _coco(rows: Sequence[MadeCaption], out: Path) -> bytes:
     document = {
-        "images": [{"id": i, "file_name": _path(row.file, out)} for i, row in enumerate(rows, start=1)],
+        "images": [{"id": i, "file_name": path_in_table(row.file, out)} for i, row in enumerate(rows, start=1)],
         "annotations": [
             {"id": i, "image_id": i, "caption": row.caption, "score": row.score} for i, row in enumerate(rows, start=1)
         ],

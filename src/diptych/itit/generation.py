@@ -8,7 +8,7 @@ W beams of a row, X hypotheses to choose from.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -64,6 +64,22 @@ def generate_image_tokens(
 
     ``known`` (tokens, hidden) keeps part of an image: only its hidden positions are generated.
     """
+    for canvas in image_canvases(model, features_BLF, valid_BL, config, rng=rng, known=known):  # noqa: B007
+        pass
+    return canvas.tokens_BN
+
+
+@torch.no_grad()
+def image_canvases(
+    model: ITIT,
+    features_BLF: Float[Tensor, "B L F"],
+    valid_BL: Bool[Tensor, "B L"],
+    config: ImageGenerationConfig,
+    *,
+    rng: StepRNG,
+    known: tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]] | None = None,
+) -> Iterator["Canvas"]:
+    """As :func:`generate_image_tokens`: the canvas that it begins with, and the one after each round."""
     rows, positions = len(features_BLF), model.config.image_tokens
     device = features_BLF.device
     if known is None:
@@ -78,7 +94,7 @@ def generate_image_tokens(
         encoded = model.encode(image, hidden_BN=canvas.hidden_BN, keep_BK=keep, features_BLF=features, valid_BL=valid)
         return model.image_logits(encoded, canvas.hidden_BN)
 
-    return parallel_decode(
+    yield from decoded_canvases(
         guided(
             lambda canvas: logits(canvas, features_BLF, valid_BL),
             lambda canvas: logits(canvas, None, None),
@@ -108,13 +124,31 @@ def generate_text(
     Returns ids of at most ``length`` tokens, without those of ``banned_V``, and the scores of the beam search (None
     with one beam).
     """
-    prefix_BND = model.encode(model.embed_image(tokens_BN)).image_BKD
-    rows = len(tokens_BN)
     if config.beams == 1:
-        return greedy(model.start_text(prefix_BND), rows, length=length, banned_V=banned_V), None
-    decoding = model.start_text(prefix_BND, beams=config.beams)
-    return beam_search(
-        decoding, rows, beams=config.beams, length=length, banned_V=banned_V, length_power=config.length_power
+        prefix_BND = model.encode(model.embed_image(tokens_BN)).image_BKD
+        return greedy(model.start_text(prefix_BND), len(tokens_BN), length=length, banned_V=banned_V), None
+    ids_BWL, score_BW = generate_candidates(model, tokens_BN, config, banned_V=banned_V, length=length)
+    return ids_BWL[:, 0], score_BW[:, 0]
+
+
+@torch.no_grad()
+def generate_candidates(
+    model: ITIT,
+    tokens_BN: Int[Tensor, "B N"],
+    config: TextGenerationConfig,
+    *,
+    banned_V: Bool[Tensor, "V"],
+    length: int,
+) -> tuple[Int[Tensor, "B W L"], Float[Tensor, "B W"]]:
+    """As :func:`generate_text`, but as many texts as there are beams, best first, by beam search also with one beam."""
+    prefix_BND = model.encode(model.embed_image(tokens_BN)).image_BKD
+    return beam_candidates(
+        model.start_text(prefix_BND, beams=config.beams),
+        len(tokens_BN),
+        beams=config.beams,
+        length=length,
+        banned_V=banned_V,
+        length_power=config.length_power,
     )
 
 
@@ -128,7 +162,7 @@ class Canvas:
     tokens_BN: Int[Tensor, "B N"]
     hidden_BN: Bool[Tensor, "B N"]
     progress: float
-    """Share of the rounds that are over, s / S: 0 in the first round, below 1 in the last."""
+    """Share of the rounds that are over, s / S: 0 in the first round, below 1 in the last, 1 after it."""
     most_known: int
     """Upper bound on the known tokens of a row. It follows from the schedule, without a wait for the device."""
 
@@ -178,6 +212,33 @@ def parallel_decode(
     Raises:
         UserError: less than one round.
     """
+    for canvas in decoded_canvases(  # noqa: B007
+        logits,
+        tokens_BN,
+        hidden_BN,
+        steps=steps,
+        temperature=temperature,
+        token_temperature=token_temperature,
+        rng=rng,
+    ):
+        pass
+    return canvas.tokens_BN
+
+
+def decoded_canvases(
+    logits: Logits,
+    tokens_BN: Int[Tensor, "B N"],
+    hidden_BN: Bool[Tensor, "B N"],
+    *,
+    steps: int,
+    temperature: float,
+    token_temperature: float = 1.0,
+    rng: StepRNG,
+) -> Iterator[Canvas]:
+    """As :func:`parallel_decode`: the canvas that it begins with, and the one after each round.
+
+    The positions that are still hidden hold what was sampled last.
+    """
     if steps < 1:
         raise UserError(f"{steps} decoding steps: at least one is needed")
     rows, positions = tokens_BN.shape
@@ -186,7 +247,9 @@ def parallel_decode(
     least, most = (int(count) for count in torch.stack([first_B.min(), first_B.max()]).tolist())
     for step in range(min(steps, most)):
         known = positions - int(_still_hidden(torch.tensor(least), step, steps))
-        logits_BNC = logits(Canvas(tokens_BN, hidden_BN, step / steps, known)).float()
+        canvas = Canvas(tokens_BN, hidden_BN, step / steps, known)
+        yield canvas
+        logits_BNC = logits(canvas).float()
         chance_BN = rng.uniform(f"token/{step}", rows, positions, device=device)
         sampled_BN, log_p_BN = sample_tokens(logits_BNC, chance_BN, temperature=token_temperature)
         tokens_BN = torch.where(hidden_BN, sampled_BN, tokens_BN)
@@ -195,7 +258,7 @@ def parallel_decode(
         rank_BN = confidence_BN.masked_fill(~hidden_BN, math.inf).argsort(1).argsort(1)
         # Infinite confidence may tie with nothing that is hidden, so no known token can be among the lowest ranks.
         hidden_BN = rank_BN < _still_hidden(first_B, step + 1, steps)[:, None]
-    return tokens_BN
+    yield Canvas(tokens_BN, hidden_BN, 1.0, positions)
 
 
 def _still_hidden(first: Tensor, rounds: int, steps: int) -> Tensor:
@@ -286,6 +349,22 @@ def beam_search(
     Raises:
         UserError: less than one beam.
     """
+    ids_BWL, score_BW = beam_candidates(
+        decoding, rows, beams=beams, length=length, banned_V=banned_V, length_power=length_power
+    )
+    return ids_BWL[:, 0], score_BW[:, 0]
+
+
+def beam_candidates(
+    decoding: Decoding,
+    rows: int,
+    *,
+    beams: int,
+    length: int,
+    banned_V: Bool[Tensor, "V"],
+    length_power: float = 0.6,
+) -> tuple[Int[Tensor, "B W L"], Float[Tensor, "B W"]]:
+    """The finished texts of :func:`beam_search`, best first. Where fewer than W were found, the others score -inf."""
     if beams < 1:
         raise UserError(f"{beams} beams: at least one is needed")
     device, vocab_size = banned_V.device, len(banned_V)
@@ -320,7 +399,7 @@ def beam_search(
         reachable_BW = alive_BW / ((5 + length) / 6) ** length_power
         if bool((reachable_BW.amax(1) < best_BW.amax(1)).all()):
             break
-    return best_ids_BWL[:, 0], best_BW[:, 0]
+    return best_ids_BWL, best_BW
 
 
 def _pick(values_BXL: Tensor, index_BW: Tensor) -> Tensor:

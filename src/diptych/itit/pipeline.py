@@ -2,19 +2,21 @@
 
 Also here: the tokenizers of a run, which prepare its data, and its encoder as an image encoder for other learners.
 
-Shapes: B rows, S pixels a side of a square image, H and W pixels, N image tokens, L text tokens, D encoder width.
+Shapes: B rows, S pixels a side of a square image, H and W pixels, N image tokens, R rows of their grid, L text tokens,
+D encoder width.
 """
 
+import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Num, UInt8
+from jaxtyping import Bool, Float, Int, Num, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -26,8 +28,10 @@ from diptych.io import load_network, weights_digest
 from diptych.itit.generation import (
     ImageGenerationConfig,
     TextGenerationConfig,
+    generate_candidates,
     generate_image_tokens,
     generate_text,
+    image_canvases,
 )
 from diptych.itit.model import ITIT
 from diptych.nn.inference import Device, Precision, autocast, pick_device
@@ -66,6 +70,18 @@ class CycleStep:
         found = self.text if self.image is None else self.image
         assert found is not None
         return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagineStep:
+    """An image in the making."""
+
+    image: np.ndarray
+    """uint8 [S S 3]. Where it is hidden, it shows what was sampled last."""
+    tokens: Tensor
+    """int64 [R R]: the tokens that the image is decoded from."""
+    hidden: Tensor
+    """bool [R R]: the tokens that are still hidden."""
 
 
 class Diptych:
@@ -169,6 +185,25 @@ class Diptych:
                 advance(len(found), len(tokens_BN))
         return found
 
+    def candidates(self, images: ImageLike | Sequence[ImageLike], *, beams: int | None = None) -> list[list[Caption]]:
+        """The different captions that the beam search ended with for each image, best first: at most ``beams``."""
+        config = self.text_generation if beams is None else replace(self.text_generation, beams=beams)
+        images = one_or_more(images)
+        found: list[list[Caption]] = []
+        for start in range(0, len(images), _ROWS):
+            tokens_BN = self.tokenize(np.stack([self.read(image) for image in images[start : start + _ROWS]]))
+            with autocast(self.device, self.precision):
+                ids_BWL, score_BW = generate_candidates(
+                    self.model, tokens_BN, config, banned_V=self._banned_V, length=self.model.config.max_text_len
+                )
+            for ids_WL, scores in zip(ids_BWL, score_BW.tolist(), strict=True):
+                best: dict[str, float] = {}  # two ways to split a text into tokens give the same text
+                for text, score in zip(self.text_tokenizer.detokenize(ids_WL), scores, strict=True):
+                    if score > -math.inf:
+                        best.setdefault(text, score)
+                found.append([Caption(text=text, score=score) for text, score in best.items()])
+        return found
+
     def tokenize(self, pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Int[Tensor, "B N"]:
         """Image tokens of images that have the tokenizer's size."""
         pieces = channels_first(pixels_BSS3).split(_ROWS)
@@ -210,24 +245,12 @@ class Diptych:
         if not texts:
             raise UserError("no text to imagine")
         texts = [texts] if isinstance(texts, str) else texts
-        unknown = [word for word in self.text_tokenizer.unknown_words(texts) if word not in self._told]
-        self._told.update(unknown)
-        if unknown:
-            some = ", ".join(repr(word) for word in unknown[:5])
-            print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)
-        length = self.model.config.max_text_len
+        self._tell_unknown(texts)
         found = []
         times: Counter[bytes] = Counter()
         for start in range(0, len(texts), _ROWS):
-            ids_BL, valid_BL = self.text_encoder.tokenize(list(texts[start : start + _ROWS]), length=length)
-            rows = [row.tobytes() for row in ids_BL.numpy()]
-            row_seeds = []
-            for row in rows:
-                row_seeds.append(derive_seed(row.hex(), times[row]))
-                times[row] += 1
-            ids_BL, valid_BL = ids_BL.to(self.device), valid_BL.to(self.device)
-            features_BLF = self.text_encoder.features(ids_BL, valid_BL)
-            rng = RowRNG(seed, 0, row_seeds=tuple(row_seeds))
+            features_BLF, valid_BL, row_seeds = self._read_texts(texts[start : start + _ROWS], times)
+            rng = RowRNG(seed, 0, row_seeds=row_seeds)
             with autocast(self.device, self.precision):
                 found.append(
                     generate_image_tokens(self.model, features_BLF, valid_BL, config or self.image_generation, rng=rng)
@@ -235,6 +258,66 @@ class Diptych:
             if advance:
                 advance(start + len(found[-1]), len(texts))
         return torch.cat(found)
+
+    def imagine_steps(
+        self,
+        text: str,
+        *,
+        seed: int = 0,
+        config: ImageGenerationConfig | None = None,
+        known: tuple[Int[Tensor, "R R"], Bool[Tensor, "R R"]] | None = None,
+    ) -> Iterator[ImagineStep]:
+        """The image of a text as it appears: before the first and after each round of parallel decoding.
+
+        The last step is the image of :meth:`imagine`. ``known`` are the tokens of an image in their grid, and which of
+        them are drawn anew; the others stay. Pixels of the others may change a little, as the decoder looks at all
+        tokens. Raises UserError for an empty text.
+        """
+        if not text.strip():
+            raise UserError("no text to imagine")
+        given = None if known is None else (known[0].view(1, -1).to(self.device), known[1].view(1, -1).to(self.device))
+        self._tell_unknown([text])
+        features_BLF, valid_BL, row_seeds = self._read_texts([text], Counter())
+        rng = RowRNG(seed, 0, row_seeds=row_seeds)
+        rounds = image_canvases(
+            self.model, features_BLF, valid_BL, config or self.image_generation, rng=rng, known=given
+        )
+        while True:
+            with autocast(self.device, self.precision):  # not around `yield`: the caller would compute in it too
+                canvas = next(rounds, None)
+            if canvas is None:
+                return
+            yield ImagineStep(
+                image=self.tokenizer.decode(canvas.tokens_BN)[0].permute(1, 2, 0).cpu().numpy(),
+                tokens=canvas.tokens_BN[0].view(self.token_side, -1).cpu(),
+                hidden=canvas.hidden_BN[0].view(self.token_side, -1).cpu(),
+            )
+
+    @property
+    def token_side(self) -> int:
+        """Number of rows, and of columns, of the grid of an image's tokens."""
+        return math.isqrt(self.tokenizer.tokens)
+
+    def _tell_unknown(self, texts: Sequence[str]) -> None:
+        unknown = [word for word in self.text_tokenizer.unknown_words(texts) if word not in self._told]
+        self._told.update(unknown)
+        if unknown:
+            some = ", ".join(repr(word) for word in unknown[:5])
+            print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)
+
+    def _read_texts(self, texts: Sequence[str], times: Counter[bytes]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """Features [B L F] of texts, which of their tokens are valid [B L], and a seed for each.
+
+        ``times`` counts how often each text has been there, so that each of its images has a seed of its own.
+        """
+        ids_BL, valid_BL = self.text_encoder.tokenize(list(texts), length=self.model.config.max_text_len)
+        row_seeds = []
+        for row in ids_BL.numpy():
+            key = row.tobytes()
+            row_seeds.append(derive_seed(key.hex(), times[key]))
+            times[key] += 1
+        ids_BL, valid_BL = ids_BL.to(self.device), valid_BL.to(self.device)
+        return self.text_encoder.features(ids_BL, valid_BL), valid_BL, tuple(row_seeds)
 
     # Both in turn
 
