@@ -584,3 +584,26 @@ def test_audit(call, run, dual_run, set_of_images, tmp_path, mistaken):
 def replace_pairs(recipe, pairs):
     recipe.data.pairs = pairs
     return recipe
+
+
+def test_suggest(call, run, dual_run, set_of_images, tmp_path, mistaken):
+    """By ITIT, by a dual encoder, and by features alone; the table is a source."""
+    for given in ((run,), (dual_run,), ()):
+        out = tmp_path / f"next-{given[0].name if given else 'plain'}.csv"
+        status, told, err = call(
+            "suggest", *given, set_of_images, "--count", 5, "--out", out, "--max-skipped-share", 0.1
+        )
+        assert (status, err) == (0, "")
+        assert told.startswith(f"5 of 38 images without a caption in {out}, to be seen on {out.with_suffix('.png')}\n")
+        kept = open_source(f"{set_of_images}?keep={out}")
+        assert len({kept.key(i) for i in range(5)} - {"03.png", "07.png"}) == 5
+    status, told, err = call("suggest", set_of_images, "--captioned", "scenes:?count=3", "--count", 2, "--pool", 20)
+    assert (status, err, len(told.splitlines())) == (0, "", 2)
+    (set_of_images / "07.txt").unlink()
+    (set_of_images / "03.txt").unlink()
+    status, told, err = call("suggest", set_of_images, "--count", 2)
+    assert (status, err) == (0, "no image has a caption: --captioned SRC names those that have\n")
+    mistaken(call("suggest", "scenes:?count=5"), "scenes:?count=5: every image has a caption already")
+    mistaken(call("suggest", set_of_images, "--pool", 5), "--pool 5: must be at least --count, 100")
+    mistaken(call("suggest", "a", "b", "c"), "give a run and a source")
+    mistaken(call("suggest", set_of_images, "--out", tmp_path / "x.txt"), "x.txt: give a name that ends in .csv")

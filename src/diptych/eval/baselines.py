@@ -29,12 +29,12 @@ from torch import Tensor
 from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import Source
 from diptych.data.splits import Subset
-from diptych.encoders import ImageEncoder
+from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError, first_line
 from diptych.eval.captions import tokenize
 from diptych.eval.probe import Linear, select_linear
 from diptych.io import write_bytes
-from diptych.nn.inference import eval_mode
+from diptych.nn.inference import Device, eval_mode, pick_device
 from diptych.report.scores import better, meaning_of
 from diptych.rng import derive_seed
 from diptych.run_folder import BASELINES, write_json
@@ -201,7 +201,7 @@ class _KnownImages:
             raise UserError(f"{pairs.source.name}: no image with a caption to compare with")
         features = {HISTOGRAMS: (known_TF, image_histograms(test)[1])}
         if encoder is not None:
-            features[encoder_name] = (encoded(encoder, Subset(pairs.source, items)), encoded(encoder, test))
+            features[encoder_name] = (encoded(encoder, Subset(pairs.source, items))[1], encoded(encoder, test)[1])
         count = min(NEAREST, len(items))
         found = {
             f"the {count} nearest by {name}": nearest(query_BF, known, count=count).tolist()
@@ -370,17 +370,34 @@ def _count_in_cells(kind_BSS: np.ndarray, weight_BSS: np.ndarray, *, kinds: int,
     return np.bincount(flat, weight_BSS.ravel(), minlength=rows * cells * cells * kinds).reshape(rows, -1)
 
 
-def encoded(encoder: ImageEncoder, images: Subset[Source]) -> Float[np.ndarray, "B F"]:
-    """Features of the readable ones among the items."""
-    found = []
+def image_features(
+    images: Subset[Source], encoder: str | None, device: Device = "auto"
+) -> tuple[Int[np.ndarray, "B"], Float[np.ndarray, "B F"]]:
+    """The readable ones among the items, and their features: those of an encoder by name, or their histograms.
+
+    Raises UserError for an encoder that cannot be opened, and where no image can be read.
+    """
+    if encoder is None:
+        items, found = image_histograms(images)
+    else:
+        items, found = encoded(open_image_encoder(encoder).to(pick_device(device)), images)
+    if not len(items):
+        raise UserError(f"{images.source.name}: not one image can be read")
+    return items, found
+
+
+def encoded(encoder: ImageEncoder, images: Subset[Source]) -> tuple[Int[np.ndarray, "B"], Float[np.ndarray, "B F"]]:
+    """The readable ones among the items, and their features."""
+    items, found = [], []
     skipped = SkippedItems(max_skipped_share=1.0)
     device = next(encoder.parameters()).device
-    for pixels_B3SS, _ in image_batches(
+    for pixels_B3SS, some in image_batches(
         images.source, images.items, size=encoder.image_size, skipped=skipped, rows=_ROWS
     ):
         with eval_mode(encoder):
             found.append(encoder(pixels_B3SS.to(device)).float().cpu().numpy())
-    return np.concatenate(found)
+        items.append(some)
+    return np.concatenate(items), np.concatenate(found)
 
 
 def sampled(items_N: Int[np.ndarray, "N"]) -> Int[np.ndarray, "M"]:

@@ -17,13 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.data.audit import Fit
-from diptych.data.pixels import SkippedItems, channels_first, read_captioned
+from diptych.data.pixels import SkippedItems, channels_first, image_batches, read_captioned
 from diptych.data.scenes.source import ScenesSource
 from diptych.data.scenes.world import Scene
 from diptych.data.sources import Source
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
 from diptych.data.store import Store
+from diptych.data.suggest import LookedAt
 from diptych.encoders import open_image_encoder
 from diptych.errors import UserError, first_line
 from diptych.eval.baselines import Baseline, Comparison, caption_baselines
@@ -41,7 +42,7 @@ from diptych.itit.data import DataConfig, open_data
 from diptych.itit.model import Encoded, shift_right
 from diptych.itit.pipeline import Diptych
 from diptych.nn.functional import token_loss
-from diptych.nn.inference import Device, pick_device
+from diptych.nn.inference import Device, autocast, pick_device
 from diptych.report import print_comparison, print_metrics
 from diptych.report.progress import ProgressLine
 from diptych.report.sheet import Cell, comparison, save_png
@@ -331,6 +332,41 @@ def pair_fits(
         advance(min(start + _ROWS, len(pairs)), len(pairs))
     gain_P = nats_KP[1:].mean(0) - nats_KP[0]
     return [Fit(items[row], number, float(gain)) for (row, number), gain in zip(pairs, gain_P, strict=True)]
+
+
+@torch.no_grad()
+def looked_at(
+    diptych: Diptych,
+    images: Subset[Source],
+    *,
+    drafts: bool = True,
+    skipped: SkippedItems,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> LookedAt:
+    """The features of the network's encoder for the readable ones of ``images``, the mean over the image tokens; and,
+    with ``drafts``, its captions, and how uncertain it is of them: minus their length-normalized log-probability.
+    """
+    beams = max(2, diptych.text_generation.beams)  # one beam has no score
+    items, features, texts, nats = [], [], [], []
+    for pixels_B3SS, some in image_batches(
+        images.source, images.items, size=diptych.tokenizer.image_size, skipped=skipped, rows=_ROWS
+    ):
+        tokens_BN = diptych.tokenizer.encode(pixels_B3SS.to(diptych.device))
+        with autocast(diptych.device, diptych.precision):
+            states_BND = diptych.model.encode(diptych.model.embed_image(tokens_BN)).image_BKD
+        features.append(states_BND.float().mean(1).cpu().numpy())
+        items.append(some)
+        if drafts:
+            found = diptych.caption_tokens(tokens_BN, beams=beams)
+            texts += [caption.text for caption in found]
+            nats += [-caption.score for caption in found if caption.score is not None]
+        advance(sum(map(len, items)), len(images.items))
+    return LookedAt(
+        items_N=np.concatenate(items),
+        features_NF=np.concatenate(features),
+        uncertainty_N=np.array(nats) if drafts else None,
+        drafts=texts if drafts else None,
+    )
 
 
 # Baselines
