@@ -30,8 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diptych.data.scenes.source import ScenesSource
-from diptych.data.scenes.world import COLOURS, PLACES, SHAPES
+from diptych.data.scenes import COLOURS, PLACES, SHAPES, ScenesSource
 from diptych.data.sources import Source, open_source
 from diptych.data.splits import Subset
 from diptych.data.suggest import LookedAt, suggest
