@@ -122,11 +122,11 @@ def photos(data: str, out: Path, pool: int) -> World:
     return World(source=open_source(f"{data}?split=train"), features=x_ND.numpy(), learn=learn)
 
 
-def features(source: Source, items: np.ndarray, file: Path) -> tuple[Tensor, Tensor]:
-    """Of images [N D] and of their five captions [N 5 D], computed once."""
+def features(source: Source, items: np.ndarray, file: Path, *, captions: int = 5) -> tuple[Tensor, Tensor]:
+    """Of images [N D] and of their first captions [N C D], computed once."""
     if not file.is_file():
         _, images = encoded(open_image_encoder(IMAGES), Subset(source, items))
-        texts = [text for item in items for text in source.captions(int(item))]
+        texts = [text for item in items for text in source.captions(int(item))[:captions]]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         encoder, found = open_text_encoder(TEXTS), {}
         with torch.inference_mode():

@@ -577,6 +577,13 @@ def test_audit(call, run, dual_run, set_of_images, tmp_path, mistaken):
         "has learned from scenes:?count=20"
         in call("audit", "scenes:?count=20", "--run", dual_run, "--out", tmp_path / "own")[2]
     )
+    encoders = ("--image-encoder", dual_run, "--text-encoder", dual_run)
+    status, out, _ = call("audit", "scenes:?count=20&seed=5", *encoders, "--out", tmp_path / "encoders")
+    assert (status, f"{2:>7,}  caption does not fit" in out) == (0, True)
+    few = call("audit", "scenes:?count=1", *encoders, "--out", tmp_path / "few")
+    mistaken(few, "1 captioned images, too few to compare")
+    alone = call("audit", "scenes:?count=20", "--image-encoder", dual_run, "--out", tmp_path / "x")
+    mistaken(alone, "--image-encoder and --text-encoder together")
     mistaken(call("audit", set_of_images, "--out", tmp_path / "x", "--worst", 2), "--worst 2.0: a share")
     mistaken(call("audit", tmp_path / "none", "--out", tmp_path / "x"), "none: does not exist")
 

@@ -423,10 +423,20 @@ def _learned_from(run: Path, source: str) -> bool:
     return source in (pairs, pairs.partition("?")[0])
 
 
+def _has_frozen_towers(run: Path) -> bool:
+    """Whether a dual encoder has pretrained towers that its training left as they were."""
+    if not (run / "config.json").is_file():
+        return False
+    model = read_config(run).get("run", {}).get("model", {})
+    return model.get("image_tower") is not None and model.get("tune") == "heads"
+
+
 def audit(
     source: SourceArg,
     *,
     run: Path | None = None,
+    image_encoder: str | None = None,
+    text_encoder: str | None = None,
     out: Path,
     worst: float = 0.1,
     max_skipped_share: float = 1.0,
@@ -439,8 +449,12 @@ def audit(
 
     Args:
         source: Source of captioned images.
-        run: Run folder of a dual encoder, which compares cosines, or of ITIT, which compares how well captions are
-            explained by their own and by other images. Without a run, captions and images are not compared.
+        run: Run folder of ITIT, which compares how well captions are explained by their own and by other images, or of
+            a dual encoder, which compares cosines; frozen towers are taken as the two encoders below. Without a run or
+            encoders, captions and images are not compared.
+        image_encoder: Pretrained image encoder by folder, hub name or package, in the place of a run. How its features
+            and those of the text encoder belong together is learned from all other pairs of the source.
+        text_encoder: Pretrained text encoder by folder, hub name or package.
         out: Folder for the findings.
         worst: Share of the captions to leave out, those that fit worst, 0 to 1.
         max_skipped_share: Largest share of unreadable images at which the audit goes on, 0 to 1.
@@ -448,7 +462,11 @@ def audit(
     """
     if not 0 <= worst <= 1:
         raise UserError(f"--worst {worst}: a share from 0 to 1")
+    if (image_encoder is None) != (text_encoder is None) or (run is not None and image_encoder is not None):
+        raise UserError("give --run, or --image-encoder and --text-encoder together, or none of them")
     kind = check_finished(run, "dual", "itit") if run is not None else None
+    if run is not None and kind == "dual" and _has_frozen_towers(run):
+        image_encoder = text_encoder = str(run)
     from diptych.data.audit import Fit, write_audit
     from diptych.data.audit import audit as look_at
     from diptych.data.pixels import SkippedItems
@@ -461,13 +479,17 @@ def audit(
         raise UserError(f"{source}: has no images to look at")
     skipped = SkippedItems(max_skipped_share=max_skipped_share)
     fits: list[Fit] | None = None
-    if run is not None and _learned_from(run, source):
+    if run is not None and image_encoder is None and _learned_from(run, source):
         print(
             f"{run} has learned from {source}: it may know wrong captions by heart, which then seem to fit; "
             "better audit with a run of other pairs, e.g. one half with a run of the other half",
             file=sys.stderr,
         )
-    if run is not None and kind == "dual":
+    if image_encoder is not None and text_encoder is not None:
+        from diptych.eval.baselines import encoder_fits
+
+        fits = encoder_fits(opened, image_encoder, text_encoder, skipped=skipped, device=device)
+    elif run is not None and kind == "dual":
         from diptych.dual.evaluation import pair_fits
         from diptych.dual.model import open_dual
 
