@@ -521,6 +521,24 @@ def test_captions_of_a_data_set(call, run, set_of_images, tmp_path, mistaken, na
     assert every[1].startswith("39 images captioned: ")
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl", "out.parquet", "out.json"])
+def test_several_captions_of_each_image(call, run, set_of_images, tmp_path, mistaken, name):
+    ranked = ("--candidates", 2, "--best-of", 3)
+    record = json.loads(call("caption", run, set_of_images / "00.png", "--json", *ranked)[1])
+    texts = [each["caption"] for each in record["candidates"]]
+    assert len(set(texts)) == 2
+    assert texts[0] == record["caption"]
+    assert call("caption", run, set_of_images / "00.png", "--best-of", 3)[1] == f"{texts[0]}\n"
+    out = tmp_path / name
+    assert call("caption", run, set_of_images, "--out", out, *ranked)[0] == 1
+    kept = open_source(str(out)).captions(0)
+    assert kept == ([texts[0]] if texts[0] else [])  # the others are no captions
+    if name == "out.jsonl":
+        assert json.loads(out.read_text().splitlines()[0])["candidates"] == texts
+    mistaken(call("caption", run, set_of_images, "--candidates", 2), "only --json and --out FILE tell more than one")
+    mistaken(call("caption", run, set_of_images, "--best-of", 1), "--best-of 1: must be 2 or more")
+
+
 def test_captioning_that_is_killed_goes_on(call, run, set_of_images, tmp_path, mistaken, monkeypatch):
     from diptych.data import caption_file
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from diptych.data.sources import Source
     from diptych.data.splits import Subset
     from diptych.data.suggest import LookedAt
-    from diptych.itit.pipeline import Diptych
+    from diptych.itit.pipeline import Caption, Diptych
     from diptych.nn.inference import Prediction
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -44,6 +44,8 @@ def caption(
     out: Path | None = None,
     all: bool = False,
     beams: int | None = None,
+    candidates: int = 1,
+    best_of: int | None = None,
     device: Device = "auto",
 ) -> None:
     """Caption images: one line for each, or a file of captions for a whole data set.
@@ -60,13 +62,22 @@ def caption(
             writes it. `sidecars` writes a text beside each image file, where there is none.
         all: With --out, also caption images that have captions already. Texts beside images are never replaced.
         beams: Number of beams of the search; 1 is greedy. Default: the setting of the run.
+        candidates: Number of different captions of each image that --json and --out tell, the best first.
+        best_of: Number of captions of the beam search that are ranked anew, by how probable they make the image.
+            Default: they are ranked by the beam search.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
     if not images:
         raise UserError("no image given: diptych caption RUN IMAGE...")
     check_finished(run, "itit")
     _at_least_one("--beams", beams)
+    _at_least_one("--candidates", candidates)
     sidecars = out == Path("sidecars")
+    if candidates > 1 and not json and (out is None or sidecars):
+        raise UserError(f"--candidates {candidates}: only --json and --out FILE tell more than one")
+    if best_of is not None and best_of < max(2, candidates):
+        raise UserError(f"--best-of {best_of}: must be 2 or more, and --candidates or more")
+    ranked = {"candidates": candidates, "best_of": best_of} if candidates > 1 or best_of else {}
     if all and (out is None or sidecars):
         raise UserError("--all: goes with --out FILE alone: sidecars never replaces a caption")
     if out is not None and not sidecars:
@@ -76,20 +87,38 @@ def caption(
     given = _image_arguments(images)
 
     if out is not None:
-        _caption_into(out, given, run=run, every=all, beams=beams, device=device)
+        _caption_into(out, given, run=run, every=all, beams=beams, ranked=ranked, device=device)
         return
     diptych = _open(run, device)
     alone = len(images) == len(given.images) == 1
     for names, pixels in given.batches(diptych.tokenizer.image_size):
-        for name, found in zip(names, diptych.captions(pixels, beams=beams), strict=True):
-            record = {"file": name, "caption": found.text, "score": found.score}
-            line = json_format.dumps(record, ensure_ascii=False) if json else found.text
+        for name, several in zip(names, _captions(diptych, pixels, beams=beams, ranked=ranked), strict=True):
+            record: dict[str, Any] = {"file": name, "caption": several[0].text, "score": several[0].score}
+            if candidates > 1:
+                record["candidates"] = [{"caption": each.text, "score": each.score} for each in several]
+            line = json_format.dumps(record, ensure_ascii=False) if json else several[0].text
             print(line if json or alone else f"{name}: {line}", flush=True)
     given.exit_if_any_was_left_out()
 
 
+def _captions(
+    diptych: "Diptych", pixels: "np.ndarray", *, beams: int | None, ranked: dict[str, Any]
+) -> "list[list[Caption]]":
+    """Captions of each image, the best first: one, or as many and ranked as ``ranked`` says."""
+    if ranked:
+        return diptych.candidates(pixels, count=ranked["candidates"], best_of=ranked["best_of"], beams=beams)
+    return [[found] for found in diptych.captions(pixels, beams=beams)]
+
+
 def _caption_into(
-    out: Path, given: "ImageArguments", *, run: Path, every: bool, beams: int | None, device: Device
+    out: Path,
+    given: "ImageArguments",
+    *,
+    run: Path,
+    every: bool,
+    beams: int | None,
+    ranked: dict[str, Any],
+    device: Device,
 ) -> None:
     from diptych.data.caption_file import CaptionFile, MadeCaption, Sidecars
     from diptych.io import weights_digest
@@ -103,14 +132,20 @@ def _caption_into(
     if out == Path("sidecars"):
         file = Sidecars(names)
     else:
-        file = CaptionFile(out, made_by={"weights": weights_digest(diptych.model), "beams": beams})
+        file = CaptionFile(out, made_by={"weights": weights_digest(diptych.model), "beams": beams, **ranked})
     given.images = [image for image in images if image.name not in file.made]
     begun = len(images) - len(given.images)
     for batch, pixels in given.batches(diptych.tokenizer.image_size, advance=ProgressLine("captioning")):
-        found = diptych.captions(pixels, beams=beams)
+        found = _captions(diptych, pixels, beams=beams, ranked=ranked)
+        several = ranked.get("candidates", 1) > 1
         file.add(
             [
-                MadeCaption(file=name, caption=each.text, score=each.score)
+                MadeCaption(
+                    file=name,
+                    caption=each[0].text,
+                    score=each[0].score,
+                    candidates=[one.text for one in each] if several else [],
+                )
                 for name, each in zip(batch, found, strict=True)
             ]
         )

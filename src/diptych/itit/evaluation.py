@@ -272,7 +272,7 @@ def information_gain(diptych: Diptych, tokens_BN: Int[Tensor, "B N"], ids_BL: In
         share = len(tokens) / len(ids_BL)
         encoded = diptych.model.encode(diptych.model.embed_image(tokens))
         caption += share * (_caption_loss(diptych, encoded, wrong) - _caption_loss(diptych, encoded, right)).item()
-        image += share * (_image_loss(diptych, tokens, wrong) - _image_loss(diptych, tokens, right)).item()
+        image += share * (diptych.image_nats(tokens, wrong) - diptych.image_nats(tokens, right)).mean().item()
     return InformationGain(caption, image)
 
 
@@ -280,20 +280,6 @@ def _caption_loss(diptych: Diptych, encoded: Encoded, ids_BL: Tensor) -> Tensor:
     """Nats per token of captions, given the encoder's pass over whole images and the empty text."""
     logits_BLV = diptych.model.text_logits(encoded.image_BKD, shift_right(ids_BL))
     return token_loss(logits_BLV, ids_BL, ids_BL != PAD, label_smoothing=0.0)
-
-
-def _image_loss(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Tensor:
-    """Nats per token of images, given captions; every image token is hidden, and none enters the encoder."""
-    model, valid_BL = diptych.model, ids_BL != PAD
-    hidden_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
-    encoded = model.encode(
-        model.embed_image(tokens_BN),
-        hidden_BN=hidden_BN,
-        keep_BK=tokens_BN[:, :0],
-        features_BLF=diptych.text_encoder.features(ids_BL, valid_BL),
-        valid_BL=valid_BL,
-    )
-    return token_loss(model.image_logits(encoded, hidden_BN), tokens_BN, hidden_BN, label_smoothing=0.0)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int, Num, UInt8
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
@@ -51,6 +52,8 @@ class Caption:
     text: str
     score: float | None
     """Length-normalized log-probability from the beam search; None with one beam."""
+    image_score: float | None = None
+    """Nats a token of the image, given the caption, negated; None unless candidates are ranked by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +171,76 @@ class Diptych:
             if advance:
                 advance(len(found), len(tokens_BN))
         return found
+
+    def candidates(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        count: int,
+        best_of: int | None = None,
+        beams: int | None = None,
+    ) -> list[list[Caption]]:
+        """Up to ``count`` different captions for each image, the best first; with ``best_of``, as
+        :meth:`candidate_tokens` ranks them."""
+        images = one_or_more(images)
+        found: list[list[Caption]] = []
+        for start in range(0, len(images), _ROWS):
+            pixels = np.stack([self.read(image) for image in images[start : start + _ROWS]])
+            found += self.candidate_tokens(self.tokenize(pixels), count=count, best_of=best_of, beams=beams)
+        return found
+
+    @torch.no_grad()
+    def candidate_tokens(
+        self, tokens_BN: Tensor, *, count: int, best_of: int | None = None, beams: int | None = None
+    ) -> list[list[Caption]]:
+        """Up to ``count`` different captions for each row of image tokens, the best first.
+
+        They are what a beam search ends with, of as many beams at least. With ``best_of``, so many of them are ranked by
+        log p(image | caption): all image tokens are hidden, and each is predicted from the caption alone.
+        """
+        config = replace(self.text_generation, beams=max(2, count, best_of or 0, beams or self.text_generation.beams))
+        found: list[list[Caption]] = []
+        for piece in tokens_BN.to(self.device).split(max(1, _ROWS // config.beams)):
+            with autocast(self.device, self.precision):
+                ids_BWL, score_BW = generate_text(
+                    self.model,
+                    piece,
+                    config,
+                    banned_V=self._banned_V,
+                    length=self.model.config.max_text_len,
+                    candidates=True,
+                )
+            assert score_BW is not None
+            for tokens_N, ids_WL, scores in zip(piece, ids_BWL, score_BW.tolist(), strict=True):
+                texts = self.text_tokenizer.detokenize(ids_WL)
+                rows = list(
+                    {text: row for row, text in reversed(list(enumerate(texts))) if scores[row] > -1e9}.values()
+                )
+                rows = sorted(rows)[: best_of or count]
+                if best_of:
+                    nats = self.image_nats(tokens_N.expand(len(rows), -1), ids_WL[rows]).tolist()
+                    made = [
+                        Caption(text=texts[r], score=scores[r], image_score=-n) for r, n in zip(rows, nats, strict=True)
+                    ]
+                    made.sort(key=lambda each: each.image_score or 0.0, reverse=True)
+                else:
+                    made = [Caption(text=texts[row], score=scores[row]) for row in rows]
+                found.append(made[:count])
+        return found
+
+    def image_nats(self, tokens_BN: Int[Tensor, "B N"], ids_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B"]:
+        """Nats a token of images, given captions; every image token is hidden, and none enters the encoder."""
+        valid_BL = ids_BL != PAD
+        hidden_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
+        encoded = self.model.encode(
+            self.model.embed_image(tokens_BN),
+            hidden_BN=hidden_BN,
+            keep_BK=tokens_BN[:, :0],
+            features_BLF=self.text_encoder.features(ids_BL, valid_BL),
+            valid_BL=valid_BL,
+        )
+        logits_BNC = self.model.image_logits(encoded, hidden_BN)
+        return cross_entropy(logits_BNC.float().transpose(1, 2), tokens_BN, reduction="none").mean(1)
 
     def tokenize(self, pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Int[Tensor, "B N"]:
         """Image tokens of images that have the tokenizer's size."""
