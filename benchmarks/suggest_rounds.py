@@ -161,7 +161,7 @@ def heads(x_ND: Tensor, texts_NCD: Tensor, seed: int) -> tuple[Callable, Callabl
         optimizer.step()
     weights = [head.weight.detach() for head in (image, text)]
     embed = [lambda x, weight=weight: F.normalize(x @ weight.T, dim=-1) for weight in weights]
-    return embed[0], embed[1], float(log_scale.exp().clamp(max=100))
+    return embed[0], embed[1], float(log_scale.detach().exp().clamp(max=100))
 
 
 def choose(rule: str, world: World, have: np.ndarray, uncertainty: np.ndarray, generator: Any) -> np.ndarray:

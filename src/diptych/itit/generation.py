@@ -103,7 +103,7 @@ def generate_text(
     banned_V: Bool[Tensor, "V"],
     length: int,
     candidates: bool = False,
-) -> tuple[Int[Tensor, "B *W L"], Float[Tensor, "B *W"] | None]:
+) -> tuple[Int[Tensor, "B ... L"], Float[Tensor, "B ..."] | None]:
     """Generate a text for each image; all image tokens are visible and the encoder gets the empty text.
 
     Returns ids of at most ``length`` tokens, without those of ``banned_V``, and the scores of the beam search (None

@@ -195,8 +195,8 @@ class Diptych:
     ) -> list[list[Caption]]:
         """Up to ``count`` different captions for each row of image tokens, the best first.
 
-        They are what a beam search ends with, of as many beams at least. With ``best_of``, so many of them are ranked by
-        log p(image | caption): all image tokens are hidden, and each is predicted from the caption alone.
+        They are what a beam search ends with, of as many beams at least. With ``best_of``, so many of them are ranked
+        by log p(image | caption): all image tokens are hidden, and each is predicted from the caption alone.
         """
         config = replace(self.text_generation, beams=max(2, count, best_of or 0, beams or self.text_generation.beams))
         found: list[list[Caption]] = []
