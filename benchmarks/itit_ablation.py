@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from itit_all_pairs import changed, seconds_per_step
 
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.data.splits import Subset, hold_back
 from diptych.data.store import Store
 from diptych.itit.controls import regression_on_pixels

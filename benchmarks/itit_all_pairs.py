@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.eval.scenes import image_accuracy
 from diptych.itit.data import DataConfig
 from diptych.itit.demo import describe_world, reconstruction_accuracy

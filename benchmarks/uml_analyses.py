@@ -35,7 +35,7 @@ from diptych.rng import derive_seed
 from diptych.run_folder import write_json
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.uml.data import class_text_features, labelled_image_features
-from diptych.uml.head import SharedHead
+from diptych.uml.objective import SharedHead
 from diptych.uml.training import IMAGE, TEXT
 
 

@@ -38,8 +38,7 @@ from diptych.rng import derive_seed
 from diptych.run_folder import write_json
 from diptych.tokenizers.recipes import encoder_tiny
 from diptych.uml.features import read_rows
-from diptych.uml.head import SharedHead, SharedHeadConfig
-from diptych.uml.objective import uml_loss
+from diptych.uml.objective import SharedHead, SharedHeadConfig, uml_loss
 from diptych.uml.training import Score, select_best, start_head
 
 WORDS = {

@@ -25,8 +25,7 @@ from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import Devices
 from diptych.train.step import TrainStep
 from diptych.uml.data import LabelledFeatures, LabelledImages, labelled_image_features
-from diptych.uml.head import SharedHeadConfig
-from diptych.uml.objective import UmlConfig, UmlObjective
+from diptych.uml.objective import SharedHeadConfig, UmlConfig, UmlObjective
 from diptych.uml.training import IMAGE, TEXT, start_head
 
 ROWS, TEXTS, WIDTH = 32, 30, 256

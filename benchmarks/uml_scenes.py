@@ -19,14 +19,14 @@ import torch
 import tyro
 
 from diptych.data.pixels import channels_first
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.data.splits import draw_episode
 from diptych.encoders import open_text_encoder
 from diptych.eval.frechet import RandomFeatures
 from diptych.experiments.few_shot import FewShotConfig, accuracy_figure, as_json, few_shot, gain, show
 from diptych.tokenizers.recipes import encoder_tiny
 from diptych.uml.data import LabelledFeatures
-from diptych.uml.head import SharedHeadConfig
+from diptych.uml.objective import SharedHeadConfig
 
 IMAGES, TESTED, CAPTIONS = 3000, 1000, 600
 SHOTS, SEEDS = (1, 2, 4, 8), (1, 2, 3, 4, 5)

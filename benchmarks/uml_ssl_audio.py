@@ -27,9 +27,8 @@ from diptych.rng import derive_seed
 from diptych.run_folder import save_model, write_json
 from diptych.uml.features import read_rows
 from diptych.uml.recipes import uml_ssl
-from diptych.uml.ssl_objective import UmlSslConfig
+from diptych.uml.ssl_objective import SharedTransformerConfig, UmlSslConfig
 from diptych.uml.ssl_training import UmlSslRun, embed_features
-from diptych.uml.trunk import SharedTransformerConfig
 
 MEL = MelConfig(window=1024, hop=1280)
 CAPTIONS = 2000

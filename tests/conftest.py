@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diptych.data.batch import Batch, ImageTokenExamples, PairExamples, TextExamples
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
 from diptych.dual.recipes import clip_tiny
 from diptych.itit.model import ITIT, ItitConfig

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from diptych import cli
-from diptych.train.interrupt import Interrupted
+from diptych.errors import Interrupted
 
 
 def test_help_comes_without_the_heavy_libraries():

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from diptych.data.audit import Fit, audit, near_duplicates, write_audit
+from diptych.data.check import content_digest
 from diptych.data.sources import open_source
-from diptych.data.sources.content import content_digest
 from diptych.data.sources.decode import decode
 from diptych.errors import UserError
 

@@ -1,12 +1,16 @@
 """What a source holds, said before anything is trained on it."""
 
 import json
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diptych.data.check import Part, check_parts, check_source
+from diptych.data import check
+from diptych.data.check import Part, check_parts, check_source, content_digest
+from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source
 from diptych.errors import UserError
 
@@ -90,3 +94,59 @@ def test_missing_files_stop_a_run_before_it_trains(tmp_path):
         check_parts([Part("pair", source, range(4))], max_skipped_share=0.5)
     with pytest.raises(UserError, match="3 of 4 images that were tried cannot be read"):
         check_parts([Part("pair", source, range(4))], max_skipped_share=0.8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number in range(3):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(root / f"{number}.bmp")
+        (root / f"{number}.txt").write_text(f"image {number}")
+    return root
+
+
+def as_table(folder):
+    rows = [{"file_name": f"photos/{n}.bmp", "caption": (folder / f"{n}.txt").read_text()} for n in range(3)]
+    table = folder.parent / "rows.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return table
+
+
+def as_tar(folder):
+    with tarfile.open(folder.parent / "photos.tar", "w") as tar:
+        for file in sorted(folder.iterdir()):
+            tar.add(file, file.name)
+    return folder.parent / "photos.tar"
+
+
+def as_texts(folder):
+    texts = folder.parent / "texts.txt"
+    texts.write_text("\n".join((folder / f"{n}.txt").read_text() for n in range(3)))
+    return texts
+
+
+@pytest.mark.parametrize("kind", [lambda folder: folder, as_table, as_tar, as_texts])
+@pytest.mark.parametrize("whole", [2**20, 0])
+def test_an_edit_is_noticed_and_a_copy_is_not(folder, tmp_path, monkeypatch, kind, whole):
+    monkeypatch.setattr(check, "_WHOLE", whole)
+    before = content_digest(open_source(str(kind(folder))))
+    assert before == content_digest(open_source(str(kind(folder))))
+    elsewhere = tmp_path / "elsewhere" / "photos"
+    shutil.copytree(folder, elsewhere)
+    if kind is not as_tar:  # a tar holds dates
+        assert before == content_digest(open_source(str(kind(elsewhere))))
+    (folder / "1.txt").write_text("image 7")
+    assert before != content_digest(open_source(str(kind(folder))))
+    (folder / "1.txt").write_text("image 1")
+    if kind is as_texts:
+        return
+    Image.new("RGB", (4, 4), (0, 9, 0)).save(folder / "1.bmp")  # of the same size in bytes
+    noticed = before != content_digest(open_source(str(kind(folder))))
+    assert noticed == (whole > 0 or kind is as_tar)
+    Image.new("RGB", (4, 5), (0, 9, 0)).save(folder / "1.bmp")
+    assert before != content_digest(open_source(str(kind(folder))))
+
+
+def test_sources_that_cannot_be_edited():
+    assert content_digest(ScenesSource(count=5)) == ""

@@ -17,7 +17,7 @@ from diptych.data.pixels import (
     read_first_images,
     to_pixels,
 )
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.data.sources.decode import UnreadableImage, decode
 from diptych.data.splits import Subset
 from diptych.errors import UserError

@@ -1,10 +1,15 @@
+import threading
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
 
 from diptych.data.batch import ImageTokenExamples
-from diptych.data.streams import BatchSampler, Stream, choose, shuffled
+from diptych.data.streams import BatchSampler, Stream, choose, prefetch, shuffled
 from diptych.errors import UserError
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 65, 1000])
@@ -73,3 +78,39 @@ def test_what_cannot_be():
         BatchSampler({}, multiples={"texts": 1}, batch_size=4, seed=0)
     with pytest.raises(UserError, match="there are no items of the stream '"):
         batches(size=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("steps", [range(0), range(3, 5), range(2, 20)])
+def test_batches_come_in_order_whatever_the_workers(workers, steps):
+    supply = prefetch(batches(), steps, rank=1, world=2, device=CPU, workers=workers)
+    made = list(supply)
+    assert [batch.rng.step for batch in made] == list(steps)
+    for step, batch in zip(steps, made, strict=True):
+        assert torch.equal(batch["pairs"].tokens_BN, batches()(step, 1, 2)["pairs"].tokens_BN)
+
+
+def test_only_a_few_are_prepared_ahead():
+    asked, lock = [], threading.Lock()
+
+    def noted(step, rank, world):
+        with lock:
+            asked.append(step)
+        return batches()(step, rank, world)
+
+    with closing(prefetch(noted, range(1000), rank=0, world=1, device=CPU, workers=2)) as supply:
+        next(supply)
+    assert max(asked) <= 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_is_raised_at_its_step(workers):
+    def broken(step, rank, world):
+        if step == 2:
+            raise UserError("photo.png is unreadable.")
+        return batches()(step, rank, world)
+
+    supply = prefetch(broken, range(5), rank=0, world=1, device=CPU, workers=workers)
+    assert [next(supply).rng.step for _ in range(2)] == [0, 1]
+    with pytest.raises(UserError, match=r"photo\.png"):
+        next(supply)

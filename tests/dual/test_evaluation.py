@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diptych.data.pixels import SkippedItems
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source
 from diptych.dual.evaluation import (
     EmbeddedPairs,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diptych.data.class_texts import read_names
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.data.store import VectorStore, write_vectors
 from diptych.dual import search
 from diptych.dual.model import DualEncoder

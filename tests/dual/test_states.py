@@ -5,7 +5,7 @@ from small_towers import encoder_of
 
 from diptych.data.augment import ViewConfig, whole_view
 from diptych.data.pixels import SkippedItems
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.dual import states
 from diptych.dual.data import CaptionIds
 from diptych.dual.states import StatesConfig, cached_states, seconds_of_states

@@ -27,7 +27,7 @@ from transformers import (
     ViTModel,
 )
 
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.dual.evaluation import evaluate_dual_run
 from diptych.dual.export import save_open_clip
 from diptych.dual.model import DualEncoder, DualEncoderConfig

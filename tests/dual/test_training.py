@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, CLIPModel
 
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.dual.evaluation import evaluate_dual_run
 from diptych.dual.model import DualEncoder, DualEncoderConfig
 from diptych.dual.training import PairsData

@@ -5,8 +5,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from diptych.data.scenes import Scene, ScenesSource, Thing, caption, render
-from diptych.data.scenes.world import GROUND
+from diptych.data.scenes import GROUND, Scene, ScenesSource, Thing, caption, render
 from diptych.eval.scenes import caption_accuracy, image_accuracy, recognize
 
 ONE = Scene((Thing("ring", "red"),), ("top left",))

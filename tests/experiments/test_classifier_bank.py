@@ -11,8 +11,7 @@ from diptych.nn.inference import eval_mode
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.loop import train
 from diptych.uml.data import LabelledFeatures
-from diptych.uml.head import SharedHeadConfig
-from diptych.uml.objective import UmlConfig, UmlObjective
+from diptych.uml.objective import SharedHeadConfig, UmlConfig, UmlObjective
 from diptych.uml.training import IMAGE, TEXT, start_head
 
 CLASSES = 3

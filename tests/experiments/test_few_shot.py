@@ -27,7 +27,7 @@ from diptych.experiments.few_shot import (
     table,
 )
 from diptych.uml.data import LabelledFeatures
-from diptych.uml.head import SharedHeadConfig
+from diptych.uml.objective import SharedHeadConfig
 
 COLOURS, SHAPES = 4, 4
 CLASSES = COLOURS * SHAPES

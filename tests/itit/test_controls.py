@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diptych.data.batch import PairExamples
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.itit import controls
 from diptych.itit.controls import regression_on_pixels, seconds_trained
 from diptych.itit.data import DataConfig

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from diptych.data.encode import DataTokenizers, encode
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.data.store import Store
 from diptych.errors import UserError
 from diptych.itit.data import DataConfig, Subset, encode_subset, open_data

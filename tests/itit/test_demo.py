@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from diptych.data.pixels import channels_first
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.eval.scenes import image_accuracy
 from diptych.itit import controls, demo
 from diptych.itit.controls import train_stopped, train_watched

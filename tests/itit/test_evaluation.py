@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from diptych.data.pixels import SkippedItems, read_captioned
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source
 from diptych.errors import UserError
 from diptych.eval.frechet import RandomFeatures

@@ -3,15 +3,16 @@
 The cycles are compared with the paper's definition, written out densely.
 """
 
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from diptych.itit import objective as module
 from diptych.itit.generation import ImageGenerationConfig
-from diptych.itit.masking import Masking
-from diptych.itit.model import shift_right
+from diptych.itit.model import Masking, shift_right
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, LossWeights
 from diptych.nn.functional import token_loss
 from diptych.nn.transformer import Block
@@ -307,3 +308,23 @@ def test_what_was_visible_stays(model, batch, cycles, monkeypatch):
     expected = model.embed_image(batch["images"].tokens_BN)
     torch.testing.assert_close(images[-1][:, [0, 3, 5]], expected[:, [0, 3, 5]])
     assert (images[-1] != expected).any()
+
+
+def test_a_batch_passes_through_five_files(model, text_encoder, batch):
+    """Those that docs/tour.md names, beside the blocks, the random numbers and the evaluation mode they use."""
+    entered = set()
+
+    def note(frame, event, argument):
+        entered.add(frame.f_code.co_filename)
+
+    here = Path(module.__file__).parents[1]
+    step = objective(model, text_encoder)
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        step(batch, 0)
+    finally:
+        sys.setprofile(before)
+    found = {str(Path(file).relative_to(here)) for file in entered if Path(file).is_relative_to(here)}
+    five = {"data/batch.py", "itit/model.py", "itit/generation.py", "tokenizers/text_encoder.py", "nn/functional.py"}
+    assert found == {"itit/objective.py", *five, "nn/transformer.py", "nn/inference.py", "rng.py"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.errors import UserError
 from diptych.itit.data import DataConfig
 from diptych.itit.evaluation import ALONE, EvaluateConfig, evaluate, evaluate_run

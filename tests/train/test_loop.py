@@ -10,9 +10,8 @@ import pytest
 import torch
 from toy_objective import Toy, assert_same, config, losses_of, optim, read_metrics, toy_batches, weights_of
 
-from diptych.errors import UserError
+from diptych.errors import Interrupted, SignalWatch, UserError
 from diptych.train import checkpoint
-from diptych.train.interrupt import Interrupted, SignalWatch
 from diptych.train.loop import Hook, train
 
 SCRIPT = Path(__file__).with_name("run_toy.py")

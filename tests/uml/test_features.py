@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTModel, Wav2Vec2Config, Wav2Vec2FeatureExt
 
 from diptych.cli.training import features
 from diptych.data.pixels import SkippedItems
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source
 from diptych.data.store import VectorStore, write_vectors
 from diptych.data.streams import BatchSampler

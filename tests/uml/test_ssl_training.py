@@ -11,9 +11,8 @@ from diptych.data.store import VectorStore, write_vectors
 from diptych.errors import UserError
 from diptych.run_folder import kind_of
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.uml.ssl_objective import UmlSslConfig
+from diptych.uml.ssl_objective import SharedTransformerConfig, UmlSslConfig
 from diptych.uml.ssl_training import UmlSslRun, embed_features
-from diptych.uml.trunk import SharedTransformerConfig
 
 
 def make_store(folder, *, width: int, seed: int, items: int = 24, places: int = 5) -> VectorStore:

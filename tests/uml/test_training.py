@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diptych.data.pixels import decode_files
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source
 from diptych.data.splits import Labelled
 from diptych.encoders import ScratchConfig, open_image_encoder, scratch_encoder

@@ -9,8 +9,7 @@ import tyro
 
 from diptych.cli.inference import audit, caption, classify, cycle, embed, evaluate, export, imagine, search
 from diptych.cli.training import check, demo, encode, features, fit, fit_for_help, recipes
-from diptych.errors import UserError
-from diptych.train.interrupt import Interrupted
+from diptych.errors import Interrupted, UserError
 
 _ABOUT = (
     "Train a model to caption, generate, classify and search images "

@@ -88,7 +88,7 @@ def _caption_into(
 ) -> None:
     from diptych.data.caption_file import CaptionFile, MadeCaption, Sidecars
     from diptych.io import weights_digest
-    from diptych.report.progress import ProgressLine
+    from diptych.report.terminal import ProgressLine
 
     images = [image for image in given.images if every or not image.has_caption()]
     captioned = len(given.images) - len(images)
@@ -213,7 +213,7 @@ def _image_arguments(places: tuple[str, ...]) -> "ImageArguments":
 
 
 def _check_is_text(text: str, *, instead: str) -> None:
-    from diptych.data.sources.images import check_is_text
+    from diptych.cli.images import check_is_text
 
     check_is_text(text, instead=instead)
 
@@ -427,9 +427,9 @@ def audit(
     max_skipped_share: float = 1.0,
     device: Device = "auto",
 ) -> None:
-    """Say which captions do not fit their images, which images and captions are there twice, and what else is odd.
+    """Say which captions do not fit their images, which images and captions occur twice, and what else is odd.
 
-    Writes a table (csv and parquet), a sheet of the pairs that fit worst, and the list of what to keep, which makes a
+    Writes a table (csv and parquet), a sheet of the pairs that fit worst, and a list of the items to keep. They are a
     source: `SOURCE?keep=OUT/keep.jsonl`.
 
     Args:
@@ -437,7 +437,7 @@ def audit(
         run: Run folder of a dual encoder, which compares cosines, or of ITIT, which compares how well captions are
             explained by their own and by other images. Without a run, captions and images are not compared.
         out: Folder for the findings.
-        worst: Share of the captions, those that fit worst, that are not kept, 0 to 1.
+        worst: Share of the captions to leave out, those that fit worst, 0 to 1.
         max_skipped_share: Largest share of unreadable images at which the audit goes on, 0 to 1.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
@@ -449,7 +449,7 @@ def audit(
     from diptych.data.pixels import SkippedItems
     from diptych.data.sources import open_finite
     from diptych.data.sources.columns import Columns
-    from diptych.report.progress import ProgressLine
+    from diptych.report.terminal import ProgressLine
 
     opened = open_finite(source, Columns())
     if not opened.has_images:
@@ -495,10 +495,10 @@ def evaluate(
 ) -> None:
     """Score a run on data it has not seen: a table, metrics.json and a sheet.
 
-    An ITIT run is scored on captioned images by its captions and the images it generates, an image tokenizer by what it
-    keeps of images, a classifier by its accuracy on labelled images. A dual encoder is scored by retrieval and modality
-    gap on captioned images and by zero-shot classification on labelled ones. Beside the scores stand those of baselines
-    that take seconds, from the data that the run has learned from.
+    An ITIT run is scored on captioned images by its captions and the images it generates, an image tokenizer by how
+    well it reconstructs images, a classifier by its accuracy on labelled images. A dual encoder is scored by retrieval
+    and modality gap on captioned images and by zero-shot classification on labelled ones. The scores of baselines stand
+    beside them; the baselines learn, in seconds, from the data that the run has learned from.
 
     Args:
         run: Run folder of any recipe but text-encoder and uml-ssl.
@@ -516,7 +516,7 @@ def evaluate(
             from 0) or codes (`n01440764 tench`, or the names in the order of the sorted codes).
         umap: Dual encoder: also write umap.png, a map of the embeddings; needs the extra `umap`.
         max_skipped_share: Largest share of unreadable images that is left out without stopping, 0 to 1.
-        out: Folder for metrics.json and the sheet, which holds no earlier ones. Default: RUN/evaluation, or the first
+        out: Folder for metrics.json and the sheet. It must not hold earlier ones. Default: RUN/evaluation, or the first
             of RUN/evaluation-2, RUN/evaluation-3 ... that is free.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from diptych.errors import UserError
 from diptych.rng import StepRNG
 
 
@@ -129,3 +130,41 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         return replace(self, streams={name: examples.to(device) for name, examples in self.streams.items()})
+
+
+def count_rows(batch: Batch) -> int:
+    """Rows of all streams together."""
+    return sum(len(examples) for examples in batch.streams.values())
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """Cut every stream of ``batch`` into ``parts`` equal runs of rows.
+
+    A micro-batch has the random numbers of one more process: part i of rank r in a world of w is rank r * parts + i
+    in a world of w * parts. So every row keeps its numbers.
+
+    Raises:
+        UserError: a stream's rows do not divide by ``parts``.
+    """
+    if parts == 1:
+        return [batch]
+    streams = batch.streams
+    for name, examples in streams.items():
+        if len(examples) % parts:
+            raise UserError(
+                f"train.grad_accum_steps is {parts}, but a process gets {len(examples)} rows of {name}, "
+                "which do not divide by it; change train.grad_accum_steps or train.batch_size."
+            )
+    rng = batch.rng
+    return [
+        Batch(
+            rng=replace(rng, rank=rng.rank * parts + part, world=rng.world * parts),
+            streams={name: _part(examples, part, parts) for name, examples in streams.items()},
+        )
+        for part in range(parts)
+    ]
+
+
+def _part(examples: Examples, part: int, parts: int) -> Examples:
+    rows = len(examples) // parts
+    return examples[part * rows : (part + 1) * rows]

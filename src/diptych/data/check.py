@@ -1,17 +1,21 @@
-"""What a source holds, before anything is trained on it: `diptych check`, and the first line of every `fit`."""
+"""What a source holds, before anything is trained on it: `diptych check`, and the first line of every `fit`.
+
+Also the digest of a source, by which a resumed run notices that captions or images were edited meanwhile.
+"""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
-from diptych.data.sources import Source
 from diptych.data.sources.decode import UnreadableImage, header_size
-from diptych.data.sources.open import HasFiles, HasNotes, HasSides
+from diptych.data.sources.open import HasFiles, HasNotes, HasSides, KeptSource, Source, find_files
 from diptych.data.sources.table import TableSource, counted, some
 from diptych.errors import UserError
 
@@ -207,3 +211,55 @@ def _spread(total: int, count: int) -> list[int]:
     """Up to ``count`` numbers below ``total``, evenly spread, each once."""
     count = min(count, total)
     return [i * total // count for i in range(count)]
+
+
+_WHOLE = 256 * 2**20
+"""Largest number of bytes of all files together that are read whole; of larger ones, blocks."""
+_BLOCK, _BLOCKS = 2**16, 16
+"""Bytes of a block, and number of blocks of a file."""
+
+
+def content_digest(source: Source) -> str:
+    """16 hexadecimal digits; empty for scenes and data sets of the hub, which their name decides.
+
+    It covers all captions and image files where these lie in a folder or are listed in a table, and the files
+    themselves of tars, parquet and texts. Where they are more than 256 MB together, sizes and blocks stand for files.
+    Neither their dates nor the place of the folder count, so that a data set may be copied.
+    """
+    if isinstance(source, KeptSource):
+        inner = content_digest(source.source).encode()
+        return hashlib.blake2b(inner + source.keep_file.read_bytes(), digest_size=8).hexdigest()
+    if source.name.startswith(("scenes:", "hub:")):
+        return ""
+    try:
+        places = find_files(source.name)
+    except UserError:  # a source that was made in Python
+        return ""
+    digest = hashlib.blake2b(digest_size=8)
+    files = [place for place in places if place.is_file()]
+    root = places[0] if places[0].is_dir() else Path()
+    if len(source) and (root / source.key(0)).is_file():
+        for item in range(len(source)):
+            key = "" if root == Path() else source.key(item)  # in a table it is a path, which may move
+            # Names of files that are no UTF-8 hold halves of surrogate pairs.
+            digest.update("\0".join([key, *source.captions(item), ""]).encode(errors="surrogatepass"))
+            files.append(root / source.key(item))
+    sizes = [os.stat(file).st_size if file.is_file() else -1 for file in files]
+    whole = sum(sizes) <= _WHOLE
+    for file, size in zip(files, sizes, strict=True):
+        digest.update(size.to_bytes(8, "little", signed=True))
+        if whole or file in places:
+            _add_file(digest, file, size, whole=whole)
+    return digest.hexdigest()
+
+
+def _add_file(digest: "hashlib.blake2b", file: Path, size: int, *, whole: bool) -> None:
+    if size < 0:
+        return
+    with open(file, "rb") as stream:
+        if whole or size <= _BLOCK * _BLOCKS:
+            digest.update(stream.read())
+            return
+        for number in range(_BLOCKS):
+            stream.seek((size - _BLOCK) * number // (_BLOCKS - 1))
+            digest.update(stream.read(_BLOCK))

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from diptych.data.check import content_digest
 from diptych.data.pixels import SkippedItems, channels_first, read_images
 from diptych.data.sources import Source
-from diptych.data.sources.content import content_digest
 from diptych.data.store import STORE_MANIFEST, STORE_VERSION, ResumableArrayWriter, Store
 from diptych.errors import UserError
 

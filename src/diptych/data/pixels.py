@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.data.batch import ImageExamples
-from diptych.data.scenes.source import ENDLESS, ScenesSource
+from diptych.data.scenes import ENDLESS, ScenesSource
 from diptych.data.sources import Source
 from diptych.data.sources.decode import UnreadableImage, decode
 from diptych.data.splits import Subset

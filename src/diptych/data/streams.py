@@ -1,20 +1,26 @@
 """Endless shuffled streams, and the batch of every step as a pure function of (seed, step, rank).
 
-Resuming therefore needs no state of a loader, and any thread can prepare any batch ahead.
+Resuming therefore needs no state of a loader, and :func:`prefetch` lets threads prepare batches ahead of their step.
 
 Shapes: B rows of one process.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 
 from diptych.data.batch import Batch, Examples
 from diptych.errors import UserError
 from diptych.rng import StepRNG, derive_seed, mix64
 
+BatchFn = Callable[[int, int, int], Batch]
+"""(step, rank, world) to this process's rows of that step: a pure function, so that any step can be made again."""
 _ROUNDS = 4
 
 
@@ -99,3 +105,30 @@ class BatchSampler:
         local = self.batch_size // world * self.multiples[name]
         position = (step * world + rank) * local + np.arange(local, dtype=np.int64)
         return stream.take(*shuffled(position, stream.size, derive_seed(self.seed, name)))
+
+
+def prefetch(
+    batches: BatchFn, steps: range, *, rank: int, world: int, device: torch.device, workers: int
+) -> Generator[Batch]:
+    """The batches of ``steps`` in order, on ``device``; ``workers`` threads prepare the next ones meanwhile.
+
+    Close it (``contextlib.closing``) to drop the batches that nobody will ask for. An exception of ``batches`` is
+    raised here at its step. Copies to a GPU are plain ones, made by the threads: they hold up no step.
+    """
+
+    def prepare(step: int) -> Batch:
+        return batches(step, rank, world).to(device)
+
+    if workers == 0:
+        yield from map(prepare, steps)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="batches")
+    try:
+        rest = iter(steps)
+        ahead = deque(pool.submit(prepare, step) for step in islice(rest, workers + 1))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(pool.submit(prepare, step) for step in islice(rest, 1))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -42,8 +42,7 @@ from diptych.eval.baselines import Baseline, Comparison, chance_of_recall, lent_
 from diptych.eval.probe import linear_probe
 from diptych.io import write_bytes
 from diptych.nn.inference import Device, eval_mode, pick_device
-from diptych.report import print_comparison, print_metrics
-from diptych.report.progress import ProgressLine
+from diptych.report.terminal import ProgressLine, print_comparison, print_metrics
 from diptych.run_folder import read_config, write_json
 
 _MAPPED = 8192

@@ -23,16 +23,16 @@ from torch import Tensor
 
 from diptych.data.augment import ViewConfig, draw_view, make_view
 from diptych.data.batch import CaptionedStateExamples
+from diptych.data.check import content_digest
 from diptych.data.pixels import SkippedItems, channels_first, read_images
 from diptych.data.sources import Source
-from diptych.data.sources.content import content_digest
 from diptych.data.store import ResumableArrayWriter
 from diptych.data.streams import Stream
 from diptych.dual.data import CaptionIds
 from diptych.dual.towers import TowersEncoder
 from diptych.io import weights_digest
 from diptych.nn.inference import Precision, autocast, eval_mode
-from diptych.report.progress import ProgressLine
+from diptych.report.terminal import ProgressLine
 from diptych.rng import RowRNG
 
 _IMAGES, _TEXTS = 128, 2048

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from diptych.dual.model import DualEncoder, Temperature, TowerOutput, Tune
 from diptych.encoders import PooledTextEncoder, open_image_encoder, open_text_encoder
-from diptych.encoders.folding import FoldedCopy
-from diptych.encoders.image import HubImageEncoder
+from diptych.encoders.image import FoldedCopy, HubImageEncoder
 from diptych.errors import UserError
 from diptych.io import weights_digest, write_bytes
 

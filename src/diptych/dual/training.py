@@ -17,11 +17,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data.batch import CaptionedImageExamples
-from diptych.data.check import Part, check_parts
+from diptych.data.check import Part, check_parts, content_digest
 from diptych.data.pixels import ReadableImages, SkippedItems
 from diptych.data.sources import Source, open_finite, open_source, require_pairs
-from diptych.data.sources.content import content_digest
 from diptych.data.streams import BatchSampler, Stream
+from diptych.dual.clip import ClipConfig, SlipConfig
 from diptych.dual.data import CaptionIds, PairsData, pair_stream
 from diptych.dual.evaluation import (
     EmbeddedImages,
@@ -32,11 +32,9 @@ from diptych.dual.evaluation import (
     readable_images,
     score_retrieval,
 )
+from diptych.dual.ito import ItoConfig
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
-from diptych.dual.objectives.base import PairsConfig
-from diptych.dual.objectives.clip import ClipConfig
-from diptych.dual.objectives.ito import ItoConfig
-from diptych.dual.objectives.slip import SlipConfig
+from diptych.dual.objective import PairsConfig
 from diptych.dual.states import States, StatesConfig, cached_states, seconds_of_states
 from diptych.dual.towers import TowersEncoder
 from diptych.errors import UserError
@@ -44,7 +42,7 @@ from diptych.nn.inference import pick_device
 from diptych.report.run_report import closing_line, outcome, write_run_report
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import Kind, part_of, save_model, write_config
-from diptych.train.best import BestWeights, Score
+from diptych.train.checkpoint import BestWeights, Score
 from diptych.train.config import FILES, OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first, process_count
 from diptych.train.logging import Measured

@@ -1,8 +1,11 @@
 """Image encoders: any vision model of `transformers`, an ITIT run, or a small ViT to be trained from scratch.
 
-Shapes: B rows, H and W pixels, N tokens, D width of the features.
+Convolutional networks compute features by a folded copy of themselves (:class:`FoldedCopy`), in a fraction of the time.
+
+Shapes: B rows, H and W pixels, N tokens, D width of the features or channels.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +17,23 @@ import transformers
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from diptych.encoders import packages
-from diptych.encoders.folding import FoldedCopy
-from diptych.encoders.loading import is_itit, is_projected, load, load_config, load_weights, resolve, tower_of, width_of
+from diptych.encoders.loading import (
+    LITE0_PIXELS,
+    find_package,
+    is_itit,
+    is_package,
+    is_projected,
+    lite0,
+    lite0_config,
+    load,
+    load_config,
+    load_weights,
+    resolve,
+    tower_of,
+    width_of,
+)
 from diptych.errors import UserError
 from diptych.io import without_progress_bars
 
@@ -94,9 +110,9 @@ class HubImageEncoder(ImageEncoder):
     @classmethod
     def from_pretrained(cls, name: str, *, pooling: ImagePooling = "auto") -> Self:
         """From a folder or package, which need no internet, or a hub name. Raises UserError if it cannot be loaded."""
-        if packages.is_package(name):
-            network = packages.lite0(packages.find(name, "image"), packages.lite0_config())
-            return cls(network, settings=packages.LITE0_PIXELS, pooling=pooling, has_pooler=True).eval()
+        if is_package(name):
+            network = lite0(find_package(name, "image"), lite0_config())
+            return cls(network, settings=LITE0_PIXELS, pooling=pooling, has_pooler=True).eval()
         config = load_config(name, _WHAT)
         projected = is_projected(config)
         kind = transformers.CLIPVisionModelWithProjection if projected else transformers.AutoModel
@@ -186,7 +202,7 @@ def open_image_encoder(name: str | Path, *, pooling: ImagePooling = "auto") -> I
     found = resolve(name, "image")
     if is_itit(found):
         # Resolved by name when it is needed: this module lies below the learners, so it may not import one of them.
-        return resolve_name("diptych.itit.image_encoder:ItitImageEncoder").from_pretrained(found)
+        return resolve_name("diptych.itit.pipeline:ItitImageEncoder").from_pretrained(found)
     return HubImageEncoder.from_pretrained(found, pooling=pooling)
 
 
@@ -212,3 +228,96 @@ def _input_size(settings: dict[str, Any], name: str) -> int:
     if not isinstance(size, int):
         raise UserError(f'{name}/preprocessor_config.json names no input size: add "size": {{"height": 224}}.')
     return size
+
+
+_TOLERANCE = 1e-3
+"""Largest difference of the outputs, as a share of their largest value, with which a copy is used."""
+
+
+class FoldedCopy:
+    """The copy of a network, made anew when its weights have changed. It is no module, so it is never saved."""
+
+    def __init__(self) -> None:
+        self._copy: nn.Module | None = None
+        self._made_of: tuple[Any, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FoldedCopy":
+        return FoldedCopy()
+
+    def of(self, network: nn.Module) -> nn.Module:
+        """The copy, or ``network`` itself where it has no batch norm that can be folded."""
+        if not any(isinstance(part, nn.BatchNorm2d) for part in network.modules()):
+            return network
+        state = tuple(_version(value) for value in (*network.parameters(), *network.buffers()))
+        if self._copy is None or state != self._made_of:
+            self._copy, self._made_of = folded(network), state
+        return self._copy
+
+
+def _version(value: Tensor) -> tuple[int, int]:
+    """Differs after every change of ``value`` in place, and after its replacement."""
+    return value.data_ptr(), -1 if value.is_inference() else value._version
+
+
+@torch.no_grad()
+def folded(network: nn.Module) -> nn.Module:
+    """A copy of ``network`` that computes the same; ``network`` itself where that is not so.
+
+    Batch norms whose input is the output of a convolution are folded into it, and gates of squeeze-and-excitation that
+    are always open are left out. Which ones these are shows when the network is given an image, and whether the copy
+    computes the same too.
+    """
+    fresh: Any = copy.deepcopy(network).eval()  # torch's annotations lack Module.to(memory_format)
+    first = next(fresh.parameters())
+    size = getattr(getattr(network, "config", None), "image_size", None)
+    size = size if isinstance(size, int) else 64
+    generator = torch.Generator().manual_seed(0)
+    image_13SS = torch.randn(1, 3, size, size, generator=generator).to(first)
+    pairs, wanted = _following_norms(fresh, image_13SS)
+    parents = {child: (parent, name) for parent in fresh.modules() for name, child in parent.named_children()}
+    for convolution, norm in pairs:
+        _replace(parents, convolution, fuse_conv_bn_eval(convolution, norm))
+        _replace(parents, norm, nn.Identity())
+    for part in list(fresh.modules()):
+        if _is_open_gate(part):
+            _replace(parents, part, nn.Identity())
+    fresh = fresh.to(memory_format=torch.channels_last)
+    found = fresh(pixel_values=image_13SS).last_hidden_state
+    close = (found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max()
+    return fresh if bool(close) else network
+
+
+def _replace(parents: dict[nn.Module, tuple[nn.Module, str]], old: nn.Module, new: nn.Module) -> None:
+    parent, name = parents[old]
+    setattr(parent, name, new)
+
+
+def _following_norms(network: nn.Module, image_13SS: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], Tensor]:
+    """Each convolution with the batch norm that reads its output, and the network's output for the image."""
+    made_by: dict[int, nn.Conv2d] = {}
+    kept: list[Tensor] = []  # so that no later tensor gets the identity of an earlier one
+    pairs: dict[nn.Conv2d, nn.BatchNorm2d] = {}
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept.append(output)
+        if isinstance(module, nn.Conv2d):
+            made_by[id(output)] = module
+        elif isinstance(module, nn.BatchNorm2d) and (convolution := made_by.get(id(inputs[0]))) is not None:
+            pairs[convolution] = module
+
+    parts = [part for part in network.modules() if isinstance(part, (nn.Conv2d, nn.BatchNorm2d))]
+    handles = [part.register_forward_hook(record) for part in parts]
+    try:
+        wanted: Any = network(pixel_values=image_13SS)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(pairs.items()), wanted.last_hidden_state
+
+
+def _is_open_gate(part: nn.Module) -> bool:
+    """Whether ``part`` is a squeeze-and-excitation of EfficientNet that multiplies by one, whatever it is given."""
+    expand, reduce = getattr(part, "expand", None), getattr(part, "reduce", None)
+    if not isinstance(expand, nn.Conv2d) or not isinstance(reduce, nn.Conv2d) or expand.bias is None:
+        return False
+    return not expand.weight.any() and bool((expand.bias.sigmoid() == 1).all())

@@ -35,7 +35,7 @@ from diptych.eval.captions import tokenize
 from diptych.eval.probe import Linear, select_linear
 from diptych.io import write_bytes
 from diptych.nn.inference import eval_mode
-from diptych.report.scores import better, meaning_of
+from diptych.report.terminal import better, meaning_of
 from diptych.rng import derive_seed
 from diptych.run_folder import BASELINES, write_json
 

@@ -17,9 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from diptych.data.scenes.grammar import parse
-from diptych.data.scenes.render import coverage
-from diptych.data.scenes.world import COLOURS, GROUND, PLACES, RADIUS, SHAPES, Level, Scene, Thing
+from diptych.data.scenes import COLOURS, GROUND, PLACES, RADIUS, SHAPES, Level, Scene, Thing, coverage, parse
 
 SIDE = 32
 """Images are brought to this side before they are read: the smallest at which every scene is clear."""

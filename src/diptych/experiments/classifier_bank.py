@@ -20,12 +20,11 @@ from torch.func import functional_call, stack_module_state, vmap
 from diptych.data.splits import Episode
 from diptych.data.streams import shuffled
 from diptych.rng import derive_seed
-from diptych.train.best import Score, patience_is_over, select_best
+from diptych.train.checkpoint import Score, patience_is_over, select_best
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.optim import learning_rate, make_optimizer
 from diptych.uml.data import LabelledFeatures
-from diptych.uml.head import SharedHead, SharedHeadConfig
-from diptych.uml.objective import Init, uml_loss
+from diptych.uml.objective import Init, SharedHead, SharedHeadConfig, uml_loss
 from diptych.uml.training import IMAGE, TEXT, start_head
 
 

@@ -29,8 +29,7 @@ from diptych.experiments.classifier_bank import BankMember, ClassifierBank, Trai
 from diptych.report.figures import Panel, curves
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.uml.data import LabelledFeatures
-from diptych.uml.head import SharedHeadConfig
-from diptych.uml.objective import Init
+from diptych.uml.objective import Init, SharedHeadConfig
 from diptych.uml.training import IMAGE, TEXT
 
 

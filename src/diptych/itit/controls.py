@@ -21,12 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diptych.data.batch import PairExamples
-from diptych.data.scenes.grammar import caption
-from diptych.data.scenes.source import ScenesSource
-from diptych.data.scenes.world import COLOURS, PLACES, SHAPES, Scene, Thing
+from diptych.data.scenes import COLOURS, PLACES, SHAPES, Scene, ScenesSource, Thing, caption
 from diptych.data.splits import Subset
 from diptych.data.store import Store
-from diptych.errors import UserError
+from diptych.errors import Interrupted, UserError
 from diptych.eval.probe import fit_linear
 from diptych.eval.scenes import SceneScore, caption_accuracy
 from diptych.io import replace_folder
@@ -37,7 +35,6 @@ from diptych.itit.training import ItitRun, TrainingInputs
 from diptych.report.figures import read_metrics
 from diptych.rng import StepRNG
 from diptych.run_folder import save_model, write_config
-from diptych.train.interrupt import Interrupted
 from diptych.train.loop import Hook
 
 TITLES = {

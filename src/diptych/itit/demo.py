@@ -18,7 +18,7 @@ from rich.table import Table as ConsoleTable
 
 from diptych.data.batch import Batch, ImageTokenExamples, PairExamples, TextExamples
 from diptych.data.pixels import channels_first
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.data.store import Store
 from diptych.eval.scenes import image_accuracy
 from diptych.itit.controls import TITLES, controls_beside, half_the_cores, regression_on_pixels, train_watched

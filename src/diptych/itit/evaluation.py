@@ -18,8 +18,7 @@ from torch import Tensor
 
 from diptych.data.audit import Fit
 from diptych.data.pixels import SkippedItems, channels_first, read_captioned
-from diptych.data.scenes.source import ScenesSource
-from diptych.data.scenes.world import Scene
+from diptych.data.scenes import Scene, ScenesSource
 from diptych.data.sources import Source
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
@@ -42,9 +41,8 @@ from diptych.itit.model import Encoded, shift_right
 from diptych.itit.pipeline import Diptych
 from diptych.nn.functional import token_loss
 from diptych.nn.inference import Device, pick_device
-from diptych.report import print_comparison, print_metrics
-from diptych.report.progress import ProgressLine
 from diptych.report.sheet import Cell, comparison, save_png
+from diptych.report.terminal import ProgressLine, print_comparison, print_metrics
 from diptych.run_folder import read_config, write_json
 from diptych.tokenizers.text_tokenizer import PAD
 

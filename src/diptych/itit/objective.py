@@ -24,8 +24,7 @@ from diptych.itit.generation import (
     generate_image_tokens,
     generate_text,
 )
-from diptych.itit.masking import Masking, MaskingConfig, sample_masking
-from diptych.itit.model import ITIT, Encoded, shift_right
+from diptych.itit.model import ITIT, Encoded, Masking, MaskingConfig, sample_masking, shift_right
 from diptych.nn.functional import scale_gradient, straight_through_embedding, token_loss
 from diptych.nn.inference import eval_mode
 from diptych.nn.transformer import Block

@@ -1,8 +1,8 @@
 """A finished ITIT run as one object that captions images and generates images from texts.
 
-Also here: the tokenizers of a run, which prepare its data.
+Also here: the tokenizers of a run, which prepare its data, and its encoder as an image encoder for other learners.
 
-Shapes: B rows, S pixels a side of a square image, N image tokens, L text tokens.
+Shapes: B rows, S pixels a side of a square image, H and W pixels, N image tokens, L text tokens, D encoder width.
 """
 
 import sys
@@ -10,15 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, Num, UInt8
 from PIL import Image
 from torch import Tensor
 
 from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
+from diptych.encoders.image import ImageEncoder, resize
 from diptych.errors import UserError
 from diptych.io import load_network, weights_digest
 from diptych.itit.generation import (
@@ -316,3 +318,35 @@ def run_data_tokenizers(run: Path, *, features: bool) -> DataTokenizers:
     model = read_config(run)["run"]["model"]
     text_encoder.feature_kind = model["text_input"]
     return data_tokenizers(tokenizer, text_encoder, length=model["max_text_len"], features=features)
+
+
+class ItitImageEncoder(ImageEncoder):
+    """The encoder of an ITIT run for images without text: the mean of its output over the image tokens."""
+
+    def __init__(self, tokenizer: ImageTokenizer, network: ITIT) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer.requires_grad_(False)
+        self.network = network
+        self.width, self.image_size = network.config.width, tokenizer.image_size
+        self.preprocessing: dict[str, Any] = {"size": tokenizer.image_size, "pooling": "mean"}
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> Self:
+        """Load a run folder, or any folder with `tokenizer` and `model` in it."""
+        network = load_network(ITIT, Path(folder) / "model")
+        return cls(ImageTokenizer.from_pretrained(Path(folder) / "tokenizer"), network).eval()
+
+    def forward(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        """One feature vector for each image; pixels from 0 to 255 of any size."""
+        return self.tokens(pixels_B3HW).mean(1)
+
+    def tokens(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        """One feature vector for each image token."""
+        pixels = resize(pixels_B3HW.to(self.tokenizer.codebook.device).float(), self.image_size).round()
+        tokens_BN = self.tokenizer.encode(pixels.to(torch.uint8))
+        return self.network.encode(self.network.embed_image(tokens_BN)).image_BKD
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write ``folder/tokenizer`` and ``folder/model``."""
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.network.save_pretrained(folder / "model")

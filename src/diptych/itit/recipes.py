@@ -6,8 +6,7 @@ import tyro
 
 from diptych.itit.data import DataConfig
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.masking import MaskingConfig
-from diptych.itit.model import SIZES
+from diptych.itit.model import SIZES, MaskingConfig
 from diptych.itit.objective import ItitObjectiveConfig, LossWeights
 from diptych.itit.training import GenerationConfig, ItitRun
 from diptych.tokenizers.recipes import encoder_small, encoder_tiny, tokenizer_paper, tokenizer_small, tokenizer_tiny

@@ -31,15 +31,14 @@ from diptych.itit.objective import ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych, data_tokenizers
 from diptych.itit.report import Samples
 from diptych.nn.inference import eval_mode, pick_device
-from diptych.report import print_comparison
 from diptych.report.run_report import closing_line, outcome, validation_scores, write_run_report
-from diptych.report.scores import meaning_of
+from diptych.report.terminal import meaning_of, print_comparison
 from diptych.rng import derive_seed
 from diptych.run_folder import Kind, kind_of, part_of, read_config, save_model, write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.training import TEXT_ENCODER, TOKENIZER, TextEncoderStage, TokenizerStage
-from diptych.train.best import BestWeights, Score
+from diptych.train.checkpoint import BestWeights, Score
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first, wait_for_everyone
 from diptych.train.logging import Measured

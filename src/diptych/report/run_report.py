@@ -10,7 +10,7 @@ from typing import Any
 
 from diptych.report.figures import Panel, Record, curves, read_metrics
 from diptych.report.html import Facts, Figures, Section, Table, Text, write_report
-from diptych.report.scores import HEADLINES, meaning_of
+from diptych.report.terminal import HEADLINES, meaning_of
 from diptych.run_folder import BASELINES, Kind, read_config
 
 _NO_CURVE = frozenset({"step", "seconds", "evaluation_seconds", "lr", "skipped"})

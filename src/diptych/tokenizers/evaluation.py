@@ -26,8 +26,8 @@ from diptych.eval.frechet import (
     open_extractor,
 )
 from diptych.nn.inference import Device, pick_device
-from diptych.report import print_metrics
 from diptych.report.sheet import Cell, comparison, save_png
+from diptych.report.terminal import print_metrics
 from diptych.run_folder import write_json
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder

@@ -2,11 +2,10 @@
 
 import tyro
 
-from diptych.tokenizers.codebook import CodebookConfig
 from diptych.tokenizers.image_tokenizer import ImageTokenizerConfig
 from diptych.tokenizers.span_corruption import TextEncoderConfig
 from diptych.tokenizers.training import TextEncoderRun, TextEncoderStage, TokenizerRun, TokenizerStage
-from diptych.tokenizers.vqgan import VQGANConfig
+from diptych.tokenizers.vqgan import CodebookConfig, VQGANConfig
 from diptych.train.config import OptimConfig, TrainConfig
 
 

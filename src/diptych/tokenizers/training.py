@@ -17,10 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from diptych.data.batch import ImageExamples, TextExamples
+from diptych.data.check import content_digest
 from diptych.data.pixels import SkippedItems, pixel_stream
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
-from diptych.data.sources.content import content_digest
 from diptych.data.splits import Subset
 from diptych.data.streams import BatchSampler, Stream
 from diptych.errors import UserError

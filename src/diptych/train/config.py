@@ -120,7 +120,7 @@ def describe(train: TrainConfig, optim: OptimConfig, identity: Mapping[str, Any]
 
 
 FILES = "the files of the data"
-"""Name, in the identity of a run, of a digest of its data; see data/sources/content.py."""
+"""Name, in the identity of a run, of a digest of its data; see data/check.py."""
 
 
 def check_same(now: Mapping[str, Any], then: Mapping[str, Any], *, where: object) -> None:

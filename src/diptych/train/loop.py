@@ -15,17 +15,17 @@ from typing import Any
 
 from torch import nn
 
-from diptych.errors import UserError
+from diptych.data.batch import count_rows
+from diptych.data.streams import BatchFn, prefetch
+from diptych.errors import Interrupted, SignalWatch, UserError
 from diptych.nn.inference import eval_mode
 from diptych.train import checkpoint
 from diptych.train.checkpoint import Ema, TrainProgress, TrainState
 from diptych.train.config import OptimConfig, TrainConfig, check_same, describe
 from diptych.train.distributed import Devices
-from diptych.train.interrupt import Interrupted, SignalWatch
 from diptych.train.logging import Measured, RunLogger
 from diptych.train.objective import Objective
 from diptych.train.pace import FIRST_ESTIMATE, Pace, StageCost
-from diptych.train.prefetch import BatchFn, count_rows, prefetch
 from diptych.train.step import TrainStep
 
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
+from diptych.data.streams import BatchFn
 from diptych.errors import UserError
 from diptych.io import write_bytes
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import Devices, is_main_process
 from diptych.train.objective import Objective
-from diptych.train.prefetch import BatchFn
 from diptych.train.step import TrainStep
 
 FIRST_ESTIMATE = 10

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diptych.data.batch import Batch
+from diptych.data.batch import Batch, split
 from diptych.rng import derive_seed
 from diptych.train.checkpoint import Ema
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import Devices
 from diptych.train.objective import Objective
 from diptych.train.optim import clip_gradient, learning_rate, make_optimizer, trained_groups
-from diptych.train.prefetch import split
 
 
 @dataclass(frozen=True, slots=True)

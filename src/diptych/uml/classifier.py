@@ -21,10 +21,10 @@ from diptych.errors import UserError
 from diptych.eval.baselines import HISTOGRAMS, ClassBaselines, Comparison
 from diptych.io import load_network
 from diptych.nn.inference import Device, Prediction, eval_mode, pick_device, top_predictions
-from diptych.report import print_comparison, print_metrics
+from diptych.report.terminal import print_comparison, print_metrics
 from diptych.run_folder import CLASS_BASELINES, check_finished, write_json
 from diptych.uml.data import SAME_FEATURES, ScoredImages, compare_classifier, histograms_of, score_classifier
-from diptych.uml.head import SharedHead
+from diptych.uml.objective import SharedHead
 from diptych.uml.training import IMAGE
 
 _ROWS = 128

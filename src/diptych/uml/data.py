@@ -22,7 +22,7 @@ from diptych.data.streams import Stream
 from diptych.encoders import ImageEncoder, PooledTextEncoder
 from diptych.eval.baselines import ClassBaselines, Comparison, image_histograms
 from diptych.uml.features import image_features, text_features
-from diptych.uml.head import SharedHead
+from diptych.uml.objective import SharedHead
 
 _ROWS = 128
 """Images encoded at once."""

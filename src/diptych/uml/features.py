@@ -275,8 +275,8 @@ def read_rows(store: VectorStore, index: np.ndarray) -> SequenceExamples:
         vectors = vectors[:, None]
     count = np.full(len(index), vectors.shape[1]) if lengths is None else np.asarray(lengths[index])
     longest = int(count.max())
-    valid = np.arange(longest) < count[:, None]
-    return SequenceExamples(features_BSF=torch.from_numpy(vectors[:, :longest]), valid_BS=torch.from_numpy(valid))
+    valid_BS = np.arange(longest) < count[:, None]
+    return SequenceExamples(features_BSF=torch.from_numpy(vectors[:, :longest]), valid_BS=torch.from_numpy(valid_BS))
 
 
 def mean_and_scale(store: VectorStore) -> tuple[np.ndarray, np.ndarray]:

@@ -6,10 +6,10 @@ import tyro
 
 from diptych.data.augment import ViewConfig
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.uml.head import SharedHeadConfig
+from diptych.uml.objective import SharedHeadConfig
+from diptych.uml.ssl_objective import SharedTransformerConfig
 from diptych.uml.ssl_training import UmlSslRun
 from diptych.uml.training import UmlData, UmlRun
-from diptych.uml.trunk import SharedTransformerConfig
 
 
 def uml_probe() -> UmlRun:

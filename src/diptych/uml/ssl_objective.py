@@ -5,21 +5,117 @@
 where f_m and g_m are linear maps of modality m alone and h is the causal transformer that all share. A row of one
 position has no next one, so it is reconstructed. The target modality trains alone at first.
 
-Departure: padding is left out of the loss, the attention and the mean. The released code includes it.
+Gupta et al., "Better Together: Leveraging Unpaired Multimodal Data for Stronger Unimodal Models".
+
+Departure: padding is left out of the loss, the attention and the mean. The released code includes it. Features are
+standardized by the training data of their modality, so that one loss weight means the same for encoders of any scale.
+Positions are sinusoids, because sequences may have any length.
 
 Shapes: B rows, S positions, F width of a modality's features, D width of the trunk.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from diptych.data.batch import Batch
+from diptych.nn.transformer import Blocks, init_weights, prefix_causal
 from diptych.train.objective import Losses, Objective
-from diptych.uml.trunk import SharedTransformer
+
+
+@dataclass(kw_only=True, slots=True)
+class SharedTransformerConfig:
+    """The default is the paper's network for images with text. Its other networks have 5 blocks and 5 heads."""
+
+    features: dict[str, int] = field(default_factory=dict)
+    """Width of each modality's features, by its name; follows from the stores."""
+    width: int = 256
+    """Width of the trunk."""
+    depth: int = 4
+    """Number of transformer blocks of the trunk."""
+    heads: int = 4
+    """Number of attention heads of a block."""
+    dropout: float = 0.1
+    """Dropout rate, in attention and on both branches of a block."""
+
+
+class SharedTransformer(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["uml"]):
+    """The maps f_m and g_m and the trunk h: :meth:`trunk` is h(f_m x), :meth:`predict` applies g_m to it.
+
+    Rows are padded at their end, so causal attention keeps every valid position from looking at padding.
+    """
+
+    def __init__(self, config: SharedTransformerConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.blocks = Blocks(c.depth, c.width, heads=c.heads, dropout=c.dropout)
+        self.modalities = nn.ModuleDict({name: _Modality(size, c.width) for name, size in c.features.items()})
+        self.apply(init_weights)
+
+    def _own(self, modality: str) -> "_Modality":
+        own = self.modalities[modality]
+        assert isinstance(own, _Modality)
+        return own
+
+    @torch.no_grad()
+    def set_statistics(self, mean_F: np.ndarray, scale_F: np.ndarray, *, modality: str) -> None:
+        """Set the mean and standard deviation by which a modality's features are standardized."""
+        own = self._own(modality)
+        own.mean_F.copy_(torch.from_numpy(mean_F))
+        own.scale_F.copy_(torch.from_numpy(scale_F))
+
+    def standardized(
+        self, x_BSF: Float[Tensor, "B S F"], valid_BS: Bool[Tensor, "B S"], *, modality: str
+    ) -> Float[Tensor, "B S F"]:
+        """Features in units of their standard deviation, as :meth:`trunk` takes them; zero at padding."""
+        own = self._own(modality)
+        return ((x_BSF - own.mean_F) / own.scale_F).masked_fill(~valid_BS[..., None], 0)
+
+    def trunk(self, x_BSF: Float[Tensor, "B S F"], *, modality: str) -> Float[Tensor, "B S D"]:
+        """Hidden states of standardized features; each position attends to itself and to those before it."""
+        places, device = x_BSF.shape[1], x_BSF.device
+        x_BSD = self._own(modality).into(x_BSF)
+        x_BSD = x_BSD + _sinusoids(places, x_BSD.shape[-1], device=device)
+        return self.blocks(x_BSD, attend=prefix_causal(0, places, device=device))
+
+    def predict(self, hidden_BSD: Float[Tensor, "B S D"], *, modality: str) -> Float[Tensor, "B S F"]:
+        """The predicted next feature of each position, standardized."""
+        return self._own(modality).out(hidden_BSD)
+
+    def embed(
+        self, x_BSF: Float[Tensor, "B S F"], valid_BS: Bool[Tensor, "B S"], *, modality: str
+    ) -> Float[Tensor, "B D"]:
+        """The representation of each row of raw features: the mean of the trunk over its valid positions."""
+        hidden_BSD = self.trunk(self.standardized(x_BSF, valid_BS, modality=modality), modality=modality)
+        kept_BSD = hidden_BSD.masked_fill(~valid_BS[..., None], 0)
+        return kept_BSD.sum(1) / valid_BS.sum(1, keepdim=True)
+
+
+class _Modality(nn.Module):
+    """The linear maps and statistics of one modality."""
+
+    mean_F: Tensor
+    scale_F: Tensor
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.into = nn.Linear(features, width)
+        self.out = nn.Linear(width, features)
+        self.register_buffer("mean_F", torch.zeros(features))
+        self.register_buffer("scale_F", torch.ones(features))
+
+
+def _sinusoids(places: int, width: int, *, device: torch.device) -> Float[Tensor, "S D"]:
+    """The positions of Vaswani et al. (2017): sines in the first half of the width, cosines in the rest."""
+    rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
+    angle = torch.arange(places, device=device)[:, None] * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]
 
 
 @dataclass(kw_only=True, slots=True)

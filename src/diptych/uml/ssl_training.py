@@ -23,8 +23,7 @@ from diptych.train.distributed import is_main_process
 from diptych.train.loop import train
 from diptych.train.pace import Budget, RunPlan, StageCost
 from diptych.uml.features import mean_and_scale, read_rows, sequence_stream
-from diptych.uml.ssl_objective import UmlSsl, UmlSslConfig
-from diptych.uml.trunk import SharedTransformer, SharedTransformerConfig
+from diptych.uml.ssl_objective import SharedTransformer, SharedTransformerConfig, UmlSsl, UmlSslConfig
 
 TARGET = "target"
 """Name of the target modality and of its stream."""

@@ -22,12 +22,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig
-from diptych.data.check import Part, check_parts
+from diptych.data.check import Part, check_parts, content_digest
 from diptych.data.class_texts import Shots, are_codes, texts_of
 from diptych.data.pixels import SkippedItems, channels_first, image_batches, read_image
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
-from diptych.data.sources.content import content_digest
 from diptych.data.splits import Episode, Labelled, draw_episode, hold_out
 from diptych.data.streams import BatchSampler
 from diptych.encoders import ImageEncoder, ScratchConfig, open_image_encoder, open_text_encoder, scratch_encoder
@@ -36,12 +35,12 @@ from diptych.encoders.text import TextPooling
 from diptych.errors import UserError
 from diptych.eval.baselines import HISTOGRAMS, ClassBaselines, Comparison, sampled
 from diptych.nn.inference import eval_mode, pick_device
-from diptych.report import print_comparison
 from diptych.report.run_report import closing_line, validation_scores, write_run_report
 from diptych.report.sheet import contact_sheet, save_png
+from diptych.report.terminal import print_comparison
 from diptych.rng import derive_seed
 from diptych.run_folder import CLASS_BASELINES, Kind, save_model, write_config, write_json
-from diptych.train.best import BestWeights, Score
+from diptych.train.checkpoint import BestWeights, Score
 from diptych.train.config import FILES, OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first
 from diptych.train.logging import Measured
@@ -59,8 +58,7 @@ from diptych.uml.data import (
     score_classifier,
 )
 from diptych.uml.features import encoder_identity, read_features
-from diptych.uml.head import SharedHead, SharedHeadConfig
-from diptych.uml.objective import Init, UmlConfig, UmlObjective
+from diptych.uml.objective import Init, SharedHead, SharedHeadConfig, UmlConfig, UmlObjective
 
 _TIMED = 16
 """Number of images whose features are timed."""

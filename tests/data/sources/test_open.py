@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from diptych.data.scenes.source import ScenesSource
+from diptych.data.scenes import ScenesSource
 from diptych.data.sources import Source, find_files, open_source, require_pairs
 from diptych.data.sources.decode import ImageLimits, UnreadableImage
 from diptych.data.sources.open import Spec, expand_braces

@@ -165,7 +165,7 @@ def find_source(
         rest = spec[: keep.start()] + (keep["mark"] if keep["more"] else "") + spec[keep.end() :]
         return kept(find_source(rest, columns=columns, split=split, limits=limits), Path(keep["file"]))
     if spec.startswith("scenes:"):
-        from diptych.data.scenes.source import ScenesSource
+        from diptych.data.scenes import ScenesSource
 
         if split is not None and "split=" not in spec:
             spec += ("&" if "?" in spec else "?") + f"split={split}"
@@ -192,7 +192,7 @@ def first_scenes(source: Source) -> Source:
     """The source itself, but of endless scenes the first 20,000."""
     if not source.name.startswith("scenes:"):  # spare other sources the import of torch
         return source
-    from diptych.data.scenes.source import ENDLESS, ScenesSource
+    from diptych.data.scenes import ENDLESS, ScenesSource
 
     if isinstance(source, ScenesSource) and source.count == ENDLESS:
         return replace(source, count=20_000)

