@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import replace
 
@@ -116,6 +117,19 @@ def test_texts_that_share_a_prefix_are_decoded_like_whole_ones(model, tokens, pr
         expected = model.text_logits(prefix[[0, 0, 2, 2]], texts)[:, -1]
     close = 1e-5 if precision == "fp32" else 0.02
     torch.testing.assert_close(found.float(), expected.float(), atol=close, rtol=close)
+
+
+def test_decoding_follows_the_weights(model, tokens):
+    """What was packed for one text is not used after the weights have changed, nor by a copy of the network."""
+    prefix = model.encode(model.embed_image(tokens)).image_BKD
+    for network in (model, copy.deepcopy(model)):
+        for _ in range(2):
+            found = network.start_text(prefix, length=20).step(torch.zeros(3, dtype=torch.long))
+            expected = network.text_logits(prefix, torch.zeros(3, 1, dtype=torch.long))[:, 0]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            with torch.no_grad():
+                network.text_decoder.layers[0].mlp[0].weight.mul_(3)
+                network.word_embedding.weight.mul_(2)
 
 
 def test_the_inputs_of_the_text_decoder_begin_with_the_pad_id():

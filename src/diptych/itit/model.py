@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from diptych.errors import UserError
-from diptych.nn.inference import PackedLinear, pack_linears
+from diptych.nn.inference import Derived, PackedLinear, pack_linears
 from diptych.nn.transformer import Blocks, LayerCache, init_fan_in, init_weights, prefix_causal
 from diptych.rng import StepRNG
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
@@ -149,6 +149,7 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
             c.text_decoder_depth, width, heads=c.text_decoder_heads, dropout=c.dropout, mlp_ratio=c.mlp_ratio
         )
 
+        self._packed: Derived[tuple[nn.Module, nn.Module]] = Derived()
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -260,6 +261,17 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         """Start to decode texts of at most ``length`` tokens, token by token, ``beams`` of them for each prefix."""
         return TextDecoding(self, prefix_BPD, length=length, beams=beams)
 
+    def packed_text_decoder(self, *, rows: int, uses: int) -> tuple[nn.Module, nn.Module]:
+        """The blocks of the text decoder and the head over words for ``uses`` inputs of ``rows`` rows."""
+        words = self.word_embedding.weight
+
+        def pack() -> tuple[nn.Module, nn.Module]:
+            blocks = pack_linears(self.text_decoder, rows=rows, uses=uses)
+            return blocks, PackedLinear(words, None, rows=rows, uses=uses)
+
+        rounding = torch.get_autocast_dtype(words.device.type) if torch.is_autocast_enabled(words.device.type) else None
+        return self._packed.of((words, *self.text_decoder.parameters()), pack, key=(rows, uses, rounding))
+
 
 class TextDecoding:
     """The text decoder with a cache: the same logits as :meth:`ITIT.text_logits`, one position at a time.
@@ -278,9 +290,7 @@ class TextDecoding:
         model.text_decoder.read(prefix, cache=self.cache)
         self.attend_BWT = torch.ones(rows, beams, slots, dtype=torch.bool, device=prefix.device)
         self.itself_WW = torch.eye(beams, dtype=torch.bool, device=prefix.device)
-        packing = {"rows": rows * beams, "uses": length}
-        self.decoder = pack_linears(model.text_decoder, **packing)
-        self.head = PackedLinear(model.word_embedding.weight, None, **packing)
+        self.decoder, self.head = model.packed_text_decoder(rows=rows * beams, uses=length)
 
     def step(self, ids_B: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
         """Logits of the token that follows ``ids_B``, the next token of each text; texts of a prefix are neighbours."""

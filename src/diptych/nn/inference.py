@@ -4,10 +4,10 @@ Shapes: B images, C classes.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from diptych.errors import UserError
 
+T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
-_FEW_ROWS, _MANY_USES = 32, 8
-"""Rows up to which packed weights are faster, and uses from which on packing pays."""
+_FEW_ROWS, _MANY_USES = range(2, 33), 8
+"""Numbers of rows at which packed weights are faster, and uses from which on packing pays."""
 
 
 def pick_device(name: Device) -> str:
@@ -58,6 +59,29 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+class Derived(Generic[T]):
+    """What is computed from weights, kept until one of them changes. It is no module, so it is never saved."""
+
+    def __init__(self) -> None:
+        self._value: T | None = None
+        self._made_of: tuple[Any, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Derived[T]":
+        return Derived()
+
+    def of(self, weights: Iterable[Tensor], make: Callable[[], T], *, key: Any = None) -> T:
+        """What ``make`` returned for these weights and this ``key`` if it was called last for them, else its result."""
+        made_of = (key, *(_version(each) for each in weights))
+        if self._value is None or made_of != self._made_of:
+            self._value, self._made_of = make(), made_of
+        return self._value
+
+
+def _version(value: Tensor) -> tuple[int, int]:
+    """Differs after every change of ``value`` in place, and after its replacement."""
+    return value.data_ptr(), -1 if value.is_inference() else value._version
+
+
 class PackedLinear(nn.Module):
     """A linear layer for many inputs of the same few rows, without gradients: its weights are laid out for them once.
 
@@ -71,7 +95,7 @@ class PackedLinear(nn.Module):
         self.weight_OI, self.bias_O, self.rows = weight_OI.detach(), None if bias_O is None else bias_O.detach(), rows
         kind = weight_OI.device.type
         self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_OI.dtype
-        few = kind == "cpu" and rows <= _FEW_ROWS and uses >= _MANY_USES
+        few = kind == "cpu" and rows in _FEW_ROWS and uses >= _MANY_USES
         self.packed: Tensor | None = None
         if self.dtype != weight_OI.dtype:
             self.weight_OI = self.weight_OI.to(self.dtype)
