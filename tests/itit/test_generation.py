@@ -150,7 +150,8 @@ NONE_BANNED = torch.zeros(V, dtype=torch.bool)
 class Markov:
     """Logits that depend on the whole text so far, kept per row as a decoder's cache is."""
 
-    def __init__(self, rows, seed=0):
+    def __init__(self, rows, seed=0, images=1):
+        self.images = images
         self.table = torch.randn(V ** (L + 1), V, generator=torch.Generator().manual_seed(seed)) * 2
         self.state = torch.zeros(rows, dtype=torch.long)
         self.shift = torch.arange(rows)
@@ -164,6 +165,11 @@ class Markov:
 
     def reorder(self, rows_B):
         self.state = self.state[rows_B]
+
+    def keep(self, images_B):
+        beams = len(self.state) // self.images
+        self.state = self.state.view(self.images, beams)[images_B].flatten()
+        self.images = len(images_B)
 
 
 def score(table, ids, power):
@@ -194,14 +200,35 @@ def test_beam_search_with_enough_beams_is_brute_force(power, seed):
     assert [tuple(row) for row in ids[0, :5].tolist()] == [text + (PAD,) * (L - len(text)) for text in order[:5]]
 
 
-def test_rows_of_a_batch_do_not_mix():
-    single = [beam_search(Markov(3, seed=1), 1, beams=3, length=L, banned_V=NONE_BANNED)[0] for _ in range(2)]
-    both, _ = beam_search(Markov(6, seed=1), 2, beams=3, length=L, banned_V=NONE_BANNED)
-    assert torch.equal(both, torch.cat(single))
+class Unequal(Markov):
+    """Image b begins in its own state, so texts end at different positions and leave the batch."""
+
+    def __init__(self, starts, beams, seed=1):
+        super().__init__(len(starts) * beams, seed, images=len(starts))
+        self.state = torch.tensor(starts).repeat_interleave(beams)
+        self.widths = []
+
+    def step(self, ids_B):
+        self.widths.append(len(ids_B))
+        return super().step(ids_B)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rows_of_a_batch_do_not_mix_and_leave_when_they_end(beams):
+    def texts(starts):
+        decoding = Unequal(starts, beams)
+        if beams == 1:
+            return greedy(decoding, len(starts), length=6, banned_V=NONE_BANNED), decoding
+        ids, _ = beam_search(decoding, len(starts), beams=beams, length=6, banned_V=NONE_BANNED)
+        return ids[:, 0], decoding
+
+    together, decoding = texts(list(range(12)))
+    assert torch.equal(together, torch.cat([texts([start])[0] for start in range(12)]))
+    assert decoding.widths[-1] < decoding.widths[0] == 12 * beams
 
 
 def test_greedy_is_the_argmax_and_pads_after_the_end():
-    decoding = Markov(2)
+    decoding = Markov(2, images=2)
     ids = greedy(decoding, 2, length=L, banned_V=NONE_BANNED)
     state, newest, expected = 0, PAD, []
     for position in range(L):
@@ -220,9 +247,9 @@ def test_banned_ids_never_appear_and_every_text_ends(beams):
     banned[2] = True
     for seed in range(10):
         if beams == 1:
-            ids = greedy(Markov(2, seed), 2, length=L, banned_V=banned)
+            ids = greedy(Markov(2, seed, images=2), 2, length=L, banned_V=banned)
         else:
-            ids, _ = beam_search(Markov(2 * beams, seed), 2, beams=beams, length=L, banned_V=banned)
+            ids, _ = beam_search(Markov(2 * beams, seed, images=2), 2, beams=beams, length=L, banned_V=banned)
             ids = ids[:, 0]
         assert not (ids == 2).any()
         assert (ids == EOS).sum(1).eq(1).all()

@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ from scipy import stats
 
 from diptych.errors import UserError
 from diptych.itit.model import ITIT, SIZES, ItitConfig, MaskingConfig, sample_masking, shift_right
+from diptych.nn.inference import autocast
 from diptych.rng import StepRNG
 
 PAPER = {"base": 221e6, "large": 487e6, "huge": 868e6}
@@ -92,20 +94,42 @@ def test_a_text_token_sees_the_image_and_only_earlier_text(model, tokens):
 def test_decoding_step_by_step_equals_the_whole(model, tokens):
     prefix = model.encode(model.embed_image(tokens)).image_BKD
     ids = torch.randint(3, 30, (3, 6))
-    decoding = model.start_text(prefix)
+    decoding = model.start_text(prefix, length=6)
     steps = torch.stack([decoding.step(ids[:, position]) for position in range(6)], dim=1)
     torch.testing.assert_close(steps, model.text_logits(prefix, ids), atol=1e-5, rtol=1e-5)
 
 
-def test_beams_share_a_prefix_and_reorder_the_rest(model, tokens):
-    prefix = model.encode(model.embed_image(tokens[:1])).image_BKD
-    decoding = model.start_text(prefix, beams=2)
-    decoding.step(torch.tensor([0, 0]))
-    decoding.step(torch.tensor([5, 9]))
-    decoding.reorder(torch.tensor([1, 1]))
-    found = decoding.step(torch.tensor([7, 7]))
-    expected = model.text_logits(prefix, torch.tensor([[0, 9, 7]]))[:, -1]
-    torch.testing.assert_close(found, expected.expand(2, -1), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("length", [4, 20])  # a few uses of the weights and enough to pack them
+def test_texts_that_share_a_prefix_are_decoded_like_whole_ones(model, tokens, precision, length):
+    """Two texts a prefix, reordered twice; then one of the prefixes leaves."""
+    with torch.no_grad(), autocast(torch.device("cpu"), precision):
+        prefix = model.encode(model.embed_image(tokens)).image_BKD
+        decoding = model.start_text(prefix, length=length, beams=2)
+        decoding.step(torch.zeros(6, dtype=torch.long))
+        decoding.step(torch.tensor([5, 9, 5, 9, 5, 9]))
+        decoding.reorder(torch.tensor([1, 1, 2, 3, 5, 4]))
+        decoding.step(torch.tensor([7, 8, 7, 8, 7, 8]))
+        decoding.reorder(torch.tensor([1, 0, 3, 3, 5, 4]))
+        decoding.keep(torch.tensor([0, 2]))
+        found = decoding.step(torch.tensor([3, 4, 3, 4]))
+        texts = torch.tensor([[0, 9, 8, 3], [0, 9, 7, 4], [0, 5, 8, 3], [0, 9, 7, 4]])
+        expected = model.text_logits(prefix[[0, 0, 2, 2]], texts)[:, -1]
+    close = 1e-5 if precision == "fp32" else 0.02
+    torch.testing.assert_close(found.float(), expected.float(), atol=close, rtol=close)
+
+
+def test_decoding_follows_the_weights(model, tokens):
+    """What was packed for one text is not used after the weights have changed, nor by a copy of the network."""
+    prefix = model.encode(model.embed_image(tokens)).image_BKD
+    for network in (model, copy.deepcopy(model)):
+        for _ in range(2):
+            found = network.start_text(prefix, length=20).step(torch.zeros(3, dtype=torch.long))
+            expected = network.text_logits(prefix, torch.zeros(3, 1, dtype=torch.long))[:, 0]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            with torch.no_grad():
+                network.text_decoder.layers[0].mlp[0].weight.mul_(3)
+                network.word_embedding.weight.mul_(2)
 
 
 def test_the_inputs_of_the_text_decoder_begin_with_the_pad_id():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from diptych.errors import UserError
-from diptych.nn.inference import Prediction, autocast, eval_mode, pick_device, top_predictions
+from diptych.nn.inference import Prediction, autocast, eval_mode, pack_linears, pick_device, top_predictions
 
 
 def test_evaluating_restores_each_mode():
@@ -55,3 +55,17 @@ def test_predictions_come_best_first():
 
 def test_more_predictions_than_classes():
     assert [len(predictions) for predictions in top_predictions(PROBABILITIES, "abcd", top=9)] == [4, 4]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_packed_linear_layers_compute_the_same(rows, precision):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 8, bias=False)).requires_grad_(False)
+    with autocast(torch.device("cpu"), precision):
+        packed = pack_linears(module, rows=rows, uses=20)
+        for count in (rows, 7):  # the rows that it was packed for, and others
+            x = torch.randn(count, 24)
+            torch.testing.assert_close(packed(x), module(x), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(packed(x[:, None]), module(x[:, None]), atol=1e-5, rtol=1e-5)
+    assert isinstance(module[0], nn.Linear)

@@ -38,10 +38,19 @@ def test_cached_equals_uncached(blocks):
     torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_reorder_moves_only_what_follows_the_start():
+def test_a_prefix_that_is_only_read_leaves_the_same_keys_and_values(blocks):
+    x = torch.randn(2, 7, 12)
+    expected = blocks(x, attend=prefix_causal(3, 4))[:, 3:]
+    cache = blocks.empty_cache(x, positions=7)
+    blocks.read(x[:, :3], cache=cache)
+    found = [blocks(x[:, s : s + 1], cache=cache) for s in range(3, 7)]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_goes_on_with_the_rows_that_are_kept():
     cache = LayerCache(torch.arange(8.0).view(2, 1, 4, 1), torch.arange(8.0).view(2, 1, 4, 1), length=3)
-    cache.reorder(torch.tensor([1, 1]), start=1)
-    assert cache.keys_BHTE.flatten().tolist() == [0, 5, 6, 3, 4, 5, 6, 7]
+    cache.keep(torch.tensor([1]))
+    assert cache.keys_BHTE.flatten().tolist() == cache.values_BHTE.flatten().tolist() == [4, 5, 6, 7]
 
 
 def test_heads_must_divide_the_width():

@@ -36,6 +36,7 @@ from diptych.encoders.loading import (
 )
 from diptych.errors import UserError
 from diptych.io import without_progress_bars
+from diptych.nn.inference import Derived
 
 ImagePooling = Literal["auto", "cls", "mean"]
 _POOLING_KEY = "diptych_pooling"
@@ -238,25 +239,13 @@ class FoldedCopy:
     """The copy of a network, made anew when its weights have changed. It is no module, so it is never saved."""
 
     def __init__(self) -> None:
-        self._copy: nn.Module | None = None
-        self._made_of: tuple[Any, ...] = ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "FoldedCopy":
-        return FoldedCopy()
+        self._copy: Derived[nn.Module] = Derived()
 
     def of(self, network: nn.Module) -> nn.Module:
         """The copy, or ``network`` itself where it has no batch norm that can be folded."""
         if not any(isinstance(part, nn.BatchNorm2d) for part in network.modules()):
             return network
-        state = tuple(_version(value) for value in (*network.parameters(), *network.buffers()))
-        if self._copy is None or state != self._made_of:
-            self._copy, self._made_of = folded(network), state
-        return self._copy
-
-
-def _version(value: Tensor) -> tuple[int, int]:
-    """Differs after every change of ``value`` in place, and after its replacement."""
-    return value.data_ptr(), -1 if value.is_inference() else value._version
+        return self._copy.of((*network.parameters(), *network.buffers()), lambda: folded(network))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ The cycles of the objective, the evaluation and the commands all generate throug
 ``generate_text``.
 
 Shapes: B rows, N image tokens, C codebook entries, L text tokens, F width of the frozen text features, V vocabulary,
-W beams of a row, X hypotheses to choose from.
+W beams of an image, X images whose texts have not ended, H hypotheses to choose from.
 """
 
 import math
@@ -127,9 +127,9 @@ def generate_text(
     """
     prefix_BND = model.encode(model.embed_image(tokens_BN)).image_BKD
     rows = len(tokens_BN)
+    decoding = model.start_text(prefix_BND, length=length, beams=config.beams)
     if config.beams == 1:
-        return greedy(model.start_text(prefix_BND), rows, length=length, banned_V=banned_V), None
-    decoding = model.start_text(prefix_BND, beams=config.beams)
+        return greedy(decoding, rows, length=length, banned_V=banned_V), None
     ids_BWL, score_BW = beam_search(
         decoding,
         rows,
@@ -299,20 +299,34 @@ class Decoding(Protocol):
         """Let row b continue the text of row ``rows_B[b]``."""
         ...
 
+    def keep(self, images_B: Tensor) -> None:
+        """Go on with the rows of these images only; an image has as many rows as there are beams."""
+        ...
+
+
+def _leave(going_B: Tensor) -> Tensor | None:
+    """Which images go on; None while too few have ended to be worth a copy of the cache."""
+    going_X = going_B.nonzero()[:, 0]
+    return going_X if len(going_X) <= 0.75 * len(going_B) else None
+
 
 def greedy(decoding: Decoding, rows: int, *, length: int, banned_V: Bool[Tensor, "V"]) -> Int[Tensor, "B L"]:
     """Take the likeliest token at each step. Rows end in `</s>`, also when cut at ``length``, and are padded with 0."""
-    newest_B = torch.full((rows,), PAD, device=banned_V.device)
-    finished_B = torch.zeros(rows, dtype=torch.bool, device=banned_V.device)
-    ids_BL = torch.full((rows, length), PAD, device=banned_V.device)
+    device = banned_V.device
+    ids_BL = torch.full((rows, length), PAD, device=device)
+    open_X = torch.arange(rows, device=device)  # the texts that the decoder still holds
+    newest_X, going_X = torch.full_like(open_X, PAD), torch.ones_like(open_X, dtype=torch.bool)
     for position in range(length):
-        if bool(finished_B.all()):
+        logits_XV = decoding.step(newest_X).masked_fill(banned_V, -torch.inf)
+        newest_X = logits_XV.argmax(-1) if position + 1 < length else torch.full_like(newest_X, EOS)
+        newest_X = newest_X.masked_fill(~going_X, PAD)
+        ids_BL[open_X, position] = newest_X
+        going_X = going_X & (newest_X != EOS)
+        if not going_X.any():
             break
-        logits_BV = decoding.step(newest_B).masked_fill(banned_V, -torch.inf)
-        newest_B = logits_BV.argmax(-1) if position + 1 < length else torch.full_like(newest_B, EOS)
-        newest_B = newest_B.masked_fill(finished_B, PAD)
-        ids_BL[:, position] = newest_B
-        finished_B |= newest_B == EOS
+        if (kept := _leave(going_X)) is not None:
+            decoding.keep(kept)
+            open_X, newest_X, going_X = open_X[kept], newest_X[kept], going_X[kept]
     return ids_BL
 
 
@@ -345,38 +359,47 @@ def beam_search(
     if beams < 1:
         raise UserError(f"{beams} beams: at least one is needed")
     device, vocab_size = banned_V.device, len(banned_V)
-    first_row_B1 = torch.arange(rows, device=device)[:, None] * beams
-    ids_BWL = torch.full((rows, beams, length), PAD, device=device)
-    alive_BW = torch.full((rows, beams), -torch.inf, device=device)
-    alive_BW[:, 0] = 0.0  # one hypothesis to begin with, not the same one W times
-    best_ids_BWL, best_BW = ids_BWL.clone(), torch.full((rows, beams), -torch.inf, device=device)
+    result_BWL = torch.full((rows, beams, length), PAD, device=device)
+    score_BW = torch.full((rows, beams), -torch.inf, device=device)
+    open_X = torch.arange(rows, device=device)  # the images that the decoder still holds
+    ids_XWL = result_BWL.clone()
+    alive_XW = score_BW.clone()
+    alive_XW[:, 0] = 0.0  # one hypothesis to begin with, not the same one W times
+    best_ids_XWL, best_XW = result_BWL.clone(), score_BW.clone()
     newest = torch.full((rows * beams,), PAD, device=device)
 
     for position in range(length):
         penalty = ((5 + position + 1) / 6) ** length_power
         log_p = decoding.step(newest).float().log_softmax(-1).masked_fill(banned_V, -torch.inf)
-        total_BWV = alive_BW[..., None] + log_p.unflatten(0, (rows, beams))
+        total_XWV = alive_XW[..., None] + log_p.unflatten(0, (-1, beams))
 
-        ended_BWL = ids_BWL.clone()
-        ended_BWL[..., position] = EOS
-        pool_BX = torch.cat([best_BW, total_BWV[..., EOS] / penalty], dim=1)
-        best_BW, chosen_BW = pool_BX.topk(beams, dim=1)
-        best_ids_BWL = _pick(torch.cat([best_ids_BWL, ended_BWL], dim=1), chosen_BW)
+        ended_XWL = ids_XWL.clone()
+        ended_XWL[..., position] = EOS
+        pool_XH = torch.cat([best_XW, total_XWV[..., EOS] / penalty], dim=1)
+        best_XW, chosen_XW = pool_XH.topk(beams, dim=1)
+        best_ids_XWL = _pick(torch.cat([best_ids_XWL, ended_XWL], dim=1), chosen_XW)
+        result_BWL[open_X], score_BW[open_X] = best_ids_XWL, best_XW
         if position + 1 == length:
             break
 
-        total_BWV[..., EOS] = -torch.inf
-        alive_BW, flat_BW = total_BWV.flatten(1).topk(beams, dim=1)
-        parent_BW, token_BW = flat_BW // vocab_size, flat_BW % vocab_size
-        ids_BWL = _pick(ids_BWL, parent_BW)
-        ids_BWL[..., position] = token_BW
-        decoding.reorder((first_row_B1 + parent_BW).flatten())
-        newest = token_BW.flatten()
+        total_XWV[..., EOS] = -torch.inf
+        alive_XW, flat_XW = total_XWV.flatten(1).topk(beams, dim=1)
+        parent_XW, token_XW = flat_XW // vocab_size, flat_XW % vocab_size
+        ids_XWL = _pick(ids_XWL, parent_XW)
+        ids_XWL[..., position] = token_XW
+        first_row_X1 = torch.arange(len(open_X), device=device)[:, None] * beams
+        decoding.reorder((first_row_X1 + parent_XW).flatten())
         # log p only falls, and no later length divides by more than the last one does.
-        reachable_BW = alive_BW / ((5 + length) / 6) ** length_power
-        if bool((reachable_BW.amax(1) < best_BW[:, settled - 1]).all()):
+        reachable_XW = alive_XW / ((5 + length) / 6) ** length_power
+        going_X = reachable_XW.amax(1) >= best_XW[:, settled - 1]
+        if not going_X.any():
             break
-    return best_ids_BWL, best_BW
+        if (kept := _leave(going_X)) is not None:
+            decoding.keep(kept)
+            open_X, ids_XWL, token_XW, alive_XW = open_X[kept], ids_XWL[kept], token_XW[kept], alive_XW[kept]
+            best_ids_XWL, best_XW = best_ids_XWL[kept], best_XW[kept]
+        newest = token_XW.flatten()
+    return result_BWL, score_BW
 
 
 def _pick(values_BXL: Tensor, index_BW: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from diptych.errors import UserError
+from diptych.nn.inference import Derived, PackedLinear, pack_linears
 from diptych.nn.transformer import Blocks, LayerCache, init_fan_in, init_weights, prefix_causal
 from diptych.rng import StepRNG
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
@@ -148,6 +149,7 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
             c.text_decoder_depth, width, heads=c.text_decoder_heads, dropout=c.dropout, mlp_ratio=c.mlp_ratio
         )
 
+        self._packed: Derived[tuple[nn.Module, nn.Module]] = Derived()
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -255,40 +257,62 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         x = self.text_decoder(torch.cat([prefix.to(text.dtype), text], dim=1), attend=attend)
         return x[:, prefix.shape[1] :] @ self.word_embedding.weight.T
 
-    def start_text(self, prefix_BPD: Float[Tensor, "B P D"], *, beams: int = 1) -> "TextDecoding":
-        """Start to decode a text token by token; each prefix is repeated for ``beams`` neighbouring rows."""
-        return TextDecoding(self, prefix_BPD, beams=beams)
+    def start_text(self, prefix_BPD: Float[Tensor, "B P D"], *, length: int, beams: int = 1) -> "TextDecoding":
+        """Start to decode texts of at most ``length`` tokens, token by token, ``beams`` of them for each prefix."""
+        return TextDecoding(self, prefix_BPD, length=length, beams=beams)
+
+    def packed_text_decoder(self, *, rows: int, uses: int) -> tuple[nn.Module, nn.Module]:
+        """The blocks of the text decoder and the head over words for ``uses`` inputs of ``rows`` rows."""
+        words = self.word_embedding.weight
+
+        def pack() -> tuple[nn.Module, nn.Module]:
+            blocks = pack_linears(self.text_decoder, rows=rows, uses=uses)
+            return blocks, PackedLinear(words, None, rows=rows, uses=uses)
+
+        rounding = torch.get_autocast_dtype(words.device.type) if torch.is_autocast_enabled(words.device.type) else None
+        return self._packed.of((words, *self.text_decoder.parameters()), pack, key=(rows, uses, rounding))
 
 
 class TextDecoding:
-    """The text decoder with a cache: the same logits as :meth:`ITIT.text_logits`, one position at a time."""
+    """The text decoder with a cache: the same logits as :meth:`ITIT.text_logits`, one position at a time.
 
-    def __init__(self, model: ITIT, prefix_BPD: Tensor, *, beams: int) -> None:
-        self.model = model
+    The W texts of a prefix share one cache: token t of text w lies in slot P + t W + w, and ``attend_BWT`` says which
+    slots are the past of which text. So neither the prefix nor any token is ever copied, for texts or for their order.
+    """
+
+    def __init__(self, model: ITIT, prefix_BPD: Tensor, *, length: int, beams: int) -> None:
+        self.model, self.beams = model, beams
         prefix = model.prefix_projection(prefix_BPD)
-        self.prefix = prefix.shape[1]
-        positions = self.prefix + model.config.max_text_len
-        # The prefix never sees the text, so it runs once and without the text; and once for all beams of a row.
-        self.cache: list[LayerCache] = model.text_decoder.empty_cache(prefix, positions=positions)
-        model.text_decoder(prefix, cache=self.cache)
-        if beams > 1:
-            for layer in self.cache:
-                layer.keys_BHTE = layer.keys_BHTE.repeat_interleave(beams, 0)
-                layer.values_BHTE = layer.values_BHTE.repeat_interleave(beams, 0)
-        self.rows = len(prefix) * beams
+        rows, self.prefix = prefix.shape[:2]
+        slots = self.prefix + length * beams
+        # The prefix never sees the text, so it runs once and without the text.
+        self.cache: list[LayerCache] = model.text_decoder.empty_cache(prefix, positions=slots)
+        model.text_decoder.read(prefix, cache=self.cache)
+        self.attend_BWT = torch.ones(rows, beams, slots, dtype=torch.bool, device=prefix.device)
+        self.itself_WW = torch.eye(beams, dtype=torch.bool, device=prefix.device)
+        self.decoder, self.head = model.packed_text_decoder(rows=rows * beams, uses=length)
 
     def step(self, ids_B: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        """Logits of the token that follows ``ids_B``, the next token of each row."""
-        model = self.model
-        position = self.cache[0].length - self.prefix
-        text = model.word_embedding(ids_B[:, None]) + model.word_position.weight[position]
-        x = model.text_decoder(text, cache=self.cache)
-        return x[:, 0] @ model.word_embedding.weight.T
+        """Logits of the token that follows ``ids_B``, the next token of each text; texts of a prefix are neighbours."""
+        model, start = self.model, self.cache[0].length
+        end = start + self.beams
+        position = (start - self.prefix) // self.beams
+        text_BWD = model.word_embedding(ids_B.view(-1, self.beams)) + model.word_position.weight[position]
+        self.attend_BWT[..., start:end] = self.itself_WW
+        attend = self.attend_BWT[:, None, :, :end] if self.beams > 1 else None
+        x = self.decoder(text_BWD, attend=attend, cache=self.cache)
+        return self.head(x).flatten(0, 1)
 
     def reorder(self, rows_B: Int[Tensor, "B"]) -> None:
-        """Let row b continue the text of row ``rows_B[b]``; both must have the same prefix."""
+        """Let text b continue text ``rows_B[b]``, which must have the same prefix."""
+        parent_BW = rows_B.view(-1, self.beams) % self.beams
+        self.attend_BWT = self.attend_BWT.gather(1, parent_BW[..., None].expand_as(self.attend_BWT))
+
+    def keep(self, prefixes_B: Int[Tensor, "B"]) -> None:
+        """Go on with the texts of these prefixes only."""
+        self.attend_BWT = self.attend_BWT[prefixes_B]
         for layer in self.cache:
-            layer.reorder(rows_B, start=self.prefix)
+            layer.keep(prefixes_B)
 
 
 def _attend_to_valid(valid_BL: Tensor, images: int) -> Bool[Tensor, "B 1 1 S"]:

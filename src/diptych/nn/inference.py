@@ -3,19 +3,24 @@
 Shapes: B images, C classes.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from diptych.errors import UserError
 
+T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
+_FEW_ROWS, _MANY_USES = range(2, 33), 8
+"""Numbers of rows at which packed weights are faster, and uses from which on packing pays."""
 
 
 def pick_device(name: Device) -> str:
@@ -52,6 +57,66 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+class Derived(Generic[T]):
+    """What is computed from weights, kept until one of them changes. It is no module, so it is never saved."""
+
+    def __init__(self) -> None:
+        self._value: T | None = None
+        self._made_of: tuple[Any, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Derived[T]":
+        return Derived()
+
+    def of(self, weights: Iterable[Tensor], make: Callable[[], T], *, key: Any = None) -> T:
+        """What ``make`` returned for these weights and this ``key`` if it was called last for them, else its result."""
+        made_of = (key, *(_version(each) for each in weights))
+        if self._value is None or made_of != self._made_of:
+            self._value, self._made_of = make(), made_of
+        return self._value
+
+
+def _version(value: Tensor) -> tuple[int, int]:
+    """Differs after every change of ``value`` in place, and after its replacement."""
+    return value.data_ptr(), -1 if value.is_inference() else value._version
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for many inputs of the same few rows, without gradients: its weights are laid out for them once.
+
+    On a CPU a product with few rows takes as long as it takes to read the weights, and the libraries rearrange them
+    anew in every product of 2 to 64 rows; docs/performance.md has the gain. Where packing gains nothing (many rows, few
+    uses, other devices), the weights are used as they are. Under autocast they are rounded once, not at each use.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, *, rows: int, uses: int) -> None:
+        super().__init__()
+        self.weight_OI, self.bias_O, self.rows = weight_OI.detach(), None if bias_O is None else bias_O.detach(), rows
+        kind = weight_OI.device.type
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_OI.dtype
+        few = kind == "cpu" and rows in _FEW_ROWS and uses >= _MANY_USES
+        self.packed: Tensor | None = None
+        if self.dtype != weight_OI.dtype:
+            self.weight_OI = self.weight_OI.to(self.dtype)
+            self.bias_O = None if self.bias_O is None else self.bias_O.to(self.dtype)
+        elif few and self.dtype == torch.float32 and torch.backends.mkl.is_available():
+            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight_OI, rows)
+
+    def forward(self, x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows O"]:
+        if self.packed is not None and x.numel() == self.rows * x.shape[-1]:
+            return torch.ops.mkl._mkl_linear(x, self.packed, self.weight_OI, self.bias_O, self.rows)
+        return F.linear(x.to(self.dtype), self.weight_OI, self.bias_O)
+
+
+def pack_linears(module: nn.Module, *, rows: int, uses: int) -> Any:
+    """A copy of ``module`` on the same weights, whose linear layers are packed (see :class:`PackedLinear`)."""
+    copied = copy.deepcopy(module, {id(value): value for value in (*module.parameters(), *module.buffers())})
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, PackedLinear(child.weight, child.bias, rows=rows, uses=uses))
+    return copied
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,10 +34,9 @@ class LayerCache:
         self.length = end
         return self.keys_BHTE[:, :, :end], self.values_BHTE[:, :, :end]
 
-    def reorder(self, rows_B: Int[Tensor, "B"], *, start: int) -> None:
-        """Let row b continue what row ``rows_B[b]`` held, from position ``start`` on (before it, all must agree)."""
-        for cached in (self.keys_BHTE, self.values_BHTE):
-            cached[:, :, start : self.length] = cached[rows_B, :, start : self.length]
+    def keep(self, rows_B: Int[Tensor, "B"]) -> None:
+        """Go on with these rows only."""
+        self.keys_BHTE, self.values_BHTE = self.keys_BHTE[rows_B], self.values_BHTE[rows_B]
 
 
 def attention(
@@ -105,6 +104,12 @@ class Attention(nn.Module):
         mixed_BHSE = attention(q, k, v, attend=attend, dropout=self.dropout if self.training else 0.0)
         return self.out(mixed_BHSE.transpose(1, 2).flatten(2))
 
+    def remember(self, x_BSD: Tensor, cache: LayerCache) -> None:
+        """Store the keys and values of ``x_BSD``, and compute nothing else."""
+        width = x_BSD.shape[-1]
+        both = F.linear(x_BSD, self.qkv.weight[width:], self.qkv.bias[width:])
+        cache.append(*both.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4))
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); a GELU in the mlp, dropout on both branches."""
@@ -147,6 +152,14 @@ class Blocks(nn.Module):
             else:  # `forward` is never compiled: `layer(...)` would be compiled anew for each length of the cache
                 x_BSD = layer.forward(x_BSD, attend=attend, cache=cache[index])
         return self.norm(x_BSD)
+
+    def read(self, x_BSD: Tensor, *, cache: list[LayerCache]) -> None:
+        """Fill the cache with positions whose own output nobody needs, such as those of a prefix."""
+        *layers, last = self.layers
+        for layer, kept in zip(layers, cache, strict=False):
+            x_BSD = layer.forward(x_BSD, cache=kept)
+        assert isinstance(last, Block)
+        last.attention.remember(last.norm_attention(x_BSD), cache[-1])
 
     def empty_cache(self, like: Tensor, *, positions: int) -> list[LayerCache]:
         """One cache a layer for rows and dtype ``like`` [B ... D]."""
