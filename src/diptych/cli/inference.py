@@ -75,7 +75,7 @@ def caption(
         return
     diptych = _open(run, device)
     alone = len(images) == len(given.images) == 1
-    for names, pixels in given.batches(diptych.tokenizer.image_size):
+    for names, pixels in given.batches(diptych.image_size):
         for name, found in zip(names, diptych.captions(pixels, beams=beams), strict=True):
             record = {"file": name, "caption": found.text, "score": found.score}
             line = json_format.dumps(record, ensure_ascii=False) if json else found.text
@@ -101,7 +101,7 @@ def _caption_into(
         file = CaptionFile(out, made_by={"weights": weights_digest(diptych.model), "beams": beams})
     given.images = [image for image in images if image.name not in file.made]
     begun = len(images) - len(given.images)
-    for batch, pixels in given.batches(diptych.tokenizer.image_size, advance=ProgressLine("captioning")):
+    for batch, pixels in given.batches(diptych.image_size, advance=ProgressLine("captioning")):
         found = diptych.captions(pixels, beams=beams)
         file.add(
             [

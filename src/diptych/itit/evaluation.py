@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.data.audit import Fit
+from diptych.data.batch import ImageTokenExamples
 from diptych.data.pixels import SkippedItems, channels_first, read_captioned
 from diptych.data.scenes import Scene, ScenesSource
 from diptych.data.sources import Source
@@ -24,6 +25,7 @@ from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
 from diptych.data.store import Store
 from diptych.encoders import open_image_encoder
+from diptych.encoders.image import resize
 from diptych.errors import UserError, first_line
 from diptych.eval.baselines import Baseline, Comparison, caption_baselines
 from diptych.eval.captions import score_captions
@@ -37,7 +39,7 @@ from diptych.eval.frechet import (
 from diptych.eval.scenes import SceneScore, caption_accuracy, image_accuracy
 from diptych.io import write_bytes
 from diptych.itit.data import DataConfig, open_data
-from diptych.itit.model import Encoded, shift_right
+from diptych.itit.model import shift_right
 from diptych.itit.pipeline import Diptych
 from diptych.nn.functional import token_loss
 from diptych.nn.inference import Device, pick_device
@@ -112,13 +114,13 @@ def evaluate(
 
     Captions: CIDEr-D, BLEU, ROUGE-L and variety. Images: the Frechet distance of generated to real images, on features
     of ``extractor`` (default: a random network). Both: :func:`information_gain`, in nats per token. On `scenes:` also
-    the exact accuracies, and of both the :func:`drift`. Real images are cut to their centre square and resized to the
-    tokenizer's size, without compression. ``progress`` is shown on stderr. Raises UserError for a source without images
-    or captions.
+    the exact accuracies, and of both the :func:`drift`. Real images are cut to their centre square and, for the Frechet
+    distance, resized to the size of the generated ones, without compression. ``progress`` is shown on stderr. Raises
+    UserError for a source without images or captions.
     """
     shown = progress == "shown"
     skipped = SkippedItems(max_skipped_share=config.max_skipped_share)
-    items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.image_size, skipped=skipped)
+    items, pixels = read_captioned(source, limit=config.limit, size=diptych.image_size, skipped=skipped)
     references = [source.captions(item) for item in items]
     first = [texts[0] for texts in references]
     scenes = source.scenes(items) if isinstance(source, ScenesSource) else None
@@ -128,18 +130,18 @@ def evaluate(
     generated = None
     score = CaptionScorer(references, scenes)
     if config.captions:
-        tokens_BN = diptych.tokenize(pixels)
+        encoded = diptych.encode(pixels)
         captions = [
             caption.text
-            for caption in diptych.caption_tokens(
-                tokens_BN, beams=config.beams, advance=ProgressLine("captioning") if shown else None
+            for caption in diptych.caption_encoded(
+                encoded, beams=config.beams, advance=ProgressLine("captioning") if shown else None
             )
         ]
         metrics |= score(captions)
         notes += score.warnings
         if config.images:
             length = diptych.model.config.max_text_len
-            gain = information_gain(diptych, tokens_BN, diptych.text_encoder.tokenize(first, length=length)[0])
+            gain = information_gain(diptych, encoded, diptych.text_encoder.tokenize(first, length=length)[0])
             metrics |= {"caption_information_gain": gain.caption, "image_information_gain": gain.image}
             notes.append(_GAIN_NOTE)
     if config.images:
@@ -187,7 +189,10 @@ def _frechet(
     real_BSS3: np.ndarray, generated_BSS3: np.ndarray, extractor: FeatureExtractor
 ) -> tuple[dict[str, float], str | None]:
     """The Frechet distance under its metric's name, and a note for the reader if there is one."""
-    statistics = [feature_statistics(extractor, channels_first(pixels)) for pixels in (real_BSS3, generated_BSS3)]
+    real_B3SS, generated_B3SS = channels_first(real_BSS3), channels_first(generated_BSS3)
+    if real_B3SS.shape != generated_B3SS.shape:
+        real_B3SS = resize(real_B3SS.float(), generated_B3SS.shape[-1]).round().to(torch.uint8)
+    statistics = [feature_statistics(extractor, pixels_B3SS) for pixels_B3SS in (real_B3SS, generated_B3SS)]
     if len(real_BSS3) < 2:
         return {}, "The Frechet distance needs two images or more."
     found = frechet_distance(*statistics)
@@ -221,7 +226,7 @@ def drift(
         captions: The captions of the images of ``scenes``.
         generated_BSS3: The images generated from their true captions.
     """
-    told = [caption.text for caption in diptych.caption_tokens(diptych.tokenize(generated_BSS3), beams=1)]
+    told = [caption.text for caption in diptych.caption_encoded(diptych.encode(generated_BSS3), beams=1)]
     text_trip, image = caption_accuracy(told, scenes), image_accuracy(generated_BSS3, scenes)
     image_trip, caption = (
         image_accuracy(diptych.imagine_pixels(captions, seed=seed), scenes),
@@ -256,8 +261,8 @@ class InformationGain:
 
 
 @torch.no_grad()
-def information_gain(diptych: Diptych, tokens_BN: Int[Tensor, "B N"], ids_BL: Int[Tensor, "B L"]) -> InformationGain:
-    """How much captions and images say about each other, on pairs of image tokens and text ids.
+def information_gain(diptych: Diptych, images: ImageTokenExamples, ids_BL: Int[Tensor, "B L"]) -> InformationGain:
+    """How much captions and images say about each other, on pairs of encoded images and text ids.
 
     Each row is compared with the next one's caption. Cycles cannot teach anything before the gain is above zero: T2I2T
     learns from images generated for unpaired texts, and if these do not depend on the text, it can only learn to
@@ -267,17 +272,20 @@ def information_gain(diptych: Diptych, tokens_BN: Int[Tensor, "B N"], ids_BL: In
     others_BL = ids_BL.roll(1, 0)
     for start in range(0, len(ids_BL), _ROWS):
         rows = slice(start, start + _ROWS)
-        tokens, right, wrong = (part[rows].to(diptych.device) for part in (tokens_BN, ids_BL, others_BL))
-        share = len(tokens) / len(ids_BL)
-        encoded = diptych.model.encode(diptych.model.embed_image(tokens))
-        caption += share * (_caption_loss(diptych, encoded, wrong) - _caption_loss(diptych, encoded, right)).item()
-        image += share * (_image_loss(diptych, tokens, wrong) - _image_loss(diptych, tokens, right)).item()
+        right, wrong = (part[rows].to(diptych.device) for part in (ids_BL, others_BL))
+        some = images[rows].to(diptych.device)
+        share, tokens_BN = len(some) / len(ids_BL), some.tokens_BN
+        prefix_BPD = diptych.model.caption_prefix(tokens_BN, some.image_features_BG)
+        caption += (
+            share * (_caption_loss(diptych, prefix_BPD, wrong) - _caption_loss(diptych, prefix_BPD, right)).item()
+        )
+        image += share * (_image_loss(diptych, tokens_BN, wrong) - _image_loss(diptych, tokens_BN, right)).item()
     return InformationGain(caption, image)
 
 
-def _caption_loss(diptych: Diptych, encoded: Encoded, ids_BL: Tensor) -> Tensor:
-    """Nats per token of captions, given the encoder's pass over whole images and the empty text."""
-    logits_BLV = diptych.model.text_logits(encoded.image_BKD, shift_right(ids_BL))
+def _caption_loss(diptych: Diptych, prefix_BPD: Tensor, ids_BL: Tensor) -> Tensor:
+    """Nats per token of captions, given what is read from whole images."""
+    logits_BLV = diptych.model.text_logits(prefix_BPD, shift_right(ids_BL))
     return token_loss(logits_BLV, ids_BL, ids_BL != PAD, label_smoothing=0.0)
 
 
@@ -308,8 +316,8 @@ def pair_fits(
 
     Captions of the source's readable images; raises UserError for a source without images or captions.
     """
-    items, pixels = read_captioned(source, limit=None, size=diptych.tokenizer.image_size, skipped=skipped)
-    tokens_BN = diptych.tokenize(pixels)
+    items, pixels = read_captioned(source, limit=None, size=diptych.image_size, skipped=skipped)
+    images = diptych.encode(pixels)
     pairs = [(row, number) for row, item in enumerate(items) for number in range(len(source.captions(item)))]
     texts = [source.captions(items[row])[number] for row, number in pairs]
     ids_PL = diptych.text_encoder.tokenize(texts, length=diptych.model.config.max_text_len)[0]
@@ -320,9 +328,9 @@ def pair_fits(
         rows = torch.tensor([row for row, _ in pairs[start : start + _ROWS]])
         ids_BL = ids_PL[start : start + _ROWS].to(diptych.device)
         for k, offset in enumerate(offsets):
-            tokens = tokens_BN[(rows + offset) % len(items)].to(diptych.device)
-            encoded = diptych.model.encode(diptych.model.embed_image(tokens))
-            logits_BLV = diptych.model.text_logits(encoded.image_BKD, shift_right(ids_BL))
+            some = images[(rows + offset) % len(items)].to(diptych.device)
+            prefix_BPD = diptych.model.caption_prefix(some.tokens_BN, some.image_features_BG)
+            logits_BLV = diptych.model.text_logits(prefix_BPD, shift_right(ids_BL))
             nats_BL = F.cross_entropy(logits_BLV.float().transpose(1, 2), ids_BL, reduction="none")
             valid_BL = ids_BL != PAD
             nats_KP[k, start : start + _ROWS] = ((nats_BL * valid_BL).sum(1) / valid_BL.sum(1)).cpu()
@@ -429,7 +437,10 @@ def _compare_run(run: Path, source: Source, found: Evaluation, *, encoder: str |
     except (UserError, KeyError, TypeError) as error:
         why = f"No baselines: the run does not tell its pairs ({first_line(error)})."
         return Comparison(source=source.name, select="cider", baselines=[], advice=_ADVICE, notes=[why])
-    encoder, select = encoder or fields.get("baseline_encoder"), fields.get("select", "cider")
+    encoder, select = (
+        encoder or fields.get("baseline_encoder") or fields.get("image_encoder"),
+        fields.get("select", "cider"),
+    )
     comparison = compare(data, source, found.items, encoder=encoder, select=select, device=device)
     return replace(comparison, scores=found.metrics)
 

@@ -37,7 +37,7 @@ class Samples:
         if self.valid is not None:
             self.scored = EvaluateConfig(limit=config.valid_images, max_skipped_share=config.max_skipped_share)
             skipped = SkippedItems(max_skipped_share=config.max_skipped_share)
-            limit, size = config.valid_images, diptych.tokenizer.image_size
+            limit, size = config.valid_images, diptych.image_size
             items, pixels = read_captioned(self.valid, limit=limit, size=size, skipped=skipped)
             if is_main_process():
                 for line in skipped.report(folder.parent / "skipped_valid.jsonl"):
