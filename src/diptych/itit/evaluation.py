@@ -102,11 +102,31 @@ class Evaluation:
     generated_BSS3: np.ndarray | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredImages:
+    """The captioned images that a run is scored on, read and encoded once."""
+
+    items: list[int]
+    """Numbers of the images in their source."""
+    pixels_BSS3: np.ndarray
+    encoded: ImageTokenExamples
+    skipped: SkippedItems
+    """The images that could not be read."""
+
+    @classmethod
+    def read(cls, diptych: Diptych, source: Source, config: EvaluateConfig) -> "ScoredImages":
+        """Raises UserError for a source without images or captions."""
+        skipped = SkippedItems(max_skipped_share=config.max_skipped_share)
+        items, pixels = read_captioned(source, limit=config.limit, size=diptych.image_size, skipped=skipped)
+        return cls(items=items, pixels_BSS3=pixels, encoded=diptych.encode(pixels), skipped=skipped)
+
+
 def evaluate(
     diptych: Diptych,
     source: Source,
     config: EvaluateConfig,
     *,
+    images: ScoredImages | None = None,
     extractor: FeatureExtractor | None = None,
     progress: Literal["shown", "silent"] = "silent",
 ) -> Evaluation:
@@ -115,12 +135,13 @@ def evaluate(
     Captions: CIDEr-D, BLEU, ROUGE-L and variety. Images: the Frechet distance of generated to real images, on features
     of ``extractor`` (default: a random network). Both: :func:`information_gain`, in nats per token. On `scenes:` also
     the exact accuracies, and of both the :func:`drift`. Real images are cut to their centre square and, for the Frechet
-    distance, resized to the size of the generated ones, without compression. ``progress`` is shown on stderr. Raises
-    UserError for a source without images or captions.
+    distance, resized to the size of the generated ones, without compression. ``progress`` is shown on stderr.
+    ``images`` are those of ``source``, if they have been read before. Raises UserError for a source without images or
+    captions.
     """
     shown = progress == "shown"
-    skipped = SkippedItems(max_skipped_share=config.max_skipped_share)
-    items, pixels = read_captioned(source, limit=config.limit, size=diptych.image_size, skipped=skipped)
+    images = images or ScoredImages.read(diptych, source, config)
+    items, pixels = images.items, images.pixels_BSS3
     references = [source.captions(item) for item in items]
     first = [texts[0] for texts in references]
     scenes = source.scenes(items) if isinstance(source, ScenesSource) else None
@@ -130,18 +151,17 @@ def evaluate(
     generated = None
     score = CaptionScorer(references, scenes)
     if config.captions:
-        encoded = diptych.encode(pixels)
         captions = [
             caption.text
             for caption in diptych.caption_encoded(
-                encoded, beams=config.beams, advance=ProgressLine("captioning") if shown else None
+                images.encoded, beams=config.beams, advance=ProgressLine("captioning") if shown else None
             )
         ]
         metrics |= score(captions)
         notes += score.warnings
         if config.images:
             length = diptych.model.config.max_text_len
-            gain = information_gain(diptych, encoded, diptych.text_encoder.tokenize(first, length=length)[0])
+            gain = information_gain(diptych, images.encoded, diptych.text_encoder.tokenize(first, length=length)[0])
             metrics |= {"caption_information_gain": gain.caption, "image_information_gain": gain.image}
             notes.append(_GAIN_NOTE)
     if config.images:
@@ -163,7 +183,7 @@ def evaluate(
         keys=[source.key(item) for item in items],
         references=references,
         real_BSS3=pixels,
-        skipped=skipped,
+        skipped=images.skipped,
         captions=captions,
         generated_BSS3=generated,
     )
