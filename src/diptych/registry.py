@@ -11,6 +11,7 @@ from diptych.uml import recipes as uml
 RECIPES: dict[str, Callable[[], Run]] = {
     "itit-tiny": itit.itit_tiny,
     "itit-small": itit.itit_small,
+    "itit-frozen": itit.itit_frozen,
     "itit-base": itit.itit_base,
     "itit-large": itit.itit_large,
     "itit-huge": itit.itit_huge,

@@ -129,4 +129,6 @@ def test_two_clicks_mark_a_part_and_a_third_begins_anew(diptych):
     assert changed[: 2 * cell, 2 * cell : 4 * cell].all()
     assert changed.sum() == 4 * cell**2
     assert both.touched(SIDE, SIDE).marked.nonzero().tolist() == [[side - 1, side - 1]]
-    assert torch.equal(drawing.step.tokens, diptych.tokenize(np.zeros((1, 32, 32, 3), np.uint8)).view(side, side))
+    assert torch.equal(
+        drawing.step.tokens, diptych.encode(np.zeros((1, 32, 32, 3), np.uint8)).tokens_BN.view(side, side)
+    )

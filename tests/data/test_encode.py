@@ -71,6 +71,19 @@ def test_what_is_stored_is_what_the_tokenizers_gave(photos, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_features_of_images_are_stored_beside_their_tokens(photos, tmp_path):
+    made = tokenizers(image_features=lambda pixels_B3HW: pixels_B3HW.float().mean((2, 3)) / 7)
+    store = encode(open_source(str(photos)), tmp_path / "store", made)
+    expected_BG = torch.arange(12.0)[:, None].expand(-1, 3).div(7).half()
+    np.testing.assert_array_equal(store.array("image_features")[:, 0], expected_BG[:, 0].numpy())
+    rows = np.array([3, 5])
+    images = store.images(np.arange(12)).take(rows, np.zeros_like(rows))
+    assert images.image_features_BG[:, 0].tolist() == expected_BG[rows, 0].float().tolist()
+    pairs = store.pairs(np.arange(12), seed=0)
+    taken = pairs.take(np.array([0]), np.array([0]))
+    assert taken.image_features_BG[0, 0] == expected_BG[int(taken.tokens_BN[0, 0]), 0]
+
+
 def test_chosen_items_only_and_in_that_order(photos, tmp_path):
     store = encode(open_source(str(photos)), tmp_path / "store", tokenizers(), indices=np.array([7, 2, 4]))
     assert store.array("tokens")[:, 0].tolist() == [7, 2, 4]

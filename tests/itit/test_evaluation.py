@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diptych.data.batch import ImageTokenExamples
 from diptych.data.pixels import SkippedItems, read_captioned
 from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source
@@ -33,7 +34,7 @@ def diptych(tokenizer, text_encoder, model) -> Diptych:
 def oracle(diptych, monkeypatch) -> Diptych:
     """Knows every scene: its captions and images are right."""
     captions = [Caption(text=SCENES.captions(i)[0], score=None) for i in range(8)]
-    monkeypatch.setattr(Diptych, "caption_tokens", lambda self, tokens_BN, **_: captions)
+    monkeypatch.setattr(Diptych, "caption_encoded", lambda self, images, **_: captions)
     monkeypatch.setattr(Diptych, "imagine_pixels", lambda self, texts, **_: SCENES.images(range(8), 32))
     return diptych
 
@@ -144,10 +145,10 @@ class Fake(Diptych):
     def __init__(self, captions, images):
         self.told, self.drawn = captions, images
 
-    def tokenize(self, pixels_BSS3):
-        return torch.zeros(len(pixels_BSS3), 4, dtype=torch.long)
+    def encode(self, pixels_BSS3):
+        return ImageTokenExamples(tokens_BN=torch.zeros(len(pixels_BSS3), 4, dtype=torch.long))
 
-    def caption_tokens(self, tokens_BN, *, beams=None):
+    def caption_encoded(self, images, *, beams=None):
         return [Caption(text=text, score=None) for text in self.told]
 
     def imagine_pixels(self, texts, *, seed=0, config=None):
@@ -192,15 +193,15 @@ def test_evaluate_reports_it_and_says_its_unit(diptych):
 
 def test_equal_captions_tell_nothing(exact, pairs):
     tokens, ids = pairs
-    found = information_gain(exact, tokens, ids[:1].expand(6, -1))
+    found = information_gain(exact, ImageTokenExamples(tokens_BN=tokens), ids[:1].expand(6, -1))
     assert (found.caption, found.image) == (0.0, 0.0)
 
 
 def test_rows_come_in_pieces_and_padding_is_not_counted(exact, pairs, monkeypatch):
     tokens, ids = pairs
-    whole = information_gain(exact, tokens, ids)
+    whole = information_gain(exact, ImageTokenExamples(tokens_BN=tokens), ids)
     monkeypatch.setattr(module, "_ROWS", 4)
-    pieces = information_gain(exact, tokens, torch.nn.functional.pad(ids, (0, 2)))
+    pieces = information_gain(exact, ImageTokenExamples(tokens_BN=tokens), torch.nn.functional.pad(ids, (0, 2)))
     assert (pieces.caption, pieces.image) == pytest.approx((whole.caption, whole.image), abs=1e-5)
 
 
@@ -209,12 +210,11 @@ def test_what_was_learned_is_found(exact, pairs):
     tokens, ids = pairs
     rule = torch.optim.Adam(exact.model.parameters(), lr=3e-3)
     for _ in range(150):
-        encoded = exact.model.encode(exact.model.embed_image(tokens))
-        caption = module._caption_loss(exact, encoded, ids)
+        caption = module._caption_loss(exact, exact.model.caption_prefix(tokens, None), ids)
         rule.zero_grad()
         (caption + exact.image_nats(tokens, ids).mean()).backward()
         rule.step()
-    found = information_gain(exact, tokens, ids)
+    found = information_gain(exact, ImageTokenExamples(tokens_BN=tokens), ids)
     assert found.caption > 0.3
     assert found.image > 0.3
 
@@ -222,11 +222,11 @@ def test_what_was_learned_is_found(exact, pairs):
 def test_a_caption_that_does_not_fit_gains_nothing_from_its_image(exact, monkeypatch):
     source = ScenesSource(count=6)
     pixels = [source.image(i, exact.tokenizer.image_size) for i in range(6)]
-    tokens = exact.tokenize(np.stack(pixels))
+    tokens = exact.encode(np.stack(pixels)).tokens_BN
     ids = exact.text_encoder.tokenize([source.captions(i)[0] for i in range(6)], length=20)[0]
     rule = torch.optim.Adam(exact.model.parameters(), lr=3e-3)
     for _ in range(150):
-        loss = module._caption_loss(exact, exact.model.encode(exact.model.embed_image(tokens)), ids)
+        loss = module._caption_loss(exact, exact.model.caption_prefix(tokens, None), ids)
         rule.zero_grad()
         loss.backward()
         rule.step()

@@ -4,6 +4,7 @@ from itertools import product
 import pytest
 import torch
 
+from diptych.data.batch import ImageTokenExamples
 from diptych.errors import UserError
 from diptych.itit.generation import (
     Canvas,
@@ -357,7 +358,9 @@ def test_the_encoder_gets_every_visible_token_and_half_at_most(model, text, monk
 
 
 def test_one_beam_is_greedy_and_has_no_score(model, tokens_BN, banned_V):
-    ids_BL, score_B = generate_text(model, tokens_BN, TextGenerationConfig(beams=1), banned_V=banned_V, length=10)
+    ids_BL, score_B = generate_text(
+        model, ImageTokenExamples(tokens_BN=tokens_BN), TextGenerationConfig(beams=1), banned_V=banned_V, length=10
+    )
     assert ids_BL.shape == (3, 10)
     assert score_B is None
 
@@ -365,8 +368,10 @@ def test_one_beam_is_greedy_and_has_no_score(model, tokens_BN, banned_V):
 def test_beams_find_at_least_as_good_a_text(model, tokens_BN, banned_V):
     """Scored by the decoder itself, uncached: log p / ((5 + length) / 6) ** power."""
     config = TextGenerationConfig(beams=5, length_power=0.6)
-    ids_BL, score_B = generate_text(model, tokens_BN, config, banned_V=banned_V, length=8)
-    greedy_BL, _ = generate_text(model, tokens_BN, TextGenerationConfig(beams=1), banned_V=banned_V, length=8)
+    ids_BL, score_B = generate_text(model, ImageTokenExamples(tokens_BN=tokens_BN), config, banned_V=banned_V, length=8)
+    greedy_BL, _ = generate_text(
+        model, ImageTokenExamples(tokens_BN=tokens_BN), TextGenerationConfig(beams=1), banned_V=banned_V, length=8
+    )
 
     def score(ids_BL):
         prefix = model.encode(model.embed_image(tokens_BN)).image_BKD
@@ -382,7 +387,9 @@ def test_beams_find_at_least_as_good_a_text(model, tokens_BN, banned_V):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_banned_ids_are_never_generated_and_every_text_ends(model, tokens_BN, banned_V, beams):
-    ids_BL, _ = generate_text(model, tokens_BN, TextGenerationConfig(beams=beams), banned_V=banned_V, length=6)
+    ids_BL, _ = generate_text(
+        model, ImageTokenExamples(tokens_BN=tokens_BN), TextGenerationConfig(beams=beams), banned_V=banned_V, length=6
+    )
     for row in ids_BL.tolist():
         end = row.index(1)
         assert not any(banned_V[i] for i in row[:end])

@@ -12,7 +12,7 @@ import torch
 
 from diptych.itit import objective as module
 from diptych.itit.generation import ImageGenerationConfig
-from diptych.itit.model import Masking, shift_right
+from diptych.itit.model import ITIT, Masking, shift_right
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, LossWeights
 from diptych.nn.functional import token_loss
 from diptych.nn.transformer import Block
@@ -328,3 +328,50 @@ def test_a_batch_passes_through_five_files(model, text_encoder, batch):
     found = {str(Path(file).relative_to(here)) for file in entered if Path(file).is_relative_to(here)}
     five = {"data/batch.py", "itit/model.py", "itit/generation.py", "tokenizers/text_encoder.py", "nn/functional.py"}
     assert found == {"itit/objective.py", *five, "nn/transformer.py", "nn/inference.py", "rng.py"}
+
+
+# Captions read from image features
+
+
+@pytest.fixture
+def reader(model, text_encoder, batch):
+    """A network that reads captions from features of width 5, and a batch that has them."""
+    torch.manual_seed(0)
+    network = ITIT(replace(model.config, image_features=5))
+    assert network.image_features is not None
+    features_BG = torch.randn(8, 5, generator=torch.Generator().manual_seed(3))
+    network.image_features.fit(features_BG, torch.randn(8, text_encoder.width))
+    streams = dict(batch.streams)
+    streams["pairs"] = replace(batch["pairs"], image_features_BG=features_BG)
+    streams["images"] = replace(batch["images"], image_features_BG=features_BG[:4])
+    return network, replace(batch, streams=streams)
+
+
+@pytest.mark.parametrize("name", ["i2t", "t2i2t"])
+def test_captions_are_learned_from_image_features_alone(reader, text_encoder, name):
+    network, batch = reader
+    names = trained_by(network, text_encoder, batch, name)
+    assert has(names, TEXT_DECODER)
+    assert has(names, ("image_features.projection",))
+    assert not has(names, ENCODER)
+    assert not has(names, IMAGE_DECODER)
+
+
+def test_images_are_learned_from_captions_read_from_features(reader, text_encoder):
+    network, batch = reader
+    names = trained_by(network, text_encoder, batch, "i2t2i")
+    assert has(names, TEXT_DECODER)
+    assert has(names, IMAGE_DECODER)
+
+
+def test_i2i_is_learned_beside_captions_that_do_not_share_its_pass(reader, text_encoder):
+    network, batch = reader
+    names = trained_by(network, text_encoder, batch, "i2i")
+    assert has(names, IMAGE_DECODER)
+    assert not has(names, TEXT_DECODER)
+
+
+def test_no_image_is_generated_for_the_features_of_one(reader, text_encoder, monkeypatch):
+    network, batch = reader
+    monkeypatch.setattr(module, "generate_image_tokens", lambda *_, **__: pytest.fail("an image was generated"))
+    assert objective(network, text_encoder).t2i2t_loss(batch["texts"], batch.rng).isfinite()

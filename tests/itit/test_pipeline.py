@@ -53,15 +53,15 @@ def test_captions_have_texts_and_scores(made, pixels):
 
 
 def test_candidates_are_ranked_by_the_image_that_they_make_probable(made, pixels):
-    tokens = made.tokenize(pixels)
-    by_score = made.candidate_tokens(tokens, count=4)
-    assert [each[0].text for each in by_score] == [c.text for c in made.caption_tokens(tokens, beams=4)]
-    by_image = made.candidate_tokens(tokens, count=2, best_of=4)
+    encoded = made.encode(pixels)
+    by_score = made.candidates_encoded(encoded, count=4)
+    assert [each[0].text for each in by_score] == [c.text for c in made.caption_encoded(encoded, beams=4)]
+    by_image = made.candidates_encoded(encoded, count=2, best_of=4)
     for row, several in enumerate(by_image):
         assert {each.text for each in several} <= {each.text for each in by_score[row]}
         texts = [each.text for each in by_score[row]]
         ids, _ = made.text_encoder.tokenize(texts, length=made.model.config.max_text_len)
-        nats = made.image_nats(tokens[row].expand(len(texts), -1), ids)
+        nats = made.image_nats(encoded.tokens_BN[row].expand(len(texts), -1), ids)
         best = sorted(zip(nats.tolist(), texts, strict=True))[:2]
         assert [each.image_score for each in several] == pytest.approx([-value for value, _ in best], abs=1e-3)
 
@@ -362,7 +362,7 @@ def test_the_steps_of_an_image_end_in_the_image(made):
 
 
 def test_part_of_an_image_is_drawn_anew_and_the_rest_is_kept(made, pixels):
-    before = made.tokenize(pixels[:1]).view(made.token_side, -1)
+    before = made.encode(pixels[:1]).tokens_BN.view(made.token_side, -1)
     anew = torch.zeros_like(before, dtype=torch.bool)
     anew[:2, 1:] = True
     steps = list(made.imagine_steps("a red ring", known=(before, anew)))

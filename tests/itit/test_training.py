@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diptych.data.scenes import ScenesSource
+from diptych.encoders import ScratchConfig, scratch_encoder
 from diptych.errors import UserError
 from diptych.itit.data import DataConfig
 from diptych.itit.evaluation import ALONE, EvaluateConfig, evaluate, evaluate_run
@@ -378,3 +379,43 @@ def test_a_comparison_needs_unpaired_data_and_validation():
     run = tiny_run(valid="scenes:?split=test&count=6").pairs_only()
     with pytest.raises(UserError, match="--compare pairs-only: the run has no unpaired data"):
         replace(run, compare="pairs-only").check()
+
+
+# A pretrained image encoder
+
+
+@pytest.fixture
+def image_encoder(tmp_path) -> str:
+    scratch_encoder(ScratchConfig(image_size=16, width=24, depth=1), seed=0).save_pretrained(tmp_path / "vit")
+    return str(tmp_path / "vit")
+
+
+def test_captions_are_read_from_a_pretrained_encoder(tmp_path, image_encoder):
+    out = tmp_path / "run"
+    run = replace(tiny_run(steps=3), image_encoder=image_encoder, compare="pairs-only")
+    run.data.valid = "scenes:?split=test&count=6"
+    assert run.fit(out, recipe="tiny").finished
+    shutil.rmtree(image_encoder)  # the run folder needs nothing outside it
+    diptych = Diptych.from_pretrained(out)
+    assert diptych.image_size == 32
+    images = VALID.images(range(4), 32)
+    encoded = diptych.encode(images)
+    assert encoded.image_features_BG.shape == (4, 24)
+    assert diptych.caption(list(images)) == [found.text for found in diptych.caption_encoded(encoded)]
+    # Captions do not depend on the image tokens any more.
+    other = replace(encoded, tokens_BN=encoded.tokens_BN.roll(1, 0))
+    assert diptych.caption_encoded(other) == diptych.caption_encoded(encoded)
+    assert Diptych.from_pretrained(out / "pairs_only").image_encoder is not None
+    baselines = json.loads((out / "baselines.json").read_text())
+    assert any(image_encoder in each["name"] for each in baselines["baselines"])
+
+
+def test_a_run_keeps_its_image_encoder(tmp_path, image_encoder):
+    out = tmp_path / "run"
+    run = replace(tiny_run(steps=2), image_encoder=image_encoder)
+    run.fit(out, recipe="tiny")
+    with pytest.raises(UserError, match="begun with another image_encoder"):
+        replace(run, image_encoder=None).fit(out, recipe="tiny")
+    before = contents(out / "encoded")
+    replace(run, train=replace(run.train, steps=3)).fit(out, recipe="tiny")
+    assert contents(out / "encoded") == before

@@ -128,7 +128,7 @@ def cycle(diptych: Diptych, text: str, files: Files, *, rounds: int, seed: int) 
     if files and text.strip():
         raise UserError("a text and an image: a cycle starts from one of them")
     if files:
-        [image] = read_images(files[:1], diptych.tokenizer.image_size)
+        [image] = read_images(files[:1], diptych.image_size)
         steps = diptych.cycle(image=image, rounds=rounds, seed=seed)
     elif text.strip():
         steps = diptych.cycle(text=text, rounds=rounds, seed=seed)

@@ -30,8 +30,8 @@ class Drawing:
 
     @classmethod
     def of(cls, diptych: Diptych, image: np.ndarray) -> "Drawing":
-        """The drawing of an image of the tokenizer's size: what its tokens say of it."""
-        tokens_BN = diptych.tokenize(image[None])
+        """The drawing of a square image: what its tokens say of it."""
+        tokens_BN = diptych.encode(image[None]).tokens_BN
         seen = diptych.tokenizer.decode(tokens_BN)[0].permute(1, 2, 0).cpu().numpy()
         tokens = tokens_BN[0].view(diptych.token_side, -1).cpu()
         return cls(step=ImagineStep(image=seen, tokens=tokens, hidden=torch.zeros_like(tokens, dtype=torch.bool)))

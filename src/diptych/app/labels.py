@@ -194,16 +194,15 @@ class Offers:
         items, images = [], []
         for item in some:
             try:
-                images.append(self.labels.source.image(item, self.diptych.tokenizer.image_size))
+                images.append(self.labels.source.image(item, self.diptych.image_size))
                 items.append(item)
             except UnreadableImage:
                 continue
         if not items:
             return
-        found = self.diptych.candidates(images, beams=_BEAMS)
-        tokens_BN = self.diptych.tokenize(np.stack(images))
-        encoded = self.diptych.model.encode(self.diptych.model.embed_image(tokens_BN))
-        features_ND = encoded.image_BKD.mean(1).float().cpu()
+        encoded = self.diptych.encode(np.stack(images))
+        found = self.diptych.candidates_encoded(encoded, count=_BEAMS)
+        features_ND = self.diptych.vectors(encoded).cpu()
         scores_N = torch.tensor([each[0].score if each else -torch.inf for each in found])
         order = useful_first(features_ND, scores_N, seen_MD=self._seen_MD)
         self._seen_MD = features_ND if self._seen_MD is None else torch.cat([self._seen_MD, features_ND])

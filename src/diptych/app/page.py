@@ -118,7 +118,7 @@ def _caption(given: Given, *_: object) -> None:
         return [
             answers.together(
                 list(zip(keys, images, strict=True)),
-                lambda key: found[key[0]].tokenizer.image_size,
+                lambda key: found[key[0]].image_size,
                 lambda key, pixels: answers.captions(found[key[0]], pixels, beams=key[1]),
             )
         ]
@@ -177,7 +177,7 @@ def _draw(given: Given, *_: object) -> None:
 
     def begin(name: str, file: str | None) -> tuple[Any, Drawing]:
         with _mistakes_told():
-            [image] = read_images(_one(file), found[name].tokenizer.image_size)
+            [image] = read_images(_one(file), found[name].image_size)
         drawing = Drawing.of(found[name], image)
         return drawing.shown(), drawing
 

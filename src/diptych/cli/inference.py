@@ -91,7 +91,7 @@ def caption(
         return
     diptych = _open(run, device)
     alone = len(images) == len(given.images) == 1
-    for names, pixels in given.batches(diptych.tokenizer.image_size):
+    for names, pixels in given.batches(diptych.image_size):
         for name, several in zip(names, _captions(diptych, pixels, beams=beams, ranked=ranked), strict=True):
             record: dict[str, Any] = {"file": name, "caption": several[0].text, "score": several[0].score}
             if candidates > 1:
@@ -135,7 +135,7 @@ def _caption_into(
         file = CaptionFile(out, made_by={"weights": weights_digest(diptych.model), "beams": beams, **ranked})
     given.images = [image for image in images if image.name not in file.made]
     begun = len(images) - len(given.images)
-    for batch, pixels in given.batches(diptych.tokenizer.image_size, advance=ProgressLine("captioning")):
+    for batch, pixels in given.batches(diptych.image_size, advance=ProgressLine("captioning")):
         found = _captions(diptych, pixels, beams=beams, ranked=ranked)
         several = ranked.get("candidates", 1) > 1
         file.add(

@@ -1,7 +1,8 @@
 """The batch of one training step: examples of every stream, and the step's random numbers.
 
-Shapes: B rows of a stream on this process, N image tokens, L text tokens, F width of features, S positions of a feature
-sequence, D width of a feature vector, H and W pixels, V views of an image, M captions of an image.
+Shapes: B rows of a stream on this process, N image tokens, L text tokens, F width of features, G width of a pretrained
+encoder's image features, S positions of a feature sequence, D width of a feature vector, H and W pixels, V views of an
+image, M captions of an image.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ class Examples:
     def __len__(self) -> int:
         return len(next(iter(self._tensors().values())))
 
-    def __getitem__(self, rows: slice) -> Self:
+    def __getitem__(self, rows: slice | Tensor) -> Self:
         return replace(self, **{name: value[rows] for name, value in self._tensors().items()})
 
     def to(self, device: torch.device | str) -> Self:
@@ -46,6 +47,8 @@ class ImageTokenExamples(Examples):
     """Images as tokens of the image tokenizer."""
 
     tokens_BN: Int[Tensor, "B N"]
+    image_features_BG: Float[Tensor, "B G"] | None = None
+    """Features of a pretrained image encoder; None where the run has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,7 @@ class PairExamples(Examples):
     ids_BL: Int[Tensor, "B L"]
     valid_BL: Bool[Tensor, "B L"]
     features_BLF: Float[Tensor, "B L F"] | None = None
+    image_features_BG: Float[Tensor, "B G"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

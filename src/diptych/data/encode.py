@@ -1,6 +1,7 @@
 """Encoding ahead of training: images to tokens and texts to ids, as a `Store`.
 
-Shapes: B rows, N image tokens, L text tokens, F width of the text features, S pixels of a side.
+Shapes: B rows, N image tokens, L text tokens, F width of the text features, G width of the image features,
+S pixels of a side.
 """
 
 import hashlib
@@ -27,9 +28,12 @@ class DataTokenizers:
     """The functions that turn pixels into tokens and texts into ids. None leaves that side out."""
 
     image_size: int = 0
-    """Pixels of a side S of the images that ``tokenize_images`` takes."""
+    """Pixels of a side S of the images that ``tokenize_images`` and ``image_features`` take."""
     tokenize_images: Callable[[Tensor], Tensor] | None = None
     """uint8 pixels [B 3 S S] to tokens [B N]."""
+    image_features: Callable[[Tensor], Tensor] | None = None
+    """uint8 pixels [B 3 S S] to features of a pretrained encoder [B G], which are stored in half precision. They need
+    ``tokenize_images`` beside them."""
     tokenize_texts: Callable[[list[str]], Tensor] | None = None
     """Texts to ids [B L], padded with 0."""
     text_features: Callable[[Tensor], Tensor] | None = None
@@ -98,8 +102,10 @@ def _encode_chunk(
     if tokenizers.tokenize_images is not None:
         pixels, items = read_images(source, items, size=tokenizers.image_size, skipped=skipped, threads=threads)
         if len(items):
-            tokens = tokenizers.tokenize_images(channels_first(pixels))
-            arrays["tokens"] = tokens.cpu().numpy().astype(np.int32)
+            pixels_B3SS = channels_first(pixels)
+            arrays["tokens"] = tokenizers.tokenize_images(pixels_B3SS).cpu().numpy().astype(np.int32)
+            if tokenizers.image_features is not None:
+                arrays["image_features"] = tokenizers.image_features(pixels_B3SS).half().cpu().numpy()
     if tokenizers.tokenize_texts is not None:
         captions = [source.captions(int(item)) for item in items]
         arrays["counts"] = np.array([len(texts) for texts in captions], np.int32)

@@ -4,7 +4,7 @@
 vectors. Every array is an ordinary ``NAME.npy``, which `numpy.load` reads too. Beside the arrays lies ``keys.txt`` with
 a name for each item.
 
-Shapes: B rows, N image tokens, L text tokens, F width of the text features.
+Shapes: B rows, N image tokens, L text tokens, F width of the text features, G width of the image features.
 """
 
 import json
@@ -176,6 +176,7 @@ class Store:
     ids.npy        [captions, L]     text ids, if there are captions; those of an item lie together
     counts.npy     [items]           number of captions of each item, if there are captions
     features.npy   [captions, L, F]  features of the frozen text encoder, optional
+    image_features.npy [items, G]    features of a pretrained image encoder, optional
     keys.txt       a name for each item
     """
 
@@ -240,15 +241,26 @@ class Store:
             item = items[index]
             first, end = self.starts[item], self.starts[item + 1]
             ids, valid, features = self._read_texts(first + choose(end - first, item, epoch, seed))
-            return PairExamples(tokens_BN=self._read_tokens(item), ids_BL=ids, valid_BL=valid, features_BLF=features)
+            return PairExamples(
+                tokens_BN=self._read_tokens(item),
+                ids_BL=ids,
+                valid_BL=valid,
+                features_BLF=features,
+                image_features_BG=self._read_image_features(item),
+            )
 
         return Stream(size=len(items), take=take)
 
     def images(self, items: np.ndarray) -> Stream[ImageTokenExamples]:
         """Unpaired images."""
-        return Stream(
-            size=len(items), take=lambda index, _: ImageTokenExamples(tokens_BN=self._read_tokens(items[index]))
-        )
+
+        def take(index: np.ndarray, epoch: np.ndarray) -> ImageTokenExamples:
+            item = items[index]
+            return ImageTokenExamples(
+                tokens_BN=self._read_tokens(item), image_features_BG=self._read_image_features(item)
+            )
+
+        return Stream(size=len(items), take=take)
 
     def texts(self, items: np.ndarray) -> Stream[TextExamples]:
         """Unpaired texts: every caption of the items is an example of its own."""
@@ -263,6 +275,11 @@ class Store:
 
     def _read_tokens(self, items: np.ndarray) -> Tensor:
         return _to_torch(self.arrays["tokens"][items])
+
+    def _read_image_features(self, items: np.ndarray) -> Tensor | None:
+        if "image_features" not in self.arrays:
+            return None
+        return torch.from_numpy(self.arrays["image_features"][items].astype(np.float32))
 
     def _read_texts(self, captions: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
         """Ids [B L], which of them are valid [B L] and, where they are stored, their features [B L F]."""

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.data.audit import Fit
+from diptych.data.batch import ImageTokenExamples
 from diptych.data.pixels import SkippedItems, channels_first, image_batches, read_captioned
 from diptych.data.scenes import Scene, ScenesSource
 from diptych.data.sources import Source
@@ -25,6 +26,7 @@ from diptych.data.splits import Subset
 from diptych.data.store import Store
 from diptych.data.suggest import LookedAt
 from diptych.encoders import open_image_encoder
+from diptych.encoders.image import resize
 from diptych.errors import UserError, first_line
 from diptych.eval.baselines import Baseline, Comparison, caption_baselines
 from diptych.eval.captions import score_captions
@@ -38,10 +40,10 @@ from diptych.eval.frechet import (
 from diptych.eval.scenes import SceneScore, caption_accuracy, image_accuracy
 from diptych.io import write_bytes
 from diptych.itit.data import DataConfig, open_data
-from diptych.itit.model import Encoded, shift_right
+from diptych.itit.model import shift_right
 from diptych.itit.pipeline import Diptych
 from diptych.nn.functional import token_loss
-from diptych.nn.inference import Device, autocast, pick_device
+from diptych.nn.inference import Device, pick_device
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.report.terminal import ProgressLine, print_comparison, print_metrics
 from diptych.run_folder import read_config, write_json
@@ -101,11 +103,31 @@ class Evaluation:
     generated_BSS3: np.ndarray | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredImages:
+    """The captioned images that a run is scored on, read and encoded once."""
+
+    items: list[int]
+    """Numbers of the images in their source."""
+    pixels_BSS3: np.ndarray
+    encoded: ImageTokenExamples
+    skipped: SkippedItems
+    """The images that could not be read."""
+
+    @classmethod
+    def read(cls, diptych: Diptych, source: Source, config: EvaluateConfig) -> "ScoredImages":
+        """Raises UserError for a source without images or captions."""
+        skipped = SkippedItems(max_skipped_share=config.max_skipped_share)
+        items, pixels = read_captioned(source, limit=config.limit, size=diptych.image_size, skipped=skipped)
+        return cls(items=items, pixels_BSS3=pixels, encoded=diptych.encode(pixels), skipped=skipped)
+
+
 def evaluate(
     diptych: Diptych,
     source: Source,
     config: EvaluateConfig,
     *,
+    images: ScoredImages | None = None,
     extractor: FeatureExtractor | None = None,
     progress: Literal["shown", "silent"] = "silent",
 ) -> Evaluation:
@@ -113,13 +135,14 @@ def evaluate(
 
     Captions: CIDEr-D, BLEU, ROUGE-L and variety. Images: the Frechet distance of generated to real images, on features
     of ``extractor`` (default: a random network). Both: :func:`information_gain`, in nats per token. On `scenes:` also
-    the exact accuracies, and of both the :func:`drift`. Real images are cut to their centre square and resized to the
-    tokenizer's size, without compression. ``progress`` is shown on stderr. Raises UserError for a source without images
-    or captions.
+    the exact accuracies, and of both the :func:`drift`. Real images are cut to their centre square and, for the Frechet
+    distance, resized to the size of the generated ones, without compression. ``progress`` is shown on stderr.
+    ``images`` are those of ``source``, if they have been read before. Raises UserError for a source without images or
+    captions.
     """
     shown = progress == "shown"
-    skipped = SkippedItems(max_skipped_share=config.max_skipped_share)
-    items, pixels = read_captioned(source, limit=config.limit, size=diptych.tokenizer.image_size, skipped=skipped)
+    images = images or ScoredImages.read(diptych, source, config)
+    items, pixels = images.items, images.pixels_BSS3
     references = [source.captions(item) for item in items]
     first = [texts[0] for texts in references]
     scenes = source.scenes(items) if isinstance(source, ScenesSource) else None
@@ -129,18 +152,17 @@ def evaluate(
     generated = None
     score = CaptionScorer(references, scenes)
     if config.captions:
-        tokens_BN = diptych.tokenize(pixels)
         captions = [
             caption.text
-            for caption in diptych.caption_tokens(
-                tokens_BN, beams=config.beams, advance=ProgressLine("captioning") if shown else None
+            for caption in diptych.caption_encoded(
+                images.encoded, beams=config.beams, advance=ProgressLine("captioning") if shown else None
             )
         ]
         metrics |= score(captions)
         notes += score.warnings
         if config.images:
             length = diptych.model.config.max_text_len
-            gain = information_gain(diptych, tokens_BN, diptych.text_encoder.tokenize(first, length=length)[0])
+            gain = information_gain(diptych, images.encoded, diptych.text_encoder.tokenize(first, length=length)[0])
             metrics |= {"caption_information_gain": gain.caption, "image_information_gain": gain.image}
             notes.append(_GAIN_NOTE)
     if config.images:
@@ -162,7 +184,7 @@ def evaluate(
         keys=[source.key(item) for item in items],
         references=references,
         real_BSS3=pixels,
-        skipped=skipped,
+        skipped=images.skipped,
         captions=captions,
         generated_BSS3=generated,
     )
@@ -188,7 +210,10 @@ def _frechet(
     real_BSS3: np.ndarray, generated_BSS3: np.ndarray, extractor: FeatureExtractor
 ) -> tuple[dict[str, float], str | None]:
     """The Frechet distance under its metric's name, and a note for the reader if there is one."""
-    statistics = [feature_statistics(extractor, channels_first(pixels)) for pixels in (real_BSS3, generated_BSS3)]
+    real_B3SS, generated_B3SS = channels_first(real_BSS3), channels_first(generated_BSS3)
+    if real_B3SS.shape != generated_B3SS.shape:
+        real_B3SS = resize(real_B3SS.float(), generated_B3SS.shape[-1]).round().to(torch.uint8)
+    statistics = [feature_statistics(extractor, pixels_B3SS) for pixels_B3SS in (real_B3SS, generated_B3SS)]
     if len(real_BSS3) < 2:
         return {}, "The Frechet distance needs two images or more."
     found = frechet_distance(*statistics)
@@ -222,7 +247,7 @@ def drift(
         captions: The captions of the images of ``scenes``.
         generated_BSS3: The images generated from their true captions.
     """
-    told = [caption.text for caption in diptych.caption_tokens(diptych.tokenize(generated_BSS3), beams=1)]
+    told = [caption.text for caption in diptych.caption_encoded(diptych.encode(generated_BSS3), beams=1)]
     text_trip, image = caption_accuracy(told, scenes), image_accuracy(generated_BSS3, scenes)
     image_trip, caption = (
         image_accuracy(diptych.imagine_pixels(captions, seed=seed), scenes),
@@ -257,8 +282,8 @@ class InformationGain:
 
 
 @torch.no_grad()
-def information_gain(diptych: Diptych, tokens_BN: Int[Tensor, "B N"], ids_BL: Int[Tensor, "B L"]) -> InformationGain:
-    """How much captions and images say about each other, on pairs of image tokens and text ids.
+def information_gain(diptych: Diptych, images: ImageTokenExamples, ids_BL: Int[Tensor, "B L"]) -> InformationGain:
+    """How much captions and images say about each other, on pairs of encoded images and text ids.
 
     Each row is compared with the next one's caption. Cycles cannot teach anything before the gain is above zero: T2I2T
     learns from images generated for unpaired texts, and if these do not depend on the text, it can only learn to
@@ -268,17 +293,20 @@ def information_gain(diptych: Diptych, tokens_BN: Int[Tensor, "B N"], ids_BL: In
     others_BL = ids_BL.roll(1, 0)
     for start in range(0, len(ids_BL), _ROWS):
         rows = slice(start, start + _ROWS)
-        tokens, right, wrong = (part[rows].to(diptych.device) for part in (tokens_BN, ids_BL, others_BL))
-        share = len(tokens) / len(ids_BL)
-        encoded = diptych.model.encode(diptych.model.embed_image(tokens))
-        caption += share * (_caption_loss(diptych, encoded, wrong) - _caption_loss(diptych, encoded, right)).item()
-        image += share * (diptych.image_nats(tokens, wrong) - diptych.image_nats(tokens, right)).mean().item()
+        right, wrong = (part[rows].to(diptych.device) for part in (ids_BL, others_BL))
+        some = images[rows].to(diptych.device)
+        share, tokens_BN = len(some) / len(ids_BL), some.tokens_BN
+        prefix_BPD = diptych.model.caption_prefix(tokens_BN, some.image_features_BG)
+        caption += (
+            share * (_caption_loss(diptych, prefix_BPD, wrong) - _caption_loss(diptych, prefix_BPD, right)).item()
+        )
+        image += share * (diptych.image_nats(tokens_BN, wrong) - diptych.image_nats(tokens_BN, right)).mean().item()
     return InformationGain(caption, image)
 
 
-def _caption_loss(diptych: Diptych, encoded: Encoded, ids_BL: Tensor) -> Tensor:
-    """Nats per token of captions, given the encoder's pass over whole images and the empty text."""
-    logits_BLV = diptych.model.text_logits(encoded.image_BKD, shift_right(ids_BL))
+def _caption_loss(diptych: Diptych, prefix_BPD: Tensor, ids_BL: Tensor) -> Tensor:
+    """Nats per token of captions, given what is read from whole images."""
+    logits_BLV = diptych.model.text_logits(prefix_BPD, shift_right(ids_BL))
     return token_loss(logits_BLV, ids_BL, ids_BL != PAD, label_smoothing=0.0)
 
 
@@ -295,8 +323,8 @@ def pair_fits(
 
     Captions of the source's readable images; raises UserError for a source without images or captions.
     """
-    items, pixels = read_captioned(source, limit=None, size=diptych.tokenizer.image_size, skipped=skipped)
-    tokens_BN = diptych.tokenize(pixels)
+    items, pixels = read_captioned(source, limit=None, size=diptych.image_size, skipped=skipped)
+    images = diptych.encode(pixels)
     pairs = [(row, number) for row, item in enumerate(items) for number in range(len(source.captions(item)))]
     texts = [source.captions(items[row])[number] for row, number in pairs]
     ids_PL = diptych.text_encoder.tokenize(texts, length=diptych.model.config.max_text_len)[0]
@@ -307,9 +335,9 @@ def pair_fits(
         rows = torch.tensor([row for row, _ in pairs[start : start + _ROWS]])
         ids_BL = ids_PL[start : start + _ROWS].to(diptych.device)
         for k, offset in enumerate(offsets):
-            tokens = tokens_BN[(rows + offset) % len(items)].to(diptych.device)
-            encoded = diptych.model.encode(diptych.model.embed_image(tokens))
-            logits_BLV = diptych.model.text_logits(encoded.image_BKD, shift_right(ids_BL))
+            some = images[(rows + offset) % len(items)].to(diptych.device)
+            prefix_BPD = diptych.model.caption_prefix(some.tokens_BN, some.image_features_BG)
+            logits_BLV = diptych.model.text_logits(prefix_BPD, shift_right(ids_BL))
             nats_BL = F.cross_entropy(logits_BLV.float().transpose(1, 2), ids_BL, reduction="none")
             valid_BL = ids_BL != PAD
             nats_KP[k, start : start + _ROWS] = ((nats_BL * valid_BL).sum(1) / valid_BL.sum(1)).cpu()
@@ -327,21 +355,19 @@ def looked_at(
     skipped: SkippedItems,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> LookedAt:
-    """The features of the network's encoder for the readable ones of ``images``, the mean over the image tokens; and,
-    with ``drafts``, its captions, and how uncertain it is of them: minus their length-normalized log-probability.
+    """The vectors of the readable ones of ``images`` (:meth:`Diptych.vectors`); and, with ``drafts``, their captions,
+    and how uncertain the network is of them: minus their length-normalized log-probability.
     """
     beams = max(2, diptych.text_generation.beams)  # one beam has no score
     items, features, texts, nats = [], [], [], []
     for pixels_B3SS, some in image_batches(
-        images.source, images.items, size=diptych.tokenizer.image_size, skipped=skipped, rows=_ROWS
+        images.source, images.items, size=diptych.image_size, skipped=skipped, rows=_ROWS
     ):
-        tokens_BN = diptych.tokenizer.encode(pixels_B3SS.to(diptych.device))
-        with autocast(diptych.device, diptych.precision):
-            states_BND = diptych.model.encode(diptych.model.embed_image(tokens_BN)).image_BKD
-        features.append(states_BND.float().mean(1).cpu().numpy())
+        encoded = diptych.encode(pixels_B3SS.permute(0, 2, 3, 1).numpy())
+        features.append(diptych.vectors(encoded).cpu().numpy())
         items.append(some)
         if drafts:
-            found = diptych.caption_tokens(tokens_BN, beams=beams)
+            found = diptych.caption_encoded(encoded, beams=beams)
             texts += [caption.text for caption in found]
             nats += [-caption.score for caption in found if caption.score is not None]
         advance(sum(map(len, items)), len(images.items))
@@ -451,7 +477,10 @@ def _compare_run(run: Path, source: Source, found: Evaluation, *, encoder: str |
     except (UserError, KeyError, TypeError) as error:
         why = f"No baselines: the run does not tell its pairs ({first_line(error)})."
         return Comparison(source=source.name, select="cider", baselines=[], advice=_ADVICE, notes=[why])
-    encoder, select = encoder or fields.get("baseline_encoder"), fields.get("select", "cider")
+    encoder, select = (
+        encoder or fields.get("baseline_encoder") or fields.get("image_encoder"),
+        fields.get("select", "cider"),
+    )
     comparison = compare(data, source, found.items, encoder=encoder, select=select, device=device)
     return replace(comparison, scores=found.metrics)
 

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from diptych.data.batch import ImageTokenExamples
 from diptych.errors import UserError
 from diptych.itit.model import ITIT
 from diptych.rng import StepRNG
@@ -113,21 +114,21 @@ def image_canvases(
 @torch.no_grad()
 def generate_text(
     model: ITIT,
-    tokens_BN: Int[Tensor, "B N"],
+    images: ImageTokenExamples,
     config: TextGenerationConfig,
     *,
     banned_V: Bool[Tensor, "V"],
     length: int,
     candidates: bool = False,
 ) -> tuple[Int[Tensor, "B ... L"], Float[Tensor, "B ..."] | None]:
-    """Generate a text for each image; all image tokens are visible and the encoder gets the empty text.
+    """Generate a text for each image, read from the whole of it (:meth:`ITIT.caption_prefix`).
 
     Returns ids of at most ``length`` tokens, without those of ``banned_V``, and the scores of the beam search (None
     with one beam). With ``candidates``, all that the search ends with, the best first; this needs two beams.
     """
-    prefix_BND = model.encode(model.embed_image(tokens_BN)).image_BKD
-    rows = len(tokens_BN)
-    decoding = model.start_text(prefix_BND, length=length, beams=config.beams)
+    prefix_BPD = model.caption_prefix(images.tokens_BN, images.image_features_BG)
+    rows = len(images)
+    decoding = model.start_text(prefix_BPD, length=length, beams=config.beams)
     if config.beams == 1:
         return greedy(decoding, rows, length=length, banned_V=banned_V), None
     ids_BWL, score_BW = beam_search(

@@ -4,8 +4,8 @@ Li et al., "Leveraging Unpaired Data for Vision-Language Generative Models via C
 appendix B.
 
 Shapes: B rows, N image tokens, K image tokens kept for the encoder, C codebook entries, L text tokens, P positions of
-the text decoder's image prefix, F width of the frozen text features, V vocabulary, D encoder width, W text decoder
-width.
+the text decoder's image prefix, F width of the frozen text features, G width of a pretrained encoder's image features,
+V vocabulary, D encoder width, W text decoder width.
 """
 
 import math
@@ -18,7 +18,9 @@ from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from diptych.encoders.image import ImageEncoder
 from diptych.errors import UserError
+from diptych.itit.image_features import ImageFeatures
 from diptych.nn.inference import Derived, PackedLinear, pack_linears
 from diptych.nn.transformer import Blocks, LayerCache, init_fan_in, init_weights, prefix_causal
 from diptych.rng import StepRNG
@@ -72,6 +74,9 @@ class ItitConfig:
     text_input: FeatureKind = "output"
     """Frozen text features: the output of the text encoder, or its output beside its input embeddings. A small encoder
     mixes all words of a text into each feature, and which word stands where is then hard to recover."""
+    image_features: int = 0
+    """Width of the image features that captions are read from (G); 0: they are read from image tokens, as in the paper.
+    A run takes it from its image encoder."""
     text_window: int = 1
     """Number of neighbouring tokens whose features the text projection reads at once; an odd number. With more than 1 a
     token knows the words around it without learning that by attention."""
@@ -79,8 +84,10 @@ class ItitConfig:
     """Whether the frozen text features are given mean 0 and variance 1 in every direction. The features of a small
     encoder vary in few directions, in which all words look alike."""
 
-    def build(self, tokenizer: ImageTokenizer, text_encoder: TextEncoder) -> "ITIT":
-        """The network for this tokenizer and this text encoder, whose sizes replace the config's own."""
+    def build(
+        self, tokenizer: ImageTokenizer, text_encoder: TextEncoder, image_encoder: ImageEncoder | None = None
+    ) -> "ITIT":
+        """The network for this tokenizer and these encoders, whose sizes replace the config's own."""
         if self.text_window % 2 == 0:
             raise UserError(f"--model.text-window {self.text_window}: a token in the middle needs an odd number")
         config = replace(
@@ -89,6 +96,7 @@ class ItitConfig:
             codebook_size=tokenizer.codebook_size,
             text_features=text_encoder.width,
             vocab_size=text_encoder.vocab_rows,
+            image_features=0 if image_encoder is None else image_encoder.width,
         )
         return ITIT(config)
 
@@ -141,6 +149,9 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         self.image_head = nn.Sequential(nn.Linear(c.width, c.width), nn.GELU(), nn.LayerNorm(c.width))
         self.image_bias = nn.Parameter(torch.empty(c.codebook_size))
 
+        self.image_features: ImageFeatures | None = None
+        if c.image_features:
+            self.image_features = ImageFeatures(width=c.width, features=c.image_features, text_features=c.text_features)
         width = c.text_decoder_width
         self.prefix_projection = nn.Sequential(nn.Linear(c.width, width), nn.LayerNorm(width))
         self.word_embedding = nn.Embedding(c.vocab_size, width)
@@ -241,6 +252,16 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         is_null = encoded.text_BLD.shape[1] == 1
         x = self.image_decoder(x, attend=None if is_null else _attend_to_valid(encoded.valid_BL, positions))
         return self.image_head(x[:, :positions]) @ self.token_embedding.weight.T + self.image_bias
+
+    def caption_prefix(
+        self, tokens_BN: Int[Tensor, "B N"], image_features_BG: Float[Tensor, "B G"] | None
+    ) -> Float[Tensor, "B P D"]:
+        """What a caption of a whole image is read from: its features if the network was built for them (P = 1), else
+        the encoder's output for all its tokens and the empty text (P = N)."""
+        if self.image_features is None:
+            return self.encode(self.embed_image(tokens_BN)).image_BKD
+        assert image_features_BG is not None
+        return self.image_features(image_features_BG)
 
     def text_logits(
         self, prefix_BPD: Float[Tensor, "B P D"] | None, inputs_BL: Int[Tensor, "B L"]

@@ -75,6 +75,9 @@ class ItitObjectiveConfig:
     """Factor on the text decoder's gradient where it enters the encoder."""
     gumbel: float = 1.0
     """Factor on the Gumbel noise in the straight-through estimate of T2I2T; 0 is a plain softmax."""
+    image_feature_noise: float = 0.3
+    """Share of a random pair's residual in the image features that T2I2T guesses from a text. It matters only to a
+    network that reads captions from image features."""
     image_generation: ImageGenerationConfig = field(
         default_factory=lambda: ImageGenerationConfig(steps=8, guidance=0.0, temperature=4.0)
     )
@@ -151,10 +154,16 @@ class ItitObjective(Objective):
         L_I2I = - E sum over hidden k of log p(i_k | I_M), equation (2) with the empty text. It trains the
         unconditional branch of classifier-free guidance. A weight of 0 leaves out its pass, a fifth of a step.
         """
-        masking = self._sample_masking(self.config.text_masking, pairs, rng, "i2t")
-        encoded = self._encode(self.model.embed_image(pairs.tokens_BN), masking)
-        i2i = {"i2i": self._image_loss(encoded, pairs.tokens_BN, masking)} if self.config.weights.i2i else {}
-        return {"i2t": self._text_loss(encoded, pairs.ids_BL, pairs.valid_BL)} | i2i
+        reader = self.model.image_features
+        prefix_BPD = None if reader is None else reader(pairs.image_features_BG)
+        i2i = {}
+        if prefix_BPD is None or self.config.weights.i2i:
+            masking = self._sample_masking(self.config.text_masking, pairs, rng, "i2t")
+            encoded = self._encode(self.model.embed_image(pairs.tokens_BN), masking)
+            prefix_BPD = self._scaled(encoded) if prefix_BPD is None else prefix_BPD
+            if self.config.weights.i2i:
+                i2i = {"i2i": self._image_loss(encoded, pairs.tokens_BN, masking)}
+        return {"i2t": self._text_loss(prefix_BPD, pairs.ids_BL, pairs.valid_BL)} | i2i
 
     # Unpaired texts
 
@@ -164,8 +173,14 @@ class ItitObjective(Objective):
         First, an image I' is generated from T, without gradient. Then part of I' is hidden and predicted once more,
         with gradient, which gives ~I; the half cycle leaves this out and takes I' for ~I. Finally, part of ~I is
         hidden, and the rest is captioned.
+
+        A network that reads captions from image features needs no ~I but its features, which it guesses from T.
         """
         features_BLF = self._text_features(texts)
+        if (reader := self.model.image_features) is not None:
+            noise = self.config.image_feature_noise
+            guessed_BG = reader.of_texts(features_BLF, texts.valid_BL, noise=noise, rng=rng)
+            return self._text_loss(reader(guessed_BG), texts.ids_BL, texts.valid_BL)
         network = self.teacher or self.model
         with eval_mode(network):
             pseudo_BN = generate_image_tokens(
@@ -177,7 +192,8 @@ class ItitObjective(Objective):
         else:
             image_BND = self.model.embed_image(pseudo_BN)
         second = self._sample_masking(self.config.text_masking, texts, rng, "t2i2t/second")
-        return self._text_loss(self._encode(image_BND, second), texts.ids_BL, texts.valid_BL)
+        prefix_BKD = self._scaled(self._encode(image_BND, second))
+        return self._text_loss(prefix_BKD, texts.ids_BL, texts.valid_BL)
 
     def _predict_image(
         self,
@@ -220,13 +236,13 @@ class ItitObjective(Objective):
         network, banned_V = self.teacher or self.model, self.text_encoder.banned_V
         with eval_mode(network):
             pseudo_BL, _ = generate_text(
-                network, tokens_BN, _ONE_BEAM, banned_V=banned_V, length=self.model.config.max_text_len
+                network, images, _ONE_BEAM, banned_V=banned_V, length=self.model.config.max_text_len
             )
         pseudo_BL = pseudo_BL[:, : int((pseudo_BL != PAD).sum(1).max())]
         valid_BL = pseudo_BL != PAD
         if self.config.images == "full":
             first = self._sample_masking(self.config.text_masking, images, rng, "i2t2i/first")
-            embedded_BLE = self._predict_text(tokens_BN, first, pseudo_BL)
+            embedded_BLE = self._predict_text(images, first, pseudo_BL)
             features_BLF = self.text_encoder.features_from_embeddings(embedded_BLE, valid_BL)
         else:
             features_BLF = self.text_encoder.features(pseudo_BL, valid_BL)
@@ -236,15 +252,19 @@ class ItitObjective(Objective):
         return loss, torch.tensor(len(pseudo_BL.unique(dim=0)) / len(pseudo_BL), device=loss.device)
 
     def _predict_text(
-        self, tokens_BN: Int[Tensor, "B N"], masking: Masking, pseudo_BL: Int[Tensor, "B L"]
+        self, images: ImageTokenExamples, masking: Masking, pseudo_BL: Int[Tensor, "B L"]
     ) -> Float[Tensor, "B L E"]:
         """The text encoder's embeddings of ~t_l = argmax p(t_l | I_M, t'_0 .. t'_{l-1}), straight through a softmax.
 
         The gradient stops after the encoder, as in T2I2T.
         """
-        with torch.no_grad():
-            encoded = self._encode(self.model.embed_image(tokens_BN), masking)
-        logits_BLV = self.model.text_logits(encoded.detach().image_BKD, shift_right(pseudo_BL)).float()
+        if (reader := self.model.image_features) is not None:
+            prefix_BPD = reader(images.image_features_BG)
+        else:
+            with torch.no_grad():
+                encoded = self._encode(self.model.embed_image(images.tokens_BN), masking)
+            prefix_BPD = encoded.image_BKD
+        logits_BLV = self.model.text_logits(prefix_BPD.detach(), shift_right(pseudo_BL)).float()
         logits_BLV = logits_BLV.masked_fill(self.text_encoder.banned_V, -torch.inf)
         return straight_through_embedding(logits_BLV, self.text_encoder.embedding.weight)
 
@@ -262,15 +282,15 @@ class ItitObjective(Objective):
         return token_loss(logits_BNC, tokens_BN, masking.hidden_BN, label_smoothing=self.config.label_smoothing)
 
     def _text_loss(
-        self, encoded: Encoded | None, ids_BL: Int[Tensor, "B L"], valid_BL: Bool[Tensor, "B L"]
+        self, prefix_BPD: Float[Tensor, "B P D"] | None, ids_BL: Int[Tensor, "B L"], valid_BL: Bool[Tensor, "B L"]
     ) -> Float[Tensor, ""]:
-        """- sum over l of log p(t_l | encoded, t_0 .. t_{l-1}): the common part of equations (1) and (3).
-
-        Between the encoder and the text decoder stands z <- 0.1 z + sg(0.9 z), with ``encoder_grad_scale`` for 0.1.
-        """
-        prefix = None if encoded is None else scale_gradient(encoded.image_BKD, self.config.encoder_grad_scale)
-        logits_BLV = self.model.text_logits(prefix, shift_right(ids_BL))
+        """- sum over l of log p(t_l | prefix, t_0 .. t_{l-1}): the common part of equations (1) and (3)."""
+        logits_BLV = self.model.text_logits(prefix_BPD, shift_right(ids_BL))
         return token_loss(logits_BLV, ids_BL, valid_BL, label_smoothing=self.config.label_smoothing)
+
+    def _scaled(self, encoded: Encoded) -> Float[Tensor, "B K D"]:
+        """What the text decoder reads of the encoder: z <- 0.1 z + sg(0.9 z), with ``encoder_grad_scale`` for 0.1."""
+        return scale_gradient(encoded.image_BKD, self.config.encoder_grad_scale)
 
     def _encode(
         self,

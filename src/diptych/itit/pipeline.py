@@ -21,9 +21,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from diptych.data.batch import ImageTokenExamples
 from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
-from diptych.encoders.image import ImageEncoder, resize
+from diptych.encoders.image import ImageEncoder, open_image_encoder, resize
 from diptych.errors import UserError
 from diptych.io import load_network, weights_digest
 from diptych.itit.generation import (
@@ -46,6 +47,8 @@ Advance = Callable[[int, int], None]
 
 _ROWS = 64
 """Number of rows generated at once."""
+_FEATURE_ROWS = 8
+"""Number of images whose features are computed at once. On a CPU a convolutional network is fastest in few rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,16 +104,21 @@ class Diptych:
         model: ITIT,
         *,
         text_tokenizer: TextTokenizer | None = None,
+        image_encoder: ImageEncoder | None = None,
         image_generation: ImageGenerationConfig | None = None,
         text_generation: TextGenerationConfig | None = None,
         device: str | torch.device = "cpu",
         precision: Precision = "auto",
     ) -> None:
-        """``text_encoder`` may be a function that loads it: captions need only its ``text_tokenizer``, given then."""
+        """``text_encoder`` may be a function that loads it: captions need only its ``text_tokenizer``, given then.
+
+        ``image_encoder`` is needed by a network that reads captions from its features, and by no other.
+        """
         self.precision: Precision = precision
         self.device = torch.device(device)
         self.tokenizer = tokenizer.to(self.device).eval()
         self.model = model.to(self.device).eval()
+        self.image_encoder = image_encoder if image_encoder is None else image_encoder.to(self.device).eval()
         self._text_encoder = text_encoder
         self._told: set[str] = set()  # unknown words, each named once
         self.text_tokenizer = text_tokenizer or self.text_encoder
@@ -125,7 +133,7 @@ class Diptych:
         """Load a run folder. Nothing outside it is read.
 
         Args:
-            run: folder with ``tokenizer/``, ``text_encoder/`` and ``model/``.
+            run: folder with ``tokenizer/``, ``text_encoder/``, ``model/`` and, if it has one, ``image_encoder/``.
             device: ``auto`` takes CUDA, then MPS, then the CPU.
             precision: precision of the ITIT network. ``auto`` is bf16 where the device multiplies it, else fp32, as in
                 training. The tokenizer and the text encoder always compute in fp32.
@@ -141,6 +149,7 @@ class Diptych:
             lambda: TextEncoder.from_pretrained(run / "text_encoder"),
             load_network(ITIT, run / "model"),
             text_tokenizer=TextTokenizer.from_pretrained(run / "text_encoder"),
+            image_encoder=image_encoder_of(run),
             image_generation=image_generation,
             text_generation=text_generation,
             device=pick_device(device),
@@ -167,24 +176,25 @@ class Diptych:
         found: list[Caption] = []
         for start in range(0, len(images), _ROWS):
             pixels = np.stack([self.read(image) for image in images[start : start + _ROWS]])
-            found += self.caption_tokens(self.tokenize(pixels), beams=beams)
+            found += self.caption_encoded(self.encode(pixels), beams=beams)
         return found
 
-    def caption_tokens(
-        self, tokens_BN: Tensor, *, beams: int | None = None, advance: Advance | None = None
+    def caption_encoded(
+        self, images: ImageTokenExamples, *, beams: int | None = None, advance: Advance | None = None
     ) -> list[Caption]:
-        """One caption with its score for each row of image tokens. ``advance`` is called with the rows done and all."""
+        """One caption with its score for each encoded image. ``advance`` is called with the rows done and all."""
         config = self.text_generation if beams is None else replace(self.text_generation, beams=beams)
         length = self.model.config.max_text_len
         found: list[Caption] = []
-        for piece in tokens_BN.to(self.device).split(_ROWS):
+        for start in range(0, len(images), _ROWS):
+            piece = images[start : start + _ROWS].to(self.device)
             with autocast(self.device, self.precision):
                 ids_BL, score_B = generate_text(self.model, piece, config, banned_V=self._banned_V, length=length)
             scores = [None] * len(piece) if score_B is None else score_B.tolist()
             texts = self.text_tokenizer.detokenize(ids_BL)
             found += [Caption(text=text, score=score) for text, score in zip(texts, scores, strict=True)]
             if advance:
-                advance(len(found), len(tokens_BN))
+                advance(len(found), len(images))
         return found
 
     def candidates(
@@ -197,28 +207,30 @@ class Diptych:
     ) -> list[list[Caption]]:
         """Up to ``count`` different captions for each image, the best first; None takes as many as there are beams.
 
-        With ``best_of`` they are ranked as by :meth:`candidate_tokens`.
+        With ``best_of`` they are ranked as by :meth:`candidates_encoded`.
         """
         count = count or beams or self.text_generation.beams
         images = one_or_more(images)
         found: list[list[Caption]] = []
         for start in range(0, len(images), _ROWS):
             pixels = np.stack([self.read(image) for image in images[start : start + _ROWS]])
-            found += self.candidate_tokens(self.tokenize(pixels), count=count, best_of=best_of, beams=beams)
+            found += self.candidates_encoded(self.encode(pixels), count=count, best_of=best_of, beams=beams)
         return found
 
     @torch.no_grad()
-    def candidate_tokens(
-        self, tokens_BN: Tensor, *, count: int, best_of: int | None = None, beams: int | None = None
+    def candidates_encoded(
+        self, images: ImageTokenExamples, *, count: int, best_of: int | None = None, beams: int | None = None
     ) -> list[list[Caption]]:
-        """Up to ``count`` different captions for each row of image tokens, the best first.
+        """Up to ``count`` different captions for each encoded image, the best first.
 
         They are what a beam search ends with, of as many beams at least. With ``best_of``, so many of them are ranked
         by log p(image | caption): all image tokens are hidden, and each is predicted from the caption alone.
         """
         config = replace(self.text_generation, beams=max(2, count, best_of or 0, beams or self.text_generation.beams))
         found: list[list[Caption]] = []
-        for piece in tokens_BN.to(self.device).split(max(1, _ROWS // config.beams)):
+        step = max(1, _ROWS // config.beams)
+        for start in range(0, len(images), step):
+            piece = images[start : start + step].to(self.device)
             with autocast(self.device, self.precision):
                 ids_BWL, score_BW = generate_text(
                     self.model,
@@ -229,7 +241,7 @@ class Diptych:
                     candidates=True,
                 )
             assert score_BW is not None
-            for tokens_N, ids_WL, scores in zip(piece, ids_BWL, score_BW.tolist(), strict=True):
+            for tokens_N, ids_WL, scores in zip(piece.tokens_BN, ids_BWL, score_BW.tolist(), strict=True):
                 texts = self.text_tokenizer.detokenize(ids_WL)
                 rows = list(
                     {text: row for row, text in reversed(list(enumerate(texts))) if scores[row] > -1e9}.values()
@@ -260,10 +272,33 @@ class Diptych:
         logits_BNC = self.model.image_logits(encoded, hidden_BN)
         return cross_entropy(logits_BNC.float().transpose(1, 2), tokens_BN, reduction="none").mean(1)
 
-    def tokenize(self, pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Int[Tensor, "B N"]:
-        """Image tokens of images that have the tokenizer's size."""
+    def encode(self, pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> ImageTokenExamples:
+        """What the network sees of square images: their tokens and, if it reads captions from them, their features.
+
+        Images of another size than :attr:`image_size` are resized.
+        """
+        encode_tokens, encode_features = image_encoders(self.tokenizer, self.image_encoder)
         pieces = channels_first(pixels_BSS3).split(_ROWS)
-        return torch.cat([self.tokenizer.encode(piece.to(self.device)) for piece in pieces])
+        tokens_BN = torch.cat([encode_tokens(piece) for piece in pieces])
+        if encode_features is None:
+            return ImageTokenExamples(tokens_BN=tokens_BN)
+        features_BG = torch.cat([encode_features(piece) for piece in pieces])
+        return ImageTokenExamples(tokens_BN=tokens_BN, image_features_BG=features_BG)
+
+    @torch.no_grad()
+    def vectors(self, images: ImageTokenExamples) -> Float[Tensor, "B D"]:
+        """A vector for each encoded image, by which images can be compared: its pretrained features if there are any,
+        else the mean of the encoder's output over its tokens."""
+        if images.image_features_BG is not None:
+            return images.image_features_BG.float()
+        with autocast(self.device, self.precision):
+            pieces = [self.model.caption_prefix(rows, None).mean(1) for rows in images.tokens_BN.split(_ROWS)]
+        return torch.cat(pieces).float()
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels at which images are best read."""
+        return read_size(self.tokenizer, self.image_encoder)
 
     # Images
 
@@ -399,8 +434,8 @@ class Diptych:
         return steps
 
     def read(self, image: ImageLike) -> UInt8[np.ndarray, "S S 3"]:
-        """The image's centre square at the tokenizer's size, as :func:`to_pixels`."""
-        return to_pixels(image, self.tokenizer.image_size)
+        """The image's centre square at :attr:`image_size`, as :func:`to_pixels`."""
+        return to_pixels(image, self.image_size)
 
 
 def _generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfig]:
@@ -416,12 +451,48 @@ def _generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConf
         raise UserError(f"{run}/config.json: cannot be used ({error}): copy it again") from error
 
 
+def image_encoder_of(run: Path) -> ImageEncoder | None:
+    """The pretrained image encoder in a run folder; None where the run has none."""
+    folder = run / "image_encoder"
+    return open_image_encoder(folder) if folder.is_dir() else None
+
+
+def read_size(tokenizer: ImageTokenizer, image_encoder: ImageEncoder | None) -> int:
+    """Side in pixels of images from which both the tokens and the features can be computed."""
+    return max(tokenizer.image_size, 0 if image_encoder is None else image_encoder.image_size)
+
+
+def image_encoders(
+    tokenizer: ImageTokenizer, image_encoder: ImageEncoder | None
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
+    """Functions from uint8 pixels [B 3 S S] of any size to image tokens [B N], and to image features [B G] if any."""
+    device = tokenizer.codebook.device
+
+    def tokens(pixels_B3SS: Tensor) -> Tensor:
+        pixels_B3SS = pixels_B3SS.to(device)
+        if pixels_B3SS.shape[-1] != tokenizer.image_size:
+            pixels_B3SS = resize(pixels_B3SS.float(), tokenizer.image_size).round().to(torch.uint8)
+        return tokenizer.encode(pixels_B3SS)
+
+    @torch.no_grad()
+    def features(pixels_B3SS: Tensor) -> Tensor:
+        assert image_encoder is not None
+        return torch.cat([image_encoder(piece.to(device)).float() for piece in pixels_B3SS.split(_FEATURE_ROWS)])
+
+    return tokens, features if image_encoder is not None else None
+
+
 def data_tokenizers(
-    tokenizer: ImageTokenizer, text_encoder: TextEncoder, *, length: int, features: bool = False
+    tokenizer: ImageTokenizer,
+    text_encoder: TextEncoder,
+    *,
+    length: int,
+    features: bool = False,
+    image_encoder: ImageEncoder | None = None,
 ) -> DataTokenizers:
     """Both tokenizers as the encoding of data needs them; with ``features``, the text encoder's features too.
 
-    Texts are cut to ``length`` tokens.
+    With ``image_encoder`` its features too. Texts are cut to ``length`` tokens.
     """
     device = text_encoder.embedding.weight.device
 
@@ -429,9 +500,11 @@ def data_tokenizers(
         pieces = [text_encoder.features(piece, piece != PAD) for piece in ids_BL.to(device).split(256)]
         return torch.cat(pieces)
 
+    tokenize_images, image_features = image_encoders(tokenizer, image_encoder)
     return DataTokenizers(
-        image_size=tokenizer.image_size,
-        tokenize_images=lambda pixels_B3HW: tokenizer.encode(pixels_B3HW.to(device)),
+        image_size=read_size(tokenizer, image_encoder),
+        tokenize_images=tokenize_images,
+        image_features=image_features,
         tokenize_texts=lambda texts: text_encoder.tokenize(texts, length=length)[0],
         text_features=to_features if features else None,
         fingerprint="-".join(
@@ -440,6 +513,7 @@ def data_tokenizers(
                 weights_digest(text_encoder),
                 text_encoder.feature_kind,
                 str(length),
+                *([] if image_encoder is None else [weights_digest(image_encoder)]),
                 str(features),
             ]
         ),
@@ -456,7 +530,14 @@ def run_data_tokenizers(run: Path, *, features: bool) -> DataTokenizers:
     text_encoder = TextEncoder.from_pretrained(run / "text_encoder").to(device)
     model = read_config(run)["run"]["model"]
     text_encoder.feature_kind = model["text_input"]
-    return data_tokenizers(tokenizer, text_encoder, length=model["max_text_len"], features=features)
+    image_encoder = image_encoder_of(run)
+    return data_tokenizers(
+        tokenizer,
+        text_encoder,
+        length=model["max_text_len"],
+        features=features,
+        image_encoder=image_encoder if image_encoder is None else image_encoder.to(device),
+    )
 
 
 class ItitImageEncoder(ImageEncoder):

@@ -78,6 +78,34 @@ def itit_small() -> ItitRun:
     )
 
 
+def itit_frozen() -> ItitRun:
+    """ITIT of 4M parameters for photographs with few captions: read by a pretrained image encoder, which stays frozen.
+
+    Captions are read from the encoder's features, images are generated as tokens of 64 pixels.
+
+    Command: diptych fit itit-frozen --image-encoder package:efficientnet-lite0 --data.pairs 'photos.tar?split=train'
+             --data.max-pairs 600 --data.valid 'photos.tar?split=dev' --minutes 20 --out runs/photos
+    Scores: docs/results.md.
+    """
+    run = itit_small()
+    return replace(
+        run,
+        image_encoder=tyro.MISSING,
+        model=replace(SIZES["small"], depth=2, max_text_len=28, dropout=0.3, init="fan_in"),
+        objective=ItitObjectiveConfig(
+            texts="half",
+            images="half",
+            cycle_start_step=100,
+            image_masking=MaskingConfig(mode=1.0),
+            # Captions are not read from image tokens, so I2I has no pass to share and is learned from bare images.
+            weights=LossWeights(i2i=0.0, unpaired_i2i=1.0, t2i2t=0.3),
+            embedding_lr_scale=4.0,
+        ),
+        train=TrainConfig(steps=2000, batch_size=32, checkpoint_every=100, eval_every=200, ema=0.99),
+        optim=OptimConfig(lr=1e-3, warmup_steps=100),
+    )
+
+
 def itit_base() -> ItitRun:
     """ITIT-B of the paper: 221M parameters, 256 pixels, batch 2048, 1.5M steps.
 

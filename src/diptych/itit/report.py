@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from diptych.data.pixels import SkippedItems, read_captioned
 from diptych.data.sources import open_source
 from diptych.data.store import Store
 from diptych.itit.data import DataConfig, DataSplit
-from diptych.itit.evaluation import EvaluateConfig, evaluate
+from diptych.itit.evaluation import EvaluateConfig, ScoredImages, evaluate
 from diptych.itit.pipeline import Diptych
 from diptych.report.html import Captioned, Example, Section, Strip, Text
 from diptych.report.html import Comparison as ComparisonBlock
@@ -36,15 +35,12 @@ class Samples:
         self.valid = open_source(config.valid, columns=config.columns) if config.valid else None
         if self.valid is not None:
             self.scored = EvaluateConfig(limit=config.valid_images, max_skipped_share=config.max_skipped_share)
-            skipped = SkippedItems(max_skipped_share=config.max_skipped_share)
-            limit, size = config.valid_images, diptych.tokenizer.image_size
-            items, pixels = read_captioned(self.valid, limit=limit, size=size, skipped=skipped)
+            self.images = ScoredImages.read(diptych, self.valid, self.scored)
             if is_main_process():
-                for line in skipped.report(folder.parent / "skipped_valid.jsonl"):
+                for line in self.images.skipped.report(folder.parent / "skipped_valid.jsonl"):
                     print(line, file=sys.stderr, flush=True)
-            items, pixels = items[:_SHOWN], pixels[:_SHOWN]
-            self.pixels = list(pixels)
-            self.texts = [self.valid.captions(item)[0] for item in items]
+            self.pixels = list(self.images.pixels_BSS3[:_SHOWN])
+            self.texts = [self.valid.captions(item)[0] for item in self.images.items[:_SHOWN]]
         else:
             assert isinstance(data.pairs.source, Store)
             pairs = data.pairs.source.pairs(data.pairs.items, seed=0)
@@ -69,7 +65,7 @@ class Samples:
         save_png(self.folder / f"step-{step:08d}.png", sheet)
         if self.valid is None:
             return {"samples": sheet}
-        scores = evaluate(self.diptych, self.valid, self.scored).metrics
+        scores = evaluate(self.diptych, self.valid, self.scored, images=self.images).metrics
         return {"samples": sheet} | {f"valid/{name}": value for name, value in scores.items() if name != "images"}
 
     def sections(self) -> list[Section]:

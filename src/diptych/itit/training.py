@@ -16,16 +16,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diptych.data.batch import PairExamples, TextExamples
 from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import SkippedItems, channels_first, read_captioned
 from diptych.data.sources import open_source
 from diptych.data.store import Store
 from diptych.data.streams import BatchSampler
+from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
 from diptych.eval.baselines import Baseline, Comparison
 from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open_data, open_valid
 from diptych.itit.evaluation import ALONE, PAIRS_ONLY, compare
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
+from diptych.itit.image_features import mean_of_text
 from diptych.itit.model import ItitConfig
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych, data_tokenizers
@@ -71,6 +74,8 @@ _MOST_PAIRS_ONLY = 8.0
 """Largest number of steps on pairs alone for each step of the run: they cost less than those with cycles."""
 _WHITENED = 2000
 """Number of texts whose features decide the whitening."""
+_IMAGES_FITTED, _CAPTIONS_FITTED = 3000, 5
+"""Number of captioned images that decide which image features belong to a text, and of captions of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +85,35 @@ class TrainingInputs:
     tokenizer: ImageTokenizer
     text_encoder: TextEncoder
     encoded: DataSplit
+    image_encoder: ImageEncoder | None = None
 
     def text_features(self, *, texts: int) -> Float[Tensor, "M F"]:
         """Frozen features of the tokens of the first ``texts`` texts, padding left out."""
         stream = _store(self.encoded.texts).texts(self.encoded.texts.items)
         rows = np.arange(min(texts, stream.size))
         examples = stream.take(rows, np.zeros_like(rows))
-        features_BLF = examples.features_BLF
-        if features_BLF is None:
-            device = self.text_encoder.embedding.weight.device
-            features_BLF = self.text_encoder.features(examples.ids_BL.to(device), examples.valid_BL.to(device)).cpu()
-        return features_BLF[examples.valid_BL].float()
+        return self._features(examples)[examples.valid_BL].float()
+
+    def image_and_text_features(self, *, images: int) -> tuple[Float[Tensor, "X G"], Float[Tensor, "X F"]]:
+        """Features of the first ``images`` captioned images, and the means of those of up to five captions of each.
+
+        The captions of an image lie side by side; an image with fewer captions has some of them twice.
+        """
+        stream = _store(self.encoded.pairs).pairs(self.encoded.pairs.items, seed=0)
+        rows = np.arange(min(images, stream.size))
+        taken = [stream.take(rows, np.full_like(rows, epoch)) for epoch in range(_CAPTIONS_FITTED)]
+        of_texts = [mean_of_text(self._features(pairs), pairs.valid_BL) for pairs in taken]
+        features_XG = taken[0].image_features_BG
+        assert features_XG is not None
+        return features_XG.repeat_interleave(len(taken), 0), torch.stack(of_texts, dim=1).flatten(0, 1)
+
+    def _features(self, examples: PairExamples | TextExamples) -> Float[Tensor, "B L F"]:
+        """The cached features of the frozen text encoder, on the CPU; without a cache they are computed."""
+        if examples.features_BLF is not None:
+            return examples.features_BLF
+        device = self.text_encoder.embedding.weight.device
+        rows = [examples[start : start + 64].to(device) for start in range(0, len(examples), 64)]
+        return torch.cat([self.text_encoder.features(each.ids_BL, each.valid_BL).cpu() for each in rows])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -105,6 +128,9 @@ class ItitRun:
     """Image tokenizer: a diffusers VQModel folder, an earlier run or a hub name. Default: one is trained first."""
     text_encoder: str | None = None
     """Text encoder: a T5 folder, an earlier run or a hub name. Default: one is trained first."""
+    image_encoder: str | None = None
+    """Image encoder: a folder, hub name or package such as `package:efficientnet-lite0`. Captions are read from
+    its features in the place of image tokens. Default: none, as in the paper."""
     tokenizer_stage: TokenizerStage = field(default_factory=TokenizerStage)
     """Training of the image tokenizer, if none is given."""
     text_encoder_stage: TextEncoderStage = field(default_factory=TextEncoderStage)
@@ -127,7 +153,7 @@ class ItitRun:
     (on top of a budget's) in the folder `pairs_only` of the run. It needs `data.valid`."""
     baseline_encoder: str | None = None
     """Pretrained image encoder, by folder, hub name or package, whose features also find the nearest images for the
-    baselines that the run is compared with. Default: colour and gradient histograms alone."""
+    baselines that the run is compared with. Default: `image_encoder`; without one, histograms alone."""
     patience: int = 5
     """Number of validations in a row without a better one after which training ends, if `data.valid` is given."""
 
@@ -145,7 +171,7 @@ class ItitRun:
 
         plan = RunPlan(self.costs(), budget=Budget.of_run(out, budget), report=report)
         comparison = self._baselines()
-        if not all((out / part).is_dir() for part in ("tokenizer", "text_encoder")):
+        if not all((out / part).is_dir() for part in self._parts()):
             # A repeat of a run that is killed below finds here which tokenizers were made.
             write_config(out, recipe=recipe, run=self)
         inputs = self.prepare(out, plan)
@@ -224,7 +250,9 @@ class ItitRun:
         source = open_source(self.data.valid, columns=self.data.columns)
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
         items, _ = read_captioned(source, limit=self.data.valid_images, size=1, skipped=skipped)
-        comparison = compare(self.data, source, items, encoder=self.baseline_encoder, select=self.select)
+        comparison = compare(
+            self.data, source, items, encoder=self.baseline_encoder or self.image_encoder, select=self.select
+        )
         print_comparison(*comparison.table(), title=f"to beat on {source.name}", notes=comparison.notes)
         return comparison
 
@@ -233,6 +261,10 @@ class ItitRun:
         weights = replace(self.objective.weights, t2t=0.0, unpaired_i2i=0.0)
         objective = replace(self.objective, texts="off", images="off", weights=weights)
         return replace(self, objective=objective, compare="nothing")
+
+    def _parts(self) -> tuple[str, ...]:
+        """Folders of what is frozen in a run."""
+        return ("tokenizer", "text_encoder", *(["image_encoder"] if self.image_encoder else []))
 
     def _train_pairs_only(self, inputs: TrainingInputs, out: Path, *, seconds: float) -> list[Baseline]:
         """The network trained on the pairs alone for ``seconds``, as a row of the comparison; none if not asked for."""
@@ -244,7 +276,7 @@ class ItitRun:
             ALONE, self.pairs_only(), folder, lambda run: run.ready(inputs), most=_MOST_PAIRS_ONLY
         )
         write_config(folder, recipe="itit pairs only", run=run)
-        for part in ("tokenizer", "text_encoder"):
+        for part in self._parts():
             shutil.copytree(out / part, folder / part, dirs_exist_ok=True)
         objective, best = run.build(inputs), BestWeights(folder / "best", patience=run.patience)
         samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, folder / "samples")
@@ -318,6 +350,8 @@ class ItitRun:
             other = (before[given], before[stage]["model"]) != (now[given], now[stage]["model"])
             if other and (out / given).is_dir():
                 raise UserError(f"{out}: begun with another {given}: give the same one, or train into another folder")
+        if before.get("image_encoder") != now["image_encoder"]:
+            raise UserError(f"{out}: begun with another image_encoder: give the same one, or train into another folder")
 
     # The stages before the network's training
 
@@ -331,7 +365,9 @@ class ItitRun:
             print(told, flush=True)
         tokenizer = self._tokenizer(data, out, plan)
         text_encoder = self._text_encoder(data, out, plan)
-        return TrainingInputs(tokenizer, text_encoder, self._encode(data, tokenizer, text_encoder, out, plan))
+        image_encoder = self._image_encoder(out)
+        encoded = self._encode(data, tokenizer, text_encoder, image_encoder, out, plan)
+        return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder)
 
     def _tokenizer(self, data: DataSplit, out: Path, plan: RunPlan) -> ImageTokenizer:
         """The image tokenizer in ``out``; if there is none yet, the given one is copied there or one is trained."""
@@ -360,17 +396,34 @@ class ItitRun:
         text_encoder.feature_kind = self.model.text_input
         return text_encoder
 
+    def _image_encoder(self, out: Path) -> ImageEncoder | None:
+        """The image encoder in ``out``, where the given one is copied first; None if none is given."""
+        if self.image_encoder is None:
+            return None
+        if _is_missing(out / "image_encoder"):
+            _save_once(open_image_encoder(self.image_encoder), out / "image_encoder")
+        return open_image_encoder(out / "image_encoder")
+
     def _encode(
-        self, data: DataSplit, tokenizer: ImageTokenizer, text_encoder: TextEncoder, out: Path, plan: RunPlan
+        self,
+        data: DataSplit,
+        tokenizer: ImageTokenizer,
+        text_encoder: TextEncoder,
+        image_encoder: ImageEncoder | None,
+        out: Path,
+        plan: RunPlan,
     ) -> DataSplit:
-        """Image tokens and text ids of all data, and the text features if they are small enough to be stored."""
+        """Image tokens, text ids and image features of all data, and the text features if they are small enough."""
         device, length = pick_device(self.train.device), self.model.max_text_len
         tokenizer, text_encoder = tokenizer.to(device), text_encoder.to(device)
+        image_encoder = image_encoder if image_encoder is None else image_encoder.to(device)
         captions = _count_captions(data.texts) + (0 if data.texts is data.pairs else _count_captions(data.pairs))
         features_mb = captions * length * text_encoder.width * 2 / 2**20
         cached = features_mb <= self.data.feature_cache_mb
-        both = data_tokenizers(tokenizer, text_encoder, length=length)
-        with_features = data_tokenizers(tokenizer, text_encoder, length=length, features=cached)
+        both = data_tokenizers(tokenizer, text_encoder, length=length, image_encoder=image_encoder)
+        with_features = data_tokenizers(
+            tokenizer, text_encoder, length=length, features=cached, image_encoder=image_encoder
+        )
         data = _within_budget(data, with_features, plan, seed=self.data.split_seed)
 
         def encode(subset: Subset, name: str, tokenizers: DataTokenizers) -> Subset:
@@ -382,7 +435,7 @@ class ItitRun:
         if data.images is not data.pairs:
             images = encode(data.images, "images", replace(both, tokenize_texts=None))
         if data.texts is not data.pairs:
-            texts = encode(data.texts, "texts", replace(with_features, tokenize_images=None))
+            texts = encode(data.texts, "texts", replace(with_features, tokenize_images=None, image_features=None))
         return DataSplit(pairs=pairs, images=images, texts=texts)
 
     # The network and its training
@@ -411,7 +464,9 @@ class ItitRun:
         the text features."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
-            model = self.model.build(inputs.tokenizer, inputs.text_encoder)
+            model = self.model.build(inputs.tokenizer, inputs.text_encoder, inputs.image_encoder)
+            if model.image_features is not None:
+                model.image_features.fit(*inputs.image_and_text_features(images=_IMAGES_FITTED))
             if model.config.whiten_text:
                 model.fit_whitening(inputs.text_features(texts=_WHITENED))
             return ItitObjective(model, inputs.text_encoder, self.objective)
@@ -422,6 +477,7 @@ class ItitRun:
             inputs.tokenizer,
             inputs.text_encoder,
             objective.model,
+            image_encoder=inputs.image_encoder,
             image_generation=self.generation.image,
             text_generation=self.generation.text,
             device=pick_device(self.train.device),
@@ -537,7 +593,7 @@ def _is_missing(folder: Path) -> bool:
     return missing
 
 
-def _save_once(made: ImageTokenizer | TextEncoder, folder: Path) -> None:
+def _save_once(made: ImageTokenizer | TextEncoder | ImageEncoder, folder: Path) -> None:
     """Save from the first process; the others wait, as every process reads the saved files."""
     if is_main_process():
         save_model(made, folder)
