@@ -52,6 +52,20 @@ def test_captions_have_texts_and_scores(made, pixels):
     assert made.captions([]) == []
 
 
+def test_candidates_are_ranked_by_the_image_that_they_make_probable(made, pixels):
+    tokens = made.tokenize(pixels)
+    by_score = made.candidate_tokens(tokens, count=4)
+    assert [each[0].text for each in by_score] == [c.text for c in made.caption_tokens(tokens, beams=4)]
+    by_image = made.candidate_tokens(tokens, count=2, best_of=4)
+    for row, several in enumerate(by_image):
+        assert {each.text for each in several} <= {each.text for each in by_score[row]}
+        texts = [each.text for each in by_score[row]]
+        ids, _ = made.text_encoder.tokenize(texts, length=made.model.config.max_text_len)
+        nats = made.image_nats(tokens[row].expand(len(texts), -1), ids)
+        best = sorted(zip(nats.tolist(), texts, strict=True))[:2]
+        assert [each.image_score for each in several] == pytest.approx([-value for value, _ in best], abs=1e-3)
+
+
 def test_a_single_image_is_no_list_of_characters(made, run, wide, tmp_path):
     Image.fromarray(wide).save(tmp_path / "photo.png")
     expected = made.caption([tmp_path / "photo.png"])
@@ -120,7 +134,8 @@ def test_a_path_a_pil_image_and_an_array_give_the_same_caption(made, wide, tmp_p
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
 def test_pil_images_of_any_mode_are_read_as_files_are(made, wide, tmp_path, mode):
     if mode in ("I;16", "I", "F"):
-        image = Image.fromarray(wide[..., 0].astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+        kind, white = {"I;16": (np.uint16, 65535), "I": (np.int32, 255), "F": (np.float32, 255)}[mode]
+        image = Image.fromarray((wide[..., 0] * (white / 255)).astype(kind))
     else:
         image = Image.fromarray(wide).convert(mode)
     image.save(tmp_path / "image.tiff")

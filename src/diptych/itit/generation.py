@@ -118,38 +118,28 @@ def generate_text(
     *,
     banned_V: Bool[Tensor, "V"],
     length: int,
-) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B"] | None]:
+    candidates: bool = False,
+) -> tuple[Int[Tensor, "B ... L"], Float[Tensor, "B ..."] | None]:
     """Generate a text for each image; all image tokens are visible and the encoder gets the empty text.
 
     Returns ids of at most ``length`` tokens, without those of ``banned_V``, and the scores of the beam search (None
-    with one beam).
+    with one beam). With ``candidates``, all that the search ends with, the best first; this needs two beams.
     """
-    if config.beams == 1:
-        prefix_BND = model.encode(model.embed_image(tokens_BN)).image_BKD
-        return greedy(model.start_text(prefix_BND), len(tokens_BN), length=length, banned_V=banned_V), None
-    ids_BWL, score_BW = generate_candidates(model, tokens_BN, config, banned_V=banned_V, length=length)
-    return ids_BWL[:, 0], score_BW[:, 0]
-
-
-@torch.no_grad()
-def generate_candidates(
-    model: ITIT,
-    tokens_BN: Int[Tensor, "B N"],
-    config: TextGenerationConfig,
-    *,
-    banned_V: Bool[Tensor, "V"],
-    length: int,
-) -> tuple[Int[Tensor, "B W L"], Float[Tensor, "B W"]]:
-    """As :func:`generate_text`, but as many texts as there are beams, best first, by beam search also with one beam."""
     prefix_BND = model.encode(model.embed_image(tokens_BN)).image_BKD
-    return beam_candidates(
-        model.start_text(prefix_BND, beams=config.beams),
-        len(tokens_BN),
+    rows = len(tokens_BN)
+    if config.beams == 1:
+        return greedy(model.start_text(prefix_BND), rows, length=length, banned_V=banned_V), None
+    decoding = model.start_text(prefix_BND, beams=config.beams)
+    ids_BWL, score_BW = beam_search(
+        decoding,
+        rows,
         beams=config.beams,
         length=length,
         banned_V=banned_V,
         length_power=config.length_power,
+        settled=config.beams if candidates else 1,
     )
+    return (ids_BWL, score_BW) if candidates else (ids_BWL[:, 0], score_BW[:, 0])
 
 
 # Parallel decoding
@@ -334,8 +324,9 @@ def beam_search(
     length: int,
     banned_V: Bool[Tensor, "V"],
     length_power: float = 0.6,
-) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B"]]:
-    """The text with the best log p / ((5 + length) / 6) ** length_power of each row, and that score.
+    settled: int = 1,
+) -> tuple[Int[Tensor, "B W L"], Float[Tensor, "B W"]]:
+    """The texts with the best log p / ((5 + length) / 6) ** length_power of each row, best first, and these scores.
 
     The length counts `</s>`. GIT's penalty (after Wu et al., 2016) is not what `transformers` calls
     ``length_penalty``. With beams >= V ** L this is exhaustive search.
@@ -345,26 +336,12 @@ def beam_search(
         beams: hypotheses of a row that are continued at each position.
         length: most tokens of a text, `</s>` included. A text that is cut there ends in `</s>` too.
         banned_V: ids that no text may contain.
+        settled: how many of the best texts are those of the full search, which ends when no beam can better them. The
+            texts behind them may be worse or missing, with a score of minus infinity.
 
     Raises:
         UserError: less than one beam.
     """
-    ids_BWL, score_BW = beam_candidates(
-        decoding, rows, beams=beams, length=length, banned_V=banned_V, length_power=length_power
-    )
-    return ids_BWL[:, 0], score_BW[:, 0]
-
-
-def beam_candidates(
-    decoding: Decoding,
-    rows: int,
-    *,
-    beams: int,
-    length: int,
-    banned_V: Bool[Tensor, "V"],
-    length_power: float = 0.6,
-) -> tuple[Int[Tensor, "B W L"], Float[Tensor, "B W"]]:
-    """The finished texts of :func:`beam_search`, best first. Where fewer than W were found, the others score -inf."""
     if beams < 1:
         raise UserError(f"{beams} beams: at least one is needed")
     device, vocab_size = banned_V.device, len(banned_V)
@@ -397,7 +374,7 @@ def beam_candidates(
         newest = token_BW.flatten()
         # log p only falls, and no later length divides by more than the last one does.
         reachable_BW = alive_BW / ((5 + length) / 6) ** length_power
-        if bool((reachable_BW.amax(1) < best_BW.amax(1)).all()):
+        if bool((reachable_BW.amax(1) < best_BW[:, settled - 1]).all()):
             break
     return best_ids_BWL, best_BW
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num, UInt8
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
@@ -28,7 +29,6 @@ from diptych.io import load_network, weights_digest
 from diptych.itit.generation import (
     ImageGenerationConfig,
     TextGenerationConfig,
-    generate_candidates,
     generate_image_tokens,
     generate_text,
     image_canvases,
@@ -55,6 +55,8 @@ class Caption:
     text: str
     score: float | None
     """Length-normalized log-probability from the beam search; None with one beam."""
+    image_score: float | None = None
+    """Nats a token of the image, given the caption, negated; None unless candidates are ranked by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,24 +187,78 @@ class Diptych:
                 advance(len(found), len(tokens_BN))
         return found
 
-    def candidates(self, images: ImageLike | Sequence[ImageLike], *, beams: int | None = None) -> list[list[Caption]]:
-        """The different captions that the beam search ended with for each image, best first: at most ``beams``."""
-        config = self.text_generation if beams is None else replace(self.text_generation, beams=beams)
+    def candidates(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        count: int | None = None,
+        best_of: int | None = None,
+        beams: int | None = None,
+    ) -> list[list[Caption]]:
+        """Up to ``count`` different captions for each image, the best first; None takes as many as there are beams.
+
+        With ``best_of`` they are ranked as by :meth:`candidate_tokens`.
+        """
+        count = count or beams or self.text_generation.beams
         images = one_or_more(images)
         found: list[list[Caption]] = []
         for start in range(0, len(images), _ROWS):
-            tokens_BN = self.tokenize(np.stack([self.read(image) for image in images[start : start + _ROWS]]))
-            with autocast(self.device, self.precision):
-                ids_BWL, score_BW = generate_candidates(
-                    self.model, tokens_BN, config, banned_V=self._banned_V, length=self.model.config.max_text_len
-                )
-            for ids_WL, scores in zip(ids_BWL, score_BW.tolist(), strict=True):
-                best: dict[str, float] = {}  # two ways to split a text into tokens give the same text
-                for text, score in zip(self.text_tokenizer.detokenize(ids_WL), scores, strict=True):
-                    if score > -math.inf:
-                        best.setdefault(text, score)
-                found.append([Caption(text=text, score=score) for text, score in best.items()])
+            pixels = np.stack([self.read(image) for image in images[start : start + _ROWS]])
+            found += self.candidate_tokens(self.tokenize(pixels), count=count, best_of=best_of, beams=beams)
         return found
+
+    @torch.no_grad()
+    def candidate_tokens(
+        self, tokens_BN: Tensor, *, count: int, best_of: int | None = None, beams: int | None = None
+    ) -> list[list[Caption]]:
+        """Up to ``count`` different captions for each row of image tokens, the best first.
+
+        They are what a beam search ends with, of as many beams at least. With ``best_of``, so many of them are ranked
+        by log p(image | caption): all image tokens are hidden, and each is predicted from the caption alone.
+        """
+        config = replace(self.text_generation, beams=max(2, count, best_of or 0, beams or self.text_generation.beams))
+        found: list[list[Caption]] = []
+        for piece in tokens_BN.to(self.device).split(max(1, _ROWS // config.beams)):
+            with autocast(self.device, self.precision):
+                ids_BWL, score_BW = generate_text(
+                    self.model,
+                    piece,
+                    config,
+                    banned_V=self._banned_V,
+                    length=self.model.config.max_text_len,
+                    candidates=True,
+                )
+            assert score_BW is not None
+            for tokens_N, ids_WL, scores in zip(piece, ids_BWL, score_BW.tolist(), strict=True):
+                texts = self.text_tokenizer.detokenize(ids_WL)
+                rows = list(
+                    {text: row for row, text in reversed(list(enumerate(texts))) if scores[row] > -1e9}.values()
+                )
+                rows = sorted(rows)[: best_of or count]
+                if best_of:
+                    nats = self.image_nats(tokens_N.expand(len(rows), -1), ids_WL[rows]).tolist()
+                    made = [
+                        Caption(text=texts[r], score=scores[r], image_score=-n) for r, n in zip(rows, nats, strict=True)
+                    ]
+                    made.sort(key=lambda each: each.image_score or 0.0, reverse=True)
+                else:
+                    made = [Caption(text=texts[row], score=scores[row]) for row in rows]
+                found.append(made[:count])
+        return found
+
+    def image_nats(self, tokens_BN: Int[Tensor, "B N"], ids_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B"]:
+        """Nats a token of images, given captions; every image token is hidden, and none enters the encoder."""
+        valid_BL = ids_BL != PAD
+        hidden_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
+        encoded = self.model.encode(
+            self.model.embed_image(tokens_BN),
+            hidden_BN=hidden_BN,
+            keep_BK=tokens_BN[:, :0],
+            features_BLF=self.text_encoder.features(ids_BL, valid_BL),
+            valid_BL=valid_BL,
+        )
+        logits_BNC = self.model.image_logits(encoded, hidden_BN)
+        return cross_entropy(logits_BNC.float().transpose(1, 2), tokens_BN, reduction="none").mean(1)
 
     def tokenize(self, pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Int[Tensor, "B N"]:
         """Image tokens of images that have the tokenizer's size."""
