@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -39,7 +38,8 @@ def serve():
     yield serve
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.fixture
@@ -212,15 +212,16 @@ def test_labels_survive_reloads_and_kills(itit_run, photos, tmp_path, serve, bro
     visit.page.reload()
     visit.tab("Label")
     assert decide("e", "Control+a", "after the reload", "Enter")["decision"] == "edited"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.wait()
     assert [row["caption"] for row in saved()] == ["a cat of two colours", "", "after the reload"]
     texts = sorted(text.read_text() for text in photos.glob("*.txt"))
     assert texts == ["a cat of two colours\n", "after the reload\n"]
     visit = Visit(browser, serve(*arguments)[1])
     visit.tab("Label")
     # Captions beside the images are captions of the source by now.
-    assert "9 left" in visit.shown("#label-counts")
+    visit.shown("#label-image .key")
+    visit.until(lambda: "9 left" in visit.shown("#label-counts"))
     assert decide("e", "Control+a", "after the kill", "Enter")["caption"] == "after the kill"
     assert visit.elsewhere == []
 

@@ -8,7 +8,9 @@ import hmac
 import os
 import secrets
 import shutil
+import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -167,4 +169,6 @@ def serve(page: Any, *, host: str, port: int, token: str | None, ready: Callable
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
     shown = f"[{host}]" if ":" in host else host
     ready(f"http://{shown}:{bound.getsockname()[1]}/" + (f"?token={token}" if token else ""))
+    # uvicorn stops serving and then hands the signal on, which would end the process before the uploads are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     uvicorn.Server(config).run(sockets=[bound])
