@@ -521,6 +521,24 @@ def test_captions_of_a_data_set(call, run, set_of_images, tmp_path, mistaken, na
     assert every[1].startswith("39 images captioned: ")
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl", "out.parquet", "out.json"])
+def test_several_captions_of_each_image(call, run, set_of_images, tmp_path, mistaken, name):
+    ranked = ("--candidates", 2, "--best-of", 3)
+    record = json.loads(call("caption", run, set_of_images / "00.png", "--json", *ranked)[1])
+    texts = [each["caption"] for each in record["candidates"]]
+    assert len(set(texts)) == 2
+    assert texts[0] == record["caption"]
+    assert call("caption", run, set_of_images / "00.png", "--best-of", 3)[1] == f"{texts[0]}\n"
+    out = tmp_path / name
+    assert call("caption", run, set_of_images, "--out", out, *ranked)[0] == 1
+    kept = open_source(str(out)).captions(0)
+    assert kept == ([texts[0]] if texts[0] else [])  # the others are no captions
+    if name == "out.jsonl":
+        assert json.loads(out.read_text().splitlines()[0])["candidates"] == texts
+    mistaken(call("caption", run, set_of_images, "--candidates", 2), "only --json and --out FILE tell more than one")
+    mistaken(call("caption", run, set_of_images, "--best-of", 1), "--best-of 1: must be 2 or more")
+
+
 def test_captioning_that_is_killed_goes_on(call, run, set_of_images, tmp_path, mistaken, monkeypatch):
     from diptych.data import caption_file
 
@@ -577,6 +595,13 @@ def test_audit(call, run, dual_run, set_of_images, tmp_path, mistaken):
         "has learned from scenes:?count=20"
         in call("audit", "scenes:?count=20", "--run", dual_run, "--out", tmp_path / "own")[2]
     )
+    encoders = ("--image-encoder", dual_run, "--text-encoder", dual_run)
+    status, out, _ = call("audit", "scenes:?count=20&seed=5", *encoders, "--out", tmp_path / "encoders")
+    assert (status, f"{2:>7,}  caption does not fit" in out) == (0, True)
+    few = call("audit", "scenes:?count=1", *encoders, "--out", tmp_path / "few")
+    mistaken(few, "1 captioned images, too few to compare")
+    alone = call("audit", "scenes:?count=20", "--image-encoder", dual_run, "--out", tmp_path / "x")
+    mistaken(alone, "--image-encoder and --text-encoder together")
     mistaken(call("audit", set_of_images, "--out", tmp_path / "x", "--worst", 2), "--worst 2.0: a share")
     mistaken(call("audit", tmp_path / "none", "--out", tmp_path / "x"), "none: does not exist")
 
@@ -584,3 +609,39 @@ def test_audit(call, run, dual_run, set_of_images, tmp_path, mistaken):
 def replace_pairs(recipe, pairs):
     recipe.data.pairs = pairs
     return recipe
+
+
+def test_app_tells_mistakes_before_it_loads_anything(call, run, tmp_path, mistaken, monkeypatch):
+    mistaken(call("app"), "no run given", "diptych demo")
+    mistaken(call("app", tmp_path), "no run folder")
+    mistaken(call("app", run, "--data", "scenes:"), "--out go together")
+    mistaken(call("app", run, "--sidecars"), "--data")
+    mistaken(call("app", run, "--port", "0", "--token", "short"), "can be guessed")
+    mistaken(call("app", run, "--host", "203.0.113.7", "--port", "0"), "203.0.113.7", "cannot be listened on")
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    mistaken(call("app", run, "--port", "0"), "pip install 'diptych[app]'")
+
+
+def test_suggest(call, run, dual_run, set_of_images, tmp_path, mistaken):
+    """By ITIT, by a dual encoder, and by features alone; the table is a source."""
+    for given in ((run,), (dual_run,), ()):
+        out = tmp_path / f"next-{given[0].name if given else 'plain'}.csv"
+        status, told, err = call(
+            "suggest", *given, set_of_images, "--count", 5, "--out", out, "--max-skipped-share", 0.1
+        )
+        assert (status, err) == (0, "")
+        assert told.startswith(f"5 of 38 images without a caption in {out}, to be seen on {out.with_suffix('.png')}\n")
+        kept = open_source(f"{set_of_images}?keep={out}")
+        assert len({kept.key(i) for i in range(5)} - {"03.png", "07.png"}) == 5
+    status, told, err = call("suggest", set_of_images, "--captioned", "scenes:?count=3", "--count", 2, "--pool", 20)
+    assert (status, err, len(told.splitlines())) == (0, "", 2)
+    (set_of_images / "07.txt").unlink()
+    (set_of_images / "03.txt").unlink()
+    status, told, err = call("suggest", set_of_images, "--count", 2)
+    assert (status, err) == (0, "no image has a caption: --captioned SRC names those that have\n")
+    mistaken(call("suggest", "scenes:?count=5"), "scenes:?count=5: every image has a caption already")
+    mistaken(call("suggest", set_of_images, "--pool", 5), "--pool 5: must be at least --count, 100")
+    mistaken(call("suggest", "a", "b", "c"), "give a run and a source")
+    mistaken(call("suggest", set_of_images, "--out", tmp_path / "x.txt"), "x.txt: give a name that ends in .csv")

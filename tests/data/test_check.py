@@ -29,6 +29,13 @@ def photos(tmp_path):
     return tmp_path
 
 
+def test_classes_in_two_spellings_are_named(tmp_path):
+    for i, label in enumerate(["Cat", "cat", "dog"]):
+        Image.new("RGB", (4, 4), (i, i, i)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.cls").write_text(label)
+    assert check_source(open_source(str(tmp_path))).notes == ["classes that differ in spelling alone: 'Cat' and 'cat'"]
+
+
 def test_what_a_source_holds(photos):
     found = check_source(open_source(str(photos)))
     assert (found.items, list(found.captions), found.shared_captions) == (6, [1, 2, 0, 0, 2, 2], 1)

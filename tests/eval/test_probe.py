@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from diptych.errors import UserError
-from diptych.eval.probe import fit_linear, linear_probe
+from diptych.eval.probe import caption_fits, fit_linear, left_out_predictions, linear_probe
 
 
 def clouds(seed: int, *, items: int = 300, spread: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,3 +81,36 @@ def test_a_class_that_only_the_test_has_and_too_few_items():
     assert linear_probe(train[0], train[1].clamp(max=1), *test).accuracy < 0.8
     with pytest.raises(UserError, match="two training items or more, not 1"):
         linear_probe(train[0][:1], train[1][:1], *test)
+
+
+def test_what_is_left_out_is_as_if_it_had_never_been_there():
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 5, generator=draw).double(), torch.randn(30, 3, generator=draw).double()
+    queries, rows = torch.randn(40, 5, generator=draw).double(), torch.randint(30, (40,), generator=draw)
+    found = left_out_predictions(x, y, queries_QX=queries, row_of_Q=rows)
+    penalties = [s * torch.linalg.eigvalsh(x.T @ x).mean() for s in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)]
+
+    def without(i, penalty):
+        kept = torch.arange(30) != i
+        return torch.linalg.solve(x[kept].T @ x[kept] + penalty * torch.eye(5), x[kept].T @ y[kept])
+
+    errors = [sum((y[i] - x[i] @ without(i, p)).square().sum() for i in range(30)) for p in penalties]
+    best = penalties[int(torch.stack(errors).argmin())]
+    expected = torch.stack([q @ without(i, best) for q, i in zip(queries, rows, strict=True)])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_captions_of_other_images_fit_worst(each):
+    draw = torch.Generator().manual_seed(1)
+    meaning = torch.randn(200, 8, generator=draw)
+    images = meaning @ torch.randn(8, 20, generator=draw) + 0.3 * torch.randn(200, 20, generator=draw)
+    of_text = torch.arange(200).repeat_interleave(each)
+    texts = meaning[of_text] @ torch.randn(8, 12, generator=draw) + 0.3 * torch.randn(200 * each, 12, generator=draw)
+    wrong = torch.randperm(len(texts), generator=draw)[: len(texts) // 10]
+    texts[wrong] = texts[wrong.roll(1)]
+    fits = caption_fits(images, texts, of_text)
+    assert fits.shape == (200 * each,)
+    worst = set(fits.argsort()[: len(wrong)].tolist())
+    assert len(worst & set(wrong.tolist())) >= 0.85 * len(wrong)
+    torch.testing.assert_close(caption_fits(5 * images + 1, texts, of_text), fits, atol=1e-3, rtol=0)

@@ -191,8 +191,13 @@ def test_beam_search_with_enough_beams_is_brute_force(power, seed):
     ids, found = beam_search(decoding, 1, beams=beams, length=L, banned_V=NONE_BANNED, length_power=power)
     texts = [(*body, EOS) for n in range(L) for body in product([t for t in range(V) if t != EOS], repeat=n)]
     best = max(texts, key=lambda text: score(decoding.table, text, power))
-    assert tuple(ids[0].tolist()) == best + (PAD,) * (L - len(best))
-    assert found[0].item() == pytest.approx(score(decoding.table, best, power), abs=1e-5)
+    assert tuple(ids[0, 0].tolist()) == best + (PAD,) * (L - len(best))
+    assert found[0, 0].item() == pytest.approx(score(decoding.table, best, power), abs=1e-5)
+    ids, found = beam_search(
+        Markov(beams, seed), 1, beams=beams, length=L, banned_V=NONE_BANNED, length_power=power, settled=5
+    )
+    order = sorted(texts, key=lambda text: score(decoding.table, text, power), reverse=True)
+    assert [tuple(row) for row in ids[0, :5].tolist()] == [text + (PAD,) * (L - len(text)) for text in order[:5]]
 
 
 class Unequal(Markov):
@@ -215,7 +220,7 @@ def test_rows_of_a_batch_do_not_mix_and_leave_when_they_end(beams):
         if beams == 1:
             return greedy(decoding, len(starts), length=6, banned_V=NONE_BANNED), decoding
         ids, _ = beam_search(decoding, len(starts), beams=beams, length=6, banned_V=NONE_BANNED)
-        return ids, decoding
+        return ids[:, 0], decoding
 
     together, decoding = texts(list(range(12)))
     assert torch.equal(together, torch.cat([texts([start])[0] for start in range(12)]))
@@ -245,6 +250,7 @@ def test_banned_ids_never_appear_and_every_text_ends(beams):
             ids = greedy(Markov(2, seed, images=2), 2, length=L, banned_V=banned)
         else:
             ids, _ = beam_search(Markov(2 * beams, seed, images=2), 2, beams=beams, length=L, banned_V=banned)
+            ids = ids[:, 0]
         assert not (ids == 2).any()
         assert (ids == EOS).sum(1).eq(1).all()
 

@@ -7,7 +7,19 @@ from typing import Any
 
 import tyro
 
-from diptych.cli.inference import audit, caption, classify, cycle, embed, evaluate, export, imagine, search
+from diptych.cli.inference import (
+    app,
+    audit,
+    caption,
+    classify,
+    cycle,
+    embed,
+    evaluate,
+    export,
+    imagine,
+    search,
+    suggest,
+)
 from diptych.cli.training import check, demo, encode, features, fit, fit_for_help, recipes
 from diptych.errors import Interrupted, UserError
 
@@ -21,6 +33,7 @@ COMMANDS = {
     "recipes": recipes,
     "check": check,
     "audit": audit,
+    "suggest": suggest,
     "encode": encode,
     "features": features,
     "caption": caption,
@@ -29,6 +42,7 @@ COMMANDS = {
     "embed": embed,
     "search": search,
     "classify": classify,
+    "app": app,
     "export": export,
     "evaluate": evaluate,
 }

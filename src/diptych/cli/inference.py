@@ -17,8 +17,13 @@ from diptych.errors import UserError
 from diptych.run_folder import check_finished, kind_of, read_config
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from diptych.cli.images import ImageArguments
-    from diptych.itit.pipeline import Diptych
+    from diptych.data.sources import Source
+    from diptych.data.splits import Subset
+    from diptych.data.suggest import LookedAt
+    from diptych.itit.pipeline import Caption, Diptych
     from diptych.nn.inference import Prediction
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -39,6 +44,8 @@ def caption(
     out: Path | None = None,
     all: bool = False,
     beams: int | None = None,
+    candidates: int = 1,
+    best_of: int | None = None,
     device: Device = "auto",
 ) -> None:
     """Caption images: one line for each, or a file of captions for a whole data set.
@@ -55,13 +62,22 @@ def caption(
             writes it. `sidecars` writes a text beside each image file, where there is none.
         all: With --out, also caption images that have captions already. Texts beside images are never replaced.
         beams: Number of beams of the search; 1 is greedy. Default: the setting of the run.
+        candidates: Number of different captions of each image that --json and --out tell, the best first.
+        best_of: Number of captions of the beam search that are ranked anew, by how probable they make the image.
+            Default: they are ranked by the beam search.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
     if not images:
         raise UserError("no image given: diptych caption RUN IMAGE...")
     check_finished(run, "itit")
     _at_least_one("--beams", beams)
+    _at_least_one("--candidates", candidates)
     sidecars = out == Path("sidecars")
+    if candidates > 1 and not json and (out is None or sidecars):
+        raise UserError(f"--candidates {candidates}: only --json and --out FILE tell more than one")
+    if best_of is not None and best_of < max(2, candidates):
+        raise UserError(f"--best-of {best_of}: must be 2 or more, and --candidates or more")
+    ranked = {"candidates": candidates, "best_of": best_of} if candidates > 1 or best_of else {}
     if all and (out is None or sidecars):
         raise UserError("--all: goes with --out FILE alone: sidecars never replaces a caption")
     if out is not None and not sidecars:
@@ -71,20 +87,38 @@ def caption(
     given = _image_arguments(images)
 
     if out is not None:
-        _caption_into(out, given, run=run, every=all, beams=beams, device=device)
+        _caption_into(out, given, run=run, every=all, beams=beams, ranked=ranked, device=device)
         return
     diptych = _open(run, device)
     alone = len(images) == len(given.images) == 1
     for names, pixels in given.batches(diptych.tokenizer.image_size):
-        for name, found in zip(names, diptych.captions(pixels, beams=beams), strict=True):
-            record = {"file": name, "caption": found.text, "score": found.score}
-            line = json_format.dumps(record, ensure_ascii=False) if json else found.text
+        for name, several in zip(names, _captions(diptych, pixels, beams=beams, ranked=ranked), strict=True):
+            record: dict[str, Any] = {"file": name, "caption": several[0].text, "score": several[0].score}
+            if candidates > 1:
+                record["candidates"] = [{"caption": each.text, "score": each.score} for each in several]
+            line = json_format.dumps(record, ensure_ascii=False) if json else several[0].text
             print(line if json or alone else f"{name}: {line}", flush=True)
     given.exit_if_any_was_left_out()
 
 
+def _captions(
+    diptych: "Diptych", pixels: "np.ndarray", *, beams: int | None, ranked: dict[str, Any]
+) -> "list[list[Caption]]":
+    """Captions of each image, the best first: one, or as many and ranked as ``ranked`` says."""
+    if ranked:
+        return diptych.candidates(pixels, count=ranked["candidates"], best_of=ranked["best_of"], beams=beams)
+    return [[found] for found in diptych.captions(pixels, beams=beams)]
+
+
 def _caption_into(
-    out: Path, given: "ImageArguments", *, run: Path, every: bool, beams: int | None, device: Device
+    out: Path,
+    given: "ImageArguments",
+    *,
+    run: Path,
+    every: bool,
+    beams: int | None,
+    ranked: dict[str, Any],
+    device: Device,
 ) -> None:
     from diptych.data.caption_file import CaptionFile, MadeCaption, Sidecars
     from diptych.io import weights_digest
@@ -98,14 +132,20 @@ def _caption_into(
     if out == Path("sidecars"):
         file = Sidecars(names)
     else:
-        file = CaptionFile(out, made_by={"weights": weights_digest(diptych.model), "beams": beams})
+        file = CaptionFile(out, made_by={"weights": weights_digest(diptych.model), "beams": beams, **ranked})
     given.images = [image for image in images if image.name not in file.made]
     begun = len(images) - len(given.images)
     for batch, pixels in given.batches(diptych.tokenizer.image_size, advance=ProgressLine("captioning")):
-        found = diptych.captions(pixels, beams=beams)
+        found = _captions(diptych, pixels, beams=beams, ranked=ranked)
+        several = ranked.get("candidates", 1) > 1
         file.add(
             [
-                MadeCaption(file=name, caption=each.text, score=each.score)
+                MadeCaption(
+                    file=name,
+                    caption=each[0].text,
+                    score=each[0].score,
+                    candidates=[one.text for one in each] if several else [],
+                )
                 for name, each in zip(batch, found, strict=True)
             ]
         )
@@ -407,6 +447,64 @@ def export(run: RunArg, *, out: Path) -> None:
     print(f'open_clip.create_model_and_transforms("local-dir:{out}")')
 
 
+# The page: runs of any kind
+
+
+def app(
+    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")],
+    *,
+    index: tuple[Path, ...] = (),
+    data: str | None = None,
+    out: Path | None = None,
+    sidecars: bool = False,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    token: str | None = None,
+    device: Device = "auto",
+) -> None:
+    """Serve a local page to caption, generate, search, classify and label images with runs. Needs the extra `app`.
+
+    The page has the tabs for which it is given something: Caption, Draw and Cycle for an ITIT run; Classify for a dual
+    encoder or a classifier; Search for a dual encoder with --index; Label for an ITIT run with --data; Audit for an
+    ITIT run or a dual encoder with --data; Train for every run that has logged something, also while it trains.
+
+    Args:
+        runs: Run folders.
+        index: Folders that `diptych embed` wrote.
+        data: Source of images to label, or whose captions are to be audited.
+        out: Folder for what users decide about --data: labels.jsonl, a source of captions, and keep.jsonl, for ?keep=.
+        sidecars: Also write accepted captions beside their images, where there are none.
+        host: Address to listen on. All but loopback addresses need a token, which is made and printed if none is given.
+        port: Port to listen on.
+        token: Word that opens the page, of 8 characters or more.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+    """
+    if not runs:
+        raise UserError("no run given: diptych app RUN...; `diptych demo` trains runs to begin with")
+    if (data is None) != (out is None):
+        raise UserError("--data and --out go together: out is the folder for what is decided about the data")
+    if sidecars and data is None:
+        raise UserError("--sidecars: captions lie beside the images of --data: give it")
+    for run in runs:
+        kind_of(run)
+    from diptych.app.serve import listening, private_cache, token_for
+
+    token = token_for(host, token)
+    listening(host, port).close()  # said before networks are loaded
+    with private_cache():
+        try:
+            import gradio  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"diptych app needs gradio ({error}): pip install 'diptych[app]'") from error
+        from diptych.app.page import build
+        from diptych.app.runs import open_given
+        from diptych.app.serve import serve
+
+        given = open_given(runs, indexes=index, data=data, out=out, sidecars=sidecars, device=device)
+        print(f"tabs: {', '.join(given.tabs)}", flush=True)
+        serve(build(given), host=host, port=port, token=token, ready=lambda where: print(f"open {where}", flush=True))
+
+
 # Scores: runs of any kind
 
 
@@ -418,10 +516,20 @@ def _learned_from(run: Path, source: str) -> bool:
     return source in (pairs, pairs.partition("?")[0])
 
 
+def _has_frozen_towers(run: Path) -> bool:
+    """Whether a dual encoder has pretrained towers that its training left as they were."""
+    if not (run / "config.json").is_file():
+        return False
+    model = read_config(run).get("run", {}).get("model", {})
+    return model.get("image_tower") is not None and model.get("tune") == "heads"
+
+
 def audit(
     source: SourceArg,
     *,
     run: Path | None = None,
+    image_encoder: str | None = None,
+    text_encoder: str | None = None,
     out: Path,
     worst: float = 0.1,
     max_skipped_share: float = 1.0,
@@ -434,8 +542,12 @@ def audit(
 
     Args:
         source: Source of captioned images.
-        run: Run folder of a dual encoder, which compares cosines, or of ITIT, which compares how well captions are
-            explained by their own and by other images. Without a run, captions and images are not compared.
+        run: Run folder of ITIT, which compares how well captions are explained by their own and by other images, or of
+            a dual encoder, which compares cosines; frozen towers are taken as the two encoders below. Without a run or
+            encoders, captions and images are not compared.
+        image_encoder: Pretrained image encoder by folder, hub name or package, in the place of a run. How its features
+            and those of the text encoder belong together is learned from all other pairs of the source.
+        text_encoder: Pretrained text encoder by folder, hub name or package.
         out: Folder for the findings.
         worst: Share of the captions to leave out, those that fit worst, 0 to 1.
         max_skipped_share: Largest share of unreadable images at which the audit goes on, 0 to 1.
@@ -443,7 +555,11 @@ def audit(
     """
     if not 0 <= worst <= 1:
         raise UserError(f"--worst {worst}: a share from 0 to 1")
+    if (image_encoder is None) != (text_encoder is None) or (run is not None and image_encoder is not None):
+        raise UserError("give --run, or --image-encoder and --text-encoder together, or none of them")
     kind = check_finished(run, "dual", "itit") if run is not None else None
+    if run is not None and kind == "dual" and _has_frozen_towers(run):
+        image_encoder = text_encoder = str(run)
     from diptych.data.audit import Fit, write_audit
     from diptych.data.audit import audit as look_at
     from diptych.data.pixels import SkippedItems
@@ -456,13 +572,17 @@ def audit(
         raise UserError(f"{source}: has no images to look at")
     skipped = SkippedItems(max_skipped_share=max_skipped_share)
     fits: list[Fit] | None = None
-    if run is not None and _learned_from(run, source):
+    if run is not None and image_encoder is None and _learned_from(run, source):
         print(
             f"{run} has learned from {source}: it may know wrong captions by heart, which then seem to fit; "
             "better audit with a run of other pairs, e.g. one half with a run of the other half",
             file=sys.stderr,
         )
-    if run is not None and kind == "dual":
+    if image_encoder is not None and text_encoder is not None:
+        from diptych.eval.baselines import encoder_fits
+
+        fits = encoder_fits(opened, image_encoder, text_encoder, skipped=skipped, device=device)
+    elif run is not None and kind == "dual":
         from diptych.dual.evaluation import pair_fits
         from diptych.dual.model import open_dual
 
@@ -475,6 +595,135 @@ def audit(
     findings = look_at(opened, fits, worst=worst, advance=ProgressLine("comparing images"))
     for line in write_audit(opened, findings, out, spec=source):
         print(line)
+
+
+def suggest(
+    places: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN] SRC")],
+    *,
+    count: int = 100,
+    out: Path | None = None,
+    captioned: str | None = None,
+    features: str | None = None,
+    pool: int = 10_000,
+    max_skipped_share: float = 0.01,
+    device: Device = "auto",
+) -> None:
+    """Say which images to caption next: a line for each, best first, or a table to write the captions into.
+
+    Of the images without a caption, the fifth of which the run is most uncertain is taken, and of these the images that
+    stand for most others and are unlike those that have captions. Without a run all images are taken.
+
+    Args:
+        places: Run folder of ITIT, which is uncertain of its captions, or of a dual encoder, which is undecided among
+            the captions that there are; and the source of the images. Without a run their features decide alone.
+        count: Number of images to suggest.
+        out: Table that does not exist yet, .csv or .jsonl; a sheet of the images of the same name (.png) goes beside
+            it. With captions filled in, `SRC?keep=TABLE` is a source. Default: a line for each image.
+        captioned: Source of the images that have captions already. Default: those of SRC that have some.
+        features: Pretrained image encoder by folder, hub name or package, whose features decide what is alike. Default:
+            the run's own; without a run, colour and gradient histograms.
+        pool: Number of images that are looked at, of those with captions and of those without, a random part of more.
+        max_skipped_share: Largest share of unreadable images that is left out without stopping, 0 to 1.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+    """
+    if len(places) not in (1, 2):
+        raise UserError("give a run and a source, or a source alone: diptych suggest RUN SRC")
+    run, source = (Path(places[0]) if len(places) == 2 else None), places[-1]
+    _at_least_one("--count", count)
+    if pool < count:
+        raise UserError(f"--pool {pool}: must be at least --count, {count}")
+    if run is not None:
+        check_finished(run, "dual", "itit")
+    from diptych.data.suggest import check_format, write_suggestions
+    from diptych.data.suggest import suggest as choose
+
+    if out is not None:
+        check_format(out)
+    from diptych.data.sources import open_finite
+    from diptych.data.sources.columns import Columns
+
+    opened = open_finite(source, Columns())
+    if not opened.has_images:
+        raise UserError(f"{source}: has no images to caption")
+    known = opened if captioned is None else open_finite(captioned, Columns())
+    bare, done = _some_items(opened, pool, captions=False), _some_items(known, pool, captions=True)
+    if not len(bare.items):
+        raise UserError(f"{source}: every image has a caption already")
+    if not len(done.items):
+        print("no image has a caption: --captioned SRC names those that have", file=sys.stderr)
+    images, captioned_MF = _look_at(
+        bare, done, run=run, features=features, max_skipped_share=max_skipped_share, device=device
+    )
+    found = choose(opened, images, captioned_MF, count=count)
+    if out is None:
+        for each in found:
+            print(f"{each.key}  {each.draft}".rstrip())
+        return
+    sheet = write_suggestions(opened, found, out)
+    joined = "&" if "?" in source else "?"
+    print(f"{len(found):,} of {len(bare.items):,} images without a caption in {out}, to be seen on {sheet}")
+    print(f"with captions written into it, a source: '{source}{joined}keep={out}'")
+
+
+def _some_items(source: "Source", most: int, *, captions: bool) -> "Subset[Source]":
+    """The images that have captions or have none, a random part of them if there are more than ``most``."""
+    import numpy as np
+
+    from diptych.data.splits import Subset
+    from diptych.rng import derive_seed
+
+    held = [item for item in range(len(source)) if bool(source.captions(item)) == captions and source.has_images]
+    items = np.array(held, np.int64)
+    if len(items) > most:
+        items = np.sort(np.random.default_rng(derive_seed("suggest")).choice(items, most, replace=False))
+    return Subset(source, items)
+
+
+def _look_at(
+    bare: "Subset[Source]",
+    done: "Subset[Source]",
+    *,
+    run: Path | None,
+    features: str | None,
+    max_skipped_share: float,
+    device: Device,
+) -> "tuple[LookedAt, np.ndarray]":
+    """What the run says of the images without captions, and the features of those with."""
+    import numpy as np
+
+    from diptych.data.pixels import SkippedItems
+    from diptych.data.suggest import LookedAt
+    from diptych.report.terminal import ProgressLine
+
+    # Of each part so many may be unreadable.
+    skipped, skipped_known = (SkippedItems(max_skipped_share=max_skipped_share) for _ in range(2))
+    seen = known = None
+    if run is not None and kind_of(run) == "itit":
+        from diptych.itit.evaluation import looked_at as itit_looked_at
+
+        diptych = _open(run, device)
+        seen = itit_looked_at(diptych, bare, skipped=skipped, advance=ProgressLine("captioning"))
+        known = itit_looked_at(diptych, done, drafts=False, skipped=skipped_known) if len(done.items) else None
+    elif run is not None:
+        from diptych.dual.evaluation import looked_at
+        from diptych.dual.model import open_dual
+
+        encoder = open_dual(run, device=device)
+        texts = [text for item in done.items for text in done.source.captions(int(item))]
+        seen = looked_at(encoder, bare, texts, skipped=skipped, advance=ProgressLine("embedding images"))
+        known = looked_at(encoder, done, (), skipped=skipped_known) if len(done.items) else None
+    if run is None or features is not None:
+        from diptych.eval.baselines import image_features
+
+        items, bare_NF = image_features(bare if seen is None else replace(bare, items=seen.items_N), features, device)
+        seen = LookedAt(items_N=items, features_NF=bare_NF) if seen is None else replace(seen, features_NF=bare_NF)
+        known = (
+            LookedAt(items_N=done.items, features_NF=image_features(done, features, device)[1])
+            if len(done.items)
+            else None
+        )
+    assert seen is not None
+    return seen, np.empty((0, seen.features_NF.shape[1]), np.float32) if known is None else known.features_NF
 
 
 def evaluate(

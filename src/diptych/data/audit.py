@@ -64,6 +64,13 @@ class Finding:
     """Key of an earlier image that is the same or nearly so."""
     reasons: list[str] = field(default_factory=list)
     """What is to be looked at; empty for a pair that nothing speaks against."""
+    decided: bool | None = None
+    """Whether a user wants to keep it; None where none has said so."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the caption stays with its image: as the user says, else if nothing grave speaks against it."""
+        return self.decided if self.decided is not None else _GRAVE.isdisjoint(self.reasons)
 
 
 def audit(
@@ -195,7 +202,7 @@ def write_audit(source: Source, findings: Sequence[Finding], out: Path, *, spec:
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
     write_bytes(out / "audit.parquet", buffer.getvalue())
-    write_bytes(out / "keep.jsonl", _kept(findings).encode())
+    write_keep(findings, out / "keep.jsonl")
     if worst := [found for found in findings if found.fit is not None and found.reasons][:_ON_SHEET]:
         images, captions = [], []
         for found in worst:
@@ -209,22 +216,26 @@ def write_audit(source: Source, findings: Sequence[Finding], out: Path, *, spec:
 
 
 _NO_IMAGE = {"unreadable image", "image there twice"}
-_NO_CAPTION = {"caption does not fit", "caption there twice"}
-"""Reasons for which an image, or one caption of it, is not kept."""
+_GRAVE = {*_NO_IMAGE, "caption does not fit", "caption there twice"}
+"""Reasons for which an image is not kept, and those for which a caption is not kept."""
 
 
-def _kept(findings: Sequence[Finding]) -> str:
-    """A line {key, captions} for each image that is kept, with the captions that are kept."""
+def write_keep(findings: Sequence[Finding], file: Path) -> None:
+    """Write what `?keep=` reads: a line {key, captions} for each image that is kept, with the captions that are kept.
+
+    An image none of whose captions is kept stays without captions, unless the image itself is at fault.
+    """
     captions: dict[str, list[str]] = defaultdict(list)
     dropped: set[str] = set()
     order = sorted(findings, key=lambda found: found.item)
     for found in order:
-        if not _NO_IMAGE.isdisjoint(found.reasons):
-            dropped.add(found.key)
-        elif found.caption and _NO_CAPTION.isdisjoint(found.reasons):
+        if found.caption and found.kept:
             captions[found.key].append(found.caption)
-    keys = dict.fromkeys(found.key for found in order if found.key not in dropped)
-    return "".join(json.dumps({"key": key, "captions": captions[key]}) + "\n" for key in keys)
+        elif not _NO_IMAGE.isdisjoint(found.reasons) and not found.kept:
+            dropped.add(found.key)
+    keys = dict.fromkeys(found.key for found in order if found.key not in dropped or found.key in captions)
+    lines = [json.dumps({"key": key, "captions": captions.get(key, [])}) + "\n" for key in keys]
+    write_bytes(file, "".join(lines).encode())
 
 
 def _told(findings: Sequence[Finding], source: Source, out: Path, spec: str) -> list[str]:

@@ -8,7 +8,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class MadeCaption:
     caption: str
     score: float | None
     """Length-normalized log-probability; None with one beam."""
+    candidates: list[str] = field(default_factory=list)
+    """This caption and others, the best first, where several were asked for."""
 
 
 class CaptionFile:
@@ -101,46 +103,55 @@ class Sidecars:
         """Nothing: every text was whole when it was written."""
 
 
-def _path(file: str, out: Path) -> str:
+def path_in_table(file: str, out: Path) -> str:
     """How the table names an image file: relative to the table, as sources read it."""
     return os.path.relpath(file, out.parent) if os.path.isfile(file) else file
 
 
 def _csv(rows: Sequence[MadeCaption], out: Path) -> bytes:
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file_name", "caption", "score"])
-    writer.writerows([_path(row.file, out), row.caption, "" if row.score is None else row.score] for row in rows)
+    writer = csv.DictWriter(text, list(_record(rows[0], out)) if rows else _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for record in (_record(row, out) for row in rows):
+        lists = {"candidates": json.dumps(record["candidates"], ensure_ascii=False)} if "candidates" in record else {}
+        writer.writerow(record | lists)
     return text.getvalue().encode()
 
 
+_COLUMNS = ["file_name", "caption", "score"]
+
+
+def _record(row: MadeCaption, out: Path) -> dict[str, Any]:
+    """A row of a table. All rows of a file have candidates, or none has."""
+    record = dict(zip(_COLUMNS, (path_in_table(row.file, out), row.caption, row.score), strict=True))
+    return record | ({"candidates": row.candidates} if row.candidates else {})
+
+
 def _jsonl(rows: Sequence[MadeCaption], out: Path) -> bytes:
-    records = [{"file_name": _path(row.file, out), "caption": row.caption, "score": row.score} for row in rows]
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    return "".join(json.dumps(_record(row, out), ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _parquet(rows: Sequence[MadeCaption], out: Path) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
-    table = {
-        "file_name": pyarrow.array([_path(row.file, out) for row in rows], pyarrow.string()),
-        "caption": pyarrow.array([row.caption for row in rows], pyarrow.string()),
-        "score": pyarrow.array([row.score for row in rows], pyarrow.float32()),
-    }
+    text = pyarrow.string()
+    types = {"file_name": text, "caption": text, "score": pyarrow.float32(), "candidates": pyarrow.list_(text)}
+    records = [_record(row, out) for row in rows]
+    names = list(records[0]) if records else _COLUMNS
+    table = {name: pyarrow.array([record[name] for record in records], types[name]) for name in names}
     file = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(table), file)
     return file.getvalue()
 
 
 def _coco(rows: Sequence[MadeCaption], out: Path) -> bytes:
-    document = {
-        "images": [{"id": i, "file_name": _path(row.file, out)} for i, row in enumerate(rows, start=1)],
-        "annotations": [
-            {"id": i, "image_id": i, "caption": row.caption, "score": row.score} for i, row in enumerate(rows, start=1)
-        ],
-    }
-    return json.dumps(document, ensure_ascii=False).encode()
+    images, annotations = [], []
+    for number, row in enumerate(rows, start=1):
+        record = _record(row, out)
+        images.append({"id": number, "file_name": record.pop("file_name")})
+        annotations.append({"id": number, "image_id": number, **record})
+    return json.dumps({"images": images, "annotations": annotations}, ensure_ascii=False).encode()
 
 
 _FORMS = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet, ".json": _coco}

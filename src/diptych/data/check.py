@@ -113,9 +113,18 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
         unreadable=faults,
         sizes=sizes,
         twins=twins,
-        notes=list(source.notes) if isinstance(source, HasNotes) else [],
+        notes=[*(source.notes if isinstance(source, HasNotes) else ()), *_alike(labels)],
         samples=[(source.key(i), next(iter(texts[i]), "")) for i in _spread(len(source), 3)],
     )
+
+
+def _alike(labels: Iterable[str]) -> list[str]:
+    """A note on labels that differ in capitals and blanks alone."""
+    spellings: dict[str, list[str]] = {}
+    for label in labels:
+        spellings.setdefault(" ".join(label.casefold().split()), []).append(label)
+    several = [" and ".join(map(repr, each)) for each in spellings.values() if len(each) > 1]
+    return [f"classes that differ in spelling alone: {some(several, len(several))}"] if several else []
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ Shapes: I images, T texts, C classes, D width of the space, W width of the image
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from diptych.data.pixels import ReadableImages, SkippedItems
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
+from diptych.data.suggest import LookedAt
 from diptych.dual.metrics import (
     ENSEMBLE,
     PLAIN,
@@ -296,7 +297,7 @@ def embed_readable(
         items.append(found)
         embeddings.append(F.normalize(output.pooled_BD, dim=-1))
         states.append(output.state_BW)
-        advance(int(found[-1]) + 1, len(images.items))
+        advance(sum(map(len, items)), len(images.items))
     return EmbeddedImages(
         source=images.source,
         items_I=np.concatenate(items),
@@ -352,6 +353,27 @@ def pair_fits(
     fit_T = (cosine_T - means[0][own_T]) / sds[0][own_T] + (cosine_T - means[1]) / sds[1]
     places = [(int(item), number) for item in images.items_I for number in range(len(source.captions(int(item))))]
     return [Fit(item, number, fit) for (item, number), fit in zip(places, fit_T.tolist(), strict=True)]
+
+
+def looked_at(
+    encoder: DualEncoder,
+    images: Subset[Source],
+    texts: Sequence[str],
+    *,
+    skipped: SkippedItems,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> LookedAt:
+    """The image tower's features of the readable ones of ``images``, and how undecided it is among ``texts``: the
+    entropy in nats of the softmax over the cosines times the encoder's scale. Without texts it is not known.
+    """
+    rows = ReadableImages(images.source, images.items, size=encoder.image_size, skipped=skipped, rows=_ROWS)
+    found = embed_readable(encoder, rows, advance=advance)
+    entropy_N = None
+    if texts:
+        texts_TD = encoder.embed_texts(list(dict.fromkeys(texts)))
+        logs = [(encoder.scale * some_BD @ texts_TD.T).log_softmax(1) for some_BD in found.embedding_ID.split(_ROWS)]
+        entropy_N = torch.cat([-(each.exp() * each).sum(1) for each in logs]).detach().cpu().numpy()
+    return LookedAt(items_N=found.items_I, features_NF=found.state_IW.float().cpu().numpy(), uncertainty_N=entropy_N)
 
 
 def score_retrieval(pairs: EmbeddedPairs) -> dict[str, float]:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from diptych.data.class_texts import read_names
 from diptych.data.pixels import SkippedItems, channels_first, decode_files, read_images
-from diptych.data.sources import open_finite
+from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import decode
 from diptych.data.sources.text import clean, read_text
@@ -217,16 +218,21 @@ def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, devi
 class Index:
     """A store of embeddings together with the model that made it."""
 
-    def __init__(self, run: Path, store: Path, *, device: Device) -> None:
-        """Raises UserError for a store that another model made: its embeddings mean nothing to this model."""
+    def __init__(self, run: Path, store: Path, *, device: Device = "auto", encoder: DualEncoder | None = None) -> None:
+        """``encoder`` is that of the run, where it is loaded already.
+
+        Raises UserError for a store that another model made: its embeddings mean nothing to this model.
+        """
         self.store = VectorStore.open(store)
-        self.encoder = open_dual(run, device=device)
+        self.encoder = encoder or open_dual(run, device=device)
         if self.store.manifest.get("model") != weights_digest(self.encoder):
             made_by = self.store.manifest.get("run", "another program")
             raise UserError(f"{store}: made by another model ({made_by}): diptych embed {run} SRC --out NEW")
 
-    def search(self, query: str | Path, *, top: int, method: Method = "exact") -> list[SearchResult]:
-        """The ``top`` items of the store nearest to a text, or to the image at a path, best first.
+    def search(
+        self, query: str | Path | UInt8[np.ndarray, "S S 3"], *, top: int, method: Method = "exact"
+    ) -> list[SearchResult]:
+        """The ``top`` items of the store nearest to a text, to the image at a path or to pixels, best first.
 
         Raises UserError for an empty text, an unreadable image, and a ``top`` below 1.
         """
@@ -234,6 +240,8 @@ class Index:
             raise UserError(f"the best {top}: ask for one hit at least")
         if isinstance(query, Path):
             query_1D = self.encoder.embed_images(decode_files([query], size=self.encoder.image_size))
+        elif isinstance(query, np.ndarray):
+            query_1D = self.encoder.embed_images(channels_first(query[None]))
         elif clean(query):
             query_1D = self.encoder.embed_texts([clean(query)])
         else:
@@ -250,18 +258,30 @@ class Index:
             if row >= 0
         ]
 
+    @property
+    def holds_images(self) -> bool:
+        """Whether it is the images of a source that were embedded, not its texts."""
+        return self.store.manifest["side"] == "images"
+
+    @cached_property
+    def _source(self) -> Source:
+        return open_finite(self.store.manifest["source"], Columns())
+
+    def images(self, results: Sequence[SearchResult]) -> list[UInt8[np.ndarray, "S S 3"]]:
+        """Thumbnails of the images that were found. Raises UserError where the source is not what was embedded."""
+        source = self._source
+        if any(result.item >= len(source) or source.key(result.item) != result.key for result in results):
+            raise UserError(f"{source.name}: not what it was when {self.store.folder} was made: embed it again")
+        return [source.image(result.item, _THUMBNAIL) for result in results]
+
     def sheet(self, results: Sequence[SearchResult], *, query: str | Path) -> Image.Image:
         """A contact sheet of the images that were found, after the image that was searched for.
 
         Raises UserError where the source has changed since it was embedded, and for a store of texts.
         """
-        manifest = self.store.manifest
-        if manifest["side"] != "images":
+        if not self.holds_images:
             raise UserError(f"{self.store.folder}: holds texts, which no contact sheet can show: leave --out away")
-        source = open_finite(manifest["source"], Columns())
-        if any(result.item >= len(source) or source.key(result.item) != result.key for result in results):
-            raise UserError(f"{source.name}: not what it was when {self.store.folder} was made: embed it again")
-        images = [source.image(result.item, _THUMBNAIL) for result in results]
+        images = self.images(results)
         captions = [f"{result.score:.3f} {result.key}" for result in results]
         if isinstance(query, Path):
             images.insert(0, decode(query, _THUMBNAIL))

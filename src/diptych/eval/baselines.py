@@ -2,6 +2,7 @@
 
     caption_baselines   the most frequent caption, and the consensus caption of all pairs and of the nearest images
     lent_embeddings     images as the words in the captions of the nearest images, for retrieval
+    encoder_fits        how well captions fit their images, by two pretrained encoders
     ClassBaselines      chance, the most frequent class, and logistic regression
     Comparison          a run beside its baselines, and the sentence that a report begins with
 
@@ -26,16 +27,17 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from diptych.data.audit import Fit
 from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import Source
 from diptych.data.splits import Subset
-from diptych.encoders import ImageEncoder
+from diptych.encoders import ImageEncoder, open_image_encoder, open_text_encoder
 from diptych.errors import UserError, first_line
 from diptych.eval.captions import tokenize
-from diptych.eval.probe import Linear, select_linear
+from diptych.eval.probe import Linear, caption_fits, select_linear
 from diptych.io import write_bytes
-from diptych.nn.inference import eval_mode
-from diptych.report.terminal import better, meaning_of
+from diptych.nn.inference import Device, eval_mode, pick_device
+from diptych.report.terminal import ProgressLine, better, meaning_of
 from diptych.rng import derive_seed
 from diptych.run_folder import BASELINES, write_json
 
@@ -201,7 +203,7 @@ class _KnownImages:
             raise UserError(f"{pairs.source.name}: no image with a caption to compare with")
         features = {HISTOGRAMS: (known_TF, image_histograms(test)[1])}
         if encoder is not None:
-            features[encoder_name] = (encoded(encoder, Subset(pairs.source, items)), encoded(encoder, test))
+            features[encoder_name] = (encoded(encoder, Subset(pairs.source, items))[1], encoded(encoder, test)[1])
         count = min(NEAREST, len(items))
         found = {
             f"the {count} nearest by {name}": nearest(query_BF, known, count=count).tolist()
@@ -309,6 +311,35 @@ def chance_of_recall(right_Q: Int[Tensor, "Q"], *, targets: int, k: int) -> floa
     return float(1 - miss_Q.mean())
 
 
+# How well captions fit
+
+
+def encoder_fits(
+    source: Source, image_encoder: str, text_encoder: str, *, skipped: SkippedItems, device: Device = "auto"
+) -> list[Fit]:
+    """:func:`~diptych.eval.probe.caption_fits` of the captions of ``source``, by two pretrained encoders by name.
+
+    Captions of readable images; raises UserError for an encoder that cannot be opened and for fewer than two captioned
+    images.
+    """
+    captioned = np.array([item for item in range(len(source)) if source.captions(item)], np.int64)
+    if len(captioned) < 2:
+        raise UserError(f"{source.name}: {len(captioned)} captioned images, too few to compare captions with images")
+    images = open_image_encoder(image_encoder).to(pick_device(device))
+    texts = open_text_encoder(text_encoder).to(pick_device(device))
+    items, x_IX = encoded(images, Subset(source, captioned), skipped=skipped, advance=ProgressLine("encoding images"))
+    places = [(row, number) for row, item in enumerate(items) for number in range(len(source.captions(int(item))))]
+    captions = [source.captions(int(items[row]))[number] for row, number in places]
+    parts, advance = [], ProgressLine("encoding captions")
+    order = sorted(range(len(captions)), key=lambda place: len(captions[place]))  # little padding
+    for start in range(0, len(order), _ROWS):
+        parts.append(texts([captions[place] for place in order[start : start + _ROWS]]).cpu())
+        advance(min(start + _ROWS, len(order)), len(order))
+    y_TY = torch.cat(parts)[torch.tensor(order).argsort()]
+    fit_T = caption_fits(torch.from_numpy(x_IX), y_TY, torch.tensor([row for row, _ in places]))
+    return [Fit(int(items[row]), number, fit) for (row, number), fit in zip(places, fit_T.tolist(), strict=True)]
+
+
 # Features
 
 
@@ -370,17 +401,41 @@ def _count_in_cells(kind_BSS: np.ndarray, weight_BSS: np.ndarray, *, kinds: int,
     return np.bincount(flat, weight_BSS.ravel(), minlength=rows * cells * cells * kinds).reshape(rows, -1)
 
 
-def encoded(encoder: ImageEncoder, images: Subset[Source]) -> Float[np.ndarray, "B F"]:
-    """Features of the readable ones among the items."""
-    found = []
-    skipped = SkippedItems(max_skipped_share=1.0)
+def image_features(
+    images: Subset[Source], encoder: str | None, device: Device = "auto"
+) -> tuple[Int[np.ndarray, "B"], Float[np.ndarray, "B F"]]:
+    """The readable ones among the items, and their features: those of an encoder by name, or their histograms.
+
+    Raises UserError for an encoder that cannot be opened, and where no image can be read.
+    """
+    if encoder is None:
+        items, found = image_histograms(images)
+    else:
+        items, found = encoded(open_image_encoder(encoder).to(pick_device(device)), images)
+    if not len(items):
+        raise UserError(f"{images.source.name}: not one image can be read")
+    return items, found
+
+
+def encoded(
+    encoder: ImageEncoder,
+    images: Subset[Source],
+    *,
+    skipped: SkippedItems | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Int[np.ndarray, "B"], Float[np.ndarray, "B F"]]:
+    """The readable ones among the items, and their features. Raises UserError where ``skipped`` allows for no more."""
+    items, found = [], []
+    skipped = SkippedItems(max_skipped_share=1.0) if skipped is None else skipped
     device = next(encoder.parameters()).device
-    for pixels_B3SS, _ in image_batches(
+    for pixels_B3SS, some in image_batches(
         images.source, images.items, size=encoder.image_size, skipped=skipped, rows=_ROWS
     ):
         with eval_mode(encoder):
             found.append(encoder(pixels_B3SS.to(device)).float().cpu().numpy())
-    return np.concatenate(found)
+        items.append(some)
+        advance(sum(map(len, items)), len(images.items))
+    return np.concatenate(items), np.concatenate(found)
 
 
 def sampled(items_N: Int[np.ndarray, "N"]) -> Int[np.ndarray, "M"]:

@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.data.audit import Fit
-from diptych.data.pixels import SkippedItems, channels_first, read_captioned
+from diptych.data.pixels import SkippedItems, channels_first, image_batches, read_captioned
 from diptych.data.scenes import Scene, ScenesSource
 from diptych.data.sources import Source
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
 from diptych.data.store import Store
+from diptych.data.suggest import LookedAt
 from diptych.encoders import open_image_encoder
 from diptych.errors import UserError, first_line
 from diptych.eval.baselines import Baseline, Comparison, caption_baselines
@@ -40,7 +41,7 @@ from diptych.itit.data import DataConfig, open_data
 from diptych.itit.model import Encoded, shift_right
 from diptych.itit.pipeline import Diptych
 from diptych.nn.functional import token_loss
-from diptych.nn.inference import Device, pick_device
+from diptych.nn.inference import Device, autocast, pick_device
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.report.terminal import ProgressLine, print_comparison, print_metrics
 from diptych.run_folder import read_config, write_json
@@ -271,7 +272,7 @@ def information_gain(diptych: Diptych, tokens_BN: Int[Tensor, "B N"], ids_BL: In
         share = len(tokens) / len(ids_BL)
         encoded = diptych.model.encode(diptych.model.embed_image(tokens))
         caption += share * (_caption_loss(diptych, encoded, wrong) - _caption_loss(diptych, encoded, right)).item()
-        image += share * (_image_loss(diptych, tokens, wrong) - _image_loss(diptych, tokens, right)).item()
+        image += share * (diptych.image_nats(tokens, wrong) - diptych.image_nats(tokens, right)).mean().item()
     return InformationGain(caption, image)
 
 
@@ -279,20 +280,6 @@ def _caption_loss(diptych: Diptych, encoded: Encoded, ids_BL: Tensor) -> Tensor:
     """Nats per token of captions, given the encoder's pass over whole images and the empty text."""
     logits_BLV = diptych.model.text_logits(encoded.image_BKD, shift_right(ids_BL))
     return token_loss(logits_BLV, ids_BL, ids_BL != PAD, label_smoothing=0.0)
-
-
-def _image_loss(diptych: Diptych, tokens_BN: Tensor, ids_BL: Tensor) -> Tensor:
-    """Nats per token of images, given captions; every image token is hidden, and none enters the encoder."""
-    model, valid_BL = diptych.model, ids_BL != PAD
-    hidden_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
-    encoded = model.encode(
-        model.embed_image(tokens_BN),
-        hidden_BN=hidden_BN,
-        keep_BK=tokens_BN[:, :0],
-        features_BLF=diptych.text_encoder.features(ids_BL, valid_BL),
-        valid_BL=valid_BL,
-    )
-    return token_loss(model.image_logits(encoded, hidden_BN), tokens_BN, hidden_BN, label_smoothing=0.0)
 
 
 @torch.no_grad()
@@ -329,6 +316,41 @@ def pair_fits(
         advance(min(start + _ROWS, len(pairs)), len(pairs))
     gain_P = nats_KP[1:].mean(0) - nats_KP[0]
     return [Fit(items[row], number, float(gain)) for (row, number), gain in zip(pairs, gain_P, strict=True)]
+
+
+@torch.no_grad()
+def looked_at(
+    diptych: Diptych,
+    images: Subset[Source],
+    *,
+    drafts: bool = True,
+    skipped: SkippedItems,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> LookedAt:
+    """The features of the network's encoder for the readable ones of ``images``, the mean over the image tokens; and,
+    with ``drafts``, its captions, and how uncertain it is of them: minus their length-normalized log-probability.
+    """
+    beams = max(2, diptych.text_generation.beams)  # one beam has no score
+    items, features, texts, nats = [], [], [], []
+    for pixels_B3SS, some in image_batches(
+        images.source, images.items, size=diptych.tokenizer.image_size, skipped=skipped, rows=_ROWS
+    ):
+        tokens_BN = diptych.tokenizer.encode(pixels_B3SS.to(diptych.device))
+        with autocast(diptych.device, diptych.precision):
+            states_BND = diptych.model.encode(diptych.model.embed_image(tokens_BN)).image_BKD
+        features.append(states_BND.float().mean(1).cpu().numpy())
+        items.append(some)
+        if drafts:
+            found = diptych.caption_tokens(tokens_BN, beams=beams)
+            texts += [caption.text for caption in found]
+            nats += [-caption.score for caption in found if caption.score is not None]
+        advance(sum(map(len, items)), len(images.items))
+    return LookedAt(
+        items_N=np.concatenate(items),
+        features_NF=np.concatenate(features),
+        uncertainty_N=np.array(nats) if drafts else None,
+        drafts=texts if drafts else None,
+    )
 
 
 # Baselines

@@ -8,7 +8,7 @@ W beams of an image, X images whose texts have not ended, H hypotheses to choose
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -64,6 +64,22 @@ def generate_image_tokens(
 
     ``known`` (tokens, hidden) keeps part of an image: only its hidden positions are generated.
     """
+    for canvas in image_canvases(model, features_BLF, valid_BL, config, rng=rng, known=known):  # noqa: B007
+        pass
+    return canvas.tokens_BN
+
+
+@torch.no_grad()
+def image_canvases(
+    model: ITIT,
+    features_BLF: Float[Tensor, "B L F"],
+    valid_BL: Bool[Tensor, "B L"],
+    config: ImageGenerationConfig,
+    *,
+    rng: StepRNG,
+    known: tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]] | None = None,
+) -> Iterator["Canvas"]:
+    """As :func:`generate_image_tokens`: the canvas that it begins with, and the one after each round."""
     rows, positions = len(features_BLF), model.config.image_tokens
     device = features_BLF.device
     if known is None:
@@ -78,7 +94,7 @@ def generate_image_tokens(
         encoded = model.encode(image, hidden_BN=canvas.hidden_BN, keep_BK=keep, features_BLF=features, valid_BL=valid)
         return model.image_logits(encoded, canvas.hidden_BN)
 
-    return parallel_decode(
+    yield from decoded_canvases(
         guided(
             lambda canvas: logits(canvas, features_BLF, valid_BL),
             lambda canvas: logits(canvas, None, None),
@@ -102,20 +118,28 @@ def generate_text(
     *,
     banned_V: Bool[Tensor, "V"],
     length: int,
-) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B"] | None]:
+    candidates: bool = False,
+) -> tuple[Int[Tensor, "B ... L"], Float[Tensor, "B ..."] | None]:
     """Generate a text for each image; all image tokens are visible and the encoder gets the empty text.
 
     Returns ids of at most ``length`` tokens, without those of ``banned_V``, and the scores of the beam search (None
-    with one beam).
+    with one beam). With ``candidates``, all that the search ends with, the best first; this needs two beams.
     """
     prefix_BND = model.encode(model.embed_image(tokens_BN)).image_BKD
     rows = len(tokens_BN)
     decoding = model.start_text(prefix_BND, length=length, beams=config.beams)
     if config.beams == 1:
         return greedy(decoding, rows, length=length, banned_V=banned_V), None
-    return beam_search(
-        decoding, rows, beams=config.beams, length=length, banned_V=banned_V, length_power=config.length_power
+    ids_BWL, score_BW = beam_search(
+        decoding,
+        rows,
+        beams=config.beams,
+        length=length,
+        banned_V=banned_V,
+        length_power=config.length_power,
+        settled=config.beams if candidates else 1,
     )
+    return (ids_BWL, score_BW) if candidates else (ids_BWL[:, 0], score_BW[:, 0])
 
 
 # Parallel decoding
@@ -128,7 +152,7 @@ class Canvas:
     tokens_BN: Int[Tensor, "B N"]
     hidden_BN: Bool[Tensor, "B N"]
     progress: float
-    """Share of the rounds that are over, s / S: 0 in the first round, below 1 in the last."""
+    """Share of the rounds that are over, s / S: 0 in the first round, below 1 in the last, 1 after it."""
     most_known: int
     """Upper bound on the known tokens of a row. It follows from the schedule, without a wait for the device."""
 
@@ -178,6 +202,33 @@ def parallel_decode(
     Raises:
         UserError: less than one round.
     """
+    for canvas in decoded_canvases(  # noqa: B007
+        logits,
+        tokens_BN,
+        hidden_BN,
+        steps=steps,
+        temperature=temperature,
+        token_temperature=token_temperature,
+        rng=rng,
+    ):
+        pass
+    return canvas.tokens_BN
+
+
+def decoded_canvases(
+    logits: Logits,
+    tokens_BN: Int[Tensor, "B N"],
+    hidden_BN: Bool[Tensor, "B N"],
+    *,
+    steps: int,
+    temperature: float,
+    token_temperature: float = 1.0,
+    rng: StepRNG,
+) -> Iterator[Canvas]:
+    """As :func:`parallel_decode`: the canvas that it begins with, and the one after each round.
+
+    The positions that are still hidden hold what was sampled last.
+    """
     if steps < 1:
         raise UserError(f"{steps} decoding steps: at least one is needed")
     rows, positions = tokens_BN.shape
@@ -186,7 +237,9 @@ def parallel_decode(
     least, most = (int(count) for count in torch.stack([first_B.min(), first_B.max()]).tolist())
     for step in range(min(steps, most)):
         known = positions - int(_still_hidden(torch.tensor(least), step, steps))
-        logits_BNC = logits(Canvas(tokens_BN, hidden_BN, step / steps, known)).float()
+        canvas = Canvas(tokens_BN, hidden_BN, step / steps, known)
+        yield canvas
+        logits_BNC = logits(canvas).float()
         chance_BN = rng.uniform(f"token/{step}", rows, positions, device=device)
         sampled_BN, log_p_BN = sample_tokens(logits_BNC, chance_BN, temperature=token_temperature)
         tokens_BN = torch.where(hidden_BN, sampled_BN, tokens_BN)
@@ -195,7 +248,7 @@ def parallel_decode(
         rank_BN = confidence_BN.masked_fill(~hidden_BN, math.inf).argsort(1).argsort(1)
         # Infinite confidence may tie with nothing that is hidden, so no known token can be among the lowest ranks.
         hidden_BN = rank_BN < _still_hidden(first_B, step + 1, steps)[:, None]
-    return tokens_BN
+    yield Canvas(tokens_BN, hidden_BN, 1.0, positions)
 
 
 def _still_hidden(first: Tensor, rounds: int, steps: int) -> Tensor:
@@ -285,8 +338,9 @@ def beam_search(
     length: int,
     banned_V: Bool[Tensor, "V"],
     length_power: float = 0.6,
-) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B"]]:
-    """The text with the best log p / ((5 + length) / 6) ** length_power of each row, and that score.
+    settled: int = 1,
+) -> tuple[Int[Tensor, "B W L"], Float[Tensor, "B W"]]:
+    """The texts with the best log p / ((5 + length) / 6) ** length_power of each row, best first, and these scores.
 
     The length counts `</s>`. GIT's penalty (after Wu et al., 2016) is not what `transformers` calls
     ``length_penalty``. With beams >= V ** L this is exhaustive search.
@@ -296,6 +350,8 @@ def beam_search(
         beams: hypotheses of a row that are continued at each position.
         length: most tokens of a text, `</s>` included. A text that is cut there ends in `</s>` too.
         banned_V: ids that no text may contain.
+        settled: how many of the best texts are those of the full search, which ends when no beam can better them. The
+            texts behind them may be worse or missing, with a score of minus infinity.
 
     Raises:
         UserError: less than one beam.
@@ -303,7 +359,8 @@ def beam_search(
     if beams < 1:
         raise UserError(f"{beams} beams: at least one is needed")
     device, vocab_size = banned_V.device, len(banned_V)
-    result_BL, score_B = torch.full((rows, length), PAD, device=device), torch.full((rows,), -torch.inf, device=device)
+    result_BWL = torch.full((rows, beams, length), PAD, device=device)
+    score_BW = torch.full((rows, beams), -torch.inf, device=device)
     open_X = torch.arange(rows, device=device)  # the images that the decoder still holds
     ids_XWL = torch.full((rows, beams, length), PAD, device=device)
     alive_XW = torch.full((rows, beams), -torch.inf, device=device)
@@ -321,7 +378,7 @@ def beam_search(
         pool_XH = torch.cat([best_XW, total_XWV[..., EOS] / penalty], dim=1)
         best_XW, chosen_XW = pool_XH.topk(beams, dim=1)
         best_ids_XWL = _pick(torch.cat([best_ids_XWL, ended_XWL], dim=1), chosen_XW)
-        result_BL[open_X], score_B[open_X] = best_ids_XWL[:, 0], best_XW[:, 0]
+        result_BWL[open_X], score_BW[open_X] = best_ids_XWL, best_XW
         if position + 1 == length:
             break
 
@@ -334,7 +391,7 @@ def beam_search(
         decoding.reorder((first_row_X1 + parent_XW).flatten())
         # log p only falls, and no later length divides by more than the last one does.
         reachable_XW = alive_XW / ((5 + length) / 6) ** length_power
-        going_X = reachable_XW.amax(1) >= best_XW.amax(1)
+        going_X = reachable_XW.amax(1) >= best_XW[:, settled - 1]
         if not going_X.any():
             break
         if (kept := _leave(going_X)) is not None:
@@ -342,7 +399,7 @@ def beam_search(
             open_X, ids_XWL, token_XW, alive_XW = open_X[kept], ids_XWL[kept], token_XW[kept], alive_XW[kept]
             best_ids_XWL, best_XW = best_ids_XWL[kept], best_XW[kept]
         newest = token_XW.flatten()
-    return result_BL, score_B
+    return result_BWL, score_BW
 
 
 def _pick(values_BXL: Tensor, index_BW: Tensor) -> Tensor:

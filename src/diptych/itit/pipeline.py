@@ -2,21 +2,24 @@
 
 Also here: the tokenizers of a run, which prepare its data, and its encoder as an image encoder for other learners.
 
-Shapes: B rows, S pixels a side of a square image, H and W pixels, N image tokens, L text tokens, D encoder width.
+Shapes: B rows, S pixels a side of a square image, H and W pixels, N image tokens, R rows of their grid, L text tokens,
+D encoder width.
 """
 
+import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Num, UInt8
+from jaxtyping import Bool, Float, Int, Num, UInt8
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
@@ -28,6 +31,7 @@ from diptych.itit.generation import (
     TextGenerationConfig,
     generate_image_tokens,
     generate_text,
+    image_canvases,
 )
 from diptych.itit.model import ITIT
 from diptych.nn.inference import Device, Precision, autocast, pick_device
@@ -51,6 +55,8 @@ class Caption:
     text: str
     score: float | None
     """Length-normalized log-probability from the beam search; None with one beam."""
+    image_score: float | None = None
+    """Nats a token of the image, given the caption, negated; None unless candidates are ranked by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +72,18 @@ class CycleStep:
         found = self.text if self.image is None else self.image
         assert found is not None
         return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagineStep:
+    """An image in the making."""
+
+    image: np.ndarray
+    """uint8 [S S 3]. Where it is hidden, it shows what was sampled last."""
+    tokens: Tensor
+    """int64 [R R]: the tokens that the image is decoded from."""
+    hidden: Tensor
+    """bool [R R]: the tokens that are still hidden."""
 
 
 class Diptych:
@@ -169,6 +187,79 @@ class Diptych:
                 advance(len(found), len(tokens_BN))
         return found
 
+    def candidates(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        count: int | None = None,
+        best_of: int | None = None,
+        beams: int | None = None,
+    ) -> list[list[Caption]]:
+        """Up to ``count`` different captions for each image, the best first; None takes as many as there are beams.
+
+        With ``best_of`` they are ranked as by :meth:`candidate_tokens`.
+        """
+        count = count or beams or self.text_generation.beams
+        images = one_or_more(images)
+        found: list[list[Caption]] = []
+        for start in range(0, len(images), _ROWS):
+            pixels = np.stack([self.read(image) for image in images[start : start + _ROWS]])
+            found += self.candidate_tokens(self.tokenize(pixels), count=count, best_of=best_of, beams=beams)
+        return found
+
+    @torch.no_grad()
+    def candidate_tokens(
+        self, tokens_BN: Tensor, *, count: int, best_of: int | None = None, beams: int | None = None
+    ) -> list[list[Caption]]:
+        """Up to ``count`` different captions for each row of image tokens, the best first.
+
+        They are what a beam search ends with, of as many beams at least. With ``best_of``, so many of them are ranked
+        by log p(image | caption): all image tokens are hidden, and each is predicted from the caption alone.
+        """
+        config = replace(self.text_generation, beams=max(2, count, best_of or 0, beams or self.text_generation.beams))
+        found: list[list[Caption]] = []
+        for piece in tokens_BN.to(self.device).split(max(1, _ROWS // config.beams)):
+            with autocast(self.device, self.precision):
+                ids_BWL, score_BW = generate_text(
+                    self.model,
+                    piece,
+                    config,
+                    banned_V=self._banned_V,
+                    length=self.model.config.max_text_len,
+                    candidates=True,
+                )
+            assert score_BW is not None
+            for tokens_N, ids_WL, scores in zip(piece, ids_BWL, score_BW.tolist(), strict=True):
+                texts = self.text_tokenizer.detokenize(ids_WL)
+                rows = list(
+                    {text: row for row, text in reversed(list(enumerate(texts))) if scores[row] > -1e9}.values()
+                )
+                rows = sorted(rows)[: best_of or count]
+                if best_of:
+                    nats = self.image_nats(tokens_N.expand(len(rows), -1), ids_WL[rows]).tolist()
+                    made = [
+                        Caption(text=texts[r], score=scores[r], image_score=-n) for r, n in zip(rows, nats, strict=True)
+                    ]
+                    made.sort(key=lambda each: each.image_score or 0.0, reverse=True)
+                else:
+                    made = [Caption(text=texts[row], score=scores[row]) for row in rows]
+                found.append(made[:count])
+        return found
+
+    def image_nats(self, tokens_BN: Int[Tensor, "B N"], ids_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B"]:
+        """Nats a token of images, given captions; every image token is hidden, and none enters the encoder."""
+        valid_BL = ids_BL != PAD
+        hidden_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
+        encoded = self.model.encode(
+            self.model.embed_image(tokens_BN),
+            hidden_BN=hidden_BN,
+            keep_BK=tokens_BN[:, :0],
+            features_BLF=self.text_encoder.features(ids_BL, valid_BL),
+            valid_BL=valid_BL,
+        )
+        logits_BNC = self.model.image_logits(encoded, hidden_BN)
+        return cross_entropy(logits_BNC.float().transpose(1, 2), tokens_BN, reduction="none").mean(1)
+
     def tokenize(self, pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Int[Tensor, "B N"]:
         """Image tokens of images that have the tokenizer's size."""
         pieces = channels_first(pixels_BSS3).split(_ROWS)
@@ -210,24 +301,12 @@ class Diptych:
         if not texts:
             raise UserError("no text to imagine")
         texts = [texts] if isinstance(texts, str) else texts
-        unknown = [word for word in self.text_tokenizer.unknown_words(texts) if word not in self._told]
-        self._told.update(unknown)
-        if unknown:
-            some = ", ".join(repr(word) for word in unknown[:5])
-            print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)
-        length = self.model.config.max_text_len
+        self._tell_unknown(texts)
         found = []
         times: Counter[bytes] = Counter()
         for start in range(0, len(texts), _ROWS):
-            ids_BL, valid_BL = self.text_encoder.tokenize(list(texts[start : start + _ROWS]), length=length)
-            rows = [row.tobytes() for row in ids_BL.numpy()]
-            row_seeds = []
-            for row in rows:
-                row_seeds.append(derive_seed(row.hex(), times[row]))
-                times[row] += 1
-            ids_BL, valid_BL = ids_BL.to(self.device), valid_BL.to(self.device)
-            features_BLF = self.text_encoder.features(ids_BL, valid_BL)
-            rng = RowRNG(seed, 0, row_seeds=tuple(row_seeds))
+            features_BLF, valid_BL, row_seeds = self._read_texts(texts[start : start + _ROWS], times)
+            rng = RowRNG(seed, 0, row_seeds=row_seeds)
             with autocast(self.device, self.precision):
                 found.append(
                     generate_image_tokens(self.model, features_BLF, valid_BL, config or self.image_generation, rng=rng)
@@ -235,6 +314,66 @@ class Diptych:
             if advance:
                 advance(start + len(found[-1]), len(texts))
         return torch.cat(found)
+
+    def imagine_steps(
+        self,
+        text: str,
+        *,
+        seed: int = 0,
+        config: ImageGenerationConfig | None = None,
+        known: tuple[Int[Tensor, "R R"], Bool[Tensor, "R R"]] | None = None,
+    ) -> Iterator[ImagineStep]:
+        """The image of a text as it appears: before the first and after each round of parallel decoding.
+
+        The last step is the image of :meth:`imagine`. ``known`` are the tokens of an image in their grid, and which of
+        them are drawn anew; the others stay. Pixels of the others may change a little, as the decoder looks at all
+        tokens. Raises UserError for an empty text.
+        """
+        if not text.strip():
+            raise UserError("no text to imagine")
+        given = None if known is None else (known[0].view(1, -1).to(self.device), known[1].view(1, -1).to(self.device))
+        self._tell_unknown([text])
+        features_BLF, valid_BL, row_seeds = self._read_texts([text], Counter())
+        rng = RowRNG(seed, 0, row_seeds=row_seeds)
+        rounds = image_canvases(
+            self.model, features_BLF, valid_BL, config or self.image_generation, rng=rng, known=given
+        )
+        while True:
+            with autocast(self.device, self.precision):  # not around `yield`: the caller would compute in it too
+                canvas = next(rounds, None)
+            if canvas is None:
+                return
+            yield ImagineStep(
+                image=self.tokenizer.decode(canvas.tokens_BN)[0].permute(1, 2, 0).cpu().numpy(),
+                tokens=canvas.tokens_BN[0].view(self.token_side, -1).cpu(),
+                hidden=canvas.hidden_BN[0].view(self.token_side, -1).cpu(),
+            )
+
+    @property
+    def token_side(self) -> int:
+        """Number of rows, and of columns, of the grid of an image's tokens."""
+        return math.isqrt(self.tokenizer.tokens)
+
+    def _tell_unknown(self, texts: Sequence[str]) -> None:
+        unknown = [word for word in self.text_tokenizer.unknown_words(texts) if word not in self._told]
+        self._told.update(unknown)
+        if unknown:
+            some = ", ".join(repr(word) for word in unknown[:5])
+            print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)
+
+    def _read_texts(self, texts: Sequence[str], times: Counter[bytes]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """Features [B L F] of texts, which of their tokens are valid [B L], and a seed for each.
+
+        ``times`` counts how often each text has been there, so that each of its images has a seed of its own.
+        """
+        ids_BL, valid_BL = self.text_encoder.tokenize(list(texts), length=self.model.config.max_text_len)
+        row_seeds = []
+        for row in ids_BL.numpy():
+            key = row.tobytes()
+            row_seeds.append(derive_seed(key.hex(), times[key]))
+            times[key] += 1
+        ids_BL, valid_BL = ids_BL.to(self.device), valid_BL.to(self.device)
+        return self.text_encoder.features(ids_BL, valid_BL), valid_BL, tuple(row_seeds)
 
     # Both in turn
 

@@ -34,16 +34,23 @@ def write_run_report(run: Path, *, samples: Sequence[Section] = (), state: str =
     """
     config = read_config(run)
     recipe = str(config.get("recipe", run.name))
-    sections = [*(samples or _sheets(run)), *_curves(recipe, read_metrics(run / "metrics.jsonl"))]
-    for stage in sorted((run / "stages").glob("*/metrics.jsonl")):
-        name = stage.parent.name.replace("_", " ")
-        sections += [Section(f"Stage: {name}", section.blocks) for section in _curves(name, read_metrics(stage))]
+    sections = run_sections(run, samples=samples)
     facts = {"recipe": recipe, **{f"{name} version": value for name, value in config["versions"].items()}}
     sections.append(Section("Settings", [Facts(items=facts), Text(_listed(config["run"]), kind="code")]))
     verdict, beside = _beside(run)
     sections = beside + sections
     lead = f"{run.name}: {' '.join(filter(None, (verdict, state)))}" if verdict or state else run.name
     return write_report(run / "report.html", sections, title=f"Diptych: {recipe}", lead=lead)
+
+
+def run_sections(run: Path, *, samples: Sequence[Section] = ()) -> list[Section]:
+    """The samples and the curves that a run folder holds so far. Without ``samples``, the newest of its sheets."""
+    recipe = str(read_config(run).get("recipe", run.name))
+    sections = [*(samples or _sheets(run)), *_curves(recipe, read_metrics(run / "metrics.jsonl"))]
+    for stage in sorted((run / "stages").glob("*/metrics.jsonl")):
+        name = stage.parent.name.replace("_", " ")
+        sections += [Section(f"Stage: {name}", section.blocks) for section in _curves(name, read_metrics(stage))]
+    return sections
 
 
 def _beside(run: Path) -> tuple[str, list[Section]]:

@@ -211,3 +211,44 @@ def test_types_of_columns_that_other_engines_write(tmp_path):
         pq.write_table(pa.table({"image": [png(1), png(2)], "caption": column}), path)
         source = open_source(str(path))
         assert [source.captions(i) for i in range(2)] == [["a dog"], []]
+
+
+def test_rows_of_one_image_are_one_item(tmp_path):
+    """Equal bytes, whatever their name; images of one length that differ in one byte stay apart."""
+    other = bytearray(png(0))
+    other[-1] ^= 1
+    cells = [png(0), png(1), bytes(other), png(0), None, b"", None]
+    images = [{"bytes": cell, "path": f"{i}.png"} for i, cell in enumerate(cells[:4])]
+    images += [{"bytes": cell, "path": None} for cell in cells[4:]]
+    path = write(
+        tmp_path / "t.parquet",
+        image=images,
+        caption=list("abcdefg"),
+        label=["x", "y", "z", "w", None, None, None],
+        split=["train"] * 3 + ["test"] * 4,
+    )
+    source = open_source(path)
+    assert [source.captions(i) for i in range(len(source))] == [["a", "d"], *([c] for c in "bcefg")]
+    assert [source.key(i) for i in range(3)] == ["row 0", "row 1", "row 2"]
+    assert [source.label(i) for i in range(4)] == ["x", "y", "z", None]
+    assert "1 image with two labels, of which the first is used: row 0" in source.notes
+    assert [source.captions(i) for i in range(4)] == [["a", "d"], ["b"], ["c"], ["e"]]
+    test = open_source(path, split="test")
+    assert (test.key(0), test.captions(0), test.label(0)) == ("row 0", ["d"], "w")
+    bare = write(tmp_path / "bare.parquet", image=images[:4], label=["x", "y", "z", "x"])
+    assert len(open_source(bare)) == 4
+
+
+def test_missing_captions_and_labels_are_counted(tmp_path):
+    path = write(
+        tmp_path / "t.parquet",
+        image=[png(i) for i in range(4)],
+        captions=[["one", " nan"], ["null"], [None], ["two"]],
+        label=[0, 1, -1, -1],
+    )
+    source = open_source(path)
+    assert source.notes == [
+        "2 captions such as nan or null taken for missing",
+        "2 labels of -1 taken for missing; give the class another name if it is one",
+    ]
+    assert [source.label(i) for i in range(4)] == ["0", "1", None, None]

@@ -8,6 +8,7 @@ import tracemalloc
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
@@ -34,6 +35,15 @@ def png(width, height, *, bits, kind, rows, transparent=()):
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
     value = chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)) if transparent else b""
     return b"\x89PNG\r\n\x1a\n" + header + value + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def bmp(pixels_HW4):
+    """A BMP with a channel of opacity, which Pillow does not write."""
+    height, width, _ = pixels_HW4.shape
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    info = struct.pack("<IiiHHIIiiII", 108, width, -height, 1, 32, 3, 0, 0, 0, 0, 0) + masks + b"\0" * 52
+    body = pixels_HW4[..., [2, 1, 0, 3]].tobytes()
+    return b"BM" + struct.pack("<IHHI", 14 + 108 + len(body), 0, 0, 14 + 108) + info + body
 
 
 def huge_png(width, height):
@@ -75,6 +85,8 @@ MODES = {
 
 @pytest.mark.parametrize(("format", "mode"), [(format, mode) for format in MODES for mode in MODES[format]])
 def test_every_mode_becomes_rgb(format, mode):
+    if (format, mode) == ("TIFF", "YCbCr") and PIL.__version__ < "13":
+        pytest.skip("Pillow 12 cannot read the YCbCr TIFFs that it writes")
     if mode in ("I;16", "I"):
         image = Image.new(mode, (8, 8), 128 * 257)
     else:
@@ -167,6 +179,60 @@ def test_the_transparent_value_of_every_depth_lies_over_white(bits, kind, rows, 
     data = png(2, 2, bits=bits, kind=kind, rows=rows * 2, transparent=transparent)
     np.testing.assert_array_equal(decode(data, 2), [shown, shown])
     np.testing.assert_array_equal(decode(Image.open(io.BytesIO(data)), 2), [shown, shown])
+
+
+def test_only_the_exact_colour_of_16_bits_is_transparent():
+    """Colours that share their upper bytes with it stay."""
+    near, other = b"\x0a\2\x0b\2\x0c\3", b"\x0a\1\x0b\2\x0c\4"
+    data = png(
+        2,
+        2,
+        bits=16,
+        kind=2,
+        rows=b"\0\x0a\1\x0b\2\x0c\3" + near + b"\0" + other + b"\xc8" * 6,
+        transparent=(0x0A01, 0x0B02, 0x0C03),
+    )
+    shown = [[[255] * 3, [10, 11, 12]], [[10, 11, 12], [200] * 3]]
+    np.testing.assert_array_equal(decode(data, 2), shown)
+    np.testing.assert_array_equal(decode(Image.open(io.BytesIO(data)), 2), shown)
+
+
+def test_a_fourth_channel_that_is_no_opacity_is_left_out():
+    """TIFF: no word on what it is. BMP: zeros everywhere, as many programs write."""
+    image = noise(6, 6, 4)
+    expected = np.asarray(image)[..., :3]
+    tiff = encoded(image, "TIFF")
+    entry = struct.pack("<HHI", 338, 3, 1)
+    assert tiff.count(entry) == 1
+    # The entry becomes one of another tag, so the file does not say what the fourth sample is.
+    np.testing.assert_array_equal(decode(tiff.replace(entry, struct.pack("<HHI", 337, 3, 1)), 6), expected)
+    assert (decode(tiff, 6) != expected).any()
+    np.testing.assert_array_equal(decode(bmp(np.dstack([expected, np.zeros((6, 6), np.uint8)])), 6), expected)
+    half = bmp(np.dstack([expected, np.eye(6, dtype=np.uint8) * 255]))
+    assert (decode(half, 6)[~np.eye(6, dtype=bool)] == 255).all()
+
+
+@pytest.mark.parametrize("most", [1023, 4095, 255])
+def test_10_and_12_bits_in_16_are_refused(most):
+    """They would be nearly black."""
+    values = np.linspace(0, most, 16).astype(np.uint16)[None].repeat(16, 0)
+    deep = Image.fromarray(values)
+    rows = b"".join(b"\0" + row.astype(">u2").repeat(3).tobytes() for row in values)
+    for given in (
+        deep,
+        encoded(deep),
+        encoded(deep, "TIFF"),
+        *([png(16, 16, bits=16, kind=2, rows=rows)] * (most > 255)),
+    ):
+        with pytest.raises(UnreadableImage, match="of 65535, as data of 10 or 12 bits has; which value is white"):
+            decode(given, 4)
+    assert (decode(encoded(Image.fromarray(values * 0)), 4) == 0).all()
+    assert decode(encoded(Image.fromarray(values + 4096)), 4).max() > 10
+
+
+def test_floats_that_overshoot_a_little_are_read():
+    values = np.array([[-0.01, 1.02]], np.float32).repeat(2, 0)
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(values), "TIFF"), 2)[..., 0], [[0, 255]] * 2)
 
 
 def test_colours_of_a_profile_become_srgb():

@@ -181,6 +181,8 @@ def test_notes_elsewhere_are_no_side_cars(tmp_path):
         ([], "holds no images; it is empty"),
         (["a.doc"], "holds no images"),
         (["b/shard.tar"], "holds no images, but b/shard.tar; give that file itself"),
+        (["photos.zip"], "holds no images, but photos.zip; unpack it first"),
+        (["data-00000.arrow", "state.json"], "save the data set with to_parquet"),
     ],
 )
 def test_folders_without_images(tmp_path, files, message):

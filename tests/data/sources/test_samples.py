@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -136,12 +137,81 @@ def test_texts_of_boxes_are_no_captions(tmp_path, kind):
         (["train_images/a.png", "test_images/b.png"], [None, None]),
         (["data/test/cat/a.png", "data/train/dog/b.png"], ["cat", "dog"]),
         (["images_001/a.png", "images_002/b.png"], [None, None]),
+        (["data/cat/black/a.png", "data/dog/b.png"], ["cat", "dog"]),
+        (["cat/train/a.png", "dog/test/b.png"], ["cat", "dog"]),
+        (["test/images/a.png", "train/cat/images/b.png"], [None, "cat"]),
     ],
 )
 def test_folders_that_are_classes(tmp_path, kind, names, labels):
     source = open_source(write(tmp_path, kind, dict.fromkeys(names)))
     assert [source.label(i) for i in range(2)] == labels
     splits = any("train" in name for name in names)
-    assert bool(source.notes) == splits
+    nested = any("black" in name for name in names)
+    assert bool(source.notes) == splits or nested
+    assert any("classes are the outermost folders, such as 'cat' for" in note for note in source.notes) == nested
     if splits:
         assert "used together" in source.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize(
+    ("names", "masks"),
+    [
+        (["a.jpg", "a_mask.png", "b.jpg", "b.mask.png", "c.jpg"], ["a_mask.png", "b.mask.png"]),
+        (["x (1).png", "x (1)_mask.png", "x (1)_mask_1.png"], ["x (1)_mask.png", "x (1)_mask_1.png"]),
+        (["images/a.jpg", "images/b.jpg", "masks/a.png", "masks/b_mask.gif"], ["masks/a.png", "masks/b_mask.gif"]),
+        (["train/a.jpg", "train_masks/a_mask.gif", "test/a.jpg"], []),
+        (
+            ["k/test/bad/0.png", "k/train/good/0.png", "k/ground_truth/bad/0_mask.png"],
+            ["k/ground_truth/bad/0_mask.png"],
+        ),
+        (["images/val/a.jpg", "annotations/val/a.png", "images/val/b.png"], ["annotations/val/a.png"]),
+        (["masks/0.jpg", "hats/0.jpg"], []),
+        (["masks/0.png", "hats/0.png", "gloves/0.png"], []),
+        (["bank_mask.png", "carnival_mask.png"], []),
+    ],
+)
+def test_masks_are_no_images_of_their_own(tmp_path, kind, names, masks):
+    files = {}
+    for name in names:
+        files[name] = None
+        if name not in masks:
+            files[os.path.splitext(name)[0] + ".txt"] = name
+    source = open_source(write(tmp_path, kind, files))
+    assert sorted(text for i in range(len(source)) for text in source.captions(i)) == sorted(set(names) - set(masks))
+    shown = f"{len(masks)} image{'s' * (len(masks) > 1)} not used, as masks of others: {', '.join(sorted(masks))}"
+    assert [note for note in source.notes if "mask" in note and "class" not in note] == ([shown] if masks else [])
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_what_a_json_says_otherwise_is_named(tmp_path, kind):
+    files = {}
+    for i, (text, said) in enumerate([("one", "one"), ("two", "another"), ("nan", "three"), ("four\nfive", "five")]):
+        files |= {f"{i}.png": None, f"{i}.txt": text, f"{i}.json": {"caption": said, "label": [0, -1, 1, 2][i]}}
+    source = open_source(write(tmp_path, kind, files))
+    assert [source.captions(i) for i in range(4)] == [["one"], ["two"], ["three"], ["four", "five"]]
+    assert [source.label(i) for i in range(4)] == ["0", None, "1", "2"]
+    assert source.notes == [
+        "1 of 4 .json that were looked at have other captions than the text beside them, which is used; choose with "
+        "?caption=caption",
+        "1 caption such as nan or null of 4 that were looked at taken for missing",
+        "1 label of -1 taken for missing; give the class another name if it is one (of 4 that were looked at)",
+    ]
+    assert open_source(source.name + "?caption=caption").captions(1) == ["another"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_class_of_minus_one_is_none(tmp_path, kind):
+    source = open_source(write(tmp_path, kind, {"a.png": None, "a.cls": "-1", "b.png": None, "b.cls": "3"}))
+    assert [source.label(i) for i in range(2)] == [None, "3"]
+    assert "1 label of -1 taken for missing" in source.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_side_cars_that_say_nothing_are_named(tmp_path, kind):
+    files = {"a.png": None, "a.json": {"shapes": [], "version": "5"}, "b.png": None, "b.txt": " \n"}
+    source = open_source(write(tmp_path, kind, files))
+    assert source.notes == [
+        ".json without captions and labels: their fields are shapes, version",
+        "1 text of 2 that were looked at is empty",
+    ]

@@ -342,6 +342,115 @@ def test_accents_in_paths(tmp_path):
     assert source.notes == []
 
 
+def test_accents_in_folders(tmp_path):
+    """Both spellings of the folder are one, and so are the images in it."""
+    (tmp_path / "e\u0301te\u0301" / "a\u0300").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "e\u0301te\u0301" / "a\u0300" / "x.png")
+    names = ["\u00e9t\u00e9/\u00e0/x.png", "e\u0301te\u0301/a\u0300/x.png"]
+    source = table(tmp_path, "t.jsonl", [{"image": name, "caption": f"c{i}"} for i, name in enumerate(names)])
+    assert [source.captions(i) for i in range(len(source))] == [["c0", "c1"]]
+    assert source.image(0, 4).shape == (4, 4, 3)
+    assert source.notes == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/data/upload/1/5f2d3c1a-0.png",
+        "upload/1/5f2d3c1a-0.png",
+        "/data/local-files/?d=photos/0.png",
+        "/data/local-files/?d=some%20where/0.png",
+    ],
+)
+def test_paths_of_label_studio(photos, path):
+    rows = [{"image": path, "caption": "c"}, {"image": path.replace("0.png", "1.png"), "caption": "d"}]
+    source = table(photos, "export.json", rows)
+    assert [row[:2] for row in rows_of(source)] == [(0, ["c"]), (1, ["d"])]
+    source = table(photos, "photos/export.json", rows)
+    assert [row[:2] for row in rows_of(source)] == [(0, ["c"]), (1, ["d"])]
+
+
+def test_rejected_captions_of_vizwiz_are_left_out(photos):
+    captions = [("a dog", False, False), ("Quality issues are too severe.", True, False), ("spam", False, True)]
+    document = {
+        "images": [{"id": 0, "file_name": "photos/0.png"}],
+        "annotations": [
+            {"image_id": 0, "caption": text, "is_precanned": ready, "is_rejected": rejected}
+            for text, ready, rejected in captions
+        ],
+    }
+    (photos / "v.json").write_text(json.dumps(document))
+    source = open_source(str(photos / "v.json"))
+    assert source.captions(0) == ["a dog"]
+    assert source.notes == ["captions not used: 2 that are marked as is_rejected or is_precanned"]
+
+
+def test_labels_of_minus_one_are_counted(photos):
+    rows = [{"image": f"photos/{i}.png", "label": i - 1} for i in range(3)]
+    source = table(photos, "t.jsonl", rows)
+    assert [source.label(i) for i in range(3)] == [None, "0", "1"]
+    assert source.notes == ["1 label of -1 taken for missing; give the class another name if it is one"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "note"),
+    [
+        (
+            [("a dog|one dog",), ("a cat|one cat",)],
+            "'|' in the cells of 'caption' parts no captions: a cell is one caption",
+        ),
+        ([("a &quot;dog&quot;",), ("a cat &amp; one",)], None),
+        ([("a dog",), ("a cat|one cat",)], None),
+    ],
+)
+def test_marks_between_captions_are_named(photos, rows, note):
+    path = write_csv(
+        photos / "t.csv", [("image", "caption"), *((f"photos/{i}.png", *row) for i, row in enumerate(rows))]
+    )
+    assert open_source(path).notes == ([note] if note else [])
+
+
+def test_columns_of_marks_are_named(photos):
+    rows = [("filename", "cat", "dog"), ("photos/0.png", 1, 0), ("photos/1.png", 0, 1)]
+    source = open_source(write_csv(photos / "t.csv", rows))
+    assert source.notes == ["no labels: columns of marks such as cat, dog are not read; write a column label"]
+
+
+def test_paths_of_texts_are_no_captions(photos):
+    with pytest.raises(UserError, match=r"column 'caption' holds paths of text files, such as '0\.txt'"):
+        table(photos, "t.jsonl", [{"image": "photos/0.png", "caption": "0.txt"}])
+
+
+def test_a_title_above_the_header_is_refused(photos):
+    (photos / "t.csv").write_text("My photos,\nimage,caption\nphotos/0.png,a dog\n")
+    with pytest.raises(UserError, match=r"the second line names the columns \(image, caption\); remove the first line"):
+        open_source(str(photos / "t.csv"))
+
+
+def test_a_split_in_two_spellings_is_one(photos):
+    rows = [
+        {"image": f"photos/{i}.png", "caption": "c", "split": split}
+        for i, split in enumerate(["train", "Train", "val"])
+    ]
+    table(photos, "t.jsonl", rows)
+    assert len(open_source(str(photos / "t.jsonl"), split="train")) == 2
+    with pytest.raises(UserError, match="no split 'TRAIN'"):
+        open_source(str(photos / "t.jsonl"), split="TRAIN")
+
+
+def test_lists_of_words_are_one_caption_or_named(photos):
+    rows = [{"image": "photos/0.png", "caption": ["a", "dog", "runs"]}, {"image": "photos/1.png", "caption": ["cats"]}]
+    source = table(photos, "t.jsonl", rows)
+    assert [source.captions(i) for i in range(2)] == [["a dog runs"], ["cats"]]
+    assert source.notes == []
+    rows[0]["caption"] = ["dog", "puppy"]
+    source = table(photos, "t.jsonl", rows)
+    assert [source.captions(i) for i in range(2)] == [["dog", "puppy"], ["cats"]]
+    assert source.notes == [
+        "each word of lists such as ['dog', 'puppy'] is taken for a caption; join those that are one text"
+    ]
+
+
 def test_names_without_suffix(photos):
     rows = [{"image_id": i, "caption": f"c {i}"} for i in range(3)]
     assert [row[:2] for row in rows_of(table(photos, "photos/t.jsonl", rows))] == [(i, [f"c {i}"]) for i in range(3)]

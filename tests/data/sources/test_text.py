@@ -17,6 +17,10 @@ from diptych.errors import UserError
         ("half \ud83d of a pair", "half \ufffd of a pair"),
         ("ein Mädchen, 猫, 🐈", "ein Mädchen, 猫, 🐈"),
         ("\u2028 \0", ""),
+        (r"caf\u00e9 \ud83d\udc08 \U0001F408", "café 🐈 🐈"),
+        ("a &quot;cat&quot; &amp;amp; R&D; &#39;dog&#39; &nbsp;", "a \"cat\" &amp; R&D; 'dog'"),
+        (r"half \ud83d of a pair", "half \ufffd of a pair"),
+        (r"C:\users \\u00e9 \Uffffffff", r"C:\users \\u00e9 \Uffffffff"),
     ],
 )
 def test_clean(text, expected):
@@ -104,3 +108,19 @@ def test_tables_of_images_are_no_texts(tmp_path, line):
         open_source(str(tmp_path / "captions.txt"))
     (tmp_path / "texts.txt").write_text("see a.jpg, it shows a dog\nanother text\n")
     assert len(open_source(str(tmp_path / "texts.txt"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a dog"}\n{"text": "a cat"}\n', "holds JSON .* let its name end in .jsonl"),
+        ("dog\ta dog runs\ncat\ta cat sits\n", "is a table with tabs .* rename it to .tsv"),
+        ("image,caption\na.jpg,a dog\nb.jpg,a cat\n", "rename it to .csv$"),
+        ("a.jpg,a dog\nb.jpg,a cat\n", "rename it to .csv, with the first line 'image,caption'$"),
+        ("a.jpg 0\nb.jpg 1\n", "save it as .csv, with commas between its columns"),
+    ],
+)
+def test_other_tables_are_no_texts(tmp_path, content, message):
+    (tmp_path / "t.txt").write_text(content)
+    with pytest.raises(UserError, match=message):
+        TextSource([tmp_path / "t.txt"], name="t")

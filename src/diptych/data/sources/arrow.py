@@ -5,7 +5,9 @@ without holding the others, and makes a new copy when the time or size of a file
 """
 
 import glob
+import hashlib
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,18 +17,33 @@ from typing import Any
 
 import numpy as np
 
-from diptych.data.sources.columns import Columns, Found, captions_of, find_columns, is_missing, label_of
+from diptych.data.sources.columns import (
+    NULLS,
+    Columns,
+    Found,
+    captions_of,
+    find_columns,
+    is_missing,
+    is_unlabelled,
+    label_of,
+)
 from diptych.data.sources.decode import ImageLimits, decode
 from diptych.data.sources.table import (
     SAMPLE,
     TableSource,
+    counted,
     file_split_notes,
     from_rows,
     select_split,
+    some,
     split_notes,
     unknown_split,
+    unlabelled_note,
 )
 from diptych.errors import UserError
+
+_BLOCKS, _BLOCK = 16, 64
+"""Number of blocks of an image by which it is first compared with others of its size, and bytes of a block."""
 
 
 def open_parquet(
@@ -144,7 +161,7 @@ def _from_dataset(
         wanted = Columns(image=found.image, caption=",".join(found.captions) or None, label=found.label)
         of = [tables.of(row) for row in range(len(rows))]
         return from_rows(rows, tables=of, name=name, columns=wanted, split=split, limits=limits)
-    rows = np.arange(len(data))
+    rows, whole = np.arange(len(data)), data
     values = data[found.split][:] if found.split else [None] * len(data)
     if split is not None:
         rows = np.array(select_split(values, split, source=name))
@@ -152,7 +169,81 @@ def _from_dataset(
     notes = list(found.notes)
     if split is None:
         notes += split_notes(values) or file_split_notes(tables.paths)
-    return ArrowSource(data, name=name, found=found, rows=rows, tables=tables, limits=limits, notes=notes)
+    notes += _null_notes(whole, found, rows)
+    # Without captions, rows of one image have nothing to join.
+    groups = _same_images(whole.data.column(found.image), rows, tables) if found.captions else None
+    return ArrowSource(
+        data, name=name, found=found, rows=rows, tables=tables, limits=limits, notes=notes, groups=groups
+    )
+
+
+def _null_notes(data: Any, found: Found, rows: np.ndarray) -> list[str]:
+    """Notes on the captions that say nan or null, and on the labels that are -1."""
+    import pyarrow
+    import pyarrow.compute
+
+    words = pyarrow.array(sorted(NULLS))
+    nulls = 0
+    for name in found.captions:
+        column = _column(data, name).take(pyarrow.array(rows))
+        if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
+            column = pyarrow.compute.list_flatten(column)
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            trimmed = pyarrow.compute.utf8_trim_whitespace(column.cast(pyarrow.string()))
+            nulls += pyarrow.compute.sum(pyarrow.compute.is_in(trimmed, value_set=words)).as_py() or 0
+    labels = _column(data, found.label).take(pyarrow.array(rows)).to_pylist() if found.label else []
+    unlabelled = sum(map(is_unlabelled, labels))
+    notes = [f"{counted(nulls, 'caption')} such as nan or null taken for missing"] if nulls else []
+    return notes + ([unlabelled_note(unlabelled)] if unlabelled else [])
+
+
+def _same_images(column: Any, rows: np.ndarray, tables: Tables) -> list[list[int]]:
+    """Places in ``rows`` by the image that they hold, byte for byte; images without bytes by their path.
+
+    Only images of equal length are compared, and only those whose blocks are equal are read whole.
+    """
+    import pyarrow
+    import pyarrow.compute
+
+    data, paths = column, None
+    if pyarrow.types.is_struct(column.type):
+        fields = {column.type.field(i).name for i in range(column.type.num_fields)}
+        data = pyarrow.compute.struct_field(column, "bytes")
+        paths = pyarrow.compute.struct_field(column, "path") if "path" in fields else None
+    if pyarrow.types.is_null(data.type):  # paths alone
+        data = data.cast(pyarrow.binary())
+    lengths = pyarrow.compute.fill_null(pyarrow.compute.binary_length(data), 0).to_numpy()
+    alike: dict[int | str, list[int]] = defaultdict(list)
+    groups: list[list[int]] = []
+    for place, row in enumerate(rows.tolist()):
+        path = paths[row].as_py() if paths is not None and not lengths[row] else None
+        if lengths[row] or path:
+            alike[str(tables.of(row).parent / path) if path else int(lengths[row])].append(place)
+        else:
+            groups.append([place])
+    for key, places in alike.items():
+        groups += _equal(data, rows, places) if len(places) > 1 and isinstance(key, int) else [places]
+    return sorted(groups)
+
+
+def _equal(data: Any, rows: np.ndarray, places: list[int]) -> list[list[int]]:
+    """``places`` of images of one length, by their content."""
+
+    def content(place: int) -> memoryview:
+        return memoryview(data[int(rows[place])].as_buffer())
+
+    alike: dict[bytes, list[int]] = defaultdict(list)
+    for place in places:
+        whole = content(place)
+        step = max(_BLOCK, len(whole) // _BLOCKS)
+        alike[b"".join(whole[start : start + _BLOCK] for start in range(0, len(whole), step))].append(place)
+    groups: list[list[int]] = []
+    for same in alike.values():
+        exactly: dict[bytes, list[int]] = defaultdict(list)
+        for place in same:
+            exactly[hashlib.blake2b(content(place)).digest() if len(same) > 1 else b""].append(place)
+        groups += exactly.values()
+    return groups
 
 
 def _sample(data: Any) -> dict[str, list[Any]]:
@@ -161,10 +252,7 @@ def _sample(data: Any) -> dict[str, list[Any]]:
 
     columns: dict[str, list[Any]] = {}
     for name in data.column_names:
-        column = data.data.column(name)
-        if pyarrow.types.is_string_view(column.type):  # which few functions of pyarrow take
-            column = column.cast(pyarrow.large_string())
-        present = pyarrow.compute.drop_null(column)
+        present = pyarrow.compute.drop_null(_column(data, name))
         if pyarrow.types.is_list(present.type) or pyarrow.types.is_large_list(present.type):
             present = present.filter(pyarrow.compute.greater(pyarrow.compute.list_value_length(present), 0))
         elif pyarrow.types.is_string(present.type) or pyarrow.types.is_large_string(present.type):
@@ -176,6 +264,14 @@ def _sample(data: Any) -> dict[str, list[Any]]:
     return columns
 
 
+def _column(data: Any, name: str) -> Any:
+    """A column of the whole table, in a type that the functions of pyarrow take."""
+    import pyarrow
+
+    column = data.data.column(name)
+    return column.cast(pyarrow.large_string()) if pyarrow.types.is_string_view(column.type) else column
+
+
 def _is_binary(kind: Any) -> bool:
     import pyarrow
 
@@ -183,7 +279,10 @@ def _is_binary(kind: Any) -> bool:
 
 
 class ArrowSource:
-    """Rows that hold their images, read from the memory-mapped copy one by one."""
+    """Rows that hold their images, read from the memory-mapped copy one by one.
+
+    Rows with the same image are one item with all their captions, as in a table of paths.
+    """
 
     def __init__(
         self,
@@ -195,8 +294,10 @@ class ArrowSource:
         tables: Tables,
         limits: ImageLimits,
         notes: list[str],
+        groups: list[list[int]] | None = None,
     ):
-        """``rows`` are the numbers that the rows of ``data`` have in all ``tables`` together."""
+        """``rows`` are the numbers that the rows of ``data`` have in all ``tables`` together; ``groups`` are the rows
+        of each item, by default one each."""
         self.name, self.notes = name, notes
         self._rows, self._tables = rows, tables
         self.has_images, self.has_captions = True, bool(found.captions)
@@ -205,22 +306,30 @@ class ArrowSource:
         # Apart from the images: a row read together with its image would copy the image's bytes.
         self._captions = data.select_columns(list(found.captions)) if found.captions else None
         self._labels = data.select_columns([found.label]) if found.label else None
+        self._groups: Sequence[Sequence[int]] = groups or [(row,) for row in range(len(data))]
+        several = [i for i, group in enumerate(self._groups) if len(group) > 1] if found.label else []
+        other = [self.key(i) for i in several if len(set(self._labels_of(i))) > 1]
+        if other:
+            self.notes.append(
+                f"{counted(len(other), 'image')} with two labels, of which the first is used: {some(other, len(other))}"
+            )
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._groups)
 
     def key(self, i: int) -> str:
-        return f"row {range(len(self))[i]}"
+        return f"row {self._groups[i][0]}"
 
     def captions(self, i: int) -> list[str]:
-        row = self._captions[i] if self._captions is not None else {}
-        return [text for column in self._found.captions for text in captions_of(row[column])]
+        rows = [self._captions[row] for row in self._groups[i]] if self._captions is not None else []
+        return [text for row in rows for column in self._found.captions for text in captions_of(row[column])]
 
     def file(self, i: int) -> Path | bytes:
-        value = self._images[i][self._found.image]
+        first = self._groups[i][0]
+        value = self._images[first][self._found.image]
         data = value["bytes"] if isinstance(value, dict) else value
         if data is None and isinstance(value, dict) and value.get("path"):
-            return self._tables.of(int(self._rows[i])).parent / value["path"]
+            return self._tables.of(int(self._rows[first])).parent / value["path"]
         return bytes(data or b"")
 
     def image(self, i: int, size: int) -> np.ndarray:
@@ -229,9 +338,15 @@ class ArrowSource:
         return decode(file, size, name=name, limits=self._limits)
 
     def label(self, i: int) -> str | None:
+        return next(iter(self._labels_of(i)), None)
+
+    def _labels_of(self, i: int) -> list[str]:
+        """The labels of the rows of an item, without those that are missing."""
         if self._labels is None:
-            return None
-        return _class_name(self._labels.features[self._found.label], self._labels[i][self._found.label])
+            return []
+        feature = self._labels.features[self._found.label]
+        found = (_class_name(feature, self._labels[row][self._found.label]) for row in self._groups[i])
+        return [label for label in found if label is not None]
 
 
 def _class_name(feature: Any, value: Any) -> str | None:

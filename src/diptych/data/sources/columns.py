@@ -34,12 +34,17 @@ SPLIT_NAMES = frozenset({"split", "partition", "subset", "set"})
 FOLDER_NAMES = frozenset({"folder", "dir", "directory", "subfolder", "subdir", "filepath", "image_dir"})
 """Columns that may hold the folder of an image whose name another column holds."""
 _NUMBERED = re.compile(r"(caption|text|sentence|description)s?[ _.-]?\d+", re.IGNORECASE)
-_NULLS = frozenset(
+NULLS = frozenset(
     {"nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "undefined", "\\N"}
     | {"#N/A", "#NAME?", "#REF!", "#VALUE!"}
 )
 _WRITTEN = re.compile(r"""\s*(\[|\{\s*["']|\(\s*["']|array\(|b["'])""")
+_ENTITY = re.compile(r"&#?\w+;")
 _LIST_NAMES = frozenset({"nan", "None", "null", "array", "dtype", "object"})
+_GRAMMAR = frozenset({"a", "an", "the", "of", "is", "are", "in", "on", "at", "and", "with", ".", ",", "<eos>", "</s>"})
+"""Words by which a list is seen to be a text that was split into words, and no list of captions of one word."""
+_SEPARATORS = ("|", ";", "\n", "<sep>", "[SEP]")
+"""What people put between the captions in a cell."""
 _WHOLE = re.compile(r"^(-?\d+)\.0$")
 _INNER = ("raw", "caption", "text", "sentence", "captions", "texts", "sentences")
 """Where a list of captions holds records instead of strings, the fields that may carry the text."""
@@ -127,6 +132,30 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
         texts = [name for name, values in table.items() if _could_be_captions(values) and not usual(name, other)]
         if texts and (image is not None or wanted.image == ""):
             notes.append(f"no captions: none of the columns {_listed(texts)} is called like captions")
+    for name in captions:
+        if _all(table[name], _is_text_file):
+            raise UserError(
+                f"{source}: column {name!r} holds paths of text files, such as {table[name][0]!r}, which are not read; "
+                "put the captions into the table, or texts of the name of each image beside the images"
+            )
+        written = [value for value in table[name] if isinstance(value, str) and not _WRITTEN.match(value)]
+        cells = [_ENTITY.sub("", value).strip() for value in written]
+        for mark in _SEPARATORS:
+            if len(cells) > 1 and 10 * sum(mark in cell for cell in cells) >= 9 * len(cells):
+                notes.append(f"{mark!r} in the cells of {name!r} parts no captions: a cell is one caption")
+                break
+    if label is None and image is not None:
+        flags = [
+            name for name, values in table.items() if name not in (image, *captions, split) and _all(values, _is_flag)
+        ]
+        if len(flags) > 1 and wanted.label is None:
+            notes.append(
+                f"no labels: columns of marks such as {', '.join(flags[:3])} are not read; write a column label"
+            )
+    words = [value for name in captions for value in table[name] if len(captions_of(value)) > 1]
+    if words and not any(" " in text for value in words for text in captions_of(value)):
+        shown = str(words[0])[:60]
+        notes.append(f"each word of lists such as {shown} is taken for a caption; join those that are one text")
     if label is not None and table[label] and all(label_of(value) is None for value in table[label]):
         notes.append(f"no labels: column {label!r} holds {str(table[label][0])[:60]!r}, which is no class")
     folder = None if image is None else next((name for name in table if _is_folder(name, table[name], image)), None)
@@ -141,6 +170,15 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
     )
 
 
+def _is_text_file(value: Any) -> bool:
+    return isinstance(value, str) and value.strip().lower().endswith(".txt") and len(value.split()) == 1
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether a cell marks one of several classes or attributes, as 0 and 1 or as -1 and 1 do."""
+    return str(value).strip() in ("0", "1", "-1", "0.0", "1.0", "True", "False")
+
+
 def is_missing(value: Any) -> bool:
     """Whether a cell is empty: None, NaN, an empty text, or a list of nothing else."""
     if isinstance(value, list | tuple):
@@ -150,15 +188,20 @@ def is_missing(value: Any) -> bool:
 
 def says_missing(value: Any) -> bool:
     """Whether a cell holds the word that some library writes for an empty one."""
-    return isinstance(value, str) and value.strip() in _NULLS
+    return isinstance(value, str) and value.strip() in NULLS
+
+
+def is_unlabelled(value: Any) -> bool:
+    """Whether a label is -1, by which many libraries mark what has none."""
+    return not isinstance(value, bool) and str(value).strip() in ("-1", "-1.0")
 
 
 def label_of(value: Any) -> str | None:
     """The label in a cell; whole floats, which libraries make of integers beside empty cells, as integers.
 
-    Lists and records are no labels.
+    Lists and records are no labels, and -1 is none.
     """
-    if is_missing(value) or says_missing(value) or isinstance(value, list | tuple | Mapping):
+    if is_unlabelled(value) or is_missing(value) or says_missing(value) or isinstance(value, list | tuple | Mapping):
         return None
     return _WHOLE.sub(r"\1", str(value).strip()) or None
 
@@ -166,6 +209,8 @@ def label_of(value: Any) -> str | None:
 def captions_of(value: Any) -> list[str]:
     """The captions in a cell: a text, a list of texts or of lists of words, or records such as {"raw": ...}.
 
+    A list of single words is one text that was split if `a`, `of`, a full stop or the like is among them, else it is
+    several captions.
     Lists and records may also be written as text, as JSON, Python, NumPy or PostgreSQL print them.
     """
     if isinstance(value, bytes):
@@ -180,6 +225,8 @@ def captions_of(value: Any) -> list[str]:
     if isinstance(value, Sequence):
         if len(value) > 1 and all(map(_is_words, value)):
             return [text for words in value for text in captions_of(" ".join(words))]
+        if _is_words(value) and not _GRAMMAR.isdisjoint(word.lower() for word in value):
+            return captions_of(" ".join(value))
         return [text for item in value for text in captions_of(item)]
     return [] if is_missing(value) or isinstance(value, bool) else [str(value)]
 

@@ -9,7 +9,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,12 +43,17 @@ SUFFIXES = frozenset(
 
 _NUMBERED = re.compile(r"#\d+$")
 _ORIENTATION = 0x0112
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
-"""TIFF tags: bits of a value, whether 0 is white (0) or black (1), and whether values are signed (2)."""
+_BITS, _PHOTOMETRIC, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 262, 338, 339
+"""TIFF tags: bits of a value, whether 0 is white (0) or black (1), what the samples after the colours are, and whether
+values are signed (2)."""
 _LEVELS = {"L;2": 85, "L;4": 17}
 """What Pillow multiplies the grey values of PNGs of 2 and 4 bits with, but not the value that is transparent."""
 _FAINT = 16
 """Floats over 1 whose largest is below this may be of either scale, to 1 or to 255."""
+_OVERSHOOT = 0.02
+"""How far filters that sharpen or resize carry floats from 0 to 1 beyond both ends."""
+_TWELVE_BITS = 4096
+"""Values of 16 bits that stay below this are those of a sensor or a scanner with 10 or 12 bits."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -94,7 +99,8 @@ def decode(
 
     The image is turned as its EXIF orientation says; of an animation the first frame is used; transparency lies over
     white; colours of an embedded profile become sRGB; the square is resized with an antialiased bicubic filter.
-    Grey values of 16 bits are scaled to 8, floats from 0 to 1 or from 0 to 255 too; other ranges are refused.
+    Values of 16 bits are scaled to 8, floats from 0 to 1 or from 0 to 255 too; other ranges are refused, and so are 16
+    bits of which only the lower 12 are used: nearly black, unless somebody knows which value is white.
 
     ``name`` is what messages call the image, by default its path. Raises UnreadableImage, whose message names the image
     and the reason.
@@ -160,11 +166,21 @@ def _check_size(image: Image.Image, limits: ImageLimits) -> None:
 def _decode(image: Image.Image, size: int) -> np.ndarray:
     """``image`` may be the caller's: it is loaded, and otherwise stays as it is."""
     transparent = _transparent_value(image)
+    exact = _exact_transparency(image) if isinstance(transparent, tuple) else None
+    raw = _raw_mode(image)
     image.load()
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     bits = int(np.ravel(tags.get(_BITS, 16))[0])
     if tags.get(_SAMPLE_FORMAT, (1,))[0] == 2 and bits < 32:
         raise UnreadableImage(f"holds signed numbers of {bits} bits; {_MEND}")
+    if ";16" in raw and image.mode != "I;16":
+        _refuse_twelve_bits(256.0 * np.asarray(image.convert("RGB")).max())
+    if exact is not None:
+        image = image.convert("RGB")
+        image.putalpha(exact)
+        transparent = None
+    elif image.mode == "RGBA" and _is_alpha_unused(image, tags):
+        image = image.convert("RGB")
     # Asked only now: Pillow turns TIFFs while it loads them, and then they have no orientation any more.
     turn = _TURNS.get(_orientation(image))
     if turn is not None:
@@ -217,6 +233,50 @@ def _transparent_value(image: Image.Image) -> Any:
     return value
 
 
+def _raw_mode(image: Image.Image) -> str:
+    """How Pillow calls the layout of the pixels in the file, such as `RGB;16B`; empty once the image is loaded."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0].args if tiles else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments or "")
+
+
+def _exact_transparency(image: Image.Image) -> Image.Image | None:
+    """The opacity of a PNG of three times 16 bits with a transparent colour; None for any other image.
+
+    Pillow loads the upper bytes alone, which other colours share. So the file is read once more for the lower bytes.
+    """
+    if not isinstance(image, PngImagePlugin.PngImageFile) or _raw_mode(image) != "RGB;16B" or image.fp is None:
+        return None
+    stream, place = image.fp, image.fp.tell()
+    colour = image.info["transparency"]
+    bytes_of = []
+    for layout in ("RGB;16B", "RGB;16L"):  # the second takes the other byte of each value
+        stream.seek(0)
+        half = PngImagePlugin.PngImageFile(stream)
+        half.tile = [tile._replace(args=layout) for tile in half.tile]
+        half.load()
+        bytes_of.append(np.asarray(half).astype(np.uint16))
+    stream.seek(place)
+    clear = (bytes_of[0] * 256 + bytes_of[1] == np.array(colour, np.uint16)).all(-1)
+    return Image.fromarray(np.where(clear, 0, 255).astype(np.uint8))
+
+
+def _is_alpha_unused(image: Image.Image, tags: Mapping[int, Any]) -> bool:
+    """Whether the fourth channel of an image is not its opacity, whatever Pillow takes it for.
+
+    TIFFs say so where it is; without a word it may be anything, such as infrared. BMPs often fill it with zeros.
+    """
+    if image.format == "TIFF":
+        return _EXTRA_SAMPLES not in tags
+    return image.format == "BMP" and image.getchannel("A").getextrema() == (0, 0)
+
+
+def _refuse_twelve_bits(most: float) -> None:
+    """Raise UnreadableImage where the largest value of an image of 16 bits is one of 12 bits, and not 0."""
+    if 0 < most < _TWELVE_BITS:
+        raise UnreadableImage(f"holds values up to {most:.0f} of 65535, as data of 10 or 12 bits has; {_MEND}")
+
+
 def _centre_square(image: Image.Image) -> Image.Image:
     width, height = image.size
     side = min(width, height)
@@ -231,6 +291,8 @@ def _to_grey(image: Image.Image, transparent: int | None, *, bits: int, inverted
     """Greyscale of more than 8 bits or of floats as 8 bits; Pillow's own conversion would cut every value over 255."""
     values = np.asarray(image)
     white = 2.0**bits - 1 if image.mode.startswith("I;16") else _white(image, values)
+    if white == 65535:
+        _refuse_twelve_bits(float(values.max()))
     grey = np.round(values.astype(np.float32) * (255.0 / white)).clip(0, 255).astype(np.uint8)
     made = Image.fromarray(255 - grey if inverted else grey)
     if transparent is not None:
@@ -246,14 +308,14 @@ def _white(image: Image.Image, values: np.ndarray) -> float:
     Raises UnreadableImage where the values do not tell.
     """
     least, most = float(values.min()), float(values.max())
+    if image.mode == "F" and least >= -_OVERSHOOT and most <= 1 + _OVERSHOOT:
+        return 1.0
     if not least >= 0 or not np.isfinite(most):  # NaN is not >= 0
         raise UnreadableImage(f"holds values from {least:g} to {most:g}; {_MEND}")
     if image.mode == "I":  # 8 bits where Pillow converted it, 16 bits where it read it
         if most > 65535:
             raise UnreadableImage(f"holds values up to {most:.0f}, more than 16 bits; {_MEND}")
         return 255.0 if most <= 255 and image.format != "PPM" else 65535.0
-    if most <= 1:
-        return 1.0
     if most > 255 or (most < _FAINT and (values != np.floor(values)).any()):
         raise UnreadableImage(f"holds floats up to {most:g}, neither up to 1 nor up to 255; {_MEND}")
     return 255.0

@@ -10,7 +10,15 @@ from diptych.data.sources.columns import IMAGE_NAMES, Columns, find_image, usual
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
 from diptych.data.sources.rows import SUFFIXES as TABLES
 from diptych.data.sources.rows import read_rows
-from diptych.data.sources.samples import TEXT_SUFFIXES, SampleSource, folder_labels, group, is_hidden, unused_notes
+from diptych.data.sources.samples import (
+    TEXT_SUFFIXES,
+    SampleSource,
+    folder_labels,
+    group,
+    is_hidden,
+    nested_notes,
+    unused_notes,
+)
 from diptych.data.sources.table import (
     TableSource,
     counted,
@@ -96,7 +104,7 @@ def _open_metadata(
 
     Where the tables have no column of splits, the folders of the images say them.
     """
-    notes = []
+    notes: list[str] = []
     by_folder = [split_of(table) for table in tables]
     if split is not None and any(by_folder):
         if split not in by_folder:
@@ -107,7 +115,7 @@ def _open_metadata(
         notes = split_notes(by_folder)
     rows, of_table = [], []
     for table in tables:
-        found = read_rows(root / table)
+        found = read_rows(root / table, notes=notes)
         rows += found
         of_table += [root / table] * len(found)
     source = from_rows(rows, tables=of_table, name=name, columns=columns, split=split, limits=limits, root=root)
@@ -128,7 +136,7 @@ def _open_metadata(
             f"{counted(len(unread), 'file')} beside the images not used, as {tables[0]} is read: "
             + some(unread, len(unread))
         )
-    source.notes += notes
+    source.notes += [note for note in notes if note not in source.notes]
     return source
 
 
@@ -157,7 +165,8 @@ class FolderSource(SampleSource):
             split=split,
             limits=limits,
             texts_named=groups.texts_named,
-            notes=unused_notes([files[i] for i in groups.lone], [files[i] for i in groups.unused]),
+            notes=nested_notes(images, _shards(files))
+            + unused_notes(*([files[i] for i in part] for part in (groups.lone, groups.unused, groups.masks))),
         )
 
     def _read(self, member: int) -> bytes:
@@ -183,6 +192,10 @@ def _shards(files: list[str]) -> frozenset[str]:
 
 
 def _hint(root: Path, files: list[str]) -> str:
+    if any(file.endswith(".arrow") for file in files):
+        return ": it is what save_to_disk of datasets writes; save the data set with to_parquet"
+    if packed := [file for file in files if file.lower().endswith((".zip", ".7z", ".rar", ".tar.gz", ".tgz"))]:
+        return f", but {packed[0]}; unpack it first"
     for suffix in _OTHER_KINDS:
         others = [file for file in files if file.lower().endswith(suffix)]
         if others:

@@ -309,6 +309,8 @@ def _kind(path: Path) -> str:
         raise UserError(f"{path}: a compressed tar allows no random access; gunzip it first")
     if suffix in SUFFIXES:
         raise UserError(f"{path}: is one image; give its folder")
+    if suffix in (".zip", ".7z", ".rar"):
+        raise UserError(f"{path}: is packed; unpack it, and give the folder")
     raise UserError(
         f"{path}: not a kind of source; give a folder of images, a .csv, .tsv, .json, .jsonl, .parquet, .tar or .txt "
         "file, hub:owner/name or scenes:"

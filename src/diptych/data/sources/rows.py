@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from diptych.data.sources.columns import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, usual
 from diptych.data.sources.decode import is_image_path
 from diptych.data.sources.text import read_text
 from diptych.errors import UserError
 
 SUFFIXES = frozenset({".csv", ".tsv", ".json", ".jsonl", ".ndjson"})
 _DELIMITERS = ",\t;|"
+_NO_CAPTION = ("is_rejected", "is_precanned")
 _SPLIT = re.compile(
     r"(train|training|val|valid|validation|dev|eval|test|testing)[-_]?(\d{4}|images|set|data|[ab])?", re.IGNORECASE
 )
@@ -25,20 +27,22 @@ def is_split(name: str) -> bool:
     return _SPLIT.fullmatch(name) is not None
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, *, notes: list[str] | None = None) -> list[dict[str, Any]]:
     """The rows of a csv, tsv, json, jsonl or parquet file. All but parquet may end in .gz.
 
-    Raises UserError for a file that is damaged or has no rows.
+    What is left out is named in a line that is added to ``notes``. Raises UserError for a file that is damaged or has
+    no rows.
     """
+    notes = [] if notes is None else notes
     suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
     if suffix == ".parquet":
         rows = _read_parquet(path)
     elif suffix in (".csv", ".tsv"):
         rows = _read_delimited(read_text(path), path, "," if suffix == ".csv" else "\t")
     elif suffix == ".json":
-        rows = _read_json(read_text(path), path)
+        rows = _read_json(read_text(path), path, notes)
     else:
-        rows = _read_json_lines(read_text(path), path)
+        rows = _read_json_lines(read_text(path), path, notes)
     if not rows:
         raise UserError(f"{path}: holds no rows")
     return rows
@@ -107,6 +111,8 @@ def _read_cells(text: str, path: Path, delimiter: str, quoting: Literal[0, 3]) -
     try:
         header = _header(next(reader, []), path)
         for cells in reader:
+            if start == 2:
+                _refuse_title(header, cells, path)
             if cells and len(cells) != len(header):
                 raise UserError(
                     f"{path}: the row at line {start} has {len(cells)} cells and the header {len(header)}; "
@@ -130,6 +136,13 @@ def _header(cells: Sequence[str], path: Path) -> list[str]:
     return names
 
 
+def _refuse_title(header: Sequence[str], cells: Sequence[str], path: Path) -> None:
+    """Raise UserError where the second line names the columns: a title stands above it."""
+    names = IMAGE_NAMES | CAPTION_NAMES | LABEL_NAMES
+    if not any(usual(name, names) for name in header) and sum(usual(cell, names) for cell in cells) > 1:
+        raise UserError(f"{path}: the second line names the columns ({', '.join(cells)[:60]}); remove the first line")
+
+
 def _is_name(cell: str) -> bool:
     """False for a cell that must be data: the first line of a table without a header."""
     return len(cell) <= 100 and not is_image_path(cell) and "://" not in cell
@@ -146,9 +159,9 @@ def _refuse_swallowed(cells: Sequence[str], delimiter: str, place: str) -> None:
                 )
 
 
-def _read_json_lines(text: str, path: Path) -> list[dict[str, Any]]:
+def _read_json_lines(text: str, path: Path, notes: list[str]) -> list[dict[str, Any]]:
     if text.lstrip().startswith("["):
-        return _read_json(text, path)
+        return _read_json(text, path, notes)
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -175,7 +188,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_json(text: str, path: Path) -> list[dict[str, Any]]:
+def _read_json(text: str, path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Rows of a JSON document.
 
     It may be a list of objects or of texts, an object that holds one such list, COCO's captions, Karpathy's splits, an
@@ -185,12 +198,12 @@ def _read_json(text: str, path: Path) -> list[dict[str, Any]]:
         document = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-            return _read_json_lines(text, path)
+            return _read_json_lines(text, path, notes)
         raise UserError(f"{path}: is not JSON ({error})") from None
     if isinstance(document, dict):
         lists = {name: value for name, value in document.items() if _is_rows(value)}
         if "images" in lists and ("annotations" in document or "licenses" in document):
-            return _join_coco(lists["images"], document.get("annotations") or [], path)
+            return _join_coco(lists["images"], document.get("annotations") or [], path, notes)
         if lists and all(map(is_split, document)):
             document = [{"split": name, **row} for name, rows in lists.items() for row in rows]
         elif len(lists) == 1 and not any(map(is_image_path, document)):
@@ -220,8 +233,15 @@ def _keyed(document: dict[str, Any]) -> list[dict[str, Any]] | None:
     return None
 
 
-def _join_coco(images: list[dict], annotations: list[dict], path: Path) -> list[dict[str, Any]]:
-    """Rows from COCO's two lists, which keep the captions apart from the images they belong to."""
+def _join_coco(images: list[dict], annotations: list[dict], path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Rows from COCO's two lists, which keep the captions apart from the images they belong to.
+
+    Captions that VizWiz marks as rejected, or as one of its ready sentences on bad images, say nothing of the image.
+    """
+    marked = [any(annotation.get(mark) for mark in _NO_CAPTION) for annotation in annotations]
+    if any(marked):
+        notes.append(f"captions not used: {sum(marked):,} that are marked as {' or '.join(_NO_CAPTION)}")
+        annotations = [each for each, left_out in zip(annotations, marked, strict=True) if not left_out]
     try:
         captions: dict[str, list[str]] = {str(image["id"]): [] for image in images}
         if len(captions) < len(images):

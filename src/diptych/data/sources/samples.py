@@ -9,7 +9,8 @@ A side-car is a text (`.txt`, `.text`, `.caption`), a `.json` or a class (`.cls`
    `IMG.2020.01.jpg`.
 
 Suffixes in capitals are the same, and so are the two ways in which Unicode writes an accent. What belongs to no image
-is not used and is named in the notes of the source. What could belong to several images is refused.
+is not used and is named in the notes of the source. What could belong to several images is refused. The mask of an
+image (`a_mask.png` or `a.mask.png` beside `a.jpg`, `masks/a.png` beside `images/a.jpg`) is no image of its own.
 """
 
 import json
@@ -32,6 +33,7 @@ from diptych.data.sources.columns import (
     captions_of,
     find_fields,
     is_missing,
+    is_unlabelled,
     label_of,
     says_missing,
     usual,
@@ -39,7 +41,7 @@ from diptych.data.sources.columns import (
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
 from diptych.data.sources.rows import SUFFIXES as TABLES
 from diptych.data.sources.rows import is_split
-from diptych.data.sources.table import counted, sample_columns, select_split, some, split_notes
+from diptych.data.sources.table import counted, sample_columns, select_split, some, split_notes, unlabelled_note
 from diptych.data.sources.text import clean, decode_text
 from diptych.errors import UserError
 
@@ -53,6 +55,22 @@ _WORD = re.compile(r"[A-Za-z_][\w.-]*")
 _BOXES = re.compile(r"(\s*\d+(\s+-?[\d.]+){4,}\s*)+")
 """Lines of a class and a box, as detectors have them."""
 _SHARD = re.compile(r"(images?|img|part|chunk|batch|data|shard|split)[-_]?\d+", re.IGNORECASE)
+_MASK_END = re.compile(
+    r"[ ._-]+(masks?|seg|segmentation|segmap|segmask|trimap|matte|gt|depth|labelids|instanceids)([ ._-]?\d+)?$",
+    re.IGNORECASE,
+)
+"""What the name of a mask has behind the name of its image."""
+_MASKS = re.compile(
+    r"mask|annotations?|labels|"
+    r"(.*[ _-])?(masks|trimaps|mattes|segmentations?|segmentation(class|object)|ground[ _-]?truth|gt|depths?)",
+    re.IGNORECASE,
+)
+"""Folders of masks."""
+_LOSSLESS = frozenset({".png", ".gif", ".bmp", ".tif", ".tiff"})
+_SAMPLE = 64
+"""Number of samples whose texts and json are read when a source is opened."""
+_PLAIN = frozenset({"image", "images", "img", "imgs", "jpegimages"})
+"""Folders that are no class, wherever they are."""
 _MANY = 100_000
 """Largest number of .json files that are read in search of captions when a source is opened."""
 
@@ -68,6 +86,8 @@ class Groups:
     """Side-cars whose image is missing."""
     unused: list[int] = field(default_factory=list)
     """Second side-cars of one kind, and files of other kinds."""
+    masks: list[int] = field(default_factory=list)
+    """Images that are masks of others."""
     texts_named: bool = False
     """Whether the user named the texts by their extension, and not a field of the json."""
 
@@ -99,6 +119,9 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
         else:
             sidecars.append((number, kind))
 
+    if not extension:
+        found.masks = [images[place] for place in _find_masks([_normal(names[number]) for number in images])]
+        images = [number for number in images if number not in set(found.masks)] if found.masks else images
     by_stem, by_name, by_key = (defaultdict(list) for _ in range(3))
     for sample, number in enumerate(images):
         name = _normal(names[number])
@@ -148,6 +171,41 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
             f"{source}: {refused[0]}{more}; rename one, or choose the images with --data.columns.image EXTENSION"
         )
     return found
+
+
+def _find_masks(names: Sequence[str]) -> list[int]:
+    """Which of these images are masks of others, by their names or those of their folders."""
+    stems = [os.path.splitext(name)[0] for name in names]
+    known = set(stems)
+    masks = {
+        place for place, stem in enumerate(stems) if (mask := _MASK_END.search(stem)) and stem[: mask.start()] in known
+    }
+    folders: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    others: dict[str, set[str]] = defaultdict(set)
+    for place, stem in enumerate(stems):
+        parts = stem.split("/")
+        at = max((i for i, part in enumerate(parts[:-1]) if _MASKS.fullmatch(part)), default=None)
+        if at is not None:
+            folders["/".join(parts[: at + 1])].append((place, _MASK_END.sub("", "/".join(parts[at + 1 :]))))
+    if folders:
+        inside = {place for members in folders.values() for place, _ in members}
+        for place, stem in enumerate(stems):
+            parts = stem.split("/") if place not in inside else []
+            for i in range(len(parts)):
+                others["/".join(parts[i:])].add("/".join(parts[:i]))
+    for folder, members in folders.items():
+        beside = os.path.dirname(folder)
+
+        def is_of_one(tail: str, beside: str = beside) -> bool:
+            near = [each for each in others[tail] if not beside or each == beside or each.startswith(beside + "/")]
+            return len(near or others[tail]) == 1
+
+        lossless = all(os.path.splitext(names[place])[1].lower() in _LOSSLESS for place, _ in members)
+        having = [place for place, tail in members if is_of_one(tail)]
+        # A folder with a few partners by chance may be a class, such as photographs of masks.
+        if lossless and 10 * len(having) >= 9 * len(members):
+            masks.update(having)
+    return sorted(masks)
 
 
 def group_texts(names: Sequence[str], lone: Sequence[int]) -> Groups:
@@ -222,24 +280,49 @@ def _keys(names: list[str], by_stem: dict[str, list[int]], by_key: dict[str, lis
 
 
 def folder_labels(names: Sequence[str], shards: frozenset[str] = frozenset()) -> list[str | None]:
-    """The folder that holds each file as its class; folders of splits and ``shards`` are none.
+    """The outermost folder of each file as its class, as torchvision has it; splits and ``shards`` are none.
 
     A folder that holds all files says nothing about them, and is no class either.
     """
-    labels: list[str | None] = []
-    for name in names:
-        folder = os.path.dirname(name)
-        label = os.path.basename(folder)
-        known = is_split(label) or folder in shards or _SHARD.fullmatch(label)
-        labels.append(None if known or not label else label)
+    paths = _class_folders(names, shards)
+    labels = [path[0] if path else None for path in paths]
     return labels if len(set(labels)) > 1 else [None] * len(labels)
 
 
-def unused_notes(lone: Sequence[str], unused: Sequence[str]) -> list[str]:
+def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[str]]:
+    """The folders of each file that may be classes, without those that hold all files."""
+    paths = []
+    for name in names:
+        folders = name.split("/")[:-1]
+        known = ["/".join(folders[: i + 1]) in shards for i in range(len(folders))]
+        paths.append(
+            [
+                folder
+                for folder, is_shard in zip(folders, known, strict=True)
+                if not (is_shard or is_split(folder) or folder.lower() in _PLAIN or _SHARD.fullmatch(folder))
+            ]
+        )
+    shared = 0
+    while len({tuple(path[: shared + 1]) for path in paths}) == 1 and len(paths[0]) > shared:
+        shared += 1
+    return [path[shared:] for path in paths]
+
+
+def nested_notes(names: Sequence[str], shards: frozenset[str] = frozenset()) -> list[str]:
+    """A note where folders of classes hold folders that could be meant for classes too."""
+    for name, path in zip(names, _class_folders(names, shards), strict=True):
+        if len(path) > 1:
+            return [f"classes are the outermost folders, such as {path[0]!r} for {name}"]
+    return []
+
+
+def unused_notes(lone: Sequence[str], unused: Sequence[str], masks: Sequence[str] = ()) -> list[str]:
     """What the owner of a source should know of the files that are not used."""
     texts = [name for name in lone if os.path.splitext(name)[1].lower() != ".json"]
     others = [*(name for name in lone if os.path.splitext(name)[1].lower() == ".json"), *unused]
     notes = []
+    if masks:
+        notes.append(f"{counted(len(masks), 'image')} not used, as masks of others: {some(masks, len(masks))}")
     if texts:
         notes.append(f"{counted(len(texts), 'text')} without an image of that name not used: {some(texts, len(texts))}")
     if others:
@@ -279,6 +362,7 @@ class SampleSource(ABC):
         self.has_images = self._any(IMAGE)
         self.has_captions = self._any(TEXT) or bool(self._found and self._found.captions)
         self._take_split(split, splits)
+        self.notes += self._notes_on_side_cars()
 
     @abstractmethod
     def _read(self, member: int) -> bytes:
@@ -307,14 +391,53 @@ class SampleSource(ABC):
         if self._by_text:
             wanted = replace(columns, caption=None if len(textless) else "")
             having = textless if len(textless) else having
-        spread = [self._json(int(i)) for i in having[:: max(1, len(having) // 64)]]
+        spread = [self._json(int(i)) for i in having[:: max(1, len(having) // _SAMPLE)]]
         source = f"{self.name} (fields of its .json members)"
         found = find_fields(sample_columns(spread), wanted=wanted, source=source)
         if wanted.caption is None and not found.captions and len(having) > len(spread):
             every = [self._json(int(i)) for i in having[:: max(1, len(having) // _MANY)]]
             found = find_fields(sample_columns(every), wanted=wanted, source=source)
         self.notes += found.notes
+        if not (found.captions or found.label or found.split) and not (columns.caption == columns.label == ""):
+            names = sorted({name for fields in spread for name in fields})
+            if textless.size:
+                self.notes.append(f".json without captions and labels: their fields are {some(names, len(names))}")
         return found
+
+    def _notes_on_side_cars(self) -> list[str]:
+        """What a sample of the side-cars says that is not used: other captions in the json, nan for a caption, -1."""
+        having = np.flatnonzero((self._slots[:, TEXT:] >= 0).any(1))
+        chosen = [int(i) for i in having[:: max(1, len(having) // _SAMPLE)]]
+        both, other, nulls, unlabelled, blank = 0, [], 0, 0, 0
+        for i in chosen:
+            try:
+                fields, text, label = self._json(i), self._text(i), self._class(i)
+            except UserError:  # it is raised where the item is used
+                continue
+            nulls += sum(map(says_missing, text.split("\n")))
+            blank += bool(self._slots[i, TEXT] >= 0) and not text.strip()
+            if self._found:
+                nulls += sum(says_missing(fields.get(name)) for name in self._found.captions)
+                label = label or str(fields.get(self._found.label or "", ""))
+            unlabelled += is_unlabelled(label)
+            said = {name: captions_of(value) for name, value in fields.items() if usual(name, CAPTION_NAMES)}
+            if self._by_text and text.strip() and any(said.values()):
+                both += 1
+                captions = set(self.captions(i))
+                if not any(captions & set(values) for values in said.values()):
+                    other.append(next(name for name, values in said.items() if values))
+        of = f"of {len(chosen):,} that were looked at"
+        notes = [f"{counted(blank, 'text')} {of} {'is' if blank == 1 else 'are'} empty"] if blank else []
+        if other:
+            notes.append(
+                f"{len(other):,} of {both:,} .json that were looked at have other captions than the text beside them, "
+                f"which is used; choose with ?caption={other[0]}"
+            )
+        if nulls:
+            notes.append(f"{counted(nulls, 'caption')} such as nan or null {of} taken for missing")
+        if unlabelled:
+            notes.append(f"{unlabelled_note(unlabelled)} ({of})")
+        return notes
 
     def _take_split(self, split: str | None, folders: Sequence[str | None]) -> None:
         field = self._found.split if self._found else None
@@ -341,6 +464,16 @@ class SampleSource(ABC):
             raise UserError(f"{place} is not a JSON object {{...}}")
         return fields
 
+    def _text(self, i: int) -> str:
+        """The content of the text; empty where there is none."""
+        member = int(self._slots[i, TEXT])
+        return decode_text(self._read(member), name=self._place(i, TEXT)) if member >= 0 else ""
+
+    def _class(self, i: int) -> str:
+        """The content of the class; empty where there is none."""
+        member = int(self._slots[i, CLASS])
+        return clean(decode_text(self._read(member), name=self._place(i, CLASS))) if member >= 0 else ""
+
     def _place(self, i: int, kind: int) -> str:
         """What messages call a side-car."""
         return f"{self.name}: {self._keys[i]}.{_SHOWN[kind]}"
@@ -356,8 +489,8 @@ class SampleSource(ABC):
 
         A text of several lines that the json repeats as one caption, as img2dataset writes both, is one caption.
         """
-        if (member := int(self._slots[i, TEXT])) >= 0:
-            content = decode_text(self._read(member), name=self._place(i, TEXT))
+        if self._slots[i, TEXT] >= 0:
+            content = self._text(i)
             lines = [text for line in content.split("\n") if (text := clean(line)) and not says_missing(text)]
             if len(lines) > 1 and self._slots[i, JSON] >= 0:
                 whole = clean(content)
@@ -381,8 +514,8 @@ class SampleSource(ABC):
 
     def label(self, i: int) -> str | None:
         """The content of `key.cls`, else the json field of the label, else the folder of the image."""
-        if (member := int(self._slots[i, CLASS])) >= 0:
-            return clean(decode_text(self._read(member), name=self._place(i, CLASS)))
+        if self._slots[i, CLASS] >= 0:
+            return label_of(self._class(i))
         if self._found and self._found.label:
             label = label_of(self._json(i).get(self._found.label))
             if label is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from diptych.data.sources.columns import (
     find_columns,
     find_image,
     is_missing,
+    is_unlabelled,
     label_of,
     says_missing,
     usual,
@@ -37,6 +39,9 @@ _FOLDERS = 300
 """Number of folders in which images are looked for that do not lie where their table says."""
 
 _LAST_NUMBER = re.compile(r"\d+$")
+_UPLOADED = re.compile(r"(?:^|/)upload/\d+/([0-9a-f]{6,8}-(.+))$")
+_LOCAL_FILES = re.compile(r"/local-files/\?d=(.+)$")
+"""How Label Studio calls files: uploaded ones, and those of a folder of the server."""
 
 Row = Mapping[str, Any]
 
@@ -47,11 +52,14 @@ def open_tables(
     """One source from one or more files with the same columns."""
     rows: list[dict[str, Any]] = []
     tables: list[Path] = []
+    notes: list[str] = []
     for path in paths:
-        found = read_rows(path)
+        found = read_rows(path, notes=notes)
         rows += found
         tables += [path] * len(found)
-    return from_rows(rows, tables=tables, name=name, columns=columns, split=split, limits=limits)
+    source = from_rows(rows, tables=tables, name=name, columns=columns, split=split, limits=limits)
+    source.notes += notes
+    return source
 
 
 def from_rows(
@@ -133,7 +141,8 @@ def select_split(values: Sequence[Any], split: str | None, *, source: str) -> li
     wanted = {split} if split in found else set(split.split("+"))
     for each in sorted(wanted - found):
         raise unknown_split(each, found, source=source)
-    return [i for i, value in enumerate(values) if not is_missing(value) and str(value).strip() in wanted]
+    same = {each.casefold() for each in wanted}  # `Train` in some rows is a slip, not another split
+    return [i for i, value in enumerate(values) if not is_missing(value) and str(value).strip().casefold() in same]
 
 
 def unknown_split(split: str, found: Iterable[str], *, source: str) -> UserError:
@@ -163,6 +172,10 @@ def split_notes(values: Iterable[Any]) -> list[str]:
     return [f"the splits {', '.join(found[:6])} are used together; choose one, e.g. ?split={found[-1]}"]
 
 
+def unlabelled_note(count: int) -> str:
+    return f"{counted(count, 'label')} of -1 taken for missing; give the class another name if it is one"
+
+
 def counted(count: int, one: str, many: str | None = None) -> str:
     """`1 file`, `2,000 files`."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
@@ -181,33 +194,42 @@ class ImagePaths:
         self._listed: dict[str, dict[str, str]] = {}
         self._stems: dict[str, dict[str, list[str]]] = {}
         self._numbers: dict[str, dict[int, list[str]]] = {}
+        self._real: dict[str, str] = {}
 
     def find(self, folder: Path, value: str) -> tuple[str, bool]:
         """The path of an image relative to ``folder``, and whether there is such a file.
 
-        Also found are files whose accents Unicode writes in the other way, paths with backslashes, names that lack
-        their suffix, and numbers for the names that end in them (`42` for `COCO_val2014_000000000042.jpg`).
+        Also found are files and folders whose accents Unicode writes in the other way, paths with backslashes, names
+        that lack their suffix, numbers for the names that end in them (`42` for `COCO_val2014_000000000042.jpg`), and
+        what Label Studio makes of the name of a file that was uploaded to it.
         """
         value = value.strip().removeprefix("file://")
         value = without_number(value) if is_image_path(value) else value
         path = os.path.normpath(os.path.join(folder, value))
-        for spelling in dict.fromkeys((path, os.path.normpath(os.path.join(folder, value.replace("\\", "/"))))):
-            head, base = os.path.split(spelling)
+        for spelling in dict.fromkeys((value, value.replace("\\", "/"), *_before_upload(value))):
+            head, base = os.path.split(os.path.normpath(os.path.join(folder, spelling)))
             names = self._names(head)
+            real = self._real[head]
             if (name := names.get(unicodedata.normalize("NFC", base))) is not None:
-                return os.path.join(head, name), True
+                return os.path.join(real, name), True
             if not is_image_path(base):
                 same = self._stems[head].get(unicodedata.normalize("NFC", base), [])
                 if not same and base.isdecimal():
                     same = self._numbers[head].get(int(base), [])
                 if len(same) == 1:
-                    return os.path.join(head, same[0]), True
+                    return os.path.join(real, same[0]), True
         return path, os.path.isfile(path)
 
     def _names(self, folder: str) -> dict[str, str]:
         if folder not in self._listed:
+            real = folder
+            if not os.path.isdir(folder or "."):
+                head, base = os.path.split(folder)
+                if head != folder and (name := self._names(head).get(unicodedata.normalize("NFC", base))) is not None:
+                    real = os.path.join(self._real[head], name)
+            self._real[folder] = real
             try:
-                names = os.listdir(folder or ".")
+                names = os.listdir(real or ".")
             except OSError:
                 names = []
             self._listed[folder] = {unicodedata.normalize("NFC", name): name for name in names}
@@ -249,6 +271,15 @@ class ImagePaths:
                 f"{table}: its images may be those in {best[0]} or in {best[1]}; write the folder into the paths"
             )
         return best[0] if best else table.parent
+
+
+def _before_upload(value: str) -> list[str]:
+    """The names of a file, with its folders and without, before Label Studio gave it a path of its own."""
+    if (local := _LOCAL_FILES.search(value)) is not None:
+        place = unquote(local[1])
+        return [place, os.path.basename(place)]
+    found = _UPLOADED.search(value)
+    return [] if found is None else [unquote(found[1]), unquote(found[2])]
 
 
 def _folders_below(folder: Path) -> list[Path]:
@@ -294,7 +325,7 @@ class TableSource:
         self._captions: list[tuple[str, ...]] = []
         self._labels: list[str | None] = []
         at: dict[str, int] = {}
-        empty, nulls, textless = [], 0, 0
+        empty, nulls, textless, unlabelled = [], 0, 0, 0
         other_labels: dict[str, str] = {}
         self.missing: list[str] = []
         """Paths of the images that do not exist."""
@@ -305,6 +336,7 @@ class TableSource:
             captions = tuple(text for cell in cells for text in captions_of(cell))
             nulls += sum(map(says_missing, cells))
             label = label_of(row.get(found.label)) if found.label else None
+            unlabelled += found.label is not None and is_unlabelled(row.get(found.label))
             key, exists = f"row {number}", True
             if found.image is not None:
                 value = _path_of(row, found.image, found.folder)
@@ -339,6 +371,8 @@ class TableSource:
             self.notes.append(f"{counted(textless, 'row')} without a text not used")
         if nulls:
             self.notes.append(f"{counted(nulls, 'caption')} such as nan or null taken for missing")
+        if unlabelled:
+            self.notes.append(unlabelled_note(unlabelled))
         if other_labels:
             self.notes.append(
                 f"{counted(len(other_labels), 'image')} with two labels, of which the first is used: "

@@ -1,7 +1,10 @@
 """Text files, in strict UTF-8 with one text a line, and the cleaning of every caption."""
 
 import gzip
+import html
+import json
 import re
+import sys
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -14,6 +17,9 @@ from diptych.data.sources.decode import is_image_path
 from diptych.errors import UserError
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]+")
+_ESCAPE = re.compile(r"(?<!\\)\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))")
+"""A character as JSON and Python write it in ASCII. Tables that hold pieces of JSON hold it as six characters."""
+_ENTITY = re.compile(r"&(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
 _NO_TEXTS = {
     b"version https://git-lfs": "is a pointer of git-lfs, not the file itself; fetch it with git lfs pull",
     b"<!doctype html": "is a page of HTML, as servers send for a missing file; download it again",
@@ -30,12 +36,22 @@ _ROW = re.compile(r"""["']?(?P<image>[^,;|\t"']+?)["']?(?P<delimiter>\s*[,;|\t]|
 def clean(text: str) -> str:
     """The text with every run of control characters and white space as one space, and none at its ends.
 
-    Half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD.
+    Half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD. Characters that are written out, as
+    `\\u00e9` or as `&quot;`, are read as the character.
     """
+    if "&" in text and ";" in text:
+        text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
+    if "\\u" in text or "\\U" in text:
+        text = _ESCAPE.sub(_unescaped, text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if text.isprintable() and "  " not in text:  # nearly every caption, and ten times quicker
         return text.strip()
     text = _CONTROL.sub(" ", text)
     return " ".join(_SURROGATE.sub("\ufffd", text).split())
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    code = int(escape[1] or escape[2], 16)
+    return chr(code) if code <= sys.maxunicode else escape[0]
 
 
 def read_bytes(path: Path) -> bytes:
@@ -83,21 +99,43 @@ def _not_utf8(data: bytes, *, name: str, offset: int) -> NoReturn:
 
 
 def _refuse_table(path: Path, lines: Sequence[str]) -> None:
-    """Raise UserError where most lines are rows of a table whose first cell is the path of an image."""
+    """Raise UserError where most lines are rows of a table whose first cell is the path of an image, or where all are
+    JSON or cells between tabs."""
     sample = [line for line in lines[:50] if line.strip()]
     addresses = [line for line in sample if line.strip().lower().startswith(("http://", "https://"))]
     if 2 * len(addresses) > len(sample):
         raise UserError(
             f"{path}: is a list of web addresses ({addresses[0][:60]!r}), not of texts; download them first"
         )
+    if len(sample) > 1 and all(map(_is_json, sample)):
+        raise UserError(f"{path}: holds JSON ({sample[0][:60]!r}), a document in each line; let its name end in .jsonl")
     rows = [row for line in sample if (row := _ROW.match(line)) and is_image_path(row["image"])]
     if 2 * len(rows) > len(sample):
-        delimiter = rows[0]["delimiter"].strip(" ") or ","
+        delimiter = rows[0]["delimiter"].strip(" ")
         suffix = ".tsv" if delimiter == "\t" else ".csv"
+        what = f"{path}: is a table of images ({rows[0].string[:60]!r}), not a list of texts; "
+        if not delimiter:
+            raise UserError(f"{what}save it as .csv, with commas between its columns and a first line that names them")
+        has_names = not ((first := _ROW.match(sample[0])) and is_image_path(first["image"])) and delimiter in sample[0]
         raise UserError(
-            f"{path}: is a table of images ({rows[0].string[:60]!r}), not a list of texts; rename it to {suffix}, "
-            f"with the first line {f'image{delimiter}caption'!r}"
+            f"{what}rename it to {suffix}"
+            + ("" if has_names else f", with the first line {f'image{delimiter}caption'!r}")
         )
+    if len(sample) > 1 and len({line.strip().count("\t") for line in sample}) == 1 and "\t" in sample[0].strip():
+        raise UserError(
+            f"{path}: is a table with tabs ({sample[0].strip()[:60]!r}), not a list of texts; rename it to .tsv, with "
+            "a first line that names the columns"
+        )
+
+
+def _is_json(line: str) -> bool:
+    """Whether a line is an object or a list of JSON."""
+    if line.strip()[:1] not in ("{", "["):
+        return False
+    try:
+        return isinstance(json.loads(line), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 class TextSource:

@@ -20,6 +20,7 @@ from diptych.data.sources.samples import (
     folder_labels,
     group,
     group_texts,
+    nested_notes,
     unused_notes,
 )
 from diptych.data.sources.table import counted, file_split_notes, split_of
@@ -44,6 +45,7 @@ class WebDatasetSource(SampleSource):
         slots, places = array("q"), array("q")
         lone: list[tuple[list[str], list[int]]] = []  # of each shard the names and members of texts without an image
         unused: list[str] = []
+        masks: list[str] = []
         texts_named = False
         notes: list[str] = []
 
@@ -67,6 +69,7 @@ class WebDatasetSource(SampleSource):
             texts_named |= groups.texts_named
             lone.append(([names[i] for i in groups.lone], [numbers[i] for i in groups.lone]))
             unused += [names[i] for i in groups.unused]
+            masks += [names[i] for i in groups.masks]
         if not keys:
             for names, owners in lone:
                 groups = group_texts(names, range(len(names)))
@@ -92,7 +95,11 @@ class WebDatasetSource(SampleSource):
             split=split,
             limits=limits,
             texts_named=texts_named,
-            notes=[*notes, *unused_notes([name for names, _ in lone for name in names], unused)],
+            notes=[
+                *notes,
+                *nested_notes(keys),
+                *unused_notes([name for names, _ in lone for name in names], unused, masks),
+            ],
         )
         if split is None:
             self.notes += file_split_notes(self._paths)

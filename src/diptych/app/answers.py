@@ -1,0 +1,183 @@
+"""What the page answers, as HTML: all text in it is escaped, and images are data URIs."""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from diptych.app.labels import Offer
+from diptych.app.runs import read_images
+from diptych.data.audit import Finding
+from diptych.data.pixels import channels_first
+from diptych.data.sources import Source
+from diptych.data.sources.decode import UnreadableImage
+from diptych.data.sources.text import clean
+from diptych.dual.model import DualEncoder
+from diptych.dual.search import Index, SearchResult, ZeroShotClassifier
+from diptych.errors import UserError
+from diptych.itit.pipeline import Caption, Diptych
+from diptych.nn.inference import Prediction
+from diptych.report.html import Captioned, Strip, image_tag, inline
+from diptych.report.run_report import run_sections
+from diptych.uml.classifier import Classifier
+
+Key = TypeVar("Key", bound=Hashable)
+_AUDITED = 128
+"""Side in pixels of an image of an audit."""
+Files = Sequence[str] | None
+"""Paths of uploads."""
+
+
+def note(text: str) -> str:
+    """A line to the user."""
+    return f'<p class="note">{inline(text)}</p>'
+
+
+def together(
+    requests: Sequence[tuple[Key, Files]],
+    size: Callable[[Key], int],
+    answer: Callable[[Key, list[np.ndarray]], Iterable[str]],
+) -> list[str]:
+    """Answers to requests, of which those with the same key are answered together.
+
+    ``size`` says in pixels which images a key takes, and ``answer`` gives an answer to each of its images. A request
+    that cannot be answered is told why, and costs no other request.
+    """
+    answers = [""] * len(requests)
+    images: dict[Key, list[np.ndarray]] = defaultdict(list)
+    places: dict[Key, list[int]] = defaultdict(list)
+    for number, (key, files) in enumerate(requests):
+        try:
+            read = read_images(files, size(key))
+        except UserError as error:
+            answers[number] = note(str(error))
+            continue
+        images[key] += read
+        places[key] += [number] * len(read)
+    for key, pixels in images.items():
+        try:
+            for number, found in zip(places[key], answer(key, pixels), strict=True):
+                answers[number] += found
+        except UserError as error:
+            for number in places[key]:
+                answers[number] = note(str(error))
+    return answers
+
+
+def captions(diptych: Diptych, images: list[np.ndarray], *, beams: int) -> list[str]:
+    """A card for each image, with the candidates of the beam search and their scores."""
+    found = diptych.candidates(images, beams=beams)
+    return [_captioned(image, best) for image, best in zip(images, found, strict=True)]
+
+
+def _captioned(image: np.ndarray, found: Sequence[Caption]) -> str:
+    if not found:
+        return _card(image, "No caption was found.", [])
+    best, *others = (_scored(each.text, f"{each.score:.2f}") for each in found)
+    return _card(image, best, others)
+
+
+def classes(network: Classifier | DualEncoder, images: list[np.ndarray], *, names: str = "", top: int = 5) -> list[str]:
+    """A card for each image, with its most probable classes; a dual encoder takes their names, one a line.
+
+    Raises UserError for a dual encoder without two names.
+    """
+    classifier: Classifier | ZeroShotClassifier
+    if isinstance(network, DualEncoder):
+        listed = [text for line in names.split("\n") if (text := clean(line))]
+        if len(set(listed)) < 2:
+            raise UserError("a dual encoder knows no classes of its own: name two or more, one a line")
+        classifier = ZeroShotClassifier(network, list(dict.fromkeys(listed)))
+    else:
+        classifier = network
+    found = classifier.predictions(channels_first(np.stack(images)), top=top)
+    return [_classified(image, guesses) for image, guesses in zip(images, found, strict=True)]
+
+
+def _classified(image: np.ndarray, guesses: Sequence[Prediction]) -> str:
+    best, *others = (_scored(guess.name, f"{guess.probability:.1%}", share=guess.probability) for guess in guesses)
+    return _card(image, best, others)
+
+
+def hits(index: Index, text: str, files: Files, *, top: int) -> str:
+    """What an index holds that is nearest to a text or to an image. Raises UserError unless one of them is given."""
+    query: str | np.ndarray = text
+    if files:
+        if text.strip():
+            raise UserError("a text and an image: search for one of them")
+        [query] = read_images(files[:1], index.encoder.image_size)
+    found = index.search(query, top=top)
+    if not index.holds_images:
+        rows = (_scored(hit.key, f"{hit.score:.3f}") for hit in found)
+        return '<ol class="texts">' + "".join(f"<li>{row}</li>" for row in rows) + "</ol>"
+    return f'<div class="grid">{"".join(_hits(found, index.images(found)))}</div>'
+
+
+def _hits(found: Sequence[SearchResult], images: Sequence[np.ndarray]) -> list[str]:
+    return [
+        Captioned(image=image, label=f"{hit.score:.3f}", caption=hit.key).render()
+        for hit, image in zip(found, images, strict=True)
+    ]
+
+
+def cycle(diptych: Diptych, text: str, files: Files, *, rounds: int, seed: int) -> str:
+    """The rounds of a cycle side by side. Raises UserError unless either a text or an image is given."""
+    if files and text.strip():
+        raise UserError("a text and an image: a cycle starts from one of them")
+    if files:
+        [image] = read_images(files[:1], diptych.tokenizer.image_size)
+        steps = diptych.cycle(image=image, rounds=rounds, seed=seed)
+    elif text.strip():
+        steps = diptych.cycle(text=text, rounds=rounds, seed=seed)
+    else:
+        raise UserError("a cycle starts from a text or from an image: give one of them")
+    return Strip([step.shown for step in steps]).render()
+
+
+def training(run: Path) -> str:
+    """How far a run is: its samples, curves and scores so far, as in its report."""
+    sections = run_sections(run)
+    if not sections:
+        return note(f"{run}: has logged nothing yet")
+    return "".join(section.render(f"training-{number}") for number, section in enumerate(sections))
+
+
+def offered(offer: Offer) -> str:
+    """An image to label, with the numbered candidates for its caption; the page's keys read their texts."""
+    rows = "".join(
+        f"<li><span><b>{number}</b> <span data-caption>{escape(each.text)}</span></span>"
+        f'<span class="score">{"" if each.score is None else f"{each.score:.2f}"}</span></li>'
+        for number, each in enumerate(offer.candidates, start=1)
+    )
+    image = image_tag(offer.image, alt="")
+    return f'<p class="key">{escape(offer.name)}</p><article class="found">{image}<ol>{rows}</ol></article>'
+
+
+def finding(found: Finding, source: Source) -> str:
+    """A pair of an audit: its image and caption, how it ranks, and what speaks against it."""
+    try:
+        image = image_tag(source.image(found.item, _AUDITED), alt="")
+    except UnreadableImage as error:
+        image = f'<p class="card">{escape(str(error))}</p>'
+    rank = "" if found.rank is None else f"fits better than {found.rank:.0%} of the captions"
+    reasons = "; ".join([rank, *found.reasons] if rank else found.reasons)
+    caption = escape(found.caption) or "no caption"
+    words = (
+        f'<p class="key">{escape(found.key)}</p><p class="best">{caption}</p><p class="reasons">{escape(reasons)}</p>'
+    )
+    return f'<article class="found">{image}<div>{words}</div></article>'
+
+
+def _card(image: np.ndarray, best: str, others: Sequence[str]) -> str:
+    rows = "".join(f"<li>{other}</li>" for other in others)
+    tag = image_tag(image, alt="")
+    return f'<article class="found">{tag}<div><p class="best">{best}</p><ol>{rows}</ol></div></article>'
+
+
+def _scored(text: str, score: str, *, share: float | None = None) -> str:
+    """A text and its score; with ``share``, from 0 to 1, a bar behind the text."""
+    bar = "" if share is None else f' class="bar" style="--share: {share:.1%}"'
+    return f'<span{bar}>{escape(text)}</span><span class="score">{score}</span>'

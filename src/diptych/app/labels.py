@@ -1,0 +1,238 @@
+"""The Label tab: which images are offered, most useful first, and where the decisions on their captions go.
+
+Decisions are rows of a jsonl with one row for each image, which is a source: `file_name`, `caption` (empty for a
+rejected one), `decision` and `proposed`. Each is on disk before the next image is shown. A file is replaced whole, so
+that a kill at any moment leaves every decision that was confirmed.
+
+Shapes: N images, M images that were offered before, D features.
+"""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diptych.data.caption_file import path_in_table
+from diptych.data.sources import Source
+from diptych.data.sources.decode import UnreadableImage
+from diptych.data.sources.open import HasFiles
+from diptych.data.sources.text import clean
+from diptych.errors import UserError
+from diptych.io import write_bytes
+from diptych.itit.pipeline import Caption, Diptych
+
+_POOL = 64
+"""Images that are captioned at once and then put in order."""
+_BEAMS = 4
+
+
+class Labels:
+    """The captions that users accept for the images of a source."""
+
+    def __init__(self, source: Source, *, file: Path, sidecars: bool = False) -> None:
+        """With ``sidecars`` captions also go beside the images.
+
+        Raises UserError for a source without images, for one whose images are no files where sidecars are wanted, and
+        for a damaged ``file``.
+        """
+        if not source.has_images:
+            raise UserError(f"{source.name}: has no images to label")
+        self.source, self.file, self.sidecars = source, file, sidecars
+        self.names = _names(source)
+        if sidecars and not all(Path(name).is_file() for name in self.names):
+            raise UserError(f"--sidecars: the images of {source.name} are no files, so no text can lie beside them")
+        self._lock = threading.Lock()
+        own = self._own(self._rows())
+        self.open = [
+            item
+            for item in range(len(source))
+            if self._listed(item) not in own and not source.captions(item) and not self._has_other_row(item)
+        ]
+        """Items that had neither a caption nor a decision when the source was opened."""
+
+    def decide(self, item: int, caption: str | None, *, proposed: str) -> None:
+        """Save a caption of an item; None rejects the image. A later decision replaces an earlier one.
+
+        Raises UserError where a caption is there that the page did not write: it stays as it is.
+        """
+        text = clean(caption) if caption is not None else ""
+        if caption is not None and not text:
+            raise UserError("an empty caption: write one, or reject the image")
+        decision = "rejected" if caption is None else "accepted" if text == clean(proposed) else "edited"
+        row = {"file_name": self._listed(item), "caption": text, "decision": decision, "proposed": proposed}
+        with self._lock:  # the file is read again each time: another process may have written to it
+            rows = self._rows()
+            earlier = self._own(rows).get(row["file_name"])
+            if any(r.get("file_name") == row["file_name"] and r is not earlier for r in rows):
+                raise UserError(f"{self.file}: has a row of {row['file_name']} that is not of the page; it stays")
+            if self.sidecars:
+                self._write_sidecar(Path(self.names[item]).with_suffix(".txt"), text, earlier)
+            rows = [row if r is earlier else r for r in rows] if earlier else [*rows, row]
+            write_bytes(self.file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+
+    def caption_of(self, item: int) -> str:
+        """The caption that was accepted for an item, empty where there is none."""
+        return self._own(self._rows()).get(self._listed(item), {}).get("caption", "")
+
+    def counts(self) -> Counter[str]:
+        """Number of images by decision, and of those that are `left`."""
+        own = self._own(self._rows())
+        counts = Counter(row["decision"] for row in own.values())
+        counts["left"] = sum(self._listed(item) not in own for item in self.open)
+        return counts
+
+    def decided(self) -> set[int]:
+        """Items on which there is a decision."""
+        own = self._own(self._rows())
+        return {item for item in self.open if self._listed(item) in own}
+
+    def _listed(self, item: int) -> str:
+        return path_in_table(self.names[item], self.file)
+
+    def _has_other_row(self, item: int) -> bool:
+        return any(row.get("file_name") == self._listed(item) for row in self._rows())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for number, line in enumerate(self.file.read_text().splitlines() if self.file.is_file() else [], start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(f"{self.file}: line {number} is no JSON object; mend it, or give another --out")
+            rows.append(row)
+        return rows
+
+    @staticmethod
+    def _own(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The rows that the page wrote, by image."""
+        return {row["file_name"]: row for row in rows if {"file_name", "decision", "proposed"} <= row.keys()}
+
+    @staticmethod
+    def _write_sidecar(text: Path, caption: str, earlier: dict[str, Any] | None) -> None:
+        """Before the row: a kill between the two then loses nothing."""
+        written = text.read_text() if text.exists() else None
+        ours = earlier is not None and written == earlier["caption"] + "\n"
+        if written is not None and not ours and written != caption + "\n":
+            raise UserError(f"{text}: holds a caption that is not of the page; it stays as it is")
+        if caption:
+            write_bytes(text, (caption + "\n").encode())
+        elif ours:
+            text.unlink()
+
+
+def _names(source: Source) -> list[str]:
+    """The paths of the images where they are files, else the keys of the items."""
+    items = range(len(source))
+    # To ask inside a tar would read every image of it.
+    if isinstance(source, HasFiles) and len(source) and isinstance(source.file(0), Path):
+        return [str(source.file(item)) for item in items]
+    return [source.key(item) for item in items]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """An image to label."""
+
+    item: int
+    name: str
+    image: np.ndarray
+    """uint8 [S S 3]."""
+    candidates: Sequence[Caption]
+    """Best first; at least one."""
+
+
+class Offers:
+    """The images of :class:`Labels` for all users of the page, each image to one of them."""
+
+    def __init__(self, labels: Labels, diptych: Diptych) -> None:
+        self.labels, self.diptych = labels, diptych
+        order = torch.randperm(len(labels.open), generator=torch.Generator().manual_seed(0)).tolist()
+        self._waiting = [labels.open[place] for place in order]
+        self._ready: list[Offer] = []
+        self._held: dict[str, int] = {}
+        self._seen_MD: Tensor | None = None
+        self._lock = threading.Lock()
+
+    def take(self, user: str) -> Offer | None:
+        """The next image for a user, who holds it until the next call; None where no other is left."""
+        with self._lock:
+            self._held.pop(user, None)
+            decided = self.labels.decided()
+            self._ready = [offer for offer in self._ready if offer.item not in decided]
+            while True:
+                for offer in self._ready:
+                    if offer.item not in self._held.values():
+                        self._held[user] = offer.item
+                        return offer
+                if not self._waiting:
+                    return None
+                self._prepare()
+
+    def put_back(self, offer: Offer) -> None:
+        """Leave an image undecided: it comes again after those that are ready."""
+        with self._lock:
+            self._ready = [*(each for each in self._ready if each.item != offer.item), offer]
+
+    def release(self, user: str) -> None:
+        """Let others have what a user held, who has closed the page."""
+        with self._lock:
+            self._held.pop(user, None)
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        some, self._waiting = self._waiting[:_POOL], self._waiting[_POOL:]
+        items, images = [], []
+        for item in some:
+            try:
+                images.append(self.labels.source.image(item, self.diptych.tokenizer.image_size))
+                items.append(item)
+            except UnreadableImage:
+                continue
+        if not items:
+            return
+        found = self.diptych.candidates(images, beams=_BEAMS)
+        tokens_BN = self.diptych.tokenize(np.stack(images))
+        encoded = self.diptych.model.encode(self.diptych.model.embed_image(tokens_BN))
+        features_ND = encoded.image_BKD.mean(1).float().cpu()
+        scores_N = torch.tensor([each[0].score if each else -torch.inf for each in found])
+        order = useful_first(features_ND, scores_N, seen_MD=self._seen_MD)
+        self._seen_MD = features_ND if self._seen_MD is None else torch.cat([self._seen_MD, features_ND])
+        nothing = [Caption(text="", score=None)]
+        self._ready += [
+            Offer(item=items[n], name=self.labels.names[items[n]], image=images[n], candidates=found[n] or nothing)
+            for n in order
+        ]
+
+
+def useful_first(
+    features_ND: Float[Tensor, "N D"], scores_N: Float[Tensor, "N"], *, seen_MD: Float[Tensor, "M D"] | None = None
+) -> list[int]:
+    """An order of images that begins with those that are uncertain and unlike all before them.
+
+    Each next image is the one with the largest product of its distance to the nearest image before it, in features,
+    and of a weight from 1 (the best of ``scores_N``) to 2 (the worst): k-centre greedy, pulled to the uncertain. By
+    uncertainty alone near copies of one hard image would come first.
+    """
+    count = len(scores_N)
+    worse_N = scores_N.argsort(descending=True).argsort().float() / max(1, count - 1)
+    nearest_N = torch.cdist(features_ND, seen_MD).amin(1) if seen_MD is not None else torch.full((count,), 1.0)
+    order: list[int] = []
+    left_N = torch.ones(count, dtype=torch.bool)
+    for _ in range(count):
+        worth_N = (nearest_N * (1 + worse_N)).masked_fill(~left_N, -torch.inf)
+        chosen = int(worth_N.argmax())
+        order.append(chosen)
+        left_N[chosen] = False
+        distance_N = (features_ND - features_ND[chosen]).norm(dim=1)
+        nearest_N = distance_N if len(order) == 1 and seen_MD is None else torch.minimum(nearest_N, distance_N)
+    return order

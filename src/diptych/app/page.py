@@ -1,0 +1,467 @@
+"""The page itself: its tabs, what they ask, and which functions answer. Needs gradio.
+
+What is asked of networks waits in one queue for each kind of them (`concurrency_id`), and the page shows the place in
+it. Text of users and of networks is shown as HTML of `answers.py`, which escapes it, or as the value of a text box.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+
+from diptych.app import answers
+from diptych.app.drawing import Drawing
+from diptych.app.labels import Offer, Offers
+from diptych.app.runs import Given, Tab, read_images
+from diptych.app.serve import MAX_FILE_MB, WAITING
+from diptych.errors import UserError
+
+_BATCH = 16
+"""Largest number of requests that a network answers together."""
+_LONGEST = 1000
+"""Letters of a text."""
+_AUDITED = 6
+"""Pairs of the Audit tab on one sheet."""
+_SECONDS = 5.0
+"""Time between two looks at runs that train."""
+_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
+_MONO = ["ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+
+
+def build(given: Given) -> gr.Blocks:
+    """The page with the tabs of what is given."""
+    with gr.Blocks(title="Diptych", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.HTML('<h1 class="name">Diptych</h1>', padding=False)
+        with gr.Tabs():
+            for tab in given.tabs:
+                with gr.Tab(tab, render_children=True) as opened:
+                    _TABS[tab](given, opened, page)
+    page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
+    return page
+
+
+def mount(app: FastAPI, page: gr.Blocks) -> FastAPI:
+    """``app`` with the page at its root: nothing is sent from other folders, and nothing is asked of other machines."""
+    theme = gr.themes.Default(
+        primary_hue="blue",
+        font=[gr.themes.Font(name) for name in _FONTS],
+        font_mono=[gr.themes.Font(name) for name in _MONO],
+    )
+    return gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        max_file_size=f"{MAX_FILE_MB}mb",
+        allowed_paths=[],
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        theme=theme,
+        css=_css(),
+        head=f"<script>{_read('diptych.app', 'page.js')}</script>",
+    )
+
+
+def _css() -> str:
+    """The style of reports, for what the page shows of them alone, and that of the page."""
+    return f".shown {{\n{_read('diptych.report', 'style.css')}}}\n" + _read("diptych.app", "page.css")
+
+
+def _read(package: str, name: str) -> str:
+    return (files(package) / name).read_text(encoding="utf-8")
+
+
+@contextmanager
+def _mistakes_told() -> Iterator[None]:
+    """Mistakes of the user appear as a message on the page."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(escape(str(error)), print_exception=False) from None
+
+
+def _choice(names: Sequence[str], label: str = "Run") -> gr.Dropdown:
+    """Which run answers; hidden where there is one."""
+    return gr.Dropdown(list(names), value=names[0], label=label, visible=len(names) > 1)
+
+
+def _upload(label: str, *, several: bool = False) -> gr.File:
+    """A place to drop images. `gr.Image` would decode them before their size is looked at."""
+    return gr.File(
+        label=label, file_count="multiple" if several else "single", file_types=["image"], height=170, type="filepath"
+    )
+
+
+def _text(label: str, *, lines: int = 1) -> gr.Textbox:
+    return gr.Textbox(label=label, lines=lines, max_lines=lines, max_length=_LONGEST)
+
+
+def _one(file: str | None) -> list[str] | None:
+    return [file] if file else None
+
+
+def _caption(given: Given, *_: object) -> None:
+    found = given.networks("itit")
+
+    def answer(names: list[str], images: list[list[str] | None], beams: list[int]) -> list[list[str]]:
+        """A batch of requests: a list for each input and for each output."""
+        keys = [(name, int(count)) for name, count in zip(names, beams, strict=True)]
+        return [
+            answers.together(
+                list(zip(keys, images, strict=True)),
+                lambda key: found[key[0]].tokenizer.image_size,
+                lambda key, pixels: answers.captions(found[key[0]], pixels, beams=key[1]),
+            )
+        ]
+
+    with gr.Row():
+        with gr.Column(scale=2):
+            run = _choice(list(found))
+            images = _upload("Images", several=True)
+            beams = gr.Slider(1, 16, value=4, step=1, label="Beams", info="More beams: more candidates, more time.")
+            button = gr.Button("Caption", variant="primary")
+        with gr.Column(scale=3):
+            shown = gr.HTML(elem_classes="shown", elem_id="captions")
+    gr.on(
+        [button.click, images.upload],
+        answer,
+        [run, images, beams],
+        shown,
+        batch=True,
+        max_batch_size=_BATCH,
+        concurrency_id="itit",
+        api_name="caption",
+    )
+
+
+def _draw(given: Given, *_: object) -> None:
+    found = given.networks("itit")
+    usual = next(iter(found.values())).image_generation
+
+    def draw(
+        name: str, text: str, seed: int, guidance: float, steps: int, drawing: Drawing | None
+    ) -> Iterator[tuple[Any, Drawing]]:
+        """With a drawing, only its marked part is drawn."""
+        with _mistakes_told():
+            known = None if drawing is None else (drawing.step.tokens, drawing.marked)
+            config = replace(found[name].image_generation, guidance=guidance, steps=int(steps))
+            for step in found[name].imagine_steps(text, seed=int(seed or 0), config=config, known=known):
+                drawing = Drawing(step=step)
+                yield drawing.shown(), drawing
+
+    def draw_all(name: str, text: str, seed: int, guidance: float, steps: int) -> Iterator[tuple[Any, Drawing]]:
+        yield from draw(name, text, seed, guidance, steps, None)
+
+    def draw_anew(
+        name: str, text: str, seed: int, guidance: float, steps: int, drawing: Drawing | None
+    ) -> Iterator[tuple[Any, Drawing]]:
+        with _mistakes_told():
+            if drawing is None or not drawing.corners:
+                raise UserError("nothing is marked: click on two corners of the part to draw anew")
+        yield from draw(name, text, seed, guidance, steps, drawing)
+
+    def touch(drawing: Drawing | None, event: gr.SelectData) -> tuple[Any, Drawing | None]:
+        if drawing is None:
+            return None, None
+        drawing = drawing.touched(int(event.index[0]), int(event.index[1]))
+        return drawing.shown(), drawing
+
+    def begin(name: str, file: str | None) -> tuple[Any, Drawing]:
+        with _mistakes_told():
+            [image] = read_images(_one(file), found[name].tokenizer.image_size)
+        drawing = Drawing.of(found[name], image)
+        return drawing.shown(), drawing
+
+    with gr.Row():
+        with gr.Column(scale=2):
+            run = _choice(list(found))
+            text = _text("Text", lines=3)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
+            guidance = gr.Slider(0, 10, value=usual.guidance, step=0.1, label="Guidance")
+            steps = gr.Slider(1, 64, value=usual.steps, step=1, label="Steps")
+            button = gr.Button("Draw", variant="primary")
+            anew = gr.Button("Draw the marked part anew")
+            start = gr.UploadButton("Start from an image of yours", file_types=["image"], type="filepath")
+        with gr.Column(scale=3):
+            image = gr.Image(
+                label="Click on two corners to mark a part", format="png", interactive=False, buttons=["download"]
+            )
+    drawing = gr.State(None)
+    inputs, outputs = [run, text, seed, guidance, steps], [image, drawing]
+    asked = {"concurrency_id": "itit", "show_progress_on": button}
+    gr.on([button.click, text.submit], draw_all, inputs, outputs, api_name="draw", **asked)
+    anew.click(draw_anew, [*inputs, drawing], outputs, api_name=False, **asked)
+    start.upload(begin, [run, start], outputs, api_name=False, concurrency_id="itit")
+    image.select(touch, drawing, outputs, api_name=False, concurrency_limit=None, show_progress="hidden")
+
+
+def _cycle(given: Given, *_: object) -> None:
+    found = given.networks("itit")
+
+    def answer(name: str, text: str, file: str | None, rounds: int, seed: int) -> str:
+        with _mistakes_told():
+            return answers.cycle(found[name], text, _one(file), rounds=int(rounds), seed=int(seed or 0))
+
+    with gr.Row():
+        with gr.Column():
+            run = _choice(list(found))
+            text = _text("Text to start from", lines=2)
+            with gr.Row():
+                rounds = gr.Slider(1, 8, value=3, step=1, label="Rounds")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
+        image = _upload("Or image to start from")
+    button = gr.Button("Cycle", variant="primary")
+    shown = gr.HTML(elem_classes="shown", elem_id="cycle")
+    gr.on(
+        [button.click, text.submit],
+        answer,
+        [run, text, image, rounds, seed],
+        shown,
+        concurrency_id="itit",
+        api_name="cycle",
+    )
+
+
+def _search(given: Given, *_: object) -> None:
+    def answer(name: str, text: str, file: str | None, top: int) -> str:
+        with _mistakes_told():
+            return answers.hits(given.indexes[name], text, _one(file), top=int(top))
+
+    with gr.Row():
+        with gr.Column():
+            index = _choice(list(given.indexes), "Index")
+            text = _text("Text to search for")
+            top = gr.Slider(1, 60, value=12, step=1, label="Hits")
+        image = _upload("Or image to search for")
+    button = gr.Button("Search", variant="primary")
+    shown = gr.HTML(elem_classes="shown", elem_id="hits")
+    gr.on(
+        [button.click, text.submit],
+        answer,
+        [index, text, image, top],
+        shown,
+        concurrency_id="dual",
+        api_name="search",
+    )
+
+
+def _classify(given: Given, *_: object) -> None:
+    found = given.networks("classifier", "dual")
+    dual = given.networks("dual")
+
+    def answer(names: list[str], images: list[list[str] | None], listed: list[str]) -> list[list[str]]:
+        keys = list(zip(names, listed, strict=True))
+        return [
+            answers.together(
+                list(zip(keys, images, strict=True)),
+                lambda key: found[key[0]].image_size,
+                lambda key, pixels: answers.classes(found[key[0]], pixels, names=key[1]),
+            )
+        ]
+
+    with gr.Row():
+        with gr.Column(scale=2):
+            run = _choice(list(found))
+            images = _upload("Images", several=True)
+            listed = gr.Textbox(
+                label="Classes, one a line", lines=4, max_length=20_000, visible=next(iter(found)) in dual
+            )
+            button = gr.Button("Classify", variant="primary")
+        with gr.Column(scale=3):
+            shown = gr.HTML(elem_classes="shown", elem_id="classes")
+    run.change(lambda name: gr.Textbox(visible=name in dual), run, listed, api_name=False)
+    gr.on(
+        [button.click, images.upload],
+        answer,
+        [run, images, listed],
+        shown,
+        batch=True,
+        max_batch_size=_BATCH,
+        concurrency_id="classify",
+        api_name="classify",
+    )
+
+
+@dataclass
+class _Desk:
+    """What one user of the Label tab has before him, and what he had."""
+
+    offer: Offer | None = None
+    earlier: list[Offer] = field(default_factory=list)
+
+
+def _label(given: Given, opened: gr.Tab, page: gr.Blocks) -> None:
+    labels = given.labels
+    assert labels is not None
+    offers = Offers(labels, next(iter(given.networks("itit").values())))
+
+    def show(desk: _Desk, caption: str | None = None) -> tuple[str, str, str, _Desk]:
+        counts = labels.counts()
+        told = ", ".join(f"{counts[name]:,} {name}" for name in ("accepted", "edited", "rejected", "left"))
+        if desk.offer is None:
+            return answers.note("No image is left that has neither a caption nor a decision."), "", told, desk
+        text = desk.offer.candidates[0].text if caption is None else caption
+        return answers.offered(desk.offer), text, told, desk
+
+    def following(desk: _Desk, request: gr.Request) -> tuple[str, str, str, _Desk]:
+        earlier = [*desk.earlier, desk.offer][-100:] if desk.offer else desk.earlier
+        return show(_Desk(offers.take(str(request.session_hash)), earlier))
+
+    def decide(desk: _Desk, caption: str | None, request: gr.Request) -> tuple[str, str, str, _Desk]:
+        if desk.offer is None:
+            return show(desk)
+        with _mistakes_told():
+            labels.decide(desk.offer.item, caption, proposed=desk.offer.candidates[0].text)
+        return following(desk, request)
+
+    def refuse(desk: _Desk, request: gr.Request) -> tuple[str, str, str, _Desk]:
+        return decide(desk, None, request)
+
+    def begin(desk: _Desk, request: gr.Request) -> tuple[str, str, str, _Desk]:
+        if desk.offer is None:
+            return show(_Desk(offers.take(str(request.session_hash)), desk.earlier))
+        return show(desk)
+
+    def skip(desk: _Desk, request: gr.Request) -> tuple[str, str, str, _Desk]:
+        if desk.offer is not None:
+            offers.put_back(desk.offer)
+        return following(desk, request)
+
+    def leave(request: gr.Request) -> None:
+        offers.release(str(request.session_hash))
+
+    def undo(desk: _Desk) -> tuple[str, str, str, _Desk]:
+        if not desk.earlier:
+            return show(desk)
+        *earlier, offer = desk.earlier
+        return show(_Desk(offer, earlier), labels.caption_of(offer.item) or None)
+
+    image = gr.HTML(elem_classes="shown", elem_id="label-image")
+    caption = gr.Textbox(label="Caption", max_length=_LONGEST, elem_id="label-caption")
+    with gr.Row():
+        accept = gr.Button("Accept", variant="primary", elem_id="label-accept")
+        reject = gr.Button("Reject", elem_id="label-reject")
+        skipped = gr.Button("Skip", elem_id="label-skip")
+        undone = gr.Button("Undo", elem_id="label-undo")
+    counted = gr.HTML(elem_id="label-counts")
+    gr.HTML(
+        '<p class="keys"><kbd>a</kbd> accept, <kbd>e</kbd> edit, then <kbd>Enter</kbd> accepts and <kbd>Esc</kbd> '
+        "leaves the text, <kbd>1</kbd>–<kbd>4</kbd> take a candidate, <kbd>r</kbd> reject: the image gets no caption, "
+        f"<kbd>s</kbd> skip, <kbd>u</kbd> undo. Saved at once to <code>{escape(str(labels.file))}</code>"
+        f"{' and beside the images' if labels.sidecars else ''}.</p>"
+    )
+    desk = gr.State(_Desk())
+    outputs = [image, caption, counted, desk]
+    usual: dict[str, Any] = {"api_name": False, "show_progress": "minimal", "concurrency_id": "itit"}
+    opened.select(begin, desk, outputs, **usual)
+    gr.on([accept.click, caption.submit], decide, [desk, caption], outputs, **usual)
+    reject.click(refuse, desk, outputs, **usual)
+    skipped.click(skip, desk, outputs, **usual)
+    undone.click(undo, desk, outputs, **usual)
+    page.unload(leave)
+
+
+def _audit(given: Given, opened: gr.Tab, _: object) -> None:
+    ranking = given.ranking
+    assert ranking is not None
+    found = given.networks("dual", "itit")
+
+    def show(first: int) -> list[Any]:
+        """A sheet that begins with finding ``first``, and what stands beside it."""
+        findings = ranking.shown
+        count = len(findings)
+        first = max(0, min(first, (count - 1) // _AUDITED * _AUDITED))
+        some = findings[first : first + _AUDITED]
+        cards, boxes = [], []
+        for place in range(_AUDITED):
+            there = place < len(some)
+            html = answers.finding(some[place], ranking.source) if there else ""
+            cards.append(gr.HTML(html, visible=there))
+            boxes.append(gr.Checkbox(value=some[place].kept if there else False, visible=there))
+        kept = sum(each.kept for each in findings)
+        told = f"{first + 1:,} to {first + len(some):,} of {count:,} captions; {kept:,} are kept" if count else ""
+        return [*cards, *boxes, told, first]
+
+    def rank(name: str, worst: float, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008 (gradio's way)
+        with _mistakes_told():
+            ranking.rank(
+                found[name], worst=worst / 100, advance=lambda what, done, total: progress((done, total), desc=what)
+            )
+        return show(0)
+
+    def decide(place: int) -> Callable[[int, bool], str]:
+        def decided(first: int, keep: bool) -> str:
+            with _mistakes_told():
+                ranking.decide(ranking.shown[first + place], keep)
+            return show(first)[-2]
+
+        return decided
+
+    with gr.Row():
+        run = _choice(list(found))
+        worst = gr.Slider(0, 50, value=10, step=1, label="Percent of the captions to drop, those that fit worst")
+    button = gr.Button("Rank", variant="primary")
+    told = gr.HTML(elem_id="audit-told")
+    cards, boxes = [], []
+    for place in range(_AUDITED):
+        with gr.Row(elem_classes="audited"):
+            with gr.Column(scale=6):
+                cards.append(gr.HTML(elem_classes="shown", visible=False))
+            with gr.Column(scale=1, min_width=90):
+                boxes.append(gr.Checkbox(label="Keep", visible=False, elem_id=f"keep-{place}"))
+    with gr.Row():
+        before, after = gr.Button("Before"), gr.Button("After")
+    gr.HTML(f'<p class="keys">Saved at once; <code>?keep={escape(str(ranking.keep_file))}</code> is what is kept.</p>')
+    first = gr.State(0)
+    outputs = [*cards, *boxes, told, first]
+    usual: dict[str, Any] = {"api_name": False, "show_progress": "hidden", "concurrency_limit": None}
+    button.click(rank, [run, worst], outputs, api_name=False, concurrency_id="audit", show_progress_on=told)
+    opened.select(show, first, outputs, **usual)
+    before.click(lambda at: show(at - _AUDITED), first, outputs, **usual)
+    after.click(lambda at: show(at + _AUDITED), first, outputs, **usual)
+    for place, box in enumerate(boxes):
+        box.input(decide(place), [first, box], told, **usual)
+
+
+def _train(given: Given, opened: gr.Tab, _: object) -> None:
+    folders = {run.name: run.folder for run in given.runs}
+
+    @lru_cache(maxsize=32)
+    def rendered(name: str, state: tuple[tuple[int, int], ...]) -> str:
+        """Anew only where a file has changed: curves take a second, and many users look at one run."""
+        return answers.training(folders[name])
+
+    def look(name: str) -> str:
+        run = folders[name]
+        logs = [run / "metrics.jsonl", *sorted(run.glob("stages/*/metrics.jsonl")), run / "samples"]
+        with _mistakes_told():
+            return rendered(name, tuple((s.st_size, s.st_mtime_ns) for s in (f.stat() for f in logs if f.exists())))
+
+    run = _choice(list(folders))
+    shown = gr.HTML(elem_classes="shown", elem_id="training")
+    timer = gr.Timer(_SECONDS, active=False)
+    usual: dict[str, Any] = {"api_name": False, "concurrency_id": "train"}
+    gr.on([opened.select, run.change], look, run, shown, **usual)
+    timer.tick(look, run, shown, show_progress="hidden", **usual)
+    opened.select(lambda: gr.Timer(active=True), None, timer, api_name=False)
+
+
+_TABS: dict[Tab, Callable[[Given, gr.Tab, gr.Blocks], None]] = {
+    "Caption": _caption,
+    "Draw": _draw,
+    "Cycle": _cycle,
+    "Label": _label,
+    "Search": _search,
+    "Classify": _classify,
+    "Audit": _audit,
+    "Train": _train,
+}

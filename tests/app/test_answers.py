@@ -1,0 +1,132 @@
+"""What the page answers: all text is escaped, and a mistake of one user costs no other."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from diptych.app import answers
+from diptych.app.drawing import SIDE, Drawing
+from diptych.data.audit import Finding
+from diptych.data.sources import open_source
+from diptych.dual.search import Index, embed_run
+from diptych.errors import UserError
+from diptych.itit.pipeline import Caption, Diptych
+
+BAD = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def diptych(itit_run) -> Diptych:
+    return Diptych.from_pretrained(itit_run, device="cpu")
+
+
+def test_requests_with_the_same_key_are_answered_together(photos, bomb):
+    files = [str(photos / f"{number}.png") for number in range(4)]
+    calls = []
+
+    def answer(key, images):
+        calls.append((key, len(images)))
+        if key == "wrong":
+            raise UserError("no such thing")
+        return [f"<{image.mean():.3f}>" for image in images]
+
+    requests = [("a", files[:1]), ("a", [str(bomb)]), ("a", files[1:]), ("a", None), ("b", files[:2]), ("wrong", files)]
+    found = answers.together(requests, lambda key: 16, answer)
+    assert calls == [("a", 4), ("b", 2), ("wrong", 4)]
+    assert [answer.count("<") for answer in (found[0], found[2], found[4])] == [1, 3, 2]
+    assert found[4].startswith(found[0])
+    assert "over the limit of" in found[1]
+    assert "drop one" in found[3]
+    assert found[5] == '<p class="note">no such thing</p>'
+
+
+def test_captions_come_with_the_candidates(diptych):
+    images = list(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8))
+    cards = answers.captions(diptych, images, beams=3)
+    for card, found in zip(cards, diptych.candidates(images, beams=3), strict=True):
+        assert card.count('class="score"') == len(found)
+        assert f"{found[0].score:.2f}" in card
+
+
+def test_scripts_are_text_wherever_they_come_from(diptych, photos, monkeypatch):
+    bad = Caption(text=BAD, score=-1.0)
+    monkeypatch.setattr(Diptych, "candidates", lambda self, images, beams: [[bad, bad] for _ in images])
+    (photos / "0.txt").write_text(BAD)
+    source = open_source(str(photos))
+    shown = [
+        *answers.captions(diptych, [source.image(0, 32)], beams=2),
+        answers.note(BAD),
+        answers.cycle(diptych, BAD, None, rounds=1, seed=0),
+        answers.finding(Finding(item=0, key=BAD, caption=source.captions(0)[0], reasons=[BAD]), source),
+    ]
+    for html in shown:
+        assert "<script" not in html
+        assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+
+
+def test_a_cycle_starts_from_one_thing(diptych, photos):
+    image = [str(photos / "0.png")]
+    assert answers.cycle(diptych, "", image, rounds=2, seed=0).count("<li>") == 5
+    assert answers.cycle(diptych, "a ring", None, rounds=2, seed=0).count("<li>") == 5
+    for text, files in (("", None), (" ", None), ("a ring", image)):
+        with pytest.raises(UserError, match="one of them"):
+            answers.cycle(diptych, text, files, rounds=1, seed=0)
+
+
+def test_a_search_shows_images_or_texts(dual_run, dual_encoder, photos, tmp_path):
+    (photos / "0.txt").write_text("a dog")
+    embed_run(dual_run, str(photos), side="images", out=tmp_path / "images", workers=1, device="cpu")
+    embed_run(dual_run, str(photos), side="texts", out=tmp_path / "texts", workers=1, device="cpu")
+    images, texts = (Index(dual_run, tmp_path / side, device="cpu") for side in ("images", "texts"))
+    found = answers.hits(images, "", [str(photos / "2.png")], top=3)
+    assert found.count("<img") == 3
+    assert found.index("2.png") < found.index("png", found.index("2.png") + 5)
+    assert "a dog" in answers.hits(texts, "dog", None, top=3)
+    for text, files in (("", None), ("dog", [str(photos / "2.png")])):
+        with pytest.raises(UserError):
+            answers.hits(images, text, files, top=3)
+
+
+def test_a_dual_encoder_needs_names_of_classes(dual_encoder):
+    images = [np.zeros((16, 16, 3), np.uint8)]
+    [card] = answers.classes(dual_encoder, images, names=f"red ring\n\n{BAD}\nred ring")
+    assert card.count("%</span>") == 2
+    assert "<script" not in card
+    with pytest.raises(UserError, match="two or more"):
+        answers.classes(dual_encoder, images, names="red ring\nred ring")
+
+
+def test_a_running_run_is_shown_from_its_folder(itit_run):
+    assert "logged nothing yet" in answers.training(itit_run)
+    lines = [{"step": step, "loss": 1 / step, "loss/t2i": 1.0, "seconds": 1.0} for step in range(1, 5)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (itit_run / "metrics.jsonl").write_text(text + '{"step": 5, "lo')  # a line that is being written
+    assert answers.training(itit_run).count("<img") == 2
+
+
+# Draw
+
+
+def test_what_is_hidden_is_pale_and_the_end_is_the_image(diptych):
+    steps = [Drawing(step=step) for step in diptych.imagine_steps("a red ring")]
+    assert all(drawing.shown().shape == (SIDE, SIDE, 3) for drawing in steps)
+    assert np.array_equal(steps[-1].shown()[:: SIDE // 32, :: SIDE // 32], steps[-1].step.image)
+    assert np.abs(steps[0].shown().astype(int) - (226, 230, 236)).max() <= 0.2 * 236 + 1
+
+
+def test_two_clicks_mark_a_part_and_a_third_begins_anew(diptych):
+    drawing = Drawing.of(diptych, np.zeros((32, 32, 3), np.uint8))
+    side = diptych.token_side
+    cell = SIDE // side
+    assert not drawing.marked.any()
+    first = drawing.touched(3 * cell + 1, cell + 1)
+    assert first.marked.nonzero().tolist() == [[1, 3]]
+    both = first.touched(2 * cell, 0)
+    assert both.marked.nonzero().tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
+    changed = (both.shown() != drawing.shown()).any(-1)
+    assert changed[: 2 * cell, 2 * cell : 4 * cell].all()
+    assert changed.sum() == 4 * cell**2
+    assert both.touched(SIDE, SIDE).marked.nonzero().tolist() == [[side - 1, side - 1]]
+    assert torch.equal(drawing.step.tokens, diptych.tokenize(np.zeros((1, 32, 32, 3), np.uint8)).view(side, side))
