@@ -51,7 +51,7 @@ def attention(
     """softmax(q k' / sqrt(E)) v. ``attend`` is True where a position may look; ``causal`` lets none look after itself.
 
     In bf16 on a CPU the products are written out, because torch's fused kernel has a slow backward pass there: forward
-    and backward it takes 1.6 (170 positions) to 5 times (20 positions) as long, as `benchmarks/attention_cpu.py` shows.
+    and backward it takes 1.6 (170 positions) to 5 times (20 positions) as long, as `benchmarks/peers.py` shows.
     """
     if q_BHSE.device.type != "cpu" or q_BHSE.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(

@@ -1,0 +1,401 @@
+"""Speed beside others: ITIT against networks of its kind that do the same work, and against itself without a saving.
+
+    python benchmarks/peers.py [--only draw caption ...] [--scale base] [--batches 1 4 16] [--precision bf16]
+                               [--device cuda --compile] [--json FILE]
+
+| part | ours | peer |
+|---|---|---|
+| draw | guided parallel decoding of 256 tokens | `diffusers.UVit2DModel` with as many parameters, its scheduler |
+| caption | 20 tokens from image tokens, greedily and with 4 beams | GIT's `generate` from pixels (`transformers`) |
+| step | gradient of the losses on pairs | the same network, all image tokens in the encoder |
+| cycle | gradient with cycles, T2I2T and I2T2I apart and together | no cycles: 1 / ratio times as fast |
+| encode | VQGAN: pixels to tokens | `diffusers.VQModel` with the same weights |
+| attention | `diptych.nn.transformer.attention` in bf16 on a CPU, forward and backward | torch's fused kernel |
+
+Weights are random, inputs too; both sides run in one process and take turns. A number is the median over the turns of
+the ratio of the two times in one turn: above 1 ours is faster. `--scale base` is ITIT-B (218M) and GIT-base, `small`
+is ITIT of 5M. Everything is computed in `--precision`; under bf16 ours keeps fp32 weights, as the product does, and the
+peers have bf16 weights. With one CPU thread (OMP_NUM_THREADS=1) times are those that the process itself computed,
+whatever else runs; on CUDA they are those of events, and the peak of the memory is shown.
+
+At scale base the last line says which bars are met (`BARS`), and the exit status is 1 if one is missed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diptych.data.batch import Batch, ImageTokenExamples, PairExamples, TextExamples
+from diptych.data.scenes import ScenesSource
+from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig, generate_image_tokens, generate_text
+from diptych.itit.model import ITIT, SIZES, Masking
+from diptych.itit.objective import ItitObjective, ItitObjectiveConfig
+from diptych.nn.inference import autocast
+from diptych.nn.transformer import attention
+from diptych.rng import StepRNG
+from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
+from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.text_tokenizer import EOS, train_tokenizer
+
+BARS = {"draw": 1.6, "caption, 4 beams": 4.0, "caption, greedy": 1.5, "step": 1.6, "cycle, full": 1 / 2.3}
+"""Smallest ratios that are asked for; a key is the beginning of a name."""
+CAPTION_LENGTH, TEXT_LENGTH = 20, 16
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two pieces of work, to be timed in turns."""
+
+    name: str
+    ours: Run
+    peer: Run
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Median times, and the median, lowest and highest ratio of a turn."""
+
+    name: str
+    ours_s: float
+    peer_s: float
+    ratio: float
+    lowest: float
+    highest: float
+    ours_mb: float | None = None
+    """Peak of the memory on the GPU."""
+    peer_mb: float | None = None
+
+
+class Bench:
+    """The options of a run, and what all parts build with."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
+        self.base = options.scale == "base"
+        torch.manual_seed(0)
+
+    def ours(self, module: torch.nn.Module) -> Any:
+        module.to(self.device)
+        if self.options.compile:
+            for block in module.modules():
+                if type(block).__name__ == "Block":
+                    block.compile(dynamic=True)
+        return module
+
+    def peer(self, module: torch.nn.Module) -> Any:
+        module.to(self.device, torch.bfloat16 if self.options.precision == "bf16" else torch.float32)
+        if self.options.compile:
+            module.compile(dynamic=True)
+        return module.eval()
+
+    def policy(self) -> Any:
+        return autocast(self.device, self.options.precision)
+
+    def network(self, text_encoder: TextEncoder | None = None) -> ITIT:
+        width, rows = (text_encoder.width, text_encoder.vocab_rows) if text_encoder else (768, 32128)
+        sizes = {"max_text_len": CAPTION_LENGTH, "text_features": width, "vocab_size": rows}
+        return self.ours(ITIT(replace(SIZES["base" if self.base else "small"], dropout=0.0, **sizes)))
+
+    def tokens(self, rows: int) -> Tensor:
+        return torch.randint(8192, (rows, 256), device=self.device)
+
+    def seconds(self, run: Run) -> tuple[float, float | None]:
+        """Time, and on CUDA the peak of the memory in MB."""
+        if self.device.type != "cuda":
+            clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+            began = clock()
+            run()
+            return clock() - began, None
+        torch.cuda.reset_peak_memory_stats()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000, torch.cuda.max_memory_allocated() / 2**20
+
+    def measure(self, pair: Comparison) -> Finding:
+        for _ in range(self.options.warmup):
+            self.seconds(pair.ours), self.seconds(pair.peer)
+        turns = [(self.seconds(pair.ours), self.seconds(pair.peer)) for _ in range(self.options.repeats)]
+        ours, peer = ([turn[side][0] for turn in turns] for side in (0, 1))
+        ratios = [theirs / mine for mine, theirs in zip(ours, peer, strict=True)]
+        medians = [statistics.median(values) for values in (ours, peer, ratios)]
+        return Finding(pair.name, *medians, min(ratios), max(ratios), turns[-1][0][1], turns[-1][1][1])
+
+
+# Generation
+
+
+def draw(bench: Bench) -> Iterator[Comparison]:
+    """Guidance 2 of ours is what diffusers calls 3; the peer takes both branches in one batch, as its pipeline does."""
+    from diffusers import AmusedScheduler
+
+    model = bench.network().eval()
+    width = 768 if bench.base else 192
+    unet = bench.peer(uvit(width, parameters=sum(p.numel() for p in model.parameters())))
+    config = ImageGenerationConfig(steps=bench.options.rounds, guidance=2.0)
+    scheduler = AmusedScheduler(mask_token_id=8255)
+
+    def ours(features: Tensor, valid: Tensor) -> Tensor:
+        with torch.inference_mode(), bench.policy():
+            return generate_image_tokens(model, features, valid, config, rng=StepRNG(0, 0))
+
+    def peer(features: Tensor, pooled: Tensor) -> Tensor:
+        rows = len(features) // 2
+        with torch.inference_mode():
+            scheduler.set_timesteps(config.steps, (2, 0), bench.device)
+            latents = torch.full((rows, 16, 16), 8255, device=bench.device)
+            sizes = torch.tensor([[256, 256, 0, 0, 6]] * 2 * rows, device=bench.device)
+            for moment in scheduler.timesteps:
+                logits = unet(torch.cat([latents] * 2), features, pooled, sizes)
+                null, text = logits.chunk(2)
+                latents = scheduler.step(null + 3 * (text - null), moment, latents).prev_sample
+            return latents
+
+    for rows in bench.options.batches:
+        features = torch.randn(rows, TEXT_LENGTH, 768, device=bench.device)
+        valid = torch.ones(rows, TEXT_LENGTH, dtype=torch.bool, device=bench.device)
+        both = torch.randn(2 * rows, TEXT_LENGTH, 768, device=bench.device, dtype=unet.dtype)
+        yield Comparison(f"draw, batch {rows}", lambda f=features, v=valid: ours(f, v), lambda b=both: peer(b, b[:, 0]))
+
+
+def uvit(width: int, *, parameters: int) -> Any:
+    """aMUSEd's network for 16 x 16 tokens at this width, as deep as it takes to come nearest to ``parameters``."""
+    from diffusers import UVit2DModel
+
+    def build(layers: int) -> Any:
+        return UVit2DModel(
+            hidden_size=width, in_channels=width, block_out_channels=width, intermediate_size=width * 11 // 4,
+            num_hidden_layers=layers, num_attention_heads=width // 64, block_num_heads=width // 64,
+        )  # fmt: skip
+
+    with torch.device("meta"):
+        counts = {layers: sum(p.numel() for p in build(layers).parameters()) for layers in range(1, 25)}
+    layers = min(counts, key=lambda layers: abs(counts[layers] - parameters))
+    print(
+        f"draw: ITIT has {parameters / 1e6:.1f}M parameters, UVit2DModel {counts[layers] / 1e6:.1f}M ({layers} layers)"
+    )
+    return build(layers)
+
+
+def caption(bench: Bench) -> Iterator[Comparison]:
+    """No text may end before its last token. GIT begins with pixels; ours with tokens, so see `encode` too."""
+    from transformers import GitConfig, GitForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    model = bench.network().eval()
+    banned = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=bench.device)
+    banned[EOS] = True
+    side = bench.options.git_pixels
+    small: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
+    vision = {"image_size": side} | ({} if bench.base else small | {"num_hidden_layers": 4})
+    text = {} if bench.base else small | {"num_hidden_layers": 2}
+    git = bench.peer(GitForCausalLM(GitConfig(vision_config=vision, **text)))
+    count = sum(p.numel() for p in git.parameters()) / 1e6
+    print(f"caption: ITIT has {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, GIT {count:.1f}M")
+
+    def ours(tokens: Tensor, beams: int) -> Any:
+        config = TextGenerationConfig(beams=beams)
+        with torch.inference_mode(), bench.policy():
+            return generate_text(model, tokens, config, banned_V=banned, length=CAPTION_LENGTH)
+
+    def peer(pixels: Tensor, beams: int) -> Any:
+        length = {"max_new_tokens": CAPTION_LENGTH, "min_new_tokens": CAPTION_LENGTH}
+        with torch.inference_mode():
+            return git.generate(pixel_values=pixels, num_beams=beams, do_sample=False, **length)
+
+    for beams, kind in ((1, "greedy"), (4, "4 beams")):
+        for rows in bench.options.batches:
+            tokens = bench.tokens(rows)
+            pixels = torch.randn(rows, 3, side, side, device=bench.device, dtype=git.dtype)
+            yield Comparison(
+                f"caption, {kind}, batch {rows}",
+                lambda t=tokens, b=beams: ours(t, b),
+                lambda p=pixels, b=beams: peer(p, b),
+            )
+
+
+# Training
+
+
+class Undropped(ItitObjective):
+    """As many tokens are hidden, but all enter the encoder."""
+
+    def _sample_masking(self, *args: Any, **options: Any) -> Masking:
+        masking = super()._sample_masking(*args, **options)
+        return Masking(masking.hidden_BN, masking.hidden_BN.long().argsort(dim=1, stable=True))
+
+
+def encoder_of_texts(bench: Bench) -> TextEncoder:
+    """T5 as large as the encoder of T5-base, or a small one; with random weights and 32,128 ids."""
+    texts = [ScenesSource(count=200).captions(item)[0] for item in range(200)]
+    config = TextEncoderConfig(width=768, layers=12, heads=12, feed_forward=2048)
+    config = config if bench.base else TextEncoderConfig()
+    tokenizer = train_tokenizer(texts, vocab_size=512, sentinels=100)
+    encoder = SpanCorruption(tokenizer, config=config, seed=0).text_encoder()
+    encoder.t5.resize_token_embeddings(32128)
+    encoder = TextEncoder(encoder.t5, tokenizer)
+    encoder.banned_V.zero_()[EOS] = True  # generated captions have their full length
+    return encoder
+
+
+def gradient(bench: Bench, objective: ItitObjective, rows: int) -> Run:
+    """Forward and backward pass, with cached text features, without the optimizer."""
+    width, device = objective.text_encoder.width, bench.device
+
+    def texts(rows: int) -> dict[str, Tensor]:
+        ids = torch.randint(2, 400, (rows, TEXT_LENGTH), device=device)
+        features = torch.randn(rows, TEXT_LENGTH, width, device=device)
+        return {"ids_BL": ids, "valid_BL": ids > 0, "features_BLF": features}
+
+    streams = {
+        "pairs": PairExamples(tokens_BN=bench.tokens(2 * rows), **texts(2 * rows)),
+        "images": ImageTokenExamples(tokens_BN=bench.tokens(rows)),
+        "texts": TextExamples(**texts(rows)),
+    }
+    batch = Batch(rng=StepRNG(0, 0), streams=streams)
+
+    def run() -> None:
+        with bench.policy():
+            total = objective(batch, 0).total
+        total.backward()
+        objective.zero_grad()
+
+    return run
+
+
+def step(bench: Bench) -> Iterator[Comparison]:
+    text_encoder = encoder_of_texts(bench)
+    model = bench.network(text_encoder).train()
+    config = ItitObjectiveConfig(texts="off", images="off")
+    ours, peer = (kind(model, text_encoder, config).to(bench.device) for kind in (ItitObjective, Undropped))
+    for rows in bench.options.batches:
+        yield Comparison(f"step, batch {rows}", gradient(bench, ours, rows), gradient(bench, peer, rows))
+
+
+def cycle(bench: Bench) -> Iterator[Comparison]:
+    """The paper's proportions: two pairs, an unpaired image and an unpaired text a row of the batch."""
+    text_encoder = encoder_of_texts(bench)
+    model = bench.network(text_encoder).train()
+    rows = bench.options.batches[-1]
+
+    def run(texts: Any, images: Any, rounds: int) -> Run:
+        drawing = replace(ItitObjectiveConfig().image_generation, steps=rounds)
+        config = ItitObjectiveConfig(texts=texts, images=images, cycle_start_step=0, image_generation=drawing)
+        return gradient(bench, ItitObjective(model, text_encoder, config).to(bench.device), rows)
+
+    without = run("off", "off", 1)
+    for rounds in bench.options.synthesis:
+        for texts, images in (("half", "off"), ("full", "off"), ("half", "half"), ("full", "full")):
+            name = texts if images != "off" else f"{texts} T2I2T alone"
+            yield Comparison(f"cycle, {name}, {rounds} rounds", run(texts, images, rounds), without)
+    for images in ("half", "full"):
+        yield Comparison(f"cycle, {images} I2T2I alone", run("off", images, 1), without)
+
+
+# Parts
+
+
+def encode(bench: Bench) -> Iterator[Comparison]:
+    from diffusers import VQModel
+
+    config = ImageTokenizerConfig() if bench.base else ImageTokenizerConfig(image_size=64, widths=(64, 128, 128))
+    tokenizer = bench.ours(ImageTokenizer.from_config(config, seed=0).eval())
+    network = VQModel.from_config(tokenizer.network.config)
+    network.load_state_dict(tokenizer.network.state_dict())
+    network.to(bench.device).eval()
+
+    def peer(pixels: Tensor) -> Tensor:
+        with torch.inference_mode():
+            latents = network.encode(pixels / 255).latents
+            return network.quantize(latents)[2][2]
+
+    for rows in bench.options.batches:
+        size = tokenizer.image_size
+        pixels = torch.randint(256, (rows, 3, size, size), device=bench.device, dtype=torch.uint8)
+        yield Comparison(f"encode, batch {rows}", lambda p=pixels: tokenizer.encode(p), lambda p=pixels: peer(p))
+
+
+def attention_bf16(bench: Bench) -> Iterator[Comparison]:
+    for shape in ((64, 4, 20, 32), (32, 4, 76, 32), (32, 6, 104, 64), (32, 6, 170, 64)):
+        inputs = [torch.randn(shape, dtype=torch.bfloat16, device=bench.device, requires_grad=True) for _ in range(3)]
+
+        def run(function: Callable[..., Tensor], inputs: list[Tensor] = inputs) -> None:
+            function(*inputs).sum().backward()
+
+        name = f"attention, {'x'.join(map(str, shape))} (rows, heads, positions, width of a head)"
+        yield Comparison(name, lambda r=run: r(attention), lambda r=run: r(F.scaled_dot_product_attention))
+
+
+PARTS = {
+    "draw": draw, "caption": caption, "step": step, "cycle": cycle, "encode": encode, "attention": attention_bf16,
+}  # fmt: skip
+
+
+def verdict(findings: list[Finding]) -> bool:
+    missed = [
+        f"{finding.name} {finding.ratio:.2f}"
+        for finding in findings
+        for name, bar in BARS.items()
+        if finding.name.startswith(name) and finding.ratio < bar
+    ]
+    print(f"verdict: {'below their bars: ' + '; '.join(missed) if missed else 'all bars are met'}")
+    return not missed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
+    parser.add_argument("--scale", choices=("base", "small"), default="base")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of parallel decoding in `draw`; the paper has 24")
+    parser.add_argument("--synthesis", nargs="+", type=int, default=[8], help="rounds inside T2I2T")
+    parser.add_argument("--git-pixels", type=int, default=224, help="side of GIT's images; 256 has as many positions")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    bench = Bench(options)
+    machine = {
+        "torch": torch.__version__,
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu",
+    }
+    print(machine)
+    findings: list[Finding] = []
+    for name in options.only:
+        for pair in PARTS[name](bench):
+            finding = bench.measure(pair)
+            findings.append(finding)
+            memory = "" if finding.ours_mb is None else f"  {finding.ours_mb:,.0f} and {finding.peer_mb:,.0f} MB"
+            spread = f"({finding.lowest:.2f} to {finding.highest:.2f})"
+            times = f"{finding.ours_s:8.3f} s, peer {finding.peer_s:8.3f} s"
+            print(f"{finding.name:<34} x{finding.ratio:.2f} {spread:<16} {times}{memory}", flush=True)
+            if options.json:
+                asked = {name: str(value) for name, value in vars(options).items()}
+                content = {"machine": machine, "options": asked, "findings": [asdict(each) for each in findings]}
+                options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 0 if options.scale != "base" or verdict(findings) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
