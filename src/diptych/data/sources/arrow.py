@@ -5,7 +5,6 @@ without holding the others, and makes a new copy when the time or size of a file
 """
 
 import glob
-import hashlib
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -229,21 +228,22 @@ def _same_images(column: Any, rows: np.ndarray, tables: Tables) -> list[list[int
 def _equal(data: Any, rows: np.ndarray, places: list[int]) -> list[list[int]]:
     """``places`` of images of one length, by their content."""
 
-    def content(place: int) -> memoryview:
-        return memoryview(data[int(rows[place])].as_buffer())
+    def content(place: int) -> Any:
+        return data[int(rows[place])].as_buffer()
 
-    alike: dict[bytes, list[int]] = defaultdict(list)
+    alike: dict[bytes, list[list[int]]] = defaultdict(list)
     for place in places:
-        whole = content(place)
-        step = max(_BLOCK, len(whole) // _BLOCKS)
-        alike[b"".join(whole[start : start + _BLOCK] for start in range(0, len(whole), step))].append(place)
-    groups: list[list[int]] = []
-    for same in alike.values():
-        exactly: dict[bytes, list[int]] = defaultdict(list)
-        for place in same:
-            exactly[hashlib.blake2b(content(place)).digest() if len(same) > 1 else b""].append(place)
-        groups += exactly.values()
-    return groups
+        buffer = content(place)
+        view = memoryview(buffer)
+        step = max(_BLOCK, len(view) // _BLOCKS)
+        groups = alike[b"".join(view[start : start + _BLOCK] for start in range(0, len(view), step))]
+        for group in groups:
+            if content(group[0]).equals(buffer):
+                group.append(place)
+                break
+        else:
+            groups.append([place])
+    return [group for groups in alike.values() for group in groups]
 
 
 def _sample(data: Any) -> dict[str, list[Any]]:

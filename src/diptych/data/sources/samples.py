@@ -120,8 +120,9 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
             sidecars.append((number, kind))
 
     if not extension:
-        found.masks = [images[place] for place in _find_masks([_normal(names[number]) for number in images])]
-        images = [number for number in images if number not in set(found.masks)] if found.masks else images
+        masks = {images[place] for place in _find_masks([_normal(names[number]) for number in images])}
+        found.masks = sorted(masks)
+        images = [number for number in images if number not in masks]
     by_stem, by_name, by_key = (defaultdict(list) for _ in range(3))
     for sample, number in enumerate(images):
         name = _normal(names[number])
