@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from PIL import Image
 
 from diptych.data.caption_file import CaptionFile, MadeCaption, Sidecars
+from diptych.data.sources import open_source
 from diptych.errors import UserError
 
 ONE = MadeCaption(file="k1", caption='a "dog", one', score=-0.5)
@@ -27,6 +29,52 @@ def test_coco(tmp_path):
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["images"] == [{"id": 1, "file_name": "k1"}, {"id": 2, "file_name": "k2"}]
     assert found["annotations"][1] == {"id": 2, "image_id": 2, "caption": "a cat", "score": None}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8), (len(name), 9, 200)).save(tmp_path / name)
+    return tmp_path
+
+
+def write(out):
+    file = CaptionFile(out, made_by={})
+    names = [str(out.parent / name) for name in ("a.png", "b.png")]
+    file.add([MadeCaption(file=name, caption=f"a dog, {name[-5]}", score=-0.5) for name in names])
+    file.finish(names)
+
+
+def test_label_studio(photos):
+    """Tasks as its documentation of pre-annotations has them; an export holds what people made of them."""
+    out = photos / "c.tasks.json"
+    write(out)
+    tasks = json.loads(out.read_text())
+    assert tasks[0]["data"] == {"image": "/data/local-files/?d=a.png"}
+    [part] = tasks[0]["predictions"][0]["result"]
+    assert part == {"from_name": "caption", "to_name": "image", "type": "textarea", "value": {"text": ["a dog, a"]}}
+    source = open_source(str(out))
+    assert [source.captions(i) for i in range(2)] == [["a dog, a"], ["a dog, b"]]
+    assert source.image(0, 8).shape == (8, 8, 3)
+    tasks[0]["annotations"] = [
+        {"was_cancelled": True, "result": [part | {"value": {"text": ["no"]}}]},
+        {"was_cancelled": False, "result": [part | {"value": {"text": ["a wolf"]}}]},
+    ]
+    out.write_text(json.dumps(tasks))
+    assert [open_source(str(out)).captions(i) for i in range(2)] == [["a wolf"], ["a dog, b"]]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.parquet"])
+def test_datasets_reads_the_folder(photos, tmp_path_factory, name):
+    import datasets
+
+    write(photos / name)
+    cache = str(tmp_path_factory.mktemp("cache"))
+    found = datasets.load_dataset("imagefolder", data_dir=str(photos), split="train", cache_dir=cache)
+    assert found["caption"] == ["a dog, a", "a dog, b"]
+    assert found[0]["image"].size == (8, 8)
+    source = open_source(str(photos))
+    assert [source.captions(i) for i in range(2)] == [["a dog, a"], ["a dog, b"]]
 
 
 def test_what_was_begun_is_continued_by_the_same_run_alone(tmp_path):

@@ -58,8 +58,9 @@ def caption(
         run: Run folder of an itit recipe.
         images: Image files, and sources with all their images: a folder, a table, tars, scenes:.
         json: Print one JSON object a line, with file, caption and score.
-        out: File for the captions and their scores, which does not exist yet: .csv, .jsonl, .parquet, or .json as COCO
-            writes it. `sidecars` writes a text beside each image file, where there is none.
+        out: File for the captions and their scores, which does not exist yet: .csv, .jsonl, .parquet, .json as COCO
+            writes it, or .tasks.json for Label Studio. `sidecars` writes a text beside each image file, where there is
+            none.
         all: With --out, also caption images that have captions already. Texts beside images are never replaced.
         beams: Number of beams of the search; 1 is greedy. Default: the setting of the run.
         candidates: Number of different captions of each image that --json and --out tell, the best first.

@@ -7,11 +7,12 @@ import csv
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diptych.data.sources.rows import LOCAL_FILES
 from diptych.errors import UserError
 from diptych.io import write_bytes
 
@@ -32,7 +33,7 @@ class MadeCaption:
 
 
 class CaptionFile:
-    """A table of captions that is in the making: csv, jsonl, parquet, or COCO's json."""
+    """A table of captions that is in the making: csv, jsonl, parquet, COCO's json, or tasks of Label Studio."""
 
     def __init__(self, out: Path, *, made_by: dict[str, Any]) -> None:
         """``made_by``: what decides the captions; a file that was begun otherwise is not continued.
@@ -68,7 +69,7 @@ class CaptionFile:
     def finish(self, order: Sequence[str]) -> None:
         """Write the file, its rows in the given order of images, and remove what it was made from."""
         rows = [self.made[name] for name in dict.fromkeys(order) if name in self.made]
-        write_bytes(self.out, _FORMS[self.out.suffix.lower()](rows, self.out))
+        write_bytes(self.out, _form(self.out)(rows, self.out))
         self._partial.unlink()
 
 
@@ -78,6 +79,10 @@ def check_format(out: Path) -> None:
         raise UserError(f"{out}: give a name that ends in {', '.join(FORMATS)}, or sidecars")
     if out.exists():
         raise UserError(f"{out}: exists already; remove it, or give another --out")
+
+
+def _form(out: Path) -> Callable[[Sequence[MadeCaption], Path], bytes]:
+    return _tasks if out.name.lower().endswith(".tasks.json") else _FORMS[out.suffix.lower()]
 
 
 class Sidecars:
@@ -152,6 +157,17 @@ def _coco(rows: Sequence[MadeCaption], out: Path) -> bytes:
         images.append({"id": number, "file_name": record.pop("file_name")})
         annotations.append({"id": number, "image_id": number, **record})
     return json.dumps({"images": images, "annotations": annotations}, ensure_ascii=False).encode()
+
+
+def _tasks(rows: Sequence[MadeCaption], out: Path) -> bytes:
+    """Tasks of Label Studio with predictions, for a labelling interface with `<Image name="image">` and
+    `<TextArea name="caption" toName="image">`."""
+    tasks = []
+    for row in rows:
+        part = {"from_name": "caption", "to_name": "image", "type": "textarea", "value": {"text": [row.caption]}}
+        predictions = [{"model_version": "diptych", "result": [part]}]
+        tasks.append({"data": {"image": LOCAL_FILES + _path(row.file, out)}, "predictions": predictions})
+    return json.dumps(tasks, ensure_ascii=False).encode()
 
 
 _FORMS = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet, ".json": _coco}

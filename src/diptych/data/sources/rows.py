@@ -191,8 +191,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_json(text: str, path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Rows of a JSON document.
 
-    It may be a list of objects or of texts, an object that holds one such list, COCO's captions, Karpathy's splits, an
-    object with a file name for each key (as kohya's scripts write), columns as pandas writes them, or JSON lines.
+    It may be a list of objects or of texts, an object that holds one such list, COCO's captions, Karpathy's splits, the
+    tasks of Label Studio, an object with a file name for each key (as kohya's scripts write), columns as pandas writes
+    them, or JSON lines.
     """
     try:
         document = json.loads(text, object_pairs_hook=_unique)
@@ -210,11 +211,33 @@ def _read_json(text: str, path: Path, notes: list[str]) -> list[dict[str, Any]]:
             document = next(iter(lists.values()))
         else:
             document = _keyed(document) or document
+    if _is_rows(document) and all(isinstance(item.get("data"), dict) and _JUDGED & item.keys() for item in document):
+        return [_of_task(item) for item in document]
     if isinstance(document, list) and document and all(isinstance(item, str) for item in document):
         return [{"text": text} for text in document]
     if not _is_rows(document):
         raise UserError(f'{path}: must be a list of objects, e.g. [{{"file_name": ..., "caption": ...}}, ...]')
     return document
+
+
+_JUDGED = {"annotations", "predictions"}
+LOCAL_FILES = "/data/local-files/?d="
+"""How a task of Label Studio begins the path of a file on its own disk."""
+
+
+def _of_task(task: dict[str, Any]) -> dict[str, Any]:
+    """A task of Label Studio as a row: its data, and the texts of people, or of a model where nobody has looked yet."""
+    row = {
+        name: value.removeprefix(LOCAL_FILES) if isinstance(value, str) else value
+        for name, value in task["data"].items()
+    }
+    by_people = [each for each in task.get("annotations") or [] if not each.get("was_cancelled")]
+    texts: list[Any] = []
+    for judged in by_people or task.get("predictions") or []:
+        for part in judged.get("result") or []:
+            text = part.get("value", {}).get("text", []) if part.get("type") == "textarea" else []
+            texts += [text] if isinstance(text, str) else text
+    return {**row, "captions": texts} if texts or "captions" not in row else row
 
 
 def _is_rows(value: Any) -> bool:
