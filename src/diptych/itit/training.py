@@ -104,7 +104,7 @@ class ItitRun:
     tokenizer: str | None = None
     """Image tokenizer: a diffusers VQModel folder, an earlier run or a hub name. Default: one is trained first."""
     text_encoder: str | None = None
-    """Text encoder: a T5 folder, an earlier run or a hub name. Default: one is trained first."""
+    """Text encoder: any of transformers, by folder, hub name, package or earlier run. Default: one is trained first."""
     tokenizer_stage: TokenizerStage = field(default_factory=TokenizerStage)
     """Training of the image tokenizer, if none is given."""
     text_encoder_stage: TextEncoderStage = field(default_factory=TextEncoderStage)
@@ -329,8 +329,10 @@ class ItitRun:
         told = data.check(open_valid(self.data), max_skipped_share=self.data.max_skipped_share)
         if is_main_process():
             print(told, flush=True)
+        # One that is given is opened first: what is wrong with it is told before anything is trained.
+        given = None if self.text_encoder is None else self._text_encoder(data, out, plan)
         tokenizer = self._tokenizer(data, out, plan)
-        text_encoder = self._text_encoder(data, out, plan)
+        text_encoder = given or self._text_encoder(data, out, plan)
         return TrainingInputs(tokenizer, text_encoder, self._encode(data, tokenizer, text_encoder, out, plan))
 
     def _tokenizer(self, data: DataSplit, out: Path, plan: RunPlan) -> ImageTokenizer:
@@ -351,13 +353,16 @@ class ItitRun:
         """The text encoder in ``out``; if there is none yet, the given one is copied there or one is trained."""
         if _is_missing(out / "text_encoder"):
             if self.text_encoder is not None:
-                made = TextEncoder.from_pretrained(part_of(self.text_encoder, "text_encoder"))
+                made = TextEncoder.from_pretrained(part_of(self.text_encoder, "text_encoder"), texts=data.raw_texts())
             else:
                 folder = out / "stages" / "text_encoder"
                 made = self.text_encoder_stage.fit(data.raw_texts(), folder, title="2/3 text encoder", plan=plan)
             _save_once(made, out / "text_encoder")
         text_encoder = TextEncoder.from_pretrained(out / "text_encoder")
         text_encoder.feature_kind = self.model.text_input
+        longest, length = text_encoder.longest, self.model.max_text_len
+        if longest is not None and length > longest:
+            raise UserError(f"--model.max-text-len {length}: the text encoder reads {longest} tokens of a text at most")
         return text_encoder
 
     def _encode(
