@@ -200,6 +200,8 @@ class _AdaptedTextEncoder(TextEncoder):
         try:
             if backend is None:
                 raise UserError("its tokenizer is not one of the library tokenizers, in a tokenizer.json")
+            if opened.network.config.is_encoder_decoder:
+                raise UserError(f"the encoder of a {opened.network.config.model_type} model cannot be saved alone")
             kept = Path(name) / PIECES
             pieces = Tokenizer.from_file(str(kept)) if kept.is_file() else relaid(backend, texts)
             return cls(opened.network, opened.tokenizer, pieces)
