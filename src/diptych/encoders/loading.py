@@ -135,14 +135,21 @@ def encoder_width(name: str | Path, modality: Modality) -> int:
 
 
 def load_weights(
-    name: str, what: str, kind: Any, *, tower: "transformers.PretrainedConfig | None" = None
+    name: str,
+    what: str,
+    kind: Any,
+    *,
+    tower: "transformers.PretrainedConfig | None" = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Any, bool]:
     """The model, and whether its pooler was in the file.
 
     Raises UserError for any other weight that was not in the file: `transformers` would fill it with random numbers
-    and only warn. ``tower`` is the configuration of the tower of a CLIP that ``kind`` stands for.
+    and only warn. ``tower`` is the configuration of the tower of a CLIP that ``kind`` stands for. ``dtype`` None keeps
+    the precision of the file.
     """
-    options = {"config": tower} if tower is not None else {}
+    options: dict[str, Any] = {"config": tower} if tower is not None else {}
+    options["dtype"] = dtype or "auto"
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list the other tower's weights as unexpected
     try:

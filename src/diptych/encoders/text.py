@@ -30,6 +30,8 @@ from diptych.errors import UserError, first_line
 
 TextPooling = Literal["auto", "mean", "cls", "last"]
 _WHAT = "a text model"
+_ENCODER_ALONE = ("t5", "mt5", "umt5")
+"""Kinds of models with a decoder of which transformers loads and saves the encoder alone."""
 _ROWS = 256
 """Texts encoded at once."""
 
@@ -85,9 +87,9 @@ class PooledTextEncoder(nn.Module):
         config = load_config(name, _WHAT)
         projected = is_projected(config)
         kind: Any = transformers.CLIPTextModelWithProjection if projected else transformers.AutoModel
-        if config.model_type == "t5":
+        if config.model_type in _ENCODER_ALONE:
             # Diptych's own T5 models have no decoder, and that of a published one need not be loaded.
-            kind = transformers.T5EncoderModel
+            kind = transformers.AutoModelForTextEncoding
         elif pooling == "auto" and not projected:
             pooling = _sentence_pooling(name)
         tower = tower_of(config, kind, "text_config") if projected else None
@@ -100,7 +102,7 @@ class PooledTextEncoder(nn.Module):
                 raise UserError(f"{name}: its tokenizer has neither a padding nor an end token")
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"
-        if config.is_encoder_decoder and config.model_type != "t5":
+        if config.is_encoder_decoder and config.model_type not in _ENCODER_ALONE:
             network = network.get_encoder()
         if config.model_type == "vision-text-dual-encoder":
             network = network.text_model

@@ -127,7 +127,7 @@ class ItitRun:
     tokenizer: str | None = None
     """Image tokenizer: a diffusers VQModel folder, an earlier run or a hub name. Default: one is trained first."""
     text_encoder: str | None = None
-    """Text encoder: a T5 folder, an earlier run or a hub name. Default: one is trained first."""
+    """Text encoder: any of transformers, by folder, hub name, package or earlier run. Default: one is trained first."""
     image_encoder: str | None = None
     """Image encoder: a folder, hub name or package such as `package:efficientnet-lite0`. Captions are read from
     its features in the place of image tokens. Default: none, as in the paper."""
@@ -363,9 +363,11 @@ class ItitRun:
         told = data.check(open_valid(self.data), max_skipped_share=self.data.max_skipped_share)
         if is_main_process():
             print(told, flush=True)
-        tokenizer = self._tokenizer(data, out, plan)
-        text_encoder = self._text_encoder(data, out, plan)
+        # Those that are given are opened first: what is wrong with them is told before anything is trained.
         image_encoder = self._image_encoder(out)
+        given = None if self.text_encoder is None else self._text_encoder(data, out, plan)
+        tokenizer = self._tokenizer(data, out, plan)
+        text_encoder = given or self._text_encoder(data, out, plan)
         encoded = self._encode(data, tokenizer, text_encoder, image_encoder, out, plan)
         return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder)
 
@@ -387,13 +389,16 @@ class ItitRun:
         """The text encoder in ``out``; if there is none yet, the given one is copied there or one is trained."""
         if _is_missing(out / "text_encoder"):
             if self.text_encoder is not None:
-                made = TextEncoder.from_pretrained(part_of(self.text_encoder, "text_encoder"))
+                made = TextEncoder.from_pretrained(part_of(self.text_encoder, "text_encoder"), texts=data.raw_texts())
             else:
                 folder = out / "stages" / "text_encoder"
                 made = self.text_encoder_stage.fit(data.raw_texts(), folder, title="2/3 text encoder", plan=plan)
             _save_once(made, out / "text_encoder")
         text_encoder = TextEncoder.from_pretrained(out / "text_encoder")
         text_encoder.feature_kind = self.model.text_input
+        longest, length = text_encoder.longest, self.model.max_text_len
+        if longest is not None and length > longest:
+            raise UserError(f"--model.max-text-len {length}: the text encoder reads {longest} tokens of a text at most")
         return text_encoder
 
     def _image_encoder(self, out: Path) -> ImageEncoder | None:

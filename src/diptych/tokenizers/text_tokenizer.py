@@ -1,8 +1,8 @@
-"""Text tokenizers in T5's format: texts to ids and back, and training one on the user's own texts.
+"""Text tokenizers with T5's first ids: texts to ids and back, training one, and giving these ids to any other one.
 
-Ids, as in T5: 0 `<pad>`, 1 `</s>`, 2 `<unk>`, then the pieces, then the sentinels `<extra_id_99>` ... `<extra_id_0>`
-(the highest id is sentinel 0). The model is a Unigram model over `▁`-marked words, so the result is a plain
-`tokenizer.json` that `transformers.AutoTokenizer` loads.
+Ids, as in T5: 0 `<pad>`, 1 `</s>`, 2 `<unk>`, then the pieces. In a T5 the sentinels `<extra_id_99>` ... `<extra_id_0>`
+follow (the highest id is sentinel 0). The model trained here is a Unigram model over `▁`-marked words, so the result is
+a plain `tokenizer.json` that `transformers.AutoTokenizer` loads.
 
 The pieces are chosen here and not by `tokenizers.UnigramTrainer`, which counts a candidate once for every distinct word
 instead of every word of the text. It spells a corpus of sixty words out in letters, cuts `Two` into `Tw o`, and orders
@@ -14,10 +14,11 @@ Shapes: B texts, L text tokens.
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -33,6 +34,8 @@ PAD_TOKEN, EOS_TOKEN, UNK_TOKEN = CONTROLS = ("<pad>", "</s>", "<unk>")
 PAD, EOS = 0, 1
 """T5's ids of padding and of the end of a text. As T5 has no id to begin a text with, PAD begins one."""
 SPACE = "▁"
+_MARKS = f"{SPACE}Ġ"
+"""What stands for a space in pieces."""
 _OVERSHOOT = 1.5
 """Number of candidates for every piece that is kept."""
 _ROUNDS = 2
@@ -40,12 +43,24 @@ _ROUNDS = 2
 _UNUSED = 1
 """Count given to a piece that the best segmentation never uses, mostly a letter, so that it stays possible."""
 _SENTINEL = re.compile(r"<extra_id_\d+>")
+PIECES = "pieces.json"
+"""File beside the `tokenizer.json` of a text encoder that is no T5, with the tokenizer that :func:`relaid` made."""
+_AT_ONCE = 1000
+"""Number of texts tokenized at once."""
+_WRITTEN_TOGETHER = (
+    (r" (?=[.,;:!?%)\]])", ""),
+    (r"(?<=[(\[]) ", ""),
+    (r"(?<=\w) ?['’] ?(?=(s|t|re|ve|ll|d|m)\b)", "'"),
+    (r"(?<=\w) - (?=\w)", "-"),
+)
+"""What is written without the spaces around it, by pieces that do not tell whether a space stood there."""
 
 
 class TextTokenizer:
     """Texts to ids and back. It needs a `tokenizer.json` alone: neither the encoder's weights nor transformers.
 
-    Raises UserError for a tokenizer that is not T5's, or has more ids than ``vocab_rows``, the rows of the embedding.
+    Raises UserError for a tokenizer without T5's first ids (:func:`relaid` gives them to any other), or with more ids
+    than ``vocab_rows``, the rows of the embedding.
     """
 
     def __init__(self, backend: Tokenizer, *, vocab_rows: int):
@@ -68,6 +83,9 @@ class TextTokenizer:
     def from_pretrained(cls, folder: Path) -> "TextTokenizer":
         """The tokenizer of a saved text encoder. Raises UserError where a file is missing or damaged."""
         try:
+            if (folder / PIECES).is_file():
+                backend = Tokenizer.from_file(str(folder / PIECES))
+                return cls(backend, vocab_rows=backend.get_vocab_size())
             backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
             rows = json.loads((folder / "config.json").read_text())["vocab_size"]
             return cls(backend, vocab_rows=rows)
@@ -121,6 +139,110 @@ class TextTokenizer:
             end = row.index(EOS) if EOS in row else len(row)
             texts.append(self._backend.decode([i for i in row[:end] if i not in skipped], skip_special_tokens=False))
         return texts
+
+
+# Tokenizers of other models
+
+
+def relaid(backend: Tokenizer, texts: Iterable[str] | None = None) -> Tokenizer:
+    """The tokenizer with T5's first ids, without its own special tokens, and with the pieces that ``texts`` need alone.
+
+    These are the pieces that it cuts the texts into, and what a new word in the letters of the texts is spelt with. The
+    texts are cut as before: WordPiece takes the longest piece that it knows, Unigram the most probable ones, and of the
+    merges of BPE those stay that lead to a piece. None keeps all pieces. Decoded texts have no space before a comma and
+    none around a hyphen. Raises UserError for a kind of tokenizer that is none of these.
+    """
+    made = json.loads(backend.to_str())
+    model = made["model"]
+    if model["type"] not in ("WordPiece", "WordLevel", "BPE", "Unigram"):
+        raise UserError(
+            f"its tokenizer is of the kind {model['type']}: only WordPiece, WordLevel, BPE and Unigram work"
+        )
+    special = {token["content"] for token in made["added_tokens"] if token["special"]} | set(CONTROLS)
+    if model["type"] == "Unigram":
+        ids = {piece: number for number, (piece, _) in enumerate(model["vocab"])}
+        special |= {piece for piece, number in ids.items() if number == model["unk_id"]}
+    else:
+        ids = dict(model["vocab"])
+        special.add(model["unk_token"])
+    known = {*ids, *(token["content"] for token in made["added_tokens"])} - special
+    kept = known if texts is None else _with_letters(_used(backend, texts) & known, ids, model) - special
+    added = [token for token in made["added_tokens"] if token["content"] in kept]
+    pieces = sorted(kept & set(ids), key=ids.__getitem__)
+    place = {piece: number for number, piece in enumerate((*CONTROLS, *pieces))}
+    if model["type"] == "Unigram":
+        scored = [[control, 0.0] for control in CONTROLS] + [model["vocab"][ids[piece]] for piece in pieces]
+        model |= {"vocab": scored, "unk_id": place[UNK_TOKEN]}
+    else:
+        model |= {"vocab": place, "unk_token": UNK_TOKEN}
+    if model["type"] == "BPE":
+        model["merges"] = [[a, b] for whole, a, b in _merges(model) if {whole, a, b} <= place.keys()]
+    controls = [_added_token(control, place[control]) for control in CONTROLS]
+    beyond = [token for token in added if token["content"] not in place]
+    place |= {token["content"]: len(place) + number for number, token in enumerate(beyond)}
+    added = [{**token, "id": place[token["content"]]} for token in added]
+    made |= {"truncation": None, "padding": None, "post_processor": None, "decoder": _decoder(made)}
+    made["added_tokens"] = sorted([*controls, *added], key=lambda token: token["id"])
+    return Tokenizer.from_str(json.dumps(made))
+
+
+def _used(backend: Tokenizer, texts: Iterable[str]) -> set[str]:
+    """The pieces that the texts are cut into."""
+    plain = Tokenizer.from_str(backend.to_str())  # the caller's keeps its padding and truncation
+    plain.no_padding()
+    plain.no_truncation()
+    left = iter(texts)
+    used: set[str] = set()
+    while some := list(islice(left, _AT_ONCE)):
+        used.update(token for row in plain.encode_batch(some, add_special_tokens=False) for token in row.tokens)
+    return used
+
+
+def _with_letters(used: set[str], ids: Mapping[str, int], model: dict[str, Any]) -> set[str]:
+    """``used``, the single letters among all pieces that occur in it, and what BPE makes these of."""
+    prefix, suffix = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+
+    def letters(piece: str) -> str:
+        return piece.removeprefix(prefix).removesuffix(suffix).lstrip(_MARKS)
+
+    alphabet = {letter for piece in used for letter in letters(piece)}
+    needed = used | {piece for piece in ids if letters(piece) in alphabet or piece in (*_MARKS,)}
+    parts: defaultdict[str, list[str]] = defaultdict(list)
+    if model["type"] == "BPE":
+        for whole, a, b in _merges(model):
+            parts[whole] += [a, b]
+    left = list(needed)
+    while left:
+        new = set(parts[left.pop()]) - needed
+        needed |= new
+        left += new
+    return needed
+
+
+def _merges(model: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Each merge of a BPE model as the piece that it makes and the two that it takes."""
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    prefix = model.get("continuing_subword_prefix") or ""
+    return [(a + b.removeprefix(prefix), a, b) for a, b in pairs]
+
+
+def _added_token(content: str, number: int) -> dict[str, Any]:
+    how = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": content, **how, "special": True}
+
+
+def _decoder(made: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer's own decoder, and after it what makes clean text of its output."""
+    steps = [made["decoder"]] if made["decoder"] else []
+    suffix = made["model"].get("end_of_word_suffix")
+    if suffix:  # the decoder of bytes, which CLIP's tokenizer has, leaves it where it stands
+        steps = [{"type": "Replace", "pattern": {"String": suffix}, "content": "Ġ"}]
+        steps.append(json.loads(decoders.ByteLevel().__getstate__()))
+    rules = [(r"^ +| +$", "")]  # the decoder called Strip panics at an empty text
+    if suffix or made["model"]["type"] in ("WordPiece", "WordLevel"):
+        rules += _WRITTEN_TOGETHER
+    replaced = [{"type": "Replace", "pattern": {"Regex": found}, "content": to} for found, to in rules]
+    return {"type": "Sequence", "decoders": [*steps, {"type": "Fuse"}, *replaced]}
 
 
 # Training
