@@ -166,7 +166,7 @@ def _tasks(rows: Sequence[MadeCaption], out: Path) -> bytes:
     for row in rows:
         part = {"from_name": "caption", "to_name": "image", "type": "textarea", "value": {"text": [row.caption]}}
         predictions = [{"model_version": "diptych", "result": [part]}]
-        tasks.append({"data": {"image": LOCAL_FILES + _path(row.file, out)}, "predictions": predictions})
+        tasks.append({"data": {"image": LOCAL_FILES + path_in_table(row.file, out)}, "predictions": predictions})
     return json.dumps(tasks, ensure_ascii=False).encode()
 
 
