@@ -8,9 +8,8 @@ import sys
 import time
 
 import pytest
-import torch
 
-from diptych.app.labels import Labels, Offers, useful_first
+from diptych.app.labels import Labels, Offers
 from diptych.data.sources import open_source
 from diptych.errors import UserError
 from diptych.itit.pipeline import Diptych
@@ -142,13 +141,3 @@ def test_an_unreadable_image_is_not_offered(itit_run, photos, tmp_path):
     offers = Offers(opened(photos, tmp_path), Diptych.from_pretrained(itit_run, device="cpu"))
     assert offers.take("ann").item == 3
     assert offers.take("bob") is None
-
-
-def test_the_useful_come_first():
-    """Two groups: near copies of one hard image, and one easy image far away."""
-    features = torch.tensor([[0.0], [0.01], [0.02], [5.0]])
-    scores = torch.tensor([-2.0, -2.1, -2.2, -0.1])
-    assert useful_first(features, scores) == [2, 3, 0, 1]
-    assert useful_first(features, scores, seen_MD=torch.tensor([[0.0]]))[0] == 3
-    assert useful_first(torch.zeros(3, 1), torch.tensor([-1.0, -3.0, -2.0]))[0] == 1
-    assert useful_first(torch.zeros(1, 1), torch.tensor([-1.0])) == [0]

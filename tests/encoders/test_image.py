@@ -99,6 +99,21 @@ def test_a_pooler_that_was_never_trained_is_not_used(save_image_model, pixels):
     torch.testing.assert_close(mean, hidden.mean(1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["vit", "efficientnet"])
+def test_few_images_at_once_give_the_same_features(name, save_image_model, monkeypatch):
+    encoder = open_image_encoder(save_image_model(MODELS[name]()))
+    pixels = torch.randint(256, (5, 3, encoder.image_size, encoder.image_size), dtype=torch.uint8)
+    seen = []
+    encoder.network.register_forward_pre_hook(lambda _, args, options: seen.append(1), with_kwargs=True)
+    whole, tokens = encoder(pixels).detach(), encoder.tokens(pixels).detach()  # with gradients all rows at once
+    assert len(seen) == 2
+    monkeypatch.setattr("diptych.encoders.image.CPU_ROWS", 2)
+    torch.testing.assert_close(run(encoder, pixels), whole, rtol=1e-4, atol=1e-5)
+    with eval_mode(encoder):
+        torch.testing.assert_close(encoder.tokens(pixels), tokens, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 2 + 6 or name == "efficientnet"  # which computes by its folded copy
+
+
 def test_other_sizes_are_resized(save_image_model):
     encoder = open_image_encoder(save_image_model(MODELS["dinov2"]()))
     assert run(encoder, torch.zeros(2, 3, 20, 20, dtype=torch.uint8)).shape == (2, 16)

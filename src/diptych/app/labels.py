@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from diptych.data.caption_file import path_in_table
 from diptych.data.sources import Source
 from diptych.data.sources.decode import UnreadableImage
 from diptych.data.sources.open import HasFiles
 from diptych.data.sources.text import clean
+from diptych.data.suggest import choose
 from diptych.errors import UserError
 from diptych.io import write_bytes
 from diptych.itit.pipeline import Caption, Diptych
@@ -160,7 +159,7 @@ class Offers:
         self._waiting = [labels.open[place] for place in order]
         self._ready: list[Offer] = []
         self._held: dict[str, int] = {}
-        self._seen_MD: Tensor | None = None
+        self._seen_MD: np.ndarray | None = None
         self._lock = threading.Lock()
 
     def take(self, user: str) -> Offer | None:
@@ -202,36 +201,13 @@ class Offers:
             return
         encoded = self.diptych.encode(np.stack(images))
         found = self.diptych.candidates_encoded(encoded, count=_BEAMS)
-        features_ND = self.diptych.vectors(encoded).cpu()
-        scores_N = torch.tensor([each[0].score if each else -torch.inf for each in found])
-        order = useful_first(features_ND, scores_N, seen_MD=self._seen_MD)
-        self._seen_MD = features_ND if self._seen_MD is None else torch.cat([self._seen_MD, features_ND])
+        features_ND = self.diptych.vectors(encoded).cpu().numpy()
+        uncertainty_N = np.array([-(each[0].score or 0.0) if each else np.inf for each in found])
+        seen_MD = features_ND[:0] if self._seen_MD is None else self._seen_MD
+        order, _, _ = choose(features_ND, seen_MD, uncertainty_N=uncertainty_N, count=len(items))
+        self._seen_MD = np.concatenate([seen_MD, features_ND])
         nothing = [Caption(text="", score=None)]
         self._ready += [
             Offer(item=items[n], name=self.labels.names[items[n]], image=images[n], candidates=found[n] or nothing)
             for n in order
         ]
-
-
-def useful_first(
-    features_ND: Float[Tensor, "N D"], scores_N: Float[Tensor, "N"], *, seen_MD: Float[Tensor, "M D"] | None = None
-) -> list[int]:
-    """An order of images that begins with those that are uncertain and unlike all before them.
-
-    Each next image is the one with the largest product of its distance to the nearest image before it, in features,
-    and of a weight from 1 (the best of ``scores_N``) to 2 (the worst): k-centre greedy, pulled to the uncertain. By
-    uncertainty alone near copies of one hard image would come first.
-    """
-    count = len(scores_N)
-    worse_N = scores_N.argsort(descending=True).argsort().float() / max(1, count - 1)
-    nearest_N = torch.cdist(features_ND, seen_MD).amin(1) if seen_MD is not None else torch.full((count,), 1.0)
-    order: list[int] = []
-    left_N = torch.ones(count, dtype=torch.bool)
-    for _ in range(count):
-        worth_N = (nearest_N * (1 + worse_N)).masked_fill(~left_N, -torch.inf)
-        chosen = int(worth_N.argmax())
-        order.append(chosen)
-        left_N[chosen] = False
-        distance_N = (features_ND - features_ND[chosen]).norm(dim=1)
-        nearest_N = distance_N if len(order) == 1 and seen_MD is None else torch.minimum(nearest_N, distance_N)
-    return order

@@ -60,23 +60,8 @@ class Suggestion:
 def suggest(
     source: Source, images: LookedAt, captioned_MF: Float[np.ndarray, "M F"], *, count: int
 ) -> list[Suggestion]:
-    """The ``count`` images to caption next, best first, of ``images``, which have no captions.
-
-    The most uncertain fifth of them is looked at. Of these, each choice is the image that brings all images nearest to
-    an image that is chosen or has a caption (:func:`facility_location`), where an image counts by its rank in
-    uncertainty. So outliers and copies of one another are left out, which uncertainty alone would choose.
-    """
-    pool = np.arange(len(images))
-    rank_N, weight_N = None, np.ones(len(images))
-    if images.uncertainty_N is not None:
-        order = np.argsort(-images.uncertainty_N, kind="stable")
-        pool = order[: max(round(SHARE * len(images)), TIMES * count)]
-        rank_N = np.empty(len(images))
-        rank_N[order] = 1 - np.arange(1, len(images) + 1) / len(images)
-        weight_N = rank_N + 0.5 / len(images)
-    features_NF, captioned_MF = _centred(images.features_NF, captioned_MF)
-    near_N = _nearest(features_NF, captioned_MF)
-    chosen = facility_location(features_NF, near_N, pool, weight_N=weight_N, count=count)
+    """The ``count`` images to caption next, best first, of ``images``, which have no captions (:func:`choose`)."""
+    chosen, near_N, rank_N = choose(images.features_NF, captioned_MF, uncertainty_N=images.uncertainty_N, count=count)
     return [
         Suggestion(
             item=int(images.items_N[row]),
@@ -87,6 +72,33 @@ def suggest(
         )
         for row in chosen
     ]
+
+
+def choose(
+    features_NF: Float[np.ndarray, "N F"],
+    captioned_MF: Float[np.ndarray, "M F"],
+    *,
+    uncertainty_N: Float[np.ndarray, "N"] | None,
+    count: int,
+) -> tuple[list[int], Float[np.ndarray, "N"], Float[np.ndarray, "N"] | None]:
+    """The rows of ``count`` images to caption next, best first; the cosine of each image to the nearest captioned one;
+    and the share of the images that each is more uncertain than, if uncertainty is known.
+
+    The most uncertain fifth of the images is looked at. Of these, each choice is the image that brings all images
+    nearest to an image that is chosen or has a caption (:func:`facility_location`), where an image counts by its rank
+    in uncertainty. So outliers and copies of one another are left out, which uncertainty alone would choose.
+    """
+    images = len(features_NF)
+    pool, weight_N, rank_N = np.arange(images), np.ones(images), None
+    if uncertainty_N is not None:
+        order = np.argsort(-uncertainty_N, kind="stable")
+        pool = order[: max(round(SHARE * images), TIMES * count)]
+        rank_N = np.empty(images)
+        rank_N[order] = 1 - np.arange(1, images + 1) / images
+        weight_N = rank_N + 0.5 / images
+    features_NF, captioned_MF = _centred(features_NF, captioned_MF)
+    near_N = _nearest(features_NF, captioned_MF)
+    return facility_location(features_NF, near_N, pool, weight_N=weight_N, count=count), near_N, rank_N
 
 
 def facility_location(

@@ -24,14 +24,12 @@ from torch import Tensor, nn
 
 from diptych.dual.model import DualEncoder, Temperature, TowerOutput, Tune
 from diptych.encoders import PooledTextEncoder, open_image_encoder, open_text_encoder
-from diptych.encoders.image import FoldedCopy, HubImageEncoder
+from diptych.encoders.image import CPU_ROWS, FoldedCopy, HubImageEncoder
 from diptych.errors import UserError
 from diptych.io import weights_digest, write_bytes
 
 _GRID = 3
 """Cells of a side of the grid to which the map of an image is averaged, for ITO's fusion."""
-_ROWS = 8
-"""Images that a frozen tower computes at once on a CPU: more do not stay in its cache, and take twice the time."""
 _NEARLY_LINEAR = 0.1
 """Diagonal of a pooler that does not change the first token: tanh(0.1 x) is nearly linear."""
 _AVERAGE = 1e4
@@ -190,7 +188,7 @@ class TowersEncoder(DualEncoder, _Projected):
             return _image_states(self.clip.vision_model, normal_B3HW, keep_tokens=keep_tokens)
         with torch.no_grad():
             network = self._folded.of(self.clip.vision_model)
-            rows = _ROWS if normal_B3HW.device.type == "cpu" else len(normal_B3HW)
+            rows = CPU_ROWS if normal_B3HW.device.type == "cpu" else len(normal_B3HW)
             normal_B3HW = normal_B3HW.contiguous(memory_format=torch.channels_last)
             return torch.cat(
                 [_image_states(network, part, keep_tokens=keep_tokens) for part in normal_B3HW.split(rows)]

@@ -7,6 +7,7 @@ Shapes: B rows, H and W pixels, N tokens, D width of the features or channels.
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -42,6 +43,8 @@ ImagePooling = Literal["auto", "cls", "mean"]
 _POOLING_KEY = "diptych_pooling"
 """Where `preprocessor_config.json` keeps the pooling."""
 _WHAT = "a vision model"
+CPU_ROWS = 8
+"""Images that a network computes at once on a CPU: more do not stay in its cache, see docs/performance.md."""
 
 
 class ImageEncoder(nn.Module):
@@ -127,6 +130,18 @@ class HubImageEncoder(ImageEncoder):
         return cls(network, settings=settings, pooling=pooling, has_pooler=has_pooler).eval()
 
     def forward(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        return self._few_at_once(self._pooled, pixels_B3HW)
+
+    def tokens(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        return self._few_at_once(lambda part_B3HW: _as_tokens(self._run(part_B3HW).last_hidden_state), pixels_B3HW)
+
+    def _few_at_once(self, compute: Callable[[Tensor], Tensor], pixels_B3HW: Tensor) -> Tensor:
+        """``compute`` of all rows. On a CPU, where no gradient wants them together, it gets ``CPU_ROWS`` at a time."""
+        if self.image_mean.device.type != "cpu" or self.training or torch.is_grad_enabled():
+            return compute(pixels_B3HW)
+        return torch.cat([compute(part_B3HW) for part_B3HW in pixels_B3HW.split(CPU_ROWS)])
+
+    def _pooled(self, pixels_B3HW: Tensor) -> Tensor:
         output = self._run(pixels_B3HW)
         if self.pooling == "auto":
             pooled = output.image_embeds if self.projected else output.pooler_output
@@ -134,9 +149,6 @@ class HubImageEncoder(ImageEncoder):
                 return pooled.flatten(1)
         tokens_BND = _as_tokens(output.last_hidden_state)
         return tokens_BND[:, 0] if self.pooling == "cls" else tokens_BND.mean(1)
-
-    def tokens(self, pixels_B3HW: Num[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
-        return _as_tokens(self._run(pixels_B3HW).last_hidden_state)
 
     def _run(self, pixels_B3HW: Tensor) -> Any:
         inputs_B3SS = resize(pixels_B3HW.to(self.image_mean), self.image_size) * self.scale

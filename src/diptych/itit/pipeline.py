@@ -47,8 +47,6 @@ Advance = Callable[[int, int], None]
 
 _ROWS = 64
 """Number of rows generated at once."""
-_FEATURE_ROWS = 8
-"""Number of images whose features are computed at once. On a CPU a convolutional network is fastest in few rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -477,7 +475,7 @@ def image_encoders(
     @torch.no_grad()
     def features(pixels_B3SS: Tensor) -> Tensor:
         assert image_encoder is not None
-        return torch.cat([image_encoder(piece.to(device)).float() for piece in pixels_B3SS.split(_FEATURE_ROWS)])
+        return image_encoder(pixels_B3SS.to(device)).float()
 
     return tokens, features if image_encoder is not None else None
 
