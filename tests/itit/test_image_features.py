@@ -82,3 +82,12 @@ def test_the_mean_of_a_text_leaves_padding_out():
     text_BLF = torch.tensor([[[1.0], [3.0], [0.0]], [[5.0], [0.0], [0.0]]])
     valid_BL = text_BLF[..., 0] > 0
     assert mean_of_text(text_BLF, valid_BL).flatten().tolist() == [2.0, 5.0]
+
+
+def test_a_caption_agrees_with_its_own_image(features, related):
+    image_XG, text_XF = related[0][:20], related[1][:20]
+    valid_XL = torch.ones(20, 1, dtype=torch.bool)
+    own = features.agreement(image_XG, text_XF[:, None], valid_XL)
+    others = features.agreement(image_XG.roll(1, 0), text_XF[:, None], valid_XL)
+    assert own.min() > 0.9
+    assert own.mean() > others.mean() + 0.5

@@ -467,3 +467,23 @@ def test_a_run_keeps_its_image_encoder(tmp_path, image_encoder):
     before = contents(out / "encoded")
     replace(run, train=replace(run.train, steps=3)).fit(out, recipe="tiny")
     assert contents(out / "encoded") == before
+
+
+def test_captions_that_agree_with_the_features_come_first(tmp_path, image_encoder):
+    """The regression decides among the candidates where its weight is large; without one, the score does."""
+    out = tmp_path / "run"
+    replace(tiny_run(steps=2), image_encoder=image_encoder).fit(out, recipe="tiny")
+    diptych = Diptych.from_pretrained(out)
+    images = diptych.encode(VALID.images(range(6), 32))
+    by_score = diptych.candidates_encoded(images, count=4)
+    assert [found[0] for found in by_score] == diptych.caption_encoded(images, beams=4)
+    diptych.text_generation = replace(diptych.text_generation, agreement=1000.0)
+    ranked = diptych.candidates_encoded(images, count=4)
+    assert [found[0] for found in ranked] == diptych.caption_encoded(images, beams=4)
+    reader, length = diptych.model.image_features, diptych.model.config.max_text_len
+    for row, found in enumerate(ranked):
+        assert {each.text for each in found} == {each.text for each in by_score[row]}
+        ids_BL, valid_BL = diptych.text_encoder.tokenize([each.text for each in found], length=length)
+        features_BG = images.image_features_BG[row].expand(len(found), -1)
+        agreement = reader.agreement(features_BG, diptych.text_encoder.features(ids_BL, valid_BL), valid_BL)
+        assert (agreement.diff() <= 1e-3).all()

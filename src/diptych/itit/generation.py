@@ -49,6 +49,9 @@ class TextGenerationConfig:
     """Number of beams of the search; 1 is greedy decoding."""
     length_power: float = 0.6
     """Power of GIT's length penalty ((5 + length) / 6); larger values favour longer texts."""
+    agreement: float = 0.0
+    """Weight of the agreement of a caption with the image's features, beside its score, in the choice among what the
+    beam search ends with (:meth:`ImageFeatures.agreement`). It needs a network that reads captions from features."""
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ residuals, X pairs of a text and an image.
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diptych.rng import StepRNG
 
@@ -55,8 +56,23 @@ class ImageFeatures(nn.Module):
     ) -> Float[Tensor, "B G"]:
         """Features of an image for each text: the regression's, and ``noise`` times the residual of a random pair."""
         row_B = rng.uniform("image_features", len(text_BLF), device=text_BLF.device).mul(_RESIDUALS).long()
-        centred_BF = mean_of_text(text_BLF, valid_BL) - self.text_mean_F
-        return self.mean_G + centred_BF @ self.from_text_FG + noise * self.residuals_RG[row_B]
+        return self.mean_G + self._predicted(text_BLF, valid_BL) + noise * self.residuals_RG[row_B]
+
+    @torch.no_grad()
+    def agreement(
+        self, features_BG: Float[Tensor, "B G"], text_BLF: Float[Tensor, "B L F"], valid_BL: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B"]:
+        """Cosine between the features of each image and those that the regression gives its text, both scaled.
+
+        The text decoder tells how usual a caption is for an image, which favours captions that fit many; the regression
+        goes the other way, from the caption to the image.
+        """
+        seen_BG, told_BG = features_BG - self.mean_G, self._predicted(text_BLF, valid_BL)
+        return F.cosine_similarity(seen_BG * self.scale_G, told_BG * self.scale_G, dim=-1)
+
+    def _predicted(self, text_BLF: Tensor, valid_BL: Tensor) -> Float[Tensor, "B G"]:
+        """The regression's features of texts, less the mean."""
+        return (mean_of_text(text_BLF, valid_BL) - self.text_mean_F) @ self.from_text_FG
 
     @torch.no_grad()
     def fit(self, features_XG: Float[Tensor, "X G"], text_XF: Float[Tensor, "X F"]) -> None:

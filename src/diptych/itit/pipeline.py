@@ -186,6 +186,12 @@ class Diptych:
         found: list[Caption] = []
         for start in range(0, len(images), _ROWS):
             piece = images[start : start + _ROWS].to(self.device)
+            if config.agreement and config.beams > 1:
+                several = self.candidates_encoded(piece, count=1, beams=config.beams)
+                found += [each[0] for each in several]
+                if advance:
+                    advance(len(found), len(images))
+                continue
             with autocast(self.device, self.precision):
                 ids_BL, score_B = generate_text(self.model, piece, config, banned_V=self._banned_V, length=length)
             scores = [None] * len(piece) if score_B is None else score_B.tolist()
@@ -221,40 +227,47 @@ class Diptych:
     ) -> list[list[Caption]]:
         """Up to ``count`` different captions for each encoded image, the best first.
 
-        They are what a beam search ends with, of as many beams at least. With ``best_of``, so many of them are ranked
-        by log p(image | caption): all image tokens are hidden, and each is predicted from the caption alone.
+        They are what a beam search ends with, of as many beams at least, ranked by their score and, if the run's
+        settings say so, their agreement with the image's features. With ``best_of``, so many of them are ranked by
+        log p(image | caption) instead: all image tokens are hidden, and each is predicted from the caption alone.
         """
         config = replace(self.text_generation, beams=max(2, count, best_of or 0, beams or self.text_generation.beams))
+        length = self.model.config.max_text_len
         found: list[list[Caption]] = []
         step = max(1, _ROWS // config.beams)
         for start in range(0, len(images), step):
             piece = images[start : start + step].to(self.device)
             with autocast(self.device, self.precision):
                 ids_BWL, score_BW = generate_text(
-                    self.model,
-                    piece,
-                    config,
-                    banned_V=self._banned_V,
-                    length=self.model.config.max_text_len,
-                    candidates=True,
+                    self.model, piece, config, banned_V=self._banned_V, length=length, candidates=True
                 )
             assert score_BW is not None
-            for tokens_N, ids_WL, scores in zip(piece.tokens_BN, ids_BWL, score_BW.tolist(), strict=True):
-                texts = self.text_tokenizer.detokenize(ids_WL)
-                rows = list(
-                    {text: row for row, text in reversed(list(enumerate(texts))) if scores[row] > -1e9}.values()
-                )
-                rows = sorted(rows)[: best_of or count]
+            worth_BW = score_BW.cpu() + config.agreement * self._agreement(piece, ids_BWL)
+            for row, ids_WL in enumerate(ids_BWL):
+                texts, scores = self.text_tokenizer.detokenize(ids_WL), score_BW[row].tolist()
+                first = {text: place for place, text in reversed(list(enumerate(texts)))}  # of equal texts the first
+                places = [place for place in sorted(first.values()) if scores[place] > -math.inf]
+                made = [Caption(text=texts[place], score=scores[place]) for place in places]
+                worth = worth_BW[row, places].tolist()
                 if best_of:
-                    nats = self.image_nats(tokens_N.expand(len(rows), -1), ids_WL[rows]).tolist()
-                    made = [
-                        Caption(text=texts[r], score=scores[r], image_score=-n) for r, n in zip(rows, nats, strict=True)
-                    ]
-                    made.sort(key=lambda each: each.image_score or 0.0, reverse=True)
-                else:
-                    made = [Caption(text=texts[row], score=scores[row]) for row in rows]
-                found.append(made[:count])
+                    made, places = made[:best_of], places[:best_of]
+                    tokens_WN = piece.tokens_BN[row].expand(len(places), -1)
+                    worth = (-self.image_nats(tokens_WN, ids_WL[places])).tolist()
+                    made = [replace(each, image_score=value) for each, value in zip(made, worth, strict=True)]
+                order = sorted(range(len(made)), key=lambda place: -worth[place])
+                found.append([made[place] for place in order[:count]])
         return found
+
+    def _agreement(self, images: ImageTokenExamples, ids_BWL: Int[Tensor, "B W L"]) -> Float[Tensor, "B W"]:
+        """The agreement of texts with the features of their image; zero where the run does not ask for it."""
+        reader = self.model.image_features
+        if reader is None or not self.text_generation.agreement:
+            return torch.zeros(ids_BWL.shape[:2])
+        assert images.image_features_BG is not None
+        ids_XL = ids_BWL.flatten(0, 1)
+        text_XLF = self.text_encoder.features(ids_XL, ids_XL != PAD).float()
+        features_XG = images.image_features_BG.repeat_interleave(ids_BWL.shape[1], 0)
+        return reader.agreement(features_XG, text_XLF, ids_XL != PAD).view(ids_BWL.shape[:2]).cpu()
 
     def image_nats(self, tokens_BN: Int[Tensor, "B N"], ids_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B"]:
         """Nats a token of images, given captions; every image token is hidden, and none enters the encoder."""
