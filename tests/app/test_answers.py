@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diptych.app import answers
-from diptych.app.drawing import SIDE, Drawing
+from diptych.app.answers import SIDE, Drawing
 from diptych.data.audit import Finding
 from diptych.data.sources import open_source
 from diptych.dual.search import Index, embed_run

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diptych.app.ranking import Ranking
+from diptych.app.decisions import Ranking
 from diptych.data.sources import open_source
 from diptych.errors import UserError
 from diptych.itit.pipeline import Diptych

@@ -71,3 +71,15 @@ def mistaken():
             assert str(part) in err
 
     return check
+
+
+@pytest.fixture
+def set_of_images(photo, tmp_path):
+    """40 images, of which two are captioned and one cannot be read."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i:02}.png").write_bytes(photo.read_bytes() if i != 5 else b"no image")
+    (folder / "03.txt").write_text("my own caption\n")
+    (folder / "07.txt").write_text("another of mine\n")
+    return folder

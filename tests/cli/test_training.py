@@ -34,15 +34,6 @@ def test_help_lists_what_matters_first(call, recipe, monkeypatch):
     assert f"more options: diptych fit {recipe} --help-all" in out
 
 
-def test_check_says_what_a_source_holds(call, mistaken, tmp_path):
-    (tmp_path / "t.txt").write_text("one text\nanother\n")
-    status, out, _ = call("check", tmp_path / "t.txt")
-    assert status == 0
-    assert out.splitlines()[:3] == [f"{tmp_path}/t.txt", "  items      2", "  captions   2 of 2 items, 1 each"]
-    mistaken(call("check", tmp_path / "no.csv"), "no.csv: does not exist")
-    mistaken(call("check", tmp_path / "t.txt", "--images", "-1"), "--images -1")
-
-
 def test_an_unknown_recipe_and_empty_lists(call, mistaken):
     mistaken(call("fit", "itit-gigantic", "--out", "x"), "itit-gigantic", *RECIPES)
     mistaken(call("caption", "run"), "no image given")

@@ -16,8 +16,8 @@ import gradio as gr
 from fastapi import FastAPI
 
 from diptych.app import answers
-from diptych.app.drawing import Drawing
-from diptych.app.labels import Offer, Offers
+from diptych.app.answers import Drawing
+from diptych.app.decisions import Offer, Offers
 from diptych.app.runs import Given, Tab, read_images
 from diptych.app.serve import MAX_FILE_MB, WAITING
 from diptych.errors import UserError

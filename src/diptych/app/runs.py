@@ -9,8 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import UInt8
 
-from diptych.app.labels import Labels
-from diptych.app.ranking import Ranking
+from diptych.app.decisions import Labels, Ranking
 from diptych.data.sources import open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import ImageLimits, decode

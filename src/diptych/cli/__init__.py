@@ -7,9 +7,9 @@ from typing import Any
 
 import tyro
 
+from diptych.cli.datasets import audit, check, suggest
 from diptych.cli.inference import (
     app,
-    audit,
     caption,
     classify,
     cycle,
@@ -18,9 +18,8 @@ from diptych.cli.inference import (
     export,
     imagine,
     search,
-    suggest,
 )
-from diptych.cli.training import check, demo, encode, features, fit, fit_for_help, recipes
+from diptych.cli.training import demo, encode, features, fit, fit_for_help, recipes
 from diptych.errors import Interrupted, UserError
 
 _ABOUT = (

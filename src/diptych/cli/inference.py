@@ -4,7 +4,6 @@ Imports are inside the functions, after all arguments have been looked at: --hel
 """
 
 import json as json_format  # commands have a parameter `json`
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,15 +13,12 @@ import tyro
 from tyro.conf import Positional
 
 from diptych.errors import UserError
-from diptych.run_folder import check_finished, kind_of, read_config
+from diptych.run_folder import check_finished, kind_of
 
 if TYPE_CHECKING:
     import numpy as np
 
     from diptych.cli.images import ImageArguments
-    from diptych.data.sources import Source
-    from diptych.data.splits import Subset
-    from diptych.data.suggest import LookedAt
     from diptych.itit.pipeline import Caption, Diptych
     from diptych.nn.inference import Prediction
 
@@ -71,8 +67,8 @@ def caption(
     if not images:
         raise UserError("no image given: diptych caption RUN IMAGE...")
     check_finished(run, "itit")
-    _at_least_one("--beams", beams)
-    _at_least_one("--candidates", candidates)
+    at_least_one("--beams", beams)
+    at_least_one("--candidates", candidates)
     sidecars = out == Path("sidecars")
     if candidates > 1 and not json and (out is None or sidecars):
         raise UserError(f"--candidates {candidates}: only --json and --out FILE tell more than one")
@@ -90,7 +86,7 @@ def caption(
     if out is not None:
         _caption_into(out, given, run=run, every=all, beams=beams, ranked=ranked, device=device)
         return
-    diptych = _open(run, device)
+    diptych = open_itit(run, device)
     alone = len(images) == len(given.images) == 1
     for names, pixels in given.batches(diptych.image_size):
         for name, several in zip(names, _captions(diptych, pixels, beams=beams, ranked=ranked), strict=True):
@@ -128,7 +124,7 @@ def _caption_into(
     images = [image for image in given.images if every or not image.has_caption()]
     captioned = len(given.images) - len(images)
     names = [image.name for image in images]
-    diptych = _open(run, device)
+    diptych = open_itit(run, device)
     file: CaptionFile | Sidecars
     if out == Path("sidecars"):
         file = Sidecars(names)
@@ -185,9 +181,9 @@ def imagine(
     check_finished(run, "itit")
     for text in texts:
         _check_is_text(text, instead="`diptych cycle --image FILE` starts from an image")
-    _at_least_one("--steps", steps)
+    at_least_one("--steps", steps)
 
-    diptych = _open(run, device)
+    diptych = open_itit(run, device)
     from diptych.report.sheet import contact_sheet, save_png
 
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
@@ -224,13 +220,13 @@ def cycle(
     if (text is None) == (image is None):
         raise UserError("a cycle starts from a text or from an image: give one of them")
     check_finished(run, "itit")
-    _at_least_one("--rounds", rounds)
+    at_least_one("--rounds", rounds)
     if text is not None:
         _check_is_text(text, instead="give it as --image FILE")
     if image is not None:
         _check_is_there(image)
 
-    diptych = _open(run, device)
+    diptych = open_itit(run, device)
     from diptych.report.sheet import cycle_strip, save_png
 
     steps = [step.shown for step in diptych.cycle(text=text, image=image, rounds=rounds, seed=seed)]
@@ -241,7 +237,7 @@ def cycle(
     print(f"all steps on {save_png(out / 'strip.png', cycle_strip(steps))}")
 
 
-def _open(run: Path, device: Device) -> "Diptych":
+def open_itit(run: Path, device: Device) -> "Diptych":
     from diptych.itit.pipeline import Diptych
 
     return Diptych.from_pretrained(run, device=device)
@@ -264,7 +260,7 @@ def _check_is_there(file: Path) -> None:
         raise UserError(f"{file}: {'is not a file' if file.exists() else 'does not exist'}")
 
 
-def _at_least_one(name: str, value: int | None) -> None:
+def at_least_one(name: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise UserError(f"{name} {value}: must be 1 or more")
 
@@ -509,224 +505,6 @@ def app(
 # Scores: runs of any kind
 
 
-def _learned_from(run: Path, source: str) -> bool:
-    """Whether a run was trained on ``source`` or a part of it, by the names."""
-    if not (run / "config.json").is_file():
-        return False
-    pairs = str(read_config(run).get("run", {}).get("data", {}).get("pairs", ""))
-    return source in (pairs, pairs.partition("?")[0])
-
-
-def _has_frozen_towers(run: Path) -> bool:
-    """Whether a dual encoder has pretrained towers that its training left as they were."""
-    if not (run / "config.json").is_file():
-        return False
-    model = read_config(run).get("run", {}).get("model", {})
-    return model.get("image_tower") is not None and model.get("tune") == "heads"
-
-
-def audit(
-    source: SourceArg,
-    *,
-    run: Path | None = None,
-    image_encoder: str | None = None,
-    text_encoder: str | None = None,
-    out: Path,
-    worst: float = 0.1,
-    max_skipped_share: float = 1.0,
-    device: Device = "auto",
-) -> None:
-    """Say which captions do not fit their images, which images and captions occur twice, and what else is odd.
-
-    Writes a table (csv and parquet), a sheet of the pairs that fit worst, and a list of the items to keep. They are a
-    source: `SOURCE?keep=OUT/keep.jsonl`.
-
-    Args:
-        source: Source of captioned images.
-        run: Run folder of ITIT, which compares how well captions are explained by their own and by other images, or of
-            a dual encoder, which compares cosines; frozen towers are taken as the two encoders below. Without a run or
-            encoders, captions and images are not compared.
-        image_encoder: Pretrained image encoder by folder, hub name or package, in the place of a run. How its features
-            and those of the text encoder belong together is learned from all other pairs of the source.
-        text_encoder: Pretrained text encoder by folder, hub name or package.
-        out: Folder for the findings.
-        worst: Share of the captions to leave out, those that fit worst, 0 to 1.
-        max_skipped_share: Largest share of unreadable images at which the audit goes on, 0 to 1.
-        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
-    """
-    if not 0 <= worst <= 1:
-        raise UserError(f"--worst {worst}: a share from 0 to 1")
-    if (image_encoder is None) != (text_encoder is None) or (run is not None and image_encoder is not None):
-        raise UserError("give --run, or --image-encoder and --text-encoder together, or none of them")
-    kind = check_finished(run, "dual", "itit") if run is not None else None
-    if run is not None and kind == "dual" and _has_frozen_towers(run):
-        image_encoder = text_encoder = str(run)
-    from diptych.data.audit import Fit, write_audit
-    from diptych.data.audit import audit as look_at
-    from diptych.data.pixels import SkippedItems
-    from diptych.data.sources import open_finite
-    from diptych.data.sources.columns import Columns
-    from diptych.report.terminal import ProgressLine
-
-    opened = open_finite(source, Columns())
-    if not opened.has_images:
-        raise UserError(f"{source}: has no images to look at")
-    skipped = SkippedItems(max_skipped_share=max_skipped_share)
-    fits: list[Fit] | None = None
-    if run is not None and image_encoder is None and _learned_from(run, source):
-        print(
-            f"{run} has learned from {source}: it may know wrong captions by heart, which then seem to fit; "
-            "better audit with a run of other pairs, e.g. one half with a run of the other half",
-            file=sys.stderr,
-        )
-    if image_encoder is not None and text_encoder is not None:
-        from diptych.eval.baselines import encoder_fits
-
-        fits = encoder_fits(opened, image_encoder, text_encoder, skipped=skipped, device=device)
-    elif run is not None and kind == "dual":
-        from diptych.dual.evaluation import pair_fits
-        from diptych.dual.model import open_dual
-
-        encoder = open_dual(run, device=device)
-        fits = pair_fits(encoder, opened, skipped=skipped, advance=ProgressLine("embedding images"))
-    elif run is not None:
-        from diptych.itit.evaluation import pair_fits as itit_pair_fits
-
-        fits = itit_pair_fits(_open(run, device), opened, skipped=skipped, advance=ProgressLine("reading captions"))
-    findings = look_at(opened, fits, worst=worst, advance=ProgressLine("comparing images"))
-    for line in write_audit(opened, findings, out, spec=source):
-        print(line)
-
-
-def suggest(
-    places: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN] SRC")],
-    *,
-    count: int = 100,
-    out: Path | None = None,
-    captioned: str | None = None,
-    features: str | None = None,
-    pool: int = 10_000,
-    max_skipped_share: float = 0.01,
-    device: Device = "auto",
-) -> None:
-    """Say which images to caption next: a line for each, best first, or a table to write the captions into.
-
-    Of the images without a caption, the fifth of which the run is most uncertain is taken, and of these the images that
-    stand for most others and are unlike those that have captions. Without a run all images are taken.
-
-    Args:
-        places: Run folder of ITIT, which is uncertain of its captions, or of a dual encoder, which is undecided among
-            the captions that there are; and the source of the images. Without a run their features decide alone.
-        count: Number of images to suggest.
-        out: Table that does not exist yet, .csv or .jsonl; a sheet of the images of the same name (.png) goes beside
-            it. With captions filled in, `SRC?keep=TABLE` is a source. Default: a line for each image.
-        captioned: Source of the images that have captions already. Default: those of SRC that have some.
-        features: Pretrained image encoder by folder, hub name or package, whose features decide what is alike. Default:
-            the run's own; without a run, colour and gradient histograms.
-        pool: Number of images that are looked at, of those with captions and of those without, a random part of more.
-        max_skipped_share: Largest share of unreadable images that is left out without stopping, 0 to 1.
-        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
-    """
-    if len(places) not in (1, 2):
-        raise UserError("give a run and a source, or a source alone: diptych suggest RUN SRC")
-    run, source = (Path(places[0]) if len(places) == 2 else None), places[-1]
-    _at_least_one("--count", count)
-    if pool < count:
-        raise UserError(f"--pool {pool}: must be at least --count, {count}")
-    if run is not None:
-        check_finished(run, "dual", "itit")
-    from diptych.data.suggest import check_format, write_suggestions
-    from diptych.data.suggest import suggest as choose
-
-    if out is not None:
-        check_format(out)
-    from diptych.data.sources import open_finite
-    from diptych.data.sources.columns import Columns
-
-    opened = open_finite(source, Columns())
-    if not opened.has_images:
-        raise UserError(f"{source}: has no images to caption")
-    known = opened if captioned is None else open_finite(captioned, Columns())
-    bare, done = _some_items(opened, pool, captions=False), _some_items(known, pool, captions=True)
-    if not len(bare.items):
-        raise UserError(f"{source}: every image has a caption already")
-    if not len(done.items):
-        print("no image has a caption: --captioned SRC names those that have", file=sys.stderr)
-    images, captioned_MF = _look_at(
-        bare, done, run=run, features=features, max_skipped_share=max_skipped_share, device=device
-    )
-    found = choose(opened, images, captioned_MF, count=count)
-    if out is None:
-        for each in found:
-            print(f"{each.key}  {each.draft}".rstrip())
-        return
-    sheet = write_suggestions(opened, found, out)
-    joined = "&" if "?" in source else "?"
-    print(f"{len(found):,} of {len(bare.items):,} images without a caption in {out}, to be seen on {sheet}")
-    print(f"with captions written into it, a source: '{source}{joined}keep={out}'")
-
-
-def _some_items(source: "Source", most: int, *, captions: bool) -> "Subset[Source]":
-    """The images that have captions or have none, a random part of them if there are more than ``most``."""
-    import numpy as np
-
-    from diptych.data.splits import Subset
-    from diptych.rng import derive_seed
-
-    held = [item for item in range(len(source)) if bool(source.captions(item)) == captions and source.has_images]
-    items = np.array(held, np.int64)
-    if len(items) > most:
-        items = np.sort(np.random.default_rng(derive_seed("suggest")).choice(items, most, replace=False))
-    return Subset(source, items)
-
-
-def _look_at(
-    bare: "Subset[Source]",
-    done: "Subset[Source]",
-    *,
-    run: Path | None,
-    features: str | None,
-    max_skipped_share: float,
-    device: Device,
-) -> "tuple[LookedAt, np.ndarray]":
-    """What the run says of the images without captions, and the features of those with."""
-    import numpy as np
-
-    from diptych.data.pixels import SkippedItems
-    from diptych.data.suggest import LookedAt
-    from diptych.report.terminal import ProgressLine
-
-    # Of each part so many may be unreadable.
-    skipped, skipped_known = (SkippedItems(max_skipped_share=max_skipped_share) for _ in range(2))
-    seen = known = None
-    if run is not None and kind_of(run) == "itit":
-        from diptych.itit.evaluation import looked_at as itit_looked_at
-
-        diptych = _open(run, device)
-        seen = itit_looked_at(diptych, bare, skipped=skipped, advance=ProgressLine("captioning"))
-        known = itit_looked_at(diptych, done, drafts=False, skipped=skipped_known) if len(done.items) else None
-    elif run is not None:
-        from diptych.dual.evaluation import looked_at
-        from diptych.dual.model import open_dual
-
-        encoder = open_dual(run, device=device)
-        texts = [text for item in done.items for text in done.source.captions(int(item))]
-        seen = looked_at(encoder, bare, texts, skipped=skipped, advance=ProgressLine("embedding images"))
-        known = looked_at(encoder, done, (), skipped=skipped_known) if len(done.items) else None
-    if run is None or features is not None:
-        from diptych.eval.baselines import image_features
-
-        items, bare_NF = image_features(bare if seen is None else replace(bare, items=seen.items_N), features, device)
-        seen = LookedAt(items_N=items, features_NF=bare_NF) if seen is None else replace(seen, features_NF=bare_NF)
-        known = (
-            LookedAt(items_N=done.items, features_NF=image_features(done, features, device)[1])
-            if len(done.items)
-            else None
-        )
-    assert seen is not None
-    return seen, np.empty((0, seen.features_NF.shape[1]), np.float32) if known is None else known.features_NF
-
-
 def evaluate(
     run: RunArg,
     *,
@@ -774,8 +552,8 @@ def evaluate(
     if kind not in ("dual", "classifier", "tokenizer", "itit"):
         raise UserError(f"{run}: a {kind} has no scores of its own: evaluate the run that uses it")
     check_finished(run, kind)
-    _at_least_one("--limit", limit)
-    _at_least_one("--beams", beams)
+    at_least_one("--limit", limit)
+    at_least_one("--beams", beams)
     out = _free_folder(run, out)
     from diptych.data.sources import open_source
 

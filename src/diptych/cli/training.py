@@ -1,4 +1,4 @@
-"""Commands that train and that prepare data for training, and the help of the recipes.
+"""Commands that train and that encode data for training, and the help of the recipes.
 
 Heavy imports are inside the functions, so that --help and mistakes answer at once.
 """
@@ -111,23 +111,6 @@ def encode(
     store = encode_source(opened, out, needed, workers=workers)
     skipped = store.manifest["skipped"]
     print(f"{len(store):,} items in {out}" + (f"; {skipped} skipped, see {out}/skipped.jsonl" if skipped else ""))
-
-
-def check(source: SourceArg, *, images: int = 1000) -> None:
-    """Say what a source holds: images, captions, labels, sizes, what is unreadable, unused or duplicate.
-
-    Args:
-        source: Source of images, texts or both.
-        images: Number of images to open, spread over the source; 0 opens all of them.
-    """
-    from diptych.data.check import check_source
-    from diptych.data.sources.columns import Columns
-    from diptych.data.sources.open import find_source, first_scenes
-
-    if images < 0:
-        raise UserError(f"--images {images}: give a number of images, or 0 for all")
-    for line in check_source(first_scenes(find_source(source, columns=Columns())), images=images).lines():
-        print(line)
 
 
 def features(

@@ -5,12 +5,14 @@ rejected one), `decision` and `proposed`. Each is on disk before the next image 
 that a kill at any moment leaves every decision that was confirmed.
 
 Shapes: N images, M images that were offered before, D features.
+
+Also the Audit tab: pairs that fit worst first, and what users say of them.
 """
 
 import json
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from diptych.data.audit import Finding, Fit, audit, write_keep
 from diptych.data.caption_file import path_in_table
+from diptych.data.pixels import SkippedItems
 from diptych.data.sources import Source
 from diptych.data.sources.decode import UnreadableImage
 from diptych.data.sources.open import HasFiles
 from diptych.data.sources.text import clean
 from diptych.data.suggest import choose
+from diptych.dual.evaluation import pair_fits as dual_pair_fits
+from diptych.dual.model import DualEncoder
 from diptych.errors import UserError
 from diptych.io import write_bytes
+from diptych.itit.evaluation import pair_fits as itit_pair_fits
 from diptych.itit.pipeline import Caption, Diptych
 
 _POOL = 64
@@ -211,3 +218,59 @@ class Offers:
             Offer(item=items[n], name=self.labels.names[items[n]], image=images[n], candidates=found[n] or nothing)
             for n in order
         ]
+
+
+# The Audit tab
+
+Advance = Callable[[str, int, int], None]
+"""Called with what is done, and the number of items that are done and of all."""
+
+
+class Ranking:
+    """The findings on a source, shared by all users, and their decisions: one row of ``audit.jsonl`` each."""
+
+    def __init__(self, source: Source, *, out: Path) -> None:
+        """Raises UserError for a source without captioned images."""
+        if not (source.has_images and source.has_captions):
+            raise UserError(f"{source.name}: an audit needs images with captions")
+        self.source, self.out, self.findings = source, out, list[Finding]()
+        self.keep_file, self._file = out / "keep.jsonl", out / "audit.jsonl"
+        self._lock = threading.Lock()
+
+    @property
+    def shown(self) -> list[Finding]:
+        """The findings on which a user can decide: captions, and images that are themselves at fault."""
+        return [found for found in self.findings if found.caption or not found.kept or found.decided is not None]
+
+    def rank(self, network: Diptych | DualEncoder, *, worst: float, advance: Advance) -> None:
+        """Look at all pairs anew. The ``worst`` share of captions is dropped unless a user keeps it."""
+        skipped = SkippedItems(max_skipped_share=1.0)
+        pair_fits: Callable[..., list[Fit]] = dual_pair_fits if isinstance(network, DualEncoder) else itit_pair_fits
+        fits = pair_fits(
+            network, self.source, skipped=skipped, advance=lambda done, total: advance("reading captions", done, total)
+        )
+        findings = audit(
+            self.source, fits, worst=worst, advance=lambda done, total: advance("comparing images", done, total)
+        )
+        with self._lock:
+            decided = self._decided()
+            for found in findings:
+                found.decided = decided.get((found.key, found.caption))
+            self.findings = findings
+            write_keep(findings, self.keep_file)
+
+    def decide(self, found: Finding, keep: bool) -> None:
+        """Keep a caption with its image, or not; on disk when this returns, together with the file of what is kept."""
+        with self._lock:
+            found.decided = keep
+            decided = self._decided() | {(found.key, found.caption): keep}
+            rows = [{"key": key, "caption": caption, "keep": kept} for (key, caption), kept in decided.items()]
+            write_bytes(self._file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            write_keep(self.findings, self.keep_file)
+
+    def _decided(self) -> dict[tuple[str, str], bool]:
+        try:
+            rows = [json.loads(line) for line in self._file.read_text().splitlines()] if self._file.is_file() else []
+            return {(row["key"], row["caption"]): bool(row["keep"]) for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self._file}: not what the page wrote ({error}); mend or remove it") from None

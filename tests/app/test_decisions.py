@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from diptych.app.labels import Labels, Offers
+from diptych.app.decisions import Labels, Offers
 from diptych.data.sources import open_source
 from diptych.errors import UserError
 from diptych.itit.pipeline import Diptych
@@ -86,7 +86,7 @@ def test_what_cannot_be_is_told(photos, tmp_path):
 
 LABEL_ON = """
 import sys
-from diptych.app.labels import Labels
+from diptych.app.decisions import Labels
 from diptych.data.sources import open_source
 photos, out = sys.argv[1:]
 from pathlib import Path
