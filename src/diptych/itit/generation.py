@@ -123,15 +123,17 @@ def generate_text(
     banned_V: Bool[Tensor, "V"],
     length: int,
     candidates: bool = False,
+    pack: bool = True,
 ) -> tuple[Int[Tensor, "B ... L"], Float[Tensor, "B ..."] | None]:
     """Generate a text for each image, read from the whole of it (:meth:`ITIT.caption_prefix`).
 
     Returns ids of at most ``length`` tokens, without those of ``banned_V``, and the scores of the beam search (None
     with one beam). With ``candidates``, all that the search ends with, the best first; this needs two beams.
+    ``pack`` as in :meth:`ITIT.start_text`.
     """
     prefix_BPD = model.caption_prefix(images.tokens_BN, images.image_features_BG)
     rows = len(images)
-    decoding = model.start_text(prefix_BPD, length=length, beams=config.beams)
+    decoding = model.start_text(prefix_BPD, length=length, beams=config.beams, pack=pack)
     if config.beams == 1:
         return greedy(decoding, rows, length=length, banned_V=banned_V), None
     ids_BWL, score_BW = beam_search(

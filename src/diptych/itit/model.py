@@ -9,6 +9,7 @@ V vocabulary, D encoder width, W text decoder width.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -278,9 +279,14 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         x = self.text_decoder(torch.cat([prefix.to(text.dtype), text], dim=1), attend=attend)
         return x[:, prefix.shape[1] :] @ self.word_embedding.weight.T
 
-    def start_text(self, prefix_BPD: Float[Tensor, "B P D"], *, length: int, beams: int = 1) -> "TextDecoding":
-        """Start to decode texts of at most ``length`` tokens, token by token, ``beams`` of them for each prefix."""
-        return TextDecoding(self, prefix_BPD, length=length, beams=beams)
+    def start_text(
+        self, prefix_BPD: Float[Tensor, "B P D"], *, length: int, beams: int = 1, pack: bool = True
+    ) -> "TextDecoding":
+        """Start to decode texts of at most ``length`` tokens, token by token, ``beams`` of them for each prefix.
+
+        ``pack`` keeps packed weights, which pays where many texts are decoded with the same ones.
+        """
+        return TextDecoding(self, prefix_BPD, length=length, beams=beams, pack=pack)
 
     def packed_text_decoder(self, *, rows: int, uses: int) -> tuple[nn.Module, nn.Module]:
         """The blocks of the text decoder and the head over words for ``uses`` inputs of ``rows`` rows."""
@@ -301,7 +307,7 @@ class TextDecoding:
     slots are the past of which text. So neither the prefix nor any token is ever copied, for texts or for their order.
     """
 
-    def __init__(self, model: ITIT, prefix_BPD: Tensor, *, length: int, beams: int) -> None:
+    def __init__(self, model: ITIT, prefix_BPD: Tensor, *, length: int, beams: int, pack: bool) -> None:
         self.model, self.beams = model, beams
         prefix = model.prefix_projection(prefix_BPD)
         rows, self.prefix = prefix.shape[:2]
@@ -311,7 +317,10 @@ class TextDecoding:
         model.text_decoder.read(prefix, cache=self.cache)
         self.attend_BWT = torch.ones(rows, beams, slots, dtype=torch.bool, device=prefix.device)
         self.itself_WW = torch.eye(beams, dtype=torch.bool, device=prefix.device)
-        self.decoder, self.head = model.packed_text_decoder(rows=rows * beams, uses=length)
+        self.decoder: nn.Module = model.text_decoder
+        self.head: Callable[[Tensor], Tensor] = lambda x: x @ model.word_embedding.weight.T
+        if pack:
+            self.decoder, self.head = model.packed_text_decoder(rows=rows * beams, uses=length)
 
     def step(self, ids_B: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
         """Logits of the token that follows ``ids_B``, the next token of each text; texts of a prefix are neighbours."""

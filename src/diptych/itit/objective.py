@@ -236,7 +236,7 @@ class ItitObjective(Objective):
         network, banned_V = self.teacher or self.model, self.text_encoder.banned_V
         with eval_mode(network):
             pseudo_BL, _ = generate_text(
-                network, images, _ONE_BEAM, banned_V=banned_V, length=self.model.config.max_text_len
+                network, images, _ONE_BEAM, banned_V=banned_V, length=self.model.config.max_text_len, pack=False
             )
         pseudo_BL = pseudo_BL[:, : int((pseudo_BL != PAD).sum(1).max())]
         valid_BL = pseudo_BL != PAD
