@@ -30,17 +30,27 @@ class Samples:
     they come from the pairs, and nothing is scored.
     """
 
-    def __init__(self, diptych: Diptych, data: DataSplit, config: DataConfig, folder: Path) -> None:
+    def __init__(
+        self,
+        diptych: Diptych,
+        data: DataSplit,
+        config: DataConfig,
+        folder: Path,
+        *,
+        images: ScoredImages | None = None,
+    ) -> None:
+        """``images`` are those of ``config.valid``, if they have been read before."""
+        self.images = images
         self.diptych, self.folder = diptych, folder
         self.valid = open_source(config.valid, columns=config.columns) if config.valid else None
         if self.valid is not None:
             self.scored = EvaluateConfig(limit=config.valid_images, max_skipped_share=config.max_skipped_share)
-            self.images = ScoredImages.read(diptych, self.valid, self.scored)
+            self.images = images = images or ScoredImages.read(diptych, self.valid, self.scored)
             if is_main_process():
-                for line in self.images.skipped.report(folder.parent / "skipped_valid.jsonl"):
+                for line in images.skipped.report(folder.parent / "skipped_valid.jsonl"):
                     print(line, file=sys.stderr, flush=True)
-            self.pixels = list(self.images.pixels_BSS3[:_SHOWN])
-            self.texts = [self.valid.captions(item)[0] for item in self.images.items[:_SHOWN]]
+            self.pixels = list(images.pixels_BSS3[:_SHOWN])
+            self.texts = [self.valid.captions(item)[0] for item in images.items[:_SHOWN]]
         else:
             assert isinstance(data.pairs.source, Store)
             pairs = data.pairs.source.pairs(data.pairs.items, seed=0)

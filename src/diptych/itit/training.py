@@ -26,7 +26,7 @@ from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
 from diptych.eval.baselines import Baseline, Comparison
 from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open_data, open_valid
-from diptych.itit.evaluation import ALONE, PAIRS_ONLY, compare
+from diptych.itit.evaluation import ALONE, PAIRS_ONLY, ScoredImages, compare
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.image_features import mean_of_text
 from diptych.itit.model import ItitConfig
@@ -175,13 +175,13 @@ class ItitRun:
             # A repeat of a run that is killed below finds here which tokenizers were made.
             write_config(out, recipe=recipe, run=self)
         inputs = self.prepare(out, plan)
-        seconds = self._seconds_of_an_evaluation(inputs, out) if plan.budget is not None else 0.0
+        seconds, images = self._timed_evaluation(inputs, out) if plan.budget is not None else (0.0, None)
         run, pace = plan.fit_stage(NETWORK, self, out, lambda run: run.ready(inputs), evaluation_seconds=seconds)
         if plan.budget is not None and run.train.steps < _FEW_STEPS:
             run = run.hurried()
         write_config(out, recipe=recipe, run=run)
         objective = run.build(inputs)
-        samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, out / "samples")
+        samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, out / "samples", images=images)
         best = BestWeights(out / "best", patience=self.patience) if self.data.valid else None
         hook = Hook(
             every=run.train.eval_every,
@@ -190,7 +190,7 @@ class ItitRun:
         )
         result = run.train_on(inputs, objective, out, hooks=[hook], pace=pace, best=best, report=report)
         if result.finished and comparison is not None:
-            alone = run._train_pairs_only(inputs, out, seconds=result.seconds)
+            alone = run._train_pairs_only(inputs, out, seconds=result.seconds, images=samples.images)
             comparison = replace(comparison, baselines=comparison.baselines + alone, scores=_scores_of_best(out, best))
             if is_main_process():
                 comparison.write(out)
@@ -266,7 +266,9 @@ class ItitRun:
         """Folders of what is frozen in a run."""
         return ("tokenizer", "text_encoder", *(["image_encoder"] if self.image_encoder else []))
 
-    def _train_pairs_only(self, inputs: TrainingInputs, out: Path, *, seconds: float) -> list[Baseline]:
+    def _train_pairs_only(
+        self, inputs: TrainingInputs, out: Path, *, seconds: float, images: ScoredImages | None
+    ) -> list[Baseline]:
         """The network trained on the pairs alone for ``seconds``, as a row of the comparison; none if not asked for."""
         if self.compare == "nothing":
             return []
@@ -279,17 +281,18 @@ class ItitRun:
         for part in self._parts():
             shutil.copytree(out / part, folder / part, dirs_exist_ok=True)
         objective, best = run.build(inputs), BestWeights(folder / "best", patience=run.patience)
-        samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, folder / "samples")
+        samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, folder / "samples", images=images)
         hook = Hook(every=run.train.eval_every, run=partial(run._validate, samples, best), over=best.is_over)
         run.train_on(inputs, objective, folder, hooks=[hook], title=ALONE, pace=pace, best=best)
         return [Baseline(name=ALONE, scores=_scores_of_best(folder, best), kind="without unpaired data")]
 
-    def _seconds_of_an_evaluation(self, inputs: TrainingInputs, out: Path) -> float:
+    def _timed_evaluation(self, inputs: TrainingInputs, out: Path) -> tuple[float, ScoredImages | None]:
+        """The seconds of an evaluation, and the images that it read."""
         objective = self.build(inputs)
         samples = Samples(self.diptych(objective, inputs), inputs.encoded, self.data, out / "samples")
         began = time.monotonic()
         samples.run(0, objective)
-        return time.monotonic() - began
+        return time.monotonic() - began, samples.images
 
     def hurried(self) -> "ItitRun":
         """The settings with which a network learns most in a few hundred steps.
