@@ -182,16 +182,13 @@ class Diptych:
     ) -> list[Caption]:
         """One caption with its score for each encoded image. ``advance`` is called with the rows done and all."""
         config = self.text_generation if beams is None else replace(self.text_generation, beams=beams)
+        if config.agreement and config.beams > 1:
+            several = self.candidates_encoded(images, count=1, beams=config.beams, advance=advance)
+            return [each[0] for each in several]
         length = self.model.config.max_text_len
         found: list[Caption] = []
         for start in range(0, len(images), _ROWS):
             piece = images[start : start + _ROWS].to(self.device)
-            if config.agreement and config.beams > 1:
-                several = self.candidates_encoded(piece, count=1, beams=config.beams)
-                found += [each[0] for each in several]
-                if advance:
-                    advance(len(found), len(images))
-                continue
             with autocast(self.device, self.precision):
                 ids_BL, score_B = generate_text(self.model, piece, config, banned_V=self._banned_V, length=length)
             scores = [None] * len(piece) if score_B is None else score_B.tolist()
@@ -223,7 +220,13 @@ class Diptych:
 
     @torch.no_grad()
     def candidates_encoded(
-        self, images: ImageTokenExamples, *, count: int, best_of: int | None = None, beams: int | None = None
+        self,
+        images: ImageTokenExamples,
+        *,
+        count: int,
+        best_of: int | None = None,
+        beams: int | None = None,
+        advance: Advance | None = None,
     ) -> list[list[Caption]]:
         """Up to ``count`` different captions for each encoded image, the best first.
 
@@ -242,7 +245,9 @@ class Diptych:
                     self.model, piece, config, banned_V=self._banned_V, length=length, candidates=True
                 )
             assert score_BW is not None
-            worth_BW = score_BW.cpu() + config.agreement * self._agreement(piece, ids_BWL)
+            worth_BW = score_BW.cpu()
+            if config.agreement and not best_of:
+                worth_BW = worth_BW + config.agreement * self._agreement(piece, ids_BWL)
             for row, ids_WL in enumerate(ids_BWL):
                 texts, scores = self.text_tokenizer.detokenize(ids_WL), score_BW[row].tolist()
                 first = {text: place for place, text in reversed(list(enumerate(texts)))}  # of equal texts the first
@@ -256,12 +261,14 @@ class Diptych:
                     made = [replace(each, image_score=value) for each, value in zip(made, worth, strict=True)]
                 order = sorted(range(len(made)), key=lambda place: -worth[place])
                 found.append([made[place] for place in order[:count]])
+            if advance:
+                advance(len(found), len(images))
         return found
 
     def _agreement(self, images: ImageTokenExamples, ids_BWL: Int[Tensor, "B W L"]) -> Float[Tensor, "B W"]:
-        """The agreement of texts with the features of their image; zero where the run does not ask for it."""
+        """The agreement of texts with the features of their image; zero where the network reads none."""
         reader = self.model.image_features
-        if reader is None or not self.text_generation.agreement:
+        if reader is None:
             return torch.zeros(ids_BWL.shape[:2])
         assert images.image_features_BG is not None
         ids_XL = ids_BWL.flatten(0, 1)
