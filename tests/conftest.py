@@ -1,6 +1,7 @@
 """The smallest complete Diptych: a tokenizer, a text encoder and a network, with random weights; and a dual encoder."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from diptych.data.batch import Batch, ImageTokenExamples, PairExamples, TextExam
 from diptych.data.scenes import ScenesSource
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
 from diptych.dual.recipes import clip_tiny
+from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ITIT, ItitConfig
+from diptych.itit.recipes import itit_tiny
 from diptych.rng import StepRNG
 from diptych.run_folder import write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -59,6 +62,23 @@ def model(text_encoder, tokenizer) -> ITIT:
         text_decoder_width=16, text_decoder_depth=2, text_decoder_heads=2, dropout=0.0,
     )  # fmt: skip
     return ITIT(config)
+
+
+@pytest.fixture
+def save_itit_run(tokenizer, text_encoder, model) -> Callable[..., Path]:
+    """Saves a finished ITIT run with random weights in a folder; an image takes so many ``steps``."""
+
+    def save(folder: Path, *, steps: int) -> Path:
+        for part, whole in (("tokenizer", tokenizer), ("text_encoder", text_encoder), ("model", model)):
+            whole.save_pretrained(folder / part)
+        recipe = itit_tiny()
+        recipe.data.pairs = "scenes:"
+        recipe.generation.image = ImageGenerationConfig(steps=steps, guidance=0.0)
+        recipe.generation.text = TextGenerationConfig(beams=2)
+        write_config(folder, recipe="itit-tiny", run=recipe)
+        return folder
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -4,22 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.recipes import itit_tiny
-from diptych.run_folder import write_config
-
 
 @pytest.fixture
-def itit_run(tokenizer, text_encoder, model, tmp_path):
-    folder = tmp_path / "runs/itit"
-    for part, whole in (("tokenizer", tokenizer), ("text_encoder", text_encoder), ("model", model)):
-        whole.save_pretrained(folder / part)
-    recipe = itit_tiny()
-    recipe.data.pairs = "scenes:"
-    recipe.generation.image = ImageGenerationConfig(steps=3, guidance=0.0)
-    recipe.generation.text = TextGenerationConfig(beams=2)
-    write_config(folder, recipe="itit-tiny", run=recipe)
-    return folder
+def itit_run(save_itit_run, tmp_path):
+    return save_itit_run(tmp_path / "runs/itit", steps=3)
 
 
 @pytest.fixture

@@ -5,9 +5,6 @@ import pytest
 from PIL import Image
 
 from diptych import cli
-from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.recipes import itit_tiny
-from diptych.run_folder import write_config
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +35,8 @@ def call(monkeypatch, capsys):
 
 
 @pytest.fixture
-def run(tokenizer, text_encoder, model, tmp_path):
-    folder = tmp_path / "run"
-    for part, whole in (("tokenizer", tokenizer), ("text_encoder", text_encoder), ("model", model)):
-        whole.save_pretrained(folder / part)
-    recipe = itit_tiny()
-    recipe.data.pairs = "scenes:"
-    recipe.generation.image = ImageGenerationConfig(steps=2, guidance=0.0)
-    recipe.generation.text = TextGenerationConfig(beams=2)
-    write_config(folder, recipe="itit-tiny", run=recipe)
-    return folder
+def run(save_itit_run, tmp_path):
+    return save_itit_run(tmp_path / "run", steps=2)
 
 
 @pytest.fixture

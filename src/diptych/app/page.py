@@ -4,7 +4,7 @@ What is asked of networks waits in one queue for each kind of them (`concurrency
 it. Text of users and of networks is shown as HTML of `answers.py`, which escapes it, or as the value of a text box.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 import gradio as gr
+import numpy as np
 from fastapi import FastAPI
 
 from diptych.app import answers
@@ -109,20 +110,30 @@ def _one(file: str | None) -> list[str] | None:
     return [file] if file else None
 
 
-def _caption(given: Given, *_: object) -> None:
-    found = given.networks("itit")
+def _batched(
+    found: Mapping[str, Any], compute: Callable[[Any, list[np.ndarray], Any], list[str]]
+) -> Callable[..., Any]:
+    """A function for a batch of requests, with a list for each input and for each output.
 
-    def answer(names: list[str], images: list[list[str] | None], beams: list[int]) -> list[list[str]]:
-        """A batch of requests: a list for each input and for each output."""
-        keys = [(name, int(count)) for name, count in zip(names, beams, strict=True)]
+    ``compute`` answers all images that come with the same network of ``found`` and the same setting.
+    """
+
+    def answer(names: list[str], images: list[list[str] | None], settings: list[Any]) -> list[list[str]]:
+        keys = list(zip(names, settings, strict=True))
         return [
             answers.together(
                 list(zip(keys, images, strict=True)),
                 lambda key: found[key[0]].image_size,
-                lambda key, pixels: answers.captions(found[key[0]], pixels, beams=key[1]),
+                lambda key, pixels: compute(found[key[0]], pixels, key[1]),
             )
         ]
 
+    return answer
+
+
+def _caption(given: Given, *_: object) -> None:
+    found = given.networks("itit")
+    answer = _batched(found, lambda network, pixels, beams: answers.captions(network, pixels, beams=int(beams)))
     with gr.Row():
         with gr.Column(scale=2):
             run = _choice(list(found))
@@ -257,17 +268,7 @@ def _search(given: Given, *_: object) -> None:
 def _classify(given: Given, *_: object) -> None:
     found = given.networks("classifier", "dual")
     dual = given.networks("dual")
-
-    def answer(names: list[str], images: list[list[str] | None], listed: list[str]) -> list[list[str]]:
-        keys = list(zip(names, listed, strict=True))
-        return [
-            answers.together(
-                list(zip(keys, images, strict=True)),
-                lambda key: found[key[0]].image_size,
-                lambda key, pixels: answers.classes(found[key[0]], pixels, names=key[1]),
-            )
-        ]
-
+    answer = _batched(found, lambda network, pixels, listed: answers.classes(network, pixels, names=listed))
     with gr.Row():
         with gr.Column(scale=2):
             run = _choice(list(found))
