@@ -61,6 +61,23 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Inside, this process has the weights of ``module`` whole, also where they are spread over processes (FSDP2).
+
+    For code that does not call the parts of ``module`` as modules, or not equally often on each process: a call gathers
+    the weights of a part, and all processes have to take part in that.
+    """
+    parts: list[Any] = [part for part in module.modules() if hasattr(part, "unshard")]
+    for part in parts:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+
+
 class Derived(Generic[T]):
     """What is computed from weights, kept until one of them changes. It is no module, so it is never saved."""
 

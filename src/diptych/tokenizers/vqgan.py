@@ -258,6 +258,10 @@ class VQGAN(Objective):
             terms |= {"adversarial": generator, "discriminator": discriminator}
         return Losses(total, {name: value.detach() for name, value in terms.items()}, measures)
 
+    def written_in_forward(self) -> list[nn.Parameter]:
+        """The codes, which are seeded and revived in the step."""
+        return [p for p in self.tokenizer.parameters() if p is self.tokenizer.codebook]
+
     def _perceptual_distance(self, fake: Tensor, real: Tensor) -> Tensor:
         if self.perceptual is None:
             return edge_distance(fake, real)
