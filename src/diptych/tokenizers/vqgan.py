@@ -385,13 +385,14 @@ class PerceptualNetwork(nn.Module):
         if not isinstance(encoder, HubImageEncoder):
             raise UserError(f"{name}: an ITIT run sees tokens, through which no gradient comes; {_CAN_JUDGE}")
         self.digest = weights_digest(encoder.network)
-        self.network = folded(encoder.network).requires_grad_(False)
+        self.network = encoder.network.requires_grad_(False)
         self.input_size = encoder.image_size
         to_input = 255 * encoder.scale
         self.register_buffer("mean", encoder.image_mean / to_input, persistent=False)
         self.register_buffer("std", encoder.image_std / to_input, persistent=False)
         self.train(False)
         self.layers = self._choose_layers(name, image_size)
+        self.network = folded(encoder.network).requires_grad_(False)  # what passed above can be folded
 
     @torch.no_grad()
     def _choose_layers(self, name: str, image_size: int) -> list[int]:
