@@ -262,6 +262,10 @@ class VQGAN(Objective):
             terms |= {"adversarial": generator, "discriminator": discriminator}
         return Losses(total, {name: value.detach() for name, value in terms.items()}, measures)
 
+    def written_in_forward(self) -> list[nn.Parameter]:
+        """The codes, which are seeded and revived in the step."""
+        return [p for p in self.tokenizer.parameters() if p is self.tokenizer.codebook]
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The state without the perceptual network, which never changes."""
         state = super().state_dict(*args, **kwargs)
@@ -381,13 +385,14 @@ class PerceptualNetwork(nn.Module):
         if not isinstance(encoder, HubImageEncoder):
             raise UserError(f"{name}: an ITIT run sees tokens, through which no gradient comes; {_CAN_JUDGE}")
         self.digest = weights_digest(encoder.network)
-        self.network = folded(encoder.network).requires_grad_(False)
+        self.network = encoder.network.requires_grad_(False)
         self.input_size = encoder.image_size
         to_input = 255 * encoder.scale
         self.register_buffer("mean", encoder.image_mean / to_input, persistent=False)
         self.register_buffer("std", encoder.image_std / to_input, persistent=False)
         self.train(False)
         self.layers = self._choose_layers(name, image_size)
+        self.network = folded(encoder.network).requires_grad_(False)  # what passed above can be folded
 
     @torch.no_grad()
     def _choose_layers(self, name: str, image_size: int) -> list[int]:
