@@ -385,7 +385,7 @@ class PerceptualNetwork(nn.Module):
         if not isinstance(encoder, HubImageEncoder):
             raise UserError(f"{name}: an ITIT run sees tokens, through which no gradient comes; {_CAN_JUDGE}")
         self.digest = weights_digest(encoder.network)
-        self.network = encoder.network.requires_grad_(False)
+        self.network: nn.Module = encoder.network.requires_grad_(False)
         self.input_size = encoder.image_size
         to_input = 255 * encoder.scale
         self.register_buffer("mean", encoder.image_mean / to_input, persistent=False)
