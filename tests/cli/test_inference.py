@@ -575,3 +575,26 @@ def test_app_tells_mistakes_before_it_loads_anything(call, run, tmp_path, mistak
         monkeypatch.setenv(name, "")
     monkeypatch.setitem(sys.modules, "gradio", None)
     mistaken(call("app", run, "--port", "0"), "pip install 'diptych[app]'")
+
+
+@pytest.mark.filterwarnings("ignore:Covariance")
+def test_protocols_cycles_and_sweeps(call, run, dual_run, tmp_path, mistaken):
+    status, out, err = call("evaluate", run, "--data", TEST, "--protocol", "coco-fid30k", "--steps", 1)
+    assert (status, err) == (0, "")
+    assert "1 steps, guidance 0" in out
+    assert "DEPARTS: 8 images, not 30,000" in out
+    assert f"DEPARTS: {TEST} names the split test: the protocol has captions of the training split" in out
+    status, out, err = call("evaluate", run, "--data", "scenes:?count=3", "--cycles", 1, "--out", tmp_path / "cycles")
+    assert (status, err) == (0, "")
+    assert (
+        "from_text/image_attributes"
+        in json.loads((tmp_path / "cycles/metrics.json").read_text())["cycles"][str(run)][0]
+    )
+    few = ["--guidance", 0, "--temperature", 1, "--beams", 1, "--length-power", 0, "--limit", 3]
+    status, out, err = call("sweep", run, "scenes:?count=3", "--out", tmp_path / "sweep", *few)
+    assert (status, err) == (0, "")
+    assert "best for captions: beams 1, length_power 0" in out
+    mistaken(call("sweep", run, TEST, "--out", tmp_path / "one", "--limit", 1), "--limit 1")
+    mistaken(call("evaluate", run, "--data", TEST, "--against", run), "--against", "--cycles")
+    mistaken(call("evaluate", run, "--data", TEST, "--cycles", 1, "--beams", 2), "--cycles", "--beams")
+    mistaken(call("evaluate", dual_run, "--data", TEST, "--protocol", "coco-karpathy"), dual_run, "itit recipe")

@@ -143,7 +143,7 @@ class Diptych:
         """
         run = Path(run)
         check_finished(run, "itit")
-        image_generation, text_generation = _generation_of(run)
+        image_generation, text_generation = generation_of(run)
         return cls(
             ImageTokenizer.from_pretrained(run / "tokenizer"),
             lambda: TextEncoder.from_pretrained(run / "text_encoder"),
@@ -458,7 +458,7 @@ class Diptych:
         return to_pixels(image, self.image_size)
 
 
-def _generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfig]:
+def generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfig]:
     """The run's own settings for images and texts; the defaults for a folder without ``config.json``."""
     if not (run / "config.json").is_file():
         return ImageGenerationConfig(), TextGenerationConfig()
