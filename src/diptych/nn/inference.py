@@ -36,7 +36,9 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bf16 products; elsewhere they are emulated, and slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX2":  # as ATEN_CPU_CAPABILITY may ask for
+        return False
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
