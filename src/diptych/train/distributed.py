@@ -78,6 +78,10 @@ class Devices:
         codes = self._accelerator.gather(torch.tensor([code], device=self.device))
         return int(codes.max())
 
+    def lost_another(self, error: RuntimeError) -> bool:
+        """Whether ``error`` says that another process has left: its connections closed during an exchange."""
+        return self.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
     def wait(self) -> None:
         """Block until all processes have called this."""
         if self.world > 1:

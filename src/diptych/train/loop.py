@@ -111,7 +111,7 @@ def train(
 
     Raises:
         UserError: settings that cannot be, that differ from the run's, or that do not train (losses that are not
-            finite); a full disk.
+            finite); a full disk; another process died.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
     train.check()
@@ -142,6 +142,13 @@ def train(
             logger.say(message)
         try:
             progress, stop = _loop(run, update, batches, progress=progress, logger=logger, signals=signals)
+        except RuntimeError as error:
+            if not devices.lost_another(error):
+                raise
+            raise UserError(
+                "another process of this run has died: its reason is above, or in the output of its machine. "
+                "The same command continues from the newest checkpoint."
+            ) from error
         finally:
             run.report.write(logger, train, finished=True)
     if stop.is_signal:
@@ -150,12 +157,15 @@ def train(
 
 
 def _check_rows(train: TrainConfig, objective: Objective, *, world: int) -> None:
-    """Raise UserError if the batch cannot be cut into a micro-batch for each process and accumulation step."""
+    """Raise UserError if the batch cannot be cut into a micro-batch for each process and accumulation step, or if the
+    settings cannot be combined."""
     if train.batch_size % (world * train.grad_accum_steps):
         raise UserError(
             f"train.batch_size is {train.batch_size}; it must be a multiple of the number of processes "
             f"({world}) times train.grad_accum_steps ({train.grad_accum_steps})."
         )
+    if train.compile and train.parallel == "fsdp" and world > 1:
+        raise UserError("train.compile cannot be combined with train.parallel fsdp: leave out one of them.")
     if train.batch_size < 2 and objective.couples_rows:
         raise UserError(
             "train.batch_size is 1, but this objective compares the rows of a batch with one another and would learn "
