@@ -526,6 +526,25 @@ def test_several_captions_of_each_image(call, run, set_of_images, tmp_path, mist
     mistaken(call("caption", run, set_of_images, "--best-of", 1), "--best-of 1: must be 2 or more")
 
 
+def test_captions_have_a_confidence_where_a_run_is_calibrated(call, run, set_of_images, tmp_path, mistaken):
+    status, out, err = call("caption", run, "--calibrate", "scenes:?split=test&count=120")
+    assert (status, out) == (0, "")
+    assert "right in every attribute; on 60 other captions" in err
+    assert sorted(path.name for path in (run / "confidence").iterdir()) == ["confidence.json", "reliability.svg"]
+    record = json.loads(call("caption", run, set_of_images / "00.png", "--json")[1])
+    assert record["confidence"] == 0  # random weights are never right
+    assert call("caption", run, set_of_images, "--out", tmp_path / "a.csv")[0] == 1
+    assert (tmp_path / "a.csv").read_text().splitlines()[0] == "file_name,caption,score,confidence"
+    assert len(open_source(str(tmp_path / "a.csv"))) == 37
+    assert call("caption", run, set_of_images, "--out", tmp_path / "a.tasks.json")[0] == 1
+    assert json.loads((tmp_path / "a.tasks.json").read_text())[0]["predictions"][0]["score"] == 0
+    _, out, err = call("caption", run, set_of_images / "00.png", "--json", "--beams", 3)
+    assert "confidence" not in json.loads(out)
+    assert "is of other weights or settings and is not used" in err
+    mistaken(call("caption", run, "--calibrate", "scenes:"), "has learned from these pairs")
+    mistaken(call("caption", run, "--calibrate", "data.valid"), "had no --data.valid")
+
+
 def test_captioning_that_is_killed_goes_on(call, run, set_of_images, tmp_path, mistaken, monkeypatch):
     from diptych.data import caption_file
 

@@ -4,6 +4,7 @@ Imports are inside the functions, after all arguments have been looked at: --hel
 """
 
 import json as json_format  # commands have a parameter `json`
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from diptych.cli.images import ImageArguments
+    from diptych.itit.confidence import Confidence
     from diptych.itit.pipeline import Caption, Diptych
     from diptych.nn.inference import Prediction
 
@@ -39,6 +41,7 @@ def caption(
     json: bool = False,
     out: Path | None = None,
     all: bool = False,
+    calibrate: str | None = None,
     beams: int | None = None,
     candidates: int = 1,
     best_of: int | None = None,
@@ -58,13 +61,16 @@ def caption(
             writes it, or .tasks.json for Label Studio. `sidecars` writes a text beside each image file, where there is
             none.
         all: With --out, also caption images that have captions already. Texts beside images are never replaced.
+        calibrate: Captioned images that the run has not learned from, or `data.valid` for those it was scored on in
+            training. What scores are worth on them is written into RUN/confidence; from then on --json, --out and the
+            page tell the confidence of each caption. No other images need be given.
         beams: Number of beams of the search; 1 is greedy. Default: the setting of the run.
         candidates: Number of different captions of each image that --json and --out tell, the best first.
         best_of: Number of captions of the beam search that are ranked anew, by how probable they make the image.
             Default: they are ranked by the beam search.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
-    if not images:
+    if not images and calibrate is None:
         raise UserError("no image given: diptych caption RUN IMAGE...")
     check_finished(run, "itit")
     at_least_one("--beams", beams)
@@ -81,16 +87,23 @@ def caption(
         from diptych.data.caption_file import check_format
 
         check_format(out)
+    if calibrate is not None:
+        _calibrate(run, calibrate, beams=beams, ranked=ranked, device=device)
+        if not images:
+            return
     given = _image_arguments(images)
 
     if out is not None:
         _caption_into(out, given, run=run, every=all, beams=beams, ranked=ranked, device=device)
         return
     diptych = open_itit(run, device)
+    confidence = _confidence(run, diptych, beams=beams, ranked=ranked) if json else None
     alone = len(images) == len(given.images) == 1
     for names, pixels in given.batches(diptych.image_size):
         for name, several in zip(names, _captions(diptych, pixels, beams=beams, ranked=ranked), strict=True):
             record: dict[str, Any] = {"file": name, "caption": several[0].text, "score": several[0].score}
+            if confidence is not None and several[0].score is not None:
+                record["confidence"] = confidence(several[0].score)
             if candidates > 1:
                 record["candidates"] = [{"caption": each.text, "score": each.score} for each in several]
             line = json_format.dumps(record, ensure_ascii=False) if json else several[0].text
@@ -105,6 +118,41 @@ def _captions(
     if ranked:
         return diptych.candidates(pixels, count=ranked["candidates"], best_of=ranked["best_of"], beams=beams)
     return [[found] for found in diptych.captions(pixels, beams=beams)]
+
+
+def _calibrate(run: Path, spec: str, *, beams: int | None, ranked: dict[str, Any], device: Device) -> None:
+    """Write RUN/confidence, and say on stderr what it is worth: stdout is for captions."""
+    from diptych.data.sources import open_finite, require_pairs
+    from diptych.data.sources.columns import Columns
+    from diptych.run_folder import read_config
+
+    data = read_config(run)["run"]["data"] if (run / "config.json").is_file() else {}
+    if spec == "data.valid" and not data.get("valid"):
+        raise UserError(f"--calibrate data.valid: {run} had no --data.valid; give captioned images it has not seen")
+    if spec == data.get("pairs"):
+        raise UserError(
+            f"--calibrate {spec}: the run has learned from these pairs; give captioned images it has not seen"
+        )
+    own = spec == "data.valid"
+    source = open_finite(data["valid"] if own else spec, Columns(**data["columns"]) if own else Columns())
+    require_pairs(source, spec)
+    from diptych.itit.confidence import calibrate
+    from diptych.report.terminal import ProgressLine
+
+    found = calibrate(open_itit(run, device), source, beams=beams, advance=ProgressLine("calibrating"), **ranked)
+    where = found.save(run)
+    print(f"{found.told()}; written to {where}", file=sys.stderr)
+
+
+def _confidence(run: Path, diptych: "Diptych", *, beams: int | None, ranked: dict[str, Any]) -> "Confidence | None":
+    """The confidence of captions of these settings, if the run was calibrated for them."""
+    from diptych.itit.confidence import Confidence, made_by
+
+    found = Confidence.of(run, made_by(diptych, beams=beams, **ranked))
+    if found is None and (run / "confidence").is_dir():
+        line = f"{run}/confidence is of other weights or settings and is not used; --calibrate makes it anew"
+        print(f"diptych: {line}", file=sys.stderr)
+    return found
 
 
 def _caption_into(
@@ -125,6 +173,7 @@ def _caption_into(
     captioned = len(given.images) - len(images)
     names = [image.name for image in images]
     diptych = open_itit(run, device)
+    confidence = None if out == Path("sidecars") else _confidence(run, diptych, beams=beams, ranked=ranked)
     file: CaptionFile | Sidecars
     if out == Path("sidecars"):
         file = Sidecars(names)
@@ -146,7 +195,7 @@ def _caption_into(
                 for name, each in zip(batch, found, strict=True)
             ]
         )
-    file.finish(names)
+    file.finish(names, confidence=confidence)
     more = f", {begun:,} of them before" if begun else ""
     left = f"; {captioned:,} that have captions left out" if captioned else ""
     print(f"{given.used + begun:,} images captioned{more}{left}: {file.where}")

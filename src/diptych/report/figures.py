@@ -1,4 +1,4 @@
-"""Curves, of a run's learning from ``metrics.jsonl`` and others, as SVG.
+"""Curves, of a run's learning from ``metrics.jsonl`` and others, and how far predictions can be trusted, as SVG.
 
 The ink of the SVG is ``currentColor`` and its rules are ``var(--rule)``, so that a page can set both for a dark
 background. A viewer that knows neither shows black ink and grey rules.
@@ -98,6 +98,30 @@ def one_figure(
         figure = Figure(figsize=(4.8 * columns, 2.8 * rows), layout="constrained")
         for place, panel in enumerate(panels, start=1):
             _draw(figure.add_subplot(rows, columns, place), panel, runs, over=over, smooth=smooth)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _themed(buffer.getvalue())
+
+
+def reliability_figure(bins: Sequence[tuple[float, float, float, int]], *, title: str, label: str) -> bytes:
+    """An SVG of predictions from 0 to 1 against what was found, for bins of (predicted, found, error, count).
+
+    Bars span two standard errors (``error``) both ways.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    predicted, found, errors, counts = zip(*bins, strict=True)
+    spread = [2 * error for error in errors]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [0, 1], color=RULE, linewidth=1.2)
+        axes.errorbar(predicted, found, yerr=spread, fmt="o", color=SERIES[0], markersize=4, linewidth=1.2)
+        for x, y, up, count in zip(predicted, found, spread, counts, strict=True):
+            axes.annotate(f"{count}", (x, y + up), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel=label, title=title)
+        axes.tick_params(length=0)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _themed(buffer.getvalue())
