@@ -29,6 +29,7 @@ from diptych.data.sources.columns import (
 )
 from diptych.data.sources.decode import SUFFIXES as IMAGE_SUFFIXES
 from diptych.data.sources.decode import ImageLimits, decode, is_image_path, without_number
+from diptych.data.sources.remote import RemoteFile, is_remote
 from diptych.data.sources.rows import SUFFIXES, is_split, read_rows
 from diptych.errors import UserError
 
@@ -224,7 +225,7 @@ def split_of(name: str) -> str | None:
     return next((folder for folder in name.split("/")[:-1] if is_split(folder)), None)
 
 
-def file_split_notes(paths: Iterable[Path]) -> list[str]:
+def file_split_notes(paths: Iterable[Path | RemoteFile]) -> list[str]:
     """As `split_notes`, by the names of files such as `train-00000-of-00002.parquet`."""
     names = (re.split(r"[-_.\d]", path.name)[0] for path in paths)
     found = sorted({name for name in names if is_split(name)})
@@ -470,6 +471,8 @@ class TableSource:
             )
         if not self._keys:
             raise UserError(f"{self.name}: holds no captions")
+        if len(self.missing) == len(self._keys) and is_remote(self.name):
+            raise UserError(f"{self.name}: images beside a table are not fetched: put them into tars or into parquet")
         if len(self.missing) == len(self._keys):
             raise UserError(f"{self.missing[0]}: does not exist; image paths in {self.name} are relative to its folder")
 
