@@ -15,6 +15,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
     "itit-base": itit.itit_base,
     "itit-large": itit.itit_large,
     "itit-huge": itit.itit_huge,
+    "itit-finetune-caption": itit.itit_finetune_caption,
     "ito-tiny": dual.ito_tiny,
     "ito-small": dual.ito_small,
     "ito-base": dual.ito_base,

@@ -14,12 +14,14 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from diptych.data.scenes import ScenesSource
 from diptych.encoders import ScratchConfig, scratch_encoder
 from diptych.errors import UserError
+from diptych.io import load_network
 from diptych.itit.data import DataConfig
 from diptych.itit.evaluation import ALONE, EvaluateConfig, evaluate, evaluate_run
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.model import ItitConfig
+from diptych.itit.model import ITIT, ItitConfig
 from diptych.itit.objective import ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych
+from diptych.itit.recipes import itit_finetune_caption
 from diptych.itit.training import GenerationConfig, ItitRun
 from diptych.run_folder import write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -532,3 +534,28 @@ def test_without_a_teacher_a_run_is_what_it_was(done, tmp_path):
     run.objective.weights.teacher = 0.0
     with pytest.raises(UserError, match="--teacher teaches nothing"):
         replace(run, teacher="vit").check()
+
+
+def test_captions_are_fine_tuned_from_the_weights_of_a_run(done, tmp_path, capsys):
+    asked = itit_finetune_caption()
+    run = replace(
+        asked, init=str(done), data=tiny_run().data, train=loop(4), optim=replace(asked.optim, warmup_steps=0)
+    )
+    assert run.fit(tmp_path / "tuned", recipe="itit-finetune-caption").finished
+    before, after = (load_network(ITIT, folder / "model") for folder in (done, tmp_path / "tuned"))
+    assert after.config == replace(before.config, dropout=run.model.dropout)
+    assert any(not value.equal(before.state_dict()[name]) for name, value in after.state_dict().items())
+    assert {name for line in losses_of(tmp_path / "tuned") for name in line if name.startswith("loss/")} == {"loss/i2t"}
+    for part in ("tokenizer", "text_encoder"):
+        (weights,) = (done / part).glob("*.safetensors")
+        assert (tmp_path / "tuned" / part / weights.name).read_bytes() == weights.read_bytes()
+    # Training begins with the weights of the run, not with new ones.
+    inputs = run.with_parts_of(done).prepare(tmp_path / "tuned")
+    objective = run.with_parts_of(done).build(inputs)
+    for name, value in objective.model.state_dict().items():
+        assert value.equal(before.state_dict()[name])
+
+
+def test_fine_tuning_needs_a_finished_run(tmp_path):
+    with pytest.raises(UserError, match="no run folder"):
+        replace(itit_finetune_caption(), init=str(tmp_path), data=tiny_run().data).fit(tmp_path / "out", recipe="x")

@@ -40,7 +40,7 @@ class LossWeights:
     """Weights of the losses in their sum. The paper gives all the same weight, but does not state the weight of I2I."""
 
     t2i: float = 1.0
-    """Weight of text to image, on pairs."""
+    """Weight of text to image, on pairs; 0 leaves out its passes."""
     i2t: float = 1.0
     """Weight of image to text, on pairs."""
     i2i: float = 1.0
@@ -159,7 +159,8 @@ class ItitObjective(Objective):
         measures: dict[str, Tensor] = {}
         pairs: PairExamples = batch["pairs"]
         for_image, for_text = pairs[0::2], pairs[1::2]  # so any even run of rows holds as many of each
-        losses = {"t2i": self.t2i_loss(for_image, rng)} | self.i2t_and_i2i_losses(for_text, rng)
+        losses = {"t2i": self.t2i_loss(for_image, rng)} if config.weights.t2i else {}
+        losses |= self.i2t_and_i2i_losses(for_text, rng)
         if config.weights.t2t:
             losses["t2t"] = self.t2t_loss(batch["texts"])
         if config.weights.unpaired_i2i:

@@ -25,11 +25,12 @@ from diptych.data.streams import BatchSampler
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
 from diptych.eval.baselines import Baseline, Comparison
+from diptych.io import load_network
 from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open_data, open_valid
 from diptych.itit.evaluation import ALONE, PAIRS_ONLY, ScoredImages, compare
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.image_features import mean_of_text
-from diptych.itit.model import ItitConfig
+from diptych.itit.model import ITIT, ItitConfig
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, TeacherHead
 from diptych.itit.pipeline import TEACHER, Diptych, data_tokenizers
 from diptych.itit.report import Samples
@@ -37,7 +38,7 @@ from diptych.nn.inference import eval_mode, pick_device
 from diptych.report.run_report import closing_line, outcome, validation_scores, write_run_report
 from diptych.report.terminal import meaning_of, print_comparison
 from diptych.rng import derive_seed
-from diptych.run_folder import Kind, kind_of, part_of, read_config, save_model, write_config
+from diptych.run_folder import Kind, check_finished, kind_of, part_of, read_config, save_model, write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.training import TEXT_ENCODER, TOKENIZER, TextEncoderStage, TokenizerStage
@@ -143,6 +144,8 @@ class ItitRun:
     """Vision model, by folder, hub name or package such as `package:efficientnet-lite0`, with whose features those of
     the encoder are aligned while it trains, for all images, at the weight `objective.weights.teacher` (REPA). The
     trained network does not need it. Default: none, as in the paper."""
+    init: str | None = None
+    """Finished ITIT run whose weights the network begins with. Tokenizer, encoders and sizes are that run's too."""
     tokenizer_stage: TokenizerStage = field(default_factory=TokenizerStage)
     """Training of the image tokenizer, if none is given."""
     text_encoder_stage: TextEncoderStage = field(default_factory=TextEncoderStage)
@@ -175,6 +178,8 @@ class ItitRun:
         ``budget`` sets the steps of each stage so that all of them end in its time. Leaves a run folder that needs
         nothing outside it. Raises UserError for settings or data that cannot be used.
         """
+        if self.init is not None:
+            self = self.with_parts_of(Path(self.init))
         self.check()
         self._check_run_folder(out)
 
@@ -240,6 +245,22 @@ class ItitRun:
             sign = -1 if meaning_of(self.select).better == "lower" else 1
             best.offer(Score(step=step, value=sign * value), objective)
         return found
+
+    def with_parts_of(self, run: Path) -> "ItitRun":
+        """This run with the tokenizer, the encoders and the sizes of a finished one; dropout stays its own.
+
+        Raises UserError where ``run`` is no finished ITIT run.
+        """
+        check_finished(run, "itit")
+        sizes = load_network(ITIT, run / "model").config
+        image_encoder = run / "image_encoder"
+        return replace(
+            self,
+            tokenizer=str(run / "tokenizer"),
+            text_encoder=str(run / "text_encoder"),
+            image_encoder=str(image_encoder) if image_encoder.is_dir() else None,
+            model=replace(sizes, dropout=self.model.dropout),
+        )
 
     def check(self) -> None:
         """Raise UserError for combinations of fields that no stage would notice early."""
@@ -478,11 +499,14 @@ class ItitRun:
         )
 
     def build(self, inputs: TrainingInputs) -> ItitObjective:
-        """The network with its objective; its initial weights follow from ``train.seed`` and, if they are whitened,
-        the text features."""
+        """The network with its objective; its initial weights are those of ``init``, or follow from ``train.seed`` and,
+        if they are whitened, the text features."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
             model = self.model.build(inputs.tokenizer, inputs.text_encoder, inputs.image_encoder)
+            if self.init is not None:
+                model.load_state_dict(load_network(ITIT, Path(self.init) / "model").state_dict())
+                return ItitObjective(model, inputs.text_encoder, self.objective)
             if model.image_features is not None:
                 model.image_features.fit(*inputs.image_and_text_features(images=_IMAGES_FITTED))
             if model.config.whiten_text:
