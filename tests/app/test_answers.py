@@ -1,6 +1,7 @@
 """What the page answers: all text is escaped, and a mistake of one user costs no other."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from diptych.app import answers
 from diptych.app.answers import SIDE, Drawing
+from diptych.app.decisions import Offer
 from diptych.data.audit import Finding
 from diptych.data.sources import open_source
 from diptych.dual.search import Index, embed_run
@@ -132,3 +134,10 @@ def test_two_clicks_mark_a_part_and_a_third_begins_anew(diptych):
     assert torch.equal(
         drawing.step.tokens, diptych.encode(np.zeros((1, 32, 32, 3), np.uint8)).tokens_BN.view(side, side)
     )
+
+
+def test_an_offer_tells_the_confidence_of_its_first_caption():
+    image = np.zeros((8, 8, 3), np.uint8)
+    made = Offer(item=0, name="a.png", image=image, candidates=[Caption(text="a dog", score=-1.0)], confidence=0.831)
+    assert "confidence of the first caption 83%" in answers.offered(made)
+    assert "confidence" not in answers.offered(replace(made, confidence=None))

@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 from pathlib import Path
 from unittest.mock import patch
@@ -571,6 +574,22 @@ def test_captioning_that_is_killed_goes_on(call, run, set_of_images, tmp_path, m
     assert not (tmp_path / ".parts.csv.partial").exists()
 
 
+def test_shards_are_one_source(call, run, set_of_images, tmp_path, mistaken):
+    for number in range(3):
+        call("caption", run, set_of_images, "--out", tmp_path / "c.tasks.json", "--beams", 1, "--shard", f"{number}/3")
+    names = [f"c-0000{number}-of-00003.tasks.json" for number in range(3)]
+    assert sorted(path.name for path in tmp_path.glob("c*")) == names
+    source = open_source(str(tmp_path / "c-*.tasks.json"))
+    assert sorted(Path(source.key(i)).stem for i in range(len(source))) == [
+        f"{n:02}" for n in range(40) if n not in (3, 5, 7)
+    ]
+    mistaken(call("caption", run, set_of_images, "--out", tmp_path / "d.csv", "--shard", "3/3"), "--shard 3/3: ", "0/4")
+    mistaken(call("caption", run, set_of_images, "--shard", "0/3"), "--shard 0/3: goes with --out")
+    mistaken(
+        call("caption", run, set_of_images / "00.png", "--out", tmp_path / "d.csv", "--shard", "0/2"), "of 1 image"
+    )
+
+
 def test_captions_beside_the_images(call, run, set_of_images, tmp_path, mistaken):
     status, out, _ = call("caption", run, set_of_images, "--out", "sidecars", "--beams", 1)
     assert (status, out.split(";")[0]) == (1, "37 images captioned")
@@ -594,6 +613,84 @@ def test_app_tells_mistakes_before_it_loads_anything(call, run, tmp_path, mistak
         monkeypatch.setenv(name, "")
     monkeypatch.setitem(sys.modules, "gradio", None)
     mistaken(call("app", run, "--port", "0"), "pip install 'diptych[app]'")
+
+
+CAPTION = "from diptych.cli import main; main()"
+KILLED = ["c.csv", "c.jsonl", "c.parquet", "c.json", "c.tasks.json", "c.images.parquet", "c.tar"]
+
+
+def killed_at_random(run, folder, out, *, kills: int, count: int, rng) -> int:
+    """Repeats the command until it ends, killing it ``kills`` times after random numbers of captions, and once more
+    while the file is put together, if that can be met; gives the number of kills.
+    """
+    command = [sys.executable, "-c", CAPTION, "caption", str(run), str(folder), "--out", str(out), "--beams", "1"]
+    partial, fresh = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.fresh")
+    met, limits = 0, sorted(rng.integers(1, count, kills).tolist())
+    for kill in range(kills + 2):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while kill <= kills and process.poll() is None:
+            begun = partial.is_file() and kill < kills and partial.read_bytes().count(b"\n") > limits[kill]
+            if begun or (kill == kills and fresh.exists()):
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        err = process.communicate(timeout=600)[1]
+        met += process.returncode == -signal.SIGKILL
+        assert process.returncode in (0, -signal.SIGKILL), err
+        if out.is_file():  # a kill after that leaves the file whole, and beside it what it was made from
+            break
+    assert out.is_file()
+    return met
+
+
+def each_once(out, count: int) -> None:
+    """The source that was written has each image once, in order."""
+    source = open_source(str(out))
+    assert len(source) == count
+    levels = [int(source.image(i, 8)[0, 0, 0]) * 256 + int(source.image(i, 8)[0, 0, 1]) for i in range(count)]
+    assert levels == list(range(count))
+    assert {path.name for path in out.parent.iterdir()} <= {out.name, f".{out.name}.partial"}
+
+
+def many_images(folder, count: int):
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (8, 8), (number // 256, number % 256, 0)).save(folder / f"{number:05d}.png")
+    return folder
+
+
+def test_a_command_that_is_killed_ends_with_each_image_once(run, tmp_path):
+    folder = many_images(tmp_path / "photos", 300)
+    out = tmp_path / "out/c.tar"
+    assert killed_at_random(run, folder, out, kills=1, count=200, rng=np.random.default_rng(0)) >= 1
+    each_once(out, 300)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", KILLED)
+def test_five_thousand_images_are_captioned_once_whatever_is_killed(run, tmp_path, name):
+    folder = many_images(tmp_path / "photos", 5000)
+    out = tmp_path / "out" / name
+    assert killed_at_random(run, folder, out, kills=3, count=4900, rng=np.random.default_rng(len(name))) >= 3
+    each_once(out, 5000)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_five_thousand_texts_beside_images_survive_kills(run, tmp_path):
+    folder = many_images(tmp_path / "photos", 5000)
+    command = [sys.executable, "-c", CAPTION, "caption", str(run), str(folder), "--out", "sidecars", "--beams", "1"]
+    for limit in sorted(np.random.default_rng(0).integers(1, 4900, 3).tolist()):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and len(list(folder.glob("*.txt"))) <= limit:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    subprocess.run(command, check=True, capture_output=True)
+    assert {path.stem for path in folder.glob("[!.]*.txt")} == {f"{number:05d}" for number in range(5000)}
+    assert all(path.read_text().endswith("\n") for path in folder.glob("[!.]*.txt"))
 
 
 @pytest.mark.filterwarnings("ignore:Covariance")

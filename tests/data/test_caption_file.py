@@ -1,6 +1,7 @@
 """A file of captions: whole under its name, or in parts that are continued."""
 
 import json
+import tarfile
 
 import pytest
 from PIL import Image
@@ -101,3 +102,110 @@ def test_no_text_is_replaced(tmp_path):
     texts.add([MadeCaption(file=str(tmp_path / "a.png"), caption="other", score=None)])
     texts.add([MadeCaption(file=str(tmp_path / "b.png"), caption="a cat", score=None)])
     assert ((tmp_path / "a.txt").read_text(), (tmp_path / "b.txt").read_text()) == ("mine", "a cat\n")
+
+
+def write_with_images(out, *, names=("a.png", "b.jpg"), candidates=()):
+    """Two photos in the format that the name says."""
+    file = CaptionFile(out, made_by={})
+    names = [str(out.parent / name) for name in names]
+    file.add(
+        [
+            MadeCaption(file=name, caption=f"a dog, {name[-5]}", score=-0.5, candidates=list(candidates))
+            for name in names
+        ]
+    )
+    file.finish(names, confidence=lambda score: 0.25)
+
+
+@pytest.fixture
+def two_kinds(tmp_path):
+    Image.new("RGB", (8, 6), (1, 9, 200)).save(tmp_path / "a.png")
+    Image.new("RGB", (10, 12), (200, 9, 1)).save(tmp_path / "b.jpg")
+    return tmp_path
+
+
+def check_own_source(out):
+    source = open_source(str(out))
+    assert [source.captions(i) for i in range(len(source))] == [["a dog, a"], ["a dog, b"]]
+    assert source.image(1, 8).shape == (8, 8, 3)
+    assert source.image(1, 8)[..., 0].mean() > 150
+
+
+def test_datasets_reads_parquet_with_images(two_kinds, tmp_path_factory):
+    import datasets
+
+    out = two_kinds / "c.images.parquet"
+    write_with_images(out, candidates=["a dog", "a cat"])
+    cache = str(tmp_path_factory.mktemp("cache"))
+    found = datasets.load_dataset("parquet", data_files=str(out), split="train", cache_dir=cache)
+    assert found.column_names == ["image", "text", "score", "confidence", "candidates"]
+    assert [image.size for image in found["image"]] == [(8, 6), (10, 12)]
+    assert list(found["text"]) == ["a dog, a", "a dog, b"]
+    assert (found[0]["confidence"], found[1]["candidates"]) == (0.25, ["a dog", "a cat"])
+    check_own_source(out)
+
+
+def test_a_tar_is_laid_out_as_img2dataset_does(two_kinds):
+    out = two_kinds / "00000.tar"
+    write_with_images(out)
+    with tarfile.open(out) as tar:
+        names = tar.getnames()
+        assert tar.extractfile("000000000.png").read() == (two_kinds / "a.png").read_bytes()
+    assert names == [f"00000000{key}" for key in ("0.png", "0.txt", "0.json", "1.jpg", "1.txt", "1.json")]
+    check_own_source(out)
+
+
+def test_datasets_reads_a_tar_of_images_of_one_format(two_kinds, tmp_path_factory):
+    import datasets
+
+    out = two_kinds / "00000.tar"
+    Image.open(two_kinds / "a.png").save(two_kinds / "a.jpg")
+    write_with_images(out, names=("a.jpg", "b.jpg"))
+    cache = str(tmp_path_factory.mktemp("cache"))
+    found = datasets.load_dataset("webdataset", data_files={"train": str(out)}, split="train", cache_dir=cache)
+    assert list(found["txt"]) == ["a dog, a", "a dog, b"]
+    assert [image.size for image in found["jpg"]] == [(8, 6), (10, 12)]
+    about = found[1]["json"]
+    assert (about["file_name"], about["width"], about["height"], about["confidence"]) == ("b.jpg", 10, 12, 0.25)
+
+
+def test_webdataset_reads_the_tar(two_kinds):
+    webdataset = pytest.importorskip("webdataset")
+    write_with_images(two_kinds / "00000.tar")
+    samples = list(webdataset.WebDataset(str(two_kinds / "00000.tar"), shardshuffle=False).decode("pil"))
+    assert [sample["txt"] for sample in samples] == ["a dog, a", "a dog, b"]
+    assert samples[1]["jpg"].size == (10, 12)
+    assert samples[1]["json"]["file_name"] == "b.jpg"
+
+
+def test_pycocotools_reads_coco(two_kinds, capsys):
+    from pycocotools.coco import COCO
+
+    write_with_images(two_kinds / "c.json")
+    coco = COCO(str(two_kinds / "c.json"))
+    coco.info()
+    assert "captions by diptych" in capsys.readouterr().out
+    image = coco.loadImgs(2)[0]
+    assert (image["file_name"], image["width"], image["height"]) == ("b.jpg", 10, 12)  # which FiftyOne needs too
+    assert [each["caption"] for each in coco.loadAnns(coco.getAnnIds(imgIds=[2]))] == ["a dog, b"]
+    check_own_source(two_kinds / "c.json")
+
+
+def test_images_inside_other_files_are_handed_on(two_kinds):
+    data = (two_kinds / "b.jpg").read_bytes()
+    file = CaptionFile(two_kinds / "c.tar", made_by={}, files={"row 0": lambda: data})
+    file.add([MadeCaption(file="row 0", caption="a dog", score=None)])
+    (two_kinds / ".c.tar.fresh").write_bytes(b"what a kill left")
+    file.finish(["row 0"])
+    with tarfile.open(two_kinds / "c.tar") as tar:
+        assert tar.extractfile("000000000.jpg").read() == data
+    assert not list(two_kinds.glob(".c.tar*"))
+
+
+def test_an_image_that_has_gone_is_told(two_kinds):
+    gone = two_kinds / "gone.png"
+    file = CaptionFile(two_kinds / "c.tar", made_by={}, files={str(gone): lambda: gone})
+    file.add([MadeCaption(file=str(gone), caption="a dog", score=None)])
+    with pytest.raises(UserError, match=r"gone\.png: can no longer be read"):
+        file.finish([str(gone)])
+    assert not (two_kinds / "c.tar").exists()

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import SUFFIXES, UnreadableImage, decode
-from diptych.data.sources.open import Source, Spec, find_files, open_finite
+from diptych.data.sources.open import HasFiles, Source, Spec, find_files, open_finite
 from diptych.data.sources.remote import is_remote
 from diptych.errors import UserError
 
@@ -32,6 +32,8 @@ class NamedImage:
     """The centre square, resized to so many pixels. Raises UnreadableImage."""
     has_caption: Callable[[], bool] = lambda: False
     """Whether its source has a caption of it already."""
+    file: Callable[[], Path | bytes] | None = None
+    """Its file, or the bytes of it where it lies inside another file; None for an image that is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,17 @@ def check_is_text(text: str, *, instead: str) -> None:
 
 def _images_of(place: str) -> list[NamedImage]:
     if not place.startswith(("scenes:", "hub:")) and not is_remote(place) and (files := _image_files(place)):
-        return [NamedImage(str(file), partial(decode, file)) for file in files]
+        return [NamedImage(str(file), partial(decode, file), file=partial(Path, file)) for file in files]
     source = open_finite(place, Columns())
     if not source.has_images:
         raise UserError(f"{place}: has no images")
     return [
-        NamedImage(_name(source, place, item), partial(source.image, item), partial(_has_caption, source, item))
+        NamedImage(
+            _name(source, place, item),
+            partial(source.image, item),
+            partial(_has_caption, source, item),
+            partial(source.file, item) if isinstance(source, HasFiles) else None,
+        )
         for item in range(len(source))
     ]
 

@@ -41,6 +41,7 @@ def caption(
     json: bool = False,
     out: Path | None = None,
     all: bool = False,
+    shard: str | None = None,
     calibrate: str | None = None,
     beams: int | None = None,
     candidates: int = 1,
@@ -58,9 +59,11 @@ def caption(
         images: Image files, and sources with all their images: a folder, a table, tars, scenes:.
         json: Print one JSON object a line, with file, caption and score.
         out: File for the captions and their scores, which does not exist yet: .csv, .jsonl, .parquet, .json as COCO
-            writes it, or .tasks.json for Label Studio. `sidecars` writes a text beside each image file, where there is
-            none.
+            writes it, or .tasks.json for Label Studio; with the images in it .images.parquet for `datasets`, or .tar
+            for WebDataset. `sidecars` writes a text beside each image file, where there is none.
         all: With --out, also caption images that have captions already. Texts beside images are never replaced.
+        shard: With --out, the part of the images to caption, such as 0/4 for the first of four processes or machines.
+            Each writes a file of its own, NAME-00000-of-00004, and a glob of them is one source.
         calibrate: Captioned images that the run has not learned from, or `data.valid` for those it was scored on in
             training. What scores are worth on them is written into RUN/confidence; from then on --json, --out and the
             page tell the confidence of each caption. No other images need be given.
@@ -83,15 +86,23 @@ def caption(
     ranked = {"candidates": candidates, "best_of": best_of} if candidates > 1 or best_of else {}
     if all and (out is None or sidecars):
         raise UserError("--all: goes with --out FILE alone: sidecars never replaces a caption")
+    part = _shard_of(shard, out)
     if out is not None and not sidecars:
-        from diptych.data.caption_file import check_format
+        from diptych.data.caption_file import check_format, name_of_shard
 
+        out = name_of_shard(out, *part) if part else out
         check_format(out)
     if calibrate is not None:
         _calibrate(run, calibrate, beams=beams, ranked=ranked, device=device)
         if not images:
             return
     given = _image_arguments(images)
+    if part:  # of all images: those that have a caption already may become more while other processes work
+        number, count = part
+        total = len(given.images)
+        given.images = given.images[total * number // count : total * (number + 1) // count]
+        if not given.images:
+            raise UserError(f"--shard {shard}: of {total} image{'s' * (total != 1)} none is in it; make fewer shards")
 
     if out is not None:
         _caption_into(out, given, run=run, every=all, beams=beams, ranked=ranked, device=device)
@@ -118,6 +129,18 @@ def _captions(
     if ranked:
         return diptych.candidates(pixels, count=ranked["candidates"], best_of=ranked["best_of"], beams=beams)
     return [[found] for found in diptych.captions(pixels, beams=beams)]
+
+
+def _shard_of(shard: str | None, out: Path | None) -> tuple[int, int] | None:
+    """Number of a part and of all parts. Raises UserError for what is no such text."""
+    if shard is None:
+        return None
+    if out is None:
+        raise UserError(f"--shard {shard}: goes with --out alone")
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"--shard {shard}: give the number of the part, from 0, and of all parts, as in 0/4")
+    return int(number), int(count)
 
 
 def _calibrate(run: Path, spec: str, *, beams: int | None, ranked: dict[str, Any], device: Device) -> None:
@@ -165,20 +188,23 @@ def _caption_into(
     ranked: dict[str, Any],
     device: Device,
 ) -> None:
-    from diptych.data.caption_file import CaptionFile, MadeCaption, Sidecars
+    from diptych.data.caption_file import CaptionFile, MadeCaption, Sidecars, holds_images
     from diptych.io import weights_digest
     from diptych.report.terminal import ProgressLine
 
     images = [image for image in given.images if every or not image.has_caption()]
     captioned = len(given.images) - len(images)
     names = [image.name for image in images]
+    if holds_images(out) and (computed := next((each.name for each in images if each.file is None), None)):
+        raise UserError(f"--out {out}: {computed} is computed and has no file to put in; give another --out")
     diptych = open_itit(run, device)
     confidence = None if out == Path("sidecars") else _confidence(run, diptych, beams=beams, ranked=ranked)
     file: CaptionFile | Sidecars
     if out == Path("sidecars"):
         file = Sidecars(names)
     else:
-        file = CaptionFile(out, made_by={"weights": weights_digest(diptych.model), "beams": beams, **ranked})
+        settings = {"weights": weights_digest(diptych.model), "beams": beams, **ranked}
+        file = CaptionFile(out, made_by=settings, files={each.name: each.file for each in images if each.file})
     given.images = [image for image in images if image.name not in file.made]
     begun = len(images) - len(given.images)
     for batch, pixels in given.batches(diptych.image_size, advance=ProgressLine("captioning")):
