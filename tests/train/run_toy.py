@@ -38,6 +38,7 @@ def main() -> None:
     def on_step(step: int) -> None:
         time.sleep(options.pause)
         if step == options.die_at and os.environ.get("RANK") == "1":
+            (options.out / "died").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
 
     for count in options.steps:

@@ -80,7 +80,12 @@ class TrainConfig:
         for name in ("log_every", "max_bad_steps"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _require(self.workers >= 0, "train.workers", self.workers, "0 or more")
-        _require(self.shard_group is None or self.shard_group >= 1, "train.shard_group", self.shard_group, "1 or more")
+        _require(
+            self.shard_group is None or self.shard_group >= 1,
+            "train.shard_group",
+            self.shard_group,
+            "None or 1 or more",
+        )
         _require(self.ema is None or 0 <= self.ema < 1, "train.ema", self.ema, "None or in [0, 1)")
         seconds = self.max_seconds
         _require(seconds is None or seconds > 0, "train.max_seconds", seconds, "None or more than 0")

@@ -164,7 +164,10 @@ class Shards(Replica):
         self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "rows")[-len(shape) :])
         self.whole = objective
         """The caller's objective."""
-        shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in objective.parameters()}
+        # FSDP2 takes contiguous weights alone; the weights of convolutions may lie by channels.
+        shared: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach().contiguous(), p.requires_grad) for p in objective.parameters()
+        }
         trained = copy.deepcopy(objective, shared | {id(buffer): buffer for buffer in objective.buffers()})
         super().__init__(trained, accelerator)
         written = {id(parameter) for parameter in trained.written_in_forward()}
