@@ -5,6 +5,7 @@ hook for every second step.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -20,6 +21,8 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.0, help="seconds per step")
     parser.add_argument("--late-from", type=int, default=3, help="step at which the toy's second term starts")
     parser.add_argument("--may-skip-parameters", type=int, help="overrides what the toy says of itself")
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--settings", type=json.loads, default={}, help="other fields of the training, as JSON")
     options = parser.parse_args()
     hooks: list[Hook] = []
     for count in options.steps:
@@ -27,7 +30,14 @@ def main() -> None:
         if options.may_skip_parameters is not None:
             toy.may_skip_parameters = bool(options.may_skip_parameters)
         toy.on_step = lambda step: time.sleep(options.pause)
-        train(toy, toy_batches, out=options.out, train=config(steps=count), optim=optim(), hooks=hooks)
+        train(
+            toy,
+            toy_batches,
+            out=options.out,
+            train=config(steps=count, **options.settings),
+            optim=optim(name=options.optimizer),
+            hooks=hooks,
+        )
         hooks = [Hook(every=2, run=lambda step, objective: {"score": step})]
 
 

@@ -25,8 +25,8 @@ from diptych.itit.generation import (
     generate_text,
 )
 from diptych.itit.model import ITIT, Encoded, Masking, MaskingConfig, sample_masking, shift_right
-from diptych.nn.functional import scale_gradient, straight_through_embedding, token_loss
-from diptych.nn.inference import eval_mode
+from diptych.nn.functional import local_part, scale_gradient, straight_through_embedding, token_loss
+from diptych.nn.inference import eval_mode, gathered
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
 from diptych.tokenizers.text_encoder import TextEncoder
@@ -114,7 +114,6 @@ class ItitObjective(Objective):
         if config.texts != "off" or config.weights.t2t:
             self.streams["texts"] = 1
         self.teacher = copy.deepcopy(model).requires_grad_(False) if config.teacher == "ema" else None
-        self._teacher_step: int | None = None
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The weighted sum of the losses that are on at this step, and each of them unweighted."""
@@ -128,7 +127,6 @@ class ItitObjective(Objective):
         if config.weights.unpaired_i2i:
             losses["unpaired_i2i"] = self.unpaired_i2i_loss(batch["images"], rng)
         if step >= config.cycle_start_step:
-            self._update_teacher(step)
             if config.texts != "off":
                 losses["t2i2t"] = self.t2i2t_loss(batch["texts"], rng)
             if config.images != "off":
@@ -234,7 +232,8 @@ class ItitObjective(Objective):
         """
         tokens_BN = images.tokens_BN
         network, banned_V = self.teacher or self.model, self.text_encoder.banned_V
-        with eval_mode(network):
+        # How many tokens are generated depends on the images: each process has its own number of calls.
+        with eval_mode(network), gathered(network.text_decoder):
             pseudo_BL, _ = generate_text(
                 network, images, _ONE_BEAM, banned_V=banned_V, length=self.model.config.max_text_len, pack=False
             )
@@ -319,17 +318,12 @@ class ItitObjective(Objective):
         return sample_masking(config, rows, positions, rng=rng, name=name, device=self.text_encoder.banned_V.device)
 
     @torch.no_grad()
-    def _update_teacher(self, step: int) -> None:
-        """Move the teacher towards the network, once a step; at the first step with cycles, make it a copy.
-
-        This is done before the teacher generates, so the network has the weights that the previous step left.
-        """
-        if self.teacher is None or self._teacher_step == step or not self.training:
+    def start_step(self, step: int) -> None:
+        """Move the teacher towards the network; at the first step with cycles, make it a copy."""
+        if self.teacher is None or step < self.config.cycle_start_step:
             return
         first = step == self.config.cycle_start_step
-        self._teacher_step = step
-        ours: list[Tensor] = list(self.model.parameters())
-        theirs: list[Tensor] = list(self.teacher.parameters())
+        ours, theirs = ([local_part(p) for p in each.parameters()] for each in (self.model, self.teacher))
         torch._foreach_lerp_(theirs, ours, 1.0 if first else 1 - self.config.teacher_decay)
 
     # What the training loop asks for

@@ -252,3 +252,17 @@ def test_missing_captions_and_labels_are_counted(tmp_path):
         "2 labels of -1 taken for missing; give the class another name if it is one",
     ]
     assert [source.label(i) for i in range(4)] == ["0", "1", None, None]
+
+
+def test_rows_that_img2dataset_could_not_download_are_left_out(tmp_path):
+    path = write(
+        tmp_path / "00000.parquet",
+        key=["000000000", "000000001", "000000002"],
+        caption=["a dog", "a cat", "a cow"],
+        url=["http://x.org/a.jpg"] * 3,
+        status=["success", "failed_to_download", "success"],
+        jpg=[png(1), None, png(3)],
+    )
+    source = open_source(path)
+    assert rows_of(source) == [(1, ["a dog"], None), (3, ["a cow"], None)]
+    assert source.notes == ["1 row that img2dataset could not download not used"]

@@ -105,7 +105,7 @@ def find_columns(table: Table, *, wanted: Columns, source: str) -> Found:
         for name, values in table.items()
         if wanted.image is None
         and name not in found.captions
-        and ((usual(name, IMAGE_NAMES) and values) or _all(values, _is_address))
+        and ((usual(name, IMAGE_NAMES) and values) or _all(values, is_address))
     ]
     return replace(found, notes=(*found.notes, *strange))
 
@@ -314,7 +314,7 @@ def _is_path_cell(value: Any) -> bool:
 
 
 def _refuse_addresses(table: Table, name: str | None, source: str) -> None:
-    if name is not None and _all(table[name], _is_address):
+    if name is not None and _all(table[name], is_address):
         raise UserError(
             f"{source}: column {name!r} holds web addresses, which are not fetched; download the images first "
             "(e.g. with img2dataset) and give their paths"
@@ -397,7 +397,8 @@ def _embedded(name: str, values: Sequence[Any]) -> bool:
     return _all(values, is_embedded)
 
 
-def _is_address(value: Any) -> bool:
+def is_address(value: Any) -> bool:
+    """Whether a cell holds an address of the web."""
     return isinstance(value, str) and value.strip().lower().startswith(("http://", "https://"))
 
 
@@ -405,7 +406,7 @@ def _is_text(value: Any) -> bool:
     if isinstance(value, bytes):
         return _is_utf8(value)
     if isinstance(value, str):
-        return not is_image_path(value) and not _is_address(value)
+        return not is_image_path(value) and not is_address(value)
     if isinstance(value, Mapping):
         return any(_is_text(value.get(name)) for name in _INNER)
     if not isinstance(value, list | tuple):
