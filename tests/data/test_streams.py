@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diptych.data.batch import ImageTokenExamples
-from diptych.data.streams import BatchSampler, Stream, choose, prefetch, shuffled
+from diptych.data.streams import BatchSampler, ShardOrder, Stream, choose, prefetch, shuffled
 from diptych.errors import UserError
 
 CPU = torch.device("cpu")
@@ -32,6 +32,72 @@ def test_large_numbers_need_no_table():
     assert len(set(item)) == 1000
     assert item.min() >= 0
     assert item.max() < 400_000_000
+
+
+def test_the_order_is_that_of_earlier_versions():
+    item, _ = shuffled(np.array([0, 1, 99, 100, 101, 10**6]), 100, seed=1)
+    assert item.tolist() == [28, 83, 81, 6, 61, 74]
+    item, _ = shuffled(np.array([0, 1, 2, 10**10]), 400_000_000, seed=7)
+    assert item.tolist() == [373111383, 375244271, 296488425, 351936728]
+
+
+def order_of(sizes, together):
+    return ShardOrder(np.cumsum(sizes), together)
+
+
+@pytest.mark.parametrize("sizes", [[1], [5, 1, 9, 2, 64], [10] * 7])
+@pytest.mark.parametrize("together", [1, 2, 3, 100])
+def test_shard_by_shard_every_epoch_shows_every_item_once(sizes, together):
+    total = sum(sizes)
+    item, epoch = order_of(sizes, together)(np.arange(3 * total), 1)
+    for number in range(3):
+        assert sorted(item[epoch == number]) == list(range(total))
+
+
+def test_a_batch_touches_few_shards_and_all_of_a_group_evenly():
+    order, shards = order_of([100] * 50, 4), np.repeat(np.arange(50), 100)
+    touched = [len(set(shards[order(np.arange(64) + 64 * step, 3)[0]])) for step in range(70)]
+    assert max(touched) <= 8
+    assert np.median(touched) == 4
+    first, _ = order(np.arange(400), 3)  # one group: where an item is shown says nothing of its place in its shard
+    assert np.bincount(shards[first])[np.unique(shards[first])].tolist() == [100] * 4
+    assert abs(np.corrcoef(np.arange(400), first % 100)[0, 1]) < 0.15
+    assert abs(np.corrcoef(np.arange(400), shards[first])[0, 1]) < 0.15
+
+
+def test_shards_meet_others_in_each_epoch_and_with_each_seed():
+    order, shards = order_of([10] * 40, 2), np.repeat(np.arange(40), 10)
+
+    def groups(epoch, seed):
+        item, _ = order(np.arange(400) + 400 * epoch, seed)
+        return {frozenset(shards[item[start : start + 20]]) for start in range(0, 400, 20)}
+
+    assert len(groups(0, 1)) == 20
+    assert len(groups(0, 1) & groups(1, 1)) <= 4
+    assert len(groups(0, 1) & groups(0, 2)) <= 4
+
+
+def test_the_order_of_shards_is_a_pure_function_of_the_position():
+    sizes, position = [7, 30, 1, 12, 25], np.arange(400)
+    whole = order_of(sizes, 2)(position, 5)
+    anew = order_of(sizes, 2)
+    for row in np.random.Generator(np.random.PCG64(0)).permutation(400):
+        item, epoch = anew(position[row : row + 1], 5)
+        assert (item[0], epoch[0]) == (whole[0][row], whole[1][row])
+
+
+def test_processes_share_the_rows_of_a_stream_with_shards():
+    def sampler():
+        stream = Stream(
+            size=75,
+            take=lambda index, epoch: ImageTokenExamples(tokens_BN=torch.from_numpy(index)[:, None]),
+            shards=order_of([7, 30, 1, 12, 25], 2),
+        )
+        return BatchSampler({"pairs": stream}, multiples={"pairs": 1}, batch_size=8, seed=0)
+
+    for step in (0, 9, 3):
+        parts = [labels(sampler()(step, rank, 4)) for rank in range(4)]
+        assert [row for part in parts for row in part] == labels(sampler()(step))
 
 
 def test_choose_is_even_and_differs_from_epoch_to_epoch():

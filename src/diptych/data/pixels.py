@@ -24,8 +24,9 @@ from diptych.data.batch import ImageExamples
 from diptych.data.scenes import ENDLESS, ScenesSource
 from diptych.data.sources import Source
 from diptych.data.sources.decode import UnreadableImage, decode
+from diptych.data.sources.open import HasShards
 from diptych.data.splits import Subset
-from diptych.data.streams import Stream, choose
+from diptych.data.streams import ShardOrder, Stream, choose
 from diptych.errors import UserError
 from diptych.io import write_bytes
 
@@ -242,10 +243,37 @@ class CachedImages:
         raise UserError(f"{self._subsets[0].source.name}: no image can be read")
 
 
+def shard_order(subsets: Sequence[Subset[Source]], together: int) -> ShardOrder | None:
+    """The order of a stream of the subsets' items in turn that shuffles ``together`` shards at a time; None for 0.
+
+    Raises UserError for a source without shards.
+    """
+    if together < 0:
+        raise UserError(f"shards-together {together}: it must be 0 (shuffle all items together) or a number of tars")
+    if not together:
+        return None
+    ends: list[np.ndarray] = []
+    for subset in subsets:
+        if not isinstance(subset.source, HasShards):
+            raise UserError(f"{subset.source.name}: shards-together is for tars: leave it out")
+        last = np.flatnonzero(np.diff(subset.source.shards[subset.items], append=-1))
+        ends.append(last + 1 + (int(ends[-1][-1]) if ends else 0))
+    return ShardOrder(np.concatenate(ends), together)
+
+
 def pixel_stream(
-    subsets: Sequence[Subset[Source]], *, size: int, skipped: SkippedItems, flip: bool, seed: int
+    subsets: Sequence[Subset[Source]],
+    *,
+    size: int,
+    skipped: SkippedItems,
+    flip: bool,
+    seed: int,
+    shards_together: int = 0,
 ) -> Stream[ImageExamples]:
-    """All images of the subsets as one stream, resized to ``size``; each mirrored with probability 1/2 if ``flip``."""
+    """All images of the subsets as one stream, resized to ``size``; each mirrored with probability 1/2 if ``flip``.
+
+    ``shards_together`` is as in :func:`shard_order`, and raises UserError as there.
+    """
     images = CachedImages(subsets, size=size, skipped=skipped)
 
     def take(index: np.ndarray, epoch: np.ndarray) -> ImageExamples:
@@ -255,7 +283,7 @@ def pixel_stream(
             pixels[mirrored] = pixels[mirrored, :, ::-1]
         return ImageExamples(pixels_B3HW=channels_first(pixels))
 
-    return Stream(size=images.count, take=take)
+    return Stream(size=images.count, take=take, shards=shard_order(subsets, shards_together))
 
 
 def decode_files(files: Sequence[str | Path], *, size: int) -> UInt8[Tensor, "B 3 S S"]:

@@ -8,7 +8,7 @@ Shapes: B rows of one process.
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -31,18 +31,75 @@ def shuffled(position: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np
     of four, walked until it lands below ``size``), so that 400 million items need no table.
     """
     epoch = position // size
-    keys = [mix64(epoch.astype(np.uint64) ^ np.uint64(derive_seed(seed, "order", r))) for r in range(_ROUNDS)]
-    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    item = (position % size).astype(np.uint64)
+    return _permuted(position % size, np.int64(size), epoch, seed), epoch
+
+
+def _permuted(item: np.ndarray, size: np.ndarray | np.int64, nonce: np.ndarray, seed: int) -> np.ndarray:
+    """Where the permutation of ``size`` numbers that ``nonce`` and ``seed`` name puts each ``item``, all [B]."""
+    keys = [mix64(nonce.astype(np.uint64) ^ np.uint64(derive_seed(seed, "order", r))) for r in range(_ROUNDS)]
+    half_B, size_B = (np.broadcast_to(each, item.shape) for each in (_half_bits(size), np.asarray(size, np.uint64)))
+    item = item.astype(np.uint64)
     outside = np.ones(item.shape, bool)
     while outside.any():
+        half = half_B[outside]
+        low = (np.uint64(1) << half) - np.uint64(1)
         left, right = item[outside] >> half, item[outside] & low
         for key in keys:
             left, right = right, left ^ (mix64(right ^ key[outside]) & low)
         item[outside] = left << half | right
-        outside = item >= np.uint64(size)
-    return item.astype(np.int64), epoch
+        outside = item >= size_B
+    return item.astype(np.int64)
+
+
+def _half_bits(size: np.ndarray | np.int64) -> np.ndarray:
+    """Half the bits of the next power of four from ``size`` on, at least 1."""
+    _, bits = np.frexp((np.asarray(size) - 1).astype(np.float64))  # exact below 2^53
+    return np.asarray(np.maximum(1, (bits + 1) // 2), np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOrder:
+    """As `shuffled`, but ``together`` shards at a time: for data of which only a part is at hand.
+
+    Each epoch takes the shards in an order of its own and shuffles the items of ``together`` of them after another.
+    Items of one shard lie together in the stream. A batch touches ``together`` shards, twice as many where it spans
+    two groups. Like `shuffled` it depends on nothing but position and seed; the order of shards is kept as a memo.
+    """
+
+    ends: np.ndarray
+    """Number of the item behind the last one of each shard, int64 [shards], growing."""
+    together: int
+    _memo: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __call__(self, position: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Item and epoch at each ``position``, all int64 [B]."""
+        size = int(self.ends[-1])
+        epoch, item = position // size, np.empty_like(position)
+        for each in np.unique(epoch).tolist():
+            rows = epoch == each
+            item[rows] = self._of_epoch(position[rows] % size, each, seed)
+        return item, epoch
+
+    def _of_epoch(self, place: np.ndarray, epoch: int, seed: int) -> np.ndarray:
+        shards, ends = self._shards(epoch, seed)
+        group_ends = np.append(ends[self.together - 1 : -1 : self.together], ends[-1])
+        group = np.searchsorted(group_ends, place, side="right")
+        starts = np.concatenate([[0], group_ends[:-1]])[group]
+        nonce = mix64(group.astype(np.uint64) + np.uint64(1)) ^ np.uint64(epoch)
+        place = starts + _permuted(place - starts, group_ends[group] - starts, nonce, derive_seed(seed, "group"))
+        number = np.searchsorted(ends, place, side="right")
+        return place - ends[number] + self.ends[shards[number]]
+
+    def _shards(self, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in their order of the epoch, and where each ends in it."""
+        if (found := self._memo.get((epoch, seed))) is None:
+            count = len(self.ends)
+            shards = _permuted(np.arange(count), np.int64(count), np.full(count, epoch), derive_seed(seed, "shards"))
+            found = shards, np.cumsum(np.diff(self.ends, prepend=0)[shards])
+            if len(self._memo) > 4:  # two epochs meet in a batch, and threads are some batches ahead
+                self._memo.clear()
+            self._memo[epoch, seed] = found
+        return found
 
 
 def choose(count: np.ndarray, item: np.ndarray, epoch: np.ndarray, seed: int) -> np.ndarray:
@@ -62,6 +119,8 @@ class Stream(Generic[Rows]):
     """Number of examples of an epoch."""
     take: Callable[[np.ndarray, np.ndarray], Rows]
     """Reads B examples, given the item (below ``size``) and the epoch of each, int64 [B]."""
+    shards: ShardOrder | None = None
+    """Shuffles some shards at a time; by default all items are shuffled together."""
 
 
 class BatchSampler:
@@ -104,7 +163,8 @@ class BatchSampler:
         stream = self.streams[name]
         local = self.batch_size // world * self.multiples[name]
         position = (step * world + rank) * local + np.arange(local, dtype=np.int64)
-        return stream.take(*shuffled(position, stream.size, derive_seed(self.seed, name)))
+        seed = derive_seed(self.seed, name)
+        return stream.take(*(stream.shards(position, seed) if stream.shards else shuffled(position, stream.size, seed)))
 
 
 def prefetch(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diptych.data.batch import CaptionedImageExamples
-from diptych.data.pixels import CachedImages, SkippedItems, channels_first
+from diptych.data.pixels import CachedImages, SkippedItems, channels_first, shard_order
 from diptych.data.sources import Source
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
@@ -45,6 +45,8 @@ class PairsData:
     """Folder for the features of frozen towers, which runs may share; if not given, one in the run folder."""
     cache_mb: int = 1024
     """Memory for decoded images, in MB. They are kept only if all of them fit."""
+    shards_together: int = 0
+    """Number of tars that are shuffled together, so that a step reads few of them; 0 shuffles all images together."""
     max_skipped_share: float = 0.01
     """Largest share of unreadable images that is left out without stopping, 0 to 1."""
 
@@ -135,16 +137,19 @@ def pair_stream(
     skipped: SkippedItems,
     cache_mb: int,
     seed: int,
+    shards_together: int = 0,
 ) -> Stream[CaptionedImageExamples]:
     """Every captioned image once an epoch, resized to ``size``, with ``per_image`` of its captions side by side.
 
-    The captions of a row are ids [B, M L], padded with ``pad``.
+    The captions of a row are ids [B, M L], padded with ``pad``. ``shards_together`` is as in `shard_order`, and raises
+    UserError as there.
     """
-    images = CachedImages([Subset(source, captions.items)], size=size, skipped=skipped, cache_mb=cache_mb)
+    subset = Subset(source, captions.items)
+    images = CachedImages([subset], size=size, skipped=skipped, cache_mb=cache_mb)
 
     def take(index: np.ndarray, epoch: np.ndarray) -> CaptionedImageExamples:
         pixels, index = images.take(index)  # an image that replaces an unreadable one brings its own captions
         ids_BL, valid_BL = captions.take(index, epoch, captions=per_image, seed=seed, pad=pad)
         return CaptionedImageExamples(pixels_B3HW=channels_first(pixels), ids_BL=ids_BL, valid_BL=valid_BL)
 
-    return Stream(size=images.count, take=take)
+    return Stream(size=images.count, take=take, shards=shard_order([subset], shards_together))

@@ -112,6 +112,8 @@ class DualRun:
         captions = CaptionIds.read(source, np.arange(len(source)), model.ids)
         states = None
         if isinstance(model, TowersEncoder) and model.frozen:
+            if self.data.shards_together:
+                raise UserError("--data.shards-together has no effect on frozen towers, which read each image once")
             seconds = affordable._remember_validation(model, out)
             captions = captions.first_items(self._affordable_items(model, source, captions, plan))
             states = self._states(model, source, captions, out, skipped)
@@ -144,6 +146,8 @@ class DualRun:
             },
             FILES: content_digest(source),
         }
+        if self.data.shards_together:
+            identity["shards_together"] = self.data.shards_together
         result = train(
             objective,
             batches,
@@ -389,6 +393,7 @@ class DualRun:
             skipped=skipped,
             cache_mb=self.data.cache_mb,
             seed=self.train.seed,
+            shards_together=self.data.shards_together,
         )
 
 

@@ -60,6 +60,8 @@ class TokenizerStage:
     """Weights of the losses."""
     flip: bool = True
     """Whether images are mirrored left to right, each in half of the epochs at random."""
+    shards_together: int = 0
+    """Number of tars that are shuffled together, so that a step reads few of them; 0 shuffles all images together."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length and bookkeeping of the training."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.99), weight_decay=0.0))
@@ -86,7 +88,12 @@ class TokenizerStage:
         """
         skipped = SkippedItems(max_skipped_share=max_skipped_share)
         stream = pixel_stream(
-            subsets, size=self.model.image_size, skipped=skipped, flip=self.flip, seed=self.train.seed
+            subsets,
+            size=self.model.image_size,
+            skipped=skipped,
+            flip=self.flip,
+            seed=self.train.seed,
+            shards_together=self.shards_together,
         )
 
         def make(stage: TokenizerStage) -> tuple[VQGAN, BatchSampler]:
@@ -100,6 +107,8 @@ class TokenizerStage:
         tokenizer = objective.tokenizer
         identity: dict[str, Any] = {"model": asdict(self.model), "objective": asdict(self.objective), "flip": self.flip}
         identity[FILES] = "-".join(content_digest(subset.source) for subset in subsets)
+        if self.shards_together:
+            identity["shards_together"] = self.shards_together
         if objective.perceptual is not None:
             identity["perceptual"] = objective.perceptual.digest
         result = train(

@@ -27,7 +27,11 @@ from PIL import Image
 
 from diptych.data.check import content_digest
 from diptych.data.encode import DataTokenizers, encode
+from diptych.data.pixels import SkippedItems, pixel_stream, shard_order
+from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source, remote
+from diptych.data.splits import Subset
+from diptych.data.streams import BatchSampler
 from diptych.errors import UserError
 
 SHARDS, ITEMS = 4, 12
@@ -362,6 +366,27 @@ for turn in range(2):
         assert told.splitlines() == [str(list(range(SHARDS * ITEMS)))] * 2
     assert used(tmp_path) <= 1.2 * size
     assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_a_stream_over_some_tars_at_a_time_copies_each_once_an_epoch(flaky, shards, tmp_path, monkeypatch):
+    size = (shards / "shard-000.tar").stat().st_size
+    monkeypatch.setenv("DIPTYCH_CACHE_GB", str(2.2 * size / 1e9))
+    source = open_source("flaky://data/*.tar")
+    flaky.answered.clear()
+    everything = [Subset(source, np.arange(len(source)))]
+    stream = pixel_stream(everything, size=64, skipped=SkippedItems(), flip=False, seed=0, shards_together=2)
+    batches = BatchSampler({"images": stream}, multiples={"images": 1}, batch_size=8, seed=0)
+    shown = []
+    for step in range(SHARDS * ITEMS // 8):
+        pixels_B3HW = batches(step)["images"].pixels_B3HW
+        shown += [round((float(pixels.float().mean()) - 1) / 4) for pixels in pixels_B3HW]
+    assert sorted(shown) == list(range(SHARDS * ITEMS))
+    for half in (shown[:24], shown[24:]):
+        assert len({number // ITEMS for number in half}) == 2
+    chunks = -(-size // 50_000)
+    assert max(flaky.answered.values()) <= chunks + remote._OFTEN, "once, after a few reads by range"
+    with pytest.raises(UserError, match="shards-together is for tars"):
+        shard_order([Subset(ScenesSource(count=4), np.arange(4))], 2)
 
 
 def test_what_a_killed_process_left_is_removed(flaky, tmp_path):

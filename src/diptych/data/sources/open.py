@@ -92,6 +92,15 @@ class HasFiles(Protocol):
 
 
 @runtime_checkable
+class HasShards(Protocol):
+    """A source of several files that are read one after another with less effort than in turn."""
+
+    @property
+    def shards(self) -> np.ndarray:
+        """Number of the file of each item, int64 [N], never falling."""
+
+
+@runtime_checkable
 class HasSides(Protocol):
     """What a `Source` and a `Store` of encoded data have in common."""
 

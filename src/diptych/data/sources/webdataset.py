@@ -117,6 +117,11 @@ class WebDatasetSource(SampleSource):
         if not self.has_images and not self.has_captions:
             raise UserError(f"{name}: holds no images and no captions")
 
+    @property
+    def shards(self) -> np.ndarray:
+        """Number of the tar of each item, int64 [N], never falling."""
+        return self._places[self._slots.max(1), 0]
+
     def _read(self, member: int) -> bytes:
         shard, offset, size = self._places[member].tolist()
         return read(self._paths[shard], offset, size)
