@@ -42,7 +42,7 @@ def itit_tiny() -> ItitRun:
             embedding_lr_scale=4.0,
             image_generation=ImageGenerationConfig(steps=4, guidance=0.0, temperature=4.0),
         ),
-        train=TrainConfig(steps=800, batch_size=16, checkpoint_every=80, eval_every=200, ema=0.99, workers=1),
+        train=TrainConfig(steps=960, batch_size=16, checkpoint_every=80, eval_every=240, ema=0.99, workers=1),
         optim=OptimConfig(lr=2e-3, warmup_steps=50),
         generation=GenerationConfig(
             image=ImageGenerationConfig(steps=8, guidance=0.0, temperature=1.0, token_temperature=0.5)
