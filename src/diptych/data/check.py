@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from diptych.data.sources.decode import UnreadableImage, header_size
+from diptych.data.sources.columns import joined_labels
+from diptych.data.sources.decode import UnreadableImage, header
 from diptych.data.sources.open import HasFiles, HasNotes, HasSides, KeptSource, Source, find_files
 from diptych.data.sources.table import TableSource, counted, some
 from diptych.errors import UserError
@@ -35,6 +36,8 @@ class SourceCheck:
     """Number of captions of each item."""
     shared_captions: int
     """Number of captions that belong to several items."""
+    repeated_captions: int
+    """Number of captions that their item has already."""
     lengths: Sequence[int]
     """Number of words of each caption."""
     labels: Counter[str]
@@ -45,6 +48,8 @@ class SourceCheck:
     """What is wrong with those of them that cannot be read."""
     sizes: Sequence[tuple[int, int]]
     """Width and height in pixels of those that can, as stored."""
+    several_frames: Sequence[str]
+    """Keys of those that hold several frames or pages, of which the first is used."""
     twins: Sequence[tuple[str, str]]
     """Keys of opened images that are the same file as another one opened before them."""
     notes: Sequence[str]
@@ -64,6 +69,8 @@ class SourceCheck:
                 told.append(("", f"{counted(self.items - captioned, 'item')} without a caption"))
             if self.shared_captions:
                 told.append(("", f"{counted(self.shared_captions, 'caption')} in the same words at several items"))
+            if self.repeated_captions:
+                told.append(("", f"{counted(self.repeated_captions, 'caption')} that their item has already"))
         else:
             told.append(("captions", "none"))
         if self.opened:
@@ -72,6 +79,11 @@ class SourceCheck:
                 widths, heights = zip(*self.sizes, strict=True)
                 middle = f"{np.median(widths):.0f} x {np.median(heights):.0f} in the middle"
                 told.append(("pixels", f"{_range(widths)} wide, {_range(heights)} high, {middle}"))
+            if self.several_frames:
+                shown = some(self.several_frames, len(self.several_frames))
+                told.append(
+                    ("frames", f"{counted(len(self.several_frames), 'image')} used by the first alone: {shown}")
+                )
             if self.twins:
                 pairs = [f"{a} = {b}" for a, b in self.twins]
                 told.append(("twins", f"{counted(len(pairs), 'image')} the same as another: {some(pairs, len(pairs))}"))
@@ -82,7 +94,10 @@ class SourceCheck:
             told.append(("labels", f"{counted(len(classes), 'class', 'classes')}: {some(classes, len(classes))}"))
         told += [("unreadable", reason) for reason in self.unreadable[:3]]
         told += [("note", note) for note in self.notes]
-        told += [("sample", f"{key}  {text}".rstrip()) for key, text in self.samples]
+        told += [
+            ("sample", f"{key}  {text if len(text) < 120 else text[:117] + '...'}".rstrip())
+            for key, text in self.samples
+        ]
         return [self.name, *(f"  {head:<10} {text}" for head, text in told)]
 
 
@@ -92,12 +107,13 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
     owners = Counter(text for captions in texts for text in set(captions))
     labels = Counter(label for i in range(len(source)) if (label := source.label(i)) is not None)
     chosen = _spread(len(source), images or len(source)) if source.has_images else []
-    faults, sizes = [], []
+    faults, sizes, several = [], [], []
     first: dict[bytes, str] = {}
     twins = []
     for item, image in zip(chosen, open_images(source, chosen), strict=True):
         faults += [image.fault] if image.fault else []
         sizes += [image.size] if image.size else []
+        several += [source.key(item)] if image.frames > 1 else []
         if image.digest is not None:
             key = first.setdefault(image.digest, source.key(item))
             if key != source.key(item):
@@ -107,24 +123,27 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
         items=len(source),
         captions=[len(captions) for captions in texts],
         shared_captions=sum(count > 1 for count in owners.values()),
+        repeated_captions=sum(len(captions) - len(set(captions)) for captions in texts),
         lengths=[len(text.split()) for captions in texts for text in captions],
         labels=labels,
         opened=len(chosen),
         unreadable=faults,
         sizes=sizes,
+        several_frames=several,
         twins=twins,
-        notes=[*(source.notes if isinstance(source, HasNotes) else ()), *_alike(labels)],
+        notes=list(dict.fromkeys([*(source.notes if isinstance(source, HasNotes) else ()), *_alike(labels)])),
         samples=[(source.key(i), next(iter(texts[i]), "")) for i in _spread(len(source), 3)],
     )
 
 
 def _alike(labels: Iterable[str]) -> list[str]:
-    """A note on labels that differ in capitals and blanks alone."""
+    """Notes on labels that differ in capitals and blanks alone, and on those that hold others."""
     spellings: dict[str, list[str]] = {}
     for label in labels:
         spellings.setdefault(" ".join(label.casefold().split()), []).append(label)
     several = [" and ".join(map(repr, each)) for each in spellings.values() if len(each) > 1]
-    return [f"classes that differ in spelling alone: {some(several, len(several))}"] if several else []
+    notes = [f"classes that differ in spelling alone: {some(several, len(several))}"] if several else []
+    return notes + joined_labels(labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +211,8 @@ class OpenedImage:
     """Width and height in pixels as stored; None too where the source has no files."""
     digest: bytes | None = None
     """Of its file, else of its pixels."""
+    frames: int = 1
+    """Number of frames of an animation, or of pages."""
 
 
 def open_images(source: Source, items: Iterable[int], *, workers: int = 2) -> Iterator[OpenedImage]:
@@ -206,7 +227,8 @@ def open_images(source: Source, items: Iterable[int], *, workers: int = 2) -> It
             return OpenedImage(None, pixels, None, _digest(pixels.tobytes()))
         file = source.file(item)
         data = file if isinstance(file, bytes) else file.read_bytes()
-        return OpenedImage(None, pixels, header_size(data), _digest(data))
+        size, frames = header(data)
+        return OpenedImage(None, pixels, size, _digest(data), frames)
 
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(open_one, items)

@@ -16,7 +16,6 @@ from diptych.data.sources.samples import (
     folder_labels,
     group,
     is_hidden,
-    nested_notes,
     unused_notes,
 )
 from diptych.data.sources.table import (
@@ -155,25 +154,35 @@ class FolderSource(SampleSource):
         if not groups.keys:
             raise UserError(f"{name}: holds no images{_hint(root, files)}")
         images = [files[slots[0]] for slots in groups.slots]
+        labels, nested = folder_labels(images, _shards(files))
         super().__init__(
             images,
             np.array(groups.slots),
             name=name,
-            labels=folder_labels(images, _shards(files)),
+            labels=labels,
             splits=[split_of(image) for image in images],
             columns=columns,
             split=split,
             limits=limits,
             texts_named=groups.texts_named,
-            notes=nested_notes(images, _shards(files))
+            notes=nested
             + unused_notes(*([files[i] for i in part] for part in (groups.lone, groups.unused, groups.masks))),
         )
 
     def _read(self, member: int) -> bytes:
+        path = self._root / self._files[member]
         try:
-            return (self._root / self._files[member]).read_bytes()
+            if not path.is_file():  # a pipe would be waited for
+                raise UserError(f"{path}: is not a file")
+            return path.read_bytes()
         except OSError as error:
-            raise UserError(f"{self._root / self._files[member]}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+    def _size(self, member: int) -> int:
+        try:
+            return os.stat(self._root / self._files[member]).st_size
+        except OSError:
+            return 0
 
     def _place(self, i: int, kind: int) -> str:
         return str(self._root / self._files[self._slots[i, kind]])

@@ -20,7 +20,6 @@ from diptych.data.sources.samples import (
     folder_labels,
     group,
     group_texts,
-    nested_notes,
     unused_notes,
 )
 from diptych.data.sources.table import counted, file_split_notes, split_of
@@ -83,13 +82,14 @@ class WebDatasetSource(SampleSource):
         self._places = np.frombuffer(places, dtype=np.int64).reshape(-1, 3)
         index = np.array(slots, dtype=np.int64).reshape(-1, 4)
         shards = self._places[index.max(1), 0].tolist()
+        labels, nested = folder_labels(keys)
         super().__init__(
             [f"{self._paths[shard].stem}/{key}" for shard, key in zip(shards, keys, strict=True)]
             if len(self._paths) > 1
             else keys,
             index,
             name=name,
-            labels=folder_labels(keys),
+            labels=labels,
             splits=[split_of(key) for key in keys],
             columns=columns,
             split=split,
@@ -97,7 +97,7 @@ class WebDatasetSource(SampleSource):
             texts_named=texts_named,
             notes=[
                 *notes,
-                *nested_notes(keys),
+                *nested,
                 *unused_notes([name for names, _ in lone for name in names], unused, masks),
             ],
         )
@@ -105,6 +105,9 @@ class WebDatasetSource(SampleSource):
             self.notes += file_split_notes(self._paths)
         if not self.has_images and not self.has_captions:
             raise UserError(f"{name}: holds no images and no captions")
+
+    def _size(self, member: int) -> int:
+        return int(self._places[member, 2])
 
     def _read(self, member: int) -> bytes:
         shard, offset, size = self._places[member].tolist()
