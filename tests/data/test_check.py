@@ -170,3 +170,5 @@ def test_repeated_captions_frames_and_long_texts_are_told(tmp_path):
     assert "             1 caption that their item has already" in lines
     assert "  frames     1 image used by the first alone: pages.tif" in lines
     assert max(map(len, lines)) < 200
+    told = check_parts([Part("image", open_source(str(tmp_path)), range(2))], max_skipped_share=0.01)
+    assert told.endswith("0 of 2 images that were tried cannot be read; of 1 with several frames the first is used")

@@ -171,7 +171,7 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
     Returns the line that `fit` prints first. Raises UserError where more of a table's images do not exist than may be
     skipped, and where more than half of the images that were tried cannot be read.
     """
-    tried, faults = 0, []
+    tried, several, faults = 0, 0, []
     for part in parts:
         if "text" in part.what or not isinstance(part.source, Source):  # encoded data needs no images
             continue
@@ -182,7 +182,9 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
                 f"{max_skipped_share:.1%}: {some(missing, len(missing))}; mend the paths or raise max-skipped-share"
             )
         chosen = [int(part.items[i]) for i in _spread(len(part.items), _SAMPLE)]
-        wrong = [image.fault for image in open_images(part.source, chosen) if image.fault]
+        opened = list(open_images(part.source, chosen))
+        several += sum(image.frames > 1 for image in opened)
+        wrong = [image.fault for image in opened if image.fault]
         if 2 * len(wrong) > len(chosen):
             raise UserError(
                 f"{part.source.name}: {len(wrong)} of {len(chosen)} images that were tried cannot be read, "
@@ -190,8 +192,10 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
             )
         tried += len(chosen)
         faults += wrong
-    opened = f"; {len(faults)} of {tried} images that were tried cannot be read" if tried else ""
-    return ", ".join(part.describe() for part in parts) + opened + (f", such as {faults[0]}" if faults else "")
+    told = f"; {len(faults)} of {tried} images that were tried cannot be read" if tried else ""
+    told += f", such as {faults[0]}" if faults else ""
+    told += f"; of {several} with several frames the first is used" if several else ""
+    return ", ".join(part.describe() for part in parts) + told
 
 
 def _range(numbers: Sequence[int]) -> str:

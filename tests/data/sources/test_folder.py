@@ -221,3 +221,12 @@ def test_a_pipe_is_no_text_to_wait_for(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(UserError, match=r"a\.txt: is not a file"):
         open_source(str(tmp_path))
+
+
+def test_folders_of_classes_beside_a_table_are_named(tmp_path):
+    put(tmp_path / "cat" / "a.png")
+    put(tmp_path / "dog" / "b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\ncat/a.png,one\ndog/b.png,two\n")
+    source = open_source(str(tmp_path))
+    assert source.label(0) is None
+    assert source.notes == ["folders such as cat are no classes beside metadata.csv; add a column label"]

@@ -630,3 +630,16 @@ def test_addresses_of_files(photos):
     shutil.copy(photos / "photos" / "1.png", photos / "photos" / "b c.png")
     source = table(photos, "t.jsonl", [{"image": f"file://{photos}/photos/b%20c.png", "caption": "c"}])
     assert rows_of(source) == [(1, ["c"], None)]
+
+
+def test_a_table_of_texts_beside_images_says_so(photos):
+    note = f"no images: no column names those beside it, such as {photos / 'photos'}"
+    assert table(photos, "t.jsonl", [{"text": "a dog"}]).notes[0].startswith(note)
+    assert open_source(f"{photos}/t.jsonl?image=").notes == []
+    lists = table(photos, "l.jsonl", [{"frames": ["photos/0.png", "photos/1.png"], "text": "a dog"}])
+    assert lists.notes[0].startswith("no images: column 'frames' holds")
+
+
+def test_strange_texts_of_a_column_are_named(photos):
+    source = table(photos, "t.jsonl", [{"image": f"photos/{i}.png", "caption": f"<start> {i} dogs"} for i in range(2)])
+    assert source.notes == ["'<start>', which begins every text, is a part of it"]

@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from diptych.data.sources import open_source
-from diptych.data.sources.text import TextSource, clean, read_text
+from diptych.data.sources.text import TextSource, clean, notes_on_texts, read_text
 from diptych.errors import UserError
 
 
@@ -143,3 +143,23 @@ def test_what_may_be_no_text_is_named(tmp_path):
     ]
     path.write_text("1. a dog\n2. a cat\n")
     assert TextSource([path], name="t").notes == [f"the numbers in front of the lines of {path} are parts of its texts"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "notes"),
+    [
+        (
+            ["the caf\u00c3\u00a9", "a dog"],
+            ["1 of 2 texts that were looked at hold '\u00c3\u00a9', as of a wrong encoding"],
+        ),
+        (
+            ["isn\u00e2\u20ac\u2122t", "a \ufffd"],
+            ["2 of 2 texts that were looked at hold '\u00e2\u20ac\u2122', as of a wrong encoding"],
+        ),
+        (["<start> a dog", "<start> a cat"], ["'<start>', which begins every text, is a part of it"]),
+        (["startseq a dog", "startseq two"], ["'startseq', which begins every text, is a part of it"]),
+        (["a dog", "a cat", "it's \u00c3 la carte, na\u00efve"], []),
+    ],
+)
+def test_mangled_letters_and_marks_are_named(texts, notes):
+    assert notes_on_texts(texts) == notes

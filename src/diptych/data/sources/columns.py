@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from diptych.data.sources.decode import is_image_path
-from diptych.data.sources.text import begins_with_image, clean, says_missing
+from diptych.data.sources.text import begins_with_image, clean, notes_on_texts, says_missing
 from diptych.errors import UserError
 
 Role = Literal["image", "caption", "label"]
@@ -119,7 +119,7 @@ def find_columns(table: Table, *, wanted: Columns, source: str) -> Found:
         for name, values in table.items()
         if wanted.image is None
         and name not in found.captions
-        and ((usual(name, IMAGE_NAMES | {"image_id", "img_id"}) and values) or _all(values, _is_address))
+        and ((usual(name, IMAGE_NAMES | {"image_id", "img_id"}) and values) or _all(values, _names_images))
     ]
     for name in found.captions:
         cells = [value for value in table[name] if isinstance(value, str)]
@@ -157,7 +157,7 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
             notes.append(f"no captions: column {name!r} {what}")
         other = LABEL_NAMES | IMAGE_NAMES | SPLIT_NAMES | FOLDER_NAMES | CAPTION_NAMES
         texts = [name for name, values in table.items() if _could_be_captions(values) and not usual(name, other)]
-        texts = [name for name in texts if name not in (label, split)]
+        texts = [name for name in texts if name not in (label, split) and not _LABEL_LIKE.search(name)]
         if texts and (image is not None or wanted.image == ""):
             notes.append(f"no captions: none of the columns {_listed(texts)} is called like captions")
     for name in captions:
@@ -166,6 +166,7 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
                 f"{source}: column {name!r} holds paths of text files, such as {table[name][0]!r}, which are not read; "
                 "put the captions into the table, or texts of the name of each image beside the images"
             )
+        notes += notes_on_texts([text for value in table[name] for text in captions_of(value)])
         written = [value for value in table[name] if isinstance(value, str) and not _WRITTEN.match(value)]
         cells = [_ENTITY.sub("", value).strip() for value in written]
         for mark in _SEPARATORS:
@@ -205,6 +206,11 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
         embedded=embedded,
         notes=tuple(notes),
     )
+
+
+def _names_images(value: Any) -> bool:
+    """Whether a cell holds an address, or a list with the path of an image."""
+    return _is_address(value) or (isinstance(value, list | tuple) and any(map(is_image_path, value)))
 
 
 def _is_split_cell(value: Any) -> bool:

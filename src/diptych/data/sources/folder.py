@@ -118,6 +118,10 @@ def _open_metadata(
         rows += found
         of_table += [root / table] * len(found)
     source = from_rows(rows, tables=of_table, name=name, columns=columns, split=split, limits=limits, root=root)
+    if source.has_images and not any(source.label(i) for i in range(len(source))):
+        places = [os.path.relpath(source.key(i), root) for i in range(len(source))]
+        if folder := next((label for label in folder_labels(places)[0] if label), None):
+            notes.append(f"folders such as {folder} are no classes beside {tables[0]}; add a column label")
     listed = {source.key(i) for i in range(len(source))} if source.has_images and split is None else None
     if listed is not None:
         unlisted = [

@@ -41,7 +41,7 @@ from diptych.data.sources.columns import (
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
 from diptych.data.sources.rows import SUFFIXES as TABLES
 from diptych.data.sources.table import counted, sample_columns, select_split, some, split_notes, unlabelled_notes
-from diptych.data.sources.text import clean, decode_text, says_missing
+from diptych.data.sources.text import clean, decode_text, notes_on_texts, says_missing
 from diptych.errors import UserError
 
 IMAGE, TEXT, JSON, CLASS = range(4)
@@ -435,6 +435,7 @@ class SampleSource(ABC):
         chosen = [int(i) for i in having[:: max(1, len(having) // _SAMPLE)]]
         both, other, nulls, blank = 0, [], 0, 0
         no_labels: list[Any] = []
+        texts: list[str] = []
         for i in chosen:
             try:
                 fields, text = self._json(i), self._text(i)
@@ -442,6 +443,7 @@ class SampleSource(ABC):
             except UserError:  # it is raised where the item is used
                 continue
             nulls += sum(map(says_missing, text.split("\n")))
+            texts += [line for line in map(clean, text.split("\n")) if line]
             blank += bool(self._slots[i, TEXT] >= 0) and not text.strip()
             if self._found:
                 nulls += sum(says_missing(fields.get(name)) for name in self._found.captions)
@@ -463,6 +465,7 @@ class SampleSource(ABC):
             )
         if nulls:
             notes.append(f"{counted(nulls, 'caption')} such as nan or null {of} taken for missing")
+        notes += notes_on_texts(texts)
         notes += [f"{note} ({of})" for note in unlabelled_notes(no_labels)]
         return notes
 

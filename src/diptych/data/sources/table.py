@@ -79,11 +79,13 @@ def from_rows(
     the images do, as the paths say them, and below ``root`` the folders of the tables.
     """
     sample = sample_columns(rows)
-    notes = []
+    notes: list[str] = []
     if columns.image is None and find_image(sample, None, name) is None:
         columns = replace(columns, image=_column_of_stems(sample, tables[0]))
         notes = [f"images are those that column {columns.image!r} names"] if columns.image else []
     found = find_columns(sample, wanted=columns, source=name)
+    if found.image is None and columns.image is None and not any("no images" in note for note in found.notes):
+        notes = [f"no images: no column names those beside it, such as {near}" for near in _images_near(tables[0])]
     found = replace(found, notes=(*notes, *found.notes))
     if found.embedded:
         raise UserError(f"{name}: images inside a {Path(name).suffix} table are not read; store their paths")
@@ -113,6 +115,15 @@ def _tables_without_captions(rows: Sequence[Row], tables: Sequence[Path], found:
     if not without:
         return []
     return [f"no captions in {some(without, len(without))}: there is no column {' or '.join(found.captions)}"]
+
+
+def _images_near(table: Path) -> list[str]:
+    """An image in the folder of a table or in one just below it; nothing if there is none."""
+    for folder in _folders_below(table.parent, depth=1):
+        for name in os.listdir(folder) if os.access(folder, os.R_OK) else ():
+            if is_image_path(name):
+                return [str(folder / name)]
+    return []
 
 
 def _column_of_stems(sample: Mapping[str, Sequence[Any]], table: Path) -> str | None:
@@ -293,10 +304,10 @@ def _before_upload(value: str) -> list[str]:
     return [] if found is None else [unquote(found[1]), unquote(found[2])]
 
 
-def _folders_below(folder: Path) -> list[Path]:
-    """``folder`` and the folders in it, two deep, at most 300."""
+def _folders_below(folder: Path, depth: int = 2) -> list[Path]:
+    """``folder`` and the folders in it, ``depth`` deep, at most 300."""
     found, level = [folder], [folder]
-    for _ in range(2):
+    for _ in range(depth):
         inner: list[Path] = []
         for parent in level:
             try:

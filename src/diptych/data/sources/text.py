@@ -49,6 +49,10 @@ _NO_TEXTS = {
 """How files begin that are no text, in small letters."""
 _HEADERS = frozenset({"caption", "captions", "text", "texts", "sentence", "description", "prompt"})
 _NUMBERED = re.compile(r"(\d+)[.):]?\s+\S")
+_MANGLED = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00c2[\u00a0-\u00bf]|\u00e2\u20ac.")
+"""UTF-8 that was read as Windows-1252, and characters that were lost."""
+_MARK = re.compile(r"\S*[^\w\s'\"]\S*(?=\s)|startseq\b")
+"""A first word that is no word, such as `<start>` or `caption:`."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ROW = re.compile(r"""["']?(?P<image>[^,;|\t"']+?)["']?(?P<delimiter>\s*[,;|\t]|\s+|$)""")
 
@@ -164,14 +168,27 @@ def begins_with_image(line: str) -> re.Match[str] | None:
     return row if row and is_image_path(row["image"]) else None
 
 
+def notes_on_texts(texts: Sequence[str]) -> list[str]:
+    """What is strange about several texts of one source: letters of a wrong encoding, and marks that begin all."""
+    notes = []
+    if mangled := [found[0] for text in texts if (found := _MANGLED.search(text))]:
+        notes.append(
+            f"{len(mangled):,} of {len(texts):,} texts that were looked at hold {mangled[0]!r}, as of a wrong encoding"
+        )
+    marks = {mark[0] if (mark := _MARK.match(text)) else "" for text in texts}
+    if len(texts) > 1 and len(marks) == 1 and (mark := marks.pop()):
+        notes.append(f"{mark!r}, which begins every text, is a part of it")
+    return notes
+
+
 def _text_notes(path: Path, lines: Sequence[str]) -> list[str]:
     """What of the first lines may be meant for something else than a text."""
     sample = [line.strip() for line in lines[:50] if line.strip()]
-    notes = []
+    notes = notes_on_texts(sample)
     if len(sample) > 1 and sample[0].lower() in _HEADERS:
         notes.append(f"the first line of {path} is the text {sample[0]!r}; remove it if it names a column")
     numbers = [number[1] for line in sample if (number := _NUMBERED.match(line))]
-    if len(sample) > 1 and len(numbers) == len(sample) == len(set(numbers)):
+    if len(sample) > 1 and len(numbers) == len(sample) == len(set(numbers)):  # 1 2 3, not 2 2 2
         notes.append(f"the numbers in front of the lines of {path} are parts of its texts")
     return notes
 
