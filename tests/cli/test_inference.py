@@ -526,6 +526,25 @@ def test_several_captions_of_each_image(call, run, set_of_images, tmp_path, mist
     mistaken(call("caption", run, set_of_images, "--best-of", 1), "--best-of 1: must be 2 or more")
 
 
+def test_captions_have_a_confidence_where_a_run_is_calibrated(call, run, set_of_images, tmp_path, mistaken):
+    status, out, err = call("caption", run, "--calibrate", "scenes:?split=test&count=120")
+    assert (status, out) == (0, "")
+    assert "right in every attribute; on 60 other captions" in err
+    assert sorted(path.name for path in (run / "confidence").iterdir()) == ["confidence.json", "reliability.svg"]
+    record = json.loads(call("caption", run, set_of_images / "00.png", "--json")[1])
+    assert record["confidence"] == 0  # random weights are never right
+    assert call("caption", run, set_of_images, "--out", tmp_path / "a.csv")[0] == 1
+    assert (tmp_path / "a.csv").read_text().splitlines()[0] == "file_name,caption,score,confidence"
+    assert len(open_source(str(tmp_path / "a.csv"))) == 37
+    assert call("caption", run, set_of_images, "--out", tmp_path / "a.tasks.json")[0] == 1
+    assert json.loads((tmp_path / "a.tasks.json").read_text())[0]["predictions"][0]["score"] == 0
+    _, out, err = call("caption", run, set_of_images / "00.png", "--json", "--beams", 3)
+    assert "confidence" not in json.loads(out)
+    assert "is of other weights or settings and is not used" in err
+    mistaken(call("caption", run, "--calibrate", "scenes:"), "has learned from these pairs")
+    mistaken(call("caption", run, "--calibrate", "data.valid"), "had no --data.valid")
+
+
 def test_captioning_that_is_killed_goes_on(call, run, set_of_images, tmp_path, mistaken, monkeypatch):
     from diptych.data import caption_file
 
@@ -575,3 +594,26 @@ def test_app_tells_mistakes_before_it_loads_anything(call, run, tmp_path, mistak
         monkeypatch.setenv(name, "")
     monkeypatch.setitem(sys.modules, "gradio", None)
     mistaken(call("app", run, "--port", "0"), "pip install 'diptych[app]'")
+
+
+@pytest.mark.filterwarnings("ignore:Covariance")
+def test_protocols_cycles_and_sweeps(call, run, dual_run, tmp_path, mistaken):
+    status, out, err = call("evaluate", run, "--data", TEST, "--protocol", "coco-fid30k", "--steps", 1)
+    assert (status, err) == (0, "")
+    assert "1 steps, guidance 0" in out
+    assert "DEPARTS: 8 images, not 30,000" in out
+    assert f"DEPARTS: {TEST} names the split test: the protocol has captions of the training split" in out
+    status, out, err = call("evaluate", run, "--data", "scenes:?count=3", "--cycles", 1, "--out", tmp_path / "cycles")
+    assert (status, err) == (0, "")
+    assert (
+        "from_text/image_attributes"
+        in json.loads((tmp_path / "cycles/metrics.json").read_text())["cycles"][str(run)][0]
+    )
+    few = ["--guidance", 0, "--temperature", 1, "--beams", 1, "--length-power", 0, "--limit", 3]
+    status, out, err = call("sweep", run, "scenes:?count=3", "--out", tmp_path / "sweep", *few)
+    assert (status, err) == (0, "")
+    assert "best for captions: beams 1, length_power 0" in out
+    mistaken(call("sweep", run, TEST, "--out", tmp_path / "one", "--limit", 1), "--limit 1")
+    mistaken(call("evaluate", run, "--data", TEST, "--against", run), "--against", "--cycles")
+    mistaken(call("evaluate", run, "--data", TEST, "--cycles", 1, "--beams", 2), "--cycles", "--beams")
+    mistaken(call("evaluate", dual_run, "--data", TEST, "--protocol", "coco-karpathy"), dual_run, "itit recipe")

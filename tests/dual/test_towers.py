@@ -28,6 +28,8 @@ from transformers import (
 )
 
 from diptych.data.scenes import ScenesSource
+from diptych.data.sources import open_source
+from diptych.dual.data import CaptionIds
 from diptych.dual.evaluation import evaluate_dual_run
 from diptych.dual.export import save_open_clip
 from diptych.dual.model import DualEncoder, DualEncoderConfig
@@ -39,7 +41,7 @@ from diptych.errors import UserError
 from diptych.registry import RECIPES
 from diptych.run_folder import read_config
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.train.pace import Budget
+from diptych.train.pace import Budget, RunPlan, StageCost
 
 TEXTS = ["a small red circle", "a blue square in the top left on a white background"]
 
@@ -316,6 +318,24 @@ def test_a_budget_takes_as_many_images_as_fit(towers, tmp_path, monkeypatch, cap
     assert len(np.load(states / "states.npy")) == int(told[1])
     assert json.loads((tmp_path / "budget.json").read_text())["decisions"]["images"] == int(told[1])
     assert read_config(tmp_path)["run"]["train"]["batch_size"] <= int(told[1])
+
+
+@pytest.mark.parametrize("recipe", ["clip-frozen", "slip-frozen", "ito-frozen"])
+def test_features_get_the_time_that_training_does_not_need(recipe, towers, tmp_path, monkeypatch):
+    monkeypatch.setattr("diptych.dual.training.seconds_of_states", lambda *arguments: 1.0)
+    run = small_run(towers, recipe, steps=8)
+    source = open_source(run.data.pairs)
+    model = run._model(source, tmp_path)
+    captions = CaptionIds.read(source, np.arange(len(source)), model.ids)
+    assert 0 < run._seconds_of_training(model, captions) < 20
+
+    def images(seconds: float) -> int:
+        monkeypatch.setattr(type(run), "_seconds_of_training", lambda *_: seconds)
+        plan = RunPlan([StageCost(name=recipe, steps=8)], budget=Budget(0.4))
+        return run._affordable_items(model, source, captions, plan)
+
+    # 22 of the 24 seconds are left, one for each image.
+    assert [images(seconds) for seconds in (0.0, 8.0, 1e9)] == pytest.approx([18, 13, 10], abs=1)
 
 
 def test_validation_equals_evaluate(done, tmp_path):

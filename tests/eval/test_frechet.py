@@ -1,8 +1,12 @@
 """Frechet distance against scipy and closed forms, and the feature extractors."""
 
+import hashlib
 import json
 import math
+import sys
+import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +16,15 @@ from torch.nn import functional as F
 
 from diptych.errors import UserError
 from diptych.eval.frechet import (
+    FID_WEIGHTS,
     FeatureStatistics,
     HubExtractor,
     RandomFeatures,
     TorchScriptExtractor,
     feature_statistics,
     frechet_distance,
+    metric_name,
+    open_extractor,
 )
 
 # The distance
@@ -244,3 +251,85 @@ def test_torchscript_extractor(tmp_path):
         TorchScriptExtractor(tmp_path / "broken.pt")
     with pytest.raises(UserError, match="is not a file"):
         TorchScriptExtractor(tmp_path / "absent.pt")
+
+
+# FID
+
+
+def test_the_distance_is_that_of_pytorch_fid_and_clean_fid():
+    """Both compute |m - m|^2 + tr(S) + tr(S) - 2 tr(sqrtm(S S)) with numpy's covariance, on 32-bit features."""
+    a, b = (draw(300, 40, seed).float() for seed in (1, 2))
+    means, covariances = [x.double().numpy().mean(0) for x in (a, b)], [np.cov(x.double().numpy().T) for x in (a, b)]
+    difference = means[0] - means[1]
+    root = sqrtm(covariances[0] @ covariances[1]).real
+    expected = difference @ difference + np.trace(covariances[0] + covariances[1] - 2 * root)
+    assert frechet_distance(of(a), of(b)).value == pytest.approx(expected, abs=1e-3)
+
+
+def scripted(path) -> str:
+    class Means(torch.nn.Module):
+        def forward(self, x):
+            return x.float().mean((2, 3))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Means()).save(str(path))
+    return str(path)
+
+
+def test_only_the_weights_of_fids_inception_are_called_fid(tmp_path, monkeypatch):
+    path = scripted(tmp_path / "inception-2015-12-05.pt")
+    assert metric_name(open_extractor(path)) == "frechet/inception-2015-12-05.pt"
+    assert metric_name(RandomFeatures()) == "frechet/random-conv-0"
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    monkeypatch.setitem(FID_WEIGHTS, digest, "this file")
+    assert metric_name(open_extractor(path)) == "fid"
+
+
+@pytest.fixture
+def pytorch_fid(monkeypatch):
+    """A package with the names that are used of pytorch_fid; fetching weights fails the test."""
+    inception = types.ModuleType("pytorch_fid.inception")
+
+    def fetch(*_, **__):
+        raise AssertionError("weights were fetched")
+
+    class InceptionV3(torch.nn.Module):
+        DEFAULT_BLOCK_INDEX = 3
+
+        def __init__(self, blocks):
+            super().__init__()
+            assert blocks == [3]
+            self.scale = torch.nn.Linear(1, 1, bias=False)
+            self.scale.load_state_dict(inception.load_state_dict_from_url("https://weights", progress=True))
+
+        def forward(self, x):
+            return [self.scale(x.mean((2, 3))[..., None])[..., None]]
+
+    inception.InceptionV3, inception.load_state_dict_from_url = InceptionV3, fetch
+    package = types.ModuleType("pytorch_fid")
+    package.inception = inception
+    monkeypatch.setitem(sys.modules, "pytorch_fid", package)
+    monkeypatch.setitem(sys.modules, "pytorch_fid.inception", inception)
+    return inception
+
+
+def test_weights_of_pytorch_fid_are_read_from_the_file_and_never_fetched(tmp_path, pytorch_fid):
+    path = tmp_path / "weights.pth"
+    torch.save({"weight": torch.tensor([[2.0]])}, path)
+    fetch = pytorch_fid.load_state_dict_from_url
+    extractor = open_extractor(str(path))
+    assert pytorch_fid.load_state_dict_from_url is fetch
+    features = extractor(torch.full((2, 3, 8, 8), 51, dtype=torch.uint8))
+    torch.testing.assert_close(features, torch.full((2, 3), 0.4))
+    assert metric_name(extractor) == "frechet/weights.pth"
+    torch.save({"other": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=r"weights\.pth: not the weights of pytorch-fid's Inception"):
+        open_extractor(str(path))
+
+
+def test_weights_of_pytorch_fid_without_the_package_name_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_fid", None)
+    (tmp_path / "weights.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"pip install 'diptych\[fid\]'"):
+        open_extractor(str(tmp_path / "weights.pth"))

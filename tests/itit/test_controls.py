@@ -1,11 +1,13 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diptych.data.batch import PairExamples
 from diptych.data.scenes import ScenesSource
+from diptych.errors import UserError
 from diptych.itit import controls
 from diptych.itit.controls import regression_on_pixels, seconds_trained
 from diptych.itit.data import DataConfig
@@ -48,3 +50,13 @@ def test_stopping_waits_for_five_evaluations_without_a_lower_loss(tmp_path, loss
     held = PairExamples(tokens_BN=ids_BL, ids_BL=ids_BL, valid_BL=ids_BL > 0)
     stopping = controls._EarlyStopping(held, tmp_path)
     assert stopping._over(every * len(losses)) == over
+
+
+def test_a_control_that_stopped_early_is_not_waited_for(tmp_path, monkeypatch):
+    dead = SimpleNamespace(start=lambda: None, is_alive=lambda: False, terminate=lambda: None, join=lambda: None)
+    monkeypatch.setattr(controls.multiprocessing, "get_context", lambda kind: SimpleNamespace(Process=lambda **_: dead))
+    with (
+        pytest.raises(UserError, match="paired_only: the control stopped early"),
+        controls.controls_beside(RUN, tmp_path, ScenesSource(level=1, split="test")) as finished,
+    ):
+        finished("paired_only")

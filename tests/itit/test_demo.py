@@ -39,7 +39,7 @@ def trained_before(run, out, test):
     train_watched(alone, inputs, out / "paired_only", test, title="pairs only")
     shutil.copytree(out / "paired_only", out / "paired_only_longer")
     train_stopped(alone, inputs, out / "paired_only_stopped", test)
-    yield
+    yield lambda name: out / name
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import torch
 
 from diptych.itit import objective as module
 from diptych.itit.generation import ImageGenerationConfig
-from diptych.itit.model import ITIT, Masking, shift_right
-from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, LossWeights
+from diptych.itit.model import ITIT, Masking, MaskingConfig, sample_masking, shift_right
+from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, LossWeights, TeacherHead
 from diptych.nn.functional import token_loss
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
@@ -161,13 +161,14 @@ def test_the_frozen_text_encoder_is_not_in_the_checkpoint(model, text_encoder):
 
 def test_an_averaged_teacher_synthesises_and_never_learns(model, text_encoder, batch):
     taught = objective(model, text_encoder, teacher="ema", teacher_decay=0.5)
+    taught.start_step(0)
     taught.train()(batch, 0).total.backward()
     assert all(p.grad is None for p in taught.teacher.parameters())
     with torch.no_grad():
         model.image_bias += 1.0
     before = taught.teacher.image_bias.clone()
+    taught.start_step(1)
     taught(batch, 1)
-    torch.testing.assert_close(taught.teacher.image_bias, (before + model.image_bias) / 2)
     taught(batch, 1)  # a second micro-batch of the same step
     torch.testing.assert_close(taught.teacher.image_bias, (before + model.image_bias) / 2)
     assert [name for name in taught.state_dict() if name.startswith("teacher.")]
@@ -375,3 +376,90 @@ def test_no_image_is_generated_for_the_features_of_one(reader, text_encoder, mon
     network, batch = reader
     monkeypatch.setattr(module, "generate_image_tokens", lambda *_, **__: pytest.fail("an image was generated"))
     assert objective(network, text_encoder).t2i2t_loss(batch["texts"], batch.rng).isfinite()
+
+
+# A frozen teacher of the encoder
+
+
+def taught(model, batch, width=7):
+    """A head that the features of a teacher, random ones of ``width``, decide, and a batch that has them."""
+    features_XT = torch.randn(12, width, generator=torch.Generator().manual_seed(3)) * 5 + 2
+    torch.manual_seed(4)
+    head = TeacherHead(features_XT[:8], width=model.config.width)
+    streams = dict(batch.streams)
+    streams["pairs"] = replace(batch["pairs"], teacher_features_BT=features_XT[:8])
+    streams["images"] = replace(batch["images"], teacher_features_BT=features_XT[8:])
+    return head, replace(batch, streams=streams)
+
+
+def test_the_teacher_loss_is_the_mean_cosine_over_captioned_and_bare_images(model, text_encoder, batch):
+    head, with_features = taught(model, batch)
+    whole = MaskingConfig(low=0.0, high=0.0, mode=0.0)
+    config = ItitObjectiveConfig(cycle_start_step=9, text_masking=whole)
+    made = ItitObjective(model, text_encoder, config, teacher_head=head).eval()
+    losses = made(with_features, 0)
+    found = []
+    for stream, step in (("pairs", 2), ("images", 1)):
+        images = with_features[stream]
+        tokens_BN, features_BT = images.tokens_BN[step - 1 :: step], images.teacher_features_BT[step - 1 :: step]
+        shown = sample_masking(
+            whole,
+            len(tokens_BN),
+            tokens_BN.shape[1],
+            rng=with_features.rng,
+            name=f"teacher/{stream}",
+            device=tokens_BN.device,
+        )
+        encoded = model.encode(model.embed_image(tokens_BN), hidden_BN=shown.hidden_BN, keep_BK=shown.keep_BK)
+        known = with_features["pairs"].teacher_features_BT
+        wanted_BT = (features_BT - known.mean(0)) / known.std(0, correction=0)
+        predicted_BT = head.layers(encoded.image_BKD.mean(1))
+        found += (-(predicted_BT * wanted_BT).sum(1) / predicted_BT.norm(dim=1) / wanted_BT.norm(dim=1)).split(1)
+    expected = torch.stack([torch.cat(found[:4]).mean(), torch.cat(found[4:]).mean()]).mean()
+    torch.testing.assert_close(losses.terms["teacher"], expected.detach())
+    others = sum(value for name, value in losses.terms.items() if name != "teacher")
+    torch.testing.assert_close(losses.total.detach(), others + 0.5 * losses.terms["teacher"])
+
+
+def test_the_teacher_trains_the_encoder_and_its_head_alone(model, text_encoder, batch):
+    head, with_features = taught(model, batch)
+    weights = LossWeights(**(NOTHING | {"teacher": 1.0}))
+    made = ItitObjective(model, text_encoder, ItitObjectiveConfig(weights=weights), teacher_head=head)
+    made(with_features, 0).total.backward()
+    names = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert has(names, ENCODER)
+    assert not has(names, (*IMAGE_DECODER, *TEXT_DECODER))
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in head.parameters())
+    grouped = {id(p) for group in made.parameter_groups() for p in group["params"]}
+    assert {id(p) for p in (*model.parameters(), *head.parameters())} == grouped
+
+
+def test_without_a_teacher_nothing_of_it_is_computed(model, text_encoder, batch):
+    """The losses are the same to the last bit, whatever its weight and whether the data has features."""
+    plain = objective(model, text_encoder)(batch, 0)
+    _, with_features = taught(model, batch)
+    other = objective(model, text_encoder, weights=LossWeights(teacher=9.0))(with_features, 0)
+    assert torch.equal(plain.total, other.total)
+    assert all(torch.equal(plain.terms[name], other.terms[name]) for name in plain.terms | other.terms)
+
+
+def test_without_bare_images_the_teacher_teaches_on_pairs(model, text_encoder, batch):
+    head, with_features = taught(model, batch)
+    config = ItitObjectiveConfig(images="off", texts="off", cycle_start_step=9)
+    made = ItitObjective(model, text_encoder, config, teacher_head=head).eval()
+    streams = {"pairs": with_features["pairs"]}
+    assert made(replace(with_features, streams=streams), 0).terms["teacher"].isfinite()
+
+
+def test_the_head_learns_what_the_encoder_tells_of_an_image(model, text_encoder, batch):
+    head, with_features = taught(model, batch)
+    weights = LossWeights(**(NOTHING | {"teacher": 1.0}))
+    config = ItitObjectiveConfig(weights=weights, cycle_start_step=999)
+    made = ItitObjective(model, text_encoder, config, teacher_head=head)
+    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+    for step in range(60):
+        losses = made(replace(with_features, rng=StepRNG(0, step)), step)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+    assert losses.terms["teacher"] < -0.7

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from diptych.data.scenes import ScenesSource
@@ -487,3 +488,47 @@ def test_captions_that_agree_with_the_features_come_first(tmp_path, image_encode
         features_BG = images.image_features_BG[row].expand(len(found), -1)
         agreement = reader.agreement(features_BG, diptych.text_encoder.features(ids_BL, valid_BL), valid_BL)
         assert (agreement.diff() <= 1e-3).all()
+
+
+# A frozen teacher of the encoder
+
+
+def test_a_teacher_is_cached_resumed_and_dropped(done, tmp_path, image_encoder):
+    out, run = tmp_path / "run", replace(tiny_run(), tokenizer=str(done), text_encoder=str(done), teacher=image_encoder)
+    run.fit(out, recipe="itit-tiny")
+    taught = losses_of(out)
+    assert all(-1 <= line["loss/teacher"] <= 1 for line in taught)
+    for subset in ("pairs", "images"):
+        assert np.load(out / "encoded" / subset / "teacher_features.npy").shape[1] == 24
+        tokens = [np.load(folder / "encoded" / subset / "tokens.npy") for folder in (out, done)]
+        assert np.array_equal(*tokens)  # reading images once more for the teacher changes no token
+    assert not (out / "encoded" / "texts" / "teacher_features.npy").exists()
+    assert not any("teacher" in name for name in load_file(out / "model" / "model.safetensors"))
+    shutil.rmtree(image_encoder)  # the run folder needs nothing outside it
+    halves, checkpoints = tmp_path / "halves", out / "checkpoints"
+    shutil.copytree(out, halves)
+    shutil.rmtree(halves / "checkpoints")
+    replace(run, train=replace(run.train, steps=2)).fit(halves, recipe="itit-tiny")
+    run.fit(halves, recipe="itit-tiny")
+    ended = [
+        load_file(next(folder.glob("step-00000004")) / "model.safetensors")
+        for folder in (checkpoints, halves / "checkpoints")
+    ]
+    assert any("teacher_head" in name for name in ended[0])
+    assert all(np.array_equal(ended[0][name], ended[1][name]) for name in ended[0])
+    shutil.rmtree(out / "stages" / "teacher")  # nothing of it is needed to caption
+    assert Diptych.from_pretrained(out).caption(list(VALID.images(range(2), 32)))
+    with pytest.raises(UserError, match="begun with another teacher"):
+        replace(run, teacher=None).fit(halves, recipe="itit-tiny")
+
+
+def test_without_a_teacher_a_run_is_what_it_was(done, tmp_path):
+    """Against the weights of a run of the same settings whose loss weight of the absent teacher differs."""
+    run = replace(tiny_run(valid="scenes:?split=test&count=6"), tokenizer=str(done), text_encoder=str(done))
+    run.objective.weights.teacher = 3.0
+    run.fit(tmp_path / "run", recipe="itit-tiny")
+    first, second = losses_of(done), losses_of(tmp_path / "run")
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+    run.objective.weights.teacher = 0.0
+    with pytest.raises(UserError, match="--teacher teaches nothing"):
+        replace(run, teacher="vit").check()

@@ -34,10 +34,17 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("able", "expected"), [({"avx512_bf16": True}, True), ({"avx512_f": True}, False), ({}, False)]
+    ("able", "kernels", "expected"),
+    [
+        ({"avx512_bf16": True}, "AVX512", True),
+        ({"avx512_bf16": True}, "AVX2", False),  # ATEN_CPU_CAPABILITY=avx2
+        ({"avx512_f": True}, "AVX512", False),
+        ({}, "AVX2", False),
+    ],
 )
-def test_a_cpu_takes_bf16_only_where_it_has_instructions_for_it(monkeypatch, able, expected):
+def test_a_cpu_takes_bf16_only_where_torch_uses_instructions_for_it(monkeypatch, able, kernels, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
     cpu = torch.device("cpu")
     for precision, bf16 in (("auto", expected), ("bf16", True), ("fp32", False)):
         with autocast(cpu, precision):

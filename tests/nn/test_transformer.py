@@ -47,6 +47,19 @@ def test_a_prefix_that_is_only_read_leaves_the_same_keys_and_values(blocks):
     torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("wanted", [slice(3), slice(3, None)])
+@pytest.mark.parametrize("attend", [None, prefix_causal(3, 4), torch.ones(2, 1, 1, 7, dtype=torch.bool).tril(3)])
+def test_wanted_positions_are_those_of_the_whole(blocks, wanted, attend):
+    x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    whole, part = blocks(x, attend=attend)[:, wanted], blocks(x, attend=attend, wanted=wanted)
+    torch.testing.assert_close(part, whole)
+    inputs = (x, *blocks.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(part.square().sum(), inputs), torch.autograd.grad(whole.square().sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_a_cache_goes_on_with_the_rows_that_are_kept():
     cache = LayerCache(torch.arange(8.0).view(2, 1, 4, 1), torch.arange(8.0).view(2, 1, 4, 1), length=3)
     cache.keep(torch.tensor([1]))

@@ -1,17 +1,24 @@
 """The losses of the image tokenizer, its discriminator and its perceptual distance."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from diptych.data.batch import Batch, ImageExamples
+from diptych.data.sources import open_finite
+from diptych.data.sources.columns import Columns
+from diptych.data.splits import Subset
 from diptych.errors import UserError
 from diptych.rng import StepRNG
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, nearest_codes
+from diptych.tokenizers.training import TokenizerStage
 from diptych.tokenizers.vqgan import (
     VQGAN,
     Codebook,
@@ -25,6 +32,8 @@ from diptych.tokenizers.vqgan import (
     psnr,
     sample_rows,
 )
+from diptych.train.checkpoint import newest
+from diptych.train.config import OptimConfig, TrainConfig
 
 # The objective
 
@@ -200,7 +209,24 @@ def backbone(tmp_path_factory):
         torch.manual_seed(0)
         config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
         ResNetModel(config).save_pretrained(folder)
+    return with_pixels(folder)
+
+
+def with_pixels(folder: Path, mean: float = 0.4) -> str:
+    """Write how the model of ``folder`` sees pixels."""
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    settings |= {"image_mean": [mean] * 3, "image_std": [0.2] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return str(folder)
+
+
+@pytest.fixture
+def vit(tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8), add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+    return with_pixels(tmp_path / "vit")
 
 
 def test_edge_distance_by_hand():
@@ -220,9 +246,10 @@ def test_edge_distance_minds_blur_more_than_l1_does():
     assert edge_distance(blurred, sharp) > 10 * edge_distance(darker, sharp)
 
 
-def test_network_tells_images_apart_and_gives_gradient_to_the_output_only(backbone):
-    network = PerceptualNetwork(backbone)
-    output, target = images(seed=0).requires_grad_(), images(seed=1).requires_grad_()
+@pytest.mark.parametrize("kind", ["backbone", "vit"])
+def test_network_tells_images_apart_and_gives_gradient_to_the_output_only(kind, request):
+    network = PerceptualNetwork(request.getfixturevalue(kind), image_size=16)
+    output, target = (images(seed=seed)[..., :16, :16].clone().requires_grad_() for seed in (0, 1))
     assert network(target, target).item() == 0
     distance = network(output, target)
     assert distance > 0.01
@@ -232,30 +259,106 @@ def test_network_tells_images_apart_and_gives_gradient_to_the_output_only(backbo
     assert all(weight.grad is None and not weight.requires_grad for weight in network.parameters())
 
 
-def test_network_has_one_map_per_layer_and_stays_in_evaluation_mode(backbone):
-    network = PerceptualNetwork(backbone).train()
+def test_network_compares_the_last_layer_of_each_resolution_and_stays_in_evaluation_mode(backbone):
+    network = PerceptualNetwork(backbone, image_size=16).train()
     assert not any(module.training for module in network.modules())
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    assert [layer.shape[1] for layer in network.features(images())] == [4, 4, 8]
+    assert [layer.shape[1:] for layer in network.features(images())] == [(4, 4, 4), (8, 2, 2)]
     for name, buffer in network.named_buffers():
         assert torch.equal(buffer, before[name]), name
 
 
-def test_missing_weights_are_a_user_error(backbone, tmp_path):
-    from safetensors.torch import load_file, save_file
+def test_a_model_of_one_resolution_is_compared_at_four_depths_in_its_own_size(vit):
+    network = PerceptualNetwork(vit, image_size=16)
+    assert (network.layers, network.input_size) == ([2, 3, 4, 6], 32)
+    small = images()[..., :16, :16]
+    assert [layer.shape[1:] for layer in network.features(small)] == [(17, 8)] * 4
 
+
+def test_network_is_lpips_without_learned_weights_on_normalized_pixels(backbone):
+    from transformers import ResNetModel
+
+    output, target = images(seed=0), images(seed=1)
+    model = ResNetModel.from_pretrained(backbone).eval()
+
+    def layers(image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return model((image - 0.4) / 0.2, output_hidden_states=True).hidden_states[1:]  # the stem has a stage's size
+
+    with torch.no_grad():
+        unit = [[layer / layer.norm(dim=1, keepdim=True) for layer in layers(image)] for image in (output, target)]
+        expected = [(left - right).square().sum(1).mean() for left, right in zip(*unit, strict=True)]
+        found = PerceptualNetwork(backbone, image_size=32)(output, target)
+    torch.testing.assert_close(found, torch.stack(expected).mean(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_objective_uses_it_and_does_not_save_it(backbone):
+    made = objective(dataclasses.replace(PLAIN, perceptual=backbone, perceptual_weight=0.5))
+    plain = objective(PLAIN)
+    assert made.state_dict().keys() == plain.state_dict().keys()
+    made.eval(), plain.eval()
+    losses, edges = made(batch(), 1), plain(batch(), 1)
+    assert losses.terms["pixel"] == edges.terms["pixel"]
+    torch.testing.assert_close(losses.total - 0.5 * losses.terms["perceptual"], edges.total - edges.terms["perceptual"])
+    found, without = gradients(losses.total, made), gradients(edges.total, plain)
+    assert found.keys() == without.keys()
+    assert not torch.equal(
+        found["tokenizer.network.decoder.conv_in.weight"], without["tokenizer.network.decoder.conv_in.weight"]
+    )
+
+
+def test_a_run_with_it_resumes_exactly_and_knows_its_weights(backbone, tmp_path):
+    def fit(out: Path, *, steps: int) -> dict[str, torch.Tensor]:
+        stage = TokenizerStage(
+            model=SMALL,
+            objective=dataclasses.replace(PLAIN, perceptual=str(tmp_path / "judge")),
+            train=TrainConfig(steps=steps, batch_size=4, tensorboard=False, workers=0, device="cpu"),
+            optim=OptimConfig(schedule="constant", warmup_steps=1),
+        )
+        source = open_finite("scenes:?count=12", Columns())
+        stage.fit([Subset(source, np.arange(12))], out)
+        checkpoint, _ = newest(out / "checkpoints")
+        return checkpoint.tensors("model")
+
+    shutil.copytree(backbone, tmp_path / "judge")
+    whole = fit(tmp_path / "whole", steps=4)
+    fit(tmp_path / "halves", steps=2)
+    resumed = fit(tmp_path / "halves", steps=4)
+    assert whole.keys() == resumed.keys()
+    assert not any(name.startswith("perceptual") for name in whole)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    weights = load_file(tmp_path / "judge" / "model.safetensors")
+    weights["embedder.embedder.convolution.weight"] *= 2
+    save_file(weights, tmp_path / "judge" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="perceptual"):
+        fit(tmp_path / "halves", steps=6)
+
+
+@pytest.mark.parametrize("model", ["text", "run"])
+def test_what_gives_no_features_of_places_is_a_user_error_of_one_line(model, tmp_path):
+    if model == "text":
+        from transformers import BertConfig, BertModel
+
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        BertModel(BertConfig(**sizes, vocab_size=20)).save_pretrained(tmp_path)
+        with_pixels(tmp_path)
+    with pytest.raises(UserError, match=r"no features of single places|cannot be loaded") as error:
+        PerceptualNetwork(str(tmp_path), image_size=16)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_weights_are_a_user_error(backbone, tmp_path):
     for file in Path(backbone).iterdir():
         shutil.copy(file, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("embedder.embedder.convolution.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="missing"):
-        PerceptualNetwork(str(tmp_path))
+        PerceptualNetwork(str(tmp_path), image_size=16)
 
 
 def test_a_folder_without_a_backbone_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="no vision model") as error:
-        PerceptualNetwork(str(tmp_path))
+    with pytest.raises(UserError, match="cannot be loaded as a vision model") as error:
+        PerceptualNetwork(str(tmp_path), image_size=16)
     assert "\n" not in str(error.value)
 
 

@@ -5,12 +5,21 @@ hook for every second step.
 """
 
 import argparse
+import json
+import os
+import signal
 import time
 from pathlib import Path
 
+from torch import nn
 from toy_objective import Toy, config, optim, toy_batches
 
 from diptych.train.loop import Hook, train
+
+
+def total(module: nn.Module) -> float:
+    """The sum of all weights, whole ones."""
+    return sum(float(parameter.double().sum()) for parameter in module.parameters())
 
 
 def main() -> None:
@@ -20,15 +29,34 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.0, help="seconds per step")
     parser.add_argument("--late-from", type=int, default=3, help="step at which the toy's second term starts")
     parser.add_argument("--may-skip-parameters", type=int, help="overrides what the toy says of itself")
+    parser.add_argument("--die-at", type=int, help="step at which the second process is killed")
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--settings", type=json.loads, default={}, help="other fields of the training, as JSON")
     options = parser.parse_args()
     hooks: list[Hook] = []
+
+    def on_step(step: int) -> None:
+        time.sleep(options.pause)
+        if step == options.die_at and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
     for count in options.steps:
         toy = Toy(late_from=options.late_from)
         if options.may_skip_parameters is not None:
             toy.may_skip_parameters = bool(options.may_skip_parameters)
-        toy.on_step = lambda step: time.sleep(options.pause)
-        train(toy, toy_batches, out=options.out, train=config(steps=count), optim=optim(), hooks=hooks)
-        hooks = [Hook(every=2, run=lambda step, objective: {"score": step})]
+        toy.on_step = on_step
+        result = train(
+            toy,
+            toy_batches,
+            out=options.out,
+            train=config(steps=count, **options.settings),
+            optim=optim(name=options.optimizer),
+            hooks=hooks,
+        )
+        hooks = [Hook(every=2, run=lambda step, objective: {"score": step, "sum": total(objective)})]
+        with result.eval_mode(toy):
+            averaged = total(toy)
+        print(f"SUMS {total(toy):.6f} {averaged:.6f}", flush=True)  # of every process
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from toy_objective import Toy, assert_same, optim, toy_batches, weights_of
 from diptych.errors import UserError
 from diptych.train import checkpoint
 from diptych.train.checkpoint import BestWeights, Ema, Score, TrainState, patience_is_over, select_best
+from diptych.train.distributed import Devices
 from diptych.train.optim import make_optimizer, trained_groups
 
 TENSORS = {"model": {"a": torch.arange(6.0).view(2, 3).T}, "optimizer": {"m/a": torch.ones(2)}}
@@ -115,9 +116,9 @@ def make(seed=0, width=8, name="adamw"):
     toy = Toy(seed=seed, width=width)
     toy.register_buffer("count", torch.zeros(()))
     toy.register_buffer("scratch", torch.zeros(2), persistent=False)
-    return toy, TrainState(
-        toy, make_optimizer(trained_groups(toy, weight_decay=0.0), optim(name=name)), Ema(toy, decay=0.9)
-    )
+    placed = Devices(device="cpu", precision="fp32").place(toy)
+    optimizer = make_optimizer(trained_groups(toy, weight_decay=0.0), optim(name=name))
+    return toy, TrainState(placed, optimizer, Ema(placed.parameters, decay=0.9))
 
 
 def step(toy, state, at):
@@ -162,7 +163,8 @@ def test_frozen_weights_are_saved_only_if_they_moved(tmp_path):
 def test_tied_weights_are_saved_once(tmp_path):
     toy, _ = make()
     toy.late.weight = toy.head.weight
-    state = TrainState(toy, make_optimizer(trained_groups(toy, weight_decay=0.0), optim()), None)
+    placed = Devices(device="cpu", precision="fp32").place(toy)
+    state = TrainState(placed, make_optimizer(trained_groups(toy, weight_decay=0.0), optim()), None)
     step_names = state.tensors()["model"].keys()
     assert "head.weight" in step_names
     assert "late.weight" not in step_names
@@ -181,7 +183,7 @@ def test_the_average_is_the_recurrence():
     module = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         module.weight.fill_(1.0)
-    ema = Ema(module, decay=0.15)
+    ema = Ema(dict(module.named_parameters()), decay=0.15)
     shadow = 1.0
     for step in range(4):
         with torch.no_grad():
@@ -194,7 +196,7 @@ def test_the_average_is_the_recurrence():
 
 def test_weights_come_back_even_after_an_error():
     module = nn.Linear(2, 2)
-    ema = Ema(module, decay=0.5)
+    ema = Ema(dict(module.named_parameters()), decay=0.5)
     own = module.weight.detach().clone()
     ema.weights["weight"].zero_()
 

@@ -1,9 +1,14 @@
+import json
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from every_objective import MAKE, fit
 from toy_objective import Toy, config, losses_of, optim, read_metrics, toy_batches, weights_of
 
 from diptych.errors import UserError
@@ -18,13 +23,14 @@ from diptych.train.distributed import (
 from diptych.train.loop import train
 
 SCRIPT = Path(__file__).with_name("run_toy.py")
+EVERY = Path(__file__).with_name("every_objective.py")
 
 
-def launch(out, *options: object) -> subprocess.CompletedProcess[str]:
-    """run_toy.py in two processes that torchrun starts."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", str(SCRIPT), str(out), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+def launch(out, *options: object, script: Path = SCRIPT, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """A script, run_toy.py by default, in processes that torchrun starts."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", str(script), str(out), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
 
 @pytest.mark.parametrize("late_from", [0, 3])
@@ -53,6 +59,84 @@ def test_an_objective_that_skips_parameters_unannounced_is_stopped(tmp_path):
     done = launch(tmp_path, 6, "--late-from=3", "--may-skip-parameters=0")
     assert done.returncode != 0
     assert "not used in producing loss" in done.stderr
+
+
+FSDP = json.dumps({"parallel": "fsdp", "ema": 0.9})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_parts_of_the_weights_train_as_the_whole(tmp_path, optimizer):
+    """Losses, what an evaluation sees, and the weights in the end on each process are those of one process, which has
+    them whole; also after a resume, and also with parameters that the first steps leave without a gradient."""
+    options = ["--late-from=3", f"--optimizer={optimizer}"]
+    done = launch(tmp_path / "two", 6, 10, *options, f"--settings={FSDP}")
+    assert done.returncode == 0, done.stderr
+    alone = [sys.executable, SCRIPT, tmp_path / "one", "6", "10", *options, '--settings={"ema": 0.9}']
+    one_done = subprocess.run(alone, capture_output=True, text=True, check=True)
+    two, one = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    for ours, theirs in zip(two, one, strict=True):
+        for name in theirs.keys() - {"seconds", "evaluation_seconds"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
+    sums, wanted = (
+        [[float(n) for n in pair] for pair in re.findall(r"SUMS (-?\d+\.\d{6}) (-?\d+\.\d{6})", output)]
+        for output in (done.stdout, one_done.stdout)
+    )
+    assert sorted(sums) == [pytest.approx(each, abs=1e-4) for each in sorted(wanted * 2)]
+
+
+def test_a_process_that_dies_ends_the_job_with_its_reason_and_the_same_command_goes_on(tmp_path):
+    began = time.monotonic()
+    done = launch(tmp_path, 10, "--die-at=6", f"--settings={FSDP}")
+    assert done.returncode != 0
+    assert time.monotonic() - began < 60
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert "another process of this run has died" in done.stderr
+    assert [step for step, _ in losses_of(tmp_path)] == list(range(1, 7))
+    again = launch(tmp_path, 10, f"--settings={FSDP}")
+    assert "continuing after step 4" in again.stdout + again.stderr
+    assert [step for step, _ in losses_of(tmp_path)] == list(range(1, 11))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    """Every objective, trained by two processes that have a part of the weights each."""
+    out = tmp_path_factory.mktemp("sharded")
+    settings = {name: {"parallel": "fsdp", "checkpoint_every": 2} for name in MAKE}
+    settings["itit"]["checkpoint_activations"] = settings["ito"]["checkpoint_activations"] = True
+    done = launch(out, json.dumps(settings), script=EVERY)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_every_objective_trains_in_parts_as_in_one_process(sharded, tmp_path, name):
+    fit(name, tmp_path)
+    for ours, alone in zip(read_metrics(sharded / name), read_metrics(tmp_path), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(alone[key], rel=1e-5), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 4])
+def test_another_number_of_processes_continues(sharded, tmp_path, processes):
+    names = ["itit", "vqgan", "siglip"]
+    shutil.copytree(sharded, tmp_path / "run", ignore=lambda folder, found: {*MAKE} - {*names} & {*found})
+    settings = {"parallel": "fsdp", "shard_group": min(2, processes)}
+    done = launch(tmp_path / "run", json.dumps(dict.fromkeys(names, settings)), 8, script=EVERY, processes=processes)
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        fit(name, tmp_path / name, steps=8)
+        torch.testing.assert_close(losses_of(tmp_path / "run" / name), losses_of(tmp_path / name), rtol=1e-5, atol=0)
+
+
+def test_activations_are_computed_anew_at_the_same_losses(tmp_path):
+    for name in ("itit", "clip-chunks"):
+        fit(name, tmp_path / "kept")
+        fit(name, tmp_path / "anew", checkpoint_activations=True)
+        assert losses_of(tmp_path / "anew") == losses_of(tmp_path / "kept")
+        shutil.rmtree(tmp_path / "kept")
+        shutil.rmtree(tmp_path / "anew")
 
 
 def test_one_process_is_the_main_one_and_waits_for_nobody():

@@ -162,7 +162,8 @@ def offered(offer: Offer) -> str:
         for number, each in enumerate(offer.candidates, start=1)
     )
     image = image_tag(offer.image, alt="")
-    return f'<p class="key">{escape(offer.name)}</p><article class="found">{image}<ol>{rows}</ol></article>'
+    sure = "" if offer.confidence is None else f"; confidence of the first caption {offer.confidence:.0%}"
+    return f'<p class="key">{escape(offer.name)}{sure}</p><article class="found">{image}<ol>{rows}</ol></article>'
 
 
 def finding(found: Finding, source: Source) -> str:

@@ -32,6 +32,7 @@ from diptych.dual.evaluation import pair_fits as dual_pair_fits
 from diptych.dual.model import DualEncoder
 from diptych.errors import UserError
 from diptych.io import write_bytes
+from diptych.itit.confidence import Confidence, made_by
 from diptych.itit.evaluation import pair_fits as itit_pair_fits
 from diptych.itit.pipeline import Caption, Diptych
 
@@ -155,13 +156,16 @@ class Offer:
     """uint8 [S S 3]."""
     candidates: Sequence[Caption]
     """Best first; at least one."""
+    confidence: float | None = None
+    """Expected quality of the first candidate, from 0 to 1, where the run is calibrated."""
 
 
 class Offers:
     """The images of :class:`Labels` for all users of the page, each image to one of them."""
 
-    def __init__(self, labels: Labels, diptych: Diptych) -> None:
-        self.labels, self.diptych = labels, diptych
+    def __init__(self, labels: Labels, diptych: Diptych, *, confidence: Confidence | None = None) -> None:
+        """``confidence``: that of the captions of :func:`label_confidence`."""
+        self.labels, self.diptych, self.confidence = labels, diptych, confidence
         order = torch.randperm(len(labels.open), generator=torch.Generator().manual_seed(0)).tolist()
         self._waiting = [labels.open[place] for place in order]
         self._ready: list[Offer] = []
@@ -215,9 +219,25 @@ class Offers:
         self._seen_MD = np.concatenate([seen_MD, features_ND])
         nothing = [Caption(text="", score=None)]
         self._ready += [
-            Offer(item=items[n], name=self.labels.names[items[n]], image=images[n], candidates=found[n] or nothing)
+            Offer(
+                item=items[n],
+                name=self.labels.names[items[n]],
+                image=images[n],
+                candidates=found[n] or nothing,
+                confidence=self._confidence_of(found[n]),
+            )
             for n in order
         ]
+
+    def _confidence_of(self, candidates: Sequence[Caption]) -> float | None:
+        if self.confidence is None or not candidates or candidates[0].score is None:
+            return None
+        return self.confidence(candidates[0].score)
+
+
+def label_confidence(run: Path, diptych: Diptych) -> Confidence | None:
+    """The confidence of the captions that :class:`Offers` proposes, if the run was calibrated for their beams."""
+    return Confidence.of(run, made_by(diptych, beams=None, candidates=_BEAMS))
 
 
 # The Audit tab

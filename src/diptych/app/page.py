@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -18,7 +19,7 @@ from fastapi import FastAPI
 
 from diptych.app import answers
 from diptych.app.answers import Drawing
-from diptych.app.decisions import Offer, Offers
+from diptych.app.decisions import Offer, Offers, label_confidence
 from diptych.app.runs import Given, Tab, read_images
 from diptych.app.serve import MAX_FILE_MB, WAITING
 from diptych.errors import UserError
@@ -303,7 +304,8 @@ class _Desk:
 def _label(given: Given, opened: gr.Tab, page: gr.Blocks) -> None:
     labels = given.labels
     assert labels is not None
-    offers = Offers(labels, next(iter(given.networks("itit").values())))
+    name, diptych = next(iter(given.networks("itit").items()))
+    offers = Offers(labels, diptych, confidence=label_confidence(Path(name), diptych))
 
     def show(desk: _Desk, caption: str | None = None) -> tuple[str, str, str, _Desk]:
         counts = labels.counts()

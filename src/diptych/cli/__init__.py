@@ -18,6 +18,7 @@ from diptych.cli.inference import (
     export,
     imagine,
     search,
+    sweep,
 )
 from diptych.cli.training import demo, encode, features, fit, fit_for_help, recipes
 from diptych.errors import Interrupted, UserError
@@ -44,6 +45,7 @@ COMMANDS = {
     "app": app,
     "export": export,
     "evaluate": evaluate,
+    "sweep": sweep,
 }
 
 

@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import SUFFIXES, UnreadableImage, decode
 from diptych.data.sources.open import Source, Spec, find_files, open_finite
+from diptych.data.sources.remote import is_remote
 from diptych.errors import UserError
 
 
@@ -68,7 +69,7 @@ def check_is_text(text: str, *, instead: str) -> None:
 
 
 def _images_of(place: str) -> list[NamedImage]:
-    if not place.startswith(("scenes:", "hub:")) and (files := _image_files(place)):
+    if not place.startswith(("scenes:", "hub:")) and not is_remote(place) and (files := _image_files(place)):
         return [NamedImage(str(file), partial(decode, file)) for file in files]
     source = open_finite(place, Columns())
     if not source.has_images:

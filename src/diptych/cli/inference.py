@@ -4,6 +4,7 @@ Imports are inside the functions, after all arguments have been looked at: --hel
 """
 
 import json as json_format  # commands have a parameter `json`
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from diptych.cli.images import ImageArguments
+    from diptych.itit.confidence import Confidence
     from diptych.itit.pipeline import Caption, Diptych
     from diptych.nn.inference import Prediction
 
@@ -39,6 +41,7 @@ def caption(
     json: bool = False,
     out: Path | None = None,
     all: bool = False,
+    calibrate: str | None = None,
     beams: int | None = None,
     candidates: int = 1,
     best_of: int | None = None,
@@ -58,13 +61,16 @@ def caption(
             writes it, or .tasks.json for Label Studio. `sidecars` writes a text beside each image file, where there is
             none.
         all: With --out, also caption images that have captions already. Texts beside images are never replaced.
+        calibrate: Captioned images that the run has not learned from, or `data.valid` for those it was scored on in
+            training. What scores are worth on them is written into RUN/confidence; from then on --json, --out and the
+            page tell the confidence of each caption. No other images need be given.
         beams: Number of beams of the search; 1 is greedy. Default: the setting of the run.
         candidates: Number of different captions of each image that --json and --out tell, the best first.
         best_of: Number of captions of the beam search that are ranked anew, by how probable they make the image.
             Default: they are ranked by the beam search.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
-    if not images:
+    if not images and calibrate is None:
         raise UserError("no image given: diptych caption RUN IMAGE...")
     check_finished(run, "itit")
     at_least_one("--beams", beams)
@@ -81,16 +87,23 @@ def caption(
         from diptych.data.caption_file import check_format
 
         check_format(out)
+    if calibrate is not None:
+        _calibrate(run, calibrate, beams=beams, ranked=ranked, device=device)
+        if not images:
+            return
     given = _image_arguments(images)
 
     if out is not None:
         _caption_into(out, given, run=run, every=all, beams=beams, ranked=ranked, device=device)
         return
     diptych = open_itit(run, device)
+    confidence = _confidence(run, diptych, beams=beams, ranked=ranked) if json else None
     alone = len(images) == len(given.images) == 1
     for names, pixels in given.batches(diptych.image_size):
         for name, several in zip(names, _captions(diptych, pixels, beams=beams, ranked=ranked), strict=True):
             record: dict[str, Any] = {"file": name, "caption": several[0].text, "score": several[0].score}
+            if confidence is not None and several[0].score is not None:
+                record["confidence"] = confidence(several[0].score)
             if candidates > 1:
                 record["candidates"] = [{"caption": each.text, "score": each.score} for each in several]
             line = json_format.dumps(record, ensure_ascii=False) if json else several[0].text
@@ -105,6 +118,41 @@ def _captions(
     if ranked:
         return diptych.candidates(pixels, count=ranked["candidates"], best_of=ranked["best_of"], beams=beams)
     return [[found] for found in diptych.captions(pixels, beams=beams)]
+
+
+def _calibrate(run: Path, spec: str, *, beams: int | None, ranked: dict[str, Any], device: Device) -> None:
+    """Write RUN/confidence, and say on stderr what it is worth: stdout is for captions."""
+    from diptych.data.sources import open_finite, require_pairs
+    from diptych.data.sources.columns import Columns
+    from diptych.run_folder import read_config
+
+    data = read_config(run)["run"]["data"] if (run / "config.json").is_file() else {}
+    if spec == "data.valid" and not data.get("valid"):
+        raise UserError(f"--calibrate data.valid: {run} had no --data.valid; give captioned images it has not seen")
+    if spec == data.get("pairs"):
+        raise UserError(
+            f"--calibrate {spec}: the run has learned from these pairs; give captioned images it has not seen"
+        )
+    own = spec == "data.valid"
+    source = open_finite(data["valid"] if own else spec, Columns(**data["columns"]) if own else Columns())
+    require_pairs(source, spec)
+    from diptych.itit.confidence import calibrate
+    from diptych.report.terminal import ProgressLine
+
+    found = calibrate(open_itit(run, device), source, beams=beams, advance=ProgressLine("calibrating"), **ranked)
+    where = found.save(run)
+    print(f"{found.told()}; written to {where}", file=sys.stderr)
+
+
+def _confidence(run: Path, diptych: "Diptych", *, beams: int | None, ranked: dict[str, Any]) -> "Confidence | None":
+    """The confidence of captions of these settings, if the run was calibrated for them."""
+    from diptych.itit.confidence import Confidence, made_by
+
+    found = Confidence.of(run, made_by(diptych, beams=beams, **ranked))
+    if found is None and (run / "confidence").is_dir():
+        line = f"{run}/confidence is of other weights or settings and is not used; --calibrate makes it anew"
+        print(f"diptych: {line}", file=sys.stderr)
+    return found
 
 
 def _caption_into(
@@ -125,6 +173,7 @@ def _caption_into(
     captioned = len(given.images) - len(images)
     names = [image.name for image in images]
     diptych = open_itit(run, device)
+    confidence = None if out == Path("sidecars") else _confidence(run, diptych, beams=beams, ranked=ranked)
     file: CaptionFile | Sidecars
     if out == Path("sidecars"):
         file = Sidecars(names)
@@ -146,7 +195,7 @@ def _caption_into(
                 for name, each in zip(batch, found, strict=True)
             ]
         )
-    file.finish(names)
+    file.finish(names, confidence=confidence)
     more = f", {begun:,} of them before" if begun else ""
     left = f"; {captioned:,} that have captions left out" if captioned else ""
     print(f"{given.used + begun:,} images captioned{more}{left}: {file.where}")
@@ -509,8 +558,14 @@ def evaluate(
     run: RunArg,
     *,
     data: str,
+    protocol: Literal["coco-karpathy", "coco-fid30k"] | None = None,
+    cycles: int | None = None,
+    against: tuple[Path, ...] = (),
     limit: int | None = None,
     beams: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    temperature: float | None = None,
     seed: int = 0,
     features: str | None = None,
     baseline_encoder: str | None = None,
@@ -532,11 +587,18 @@ def evaluate(
         run: Run folder of any recipe but text-encoder and uml-ssl.
         data: Source of images with captions or labels that the run has not seen.
         limit: Number of images to score, the first of the source. Scores of different subsets are not comparable.
+        protocol: ITIT: protocol of published numbers. coco-karpathy scores captions by 4 beams against all references,
+            coco-fid30k 30,000 images generated from captions drawn by --seed. What was done is printed and written.
+        cycles: ITIT: score so many rounds of cycle generation instead, each against what the cycle began with.
+        against: ITIT: runs whose cycles are scored too and stand in the same figure, e.g. one on the pairs alone.
         beams: ITIT: number of beams of the search for captions; 1 is greedy. Default: the setting of the run.
+        steps: ITIT: number of steps of parallel decoding of an image. Default: the setting of the run.
+        guidance: ITIT: strength of guidance towards the text; 0 is none. Default: the setting of the run.
+        temperature: ITIT: noise in the order in which tokens are chosen. Default: the setting of the run.
         seed: ITIT: seed of the generated images.
         features: ITIT, image tokenizer: features of the Frechet distance, as folder or hub name of a vision model of
-            transformers, or as TorchScript file (an Inception network gives FID). Default: a random network, which
-            needs no download.
+            transformers, or as TorchScript file, or as .pth file of pytorch-fid (extra `fid`). It is called FID only
+            with the weights of FID's Inception. Default: a random network, which needs no download.
         baseline_encoder: ITIT, dual encoder: pretrained image encoder, by folder, hub name or package, whose features
             also find the nearest images for the baselines. Default: that of an ITIT run, none for a dual encoder.
         train: Dual encoder: source of labelled images to fit a linear probe to.
@@ -554,6 +616,19 @@ def evaluate(
     check_finished(run, kind)
     at_least_one("--limit", limit)
     at_least_one("--beams", beams)
+    at_least_one("--steps", steps)
+    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
+    drawn = {name: value for name, value in given.items() if value is not None}
+    if kind != "itit" and (protocol or cycles or drawn):
+        flags = "--protocol, --cycles, --steps, --guidance and --temperature"
+        raise UserError(f"{run}: {flags} are for runs of an itit recipe")
+    at_least_one("--cycles", cycles)
+    if against and not cycles:
+        raise UserError("--against: runs are compared by their cycles: give --cycles too")
+    if cycles and (protocol or beams):
+        raise UserError("--cycles scores the run's own captions: leave --protocol and --beams away")
+    for other in against:
+        check_finished(other, "itit")
     out = _free_folder(run, out)
     from diptych.data.sources import open_source
 
@@ -589,7 +664,82 @@ def evaluate(
         from diptych.itit.evaluation import EvaluateConfig, evaluate_run
 
         config = EvaluateConfig(limit=limit, beams=beams, seed=seed, max_skipped_share=max_skipped_share)
+        if drawn:
+            from diptych.itit.pipeline import generation_of
+
+            config.image_generation = replace(generation_of(run)[0], **drawn)
+        if protocol is not None:
+            from diptych.itit.protocols import evaluate_protocol
+
+            evaluate_protocol(run, data, source, config, protocol=protocol, features=features, out=out, device=device)
+            return
+        if cycles is not None:
+            from diptych.itit.protocols import evaluate_cycles
+
+            evaluate_cycles(
+                [run, *against], data, source, config, rounds=cycles, features=features, out=out, device=device
+            )
+            return
         evaluate_run(run, source, config, features=features, encoder=baseline_encoder, out=out, device=device)
+
+
+def sweep(
+    run: RunArg,
+    source: SourceArg,
+    *,
+    out: Path,
+    guidance: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0),
+    temperature: tuple[float, ...] = (1.0, 4.0, 16.0, 32.0),
+    beams: tuple[int, ...] = (1, 4, 8),
+    length_power: tuple[float, ...] = (0.0, 0.6, 1.0),
+    steps: int | None = None,
+    limit: int = 500,
+    seed: int = 0,
+    features: str | None = None,
+    device: Device = "auto",
+) -> None:
+    """Score an ITIT run over a grid of settings: temperature and guidance of images, beams and length of captions.
+
+    Images are scored by the Frechet distance, captions by CIDEr-D, in a table and a figure of each. The source is to be
+    validation data. A command that was stopped goes on where it was when it is repeated.
+
+    Args:
+        run: Run folder of an itit recipe.
+        source: Source of captioned images that the run has not seen, and on which it is not to be scored later.
+        out: Folder for the scores and figures.
+        guidance: Strengths of guidance of images; with none given, images are left out.
+        temperature: Temperatures of images: noise in the order in which tokens are chosen.
+        beams: Numbers of beams of captions; with none given, captions are left out.
+        length_power: Powers of the length penalty of captions: larger ones favour longer captions.
+        steps: Number of steps of an image. Default: the setting of the run.
+        limit: Number of images, the first of the source.
+        seed: Seed of the generated images.
+        features: Features of the Frechet distance, as for `diptych evaluate`.
+        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+    """
+    check_finished(run, "itit")
+    at_least_one("--steps", steps)
+    if limit < 2:
+        raise UserError(f"--limit {limit}: must be 2 or more, as one image gives no score")
+    for number in beams:
+        at_least_one("--beams", number)
+    if not (guidance and temperature) and not (beams and length_power):
+        raise UserError("nothing to sweep: give --guidance and --temperature, or --beams and --length-power")
+    from diptych.data.sources import open_source
+
+    opened = open_source(source)
+    from diptych.itit.sweep import SweepConfig, sweep_run
+
+    config = SweepConfig(
+        guidance=guidance,
+        temperature=temperature,
+        beams=beams,
+        length_power=length_power,
+        steps=steps,
+        limit=limit,
+        seed=seed,
+    )
+    sweep_run(run, source, opened, config, features=features, out=out, device=device)
 
 
 def _free_folder(run: Path, out: Path | None) -> Path:

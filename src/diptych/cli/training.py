@@ -7,6 +7,7 @@ import ast
 import inspect
 import itertools
 import json
+import re
 import shutil
 import textwrap
 import time
@@ -68,16 +69,28 @@ def demo(*, out: Path = Path("runs/demo"), quick: bool = False, from_scratch: bo
 def recipes() -> None:
     """List the recipes, with the cost and the expected result of each."""
     from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
 
     from diptych.registry import RECIPES
 
     console = Console(highlight=False)
     console.print(_COSTS, markup=False)
     for name, recipe in RECIPES.items():
-        summary, _, rest = (recipe.__doc__ or "").strip().partition("\n")
-        console.print(f"[bold]{name}[/bold]  {summary}")
-        for line in rest.strip().splitlines():
-            console.print(f"    {line.strip()}", markup=False)
+        summary, *rest = _paragraphs(recipe.__doc__ or "")
+        console.print()
+        console.print(Text.assemble((name, "bold"), "  ", summary))
+        for paragraph in rest:
+            if paragraph.startswith("Command: "):
+                console.print(f"    {paragraph}", markup=False, soft_wrap=True)  # one line, to be copied
+            else:
+                console.print(Padding(Text(paragraph), (0, 0, 0, 4)))
+
+
+def _paragraphs(doc: str) -> list[str]:
+    """The paragraphs of a recipe's docstring, each on one line. A line that begins with a label begins one too."""
+    blocks = re.split(r"\n\s*\n|\n\s*(?=(?:Command|Cost|Expected|Scores|With [^\n]*):)", doc.strip())
+    return [" ".join(block.split()) for block in blocks]
 
 
 def encode(

@@ -1,8 +1,8 @@
 """The batch of one training step: examples of every stream, and the step's random numbers.
 
 Shapes: B rows of a stream on this process, N image tokens, L text tokens, F width of features, G width of a pretrained
-encoder's image features, S positions of a feature sequence, D width of a feature vector, H and W pixels, V views of an
-image, M captions of an image.
+encoder's image features, T width of a teacher's, S positions of a feature sequence, D width of a feature vector, H and
+W pixels, V views of an image, M captions of an image.
 """
 
 from collections.abc import Mapping
@@ -49,6 +49,8 @@ class ImageTokenExamples(Examples):
     tokens_BN: Int[Tensor, "B N"]
     image_features_BG: Float[Tensor, "B G"] | None = None
     """Features of a pretrained image encoder; None where the run has none."""
+    teacher_features_BT: Float[Tensor, "B T"] | None = None
+    """Features of the vision model that teaches the encoder; None where the run has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,7 @@ class PairExamples(Examples):
     valid_BL: Bool[Tensor, "B L"]
     features_BLF: Float[Tensor, "B L F"] | None = None
     image_features_BG: Float[Tensor, "B G"] | None = None
+    teacher_features_BT: Float[Tensor, "B T"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class MadeCaption:
     """Length-normalized log-probability; None with one beam."""
     candidates: list[str] = field(default_factory=list)
     """This caption and others, the best first, where several were asked for."""
+    confidence: float | None = None
+    """Its expected quality, from 0 to 1, where the scores of the run are calibrated."""
 
 
 class CaptionFile:
@@ -66,9 +68,14 @@ class CaptionFile:
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, order: Sequence[str]) -> None:
-        """Write the file, its rows in the given order of images, and remove what it was made from."""
+    def finish(self, order: Sequence[str], *, confidence: Callable[[float], float] | None = None) -> None:
+        """Write the file, its rows in the given order of images, and remove what it was made from.
+
+        ``confidence`` is that of a score.
+        """
         rows = [self.made[name] for name in dict.fromkeys(order) if name in self.made]
+        if confidence is not None:
+            rows = [replace(row, confidence=None if row.score is None else confidence(row.score)) for row in rows]
         write_bytes(self.out, _form(self.out)(rows, self.out))
         self._partial.unlink()
 
@@ -104,7 +111,7 @@ class Sidecars:
             if not text.exists():
                 write_bytes(text, (each.caption + "\n").encode())
 
-    def finish(self, order: Sequence[str]) -> None:
+    def finish(self, order: Sequence[str], *, confidence: Callable[[float], float] | None = None) -> None:
         """Nothing: every text was whole when it was written."""
 
 
@@ -127,8 +134,9 @@ _COLUMNS = ["file_name", "caption", "score"]
 
 
 def _record(row: MadeCaption, out: Path) -> dict[str, Any]:
-    """A row of a table. All rows of a file have candidates, or none has."""
+    """A row of a table. All rows of a file have a confidence, or none has; so it is with candidates."""
     record = dict(zip(_COLUMNS, (path_in_table(row.file, out), row.caption, row.score), strict=True))
+    record |= {"confidence": row.confidence} if row.confidence is not None else {}
     return record | ({"candidates": row.candidates} if row.candidates else {})
 
 
@@ -141,7 +149,9 @@ def _parquet(rows: Sequence[MadeCaption], out: Path) -> bytes:
     import pyarrow.parquet
 
     text = pyarrow.string()
-    types = {"file_name": text, "caption": text, "score": pyarrow.float32(), "candidates": pyarrow.list_(text)}
+    number = pyarrow.float32()
+    types = {"file_name": text, "caption": text, "score": number, "confidence": number}
+    types["candidates"] = pyarrow.list_(text)
     records = [_record(row, out) for row in rows]
     names = list(records[0]) if records else _COLUMNS
     table = {name: pyarrow.array([record[name] for record in records], types[name]) for name in names}
@@ -165,7 +175,10 @@ def _tasks(rows: Sequence[MadeCaption], out: Path) -> bytes:
     tasks = []
     for row in rows:
         part = {"from_name": "caption", "to_name": "image", "type": "textarea", "value": {"text": [row.caption]}}
-        predictions = [{"model_version": "diptych", "result": [part]}]
+        prediction: dict[str, Any] = {"model_version": "diptych", "result": [part]}
+        if row.confidence is not None:  # by which Label Studio can order the tasks
+            prediction["score"] = row.confidence
+        predictions = [prediction]
         tasks.append({"data": {"image": LOCAL_FILES + path_in_table(row.file, out)}, "predictions": predictions})
     return json.dumps(tasks, ensure_ascii=False).encode()
 

@@ -16,7 +16,8 @@ from jaxtyping import UInt8
 
 from diptych.data.sources.columns import joined_labels
 from diptych.data.sources.decode import UnreadableImage, header
-from diptych.data.sources.open import HasFiles, HasNotes, HasSides, KeptSource, Source, find_files
+from diptych.data.sources.open import HasFiles, HasNotes, HasSides, KeptSource, Source, find_files, remote_files
+from diptych.data.sources.remote import is_remote
 from diptych.data.sources.table import TableSource, counted, some
 from diptych.errors import UserError
 
@@ -259,13 +260,17 @@ def content_digest(source: Source) -> str:
 
     It covers all captions and image files where these lie in a folder or are listed in a table, and the files
     themselves of tars, parquet and texts. Where they are more than 256 MB together, sizes and blocks stand for files.
-    Neither their dates nor the place of the folder count, so that a data set may be copied.
+    Neither their dates nor the place of the folder count, so that a data set may be copied. Of files behind an address
+    it covers the sizes and stamps that their server tells.
     """
     if isinstance(source, KeptSource):
         inner = content_digest(source.source).encode()
         return hashlib.blake2b(inner + source.keep_file.read_bytes(), digest_size=8).hexdigest()
     if source.name.startswith(("scenes:", "hub:")):
         return ""
+    if is_remote(source.name):
+        told = " ".join(file.identity for file in remote_files(source.name))
+        return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
     try:
         places = find_files(source.name)
     except UserError:  # a source that was made in Python

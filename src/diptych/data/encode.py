@@ -34,6 +34,12 @@ class DataTokenizers:
     image_features: Callable[[Tensor], Tensor] | None = None
     """uint8 pixels [B 3 S S] to features of a pretrained encoder [B G], which are stored in half precision. They need
     ``tokenize_images`` beside them."""
+    teacher_size: int = 0
+    """Pixels of a side of the images that ``teacher_features`` takes. They are read apart, so that the tokens of an
+    image do not depend on a teacher."""
+    teacher_features: Callable[[Tensor], Tensor] | None = None
+    """uint8 pixels [B 3 H W] to features of the model that teaches [B T], which are stored in half precision. They need
+    ``tokenize_images`` beside them."""
     tokenize_texts: Callable[[list[str]], Tensor] | None = None
     """Texts to ids [B L], padded with 0."""
     text_features: Callable[[Tensor], Tensor] | None = None
@@ -106,6 +112,11 @@ def _encode_chunk(
             arrays["tokens"] = tokenizers.tokenize_images(pixels_B3SS).cpu().numpy().astype(np.int32)
             if tokenizers.image_features is not None:
                 arrays["image_features"] = tokenizers.image_features(pixels_B3SS).half().cpu().numpy()
+            if tokenizers.teacher_features is not None:
+                size = tokenizers.teacher_size
+                pixels, _ = read_images(source, items, size=size, skipped=skipped, threads=threads)
+                features = tokenizers.teacher_features(channels_first(pixels))
+                arrays["teacher_features"] = features.half().cpu().numpy()
     if tokenizers.tokenize_texts is not None:
         captions = [source.captions(int(item)) for item in items]
         arrays["counts"] = np.array([len(texts) for texts in captions], np.int32)

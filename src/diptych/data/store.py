@@ -4,7 +4,8 @@
 vectors. Every array is an ordinary ``NAME.npy``, which `numpy.load` reads too. Beside the arrays lies ``keys.txt`` with
 a name for each item.
 
-Shapes: B rows, N image tokens, L text tokens, F width of the text features, G width of the image features.
+Shapes: B rows, N image tokens, L text tokens, F width of the text features, G width of the image features,
+T width of the teacher's features.
 """
 
 import json
@@ -177,6 +178,7 @@ class Store:
     counts.npy     [items]           number of captions of each item, if there are captions
     features.npy   [captions, L, F]  features of the frozen text encoder, optional
     image_features.npy [items, G]    features of a pretrained image encoder, optional
+    teacher_features.npy [items, T]  features of the vision model that teaches the encoder, optional
     keys.txt       a name for each item
     """
 
@@ -246,7 +248,8 @@ class Store:
                 ids_BL=ids,
                 valid_BL=valid,
                 features_BLF=features,
-                image_features_BG=self._read_image_features(item),
+                image_features_BG=self._read_features("image_features", item),
+                teacher_features_BT=self._read_features("teacher_features", item),
             )
 
         return Stream(size=len(items), take=take)
@@ -257,7 +260,9 @@ class Store:
         def take(index: np.ndarray, epoch: np.ndarray) -> ImageTokenExamples:
             item = items[index]
             return ImageTokenExamples(
-                tokens_BN=self._read_tokens(item), image_features_BG=self._read_image_features(item)
+                tokens_BN=self._read_tokens(item),
+                image_features_BG=self._read_features("image_features", item),
+                teacher_features_BT=self._read_features("teacher_features", item),
             )
 
         return Stream(size=len(items), take=take)
@@ -276,10 +281,10 @@ class Store:
     def _read_tokens(self, items: np.ndarray) -> Tensor:
         return _to_torch(self.arrays["tokens"][items])
 
-    def _read_image_features(self, items: np.ndarray) -> Tensor | None:
-        if "image_features" not in self.arrays:
+    def _read_features(self, name: str, items: np.ndarray) -> Tensor | None:
+        if name not in self.arrays:
             return None
-        return torch.from_numpy(self.arrays["image_features"][items].astype(np.float32))
+        return torch.from_numpy(self.arrays[name][items].astype(np.float32))
 
     def _read_texts(self, captions: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
         """Ids [B L], which of them are valid [B L] and, where they are stored, their features [B L F]."""

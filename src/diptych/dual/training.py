@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data.batch import CaptionedImageExamples
+from diptych.data.batch import CaptionedImageExamples, CaptionedStateExamples
 from diptych.data.check import Part, check_parts, content_digest
 from diptych.data.pixels import ReadableImages, SkippedItems
 from diptych.data.sources import Source, open_finite, open_source, require_pairs
@@ -48,7 +48,7 @@ from diptych.train.distributed import is_main_process, join_processes, main_proc
 from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.objective import Objective
-from diptych.train.pace import Budget, RunPlan, StageCost
+from diptych.train.pace import Budget, RunPlan, StageCost, training_seconds
 
 _SHOWN, _FOUND = 6, 3
 """Number of texts on the sheet of samples, and of images that are shown for each."""
@@ -60,8 +60,8 @@ _VALID_SHARE = 0.04
 """Share of a budget that one validation takes at most."""
 _VALID_ONCE_SHARE = 0.1
 """The same for frozen towers, which compute the features of a validation once."""
-_FEATURES_SHARE = 0.6
-"""Share of what is left of a budget that the features of frozen towers take at most."""
+_LEAST_FEATURES, _MOST_FEATURES = 0.5, 0.85
+"""Shares of what is left of a budget between which the features of frozen towers get what training does not need."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,7 +113,7 @@ class DualRun:
         states = None
         if isinstance(model, TowersEncoder) and model.frozen:
             seconds = affordable._remember_validation(model, out)
-            captions = captions.first_items(self._affordable_items(model, source, captions, plan.budget))
+            captions = captions.first_items(self._affordable_items(model, source, captions, plan))
             states = self._states(model, source, captions, out, skipped)
             affordable._lower_batch(len(states.rows_N))
 
@@ -262,22 +262,46 @@ class DualRun:
             precision=self.train.precision,
         )
 
-    def _affordable_items(
-        self, model: TowersEncoder, source: Source, captions: CaptionIds, budget: Budget | None
-    ) -> int:
-        """Number of captioned images whose features a budget has time for: all of them, if there is none."""
+    def _affordable_items(self, model: TowersEncoder, source: Source, captions: CaptionIds, plan: RunPlan) -> int:
+        """Number of captioned images whose features a budget has time for beside the steps of the recipe.
+
+        All of them, if there is no budget.
+        """
+        budget = plan.budget
         if budget is None:
             return len(captions.items)
 
         def decide() -> int:
-            assert budget is not None
             each = seconds_of_states(model, source, captions, self._states_config(model))
-            return min(len(captions.items), max(2, int(_FEATURES_SHARE * budget.left() / each)))
+            training = self._seconds_of_training(model, captions)
+            left = plan.seconds_for(plan.costs[0].name)
+            features = min(max(left - training, _LEAST_FEATURES * left), _MOST_FEATURES * left)
+            return min(len(captions.items), max(2, int(features / each)))
 
         fits = budget.decision("images", decide)
         if fits < len(captions.items):
             print(f"features: {fits:,} of {len(captions.items):,} images fit into the budget", flush=True)
         return fits
+
+    def _seconds_of_training(self, model: TowersEncoder, captions: CaptionIds) -> float:
+        """Seconds of all steps, by trial steps on random states, as there are none of images yet."""
+        config, rows = self._states_config(model), self.train.batch_size
+        longest = int(np.diff(captions.starts)[: rows * self.objective.captions].max()) if config.keep_tokens else 0
+        shape = (rows, len(config.views), model.image_tokens if config.keep_tokens else 1, model.image_tower_width)
+        random = torch.Generator().manual_seed(0)
+        images = torch.randn(shape, generator=random)
+        texts = torch.randn(rows, self.objective.captions, 1 + longest, model.text_tower_width, generator=random)
+        valid = torch.ones(rows, self.objective.captions, longest, dtype=torch.bool)
+
+        def take(index: np.ndarray, epoch: np.ndarray) -> CaptionedStateExamples:
+            return CaptionedStateExamples(images_BVSF=images, texts_BMLF=texts, valid_BML=valid)[: len(index)]
+
+        def make(run: DualRun) -> tuple[Objective, BatchSampler]:
+            objective = run._objective(copy.deepcopy(model))
+            stream: Stream[Any] = Stream(size=rows, take=take)
+            return objective, BatchSampler({"pairs": stream}, multiples=objective.streams, batch_size=rows, seed=0)
+
+        return training_seconds(self, make)
 
     def _states(
         self, model: TowersEncoder, source: Source, captions: CaptionIds, out: Path, skipped: SkippedItems

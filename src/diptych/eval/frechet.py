@@ -3,6 +3,7 @@
     d^2 = |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)
 
 where mu and C are mean and covariance of the features of either set (Dowson and Landau 1982; Heusel et al. 2017).
+It is called FID only where the features are those of FID's Inception network, told by the checksum of its weights.
 Distances are comparable only for the same feature extractor, the same number of images and the same treatment of the
 images: JPEG against PNG alone moved a published FID from 11.18 to 13.74. Of the feature extractors below, only one that
 is asked for by a hub name uses the network.
@@ -10,6 +11,7 @@ is asked for by a hub name uses the network.
 Shapes: B batch, C channels, H and W height and width, D width of the features.
 """
 
+import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,20 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from diptych.encoders.image import HubImageEncoder, resize
-from diptych.errors import UserError
+from diptych.errors import UserError, first_line
+
+FID_WEIGHTS = {
+    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": "inception-2015-12-05.pt of StyleGAN",
+    "6726825d": "pt_inception-2015-12-05-6726825d.pth of pytorch-fid",
+}
+"""Beginnings of the SHA-256 of files with the weights of FID's Inception network, and what each file is."""
+
+
+def is_fid_weights(path: str | Path) -> bool:
+    """Whether a file has the checksum of one of :data:`FID_WEIGHTS`."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return any(digest.startswith(known) for known in FID_WEIGHTS)
 
 
 class FeatureStatistics:
@@ -152,6 +167,11 @@ def feature_statistics(
     return statistics
 
 
+def metric_name(extractor: FeatureExtractor) -> str:
+    """`fid` with FID's own network and weights; `frechet/NAME` with any other features."""
+    return "fid" if getattr(extractor, "is_fid", False) else f"frechet/{extractor.name}"
+
+
 class RandomFeatures(nn.Module):
     """304 features of a random, never trained convolutional network. The default: needs no download.
 
@@ -221,6 +241,7 @@ class TorchScriptExtractor(nn.Module):
         self.name = Path(path).name
         if not Path(path).is_file():
             raise UserError(f"{path} is not a file: give the path of a TorchScript file.")
+        self.is_fid = is_fid_weights(path)
         try:
             with warnings.catch_warnings():
                 # The format is on its way out, but it is the one in which FID's network is passed around.
@@ -239,10 +260,42 @@ class TorchScriptExtractor(nn.Module):
         return features.flatten(1).float()
 
 
+class PytorchFidExtractor(nn.Module):
+    """The Inception network of `pytorch-fid`, from the extra `fid`, with its weights from a file that the user has.
+
+    Images are resized as there: to 299 pixels, bilinear, without antialiasing. Raises `UserError` where the package is
+    missing or the file does not hold the weights of this network.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.name, self.is_fid = Path(path).name, is_fid_weights(path)
+        try:
+            from pytorch_fid import inception
+        except (ImportError, RuntimeError) as error:  # torchvision raises the latter beside another build of torch
+            raise UserError(f"{path}: weights of pytorch-fid need it ({error}): pip install 'diptych[fid]'") from error
+        fetch = inception.load_state_dict_from_url
+        inception.load_state_dict_from_url = lambda *_, **__: torch.load(path, map_location="cpu", weights_only=True)
+        try:  # the package has no other way to say where the weights are
+            self.model = inception.InceptionV3([inception.InceptionV3.DEFAULT_BLOCK_INDEX]).eval()
+        except Exception as error:
+            raise UserError(f"{path}: not the weights of pytorch-fid's Inception ({first_line(error)})") from error
+        finally:
+            inception.load_state_dict_from_url = fetch
+
+    @torch.no_grad()
+    def forward(self, pixels_BCHW: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        [features] = self.model(pixels_BCHW.float() / 255)
+        return features.flatten(1)
+
+
 def open_extractor(name: str | None) -> FeatureExtractor:
-    """The random network for None, a TorchScript file, or else a model of `transformers` by folder or hub name."""
+    """The random network for None, a TorchScript file, weights of `pytorch-fid` (`.pth`), or else a model of
+    `transformers` by folder or hub name."""
     if name is None:
         return RandomFeatures()
+    if Path(name).is_file() and name.endswith(".pth"):
+        return PytorchFidExtractor(name)
     if Path(name).is_file():
         return TorchScriptExtractor(name)
     return HubExtractor(name)

@@ -43,6 +43,8 @@ TITLES = {
     "paired_only_stopped": "pairs only, dropout, stopped early",
 }
 """Run folder of each network -> its name in the report."""
+LONGER = "paired_only_longer"
+"""The one that trains for as many seconds as ITIT."""
 _WATCHED = 100
 """Number of held-out scenes that are scored during training."""
 _HELD_OUT = 10
@@ -82,27 +84,36 @@ def train_watched(
 
 
 @contextmanager
-def controls_beside(run: ItitRun, out: Path, test: ScenesSource) -> Iterator[None]:
+def controls_beside(run: ItitRun, out: Path, test: ScenesSource) -> Iterator[Callable[[str], Path]]:
     """Train the three networks of `TITLES` in a process of their own while the body of the `with` trains ITIT.
 
-    After the body the longer one goes on until it has trained for as many seconds as ITIT. A repeat finishes what a
-    killed call began. Raises UserError if the process ends early.
+    The body is given a function that waits for a network by its name, and returns its folder. After the body the longer
+    one goes on until it has trained for as many seconds as ITIT. A repeat finishes what a killed call began. Raises
+    UserError if the process ends early.
     """
     if all((out / name / "model").is_dir() for name in TITLES):
-        yield  # an earlier call has trained them
+        yield lambda name: out / name  # an earlier call has trained them
         return
     child = multiprocessing.get_context("spawn").Process(target=_train_controls, args=(run, out, test))
     child.start()
+
+    def finished(name: str) -> Path:
+        while not (out / name / "model").is_dir():
+            if not child.is_alive():
+                raise UserError(f"{out}/{name}: the control stopped early; run the same command again to go on")
+            time.sleep(0.2)
+        return out / name
+
     try:
-        yield
+        yield finished
         enough = seconds_trained(out / "itit")
-        while child.is_alive() and seconds_trained(out / "paired_only_longer") < enough:
+        while child.is_alive() and seconds_trained(out / LONGER) < enough:
             time.sleep(0.2)
     finally:
         child.terminate()
         child.join()
-    if missing := [name for name in TITLES if not (out / name / "model").is_dir()]:
-        raise UserError(f"{out}/{missing[0]}: the control stopped early; run the same command again to go on")
+    for name in TITLES:
+        finished(name)
 
 
 def seconds_trained(folder: Path) -> float:
@@ -121,7 +132,7 @@ def _train_controls(run: ItitRun, out: Path, test: ScenesSource) -> None:
     inputs = alone.prepare(out / "itit")
     train_watched(alone, inputs, out / "paired_only", test, title=TITLES["paired_only"])
     train_stopped(alone, inputs, out / "paired_only_stopped", test)
-    folder, title = out / "paired_only_longer", TITLES["paired_only_longer"]
+    folder, title = out / LONGER, TITLES[LONGER]
     if not folder.exists():
         shutil.copytree(out / "paired_only", folder, ignore=shutil.ignore_patterns("model"))
     try:

@@ -35,11 +35,13 @@ from diptych.eval.frechet import (
     RandomFeatures,
     feature_statistics,
     frechet_distance,
+    metric_name,
     open_extractor,
 )
 from diptych.eval.scenes import SceneScore, caption_accuracy, image_accuracy
 from diptych.io import write_bytes
 from diptych.itit.data import DataConfig, open_data
+from diptych.itit.generation import ImageGenerationConfig
 from diptych.itit.model import shift_right
 from diptych.itit.pipeline import Diptych
 from diptych.nn.functional import token_loss
@@ -74,6 +76,8 @@ class EvaluateConfig:
     """Number of beams for the captions. None takes the run's own."""
     seed: int = 0
     """Seed of the generated images."""
+    image_generation: ImageGenerationConfig | None = None
+    """Settings of the generated images. None takes the run's own."""
     captions: bool = True
     """Score generated captions."""
     images: bool = True
@@ -167,7 +171,10 @@ def evaluate(
             notes.append(_GAIN_NOTE)
     if config.images:
         generated = diptych.imagine_pixels(
-            first, seed=config.seed, advance=ProgressLine("generating images") if shown else None
+            first,
+            seed=config.seed,
+            config=config.image_generation,
+            advance=ProgressLine("generating images") if shown else None,
         )
         distance, note = _frechet(pixels, generated, extractor or RandomFeatures())
         metrics |= distance
@@ -217,7 +224,7 @@ def _frechet(
     if len(real_BSS3) < 2:
         return {}, "The Frechet distance needs two images or more."
     found = frechet_distance(*statistics)
-    return {f"frechet/{extractor.name}": found.value}, found.warning
+    return {metric_name(extractor): found.value}, found.warning
 
 
 def _scene_metrics(side: str, score: SceneScore) -> dict[str, float]:
@@ -460,13 +467,20 @@ def evaluate_run(
     told = {"skipped": len(found.skipped), "source": source.name, "notes": notes + comparison.notes}
     write_json(out / "metrics.json", {**found.metrics, **told, **comparison.record()})
     if found.captions:
-        lines = (
-            json.dumps({"key": key, "caption": text, "references": references}, ensure_ascii=False)
-            for key, text, references in zip(found.keys, found.captions, found.references, strict=True)
-        )
-        write_bytes(out / "captions.jsonl", ("\n".join(lines) + "\n").encode())
+        write_captions(out / "captions.jsonl", found.keys, found.captions, found.references)
     save_png(out / "sheet.png", sheet(found))
     print(f"written to {out}")
+
+
+def write_captions(
+    file: Path, keys: Sequence[str], captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> None:
+    """Write a line {"key", "caption", "references"} for each image. The file appears whole."""
+    lines = (
+        json.dumps({"key": key, "caption": text, "references": true}, ensure_ascii=False)
+        for key, text, true in zip(keys, captions, references, strict=True)
+    )
+    write_bytes(file, ("\n".join(lines) + "\n").encode())
 
 
 def _compare_run(run: Path, source: Source, found: Evaluation, *, encoder: str | None, device: Device) -> Comparison:

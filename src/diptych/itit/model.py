@@ -251,8 +251,9 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
             : positions + encoded.text_BLD.shape[1]
         ].to(features.dtype)
         is_null = encoded.text_BLD.shape[1] == 1
-        x = self.image_decoder(x, attend=None if is_null else _attend_to_valid(encoded.valid_BL, positions))
-        return self.image_head(x[:, :positions]) @ self.token_embedding.weight.T + self.image_bias
+        attend = None if is_null else _attend_to_valid(encoded.valid_BL, positions)
+        x = self.image_decoder(x, attend=attend, wanted=slice(positions))
+        return self.image_head(x) @ self.token_embedding.weight.T + self.image_bias
 
     def caption_prefix(
         self, tokens_BN: Int[Tensor, "B N"], image_features_BG: Float[Tensor, "B G"] | None
@@ -275,9 +276,11 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         length = inputs_BL.shape[1]
         text = self.word_embedding(inputs_BL) + self.word_position.weight[:length]
         prefix = text[:, :0] if prefix_BPD is None else self.prefix_projection(prefix_BPD)
-        attend = prefix_causal(prefix.shape[1], length, device=text.device)
-        x = self.text_decoder(torch.cat([prefix.to(text.dtype), text], dim=1), attend=attend)
-        return x[:, prefix.shape[1] :] @ self.word_embedding.weight.T
+        before = prefix.shape[1]
+        attend = prefix_causal(before, length, device=text.device)
+        both = torch.cat([prefix.to(text.dtype), text], dim=1)
+        x = self.text_decoder(both, attend=attend, wanted=slice(before, None))
+        return x @ self.word_embedding.weight.T
 
     def start_text(
         self, prefix_BPD: Float[Tensor, "B P D"], *, length: int, beams: int = 1, pack: bool = True

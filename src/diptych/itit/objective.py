@@ -6,7 +6,7 @@ predicted: `p(i_k | I_M, ~T)` reads "the probability of image token k, given the
 predicted text". Every loss is a mean over a row's tokens, then over rows.
 
 Shapes: B rows, N image tokens, K image tokens that enter the encoder, L text tokens, F width of the frozen text
-features, D encoder width, V vocabulary.
+features, D encoder width, V vocabulary, T width of a teacher's features, X images.
 """
 
 import copy
@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from diptych.data.batch import Batch, Examples, ImageTokenExamples, PairExamples, TextExamples
 from diptych.itit.generation import (
@@ -25,8 +26,8 @@ from diptych.itit.generation import (
     generate_text,
 )
 from diptych.itit.model import ITIT, Encoded, Masking, MaskingConfig, sample_masking, shift_right
-from diptych.nn.functional import scale_gradient, straight_through_embedding, token_loss
-from diptych.nn.inference import eval_mode
+from diptych.nn.functional import local_part, scale_gradient, straight_through_embedding, token_loss
+from diptych.nn.inference import eval_mode, gathered
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
 from diptych.tokenizers.text_encoder import TextEncoder
@@ -52,6 +53,9 @@ class LossWeights:
     """Weight of a language model on unpaired texts, beside their cycle or, with texts off, in its place (Table 2)."""
     unpaired_i2i: float = 0.0
     """Weight of masked modelling on unpaired images, beside their cycle or, with images off, in its place (Table 2)."""
+    teacher: float = 0.5
+    """Weight of the alignment with the features of a pretrained vision model. It matters only to a run with
+    `--teacher`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,14 +102,48 @@ _ONE_BEAM = TextGenerationConfig(beams=1)
 """Settings of the greedy generation of texts in I2T2I."""
 
 
+class TeacherHead(nn.Module):
+    """From the mean of the encoder's output to the features of a pretrained vision model; dropped after training.
+
+    The features are centred and scaled by those of the captioned images: raw ones point nearly the same way for all.
+    """
+
+    mean_T: Tensor
+    scale_T: Tensor
+
+    def __init__(self, features_XT: Float[Tensor, "X T"], *, width: int) -> None:
+        """``features_XT`` are the teacher's, of captioned images; ``width`` is D."""
+        super().__init__()
+        inner = 2 * width
+        self.layers = nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, features_XT.shape[1]))
+        self.register_buffer("mean_T", features_XT.mean(0))
+        self.register_buffer("scale_T", features_XT.std(0, correction=0).clamp_min(1e-6).reciprocal())
+
+    def forward(self, image_BKD: Float[Tensor, "B K D"], features_BT: Float[Tensor, "B T"]) -> Float[Tensor, "B"]:
+        """The cosine of what is predicted of each image and the features that it has."""
+        wanted_BT = (features_BT - self.mean_T) * self.scale_T
+        return F.cosine_similarity(self.layers(image_BKD.mean(1)).float(), wanted_BT, dim=-1)
+
+
 class ItitObjective(Objective):
-    """L = L_T2I + L_I2T + L_I2I on pairs, + L_T2I2T on unpaired texts, + L_I2T2I on unpaired images."""
+    """L = L_T2I + L_I2T + L_I2I on pairs, + L_T2I2T on unpaired texts, + L_I2T2I on unpaired images.
+
+    With a :class:`TeacherHead`, + L_teacher on the images of both.
+    """
 
     may_skip_parameters = True  # a step, or a weight of 0, may leave out losses that train some layers alone
 
-    def __init__(self, model: ITIT, text_encoder: TextEncoder, config: ItitObjectiveConfig) -> None:
+    def __init__(
+        self,
+        model: ITIT,
+        text_encoder: TextEncoder,
+        config: ItitObjectiveConfig,
+        *,
+        teacher_head: TeacherHead | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.teacher_head = teacher_head
         self.text_encoder = text_encoder
         self.config = config
         self.streams = {"pairs": 2}  # one for T2I and another one for I2T and I2I, as in the paper
@@ -114,7 +152,6 @@ class ItitObjective(Objective):
         if config.texts != "off" or config.weights.t2t:
             self.streams["texts"] = 1
         self.teacher = copy.deepcopy(model).requires_grad_(False) if config.teacher == "ema" else None
-        self._teacher_step: int | None = None
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The weighted sum of the losses that are on at this step, and each of them unweighted."""
@@ -127,8 +164,11 @@ class ItitObjective(Objective):
             losses["t2t"] = self.t2t_loss(batch["texts"])
         if config.weights.unpaired_i2i:
             losses["unpaired_i2i"] = self.unpaired_i2i_loss(batch["images"], rng)
+        if self.teacher_head is not None:
+            seen = {"pairs": for_text} | ({"images": batch["images"]} if "images" in self.streams else {})
+            aligned = [self.teacher_loss(images, rng, name) for name, images in seen.items()]
+            losses["teacher"] = torch.stack(aligned).mean()
         if step >= config.cycle_start_step:
-            self._update_teacher(step)
             if config.texts != "off":
                 losses["t2i2t"] = self.t2i2t_loss(batch["texts"], rng)
             if config.images != "off":
@@ -234,7 +274,8 @@ class ItitObjective(Objective):
         """
         tokens_BN = images.tokens_BN
         network, banned_V = self.teacher or self.model, self.text_encoder.banned_V
-        with eval_mode(network):
+        # How many tokens are generated depends on the images: each process has its own number of calls.
+        with eval_mode(network), gathered(network.text_decoder):
             pseudo_BL, _ = generate_text(
                 network, images, _ONE_BEAM, banned_V=banned_V, length=self.model.config.max_text_len, pack=False
             )
@@ -273,6 +314,21 @@ class ItitObjective(Objective):
         masking = self._sample_masking(self.config.image_masking, images, rng, "unpaired_i2i")
         encoded = self._encode(self.model.embed_image(images.tokens_BN), masking)
         return self._image_loss(encoded, images.tokens_BN, masking)
+
+    # All images
+
+    def teacher_loss(self, images: PairExamples | ImageTokenExamples, rng: StepRNG, name: str) -> Float[Tensor, ""]:
+        """L_teacher = - E cos(h(mean_k z_k), y), where z is the encoder's output for I_M and the empty text.
+
+        Here y are the features of a frozen vision model and h is a small head (Yu et al., 2025, "Representation
+        Alignment for Generation", equation 8). Departure: one feature of the whole image is aligned, not one of each
+        patch, so that a cache holds T numbers an image. As much of I is hidden as where it is captioned.
+        """
+        assert self.teacher_head is not None
+        assert images.teacher_features_BT is not None
+        masking = self._sample_masking(self.config.text_masking, images, rng, f"teacher/{name}")
+        encoded = self._encode(self.model.embed_image(images.tokens_BN), masking)
+        return -self.teacher_head(encoded.image_BKD, images.teacher_features_BT).mean()
 
     # What the losses share
 
@@ -319,17 +375,12 @@ class ItitObjective(Objective):
         return sample_masking(config, rows, positions, rng=rng, name=name, device=self.text_encoder.banned_V.device)
 
     @torch.no_grad()
-    def _update_teacher(self, step: int) -> None:
-        """Move the teacher towards the network, once a step; at the first step with cycles, make it a copy.
-
-        This is done before the teacher generates, so the network has the weights that the previous step left.
-        """
-        if self.teacher is None or self._teacher_step == step or not self.training:
+    def start_step(self, step: int) -> None:
+        """Move the teacher towards the network; at the first step with cycles, make it a copy."""
+        if self.teacher is None or step < self.config.cycle_start_step:
             return
         first = step == self.config.cycle_start_step
-        self._teacher_step = step
-        ours: list[Tensor] = list(self.model.parameters())
-        theirs: list[Tensor] = list(self.teacher.parameters())
+        ours, theirs = ([local_part(p) for p in each.parameters()] for each in (self.model, self.teacher))
         torch._foreach_lerp_(theirs, ours, 1.0 if first else 1 - self.config.teacher_decay)
 
     # What the training loop asks for
@@ -338,6 +389,7 @@ class ItitObjective(Objective):
         """The default groups, with the embeddings of image tokens and words apart."""
         embeddings = [self.model.token_embedding.weight, self.model.word_embedding.weight]
         others = [p for p in self.model.parameters() if all(p is not table for table in embeddings)]
+        others += [] if self.teacher_head is None else list(self.teacher_head.parameters())
         return [
             {"params": [p for p in others if p.ndim >= 2]},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},

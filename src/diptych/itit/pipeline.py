@@ -45,6 +45,8 @@ from diptych.tokenizers.text_tokenizer import PAD, TextTokenizer
 Advance = Callable[[int, int], None]
 """Called with the number of rows that are done and that of all."""
 
+TEACHER = Path("stages") / "teacher"
+"""Folder of a run with the vision model that teaches its encoder."""
 _ROWS = 64
 """Number of rows generated at once."""
 
@@ -141,7 +143,7 @@ class Diptych:
         """
         run = Path(run)
         check_finished(run, "itit")
-        image_generation, text_generation = _generation_of(run)
+        image_generation, text_generation = generation_of(run)
         return cls(
             ImageTokenizer.from_pretrained(run / "tokenizer"),
             lambda: TextEncoder.from_pretrained(run / "text_encoder"),
@@ -456,7 +458,7 @@ class Diptych:
         return to_pixels(image, self.image_size)
 
 
-def _generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfig]:
+def generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfig]:
     """The run's own settings for images and texts; the defaults for a folder without ``config.json``."""
     if not (run / "config.json").is_file():
         return ImageGenerationConfig(), TextGenerationConfig()
@@ -472,6 +474,12 @@ def _generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConf
 def image_encoder_of(run: Path) -> ImageEncoder | None:
     """The pretrained image encoder in a run folder; None where the run has none."""
     folder = run / "image_encoder"
+    return open_image_encoder(folder) if folder.is_dir() else None
+
+
+def teacher_of(run: Path) -> ImageEncoder | None:
+    """The vision model that teaches the encoder of a run, which only training reads; None where the run has none."""
+    folder = run / TEACHER
     return open_image_encoder(folder) if folder.is_dir() else None
 
 
@@ -507,10 +515,11 @@ def data_tokenizers(
     length: int,
     features: bool = False,
     image_encoder: ImageEncoder | None = None,
+    teacher: ImageEncoder | None = None,
 ) -> DataTokenizers:
     """Both tokenizers as the encoding of data needs them; with ``features``, the text encoder's features too.
 
-    With ``image_encoder`` its features too. Texts are cut to ``length`` tokens.
+    With ``image_encoder`` and ``teacher`` their features too. Texts are cut to ``length`` tokens.
     """
     device = text_encoder.embedding.weight.device
 
@@ -519,10 +528,13 @@ def data_tokenizers(
         return torch.cat(pieces)
 
     tokenize_images, image_features = image_encoders(tokenizer, image_encoder)
+    _, teacher_features = image_encoders(tokenizer, teacher)
     return DataTokenizers(
         image_size=read_size(tokenizer, image_encoder),
         tokenize_images=tokenize_images,
         image_features=image_features,
+        teacher_size=0 if teacher is None else teacher.image_size,
+        teacher_features=teacher_features,
         tokenize_texts=lambda texts: text_encoder.tokenize(texts, length=length)[0],
         text_features=to_features if features else None,
         fingerprint="-".join(
@@ -532,6 +544,7 @@ def data_tokenizers(
                 text_encoder.feature_kind,
                 str(length),
                 *([] if image_encoder is None else [weights_digest(image_encoder)]),
+                *([] if teacher is None else [f"teacher:{weights_digest(teacher)}"]),
                 str(features),
             ]
         ),
@@ -548,13 +561,14 @@ def run_data_tokenizers(run: Path, *, features: bool) -> DataTokenizers:
     text_encoder = TextEncoder.from_pretrained(run / "text_encoder").to(device)
     model = read_config(run)["run"]["model"]
     text_encoder.feature_kind = model["text_input"]
-    image_encoder = image_encoder_of(run)
+    image_encoder, teacher = image_encoder_of(run), teacher_of(run)
     return data_tokenizers(
         tokenizer,
         text_encoder,
         length=model["max_text_len"],
         features=features,
         image_encoder=image_encoder if image_encoder is None else image_encoder.to(device),
+        teacher=teacher if teacher is None else teacher.to(device),
     )
 
 

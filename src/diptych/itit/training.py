@@ -30,8 +30,8 @@ from diptych.itit.evaluation import ALONE, PAIRS_ONLY, ScoredImages, compare
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.image_features import mean_of_text
 from diptych.itit.model import ItitConfig
-from diptych.itit.objective import ItitObjective, ItitObjectiveConfig
-from diptych.itit.pipeline import Diptych, data_tokenizers
+from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, TeacherHead
+from diptych.itit.pipeline import TEACHER, Diptych, data_tokenizers
 from diptych.itit.report import Samples
 from diptych.nn.inference import eval_mode, pick_device
 from diptych.report.run_report import closing_line, outcome, validation_scores, write_run_report
@@ -107,6 +107,14 @@ class TrainingInputs:
         assert features_XG is not None
         return features_XG.repeat_interleave(len(taken), 0), torch.stack(of_texts, dim=1).flatten(0, 1)
 
+    def teacher_features(self, *, images: int) -> Float[Tensor, "X T"]:
+        """The teacher's features of the first ``images`` captioned images."""
+        stream = _store(self.encoded.pairs).images(self.encoded.pairs.items)
+        rows = np.arange(min(images, stream.size))
+        features_XT = stream.take(rows, np.zeros_like(rows)).teacher_features_BT
+        assert features_XT is not None
+        return features_XT
+
     def _features(self, examples: PairExamples | TextExamples) -> Float[Tensor, "B L F"]:
         """The cached features of the frozen text encoder, on the CPU; without a cache they are computed."""
         if examples.features_BLF is not None:
@@ -131,6 +139,10 @@ class ItitRun:
     image_encoder: str | None = None
     """Image encoder: a folder, hub name or package such as `package:efficientnet-lite0`. Captions are read from
     its features in the place of image tokens. Default: none, as in the paper."""
+    teacher: str | None = None
+    """Vision model, by folder, hub name or package such as `package:efficientnet-lite0`, with whose features those of
+    the encoder are aligned while it trains, for all images, at the weight `objective.weights.teacher` (REPA). The
+    trained network does not need it. Default: none, as in the paper."""
     tokenizer_stage: TokenizerStage = field(default_factory=TokenizerStage)
     """Training of the image tokenizer, if none is given."""
     text_encoder_stage: TextEncoderStage = field(default_factory=TextEncoderStage)
@@ -239,6 +251,8 @@ class ItitRun:
                 "so unpaired data would never be used: lower it, or switch --objective.texts and .images off"
             )
 
+        if self.teacher is not None and not self.objective.weights.teacher:
+            raise UserError("--teacher teaches nothing: --objective.weights.teacher is 0; raise it, or leave both away")
         if self.compare == "pairs-only" and not (unpaired and self.data.valid):
             lacks = "--data.valid to compare on" if unpaired else "unpaired data, so it is the pairs alone itself"
             raise UserError(f"--compare pairs-only: the run has no {lacks}")
@@ -353,8 +367,9 @@ class ItitRun:
             other = (before[given], before[stage]["model"]) != (now[given], now[stage]["model"])
             if other and (out / given).is_dir():
                 raise UserError(f"{out}: begun with another {given}: give the same one, or train into another folder")
-        if before.get("image_encoder") != now["image_encoder"]:
-            raise UserError(f"{out}: begun with another image_encoder: give the same one, or train into another folder")
+        for given in ("image_encoder", "teacher"):
+            if before.get(given) != now[given]:
+                raise UserError(f"{out}: begun with another {given}: give the same one, or train into another folder")
 
     # The stages before the network's training
 
@@ -367,11 +382,12 @@ class ItitRun:
         if is_main_process():
             print(told, flush=True)
         # Those that are given are opened first: what is wrong with them is told before anything is trained.
-        image_encoder = self._image_encoder(out)
+        image_encoder = _copied_encoder(self.image_encoder, out / "image_encoder")
+        teacher = _copied_encoder(self.teacher, out / TEACHER)
         given = None if self.text_encoder is None else self._text_encoder(data, out, plan)
         tokenizer = self._tokenizer(data, out, plan)
         text_encoder = given or self._text_encoder(data, out, plan)
-        encoded = self._encode(data, tokenizer, text_encoder, image_encoder, out, plan)
+        encoded = self._encode(data, tokenizer, text_encoder, image_encoder, teacher, out, plan)
         return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder)
 
     def _tokenizer(self, data: DataSplit, out: Path, plan: RunPlan) -> ImageTokenizer:
@@ -404,20 +420,13 @@ class ItitRun:
             raise UserError(f"--model.max-text-len {length}: the text encoder reads {longest} tokens of a text at most")
         return text_encoder
 
-    def _image_encoder(self, out: Path) -> ImageEncoder | None:
-        """The image encoder in ``out``, where the given one is copied first; None if none is given."""
-        if self.image_encoder is None:
-            return None
-        if _is_missing(out / "image_encoder"):
-            _save_once(open_image_encoder(self.image_encoder), out / "image_encoder")
-        return open_image_encoder(out / "image_encoder")
-
     def _encode(
         self,
         data: DataSplit,
         tokenizer: ImageTokenizer,
         text_encoder: TextEncoder,
         image_encoder: ImageEncoder | None,
+        teacher: ImageEncoder | None,
         out: Path,
         plan: RunPlan,
     ) -> DataSplit:
@@ -425,13 +434,13 @@ class ItitRun:
         device, length = pick_device(self.train.device), self.model.max_text_len
         tokenizer, text_encoder = tokenizer.to(device), text_encoder.to(device)
         image_encoder = image_encoder if image_encoder is None else image_encoder.to(device)
+        teacher = teacher if teacher is None else teacher.to(device)
         captions = _count_captions(data.texts) + (0 if data.texts is data.pairs else _count_captions(data.pairs))
         features_mb = captions * length * text_encoder.width * 2 / 2**20
         cached = features_mb <= self.data.feature_cache_mb
-        both = data_tokenizers(tokenizer, text_encoder, length=length, image_encoder=image_encoder)
-        with_features = data_tokenizers(
-            tokenizer, text_encoder, length=length, features=cached, image_encoder=image_encoder
-        )
+        make = partial(data_tokenizers, tokenizer, text_encoder, length=length)
+        both = make(image_encoder=image_encoder, teacher=teacher)
+        with_features = make(features=cached, image_encoder=image_encoder, teacher=teacher)
         data = _within_budget(data, with_features, plan, seed=self.data.split_seed)
 
         def encode(subset: Subset, name: str, tokenizers: DataTokenizers) -> Subset:
@@ -443,7 +452,8 @@ class ItitRun:
         if data.images is not data.pairs:
             images = encode(data.images, "images", replace(both, tokenize_texts=None))
         if data.texts is not data.pairs:
-            texts = encode(data.texts, "texts", replace(with_features, tokenize_images=None, image_features=None))
+            of_texts = replace(with_features, tokenize_images=None, image_features=None, teacher_features=None)
+            texts = encode(data.texts, "texts", of_texts)
         return DataSplit(pairs=pairs, images=images, texts=texts)
 
     # The network and its training
@@ -477,7 +487,10 @@ class ItitRun:
                 model.image_features.fit(*inputs.image_and_text_features(images=_IMAGES_FITTED))
             if model.config.whiten_text:
                 model.fit_whitening(inputs.text_features(texts=_WHITENED))
-            return ItitObjective(model, inputs.text_encoder, self.objective)
+            head = None
+            if self.teacher is not None:
+                head = TeacherHead(inputs.teacher_features(images=_IMAGES_FITTED), width=model.config.width)
+            return ItitObjective(model, inputs.text_encoder, self.objective, teacher_head=head)
 
     def diptych(self, objective: ItitObjective, inputs: TrainingInputs) -> Diptych:
         """The network in training as a pipeline, which captions and generates with its present weights."""
@@ -606,6 +619,15 @@ def _save_once(made: ImageTokenizer | TextEncoder | ImageEncoder, folder: Path) 
     if is_main_process():
         save_model(made, folder)
     wait_for_everyone()
+
+
+def _copied_encoder(name: str | None, folder: Path) -> ImageEncoder | None:
+    """The image encoder in ``folder``, where the one of this name is copied first; None if none is given."""
+    if name is None:
+        return None
+    if _is_missing(folder):
+        _save_once(open_image_encoder(name), folder)
+    return open_image_encoder(folder)
 
 
 def _store(subset: Subset) -> Store:

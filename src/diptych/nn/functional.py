@@ -94,3 +94,8 @@ def gather_rows(local: Float[Tensor, "... B D"]) -> Float[Tensor, "... WB D"]:
     dist.all_gather(parts, local.detach().contiguous())
     parts[dist.get_rank()] = scale_gradient(local, float(world))
     return torch.cat(parts, dim=-2)
+
+
+def local_part(tensor: Any) -> Tensor:
+    """What this process has of ``tensor``: all of it, but of a tensor of torch.distributed its rows."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

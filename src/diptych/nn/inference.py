@@ -36,7 +36,9 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bf16 products; elsewhere they are emulated, and slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX2":  # as ATEN_CPU_CAPABILITY may ask for
+        return False
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
@@ -57,6 +59,23 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Inside, this process has the weights of ``module`` whole, also where they are spread over processes (FSDP2).
+
+    For code that does not call the parts of ``module`` as modules, or not equally often on each process: a call gathers
+    the weights of a part, and all processes have to take part in that.
+    """
+    parts: list[Any] = [part for part in module.modules() if hasattr(part, "unshard")]
+    for part in parts:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
 
 
 class Derived(Generic[T]):

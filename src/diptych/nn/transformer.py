@@ -1,6 +1,7 @@
 """The pre-norm transformer block of all networks of Diptych, and its key-value cache.
 
-Shapes: B rows, S positions, D width, H heads, E width of one head, T positions that may be looked at.
+Shapes: B rows, S positions, W of them that are wanted, D width, H heads, E width of one head, T positions that may be
+looked at.
 """
 
 from dataclasses import dataclass
@@ -97,8 +98,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BSD: Tensor, *, attend: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
-        q, k, v = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(
+        self,
+        x_BSD: Tensor,
+        *,
+        attend: Tensor | None = None,
+        cache: LayerCache | None = None,
+        wanted: slice | None = None,
+    ) -> Tensor:
+        if wanted is None:
+            q, k, v = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            width = x_BSD.shape[-1]
+            q = F.linear(x_BSD[:, wanted], self.qkv.weight[:width], self.qkv.bias[:width])
+            q, (k, v) = q.unflatten(-1, (self.heads, -1)).transpose(1, 2), self._keys_values(x_BSD)
+            if attend is not None and attend.shape[-2] > 1:
+                attend = attend[..., wanted, :]
         if cache is not None:
             k, v = cache.append(k, v)
         mixed_BHSE = attention(q, k, v, attend=attend, dropout=self.dropout if self.training else 0.0)
@@ -106,9 +121,13 @@ class Attention(nn.Module):
 
     def remember(self, x_BSD: Tensor, cache: LayerCache) -> None:
         """Store the keys and values of ``x_BSD``, and compute nothing else."""
+        cache.append(*self._keys_values(x_BSD))
+
+    def _keys_values(self, x_BSD: Tensor) -> Tensor:
+        """[2 B H S E]"""
         width = x_BSD.shape[-1]
         both = F.linear(x_BSD, self.qkv.weight[width:], self.qkv.bias[width:])
-        cache.append(*both.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4))
+        return both.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class Block(nn.Module):
@@ -128,9 +147,14 @@ class Block(nn.Module):
         *,
         attend: Bool[Tensor, "*#broadcast S T"] | Bool[Tensor, "*#broadcast 1 T"] | None = None,
         cache: LayerCache | None = None,
-    ) -> Float[Tensor, "B S D"]:
-        """``attend`` is True where a position may look; None lets it look everywhere."""
-        x_BSD = x_BSD + self.dropout(self.attention(self.norm_attention(x_BSD), attend=attend, cache=cache))
+        wanted: slice | None = None,
+    ) -> Float[Tensor, "B W D"]:
+        """``attend`` is True where a position may look; None lets it look everywhere. ``wanted`` are the positions
+        that are computed and returned, while all are looked at; None: all."""
+        mixed = self.attention(self.norm_attention(x_BSD), attend=attend, cache=cache, wanted=wanted)
+        if wanted is not None:
+            x_BSD = x_BSD[:, wanted]
+        x_BSD = x_BSD + self.dropout(mixed)
         return x_BSD + self.dropout(self.mlp(self.norm_mlp(x_BSD)))
 
 
@@ -145,10 +169,19 @@ class Blocks(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x_BSD: Tensor, *, attend: Tensor | None = None, cache: list[LayerCache] | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        *,
+        attend: Tensor | None = None,
+        cache: list[LayerCache] | None = None,
+        wanted: slice | None = None,
+    ) -> Tensor:
+        """``wanted`` are the positions that are returned; the last block computes no others. None: all."""
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             if cache is None:
-                x_BSD = layer(x_BSD, attend=attend)
+                x_BSD = layer(x_BSD, attend=attend, wanted=wanted if index == last else None)
             else:  # `forward` is never compiled: `layer(...)` would be compiled anew for each length of the cache
                 x_BSD = layer.forward(x_BSD, attend=attend, cache=cache[index])
         return self.norm(x_BSD)

@@ -1,4 +1,4 @@
-"""Learning curves from ``metrics.jsonl``, as SVG.
+"""Curves, of a run's learning from ``metrics.jsonl`` and others, and how far predictions can be trusted, as SVG.
 
 The ink of the SVG is ``currentColor`` and its rules are ``var(--rule)``, so that a page can set both for a dark
 background. A viewer that knows neither shows black ink and grey rules.
@@ -80,19 +80,51 @@ def curves(
     ``smooth`` in [0, 1) is the weight of the past in a running mean; the raw values stay behind it, faint. Panels for
     which no run has a number are left out. Colours tell runs apart, or keys where there is only one run.
     """
+    shown = [panel for panel in panels if any(points(run, key, over)[0] for run in runs.values() for key in panel.keys)]
+    return [one_figure(runs, panels=[panel], over=over, smooth=smooth) for panel in shown]
+
+
+def one_figure(
+    runs: Mapping[str, Sequence[Record]], *, panels: Sequence[Panel], over: str, smooth: float = 0.0
+) -> bytes:
+    """One SVG with all panels, two side by side; otherwise as :func:`curves`."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    shown = [panel for panel in panels if any(points(run, key, over)[0] for run in runs.values() for key in panel.keys)]
-    images = []
-    for panel in shown:
-        with mpl.rc_context(STYLE):
-            figure = Figure(figsize=(4.8, 2.8), layout="constrained")  # no pyplot: nothing global to leak
-            _draw(figure.add_subplot(), panel, runs, over=over, smooth=smooth)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        images.append(_themed(buffer.getvalue()))
-    return images
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    with mpl.rc_context(STYLE):
+        # No pyplot: nothing global to leak.
+        figure = Figure(figsize=(4.8 * columns, 2.8 * rows), layout="constrained")
+        for place, panel in enumerate(panels, start=1):
+            _draw(figure.add_subplot(rows, columns, place), panel, runs, over=over, smooth=smooth)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _themed(buffer.getvalue())
+
+
+def reliability_figure(bins: Sequence[tuple[float, float, float, int]], *, title: str, label: str) -> bytes:
+    """An SVG of predictions from 0 to 1 against what was found, for bins of (predicted, found, error, count).
+
+    Bars span two standard errors (``error``) both ways.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    predicted, found, errors, counts = zip(*bins, strict=True)
+    spread = [2 * error for error in errors]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [0, 1], color=RULE, linewidth=1.2)
+        axes.errorbar(predicted, found, yerr=spread, fmt="o", color=SERIES[0], markersize=4, linewidth=1.2)
+        for x, y, up, count in zip(predicted, found, spread, counts, strict=True):
+            axes.annotate(f"{count}", (x, y + up), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel=label, title=title)
+        axes.tick_params(length=0)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _themed(buffer.getvalue())
 
 
 def points(records: Sequence[Record], key: str, over: str) -> tuple[list[float], list[float]]:
@@ -130,7 +162,7 @@ def _draw(axes: "Axes", panel: Panel, runs: Mapping[str, Sequence[Record]], *, o
             x, y, color=colour, linestyle=dash, linewidth=1.7, marker=marker, markersize=3.5, label=", ".join(parts)
         )
     axes.set_title(panel.title)
-    axes.set_xlabel(over)
+    axes.set_xlabel(over.replace("_", " "))
     axes.set_ylabel(panel.label)
     axes.tick_params(length=0)
     axes.margins(x=0.02)

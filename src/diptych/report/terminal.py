@@ -41,7 +41,7 @@ _MEANINGS: tuple[tuple[str, Meaning], ...] = (
     (r"mean_length", Meaning(scale="words")),
     (r"\w+_information_gain", Meaning("higher", "nats", "0: nothing learned")),
     (r"(text|image)_drift.*", Meaning(scale="above 0: mistakes that agree")),
-    (r"frechet/.*", Meaning("lower", scale="0: the same distribution")),
+    (r"frechet/.*|fid", Meaning("lower", scale="0: the same distribution")),
     (r"(retrieval/)?(\w+/r\d+|mean_r1)", Meaning("higher", "%")),
     (r"(retrieval/)?\w+/median_rank", Meaning("lower", scale="1: the right one is first")),
     (r"modality/distance", Meaning("lower", scale="0: one cloud, 2: opposite")),

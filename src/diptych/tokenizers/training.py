@@ -100,6 +100,8 @@ class TokenizerStage:
         tokenizer = objective.tokenizer
         identity: dict[str, Any] = {"model": asdict(self.model), "objective": asdict(self.objective), "flip": self.flip}
         identity[FILES] = "-".join(content_digest(subset.source) for subset in subsets)
+        if objective.perceptual is not None:
+            identity["perceptual"] = objective.perceptual.digest
         result = train(
             objective,
             batches,

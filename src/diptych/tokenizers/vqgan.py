@@ -22,8 +22,7 @@ of the discriminator down and across, C channels and N tokens of a vision model'
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,14 +32,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from diptych.data.batch import Batch, ImageExamples
-from diptych.errors import UserError
-from diptych.io import without_progress_bars
+from diptych.encoders.image import HubImageEncoder, folded, open_image_encoder
+from diptych.errors import UserError, first_line
+from diptych.io import weights_digest
 from diptych.rng import StepRNG
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, nearest_codes
 from diptych.train.objective import Losses, Objective
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+_LAYERS = 4
+"""Number of layers that are compared of a model whose layers all have the same resolution."""
+_CAN_JUDGE = "name a ResNet, EfficientNet, ConvNeXt, ViT or the like, or leave --stage.objective.perceptual away"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -191,7 +192,8 @@ class VQGANConfig:
     """Weight λ_s of the squared error. Small flat images need it: the absolute error alone is content with the
     background, which is their median colour."""
     perceptual: str | None = None
-    """Folder or hub name of the vision model that gives the perceptual distance; None compares edges instead."""
+    """Vision model that gives the perceptual distance: a folder, hub name or package such as
+    `package:efficientnet-lite0`. None compares edges instead."""
     perceptual_weight: float = 1.0
     """Weight λ_p of the perceptual distance."""
     commitment_weight: float = 0.25
@@ -228,7 +230,9 @@ class VQGAN(Objective):
         self.tokenizer = tokenizer
         self.codebook = Codebook(config.codebook, codebook_size=tokenizer.codebook_size, steps=steps)
         self.adversarial_start = step_at("adversarial-start", config.adversarial_start, steps)
-        self.perceptual = PerceptualNetwork(config.perceptual) if config.perceptual else None
+        self.perceptual: PerceptualNetwork | None = None
+        if config.perceptual:
+            self.perceptual = PerceptualNetwork(config.perceptual, image_size=tokenizer.image_size)
         self.discriminator: PatchDiscriminator | None = None
         if config.adversarial_weight:
             with torch.random.fork_rng(devices=[]):
@@ -257,6 +261,18 @@ class VQGAN(Objective):
             total = total + self.config.adversarial_weight * scale * generator + discriminator
             terms |= {"adversarial": generator, "discriminator": discriminator}
         return Losses(total, {name: value.detach() for name, value in terms.items()}, measures)
+
+    def written_in_forward(self) -> list[nn.Parameter]:
+        """The codes, which are seeded and revived in the step."""
+        return [p for p in self.tokenizer.parameters() if p is self.tokenizer.codebook]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The state without the perceptual network, which never changes."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for name in [name for name in state if name.startswith(f"{prefix}perceptual.")]:
+            del state[name]
+        return state
 
     def _perceptual_distance(self, fake: Tensor, real: Tensor) -> Tensor:
         if self.perceptual is None:
@@ -347,45 +363,79 @@ def edge_distance(
 
 
 class PerceptualNetwork(nn.Module):
-    """Mean squared difference of channel-normalized features, averaged over the layers of a frozen vision model.
+    """Squared distance of the features that a frozen vision model has of two images, averaged over some of its layers.
 
-    ``name`` is a folder or hub name of a vision model that ``transformers.AutoModel`` loads: ResNet, ConvNeXt, RegNet,
-    Swin and the like take images of any size, a ViT only those of its own size. Images are in [0, 1] and are normalized
-    as ImageNet's. (AutoModel and not AutoBackbone: transformers 5 asks the hub for the latter even for a folder.)
-
-    Raises UserError where no such model can be loaded or weights of it are missing.
+    The features of a place have unit length over the channels, as in LPIPS. Compared are the last layer of every
+    resolution or, of a model with one resolution such as a ViT, four layers at equal distances. Images are
+    scaled and normalized as the model was trained to see them. A convolutional network gets them as large as they are,
+    a model with tokens (ViT, Swin) in the size that it was trained for. Batch norms are folded into the convolutions.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str):
-        super().__init__()
-        from transformers import AutoModel  # heavy
+    def __init__(self, name: str, *, image_size: int):
+        """The model of a folder, hub name, package or run, for images of ``image_size`` pixels a side.
 
-        try:
-            with without_progress_bars(name):
-                model, loading = AutoModel.from_pretrained(
-                    name, local_files_only=Path(name).is_dir(), output_loading_info=True
-                )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{name}: no vision model that transformers can load; name another or none") from error
-        # Of a model of two towers, such as CLIP, the one for images.
-        self.backbone = getattr(model, "vision_model", model).requires_grad_(False)
-        if missing := [key for key in loading["missing_keys"] if "pooler" not in key]:
-            raise UserError(f"{name}: weights are missing ({min(missing)}), so it cannot judge images; name another")
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        Raises UserError where it cannot be loaded, where weights of it are missing, and where it gives no features of
+        single places.
+        """
+        super().__init__()
+        encoder = open_image_encoder(name)
+        if not isinstance(encoder, HubImageEncoder):
+            raise UserError(f"{name}: an ITIT run sees tokens, through which no gradient comes; {_CAN_JUDGE}")
+        self.digest = weights_digest(encoder.network)
+        self.network: nn.Module = encoder.network.requires_grad_(False)
+        self.input_size = encoder.image_size
+        to_input = 255 * encoder.scale
+        self.register_buffer("mean", encoder.image_mean / to_input, persistent=False)
+        self.register_buffer("std", encoder.image_std / to_input, persistent=False)
         self.train(False)
+        self.layers = self._choose_layers(name, image_size)
+        self.network = folded(encoder.network).requires_grad_(False)  # what passed above can be folded
+
+    @torch.no_grad()
+    def _choose_layers(self, name: str, image_size: int) -> list[int]:
+        """Numbers of the layers that are compared. Decides the size of the input too."""
+        found: tuple[Tensor, ...] = ()
+        reason = "it has no hidden states of places"
+        for size in (image_size, self.input_size):
+            try:
+                found = self._layers(torch.zeros(1, 3, size, size))
+            except Exception as error:  # each model refuses a size, or pixels at all, by an error of its own
+                found, reason = (), first_line(error)
+            if found and all(layer.ndim == 4 for layer in found):
+                self.input_size = size
+                break
+        if not found or any(layer.ndim not in (3, 4) for layer in found):
+            raise UserError(f"{name}: gives no features of single places of an image ({reason}); {_CAN_JUDGE}")
+        resolutions = [tuple(layer.shape[2:] if layer.ndim == 4 else layer.shape[1:2]) for layer in found]
+        last = sorted({resolution: number for number, resolution in enumerate(resolutions)}.values())
+        if len(last) > 1:
+            return last
+        deepest = len(found) - 1
+        return sorted({max(1, round(deepest * part / _LAYERS)) for part in range(1, _LAYERS + 1)}) if deepest else [0]
 
     def train(self, mode: bool = True) -> "PerceptualNetwork":
-        """Stays in evaluation mode: the running statistics of batch norms would change a frozen network."""
+        """Stays in evaluation mode: dropout and the statistics of batch norms would change a frozen network."""
         return super().train(False)
 
+    def _layers(self, image_B3HW: Tensor) -> tuple[Tensor, ...]:
+        normal_B3HW = ((image_B3HW - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        output = self.network(pixel_values=normal_B3HW, output_hidden_states=True)
+        return tuple(getattr(output, "hidden_states", None) or ())
+
     def features(self, image_B3HW: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
-        """The features of each layer, [B, C, h, w] or [B, N, C], with unit length over the channels."""
-        layers = self.backbone((image_B3HW - self.mean) / self.std, output_hidden_states=True).hidden_states
-        return [F.normalize(layer, dim=1 if layer.ndim == 4 else 2, eps=1e-6) for layer in layers]
+        """The features of the chosen layers, [B, C, h, w] or [B, N, C], with unit length over the channels.
+
+        Images lie in [0, 1].
+        """
+        size = (self.input_size, self.input_size)
+        if image_B3HW.shape[2:] != size:
+            image_B3HW = F.interpolate(image_B3HW, size, mode="bilinear", antialias=True, align_corners=False)
+        layers = self._layers(image_B3HW)
+        chosen = [layers[number] for number in self.layers]
+        return [F.normalize(layer, dim=1 if layer.ndim == 4 else 2, eps=1e-6) for layer in chosen]
 
     def forward(
         self, output_B3HW: Float[Tensor, "B 3 H W"], target_B3HW: Float[Tensor, "B 3 H W"]

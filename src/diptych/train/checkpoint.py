@@ -2,6 +2,9 @@
 
     checkpoints/step-00001000/model.safetensors, ema.safetensors, optimizer.safetensors, state.json, SHA256SUMS
 
+Under fsdp each process writes what it has, by torch.distributed.checkpoint, to files that together hold the same
+tensors under names such as `model/head.weight`. Any number of processes continues from either kind, sharded or not.
+
 :class:`TrainState` gives the tensors of a run (weights, their moving average, the optimizer's moments) and takes them
 back. The functions below it write and read the folders. A folder appears complete or not at all, and is read only if
 its digests hold. SHA256SUMS has the format of the program of that name (`sha256sum -c SHA256SUMS`). Nothing is pickled.
@@ -13,21 +16,26 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diptych.errors import UserError
+from diptych.nn.functional import local_part
 from diptych.run_folder import write_json
+from diptych.train.distributed import Layout, Replica
 
 SUMS = "SHA256SUMS"
+_SHARDS = "shard-"  # how torch.distributed.checkpoint begins the names of its files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +57,10 @@ class Ema:
     keeps the random initial weights out of the average of short runs.
     """
 
-    def __init__(self, objective: nn.Module, *, decay: float) -> None:
-        """Start from the weights that ``objective`` has now; frozen ones are left out."""
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, decay: float) -> None:
+        """Start from the weights that ``parameters`` have now; frozen ones are left out."""
         self.decay = decay
-        self._live = {name: p.detach() for name, p in objective.named_parameters() if p.requires_grad}
+        self._live = {name: p.detach() for name, p in parameters.items() if p.requires_grad}
         self.weights = {name: weight.clone() for name, weight in self._live.items()}
 
     @torch.no_grad()
@@ -84,10 +92,31 @@ class Checkpoint:
     state: dict[str, Any]
     """The content of state.json."""
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved under ``name``, on the CPU; empty if there were none."""
+    def tensors(self, name: str, layout: Callable[[str], Layout | None] = lambda key: None) -> dict[str, Tensor]:
+        """The tensors saved under ``name``; empty if there were none. They are whole, or what this process has of those
+        for which there is a ``layout``; then all processes have to call this."""
         path = self.path / f"{name}.safetensors"
-        return load_file(path) if path.exists() else {}
+        if any(self.path.glob(f"{_SHARDS}*")):
+            return self._from_shards(name, layout)
+        whole = load_file(path) if path.exists() else {}
+        found = {key: layout(key) for key in whole}
+        return {key: value if (lies := found[key]) is None else lies.rows(value) for key, value in whole.items()}
+
+    def _from_shards(self, name: str, layout: Callable[[str], Layout | None]) -> dict[str, Tensor]:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader, load  # for sharded checkpoints alone
+
+        reader = HuggingFaceStorageReader(str(self.path))
+        saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        targets: dict[str, Any] = {}
+        for key, about in saved.items():
+            kind, own = key.split("/", 1)
+            if kind == name:
+                lies, shape, dtype = layout(own), about.size, about.properties.dtype
+                targets[key] = torch.empty(shape, dtype=dtype) if lies is None else lies.empty(shape, dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process has no need of it
+            load(targets, storage_reader=reader, no_dist=not (dist.is_available() and dist.is_initialized()))
+        return {key.split("/", 1)[1]: local_part(value) for key, value in targets.items()}
 
 
 class TrainState:
@@ -97,17 +126,27 @@ class TrainState:
     objective may keep a teacher); a frozen text encoder of gigabytes is not. Moments are stored by parameter name.
     """
 
-    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
-        self.objective, self.optimizer, self.ema = objective, optimizer, ema
-        names = {parameter: name for name, parameter in objective.named_parameters()}
+    def __init__(self, placed: Replica, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
+        self.placed, self.optimizer, self.ema = placed, optimizer, ema
+        names = {parameter: name for name, parameter in placed.parameters.items()}
         self._names = [names[p] for group in optimizer.param_groups for p in group["params"]]
-        self._frozen = {name: p._version for name, p in objective.named_parameters() if not p.requires_grad}
+        self._frozen = {name: p._version for name, p in placed.parameters.items() if not p.requires_grad}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint saves: file name -> tensor name -> tensor."""
-        moved = {n for n, p in self.objective.named_parameters() if n in self._frozen and p._version != self._frozen[n]}
+        """What a checkpoint saves: file name -> tensor name -> tensor, or what this process has of it."""
+        moved = {name for name, version in self._frozen.items() if self.placed.parameters[name]._version != version}
         content = {"model": self._model(moved), "optimizer": self._moments()}
         return content | ({"ema": self.ema.weights} if self.ema else {})
+
+    def spread(self) -> dict[str, Any]:
+        """:meth:`tensors` as torch.distributed.checkpoint saves them: ``file/name`` -> tensor."""
+        found: dict[str, Any] = {}
+        for kind, tensors in self.tensors().items():
+            layout = self._moment_layout if kind == "optimizer" else self.placed.layout
+            for name, value in tensors.items():
+                lies = layout(name)
+                found[f"{kind}/{name}"] = value if lies is None else lies.spread(value)
+        return found
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Set weights, moving average and moments to those of ``checkpoint``.
@@ -115,25 +154,50 @@ class TrainState:
         Raises:
             UserError: the checkpoint is of another model.
         """
-        saved = checkpoint.tensors("model")
+        saved = checkpoint.tensors("model", self.placed.layout)
         load_into(self._model(saved.keys() & self._frozen.keys()), saved, where=checkpoint.path)
         if self.ema:
-            load_into(self.ema.weights, checkpoint.tensors("ema"), where=checkpoint.path)
+            load_into(self.ema.weights, checkpoint.tensors("ema", self.placed.layout), where=checkpoint.path)
         state: dict[int, dict[str, Tensor]] = {}
         numbers = {name: number for number, name in enumerate(self._names)}
-        for key, value in checkpoint.tensors("optimizer").items():
+        for key, value in checkpoint.tensors("optimizer", self._moment_layout).items():
             moment, name = key.split("/", 1)
             state.setdefault(numbers[name], {})[moment] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
+    @contextmanager
+    def as_evaluated(self, *, keep: bool = True) -> Iterator[None]:
+        """Inside, the caller's objective has the weights that an evaluation sees, on processes that ``keep`` them: the
+        averaged ones, if any. All processes have to enter."""
+        averaged = self.ema.weights if self.ema else {}
+        self.placed.fill(averaged, keep=keep)
+        with self.ema.swapped_in() if self.ema and keep and not self.placed.parts else nullcontext():
+            yield
+        self.placed.empty()
+
+    def finish(self) -> Ema | None:
+        """Give the caller's objective the last weights, on all processes; return the average of whole weights."""
+        if not self.placed.parts or self.ema is None:
+            self.placed.fill({}, keep=True)
+            return self.ema
+        whole = dict(self.placed.fill(self.ema.weights, keep=True).named_parameters())
+        averaged = {name: whole[name].detach().clone() for name in self.ema.weights}
+        self.placed.fill({}, keep=True)
+        ema = Ema(whole, decay=self.ema.decay)
+        ema.weights = averaged
+        return ema
+
+    def _moment_layout(self, key: str) -> Layout | None:
+        moment, name = key.split("/", 1)
+        return self.placed.layout(name, moment)
+
     def _model(self, frozen: Collection[str]) -> dict[str, Tensor]:
         """Trained parameters, the ``frozen`` ones of these names, and buffers."""
-        kept = self.objective.state_dict().keys()  # leaves out non-persistent buffers
-        parameters = {
-            n: p.detach() for n, p in self.objective.named_parameters() if n not in self._frozen or n in frozen
-        }
-        return parameters | {n: b for n, b in self.objective.named_buffers() if n in kept}
+        objective = self.placed.objective
+        kept = objective.state_dict().keys()  # leaves out non-persistent buffers
+        parameters = {n: p.detach() for n, p in self.placed.parameters.items() if n not in self._frozen or n in frozen}
+        return parameters | {n: b for n, b in objective.named_buffers() if n in kept}
 
     def _moments(self) -> dict[str, Tensor]:
         state = self.optimizer.state_dict()["state"]
@@ -141,19 +205,28 @@ class TrainState:
 
 
 def save(
-    folder: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+    folder: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+    write_shards: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the checkpoint of ``step`` into ``folder`` and remove all but the newest ``keep``.
 
-    ``tensors`` maps the name of each file to its tensors; ``state`` holds JSON values.
+    ``tensors`` maps the name of each file to its tensors; ``state`` holds JSON values. ``write_shards`` writes more
+    files of tensors into the folder that it is given.
 
     Raises:
         UserError: the disk refused; older checkpoints are as they were.
     """
-    path, draft = folder / f"step-{step:08d}", folder / f".draft-{step:08d}"
+    path, draft = folder / f"step-{step:08d}", draft_of(folder, step)
     try:
         _clear(folder)
         draft.mkdir(parents=True)
+        if write_shards:
+            write_shards(draft)
         for name, content in tensors.items():
             save_file({key: value.contiguous() for key, value in content.items()}, draft / f"{name}.safetensors")
         (draft / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
@@ -175,6 +248,29 @@ def save(
     return path
 
 
+def draft_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies until it is complete."""
+    return folder / f".draft-{step:08d}"
+
+
+def write_shards(tensors: dict[str, Any], folder: Path) -> None:
+    """Write what each process has of ``tensors``; see :meth:`TrainState.spread`. All processes have to call this at
+    once; the main process does so within :func:`save`.
+
+    Raises:
+        OSError: a process could not write its part; all of them raise.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint import save as save_parts
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        save_parts(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise OSError(getattr(first, "strerror", None) or str(first)) from error
+
+
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest undamaged checkpoint in ``folder``, and a line about each newer one, which is damaged.
 
@@ -183,17 +279,17 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     Raises:
         UserError: there are checkpoints, and every one is damaged.
     """
-    warnings = []
+    messages = []
     listed = _listed(folder)
     for step, path in reversed(listed):
         if reason := _damage(path):
-            warnings.append(f"{path} is damaged ({reason}); trying the checkpoint before it.")
+            messages.append(f"{path} is damaged ({reason}); trying the checkpoint before it.")
             continue
         state = json.loads((path / "state.json").read_text())
-        return Checkpoint(path, step, state), warnings
+        return Checkpoint(path, step, state), messages
     if listed:
         raise UserError(f"{folder}: every checkpoint is damaged; delete this folder to start from step 0.")
-    return None, warnings
+    return None, messages
 
 
 def forget_after(folder: Path, step: int) -> None:

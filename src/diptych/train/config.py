@@ -9,9 +9,11 @@ from diptych.nn.inference import Device, Precision
 
 MAY_CHANGE = {
     # Settings that a resume may change. `steps` moves the end of the cosine; `grad_accum_steps`, `device` and `compile`
-    # change the rounding of sums, and a resume on other hardware wants to set them. No loss depends on the others.
+    # change the rounding of sums, and a resume on other hardware wants to set them, as it does `parallel` and
+    # `shard_group`. No loss depends on the others.
     "train": {"steps", "grad_accum_steps", "device", "compile", "checkpoint_every", "keep_checkpoints", "eval_every"}
-    | {"log_every", "workers", "max_seconds", "max_bad_steps", "tensorboard", "quiet"},
+    | {"log_every", "workers", "max_seconds", "max_bad_steps", "tensorboard", "quiet"}
+    | {"parallel", "shard_group", "checkpoint_activations"},
     "optim": set[str](),
 }
 
@@ -35,6 +37,16 @@ class TrainConfig:
     precision: Precision = "auto"
     """Number format of matrix products. bf16 is mixed precision: fp32 weights, bf16 products. auto is bf16 where the
     GPU or CPU has instructions for it, else fp32."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Where several processes keep the weights, gradients and moments: ddp keeps all of them in each process; fsdp
+    gives each a part, which leaves more memory for larger networks and sends more over the network. One process keeps
+    everything in either case."""
+    shard_group: int | None = None
+    """Number of processes that share one copy of the weights under fsdp, e.g. those of a node, whose links are faster
+    than those between nodes; it divides the number of processes. None: all share one copy."""
+    checkpoint_activations: bool = False
+    """Whether the backward pass computes the activations of each block once more instead of keeping them: less memory,
+    about a third more time, the same losses."""
     compile: bool = False
     """Whether to compile the objective: minutes at the start, faster steps afterwards."""
     ema: float | None = None
@@ -68,6 +80,7 @@ class TrainConfig:
         for name in ("log_every", "max_bad_steps"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _require(self.workers >= 0, "train.workers", self.workers, "0 or more")
+        _require(self.shard_group is None or self.shard_group >= 1, "train.shard_group", self.shard_group, "1 or more")
         _require(self.ema is None or 0 <= self.ema < 1, "train.ema", self.ema, "None or in [0, 1)")
         seconds = self.max_seconds
         _require(seconds is None or seconds > 0, "train.max_seconds", seconds, "None or more than 0")

@@ -7,7 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -80,9 +80,11 @@ class TrainResult:
         """False if ``train.max_seconds`` ended the run, so that the same command would continue it."""
         return self.stop is not StopReason.TIME_LIMIT
 
-    def eval_mode(self, objective: nn.Module) -> AbstractContextManager[None]:
+    @contextmanager
+    def eval_mode(self, objective: nn.Module) -> Iterator[None]:
         """Inside, ``objective`` is as hooks see it: evaluation mode, averaged weights if any, no gradients."""
-        return _eval_mode(objective, self.ema)
+        with self.ema.swapped_in() if self.ema else nullcontext(), eval_mode(objective):
+            yield
 
 
 def train(
@@ -109,7 +111,7 @@ def train(
 
     Raises:
         UserError: settings that cannot be, that differ from the run's, or that do not train (losses that are not
-            finite); a full disk.
+            finite); a full disk; another process died.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
     train.check()
@@ -124,7 +126,7 @@ def train(
         train=train,
         hooks=hooks,
         devices=devices,
-        state=TrainState(objective, update.optimizer, update.ema),
+        state=TrainState(update.placed, update.optimizer, update.ema),
         settings=json.loads(json.dumps(describe(train, optim, identity or {}))),
         pace=pace or Pace(cost=StageCost(name=title, steps=train.steps)),
         report=_Report(report if devices.is_main else None),
@@ -140,20 +142,30 @@ def train(
             logger.say(message)
         try:
             progress, stop = _loop(run, update, batches, progress=progress, logger=logger, signals=signals)
+        except RuntimeError as error:
+            if not devices.lost_another(error):
+                raise
+            raise UserError(
+                "another process of this run has died: its reason is above, or in the output of its machine. "
+                "The same command continues from the newest checkpoint."
+            ) from error
         finally:
             run.report.write(logger, train, finished=True)
     if stop.is_signal:
         raise Interrupted(signal.Signals[stop.name], step=progress.step)
-    return TrainResult(step=progress.step, stop=stop, seconds=progress.seconds, ema=update.ema)
+    return TrainResult(step=progress.step, stop=stop, seconds=progress.seconds, ema=run.state.finish())
 
 
 def _check_rows(train: TrainConfig, objective: Objective, *, world: int) -> None:
-    """Raise UserError if the batch cannot be cut into a micro-batch for each process and accumulation step."""
+    """Raise UserError if the batch cannot be cut into a micro-batch for each process and accumulation step, or if the
+    settings cannot be combined."""
     if train.batch_size % (world * train.grad_accum_steps):
         raise UserError(
             f"train.batch_size is {train.batch_size}; it must be a multiple of the number of processes "
             f"({world}) times train.grad_accum_steps ({train.grad_accum_steps})."
         )
+    if train.compile and train.parallel == "fsdp" and world > 1:
+        raise UserError("train.compile cannot be combined with train.parallel fsdp: leave out one of them.")
     if train.batch_size < 2 and objective.couples_rows:
         raise UserError(
             "train.batch_size is 1, but this objective compares the rows of a batch with one another and would learn "
@@ -303,13 +315,26 @@ class _Run:
 
     def save(self, progress: TrainProgress, logger: RunLogger) -> None:
         """Write a checkpoint, after the lines of metrics.jsonl that it counts on. All processes wait for it."""
+        write_shards = self._write_shards if self.state.placed.parts else None
         if self.devices.is_main:
             logger.flush(to_disk=True)
             progress = replace(progress, bad_steps=logger.bad_steps)
-            state = {"progress": asdict(progress), "settings": self.settings}
-            keep = self.train.keep_checkpoints
-            checkpoint.save(self.folder, step=progress.step, tensors=self.state.tensors(), state=state, keep=keep)
+            checkpoint.save(
+                self.folder,
+                step=progress.step,
+                tensors={} if write_shards else self.state.tensors(),
+                state={"progress": asdict(progress), "settings": self.settings},
+                keep=self.train.keep_checkpoints,
+                write_shards=write_shards,
+            )
+        elif write_shards:
+            write_shards(checkpoint.draft_of(self.folder, progress.step))
         self.devices.wait()
+
+    def _write_shards(self, folder: Path) -> None:
+        """Write what this process has of the weights and moments, once the main process has made ``folder``."""
+        self.devices.wait()
+        checkpoint.write_shards(self.state.spread(), folder)
 
     def is_due(self, every: int, *, after: int) -> bool:
         """Whether something that happens every so many steps, and after the last, happens after step ``after``."""
@@ -338,22 +363,17 @@ class _Run:
 
     def evaluate(self, hooks: Sequence[Hook], progress: TrainProgress, logger: RunLogger) -> bool:
         """Call ``hooks`` on the main process while the others wait; return whether one says that the run is over."""
-        if self.devices.is_main:
-            began = time.monotonic()
-            numbers: dict[str, Measured] = {}
-            with _eval_mode(self.objective, self.state.ema):
-                for hook in hooks:
-                    numbers |= hook.run(progress.step, self.objective)
-            logger.evaluation(progress, numbers, seconds=time.monotonic() - began)
+        began = time.monotonic()
+        with self.state.as_evaluated(keep=self.devices.is_main):
+            if self.devices.is_main:
+                numbers: dict[str, Measured] = {}
+                with eval_mode(self.objective):
+                    for hook in hooks:
+                        numbers |= hook.run(progress.step, self.objective)
+                logger.evaluation(progress, numbers, seconds=time.monotonic() - began)
         return self._is_over(hooks, progress)
 
     def _is_over(self, hooks: Sequence[Hook], progress: TrainProgress) -> bool:
         """The answer of the main process, on all of them."""
         over = self.devices.is_main and any(hook.over(progress.step) for hook in hooks if hook.over is not None)
         return bool(self.devices.agree(int(over)))
-
-
-@contextmanager
-def _eval_mode(objective: nn.Module, ema: Ema | None) -> Iterator[None]:
-    with ema.swapped_in() if ema else nullcontext(), eval_mode(objective):
-        yield

@@ -45,6 +45,14 @@ class Objective(nn.Module):
         """The losses of one batch. ``step`` counts from 0."""
         raise NotImplementedError
 
+    def start_step(self, step: int) -> None:
+        """Called before each step. Whatever else than the optimizer changes weights does so here, because under fsdp
+        ``forward`` sees copies of the weights; see :meth:`written_in_forward`."""
+
+    def written_in_forward(self) -> list[nn.Parameter]:
+        """Parameters that ``forward`` writes to, alike on all processes. Each process keeps them whole."""
+        return []
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups of parameters for the optimizer: dicts with ``params`` and, where they differ from the run's,
         ``weight_decay`` and ``lr_scale`` (a factor on the learning rate). Frozen parameters are left out by the loop.

@@ -42,6 +42,8 @@ _MOST_GROWTH = 4.0
 """Largest factor by which a budget raises the number of steps of a stage."""
 _LEAST_SHARE = 0.06
 """Share of the minutes that each stage has at least."""
+_TRIAL_SECONDS = 5.0
+"""Largest number of seconds that trial steps take where no budget limits them."""
 _TRIAL_SHARE = 0.06
 """Largest share of a stage's time that its trial steps take, two steps apart."""
 
@@ -417,6 +419,13 @@ def _affordable_rows(
             step = _step_seconds(stage, make, rows=rows, devices=devices, most=_TRIAL_SHARE * seconds)
             factor = 1
     return rows, step
+
+
+def training_seconds(stage: S, make: Callable[[S], tuple[Objective, BatchFn]]) -> float:
+    """Seconds that all steps of ``stage`` take, by a few trial steps on what ``make`` gives, whose weights change."""
+    devices = Devices(device=stage.train.device, precision=stage.train.precision)
+    step = _step_seconds(stage, make, rows=stage.train.batch_size, devices=devices, most=_TRIAL_SECONDS)
+    return stage.train.steps * step.mean(stage)
 
 
 def _step_seconds(

@@ -10,7 +10,7 @@ from diptych.data.batch import Batch, split
 from diptych.rng import derive_seed
 from diptych.train.checkpoint import Ema
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.train.distributed import Devices
+from diptych.train.distributed import Devices, checkpoint_activations
 from diptych.train.objective import Objective
 from diptych.train.optim import clip_gradient, learning_rate, make_optimizer, trained_groups
 
@@ -32,18 +32,25 @@ class TrainStep:
 
     def __init__(self, objective: Objective, *, train: TrainConfig, optim: OptimConfig, devices: Devices) -> None:
         self.train, self.optim, self.devices = train, optim, devices
-        objective.to(devices.device).train()
+        objective.train()
+        if train.checkpoint_activations:
+            checkpoint_activations(objective)
+        self.placed = devices.place(objective, parallel=train.parallel, shard_group=train.shard_group)
+        self.objective = self.placed.objective
         if train.compile:
-            objective.compile_regions()
-        self.model = devices.wrap(_UnderPolicy(objective, devices), may_skip_parameters=objective.may_skip_parameters)
-        self.optimizer = make_optimizer(trained_groups(objective, weight_decay=optim.weight_decay), optim)
+            self.objective.compile_regions()
+        self.model = self.placed.wrap(_UnderPolicy(self.objective, devices))
+        groups = self.placed.groups(trained_groups(self.objective, weight_decay=optim.weight_decay))
+        self.optimizer = make_optimizer(groups, optim, parts=self.placed.parts)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.ema = Ema(objective, decay=train.ema) if train.ema is not None else None
+        self.ema = Ema(self.placed.parameters, decay=train.ema) if train.ema is not None else None
 
     def __call__(self, step: int, batch: Batch) -> StepResult:
         """Train on ``batch``, the rows of this process. A loss or gradient that is not finite changes nothing."""
+        self.objective.start_step(step)
         names, losses = self._differentiate(step, batch)
-        norm = clip_gradient(self.parameters, self.optim.max_grad_norm)
+        self.placed.take_gradients()
+        norm = clip_gradient(self.parameters, self.optim.max_grad_norm, parts=self.placed.parts)
         lr = learning_rate(step, self.optim, steps=self.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -62,7 +69,7 @@ class TrainStep:
         for micro in split(batch, self.train.grad_accum_steps):
             self.devices.seed(derive_seed(self.train.seed, "step", step, micro.rng.rank))
             last = len(parts) + 1 == self.train.grad_accum_steps
-            with nullcontext() if last else self.devices.keep_local(self.model):
+            with nullcontext() if last else self.placed.keep_local(self.model):
                 total, logged = self.model(micro, step)
                 (total / self.train.grad_accum_steps).backward()
             names = list(logged)

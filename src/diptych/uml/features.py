@@ -26,6 +26,8 @@ from diptych.data.batch import SequenceExamples
 from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import Source, find_files, open_finite
 from diptych.data.sources.columns import Columns
+from diptych.data.sources.open import remote_files
+from diptych.data.sources.remote import is_remote
 from diptych.data.splits import Labelled
 from diptych.data.store import VectorStore, check_free, write_vectors
 from diptych.data.streams import Stream
@@ -113,6 +115,9 @@ def _cached(cache: Path, made_by: dict[str, Any], batches: Callable[[list[str]],
 def _items_digest(source: Source, items: np.ndarray) -> str:
     """A digest of the items' keys, and of size and date of the files that the source was opened from."""
     digest = hashlib.sha256("\n".join(source.key(int(item)) for item in items).encode(errors="surrogateescape"))
+    if is_remote(source.name):
+        digest.update(" ".join(file.identity for file in remote_files(source.name)).encode())
+        return digest.hexdigest()
     try:
         files = find_files(source.name)
     except UserError:

@@ -261,3 +261,17 @@ def test_other_columns_of_images_and_joined_labels_are_named(tmp_path):
         "columns not used: image_2 (images)",
         "labels such as 'cat;dog' are classes of their own: an image has one label",
     ]
+
+
+def test_rows_that_img2dataset_could_not_download_are_left_out(tmp_path):
+    path = write(
+        tmp_path / "00000.parquet",
+        key=["000000000", "000000001", "000000002"],
+        caption=["a dog", "a cat", "a cow"],
+        url=["http://x.org/a.jpg"] * 3,
+        status=["success", "failed_to_download", "success"],
+        jpg=[png(1), None, png(3)],
+    )
+    source = open_source(path)
+    assert rows_of(source) == [(1, ["a dog"], None), (3, ["a cow"], None)]
+    assert source.notes == ["1 row that img2dataset could not download not used"]

@@ -168,12 +168,27 @@ def _from_dataset(
     notes = list(found.notes)
     if split is None:
         notes += split_notes(values) or file_split_notes(tables.paths)
+    failed = _failed_downloads(whole, found.image)[rows]
+    if failed.any() and not failed.all():
+        rows = rows[~failed]
+        data = whole.select(rows)
+        notes.append(f"{counted(int(failed.sum()), 'row')} that img2dataset could not download not used")
     notes += _null_notes(whole, found, rows)
     # Without captions, rows of one image have nothing to join.
     groups = _same_images(whole.data.column(found.image), rows, tables) if found.captions else None
     return ArrowSource(
         data, name=name, found=found, rows=rows, tables=tables, limits=limits, notes=notes, groups=groups
     )
+
+
+def _failed_downloads(data: Any, image: str | None) -> np.ndarray:
+    """Which rows img2dataset marks as failed: they have a status that is not `success`, and no image."""
+    import pyarrow.compute
+
+    if "status" not in data.column_names:
+        return np.zeros(len(data), bool)
+    no_image = pyarrow.compute.is_null(data.data.column(image)).to_numpy()
+    return no_image & np.array([status != "success" for status in data["status"][:]], bool)
 
 
 def _null_notes(data: Any, found: Found, rows: np.ndarray) -> list[str]:

@@ -210,7 +210,7 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
 
 def _names_images(value: Any) -> bool:
     """Whether a cell holds an address, or a list with the path of an image."""
-    return _is_address(value) or (isinstance(value, list | tuple) and any(map(is_image_path, value)))
+    return is_address(value) or (isinstance(value, list | tuple) and any(map(is_image_path, value)))
 
 
 def _is_split_cell(value: Any) -> bool:
@@ -376,7 +376,7 @@ def _is_path_cell(value: Any) -> bool:
 
 
 def _refuse_addresses(table: Table, name: str | None, source: str) -> None:
-    if name is not None and _all(table[name], _is_address):
+    if name is not None and _all(table[name], is_address):
         raise UserError(
             f"{source}: column {name!r} holds web addresses, which are not fetched; download the images first "
             "(e.g. with img2dataset) and give their paths"
@@ -404,7 +404,7 @@ def _holds_texts(name: str, values: Sequence[Any]) -> bool:
     """Whether all values are texts, or some are and the name says so, unless half are something else by their form."""
     if _all(values, _is_text):
         return True
-    paths = sum(is_image_path(value) or _is_address(value) for value in values)
+    paths = sum(is_image_path(value) or is_address(value) for value in values)
     return usual(name, CAPTION_NAMES) and any(map(_is_text, values)) and 2 * paths <= len(values)
 
 
@@ -472,7 +472,8 @@ def _embedded(name: str, values: Sequence[Any]) -> bool:
     return _all(values, is_embedded)
 
 
-def _is_address(value: Any) -> bool:
+def is_address(value: Any) -> bool:
+    """Whether a cell holds an address of the web."""
     return isinstance(value, str) and value.strip().lower().startswith(("http://", "https://"))
 
 
@@ -480,7 +481,7 @@ def _is_text(value: Any) -> bool:
     if isinstance(value, bytes):
         return _is_utf8(value)
     if isinstance(value, str):
-        return not is_image_path(value) and not _is_address(value)
+        return not is_image_path(value) and not is_address(value)
     if isinstance(value, Mapping):
         return any(_is_text(value.get(name)) for name in _INNER)
     if not isinstance(value, list | tuple):

@@ -4,7 +4,8 @@
     table.csv .tsv .json .jsonl .parquet     a row per image or text
     shards-{000..012}.tar                    WebDataset; also globs and lists with commas, as for every kind of file
     texts.txt                                a text per line
-    hub:owner/name[:split][?config]          the one kind that may use the network
+    s3://bucket/shard-{000..331}.tar         tars, tables and texts behind an address: also gs://, hf://, https://
+    hub:owner/name[:split][?config]          a data set of the hub
     scenes:                                  the built-in world
 
 Options follow a question mark: `photos.tar?split=train&caption=title`. Of every kind `keep=FILE` keeps the items that a
@@ -27,6 +28,7 @@ from jaxtyping import UInt8
 
 from diptych.data.sources.columns import Columns, captions_of
 from diptych.data.sources.decode import SUFFIXES, ImageLimits
+from diptych.data.sources.remote import RemoteFile, find_remote, is_remote
 from diptych.data.sources.rows import SUFFIXES as TABLES
 from diptych.data.sources.rows import read_rows
 from diptych.data.sources.table import open_tables, unknown_split
@@ -177,7 +179,7 @@ def find_source(
     columns = replace(columns or Columns(), **named)
     if spec.startswith("hub:"):
         return _open_hub(parsed, columns=columns, split=split, limits=limits)
-    paths = find_files(parsed.place)
+    paths = remote_files(parsed.place) if is_remote(parsed.place) else find_files(parsed.place)
     if _kind(paths[0]) == "text" and options:
         raise UserError(f"{spec}: a text file has no columns and no splits")
     return _open_files(paths, name=parsed.place, columns=columns, split=split, limits=limits)
@@ -265,22 +267,24 @@ def _open_hub(spec: Spec, *, columns: Columns, split: str | None, limits: ImageL
 
 
 def _open_files(
-    paths: Sequence[Path], *, name: str, columns: Columns, split: str | None, limits: ImageLimits
+    found: Sequence[Path | RemoteFile], *, name: str, columns: Columns, split: str | None, limits: ImageLimits
 ) -> Source:
-    kinds = {_kind(path) for path in paths}
+    kinds = {_kind(path) for path in found}
     if len(kinds) > 1:
         raise UserError(f"{name}: files of different kinds ({', '.join(sorted(kinds))}) cannot be one source")
-    match kinds.pop():
+    kind = kinds.pop()
+    if kind == "tar":
+        from diptych.data.sources.webdataset import WebDatasetSource
+
+        return WebDatasetSource(found, name=name, columns=columns, split=split, limits=limits)
+    paths = [path.kept() if isinstance(path, RemoteFile) else path for path in found]
+    match kind:
         case "folder":
             from diptych.data.sources.folder import open_folder
 
             if len(paths) > 1:
                 raise UserError(f"{name}: {len(paths)} folders; give the one folder that holds them")
             return open_folder(paths[0], name=name, columns=columns, split=split, limits=limits)
-        case "tar":
-            from diptych.data.sources.webdataset import WebDatasetSource
-
-            return WebDatasetSource(paths, name=name, columns=columns, split=split, limits=limits)
         case "parquet":
             from diptych.data.sources.arrow import open_parquet
 
@@ -294,8 +298,8 @@ def _open_files(
     return TextSource(list(paths), name=name)
 
 
-def _kind(path: Path) -> str:
-    if path.is_dir():
+def _kind(path: Path | RemoteFile) -> str:
+    if isinstance(path, Path) and path.is_dir():
         return "folder"
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz")).suffix
@@ -323,22 +327,25 @@ def find_files(place: str) -> list[Path]:
     if os.path.exists(place):
         return [Path(place)]
     found: list[Path] = []
-    for part in _split_commas(place):
-        for pattern in expand_braces(part.strip()):
-            if os.path.exists(pattern):
-                matches = [pattern]
-            else:
-                matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []
-            if not matches:
-                raise UserError(
-                    f"{pattern or repr(place)}: {'matches no file' if '*' in pattern else 'does not exist'}"
-                )
-            found += [Path(match) for match in matches]
+    for pattern in _patterns(place):
+        if os.path.exists(pattern):
+            matches = [pattern]
+        else:
+            matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []
+        if not matches:
+            raise UserError(f"{pattern or repr(place)}: {'matches no file' if '*' in pattern else 'does not exist'}")
+        found += [Path(match) for match in matches]
     return list(dict.fromkeys(found))
 
 
-def _split_commas(text: str) -> list[str]:
-    return re.split(r",(?![^{}]*\})", text)
+def remote_files(place: str) -> list[RemoteFile]:
+    """As `find_files`, of addresses. Asks their servers. Raises UserError for a file that is missing."""
+    return find_remote(_patterns(place))
+
+
+def _patterns(place: str) -> list[str]:
+    parts = re.split(r",(?![^{}]*\})", place)
+    return [pattern for part in parts for pattern in expand_braces(part.strip())]
 
 
 def expand_braces(pattern: str) -> list[str]:

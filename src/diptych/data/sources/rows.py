@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from diptych.data.sources.columns import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, is_split, usual
+from diptych.data.sources.columns import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, is_address, is_split, usual
 from diptych.data.sources.decode import is_image_path
 from diptych.data.sources.text import read_text
 from diptych.errors import UserError
@@ -57,6 +57,8 @@ def _read_delimited(text: str, path: Path, delimiter: str) -> list[dict[str, Any
         first = rest.partition("\n")[0]
     if delimiter not in first:  # in many countries spreadsheets write ; into csv files
         delimiter = next((other for other in _DELIMITERS if other in first), delimiter)
+    if delimiter == "\t":
+        text = _named_by_content(first) + text
     if delimiter == "\t" and (rows := _read_plain_lines(text, path)) is not None:
         return rows
     try:
@@ -65,6 +67,15 @@ def _read_delimited(text: str, path: Path, delimiter: str) -> list[dict[str, Any
         if delimiter != "\t":
             raise
         return _read_cells(text, path, delimiter, csv.QUOTE_NONE)
+
+
+def _named_by_content(first: str) -> str:
+    """The header that a list of captions and web addresses such as CC3M's lacks; empty where the first line is one."""
+    cells = first.split("\t")
+    if not any(map(is_address, cells)):
+        return ""
+    names = ["url" if is_address(cell) else "file_name" if is_image_path(cell) else "caption" for cell in cells]
+    return "\t".join(names) + "\n" if len(set(names)) == len(names) else ""
 
 
 def _read_plain_lines(text: str, path: Path) -> list[dict[str, Any]] | None:

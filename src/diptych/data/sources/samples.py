@@ -387,7 +387,7 @@ class SampleSource(ABC):
 
     @abstractmethod
     def _size(self, member: int) -> int:
-        """The number of bytes of a file."""
+        """The number of bytes of a file; 0 where its content should not be compared with others."""
 
     @abstractmethod
     def _read(self, member: int) -> bytes:

@@ -3,11 +3,13 @@
 import os
 import re
 import unicodedata
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from diptych.data.sources.columns import (
     captions_of,
     find_columns,
     find_image,
+    is_address,
     is_missing,
     is_split,
     joined_labels,
@@ -26,6 +29,7 @@ from diptych.data.sources.columns import (
 )
 from diptych.data.sources.decode import SUFFIXES as IMAGE_SUFFIXES
 from diptych.data.sources.decode import ImageLimits, decode, is_image_path, without_number
+from diptych.data.sources.remote import RemoteFile, is_remote
 from diptych.data.sources.rows import SUFFIXES, read_rows
 from diptych.data.sources.text import says_missing
 from diptych.errors import UserError
@@ -80,6 +84,11 @@ def from_rows(
     """
     sample = sample_columns(rows)
     notes: list[str] = []
+    downloads: list[str] = []
+    if (addresses := _column_of_addresses(sample, columns.image, name)) is not None:
+        rows, tables, downloads = _downloaded(rows, tables, addresses)
+        sample = sample_columns(rows)
+        columns = replace(columns, image=addresses) if downloads else columns  # the files may have no suffix
     if columns.image is None and find_image(sample, None, name) is None:
         columns = replace(columns, image=_column_of_stems(sample, tables[0]))
         notes = [f"images are those that column {columns.image!r} names"] if columns.image else []
@@ -99,8 +108,67 @@ def from_rows(
     source = TableSource([(tables[i], rows[i]) for i in chosen], name=name, found=found, limits=limits)
     if split is None:
         source.notes += split_notes(splits) or file_split_notes(dict.fromkeys(tables))
-    source.notes += _tables_without_captions(rows, tables, found)
+    source.notes += downloads + _tables_without_captions(rows, tables, found)
     return source
+
+
+def _column_of_addresses(sample: Mapping[str, Sequence[Any]], wanted: str | None, source: str) -> str | None:
+    """The column of web addresses, if there is one and no column of images beside it."""
+    found = [name for name, values in sample.items() if values and all(map(is_address, values))]
+    if wanted is not None:
+        return wanted if wanted in found else None
+    return found[0] if len(found) == 1 and find_image(sample, None, source) is None else None
+
+
+def _downloaded(
+    rows: Sequence[Row], tables: Sequence[Path], column: str
+) -> tuple[Sequence[Row], Sequence[Path], list[str]]:
+    """The rows whose address has been downloaded to a file near its table, with the path of that in its place.
+
+    A file is that of a row if it is called like the address ends, like the number of the row, or like both the number
+    and the checksum of the address, as downloaders for CC3M do. Of these three, the one that most rows of a table fit
+    is taken for all. Nothing is changed where no file fits.
+    """
+    paths: list[str | None] = [None] * len(rows)
+    notes = []
+    for table in dict.fromkeys(tables):
+        places = [place for place, of_row in enumerate(tables) if of_row == table]
+        addresses = [str(rows[place].get(column) or "").strip() for place in places]
+        how, found = _files_of_addresses(table.parent, addresses)
+        for place, path in zip(places, found, strict=True):
+            paths[place] = path
+        if left_out := len(found) - sum(map(bool, found)):
+            how += f"; {counted(left_out, 'row')} of {len(found):,} without a file not used"
+        notes.append(f"images of {table.name} are the files that are called like {how}")
+    if not any(paths):
+        return rows, tables, []
+    kept = [place for place, path in enumerate(paths) if path]
+    return [{**rows[place], column: paths[place]} for place in kept], [tables[place] for place in kept], notes
+
+
+def _files_of_addresses(folder: Path, addresses: Sequence[str]) -> tuple[str, Sequence[str | None]]:
+    """How the files near a table are called, and the path of each address, relative to ``folder``."""
+    files: dict[str, list[str]] = {}
+    for place in _folders_below(folder):
+        for file in os.listdir(place) if place.is_dir() else ():
+            stem, suffix = os.path.splitext(file)
+            if suffix.lower() in IMAGE_SUFFIXES or re.fullmatch(r"\d+_\d+", file):
+                stem = stem if suffix else file
+                files.setdefault(stem, []).append(os.path.relpath(place / file, folder))
+    one = {stem: found[0] for stem, found in files.items() if len(found) == 1}  # of a name in two folders neither is
+    numbers = {int(stem): path for stem, path in one.items() if stem.isdecimal()}
+    first = 1 if len(addresses) in numbers and 0 not in numbers else 0
+    if numbers and max(numbers) >= first + len(addresses):
+        numbers = {}  # they number something else
+    ends = [os.path.splitext(unquote(urlsplit(address).path).rpartition("/")[2])[0] for address in addresses]
+    often = Counter(ends)
+    checked = [f"{number}_{zlib.crc32(address.encode())}" for number, address in enumerate(addresses)]
+    ways = {
+        "row number and checksum of the address": [one.get(name) for name in checked],
+        f"row numbers, counted from {first}": [numbers.get(number + first) for number in range(len(addresses))],
+        "the end of the address": [one.get(end) if end and often[end] == 1 else None for end in ends],
+    }
+    return max(ways.items(), key=lambda way: sum(map(bool, way[1])))
 
 
 def _tables_without_captions(rows: Sequence[Row], tables: Sequence[Path], found: Found) -> list[str]:
@@ -119,7 +187,7 @@ def _tables_without_captions(rows: Sequence[Row], tables: Sequence[Path], found:
 
 def _images_near(table: Path) -> list[str]:
     """An image in the folder of a table or in one just below it; nothing if there is none."""
-    for folder in _folders_below(table.parent, depth=1):
+    for folder in _folders_below(table.parent, depth=1) if table.is_file() else ():  # a data set of the hub is none
         for name in os.listdir(folder) if os.access(folder, os.R_OK) else ():
             if is_image_path(name):
                 return [str(folder / name)]
@@ -175,7 +243,7 @@ def split_of(name: str) -> str | None:
     return next((folder for folder in name.split("/")[:-1] if is_split(folder)), None)
 
 
-def file_split_notes(paths: Iterable[Path]) -> list[str]:
+def file_split_notes(paths: Iterable[Path | RemoteFile]) -> list[str]:
     """As `split_notes`, by the names of files such as `train-00000-of-00002.parquet`."""
     names = (re.split(r"[-_.\d]", path.name)[0] for path in paths)
     found = sorted({name for name in names if is_split(name)})
@@ -445,6 +513,8 @@ class TableSource:
             )
         if not self._keys:
             raise UserError(f"{self.name}: holds no captions")
+        if len(self.missing) == len(self._keys) and is_remote(self.name):
+            raise UserError(f"{self.name}: images beside a table are not fetched: put them into tars or into parquet")
         if len(self.missing) == len(self._keys):
             raise UserError(f"{self.missing[0]}: does not exist; image paths in {self.name} are relative to its folder")
 

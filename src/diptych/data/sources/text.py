@@ -175,9 +175,9 @@ def notes_on_texts(texts: Sequence[str]) -> list[str]:
         notes.append(
             f"{len(mangled):,} of {len(texts):,} texts that were looked at hold {mangled[0]!r}, as of a wrong encoding"
         )
-    marks = {mark[0] if (mark := _MARK.match(text)) else "" for text in texts}
-    if len(texts) > 1 and len(marks) == 1 and (mark := marks.pop()):
-        notes.append(f"{mark!r}, which begins every text, is a part of it")
+    marks = {found[0] if (found := _MARK.match(text)) else "" for text in texts}
+    if len(texts) > 1 and len(marks) == 1 and (shared := marks.pop()):
+        notes.append(f"{shared!r}, which begins every text, is a part of it")
     return notes
 
 

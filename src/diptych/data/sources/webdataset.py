@@ -1,7 +1,8 @@
 """WebDataset tars: members of one name are a sample (key.jpg, key.txt, key.json, key.cls), as `samples.py` says.
 
 Opening a tar reads only the headers of its members, about ten times quicker than `tarfile`. After that each member is
-read alone, with a seek, when it is asked for. Nothing is ever unpacked to disk, so names cannot escape.
+read alone, with a seek, when it is asked for. Nothing is ever unpacked to disk, so names cannot escape. A tar behind an
+address is indexed once; `remote.py` says what is kept of it.
 """
 
 import os
@@ -13,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from diptych.data.sources.columns import Columns
-from diptych.data.sources.decode import ImageLimits
+from diptych.data.sources.decode import SUFFIXES, ImageLimits
+from diptych.data.sources.remote import RemoteFile, index_all
 from diptych.data.sources.samples import (
     Groups,
     SampleSource,
@@ -38,8 +40,17 @@ class WebDatasetSource(SampleSource):
     A sample never spans shards.
     """
 
-    def __init__(self, paths: Sequence[Path], *, name: str, columns: Columns, split: str | None, limits: ImageLimits):
+    def __init__(
+        self,
+        paths: Sequence[Path | RemoteFile],
+        *,
+        name: str,
+        columns: Columns,
+        split: str | None,
+        limits: ImageLimits,
+    ):
         self._paths = list(paths)
+        index_all([path for path in paths if isinstance(path, RemoteFile)], _remote_members)
         keys: list[str] = []
         slots, places = array("q"), array("q")
         lone: list[tuple[list[str], list[int]]] = []  # of each shard the names and members of texts without an image
@@ -107,7 +118,8 @@ class WebDatasetSource(SampleSource):
             raise UserError(f"{name}: holds no images and no captions")
 
     def _size(self, member: int) -> int:
-        return int(self._places[member, 2])
+        shard, _, size = self._places[member].tolist()
+        return 0 if isinstance(self._paths[shard], RemoteFile) else size  # content is not fetched to be compared
 
     def _read(self, member: int) -> bytes:
         shard, offset, size = self._places[member].tolist()
@@ -124,17 +136,20 @@ class Member:
 
     name: str
     offset: int
-    """Byte of the tar where its content begins."""
+    """Byte of the tar where its content begins; below 0 where the content is kept beside the index."""
     size: int
     """Bytes of its content."""
 
 
-def members(path: Path) -> Iterator[Member]:
+def members(path: Path | RemoteFile) -> Iterator[Member]:
     """The files of a tar (ustar, GNU long names, pax paths), in order, and those that links in it stand for.
 
     A link to what the tar does not hold is an empty file. Several tars that were joined end to end are read as one.
     Raises UserError when the tar is cut short.
     """
+    if isinstance(path, RemoteFile):
+        yield from _remote_members(path)
+        return
     try:
         with open(path, "rb", buffering=_BLOCK) as file:
             yield from _members(file.fileno(), path, os.fstat(file.fileno()).st_size)
@@ -144,8 +159,21 @@ def members(path: Path) -> Iterator[Member]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read(path: Path, offset: int, size: int) -> bytes:
+def _remote_members(tar: RemoteFile) -> list[Member]:
+    def scan(descriptor: int) -> Iterator[tuple[str, int, int]]:
+        for member in _members(descriptor, tar, tar.size):
+            yield member.name, member.offset, member.size
+
+    def is_image(name: str) -> bool:
+        return os.path.splitext(name)[1].lower() in SUFFIXES
+
+    return [Member(*entry) for entry in tar.index(scan, is_large=is_image)]
+
+
+def read(path: Path | RemoteFile, offset: int, size: int) -> bytes:
     """The bytes of a member. Opens the file anew: safe in any thread, and any number of shards is possible."""
+    if isinstance(path, RemoteFile):
+        return path.read(offset, size)
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -156,7 +184,7 @@ def read(path: Path, offset: int, size: int) -> bytes:
         raise UserError(f"{path}: can no longer be read ({error.strerror})") from None
 
 
-def _members(descriptor: int, path: Path, end: int) -> Iterator[Member]:
+def _members(descriptor: int, path: Path | RemoteFile, end: int) -> Iterator[Member]:
     position, long_name = 0, None
     files: dict[str, Member] = {}
     links: list[tuple[str, str, int]] = []
@@ -203,7 +231,7 @@ def _linked(files: dict[str, "Member"], name: str, target: str, place: int) -> "
     return Member(name, found.offset, found.size) if found is not None else Member(name, place, 0)
 
 
-def _size(header: bytes, path: Path, position: int, end: int) -> int:
+def _size(header: bytes, path: Path | RemoteFile, position: int, end: int) -> int:
     """The size of the member in bytes. Raises UserError where the header is damaged or the member is cut short."""
     if len(header) < _BLOCK:
         if position == 0:
