@@ -157,3 +157,18 @@ def test_an_edit_is_noticed_and_a_copy_is_not(folder, tmp_path, monkeypatch, kin
 
 def test_sources_that_cannot_be_edited():
     assert content_digest(ScenesSource(count=5)) == ""
+
+
+def test_repeated_captions_frames_and_long_texts_are_told(tmp_path):
+    frames = [Image.new("L", (4, 4), grey) for grey in (0, 99)]
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
+    Image.new("L", (4, 4), 7).save(tmp_path / "one.png")
+    (tmp_path / "one.txt").write_text("a dog\na dog\n" + "word " * 100)
+    found = check_source(open_source(str(tmp_path)))
+    assert (found.repeated_captions, list(found.several_frames)) == (1, ["pages.tif"])
+    lines = found.lines()
+    assert "             1 caption that their item has already" in lines
+    assert "  frames     1 image used by the first alone: pages.tif" in lines
+    assert max(map(len, lines)) < 200
+    told = check_parts([Part("image", open_source(str(tmp_path)), range(2))], max_skipped_share=0.01)
+    assert told.endswith("0 of 2 images that were tried cannot be read; of 1 with several frames the first is used")

@@ -14,6 +14,8 @@ def test_templates_speak_of_every_class():
         ["a photo of a grand piano.", "grand piano"],
         ["a photo of a Leopard.", "Leopard"],
     ]
+    assert from_templates(["001.Black_Tern", "2 Owl"], ["a {}"]) == [["a Black Tern"], ["a Owl"]]
+    assert from_templates(["7 up", "cola"], ["{}"]) == [["7 up"], ["cola"]]
     with pytest.raises(UserError, match=r"has no \{\}"):
         from_templates(CLASSES, ["a photo"])
     with pytest.raises(UserError, match="no template"):

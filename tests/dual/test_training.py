@@ -98,7 +98,7 @@ def scored(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["ito-tiny", "slip-tiny"])
+@pytest.mark.parametrize("name", ["ito-tiny", "slip-tiny", "siglip-tiny", "clip-aug-tiny"])
 def test_validation_equals_evaluate(name, scored, tmp_path, capsys):
     data = PairsData(pairs="scenes:?count=24", valid=str(scored), max_skipped_share=0.05)
     run = small_run(name, data=data)

@@ -111,8 +111,9 @@ def sharded(tmp_path_factory) -> Path:
 def test_every_objective_trains_in_parts_as_in_one_process(sharded, tmp_path, name):
     fit(name, tmp_path)
     for ours, alone in zip(read_metrics(sharded / name), read_metrics(tmp_path), strict=True):
-        for key in ("loss", "grad_norm"):
-            assert ours[key] == pytest.approx(alone[key], rel=1e-5), key
+        assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        # Where two codes are equally near, rounding decides which one a place of an image takes.
+        assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-3 if name == "vqgan" else 1e-5)
 
 
 @pytest.mark.slow

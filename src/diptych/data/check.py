@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from diptych.data.sources.decode import UnreadableImage, header_size
+from diptych.data.sources.columns import joined_labels
+from diptych.data.sources.decode import UnreadableImage, header
 from diptych.data.sources.open import HasFiles, HasNotes, HasSides, KeptSource, Source, find_files, remote_files
 from diptych.data.sources.remote import is_remote
 from diptych.data.sources.table import TableSource, counted, some
@@ -36,6 +37,8 @@ class SourceCheck:
     """Number of captions of each item."""
     shared_captions: int
     """Number of captions that belong to several items."""
+    repeated_captions: int
+    """Number of captions that their item has already."""
     lengths: Sequence[int]
     """Number of words of each caption."""
     labels: Counter[str]
@@ -46,6 +49,8 @@ class SourceCheck:
     """What is wrong with those of them that cannot be read."""
     sizes: Sequence[tuple[int, int]]
     """Width and height in pixels of those that can, as stored."""
+    several_frames: Sequence[str]
+    """Keys of those that hold several frames or pages, of which the first is used."""
     twins: Sequence[tuple[str, str]]
     """Keys of opened images that are the same file as another one opened before them."""
     notes: Sequence[str]
@@ -65,6 +70,8 @@ class SourceCheck:
                 told.append(("", f"{counted(self.items - captioned, 'item')} without a caption"))
             if self.shared_captions:
                 told.append(("", f"{counted(self.shared_captions, 'caption')} in the same words at several items"))
+            if self.repeated_captions:
+                told.append(("", f"{counted(self.repeated_captions, 'caption')} that their item has already"))
         else:
             told.append(("captions", "none"))
         if self.opened:
@@ -73,6 +80,11 @@ class SourceCheck:
                 widths, heights = zip(*self.sizes, strict=True)
                 middle = f"{np.median(widths):.0f} x {np.median(heights):.0f} in the middle"
                 told.append(("pixels", f"{_range(widths)} wide, {_range(heights)} high, {middle}"))
+            if self.several_frames:
+                shown = some(self.several_frames, len(self.several_frames))
+                told.append(
+                    ("frames", f"{counted(len(self.several_frames), 'image')} used by the first alone: {shown}")
+                )
             if self.twins:
                 pairs = [f"{a} = {b}" for a, b in self.twins]
                 told.append(("twins", f"{counted(len(pairs), 'image')} the same as another: {some(pairs, len(pairs))}"))
@@ -83,7 +95,10 @@ class SourceCheck:
             told.append(("labels", f"{counted(len(classes), 'class', 'classes')}: {some(classes, len(classes))}"))
         told += [("unreadable", reason) for reason in self.unreadable[:3]]
         told += [("note", note) for note in self.notes]
-        told += [("sample", f"{key}  {text}".rstrip()) for key, text in self.samples]
+        told += [
+            ("sample", f"{key}  {text if len(text) < 120 else text[:117] + '...'}".rstrip())
+            for key, text in self.samples
+        ]
         return [self.name, *(f"  {head:<10} {text}" for head, text in told)]
 
 
@@ -93,12 +108,13 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
     owners = Counter(text for captions in texts for text in set(captions))
     labels = Counter(label for i in range(len(source)) if (label := source.label(i)) is not None)
     chosen = _spread(len(source), images or len(source)) if source.has_images else []
-    faults, sizes = [], []
+    faults, sizes, several = [], [], []
     first: dict[bytes, str] = {}
     twins = []
     for item, image in zip(chosen, open_images(source, chosen), strict=True):
         faults += [image.fault] if image.fault else []
         sizes += [image.size] if image.size else []
+        several += [source.key(item)] if image.frames > 1 else []
         if image.digest is not None:
             key = first.setdefault(image.digest, source.key(item))
             if key != source.key(item):
@@ -108,24 +124,27 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
         items=len(source),
         captions=[len(captions) for captions in texts],
         shared_captions=sum(count > 1 for count in owners.values()),
+        repeated_captions=sum(len(captions) - len(set(captions)) for captions in texts),
         lengths=[len(text.split()) for captions in texts for text in captions],
         labels=labels,
         opened=len(chosen),
         unreadable=faults,
         sizes=sizes,
+        several_frames=several,
         twins=twins,
-        notes=[*(source.notes if isinstance(source, HasNotes) else ()), *_alike(labels)],
+        notes=list(dict.fromkeys([*(source.notes if isinstance(source, HasNotes) else ()), *_alike(labels)])),
         samples=[(source.key(i), next(iter(texts[i]), "")) for i in _spread(len(source), 3)],
     )
 
 
 def _alike(labels: Iterable[str]) -> list[str]:
-    """A note on labels that differ in capitals and blanks alone."""
+    """Notes on labels that differ in capitals and blanks alone, and on those that hold others."""
     spellings: dict[str, list[str]] = {}
     for label in labels:
         spellings.setdefault(" ".join(label.casefold().split()), []).append(label)
     several = [" and ".join(map(repr, each)) for each in spellings.values() if len(each) > 1]
-    return [f"classes that differ in spelling alone: {some(several, len(several))}"] if several else []
+    notes = [f"classes that differ in spelling alone: {some(several, len(several))}"] if several else []
+    return notes + joined_labels(labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +172,7 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
     Returns the line that `fit` prints first. Raises UserError where more of a table's images do not exist than may be
     skipped, and where more than half of the images that were tried cannot be read.
     """
-    tried, faults = 0, []
+    tried, several, faults = 0, 0, []
     for part in parts:
         if "text" in part.what or not isinstance(part.source, Source):  # encoded data needs no images
             continue
@@ -164,7 +183,9 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
                 f"{max_skipped_share:.1%}: {some(missing, len(missing))}; mend the paths or raise max-skipped-share"
             )
         chosen = [int(part.items[i]) for i in _spread(len(part.items), _SAMPLE)]
-        wrong = [image.fault for image in open_images(part.source, chosen) if image.fault]
+        opened = list(open_images(part.source, chosen))
+        several += sum(image.frames > 1 for image in opened)
+        wrong = [image.fault for image in opened if image.fault]
         if 2 * len(wrong) > len(chosen):
             raise UserError(
                 f"{part.source.name}: {len(wrong)} of {len(chosen)} images that were tried cannot be read, "
@@ -172,8 +193,10 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
             )
         tried += len(chosen)
         faults += wrong
-    opened = f"; {len(faults)} of {tried} images that were tried cannot be read" if tried else ""
-    return ", ".join(part.describe() for part in parts) + opened + (f", such as {faults[0]}" if faults else "")
+    told = f"; {len(faults)} of {tried} images that were tried cannot be read" if tried else ""
+    told += f", such as {faults[0]}" if faults else ""
+    told += f"; of {several} with several frames the first is used" if several else ""
+    return ", ".join(part.describe() for part in parts) + told
 
 
 def _range(numbers: Sequence[int]) -> str:
@@ -193,6 +216,8 @@ class OpenedImage:
     """Width and height in pixels as stored; None too where the source has no files."""
     digest: bytes | None = None
     """Of its file, else of its pixels."""
+    frames: int = 1
+    """Number of frames of an animation, or of pages."""
 
 
 def open_images(source: Source, items: Iterable[int], *, workers: int = 2) -> Iterator[OpenedImage]:
@@ -207,7 +232,8 @@ def open_images(source: Source, items: Iterable[int], *, workers: int = 2) -> It
             return OpenedImage(None, pixels, None, _digest(pixels.tobytes()))
         file = source.file(item)
         data = file if isinstance(file, bytes) else file.read_bytes()
-        return OpenedImage(None, pixels, header_size(data), _digest(data))
+        size, frames = header(data)
+        return OpenedImage(None, pixels, size, _digest(data), frames)
 
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(open_one, items)

@@ -22,6 +22,8 @@ from diptych.rng import derive_seed
 
 _CODE = re.compile(r"(class|label|category|cls|id|[a-z])?[\W_]*\d[\d\W_]*", re.IGNORECASE)
 
+_NUMBERED = re.compile(r"\d+[ .-]+(?=\D)")
+
 Shots = int | Literal["all", "mean"]
 """Texts of a class to learn from: a number of random ones, all, or the mean of the features of all."""
 
@@ -29,14 +31,18 @@ Shots = int | Literal["all", "mean"]
 def from_templates(classes: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
     """The texts of each class: every template with the class's name in place of its {}.
 
-    Underscores in names become spaces. Raises UserError without templates, and for a template without {}.
+    Underscores in names become spaces, and numbers in front of all names, as in `001.Black_footed_Albatross`, are left
+    out. Raises UserError without templates, and for a template without {}.
     """
     if not templates:
         raise UserError('no template for texts about the classes is given: give one, e.g. "a photo of a {}."')
     for template in templates:
         if "{}" not in template:
             raise UserError(f"the template {template!r} has no {{}} where the name of the class should stand")
-    return [[template.replace("{}", _spoken(name)) for template in templates] for name in classes]
+    names = [_spoken(name) for name in classes]
+    if all(map(_NUMBERED.match, names)):
+        names = [_NUMBERED.sub("", name) for name in names]
+    return [[template.replace("{}", name) for template in templates] for name in names]
 
 
 def read_class_texts(path: str | Path, classes: Sequence[str]) -> list[list[str]]:

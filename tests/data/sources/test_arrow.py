@@ -249,9 +249,18 @@ def test_missing_captions_and_labels_are_counted(tmp_path):
     source = open_source(path)
     assert source.notes == [
         "2 captions such as nan or null taken for missing",
-        "2 labels of -1 taken for missing; give the class another name if it is one",
+        "2 labels of -1 taken for missing; a class needs a name of its own",
     ]
     assert [source.label(i) for i in range(4)] == ["0", "1", None, None]
+
+
+def test_other_columns_of_images_and_joined_labels_are_named(tmp_path):
+    pictures = [png(1), png(2)]
+    source = open_source(write(tmp_path / "t.parquet", image=pictures, image_2=pictures, label=["cat;dog", "cat"]))
+    assert source.notes == [
+        "columns not used: image_2 (images)",
+        "labels such as 'cat;dog' are classes of their own: an image has one label",
+    ]
 
 
 def test_rows_that_img2dataset_could_not_download_are_left_out(tmp_path):

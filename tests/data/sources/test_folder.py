@@ -135,7 +135,7 @@ def test_one_folder_is_no_class_and_splits_are_named(tmp_path):
     put(tmp_path / "images" / "b.png")
     assert open_source(str(tmp_path)).label(0) is None
     put(tmp_path / "c" / "train2017" / "a.png")
-    put(tmp_path / "c" / "val2017" / "b.png")
+    put(tmp_path / "c" / "val2017" / "b.png", 7)
     source = open_source(str(tmp_path / "c"))
     assert source.notes == ["the splits train2017, val2017 are used together; choose one, e.g. ?split=val2017"]
     assert source.label(0) is None
@@ -214,3 +214,19 @@ def test_columns_for_other_sources_do_no_harm(tmp_path):
 
     put(tmp_path / "a.png", caption="a")
     assert open_source(str(tmp_path), columns=Columns(caption="title")).captions(0) == ["a"]
+
+
+def test_a_pipe_is_no_text_to_wait_for(tmp_path):
+    put(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"a\.txt: is not a file"):
+        open_source(str(tmp_path))
+
+
+def test_folders_of_classes_beside_a_table_are_named(tmp_path):
+    put(tmp_path / "cat" / "a.png")
+    put(tmp_path / "dog" / "b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\ncat/a.png,one\ndog/b.png,two\n")
+    source = open_source(str(tmp_path))
+    assert source.label(0) is None
+    assert source.notes == ["folders such as cat are no classes beside metadata.csv; add a column label"]

@@ -1,5 +1,6 @@
 """Rows of table files in the forms that common tools write; what is ambiguous is refused."""
 
+import gzip
 import json
 
 import pytest
@@ -103,3 +104,26 @@ def test_documents_by_split_and_by_id(tmp_path):
     keyed = {"a.jpg": [{"caption": "a dog"}, {"caption": "one dog"}]}
     assert rows_of(tmp_path, "k.json", json.dumps(keyed))[0]["file_name"] == "a.jpg"
     assert rows_of(tmp_path, "l.jsonl", json.dumps([{"image": "a.jpg"}])) == [{"image": "a.jpg"}]
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        [{"data": {"image": "a.jpg", "caption": "a dog"}}, {"data": {"image": "b.jpg", "caption": "a cat"}}],
+        {"version": 1, "data": [{"paragraphs": [{"image": row["image"], "caption": row["caption"]} for row in A_B]}]},
+    ],
+)
+def test_images_in_records_inside_the_rows(tmp_path, nested):
+    assert rows_of(tmp_path, "t.json", json.dumps(nested)) == A_B
+    inner = [{"image": {"path": "a.jpg", "bytes": None}, "caption": "a dog"}, {"caption": "no image"}]
+    rows = rows_of(tmp_path, "u.json", json.dumps(inner))
+    assert rows == [{"caption": "a dog", "path": "a.jpg", "bytes": None}, {"caption": "no image"}]
+
+
+def test_documents_by_class(tmp_path):
+    by_class = {"beach": [{"filename": "a.jpg", "raw": "sea", "raw_1": "sand"}], "farm": [{"filename": "b.jpg"}]}
+    assert [row["label"] for row in rows_of(tmp_path, "n.json", json.dumps(by_class))] == ["beach", "farm"]
+
+
+def test_capitals_in_the_suffix_of_packed_files(tmp_path):
+    assert rows_of(tmp_path, "t.csv.GZ", gzip.compress(b"image,caption\na.jpg,a dog\nb.jpg,a cat\n")) == A_B

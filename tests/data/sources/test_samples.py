@@ -1,5 +1,6 @@
 """What belongs to an image by its name: the same in a folder and in a tar."""
 
+import hashlib
 import io
 import json
 import os
@@ -8,22 +9,22 @@ import tarfile
 import pytest
 from PIL import Image
 
-from diptych.data.sources import open_source
+from diptych.data.sources import open_source, samples
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.samples import IMAGE, JSON, TEXT, group
 from diptych.errors import UserError
 
 
-def png():
+def png(name):
     file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "PNG")
+    Image.frombytes("RGB", (1, 1), hashlib.sha256(name.encode()).digest()[:3]).save(file, "PNG")
     return file.getvalue()
 
 
 def write(place, kind, files):
     """The same files as a folder or as members of a tar; the spec of the source."""
     contents = {
-        name: png() if data is None else (json.dumps(data) if isinstance(data, dict) else data).encode()
+        name: png(name) if data is None else (json.dumps(data) if isinstance(data, dict) else data).encode()
         for name, data in files.items()
     }
     if kind == "folder":
@@ -60,6 +61,10 @@ CASES = {
     "accents": ({"caf\u00e9.png": None, "cafe\u0301.txt": "one"}, [["one"]]),
     "caption": ({"a.png": None, "a.caption": "one"}, [["one"]]),
     "json": ({"a.png": None, "a.json": {"caption": "one"}}, [["one"]]),
+    "json that is a caption": (
+        {"a.png": None, "a.json": '["one", "two"]', "b.png": None, "b.json": '"three"'},
+        [["one", "two"], ["three"]],
+    ),
     "json of some": ({"a.png": None, "a.json": {"caption": "one"}, "b.png": None, "b.txt": "two"}, [["one"], ["two"]]),
     "empty text": ({"a.png": None, "a.txt": "\n", "a.json": {"caption": "one"}, "b.png": None}, [["one"], []]),
     "a caption a line": ({"a.png": None, "a.txt": "one\ntwo\n"}, [["one", "two"]]),
@@ -135,6 +140,7 @@ def test_texts_of_boxes_are_no_captions(tmp_path, kind):
         (["cat/a.png", "dog/b.png"], ["cat", "dog"]),
         (["images/train/a.png", "images/val/b.png"], [None, None]),
         (["train_images/a.png", "test_images/b.png"], [None, None]),
+        (["held_out/cat/a.png", "training_set/dog/b.png"], ["cat", "dog"]),
         (["data/test/cat/a.png", "data/train/dog/b.png"], ["cat", "dog"]),
         (["images_001/a.png", "images_002/b.png"], [None, None]),
         (["data/cat/black/a.png", "data/dog/b.png"], ["cat", "dog"]),
@@ -167,6 +173,12 @@ def test_folders_that_are_classes(tmp_path, kind, names, labels):
         ),
         (["images/val/a.jpg", "annotations/val/a.png", "images/val/b.png"], ["annotations/val/a.png"]),
         (["masks/0.jpg", "hats/0.jpg"], []),
+        (
+            ["leftImg8bit/train/x/x_0_leftImg8bit.png", "gtFine/train/x/x_0_gtFine_labelIds.png"],
+            ["gtFine/train/x/x_0_gtFine_labelIds.png"],
+        ),
+        (["a.jpg", "a-150x150.jpg", "a@2x.jpg", "b-150x150.jpg"], ["a-150x150.jpg", "a@2x.jpg"]),
+        (["images/a.jpg", "images/b.jpg", "thumbs/a.jpg", "thumbs/b.jpg"], ["thumbs/a.jpg", "thumbs/b.jpg"]),
         (["masks/0.png", "hats/0.png", "gloves/0.png"], []),
         (["bank_mask.png", "carnival_mask.png"], []),
     ],
@@ -179,7 +191,9 @@ def test_masks_are_no_images_of_their_own(tmp_path, kind, names, masks):
             files[os.path.splitext(name)[0] + ".txt"] = name
     source = open_source(write(tmp_path, kind, files))
     assert sorted(text for i in range(len(source)) for text in source.captions(i)) == sorted(set(names) - set(masks))
-    shown = f"{len(masks)} image{'s' * (len(masks) > 1)} not used, as masks of others: {', '.join(sorted(masks))}"
+    shown = (
+        f"{len(masks)} image{'s' * (len(masks) > 1)} not used, as masks or copies of others: {', '.join(sorted(masks))}"
+    )
     assert [note for note in source.notes if "mask" in note and "class" not in note] == ([shown] if masks else [])
 
 
@@ -195,7 +209,7 @@ def test_what_a_json_says_otherwise_is_named(tmp_path, kind):
         "1 of 4 .json that were looked at have other captions than the text beside them, which is used; choose with "
         "?caption=caption",
         "1 caption such as nan or null of 4 that were looked at taken for missing",
-        "1 label of -1 taken for missing; give the class another name if it is one (of 4 that were looked at)",
+        "1 label of -1 taken for missing; a class needs a name of its own (of 4 that were looked at)",
     ]
     assert open_source(source.name + "?caption=caption").captions(1) == ["another"]
 
@@ -215,3 +229,18 @@ def test_side_cars_that_say_nothing_are_named(tmp_path, kind):
         ".json without captions and labels: their fields are shapes, version",
         "1 text of 2 that were looked at is empty",
     ]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_images_of_one_content_are_named(tmp_path, kind, monkeypatch):
+    spec = write(tmp_path, kind, dict.fromkeys(["a.png", "b.png"]) | {"a_0.png": "same", "a_1.png": "same"})
+    note = "1 image the same as another: a_1.png = a_0.png; diptych audit lists what to keep"
+    assert [each.replace("a_1 = a_0", "a_1.png = a_0.png") for each in open_source(spec).notes] == [note]
+    monkeypatch.setattr(samples, "_COMPARED_BYTES", 5)
+    assert open_source(spec).notes == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_copies_with_texts_of_their_own_are_images(tmp_path, kind):
+    source = open_source(write(tmp_path, kind, {"a.png": None, "a-8x8.png": None, "a-8x8.txt": "one"}))
+    assert len(source) == 2

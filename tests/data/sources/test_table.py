@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import shutil
 import zlib
 
 import numpy as np
@@ -390,7 +391,7 @@ def test_labels_of_minus_one_are_counted(photos):
     rows = [{"image": f"photos/{i}.png", "label": i - 1} for i in range(3)]
     source = table(photos, "t.jsonl", rows)
     assert [source.label(i) for i in range(3)] == [None, "0", "1"]
-    assert source.notes == ["1 label of -1 taken for missing; give the class another name if it is one"]
+    assert source.notes == ["1 label of -1 taken for missing; a class needs a name of its own"]
 
 
 @pytest.mark.parametrize(
@@ -530,7 +531,7 @@ def test_what_has_no_captions_says_what_it_has(photos):
     assert source.notes == ["no captions: none of the columns title, conversations is called like captions"]
     lists = table(photos, "l.jsonl", [{"image": "photos/0.png", "label": ["cat", "dog"]}])
     assert lists.label(0) is None
-    assert lists.notes == ["no labels: column 'label' holds \"['cat', 'dog']\", which is no class"]
+    assert lists.notes == ["1 label of ['cat', 'dog'] taken for missing; a class needs a name of its own"]
 
 
 def test_names_of_classes_go_before_their_numbers(photos):
@@ -545,6 +546,104 @@ def test_tables_of_splits_and_of_other_columns_are_named(photos):
         "files of the splits test, train are used together",
         "no captions in test.csv: there is no column caption",
     ]
+
+
+@pytest.mark.parametrize(
+    ("extra", "note"),
+    [
+        ({"title": "a long title of it"}, "columns not used: title (sentences)"),
+        ({"is_train": 1}, "columns not used: is_train (splits)"),
+        ({"fine_label": 3, "coarseLabel": 1}, "columns not used: fine_label (labels), coarseLabel (labels)"),
+        ({"mask_path": "photos/1.png"}, "columns not used: mask_path (images)"),
+        ({"url": "https://a.org/0.png", "width": 8, "author": "Jane Doe"}, None),
+    ],
+)
+def test_columns_that_may_matter_are_named(photos, extra, note):
+    source = table(photos, "t.jsonl", [{"image": "photos/0.png", "caption": "c", **extra}])
+    assert source.notes == ([note] if note else [])
+
+
+def test_splits_by_the_values_of_a_column_and_by_paths(photos):
+    rows = [{"image": f"photos/{i}.png", "Usage": use} for i, use in enumerate(["Training", "PublicTest"])]
+    assert table(photos, "t.jsonl", rows).notes == [
+        "the splits PublicTest, Training are used together; choose one, e.g. ?split=Training"
+    ]
+    for folder in ("train", "val"):
+        (photos / folder).mkdir()
+        Image.new("RGB", (4, 4)).save(photos / folder / "0.png")
+    source = table(photos, "p.jsonl", [{"image": f"{folder}/0.png", "caption": folder} for folder in ("train", "val")])
+    assert source.notes == ["the splits train, val are used together; choose one, e.g. ?split=val"]
+    only = open_source(f"{source.name}?split=val")
+    assert [only.captions(i) for i in range(len(only))] == [["val"]]
+
+
+def test_numbers_in_a_column_of_ids_are_names_of_images(photos):
+    source = table(photos, "t.jsonl", [{"id": i, "caption": f"c {i}"} for i in range(3)])
+    assert [row[:2] for row in rows_of(source)] == [(i, [f"c {i}"]) for i in range(3)]
+    assert source.notes[0] == "images are those that column 'id' names"
+    texts = table(photos, "u.jsonl", [{"id": i + 100, "caption": f"c {i}"} for i in range(3)])
+    assert not texts.has_images
+    assert "no images: no column names those beside it" in texts.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "note"),
+    [
+        (
+            [{"image": ["photos/0.png", "photos/1.png"], "caption": "c"}, {"image": ["photos/2.png"], "caption": "d"}],
+            "1 row with several images not used: row 0 of {}; write a row for each image",
+        ),
+        (
+            [{"image": "photos/0.png", "caption": {"x": 1}}, {"image": "photos/1.png", "caption": "c"}],
+            "1 cell of captions without a text, such as {{'x': 1}}",
+        ),
+        (
+            [{"image": "photos/0.png", "caption": {"en": "a dog"}}],
+            "no captions: column 'caption' holds \"{{'en': 'a dog'}}\", which is no text",
+        ),
+        ([{"image": "photos/0.png", "caption": None}], "no captions: column 'caption' is empty"),
+        (
+            [{"image": "photos/0.png", "label": "cat|dog"}, {"image": "photos/1.png", "label": "cat"}],
+            "labels such as 'cat|dog' are classes of their own: an image has one label",
+        ),
+        (
+            [{"image": "photos/0.png", "label": "None"}, {"image": "photos/1.png", "label": "cat"}],
+            "1 label of None taken for missing; a class needs a name of its own",
+        ),
+        (
+            [{"image_id": 900, "caption": "c"}],
+            "no images: column 'image_id' holds '900', which is no path of an image file",
+        ),
+    ],
+)
+def test_cells_that_are_not_what_they_seem_are_named(photos, rows, note):
+    source = table(photos, "t.jsonl", rows)
+    assert source.notes == [note.format(source.name)]
+
+
+def test_paths_and_texts_in_one_cell_are_refused(photos):
+    (photos / "t.csv").write_text("image caption\nphotos/0.png a dog\nphotos/1.png a cat\n")
+    with pytest.raises(UserError, match=r"holds paths and texts in one, such as 'photos/0\.png a dog'; put commas"):
+        open_source(str(photos / "t.csv"))
+
+
+def test_addresses_of_files(photos):
+    shutil.copy(photos / "photos" / "1.png", photos / "photos" / "b c.png")
+    source = table(photos, "t.jsonl", [{"image": f"file://{photos}/photos/b%20c.png", "caption": "c"}])
+    assert rows_of(source) == [(1, ["c"], None)]
+
+
+def test_a_table_of_texts_beside_images_says_so(photos):
+    note = f"no images: no column names those beside it, such as {photos / 'photos'}"
+    assert table(photos, "t.jsonl", [{"text": "a dog"}]).notes[0].startswith(note)
+    assert open_source(f"{photos}/t.jsonl?image=").notes == []
+    lists = table(photos, "l.jsonl", [{"frames": ["photos/0.png", "photos/1.png"], "text": "a dog"}])
+    assert lists.notes[0].startswith("no images: column 'frames' holds")
+
+
+def test_strange_texts_of_a_column_are_named(photos):
+    source = table(photos, "t.jsonl", [{"image": f"photos/{i}.png", "caption": f"<start> {i} dogs"} for i in range(2)])
+    assert source.notes == ["'<start>', which begins every text, is a part of it"]
 
 
 WORDS = ("red", "green", "blue", "black")

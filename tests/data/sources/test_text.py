@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from diptych.data.sources import open_source
-from diptych.data.sources.text import TextSource, clean, read_text
+from diptych.data.sources.text import TextSource, clean, notes_on_texts, read_text
 from diptych.errors import UserError
 
 
@@ -18,8 +18,13 @@ from diptych.errors import UserError
         ("ein Mädchen, 猫, 🐈", "ein Mädchen, 猫, 🐈"),
         ("\u2028 \0", ""),
         (r"caf\u00e9 \ud83d\udc08 \U0001F408", "café 🐈 🐈"),
-        ("a &quot;cat&quot; &amp;amp; R&D; &#39;dog&#39; &nbsp;", "a \"cat\" &amp; R&D; 'dog'"),
+        ("a &quot;cat&quot; &amp;amp; R&D; &#39;dog&#39; &nbsp;", "a \"cat\" & R&D; 'dog'"),
         (r"half \ud83d of a pair", "half \ufffd of a pair"),
+        (r"a dog\nruns\tto \"me\"", 'a dog runs to "me"'),
+        (r"C:\new\table, \alpha and \nabla", r"C:\new\table, \alpha and \nabla"),
+        ("<p>a <b>big</b> dog<br/>and &lt;i&gt;one&lt;/i&gt; cat</p>", "a big dog and one cat"),
+        ("<person> and 1 < 2 > 0 <unk>", "<person> and 1 < 2 > 0 <unk>"),
+        ("a\u200bb\ufeff \u2060", "ab"),
         (r"C:\users \\u00e9 \Uffffffff", r"C:\users \\u00e9 \Uffffffff"),
     ],
 )
@@ -114,6 +119,7 @@ def test_tables_of_images_are_no_texts(tmp_path, line):
     ("content", "message"),
     [
         ('{"text": "a dog"}\n{"text": "a cat"}\n', "holds JSON .* let its name end in .jsonl"),
+        ('["a dog", "a cat"]', "holds JSON"),
         ("dog\ta dog runs\ncat\ta cat sits\n", "is a table with tabs .* rename it to .tsv"),
         ("image,caption\na.jpg,a dog\nb.jpg,a cat\n", "rename it to .csv$"),
         ("a.jpg,a dog\nb.jpg,a cat\n", "rename it to .csv, with the first line 'image,caption'$"),
@@ -124,3 +130,36 @@ def test_other_tables_are_no_texts(tmp_path, content, message):
     (tmp_path / "t.txt").write_text(content)
     with pytest.raises(UserError, match=message):
         TextSource([tmp_path / "t.txt"], name="t")
+
+
+def test_what_may_be_no_text_is_named(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("caption\nnan\na dog\n-\n")
+    source = TextSource([path], name="t")
+    assert [source.captions(i) for i in range(len(source))] == [["caption"], ["a dog"]]
+    assert source.notes == [
+        f"the first line of {path} is the text 'caption'; remove it if it names a column",
+        "2 texts such as nan or null taken for missing",
+    ]
+    path.write_text("1. a dog\n2. a cat\n")
+    assert TextSource([path], name="t").notes == [f"the numbers in front of the lines of {path} are parts of its texts"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "notes"),
+    [
+        (
+            ["the caf\u00c3\u00a9", "a dog"],
+            ["1 of 2 texts that were looked at hold '\u00c3\u00a9', as of a wrong encoding"],
+        ),
+        (
+            ["isn\u00e2\u20ac\u2122t", "a \ufffd"],
+            ["2 of 2 texts that were looked at hold '\u00e2\u20ac\u2122', as of a wrong encoding"],
+        ),
+        (["<start> a dog", "<start> a cat"], ["'<start>', which begins every text, is a part of it"]),
+        (["startseq a dog", "startseq two"], ["'startseq', which begins every text, is a part of it"]),
+        (["a dog", "a cat", "it's \u00c3 la carte, na\u00efve"], []),
+    ],
+)
+def test_mangled_letters_and_marks_are_named(texts, notes):
+    assert notes_on_texts(texts) == notes

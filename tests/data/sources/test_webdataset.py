@@ -222,7 +222,7 @@ def test_damaged_members_are_named(tmp_path):
     assert source.notes == ["1 text without an image of that name not used: c.txt"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
+@pytest.mark.parametrize("content", ["{", "7", "[" * 100_000])
 def test_damaged_json(tmp_path, content):
     with pytest.raises(UserError, match=r"a\.json is not"):
         open_source(make(tmp_path / "t.tar", {"a.png": png(1), "a.json": content}))

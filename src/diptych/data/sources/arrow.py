@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 
 from diptych.data.sources.columns import (
-    NULLS,
     Columns,
     Found,
     captions_of,
     find_columns,
     is_missing,
-    is_unlabelled,
+    joined_labels,
     label_of,
 )
 from diptych.data.sources.decode import ImageLimits, decode
@@ -37,8 +36,9 @@ from diptych.data.sources.table import (
     some,
     split_notes,
     unknown_split,
-    unlabelled_note,
+    unlabelled_notes,
 )
+from diptych.data.sources.text import NULLS
 from diptych.errors import UserError
 
 _BLOCKS, _BLOCK = 16, 64
@@ -206,9 +206,9 @@ def _null_notes(data: Any, found: Found, rows: np.ndarray) -> list[str]:
             trimmed = pyarrow.compute.utf8_trim_whitespace(column.cast(pyarrow.string()))
             nulls += pyarrow.compute.sum(pyarrow.compute.is_in(trimmed, value_set=words)).as_py() or 0
     labels = _column(data, found.label).take(pyarrow.array(rows)).to_pylist() if found.label else []
-    unlabelled = sum(map(is_unlabelled, labels))
+    no_labels = [value for value in labels if not is_missing(value) and label_of(value) is None]
     notes = [f"{counted(nulls, 'caption')} such as nan or null taken for missing"] if nulls else []
-    return notes + ([unlabelled_note(unlabelled)] if unlabelled else [])
+    return notes + unlabelled_notes(no_labels) + joined_labels(value for value in labels if isinstance(value, str))
 
 
 def _same_images(column: Any, rows: np.ndarray, tables: Tables) -> list[list[int]]:

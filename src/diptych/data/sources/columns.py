@@ -10,18 +10,21 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from diptych.data.sources.decode import is_image_path
-from diptych.data.sources.text import clean
+from diptych.data.sources.text import begins_with_image, clean, notes_on_texts, says_missing
 from diptych.errors import UserError
 
 Role = Literal["image", "caption", "label"]
 Table = Mapping[str, Sequence[Any]]
 
-STEM_NAMES = frozenset({"image_id", "img_id", "image", "image_name", "filename", "file_name", "filepath"})
-"""Columns that may name image files without their suffix."""
 IMAGE_NAMES = frozenset(
     {"image", "images", "img", "picture", "photo", "jpg", "png", "file", "path"}
     | {"file_name", "filename", "filepath", "file_path", "image_path", "image_file", "image_name", "img_path"}
 )
+STEM_NAMES = (
+    *("image_id", "img_id", "image", "image_name", "filename", "file_name", "filepath", "path", "img", "file"),
+    *("id", "imgid", "imageid", "uid", "uuid", "key", "name", "stem", "sku"),
+)
+"""Columns that may name image files without their suffix, the likeliest first."""
 CAPTION_NAMES = frozenset(
     {"caption", "text", "sentence", "description", "prompt", "raw", "txt", "alt", "alt_text", "alttext"}
     | {"captions", "texts", "sentences", "descriptions", "prompts"}
@@ -33,10 +36,16 @@ LABEL_NAMES = frozenset(
 SPLIT_NAMES = frozenset({"split", "partition", "subset", "set"})
 FOLDER_NAMES = frozenset({"folder", "dir", "directory", "subfolder", "subdir", "filepath", "image_dir"})
 """Columns that may hold the folder of an image whose name another column holds."""
-_NUMBERED = re.compile(r"(caption|text|sentence|description)s?[ _.-]?\d+", re.IGNORECASE)
-NULLS = frozenset(
-    {"nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "undefined", "\\N"}
-    | {"#N/A", "#NAME?", "#REF!", "#VALUE!"}
+_NUMBERED = re.compile(r"(caption|text|sentence|description|raw)s?[ _.-]?\d+", re.IGNORECASE)
+_SPLIT = re.compile(
+    r"(train|training|trainval|val|valid|validation|minival|restval|dev|eval|evaluation|test|testing|test[-_]?dev"
+    r"|(public|private)test|hold[-_]?out|held[-_]?out|unlabell?ed)[-_]?(\d{1,4}|images|set|data|[ab])?",
+    re.IGNORECASE,
+)
+_SPLIT_LIKE = re.compile(r"(is[_ ]?)?(train|training|test|testing|val|valid|validation)|k?[_ ]?folds?", re.IGNORECASE)
+"""Names of columns that may divide the rows in a way that is not read."""
+_LABEL_LIKE = re.compile(
+    r"(^|[_ -]|(?<=[a-z])(?=[A-Z]))(labels?|class|categor(y|ies)|target|species|breed)(?![a-z])", re.I
 )
 _WRITTEN = re.compile(r"""\s*(\[|\{\s*["']|\(\s*["']|array\(|b["'])""")
 _ENTITY = re.compile(r"&#?\w+;")
@@ -48,6 +57,11 @@ _SEPARATORS = ("|", ";", "\n", "<sep>", "[SEP]")
 _WHOLE = re.compile(r"^(-?\d+)\.0$")
 _INNER = ("raw", "caption", "text", "sentence", "captions", "texts", "sentences")
 """Where a list of captions holds records instead of strings, the fields that may carry the text."""
+
+
+def is_split(name: str) -> bool:
+    """Whether a folder or a key is called like a split, such as `train`, `Test`, `val2017` or `test_images`."""
+    return _SPLIT.fullmatch(name) is not None
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -105,8 +119,15 @@ def find_columns(table: Table, *, wanted: Columns, source: str) -> Found:
         for name, values in table.items()
         if wanted.image is None
         and name not in found.captions
-        and ((usual(name, IMAGE_NAMES) and values) or _all(values, is_address))
+        and ((usual(name, IMAGE_NAMES | {"image_id", "img_id"}) and values) or _all(values, _names_images))
     ]
+    for name in found.captions:
+        cells = [value for value in table[name] if isinstance(value, str)]
+        if 2 * sum(begins_with_image(cell) is not None for cell in cells) > len(table[name]):
+            raise UserError(
+                f"{source}: column {name!r} holds paths and texts in one, such as {cells[0][:60]!r}; put commas or "
+                "tabs between its columns"
+            )
     return replace(found, notes=(*found.notes, *strange))
 
 
@@ -118,7 +139,9 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
         known = [name for name in table if usual(name, LABEL_NAMES) and name not in captions]
         words = [name for name in known if not all(str(value).strip("-0123456789.") == "" for value in table[name])]
         label = _one(words if len(words) == 1 else known, "label", table, source)
-    split = next((name for name in table if usual(name, SPLIT_NAMES)), None)
+    split = next((name for name in table if usual(name, SPLIT_NAMES)), None) or next(
+        (name for name, values in table.items() if _all(values, _is_split_cell) and len(set(values)) > 1), None
+    )
     embedded = image is not None and _embedded(image, table[image])
     notes = []
     if wanted.caption is None and captions and not any(map(_is_caption_name, captions)):
@@ -128,8 +151,13 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
             )
         notes.append(f"captions are taken from {captions[0]!r}, the only column of sentences")
     if wanted.caption is None and not captions:
-        other = LABEL_NAMES | IMAGE_NAMES | SPLIT_NAMES | FOLDER_NAMES
+        named = [name for name in table if usual(name, CAPTION_NAMES) and name != label]
+        for name in named:
+            what = f"holds {str(table[name][0])[:60]!r}, which is no text" if table[name] else "is empty"
+            notes.append(f"no captions: column {name!r} {what}")
+        other = LABEL_NAMES | IMAGE_NAMES | SPLIT_NAMES | FOLDER_NAMES | CAPTION_NAMES
         texts = [name for name, values in table.items() if _could_be_captions(values) and not usual(name, other)]
+        texts = [name for name in texts if name not in (label, split) and not _LABEL_LIKE.search(name)]
         if texts and (image is not None or wanted.image == ""):
             notes.append(f"no captions: none of the columns {_listed(texts)} is called like captions")
     for name in captions:
@@ -138,6 +166,7 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
                 f"{source}: column {name!r} holds paths of text files, such as {table[name][0]!r}, which are not read; "
                 "put the captions into the table, or texts of the name of each image beside the images"
             )
+        notes += notes_on_texts([text for value in table[name] for text in captions_of(value)])
         written = [value for value in table[name] if isinstance(value, str) and not _WRITTEN.match(value)]
         cells = [_ENTITY.sub("", value).strip() for value in written]
         for mark in _SEPARATORS:
@@ -146,7 +175,9 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
                 break
     if label is None and image is not None:
         flags = [
-            name for name, values in table.items() if name not in (image, *captions, split) and _all(values, _is_flag)
+            name
+            for name, values in table.items()
+            if name not in (image, *captions, split) and _all(values, _is_flag) and len(set(values)) > 1
         ]
         if len(flags) > 1 and wanted.label is None:
             notes.append(
@@ -156,9 +187,16 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
     if words and not any(" " in text for value in words for text in captions_of(value)):
         shown = str(words[0])[:60]
         notes.append(f"each word of lists such as {shown} is taken for a caption; join those that are one text")
-    if label is not None and table[label] and all(label_of(value) is None for value in table[label]):
-        notes.append(f"no labels: column {label!r} holds {str(table[label][0])[:60]!r}, which is no class")
     folder = None if image is None else next((name for name in table if _is_folder(name, table[name], image)), None)
+    rest = {name: values for name, values in table.items() if name not in (image, *captions, label, split, folder)}
+    left = [(name, "images") for name, values in rest.items() if image is not None and _holds_images(name, values)]
+    left += [(name, "splits") for name in rest if split is None and _SPLIT_LIKE.fullmatch(name.strip())]
+    if label is None and wanted.label is None:
+        left += [(name, "labels") for name, values in rest.items() if values and _LABEL_LIKE.search(name)]
+    if captions and wanted.caption is None:
+        left += [(name, "sentences") for name, values in rest.items() if _holds_sentences(values)]
+    if left:
+        notes.append("columns not used: " + ", ".join(f"{name} ({what})" for name, what in dict(left).items()))
     return Found(
         image=image,
         captions=captions,
@@ -168,6 +206,25 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
         embedded=embedded,
         notes=tuple(notes),
     )
+
+
+def _names_images(value: Any) -> bool:
+    """Whether a cell holds an address, or a list with the path of an image."""
+    return is_address(value) or (isinstance(value, list | tuple) and any(map(is_image_path, value)))
+
+
+def _is_split_cell(value: Any) -> bool:
+    return isinstance(value, str) and is_split(value.strip())
+
+
+def _holds_images(name: str, values: Sequence[Any]) -> bool:
+    return _embedded(name, values) or _all(values, is_image_path)
+
+
+def _holds_sentences(values: Sequence[Any]) -> bool:
+    """Whether one in four values has texts of three words."""
+    texts = [captions_of(value) for value in values if _is_text(value)]
+    return 4 * sum(any(text.count(" ") > 1 for text in each) for each in texts) >= max(1, len(values))
 
 
 def _is_text_file(value: Any) -> bool:
@@ -186,11 +243,6 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value) or value == ""
 
 
-def says_missing(value: Any) -> bool:
-    """Whether a cell holds the word that some library writes for an empty one."""
-    return isinstance(value, str) and value.strip() in NULLS
-
-
 def is_unlabelled(value: Any) -> bool:
     """Whether a label is -1, by which many libraries mark what has none."""
     return not isinstance(value, bool) and str(value).strip() in ("-1", "-1.0")
@@ -199,11 +251,21 @@ def is_unlabelled(value: Any) -> bool:
 def label_of(value: Any) -> str | None:
     """The label in a cell; whole floats, which libraries make of integers beside empty cells, as integers.
 
-    Lists and records are no labels, and -1 is none.
+    Lists and records are no labels, written out or not, and -1 is none.
     """
     if is_unlabelled(value) or is_missing(value) or says_missing(value) or isinstance(value, list | tuple | Mapping):
         return None
+    if isinstance(value, str) and _WRITTEN.match(value) and isinstance(_written(value.strip()), list | dict):
+        return None
     return _WHOLE.sub(r"\1", str(value).strip()) or None
+
+
+def joined_labels(labels: Iterable[str]) -> list[str]:
+    """A note on labels that seem to be several in one, such as `cat|dog` where there is `cat` too."""
+    known = set(labels)
+    parts = {label: {part.strip() for part in re.split(r"[|;,]", label)} for label in known}
+    joined = sorted(label for label, each in parts.items() if len(each) > 1 and not each.isdisjoint(known))
+    return [f"labels such as {joined[0]!r} are classes of their own: an image has one label"] if joined else []
 
 
 def captions_of(value: Any) -> list[str]:
@@ -327,7 +389,7 @@ def _find_captions(table: Table, wanted: str | None, image: str | None, source: 
     if wanted is not None:
         names = (wanted,) if wanted in table else tuple(part.strip() for part in wanted.split(","))
         return tuple(str(_named(table, name, "caption", source)) for name in names)
-    texts = [name for name, values in table.items() if name != image and _holds(name, CAPTION_NAMES, values, _is_text)]
+    texts = [name for name, values in table.items() if name != image and _holds_texts(name, values)]
     known = [name for name in texts if usual(name, CAPTION_NAMES)]
     numbered = [name for name in texts if _NUMBERED.fullmatch(name)]
     if numbered and len(known) < 2:
@@ -336,6 +398,14 @@ def _find_captions(table: Table, wanted: str | None, image: str | None, source: 
     prose = [name for name in texts if not usual(name, other) and any(" " in text for text in captions_of(table[name]))]
     found = _one(known or prose, "caption", table, source)
     return (found,) if found is not None else ()
+
+
+def _holds_texts(name: str, values: Sequence[Any]) -> bool:
+    """Whether all values are texts, or some are and the name says so, unless half are something else by their form."""
+    if _all(values, _is_text):
+        return True
+    paths = sum(is_image_path(value) or is_address(value) for value in values)
+    return usual(name, CAPTION_NAMES) and any(map(_is_text, values)) and 2 * paths <= len(values)
 
 
 def _is_caption_name(name: str) -> bool:
@@ -379,7 +449,12 @@ def _listed(table: Iterable[Any]) -> str:
 
 def usual(name: str, names: frozenset[str]) -> bool:
     """Whether ``name`` is one of ``names``, whatever its case, with blanks or hyphens for underscores."""
-    return name.strip().lower().replace(" ", "_").replace("-", "_") in names
+    return plain_name(name) in names
+
+
+def plain_name(name: str) -> str:
+    """The name of a column in small letters, with underscores for blanks and hyphens."""
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
 
 
 def _all(values: Sequence[Any], test: Callable[[Any], bool]) -> bool:

@@ -125,9 +125,13 @@ def decode(
         raise UnreadableImage(f"{shown}: cannot be decoded ({reason}); replace or remove it") from None
 
 
-def header_size(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels that the header of an image says, as it is stored. For images that were decoded."""
-    return _open(io.BytesIO(data)).size
+def header(data: bytes) -> tuple[tuple[int, int], int]:
+    """Width and height in pixels that the header of an image says, as it is stored, and the number of its frames.
+
+    For images that were decoded. The second picture that some cameras put behind a JPEG is no frame.
+    """
+    image = _open(io.BytesIO(data))
+    return image.size, 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
 
 
 def _path(data: bytes | Path | Image.Image) -> str | Path | None:

@@ -16,7 +16,6 @@ from diptych.data.sources.samples import (
     folder_labels,
     group,
     is_hidden,
-    nested_notes,
     unused_notes,
 )
 from diptych.data.sources.table import (
@@ -119,6 +118,10 @@ def _open_metadata(
         rows += found
         of_table += [root / table] * len(found)
     source = from_rows(rows, tables=of_table, name=name, columns=columns, split=split, limits=limits, root=root)
+    if source.has_images and not any(source.label(i) for i in range(len(source))):
+        places = [os.path.relpath(source.key(i), root) for i in range(len(source))]
+        if folder := next((label for label in folder_labels(places)[0] if label), None):
+            notes.append(f"folders such as {folder} are no classes beside {tables[0]}; add a column label")
     listed = {source.key(i) for i in range(len(source))} if source.has_images and split is None else None
     if listed is not None:
         unlisted = [
@@ -155,25 +158,35 @@ class FolderSource(SampleSource):
         if not groups.keys:
             raise UserError(f"{name}: holds no images{_hint(root, files)}")
         images = [files[slots[0]] for slots in groups.slots]
+        labels, nested = folder_labels(images, _shards(files))
         super().__init__(
             images,
             np.array(groups.slots),
             name=name,
-            labels=folder_labels(images, _shards(files)),
+            labels=labels,
             splits=[split_of(image) for image in images],
             columns=columns,
             split=split,
             limits=limits,
             texts_named=groups.texts_named,
-            notes=nested_notes(images, _shards(files))
+            notes=nested
             + unused_notes(*([files[i] for i in part] for part in (groups.lone, groups.unused, groups.masks))),
         )
 
     def _read(self, member: int) -> bytes:
+        path = self._root / self._files[member]
         try:
-            return (self._root / self._files[member]).read_bytes()
+            if not path.is_file():  # a pipe would be waited for
+                raise UserError(f"{path}: is not a file")
+            return path.read_bytes()
         except OSError as error:
-            raise UserError(f"{self._root / self._files[member]}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+    def _size(self, member: int) -> int:
+        try:
+            return os.stat(self._root / self._files[member]).st_size
+        except OSError:
+            return 0
 
     def _place(self, i: int, kind: int) -> str:
         return str(self._root / self._files[self._slots[i, kind]])

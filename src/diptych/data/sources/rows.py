@@ -3,13 +3,12 @@
 import csv
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from diptych.data.sources.columns import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, is_address, usual
+from diptych.data.sources.columns import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, is_address, is_split, usual
 from diptych.data.sources.decode import is_image_path
 from diptych.data.sources.text import read_text
 from diptych.errors import UserError
@@ -17,14 +16,6 @@ from diptych.errors import UserError
 SUFFIXES = frozenset({".csv", ".tsv", ".json", ".jsonl", ".ndjson"})
 _DELIMITERS = ",\t;|"
 _NO_CAPTION = ("is_rejected", "is_precanned")
-_SPLIT = re.compile(
-    r"(train|training|val|valid|validation|dev|eval|test|testing)[-_]?(\d{4}|images|set|data|[ab])?", re.IGNORECASE
-)
-
-
-def is_split(name: str) -> bool:
-    """Whether a folder or a key is called like a split, such as `train`, `Test`, `val2017` or `test_images`."""
-    return _SPLIT.fullmatch(name) is not None
 
 
 def read_rows(path: Path, *, notes: list[str] | None = None) -> list[dict[str, Any]]:
@@ -34,15 +25,15 @@ def read_rows(path: Path, *, notes: list[str] | None = None) -> list[dict[str, A
     no rows.
     """
     notes = [] if notes is None else notes
-    suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+    suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
     if suffix == ".parquet":
         rows = _read_parquet(path)
     elif suffix in (".csv", ".tsv"):
         rows = _read_delimited(read_text(path), path, "," if suffix == ".csv" else "\t")
     elif suffix == ".json":
-        rows = _read_json(read_text(path), path, notes)
+        rows = _unnested(_read_json(read_text(path), path, notes))
     else:
-        rows = _read_json_lines(read_text(path), path, notes)
+        rows = _unnested(_read_json_lines(read_text(path), path, notes))
     if not rows:
         raise UserError(f"{path}: holds no rows")
     return rows
@@ -218,6 +209,10 @@ def _read_json(text: str, path: Path, notes: list[str]) -> list[dict[str, Any]]:
             return _join_coco(lists["images"], document.get("annotations") or [], path, notes)
         if lists and all(map(is_split, document)):
             document = [{"split": name, **row} for name, rows in lists.items() for row in rows]
+        elif len(lists) == len(document) > 1 and all(
+            any(map(is_image_path, rows[0].values())) for rows in lists.values()
+        ):
+            document = [{"label": name, **row} for name, rows in lists.items() for row in rows]
         elif len(lists) == 1 and not any(map(is_image_path, document)):
             document = next(iter(lists.values()))
         else:
@@ -249,6 +244,30 @@ def _of_task(task: dict[str, Any]) -> dict[str, Any]:
             text = part.get("value", {}).get("text", []) if part.get("type") == "textarea" else []
             texts += [text] if isinstance(text, str) else text
     return {**row, "captions": texts} if texts or "captions" not in row else row
+
+
+def _unnested(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose images are named in records inside them, with a row for each of these records."""
+
+    def has_image(record: Any) -> bool:
+        return isinstance(record, dict) and any(map(is_image_path, record.values()))
+
+    def inner(row: dict[str, Any]) -> str | None:
+        return next((name for name, cell in row.items() if any(map(has_image, _listed(cell)))), None)
+
+    some_rows = rows[:: max(1, len(rows) // 64)]
+    if any(map(has_image, some_rows)) or not any(map(inner, some_rows)):
+        return rows
+    made: list[dict[str, Any]] = []
+    for row in rows:
+        name = inner(row)
+        rest = {other: cell for other, cell in row.items() if other != name}
+        made += [{**rest, **record} for record in _listed(row[name]) if isinstance(record, dict)] if name else [row]
+    return made
+
+
+def _listed(cell: Any) -> list[Any]:
+    return cell if isinstance(cell, list) else [cell]
 
 
 def _is_rows(value: Any) -> bool:

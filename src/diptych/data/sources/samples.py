@@ -10,7 +10,8 @@ A side-car is a text (`.txt`, `.text`, `.caption`), a `.json` or a class (`.cls`
 
 Suffixes in capitals are the same, and so are the two ways in which Unicode writes an accent. What belongs to no image
 is not used and is named in the notes of the source. What could belong to several images is refused. The mask of an
-image (`a_mask.png` or `a.mask.png` beside `a.jpg`, `masks/a.png` beside `images/a.jpg`) is no image of its own.
+image (`a_mask.png` or `a.mask.png` beside `a.jpg`, `masks/a.png` beside `images/a.jpg`) is no image of its own, nor is
+a copy in another size (`a-150x150.jpg` beside `a.jpg`, `thumbs/a.jpg` beside `images/a.jpg`) without side-cars.
 """
 
 import json
@@ -33,16 +34,14 @@ from diptych.data.sources.columns import (
     captions_of,
     find_fields,
     is_missing,
-    is_unlabelled,
+    is_split,
     label_of,
-    says_missing,
     usual,
 )
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
 from diptych.data.sources.rows import SUFFIXES as TABLES
-from diptych.data.sources.rows import is_split
-from diptych.data.sources.table import counted, sample_columns, select_split, some, split_notes, unlabelled_note
-from diptych.data.sources.text import clean, decode_text
+from diptych.data.sources.table import counted, sample_columns, select_split, some, split_notes, unlabelled_notes
+from diptych.data.sources.text import clean, decode_text, notes_on_texts, says_missing
 from diptych.errors import UserError
 
 IMAGE, TEXT, JSON, CLASS = range(4)
@@ -62,15 +61,22 @@ _MASK_END = re.compile(
 """What the name of a mask has behind the name of its image."""
 _MASKS = re.compile(
     r"mask|annotations?|labels|"
-    r"(.*[ _-])?(masks|trimaps|mattes|segmentations?|segmentation(class|object)|ground[ _-]?truth|gt|depths?)",
+    r"(.*[ _-])?(masks|trimaps|mattes|segmentations?|segmentation(class|object)|ground[ _-]?truth|gt(fine|coarse)?"
+    r"|depths?)",
     re.IGNORECASE,
 )
 """Folders of masks."""
+_COPY_END = re.compile(r"([ ._-](\d+x\d+|scaled|thumb(nail)?)|@\d+(\.\d+)?x)$", re.IGNORECASE)
+"""What the name of a copy in another size has behind the name of its image, as WordPress and others write it."""
+_COPIES = re.compile(r"(.*[ _-])?(thumb(nail)?s?|previews?)", re.IGNORECASE)
+"""Folders of smaller copies."""
 _LOSSLESS = frozenset({".png", ".gif", ".bmp", ".tif", ".tiff"})
 _SAMPLE = 64
 """Number of samples whose texts and json are read when a source is opened."""
 _PLAIN = frozenset({"image", "images", "img", "imgs", "jpegimages"})
 """Folders that are no class, wherever they are."""
+_COMPARED, _COMPARED_BYTES = 5000, 2**25
+"""Number of images whose sizes are compared when a source is opened, and bytes that are read of those of equal size."""
 _MANY = 100_000
 """Largest number of .json files that are read in search of captions when a source is opened."""
 
@@ -87,7 +93,7 @@ class Groups:
     unused: list[int] = field(default_factory=list)
     """Second side-cars of one kind, and files of other kinds."""
     masks: list[int] = field(default_factory=list)
-    """Images that are masks of others."""
+    """Images that are masks of others, or copies of them in another size."""
     texts_named: bool = False
     """Whether the user named the texts by their extension, and not a field of the json."""
 
@@ -120,7 +126,8 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
             sidecars.append((number, kind))
 
     if not extension:
-        masks = {images[place] for place in _find_masks([_normal(names[number]) for number in images])}
+        having = {os.path.splitext(_normal(names[number]))[0] for number, _ in sidecars}
+        masks = {images[place] for place in _find_masks([_normal(names[number]) for number in images], having)}
         found.masks = sorted(masks)
         images = [number for number in images if number not in masks]
     by_stem, by_name, by_key = (defaultdict(list) for _ in range(3))
@@ -174,26 +181,34 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
     return found
 
 
-def _find_masks(names: Sequence[str]) -> list[int]:
-    """Which of these images are masks of others, by their names or those of their folders."""
+def _find_masks(names: Sequence[str], having: set[str]) -> list[int]:
+    """Which of these images are masks of others or copies of them in another size, by their names or those of their
+    folders. What is among the names ``having`` side-cars is no copy."""
     stems = [os.path.splitext(name)[0] for name in names]
     known = set(stems)
     masks = {
-        place for place, stem in enumerate(stems) if (mask := _MASK_END.search(stem)) and stem[: mask.start()] in known
+        place
+        for place, stem in enumerate(stems)
+        for end in (_MASK_END, _COPY_END)
+        if (mask := end.search(stem)) and stem[: mask.start()] in known and (end is _MASK_END or stem not in having)
     }
     folders: dict[str, list[tuple[int, str]]] = defaultdict(list)
     others: dict[str, set[str]] = defaultdict(set)
     for place, stem in enumerate(stems):
         parts = stem.split("/")
-        at = max((i for i, part in enumerate(parts[:-1]) if _MASKS.fullmatch(part)), default=None)
+        at = max(
+            (i for i, part in enumerate(parts[:-1]) if _MASKS.fullmatch(part) or _COPIES.fullmatch(part)), default=None
+        )
         if at is not None:
-            folders["/".join(parts[: at + 1])].append((place, _MASK_END.sub("", "/".join(parts[at + 1 :]))))
+            tail = _MASK_END.sub("", "/".join(parts[at + 1 :]))
+            folders["/".join(parts[: at + 1])].append((place, _without(tail, parts[at])))
     if folders:
         inside = {place for members in folders.values() for place, _ in members}
         for place, stem in enumerate(stems):
             parts = stem.split("/") if place not in inside else []
             for i in range(len(parts)):
-                others["/".join(parts[i:])].add("/".join(parts[:i]))
+                tail = "/".join(parts[i:])
+                others[_without(tail, parts[i - 1]) if i else tail].add("/".join(parts[:i]))
     for folder, members in folders.items():
         beside = os.path.dirname(folder)
 
@@ -202,11 +217,18 @@ def _find_masks(names: Sequence[str]) -> list[int]:
             return len(near or others[tail]) == 1
 
         lossless = all(os.path.splitext(names[place])[1].lower() in _LOSSLESS for place, _ in members)
-        having = [place for place, tail in members if is_of_one(tail)]
+        small = _COPIES.fullmatch(os.path.basename(folder)) and not any(stems[place] in having for place, _ in members)
+        partners = [place for place, tail in members if is_of_one(tail)]
         # A folder with a few partners by chance may be a class, such as photographs of masks.
-        if lossless and 10 * len(having) >= 9 * len(members):
-            masks.update(having)
+        if (lossless or small) and 10 * len(partners) >= 9 * len(members):
+            masks.update(partners)
     return sorted(masks)
+
+
+def _without(tail: str, folder: str) -> str:
+    """A name without that of its folder and what follows, as `a_gtFine_labelIds` in the folder gtFine."""
+    stem, found, _ = tail.rpartition("_" + folder)
+    return stem if found else tail
 
 
 def group_texts(names: Sequence[str], lone: Sequence[int]) -> Groups:
@@ -280,14 +302,18 @@ def _keys(names: list[str], by_stem: dict[str, list[int]], by_key: dict[str, lis
     return keys
 
 
-def folder_labels(names: Sequence[str], shards: frozenset[str] = frozenset()) -> list[str | None]:
+def folder_labels(names: Sequence[str], shards: frozenset[str] = frozenset()) -> tuple[list[str | None], list[str]]:
     """The outermost folder of each file as its class, as torchvision has it; splits and ``shards`` are none.
 
-    A folder that holds all files says nothing about them, and is no class either.
+    A folder that holds all files says nothing about them, and is no class either. Also returned is a note where folders
+    of classes hold folders that could be meant for classes too.
     """
     paths = _class_folders(names, shards)
     labels = [path[0] if path else None for path in paths]
-    return labels if len(set(labels)) > 1 else [None] * len(labels)
+    if len(set(labels)) < 2:
+        return [None] * len(labels), []
+    nested = next(((name, path[0]) for name, path in zip(names, paths, strict=True) if len(path) > 1), None)
+    return labels, [f"classes are the outermost folders, such as {nested[1]!r} for {nested[0]}"] if nested else []
 
 
 def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[str]]:
@@ -309,21 +335,15 @@ def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[st
     return [path[shared:] for path in paths]
 
 
-def nested_notes(names: Sequence[str], shards: frozenset[str] = frozenset()) -> list[str]:
-    """A note where folders of classes hold folders that could be meant for classes too."""
-    for name, path in zip(names, _class_folders(names, shards), strict=True):
-        if len(path) > 1:
-            return [f"classes are the outermost folders, such as {path[0]!r} for {name}"]
-    return []
-
-
 def unused_notes(lone: Sequence[str], unused: Sequence[str], masks: Sequence[str] = ()) -> list[str]:
     """What the owner of a source should know of the files that are not used."""
     texts = [name for name in lone if os.path.splitext(name)[1].lower() != ".json"]
     others = [*(name for name in lone if os.path.splitext(name)[1].lower() == ".json"), *unused]
     notes = []
     if masks:
-        notes.append(f"{counted(len(masks), 'image')} not used, as masks of others: {some(masks, len(masks))}")
+        notes.append(
+            f"{counted(len(masks), 'image')} not used, as masks or copies of others: {some(masks, len(masks))}"
+        )
     if texts:
         notes.append(f"{counted(len(texts), 'text')} without an image of that name not used: {some(texts, len(texts))}")
     if others:
@@ -363,7 +383,11 @@ class SampleSource(ABC):
         self.has_images = self._any(IMAGE)
         self.has_captions = self._any(TEXT) or bool(self._found and self._found.captions)
         self._take_split(split, splits)
-        self.notes += self._notes_on_side_cars()
+        self.notes += self._notes_on_side_cars() + self._notes_on_twins()
+
+    @abstractmethod
+    def _size(self, member: int) -> int:
+        """The number of bytes of a file; 0 where its content should not be compared with others."""
 
     @abstractmethod
     def _read(self, member: int) -> bytes:
@@ -409,18 +433,23 @@ class SampleSource(ABC):
         """What a sample of the side-cars says that is not used: other captions in the json, nan for a caption, -1."""
         having = np.flatnonzero((self._slots[:, TEXT:] >= 0).any(1))
         chosen = [int(i) for i in having[:: max(1, len(having) // _SAMPLE)]]
-        both, other, nulls, unlabelled, blank = 0, [], 0, 0, 0
+        both, other, nulls, blank = 0, [], 0, 0
+        no_labels: list[Any] = []
+        texts: list[str] = []
         for i in chosen:
             try:
-                fields, text, label = self._json(i), self._text(i), self._class(i)
+                fields, text = self._json(i), self._text(i)
+                label: Any = self._class(i)
             except UserError:  # it is raised where the item is used
                 continue
             nulls += sum(map(says_missing, text.split("\n")))
+            texts += [line for line in map(clean, text.split("\n")) if line]
             blank += bool(self._slots[i, TEXT] >= 0) and not text.strip()
             if self._found:
                 nulls += sum(says_missing(fields.get(name)) for name in self._found.captions)
-                label = label or str(fields.get(self._found.label or "", ""))
-            unlabelled += is_unlabelled(label)
+                label = label or fields.get(self._found.label or "", "")
+            if not is_missing(label) and label_of(label) is None:
+                no_labels.append(label)
             said = {name: captions_of(value) for name, value in fields.items() if usual(name, CAPTION_NAMES)}
             if self._by_text and text.strip() and any(said.values()):
                 both += 1
@@ -436,9 +465,34 @@ class SampleSource(ABC):
             )
         if nulls:
             notes.append(f"{counted(nulls, 'caption')} such as nan or null {of} taken for missing")
-        if unlabelled:
-            notes.append(f"{unlabelled_note(unlabelled)} ({of})")
+        notes += notes_on_texts(texts)
+        notes += [f"{note} ({of})" for note in unlabelled_notes(no_labels)]
         return notes
+
+    def _notes_on_twins(self) -> list[str]:
+        """A note on images that are the same file. In a table they would be one item. Of many some are compared."""
+        chosen = range(0, len(self) if self.has_images else 0, max(1, len(self) // _COMPARED))
+        by_size: dict[int, list[int]] = defaultdict(list)
+        for i in chosen:
+            by_size[self._size(int(self._slots[i, IMAGE]))].append(i)
+        first: dict[bytes, int] = {}
+        twins = []
+        several = [(size, i) for size, items in by_size.items() if len(items) > 1 and size > 0 for i in items]
+        left = _COMPARED_BYTES
+        for size, i in several:
+            if (left := left - size) < 0:
+                break
+            try:
+                twin = first.setdefault(self._read(int(self._slots[i, IMAGE])), i)
+            except UserError:  # it is named where it is used
+                continue
+            if twin != i:
+                twins.append(f"{self._keys[i]} = {self._keys[twin]}")
+        if not twins:
+            return []
+        of = f" (of {len(chosen):,} compared)" if len(chosen) < len(self) or left < 0 else ""
+        told = f"{counted(len(twins), 'image')} the same as another{of}: {some(twins, len(twins))}"
+        return [f"{told}; diptych audit lists what to keep"]
 
     def _take_split(self, split: str | None, folders: Sequence[str | None]) -> None:
         field = self._found.split if self._found else None
@@ -461,6 +515,8 @@ class SampleSource(ABC):
             fields = json.loads(decode_text(self._read(member), name=place))
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{place} is not JSON ({error})") from None
+        if isinstance(fields, str | list):
+            fields = {"captions": fields}
         if not isinstance(fields, dict):
             raise UserError(f"{place} is not a JSON object {{...}}")
         return fields

@@ -22,15 +22,16 @@ from diptych.data.sources.columns import (
     find_image,
     is_address,
     is_missing,
-    is_unlabelled,
+    is_split,
+    joined_labels,
     label_of,
-    says_missing,
-    usual,
+    plain_name,
 )
 from diptych.data.sources.decode import SUFFIXES as IMAGE_SUFFIXES
 from diptych.data.sources.decode import ImageLimits, decode, is_image_path, without_number
 from diptych.data.sources.remote import RemoteFile, is_remote
-from diptych.data.sources.rows import SUFFIXES, is_split, read_rows
+from diptych.data.sources.rows import SUFFIXES, read_rows
+from diptych.data.sources.text import says_missing
 from diptych.errors import UserError
 
 __all__ = ["SUFFIXES", "TableSource", "from_rows", "open_tables"]
@@ -78,10 +79,11 @@ def from_rows(
 ) -> "TableSource":
     """A source from rows in memory. Raises UserError.
 
-    Image paths of row i are relative to the folder of ``tables[i]``. Below ``root``, if it is given, the folders of
-    the images say the splits that no column says.
+    Image paths of row i are relative to the folder of ``tables[i]``. Where no column says the splits, the folders of
+    the images do, as the paths say them, and below ``root`` the folders of the tables.
     """
     sample = sample_columns(rows)
+    notes: list[str] = []
     downloads: list[str] = []
     if (addresses := _column_of_addresses(sample, columns.image, name)) is not None:
         rows, tables, downloads = _downloaded(rows, tables, addresses)
@@ -89,14 +91,19 @@ def from_rows(
         columns = replace(columns, image=addresses) if downloads else columns  # the files may have no suffix
     if columns.image is None and find_image(sample, None, name) is None:
         columns = replace(columns, image=_column_of_stems(sample, tables[0]))
+        notes = [f"images are those that column {columns.image!r} names"] if columns.image else []
     found = find_columns(sample, wanted=columns, source=name)
+    if found.image is None and columns.image is None and not any("no images" in note for note in found.notes):
+        notes = [f"no images: no column names those beside it, such as {near}" for near in _images_near(tables[0])]
+    found = replace(found, notes=(*notes, *found.notes))
     if found.embedded:
         raise UserError(f"{name}: images inside a {Path(name).suffix} table are not read; store their paths")
-    if found.split or root is None or not found.image:
+    if found.split or not found.image:
         splits = [row.get(found.split) if found.split else None for row in rows]
     else:
-        where = [os.path.join(table.parent, str(row.get(found.image))) for table, row in zip(tables, rows, strict=True)]
-        splits = [split_of(os.path.relpath(path, root)) for path in where]
+        paths = [_path_of(row, found.image, found.folder).replace("\\", "/") for row in rows]
+        below = {table: os.path.relpath(table.parent, root) if root else "" for table in dict.fromkeys(tables)}
+        splits = [split_of(f"{below[table]}/{path}") for table, path in zip(tables, paths, strict=True)]
     chosen = select_split(splits, split, source=name)
     source = TableSource([(tables[i], rows[i]) for i in chosen], name=name, found=found, limits=limits)
     if split is None:
@@ -178,12 +185,23 @@ def _tables_without_captions(rows: Sequence[Row], tables: Sequence[Path], found:
     return [f"no captions in {some(without, len(without))}: there is no column {' or '.join(found.captions)}"]
 
 
+def _images_near(table: Path) -> list[str]:
+    """An image in the folder of a table or in one just below it; nothing if there is none."""
+    for folder in _folders_below(table.parent, depth=1) if table.is_file() else ():  # a data set of the hub is none
+        for name in os.listdir(folder) if os.access(folder, os.R_OK) else ():
+            if is_image_path(name):
+                return [str(folder / name)]
+    return []
+
+
 def _column_of_stems(sample: Mapping[str, Sequence[Any]], table: Path) -> str | None:
     """The column, if any, that names image files near the table without their suffix."""
     paths = ImagePaths()
-    for name, values in sample.items():
-        stems = [str(value).strip() for value in values[:8]]
-        if usual(name, STEM_NAMES) and stems and all(isinstance(value, str | int) for value in values):
+    names = {plain_name(name): name for name in sample}
+    for name in (names[each] for each in STEM_NAMES if each in names):
+        values = sample[name]
+        stems = [str(value).strip() for value in values[:: max(1, len(values) // 8)]]
+        if stems and all(isinstance(value, str | int) for value in values):
             root = paths.root(table, stems)
             if 2 * sum(paths.find(root, stem)[1] for stem in stems) > len(stems):
                 return name
@@ -240,8 +258,12 @@ def split_notes(values: Iterable[Any]) -> list[str]:
     return [f"the splits {', '.join(found[:6])} are used together; choose one, e.g. ?split={found[-1]}"]
 
 
-def unlabelled_note(count: int) -> str:
-    return f"{counted(count, 'label')} of -1 taken for missing; give the class another name if it is one"
+def unlabelled_notes(values: Sequence[Any]) -> list[str]:
+    """A note on ``values`` that could be labels and are none, such as -1, None as a word, and lists."""
+    if not values:
+        return []
+    shown = str(values[0])[:60]
+    return [f"{counted(len(values), 'label')} of {shown} taken for missing; a class needs a name of its own"]
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:
@@ -271,7 +293,7 @@ class ImagePaths:
         that lack their suffix, numbers for the names that end in them (`42` for `COCO_val2014_000000000042.jpg`), and
         what Label Studio makes of the name of a file that was uploaded to it.
         """
-        value = value.strip().removeprefix("file://")
+        value = unquote(value.strip()[7:]) if value.strip().startswith("file://") else value.strip()
         value = without_number(value) if is_image_path(value) else value
         path = os.path.normpath(os.path.join(folder, value))
         for spelling in dict.fromkeys((value, value.replace("\\", "/"), *_before_upload(value))):
@@ -350,10 +372,10 @@ def _before_upload(value: str) -> list[str]:
     return [] if found is None else [unquote(found[1]), unquote(found[2])]
 
 
-def _folders_below(folder: Path) -> list[Path]:
-    """``folder`` and the folders in it, two deep, at most 300."""
+def _folders_below(folder: Path, depth: int = 2) -> list[Path]:
+    """``folder`` and the folders in it, ``depth`` deep, at most 300."""
     found, level = [folder], [folder]
-    for _ in range(2):
+    for _ in range(depth):
         inner: list[Path] = []
         for parent in level:
             try:
@@ -364,6 +386,10 @@ def _folders_below(folder: Path) -> list[Path]:
             inner += [parent / name for name in names]
         found, level = (found + inner)[:_FOLDERS], inner[:_FOLDERS]
     return found
+
+
+def _is_several(cell: Any) -> bool:
+    return isinstance(cell, list) and len(cell) > 1
 
 
 def _path_of(row: Row, image: str, folder: str | None) -> str:
@@ -393,7 +419,11 @@ class TableSource:
         self._captions: list[tuple[str, ...]] = []
         self._labels: list[str | None] = []
         at: dict[str, int] = {}
-        empty, nulls, textless, unlabelled = [], 0, 0, 0
+        empty: list[str] = []
+        several: list[str] = []
+        nulls, textless = 0, 0
+        strange: list[Any] = []
+        no_labels: list[Any] = []
         other_labels: dict[str, str] = {}
         self.missing: list[str] = []
         """Paths of the images that do not exist."""
@@ -403,13 +433,17 @@ class TableSource:
             cells = [row.get(column) for column in found.captions]
             captions = tuple(text for cell in cells for text in captions_of(cell))
             nulls += sum(map(says_missing, cells))
+            strange += [
+                cell for cell in cells if not isinstance(cell, str) and not is_missing(cell) and not captions_of(cell)
+            ]
             label = label_of(row.get(found.label)) if found.label else None
-            unlabelled += found.label is not None and is_unlabelled(row.get(found.label))
+            if label is None and found.label and not is_missing(row.get(found.label)):
+                no_labels.append(row[found.label])
             key, exists = f"row {number}", True
             if found.image is not None:
                 value = _path_of(row, found.image, found.folder)
                 if not value:
-                    empty.append(f"row {number} of {name}")
+                    (several if _is_several(row.get(found.image)) else empty).append(f"row {number} of {name}")
                     continue
                 key, exists = paths.find(roots[table], value)
             elif not captions:
@@ -427,7 +461,12 @@ class TableSource:
             self._labels.append(label)
             if not exists:
                 self.missing.append(key)
-        self._check(found, empty)
+        self._check(found, [*empty, *several])
+        if several:
+            self.notes.append(
+                f"{counted(len(several), 'row')} with several images not used: {some(several, len(several))}; "
+                "write a row for each image"
+            )
         if empty:
             self.notes.append(f"{counted(len(empty), 'row')} without an image path not used: {some(empty, len(empty))}")
         if self.missing:
@@ -439,8 +478,11 @@ class TableSource:
             self.notes.append(f"{counted(textless, 'row')} without a text not used")
         if nulls:
             self.notes.append(f"{counted(nulls, 'caption')} such as nan or null taken for missing")
-        if unlabelled:
-            self.notes.append(unlabelled_note(unlabelled))
+        if strange:
+            self.notes.append(
+                f"{counted(len(strange), 'cell')} of captions without a text, such as {str(strange[0])[:60]}"
+            )
+        self.notes += unlabelled_notes(no_labels) + joined_labels(label for label in self._labels if label)
         if other_labels:
             self.notes.append(
                 f"{counted(len(other_labels), 'image')} with two labels, of which the first is used: "

@@ -9,7 +9,7 @@ import zlib
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -19,7 +19,25 @@ from diptych.errors import UserError
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]+")
 _ESCAPE = re.compile(r"(?<!\\)\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))")
 """A character as JSON and Python write it in ASCII. Tables that hold pieces of JSON hold it as six characters."""
+_WRITTEN_OUT = re.compile(r"""(?<![:\\])\\(?:[nrt]|(["'/]))""")
+"""A line end, a tab or a quote that is written out. Behind a colon it is the path of a drive."""
+_BACKSLASH = re.compile(r"""\\(?![nrtuU"'/])|(?<=:)\\""")
+"""A backslash that is meant, as in a formula or a path; then all others are meant too."""
+_TAG = re.compile(
+    r"</?(?:(?P<block>p|br|hr|div|section|article|blockquote|pre|[uo]l|li|h[1-6]|table|tbody|tr|td|th|img)"
+    r"|[abius]|em|strong|small|big|su[bp]|span|font|code|cite|mark|center)"
+    r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s>]+))*\s*/?>|<!--.*?-->""",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Tags of HTML. Others in angle brackets, such as <person> and <unk>, are words of data sets."""
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
+"""Characters without width that part or join nothing: marks where a line may break, and byte order marks."""
 _ENTITY = re.compile(r"&(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
+NULLS = frozenset(
+    {"nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "undefined", "\\N", "-", "--", "?", "."}
+    | {"#N/A", "#NAME?", "#REF!", "#VALUE!"}
+)
+"""What libraries, spreadsheets and people write into an empty cell."""
 _NO_TEXTS = {
     b"version https://git-lfs": "is a pointer of git-lfs, not the file itself; fetch it with git lfs pull",
     b"<!doctype html": "is a page of HTML, as servers send for a missing file; download it again",
@@ -29,6 +47,12 @@ _NO_TEXTS = {
     b"\x1f\x8b": "is packed with gzip; let its name end in .gz",
 }
 """How files begin that are no text, in small letters."""
+_HEADERS = frozenset({"caption", "captions", "text", "texts", "sentence", "description", "prompt"})
+_NUMBERED = re.compile(r"(\d+)[.):]?\s+\S")
+_MANGLED = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00c2[\u00a0-\u00bf]|\u00e2\u20ac.")
+"""UTF-8 that was read as Windows-1252, and characters that were lost."""
+_MARK = re.compile(r"\S*[^\w\s'\"]\S*(?=\s)|startseq\b")
+"""A first word that is no word, such as `<start>` or `caption:`."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ROW = re.compile(r"""["']?(?P<image>[^,;|\t"']+?)["']?(?P<delimiter>\s*[,;|\t]|\s+|$)""")
 
@@ -37,16 +61,26 @@ def clean(text: str) -> str:
     """The text with every run of control characters and white space as one space, and none at its ends.
 
     Half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD. Characters that are written out, as
-    `\\u00e9` or as `&quot;`, are read as the character.
+    `\\u00e9`, `\\n` or `&quot;` (or `&amp;quot;`), are read as the character. HTML's tags are left out.
     """
-    if "&" in text and ";" in text:
-        text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
+    for _ in range(2):
+        if "&" in text and ";" in text:
+            text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
+    if "<" in text and ">" in text:
+        text = _TAG.sub(lambda tag: " " if tag["block"] else "", text)
+    if "\\" in text and not _BACKSLASH.search(text):
+        text = _WRITTEN_OUT.sub(lambda escape: escape[1] or " ", text)
     if "\\u" in text or "\\U" in text:
         text = _ESCAPE.sub(_unescaped, text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if text.isprintable() and "  " not in text:  # nearly every caption, and ten times quicker
         return text.strip()
-    text = _CONTROL.sub(" ", text)
+    text = _CONTROL.sub(" ", text.translate(_INVISIBLE))
     return " ".join(_SURROGATE.sub("\ufffd", text).split())
+
+
+def says_missing(value: Any) -> bool:
+    """Whether a cell holds what somebody wrote for an empty one."""
+    return isinstance(value, str) and value.strip() in NULLS
 
 
 def _unescaped(escape: re.Match[str]) -> str:
@@ -107,16 +141,16 @@ def _refuse_table(path: Path, lines: Sequence[str]) -> None:
         raise UserError(
             f"{path}: is a list of web addresses ({addresses[0][:60]!r}), not of texts; download them first"
         )
-    if len(sample) > 1 and all(map(_is_json, sample)):
+    if sample and all(map(_is_json, sample)):
         raise UserError(f"{path}: holds JSON ({sample[0][:60]!r}), a document in each line; let its name end in .jsonl")
-    rows = [row for line in sample if (row := _ROW.match(line)) and is_image_path(row["image"])]
+    rows = [row for line in sample if (row := begins_with_image(line))]
     if 2 * len(rows) > len(sample):
         delimiter = rows[0]["delimiter"].strip(" ")
         suffix = ".tsv" if delimiter == "\t" else ".csv"
         what = f"{path}: is a table of images ({rows[0].string[:60]!r}), not a list of texts; "
         if not delimiter:
             raise UserError(f"{what}save it as .csv, with commas between its columns and a first line that names them")
-        has_names = not ((first := _ROW.match(sample[0])) and is_image_path(first["image"])) and delimiter in sample[0]
+        has_names = not begins_with_image(sample[0]) and delimiter in sample[0]
         raise UserError(
             f"{what}rename it to {suffix}"
             + ("" if has_names else f", with the first line {f'image{delimiter}caption'!r}")
@@ -126,6 +160,37 @@ def _refuse_table(path: Path, lines: Sequence[str]) -> None:
             f"{path}: is a table with tabs ({sample[0].strip()[:60]!r}), not a list of texts; rename it to .tsv, with "
             "a first line that names the columns"
         )
+
+
+def begins_with_image(line: str) -> re.Match[str] | None:
+    """The path of an image at the beginning of a line, and the delimiter behind it."""
+    row = _ROW.match(line)
+    return row if row and is_image_path(row["image"]) else None
+
+
+def notes_on_texts(texts: Sequence[str]) -> list[str]:
+    """What is strange about several texts of one source: letters of a wrong encoding, and marks that begin all."""
+    notes = []
+    if mangled := [found[0] for text in texts if (found := _MANGLED.search(text))]:
+        notes.append(
+            f"{len(mangled):,} of {len(texts):,} texts that were looked at hold {mangled[0]!r}, as of a wrong encoding"
+        )
+    marks = {found[0] if (found := _MARK.match(text)) else "" for text in texts}
+    if len(texts) > 1 and len(marks) == 1 and (shared := marks.pop()):
+        notes.append(f"{shared!r}, which begins every text, is a part of it")
+    return notes
+
+
+def _text_notes(path: Path, lines: Sequence[str]) -> list[str]:
+    """What of the first lines may be meant for something else than a text."""
+    sample = [line.strip() for line in lines[:50] if line.strip()]
+    notes = notes_on_texts(sample)
+    if len(sample) > 1 and sample[0].lower() in _HEADERS:
+        notes.append(f"the first line of {path} is the text {sample[0]!r}; remove it if it names a column")
+    numbers = [number[1] for line in sample if (number := _NUMBERED.match(line))]
+    if len(sample) > 1 and len(numbers) == len(sample) == len(set(numbers)):  # 1 2 3, not 2 2 2
+        notes.append(f"the numbers in front of the lines of {path} are parts of its texts")
+    return notes
 
 
 def _is_json(line: str) -> bool:
@@ -151,17 +216,25 @@ class TextSource:
         self.name = name
         pieces, ends, keys = [], array("q", [0]), array("q")
         self._files = [path.name for path in paths]
+        self.notes: list[str] = []
+        nulls = 0
         for number, path in enumerate(paths):
             lines = read_text(path).split("\n")
             _refuse_table(path, lines)
+            self.notes += _text_notes(path, lines)
             for line, text in enumerate(lines, start=1):
-                if text := clean(text):
+                text = clean(text)
+                if says_missing(text):
+                    nulls += 1
+                elif text:
                     piece = text.encode()
                     pieces.append(piece)
                     ends.append(ends[-1] + len(piece))
                     keys.append(number << 40 | line)
         if not keys:
             raise UserError(f"{name}: holds no text; a text file has one text per line")
+        if nulls:
+            self.notes.append(f"{nulls:,} texts such as nan or null taken for missing")
         self._buffer = b"".join(pieces)
         self._ends, self._keys = np.array(ends), np.array(keys)
 

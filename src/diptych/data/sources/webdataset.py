@@ -22,7 +22,6 @@ from diptych.data.sources.samples import (
     folder_labels,
     group,
     group_texts,
-    nested_notes,
     unused_notes,
 )
 from diptych.data.sources.table import counted, file_split_notes, split_of
@@ -94,13 +93,14 @@ class WebDatasetSource(SampleSource):
         self._places = np.frombuffer(places, dtype=np.int64).reshape(-1, 3)
         index = np.array(slots, dtype=np.int64).reshape(-1, 4)
         shards = self._places[index.max(1), 0].tolist()
+        labels, nested = folder_labels(keys)
         super().__init__(
             [f"{self._paths[shard].stem}/{key}" for shard, key in zip(shards, keys, strict=True)]
             if len(self._paths) > 1
             else keys,
             index,
             name=name,
-            labels=folder_labels(keys),
+            labels=labels,
             splits=[split_of(key) for key in keys],
             columns=columns,
             split=split,
@@ -108,7 +108,7 @@ class WebDatasetSource(SampleSource):
             texts_named=texts_named,
             notes=[
                 *notes,
-                *nested_notes(keys),
+                *nested,
                 *unused_notes([name for names, _ in lone for name in names], unused, masks),
             ],
         )
@@ -121,6 +121,10 @@ class WebDatasetSource(SampleSource):
     def shards(self) -> np.ndarray:
         """Number of the tar of each item, int64 [N], never falling."""
         return self._places[self._slots.max(1), 0]
+
+    def _size(self, member: int) -> int:
+        shard, _, size = self._places[member].tolist()
+        return 0 if isinstance(self._paths[shard], RemoteFile) else size  # content is not fetched to be compared
 
     def _read(self, member: int) -> bytes:
         shard, offset, size = self._places[member].tolist()
