@@ -1,6 +1,7 @@
 """What a source holds, said before anything is trained on it."""
 
 import json
+import os
 import shutil
 import tarfile
 
@@ -172,3 +173,12 @@ def test_repeated_captions_frames_and_long_texts_are_told(tmp_path):
     assert max(map(len, lines)) < 200
     told = check_parts([Part("image", open_source(str(tmp_path)), range(2))], max_skipped_share=0.01)
     assert told.endswith("0 of 2 images that were tried cannot be read; of 1 with several frames the first is used")
+
+
+def test_names_of_strange_bytes_are_told_on_one_line(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "01.png")
+    for name in (b"\xff\xfe.png", b"two\nlines.png"):
+        os.link(tmp_path / "01.png", os.fsencode(tmp_path) + b"/" + name)
+    lines = check_source(open_source(str(tmp_path))).lines()
+    assert not any("\n" in line or not line.isascii() for line in lines)
+    assert any("two lines.png" in line and "\\udcff" in line for line in lines)

@@ -18,7 +18,7 @@ from diptych.data.sources.columns import joined_labels
 from diptych.data.sources.decode import UnreadableImage, header
 from diptych.data.sources.open import HasFiles, HasNotes, HasSides, KeptSource, Source, find_files, remote_files
 from diptych.data.sources.remote import is_remote
-from diptych.data.sources.table import TableSource, counted, some
+from diptych.data.sources.table import TableSource, counted, on_one_line, some
 from diptych.errors import UserError
 
 _SAMPLE = 32
@@ -96,7 +96,7 @@ class SourceCheck:
         told += [("unreadable", reason) for reason in self.unreadable[:3]]
         told += [("note", note) for note in self.notes]
         told += [
-            ("sample", f"{key}  {text if len(text) < 120 else text[:117] + '...'}".rstrip())
+            ("sample", f"{on_one_line(key)}  {text if len(text) < 120 else text[:117] + '...'}".rstrip())
             for key, text in self.samples
         ]
         return [self.name, *(f"  {head:<10} {text}" for head, text in told)]

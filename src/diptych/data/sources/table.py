@@ -271,9 +271,14 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
+def on_one_line(name: str) -> str:
+    """The name of a file as a message shows it: without line ends, and with `\\udcff` for a byte that is no UTF-8."""
+    return " ".join(name.splitlines()).encode(errors="backslashreplace").decode()
+
+
 def some(names: Iterable[str], count: int) -> str:
     """The first three of ``count`` names, as a list for a message."""
-    shown = [name for name, _ in zip(names, range(3), strict=False)]
+    shown = [on_one_line(name) for name, _ in zip(names, range(3), strict=False)]
     return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
 
 
