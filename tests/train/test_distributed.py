@@ -126,7 +126,8 @@ def test_another_number_of_processes_continues(sharded, tmp_path, processes):
     assert done.returncode == 0, done.stderr
     for name in names:
         fit(name, tmp_path / name, steps=8)
-        torch.testing.assert_close(losses_of(tmp_path / "run" / name), losses_of(tmp_path / name), rtol=1e-5, atol=0)
+        rtol = 1e-4 if name == "vqgan" else 1e-5  # rounding decides between codes that are equally near, see above
+        torch.testing.assert_close(losses_of(tmp_path / "run" / name), losses_of(tmp_path / name), rtol=rtol, atol=0)
 
 
 def test_activations_are_computed_anew_at_the_same_losses(tmp_path):
