@@ -14,6 +14,7 @@ from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokeni
 from diptych.dual.recipes import clip_tiny
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ITIT, ItitConfig
+from diptych.itit.pipeline import Diptych
 from diptych.itit.recipes import itit_tiny
 from diptych.rng import StepRNG
 from diptych.run_folder import write_config
@@ -62,6 +63,18 @@ def model(text_encoder, tokenizer) -> ITIT:
         text_decoder_width=16, text_decoder_depth=2, text_decoder_heads=2, dropout=0.0,
     )  # fmt: skip
     return ITIT(config)
+
+
+@pytest.fixture
+def diptych(tokenizer, text_encoder, model) -> Diptych:
+    """They as a pipeline that draws in two steps and captions with two beams."""
+    return Diptych(
+        tokenizer,
+        text_encoder,
+        model,
+        image_generation=ImageGenerationConfig(steps=2, guidance=0.0),
+        text_generation=TextGenerationConfig(beams=2),
+    )
 
 
 @pytest.fixture

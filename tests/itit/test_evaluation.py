@@ -11,23 +11,11 @@ from diptych.errors import UserError
 from diptych.eval.frechet import RandomFeatures
 from diptych.itit import evaluation as module
 from diptych.itit.evaluation import EvaluateConfig, drift, evaluate, information_gain, pair_fits
-from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.pipeline import Caption, Diptych
 
 pytestmark = pytest.mark.filterwarnings("ignore:Covariance")
 SCENES = ScenesSource(count=8, split="test")
 GREEDY = EvaluateConfig(beams=1)
-
-
-@pytest.fixture
-def diptych(tokenizer, text_encoder, model) -> Diptych:
-    return Diptych(
-        tokenizer,
-        text_encoder,
-        model,
-        image_generation=ImageGenerationConfig(steps=2, guidance=0.0),
-        text_generation=TextGenerationConfig(beams=2),
-    )
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from diptych.eval.captions import score_captions
 from diptych.eval.frechet import RandomFeatures
 from diptych.itit import protocols
 from diptych.itit.evaluation import EvaluateConfig, ScoredImages
-from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
+from diptych.itit.generation import ImageGenerationConfig
 from diptych.itit.pipeline import Caption, Diptych
 from diptych.itit.protocols import coco_fid30k, coco_karpathy, cycle_scores, feature_distance, split_named_in
 
@@ -27,17 +27,6 @@ class Thumbnails:
 
     def __call__(self, pixels_BCHW):
         return torch.nn.functional.adaptive_avg_pool2d(pixels_BCHW.float(), 2).flatten(1)
-
-
-@pytest.fixture
-def diptych(tokenizer, text_encoder, model) -> Diptych:
-    return Diptych(
-        tokenizer,
-        text_encoder,
-        model,
-        image_generation=ImageGenerationConfig(steps=2, guidance=0.0),
-        text_generation=TextGenerationConfig(beams=2),
-    )
 
 
 @pytest.fixture

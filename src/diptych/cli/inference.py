@@ -643,12 +643,12 @@ def evaluate(
     at_least_one("--limit", limit)
     at_least_one("--beams", beams)
     at_least_one("--steps", steps)
+    at_least_one("--cycles", cycles)
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
     drawn = {name: value for name, value in given.items() if value is not None}
     if kind != "itit" and (protocol or cycles or drawn):
         flags = "--protocol, --cycles, --steps, --guidance and --temperature"
         raise UserError(f"{run}: {flags} are for runs of an itit recipe")
-    at_least_one("--cycles", cycles)
     if against and not cycles:
         raise UserError("--against: runs are compared by their cycles: give --cycles too")
     if cycles and (protocol or beams):
@@ -698,15 +698,14 @@ def evaluate(
             from diptych.itit.protocols import evaluate_protocol
 
             evaluate_protocol(run, data, source, config, protocol=protocol, features=features, out=out, device=device)
-            return
-        if cycles is not None:
+        elif cycles is not None:
             from diptych.itit.protocols import evaluate_cycles
 
             evaluate_cycles(
                 [run, *against], data, source, config, rounds=cycles, features=features, out=out, device=device
             )
-            return
-        evaluate_run(run, source, config, features=features, encoder=baseline_encoder, out=out, device=device)
+        else:
+            evaluate_run(run, source, config, features=features, encoder=baseline_encoder, out=out, device=device)
 
 
 def sweep(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -185,12 +185,22 @@ def read_first_images(
     return items, np.concatenate(pixels)
 
 
+def check_has_pairs(source: Source) -> None:
+    """Raise UserError for a source without images or without captions."""
+    if not (source.has_images and source.has_captions):
+        raise UserError(f"{source.name}: scores need images and captions, and it does not have both")
+
+
+def captioned_items(source: Source) -> Int[np.ndarray, "N"]:
+    """Numbers of the items that have a caption, ascending."""
+    return np.array([item for item in range(len(source)) if source.captions(item)], dtype=np.int64)
+
+
 def read_captioned(
     source: Source, *, limit: int | None, size: int, skipped: SkippedItems
 ) -> tuple[list[int], UInt8[np.ndarray, "B S S 3"]]:
     """The first ``limit`` readable items that have a caption, and their pixels. Raises as `read_first_images`."""
-    if not (source.has_images and source.has_captions):
-        raise UserError(f"{source.name}: scores need images and captions, and it does not have both")
+    check_has_pairs(source)
     return read_first_images(
         source, limit=limit, size=size, skipped=skipped, wanted=lambda item: bool(source.captions(item))
     )

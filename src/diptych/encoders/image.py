@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 import torch
 import transformers
-from jaxtyping import Float, Num
+from jaxtyping import Float, Num, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -225,6 +225,13 @@ def resize(pixels_BCHW: Float[Tensor, "B 3 H W"], size: int) -> Float[Tensor, "B
         return pixels_BCHW
     # Without the antialias filter a smaller image shows patterns that are not in the larger one.
     return F.interpolate(pixels_BCHW, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+
+
+def resize_pixels(pixels_B3HW: UInt8[Tensor, "B 3 H W"], size: int) -> UInt8[Tensor, "B 3 S S"]:
+    """:func:`resize` of uint8 pixels, rounded to uint8 again. Pixels of that size are returned as they are."""
+    if pixels_B3HW.shape[-2:] == (size, size):
+        return pixels_B3HW
+    return resize(pixels_B3HW.float(), size).round().to(torch.uint8)
 
 
 def _as_tokens(hidden: Tensor) -> Tensor:

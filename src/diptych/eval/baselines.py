@@ -28,7 +28,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from diptych.data.audit import Fit
-from diptych.data.pixels import SkippedItems, image_batches
+from diptych.data.pixels import SkippedItems, captioned_items, image_batches
 from diptych.data.sources import Source
 from diptych.data.splits import Subset
 from diptych.encoders import ImageEncoder, open_image_encoder, open_text_encoder
@@ -322,7 +322,7 @@ def encoder_fits(
     Captions of readable images; raises UserError for an encoder that cannot be opened and for fewer than two captioned
     images.
     """
-    captioned = np.array([item for item in range(len(source)) if source.captions(item)], np.int64)
+    captioned = captioned_items(source)
     if len(captioned) < 2:
         raise UserError(f"{source.name}: {len(captioned)} captioned images, too few to compare captions with images")
     images = open_image_encoder(image_encoder).to(pick_device(device))

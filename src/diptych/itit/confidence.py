@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-from diptych.data.pixels import SkippedItems, image_batches
+from diptych.data.pixels import SkippedItems, captioned_items, image_batches
 from diptych.data.scenes import ScenesSource
 from diptych.data.sources import Source
 from diptych.errors import UserError
@@ -197,8 +197,7 @@ def calibrate(
     settings = made_by(diptych, beams=beams, candidates=candidates, best_of=best_of)
     if settings["beams"] < 2:
         raise UserError("one beam gives no score, and no confidence: calibrate with --beams 2 or more")
-    wanted = np.array([item for item in range(len(source)) if source.captions(item)], dtype=np.int64)
-    wanted = np.random.default_rng(0).permutation(wanted)[:_MOST]
+    wanted = np.random.default_rng(0).permutation(captioned_items(source))[:_MOST]
     skipped = SkippedItems(max_skipped_share=1.0)
     items: list[int] = []
     captions: list[str] = []

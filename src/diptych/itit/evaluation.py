@@ -26,7 +26,7 @@ from diptych.data.splits import Subset
 from diptych.data.store import Store
 from diptych.data.suggest import LookedAt
 from diptych.encoders import open_image_encoder
-from diptych.encoders.image import resize
+from diptych.encoders.image import resize_pixels
 from diptych.errors import UserError, first_line
 from diptych.eval.baselines import Baseline, Comparison, caption_baselines
 from diptych.eval.captions import score_captions
@@ -218,8 +218,7 @@ def _frechet(
 ) -> tuple[dict[str, float], str | None]:
     """The Frechet distance under its metric's name, and a note for the reader if there is one."""
     real_B3SS, generated_B3SS = channels_first(real_BSS3), channels_first(generated_BSS3)
-    if real_B3SS.shape != generated_B3SS.shape:
-        real_B3SS = resize(real_B3SS.float(), generated_B3SS.shape[-1]).round().to(torch.uint8)
+    real_B3SS = resize_pixels(real_B3SS, generated_B3SS.shape[-1])
     statistics = [feature_statistics(extractor, pixels_B3SS) for pixels_B3SS in (real_B3SS, generated_B3SS)]
     if len(real_BSS3) < 2:
         return {}, "The Frechet distance needs two images or more."

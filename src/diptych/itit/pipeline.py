@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from diptych.data.batch import ImageTokenExamples
 from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
-from diptych.encoders.image import ImageEncoder, open_image_encoder, resize
+from diptych.encoders.image import ImageEncoder, open_image_encoder, resize, resize_pixels
 from diptych.errors import UserError
 from diptych.io import load_network, weights_digest
 from diptych.itit.generation import (
@@ -495,10 +495,7 @@ def image_encoders(
     device = tokenizer.codebook.device
 
     def tokens(pixels_B3SS: Tensor) -> Tensor:
-        pixels_B3SS = pixels_B3SS.to(device)
-        if pixels_B3SS.shape[-1] != tokenizer.image_size:
-            pixels_B3SS = resize(pixels_B3SS.float(), tokenizer.image_size).round().to(torch.uint8)
-        return tokenizer.encode(pixels_B3SS)
+        return tokenizer.encode(resize_pixels(pixels_B3SS.to(device), tokenizer.image_size))
 
     @torch.no_grad()
     def features(pixels_B3SS: Tensor) -> Tensor:

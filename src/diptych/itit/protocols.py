@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from diptych.data.pixels import SkippedItems, channels_first, image_batches
+from diptych.data.pixels import SkippedItems, captioned_items, channels_first, check_has_pairs, image_batches
 from diptych.data.scenes import ScenesSource
 from diptych.data.sources import Source
 from diptych.data.sources.open import first_scenes
-from diptych.encoders.image import resize
+from diptych.encoders.image import resize_pixels
 from diptych.errors import UserError
 from diptych.eval.captions import score_captions
 from diptych.eval.frechet import (
@@ -157,8 +157,7 @@ def coco_fid30k(
         texts = [(found := source.captions(int(item)))[int(chosen[int(item)] * len(found))] for item in some]
         drawn = diptych.imagine_pixels(texts, seed=derive_seed(config.seed, int(some[0])), config=settings)
         drawn_B3SS = torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
-        if drawn_B3SS.shape != pixels_B3SS.shape:
-            pixels_B3SS = resize(pixels_B3SS.float(), drawn_B3SS.shape[-1]).round().to(torch.uint8)
+        pixels_B3SS = resize_pixels(pixels_B3SS, drawn_B3SS.shape[-1])
         real = _added(real, extractor(pixels_B3SS.to(diptych.device)))
         made = _added(made, extractor(drawn_B3SS.to(diptych.device)))
         done += len(some)
@@ -201,9 +200,8 @@ def described(settings: ImageGenerationConfig) -> str:
 
 def _captioned(source: Source) -> np.ndarray:
     """Numbers of the items with a caption. Raises UserError where there are none, or no images."""
-    if not (source.has_images and source.has_captions):
-        raise UserError(f"{source.name}: scores need images and captions, and it does not have both")
-    items = np.array([item for item in range(len(source)) if source.captions(item)], dtype=np.int64)
+    check_has_pairs(source)
+    items = captioned_items(source)
     if not len(items):
         raise UserError(f"{source.name}: no image has a caption")
     return items
@@ -341,9 +339,8 @@ def feature_distance(
 
     0: the same images; 1: as far as one real image is from another, on the mean.
     """
-    real_B3SS, made_B3SS = channels_first(real_BSS3), channels_first(made_BSS3)
-    if real_B3SS.shape != made_B3SS.shape:
-        real_B3SS = resize(real_B3SS.float(), made_B3SS.shape[-1]).round().to(torch.uint8)
+    made_B3SS = channels_first(made_BSS3)
+    real_B3SS = resize_pixels(channels_first(real_BSS3), made_B3SS.shape[-1])
     real_BD, made_BD = (
         torch.cat([extractor(piece).double().cpu() for piece in part.split(_ROWS)]) for part in (real_B3SS, made_B3SS)
     )

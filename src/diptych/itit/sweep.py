@@ -19,7 +19,7 @@ from rich.table import Table
 
 from diptych.data.pixels import channels_first
 from diptych.data.sources import Source
-from diptych.encoders.image import resize
+from diptych.encoders.image import resize_pixels
 from diptych.errors import UserError
 from diptych.eval.captions import score_captions
 from diptych.eval.frechet import feature_statistics, frechet_distance, metric_name, open_extractor
@@ -34,6 +34,8 @@ from diptych.run_folder import write_json
 
 CELLS = "cells.jsonl"
 """File of the scores, a line for each setting, which a repeated command goes on with."""
+
+_CAPTION_SCORES = ("cider", "bleu_4", "rouge_l", "mean_length")
 
 Side = Literal["images", "captions"]
 Cell = dict[str, Any]
@@ -108,10 +110,7 @@ def sweep_run(
         "features": extractor.name,
     }
     done = _begun(out, made_by)
-    size = diptych.tokenizer.image_size
-    pixels_B3SS = channels_first(images.pixels_BSS3)
-    if pixels_B3SS.shape[-1] != size:
-        pixels_B3SS = resize(pixels_B3SS.float(), size).round().to(torch.uint8)
+    pixels_B3SS = resize_pixels(channels_first(images.pixels_BSS3), diptych.tokenizer.image_size)
     real = feature_statistics(extractor, pixels_B3SS.to(diptych.device)) if config.images() else None
 
     def score(cell: Cell) -> dict[str, float]:
@@ -130,7 +129,7 @@ def sweep_run(
         finally:
             diptych.text_generation = own
         scores = score_captions([caption.text for caption in found], references).table()
-        return {key: scores[key] for key in ("cider", "bleu_4", "rouge_l", "mean_length")}
+        return {key: scores[key] for key in _CAPTION_SCORES}
 
     cells = _score_all([*config.images(), *config.captions()], done, score, out)
     _tell(out, cells, name, made_by, title=f"{run} on {len(images.items):,} images of {spec}")
@@ -205,6 +204,3 @@ def _tell(out: Path, cells: Sequence[Cell], name: str, made_by: dict[str, Any], 
         settings = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
         print(f"best for {side}: {settings}; a run keeps its own in generation.{where} of config.json")
     print(f"written to {out}")
-
-
-_CAPTION_SCORES = ("cider", "bleu_4", "rouge_l", "mean_length")
