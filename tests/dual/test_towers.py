@@ -290,8 +290,8 @@ def test_features_are_computed_once(towers, done, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("diptych.dual.states.image_states", fail)
-    monkeypatch.setattr("diptych.dual.states.text_states", fail)
+    monkeypatch.setattr("diptych.dual.data.image_states", fail)
+    monkeypatch.setattr("diptych.dual.data.text_states", fail)
     run.fit(tmp_path, recipe="ito-frozen")
     assert losses(tmp_path) == losses(done)
     run.train.seed = 1  # views are drawn once, for all seeds
