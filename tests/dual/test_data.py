@@ -109,13 +109,12 @@ def test_a_source_without_captions_is_refused():
         CaptionIds.read(Counted(4), np.array([0]), tokenize)
 
 
-def test_the_first_items_keep_their_captions():
+def test_items_in_random_order_keep_their_captions():
     captions = CaptionIds.read(Counted(40), np.arange(40), tokenize)
-    few = captions.first_items(7)
-    assert len(few.items) == 7
-    assert few.items.tolist() == sorted({*few.items.tolist()} & {*captions.items.tolist()})
-    for row, item in enumerate(few.items):
-        numbers = np.arange(few.first[row], few.first[row + 1])
-        texts = [few.ids[few.starts[number] : few.starts[number + 1]].tolist() for number in numbers]
+    mixed = captions.in_random_order()
+    assert sorted(mixed.items.tolist()) == captions.items.tolist() != mixed.items.tolist()
+    for row, item in enumerate(mixed.items):
+        numbers = np.arange(mixed.first[row], mixed.first[row + 1])
+        texts = [mixed.ids[mixed.starts[number] : mixed.starts[number + 1]].tolist() for number in numbers]
         assert texts == tokenize(Counted(40).captions(int(item)))
-    assert captions.first_items(99) is captions
+    assert np.array_equal(captions.in_random_order().items, mixed.items)

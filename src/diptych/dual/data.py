@@ -88,18 +88,16 @@ class CaptionIds:
         first, starts = (np.concatenate([[0], np.cumsum(sizes)]) for sizes in (count[count > 0], lengths))
         return cls(items[count > 0], first, starts, np.concatenate(flat))
 
-    def first_items(self, count: int) -> "CaptionIds":
-        """Those of the first ``count`` captioned items of a random order, which is always the same."""
-        if count >= len(self.items):
-            return self
-        chosen = np.sort(np.random.Generator(np.random.PCG64(0)).permutation(len(self.items))[:count])
-        numbers = np.concatenate([np.arange(self.first[item], self.first[item + 1]) for item in chosen])
+    def in_random_order(self) -> "CaptionIds":
+        """The same with the items in a random order, which is always the same."""
+        order = np.random.Generator(np.random.PCG64(0)).permutation(len(self.items))
+        numbers = np.concatenate([np.arange(self.first[item], self.first[item + 1]) for item in order])
         first, starts = (
             np.concatenate([[0], np.cumsum(sizes)])
-            for sizes in (np.diff(self.first)[chosen], np.diff(self.starts)[numbers])
+            for sizes in (np.diff(self.first)[order], np.diff(self.starts)[numbers])
         )
         ids = np.concatenate([self.ids[self.starts[number] : self.starts[number + 1]] for number in numbers])
-        return CaptionIds(self.items[chosen], first, starts, ids)
+        return CaptionIds(self.items[order], first, starts, ids)
 
     def choose(self, index: np.ndarray, epoch: np.ndarray, *, captions: int, seed: int) -> np.ndarray:
         """Numbers [B, M] of ``captions`` captions of each item.
