@@ -8,7 +8,7 @@ from diptych.data.pixels import SkippedItems
 from diptych.data.scenes import ScenesSource
 from diptych.data.sources.decode import UnreadableImage
 from diptych.dual import data as dual_data
-from diptych.dual.data import CaptionIds, StatesConfig, cached_states, pair_stream, seconds_of_states
+from diptych.dual.data import CaptionIds, StatesConfig, cached_states, pair_stream
 from diptych.errors import UserError
 
 PAD = 9
@@ -113,16 +113,15 @@ def test_a_source_without_captions_is_refused():
         CaptionIds.read(Counted(4), np.array([0]), tokenize)
 
 
-def test_the_first_items_keep_their_captions():
+def test_items_in_random_order_keep_their_captions():
     captions = CaptionIds.read(Counted(40), np.arange(40), tokenize)
-    few = captions.first_items(7)
-    assert len(few.items) == 7
-    assert few.items.tolist() == sorted({*few.items.tolist()} & {*captions.items.tolist()})
-    for row, item in enumerate(few.items):
-        numbers = np.arange(few.first[row], few.first[row + 1])
-        texts = [few.ids[few.starts[number] : few.starts[number + 1]].tolist() for number in numbers]
+    mixed = captions.in_random_order()
+    assert sorted(mixed.items.tolist()) == captions.items.tolist() != mixed.items.tolist()
+    for row, item in enumerate(mixed.items):
+        numbers = np.arange(mixed.first[row], mixed.first[row + 1])
+        texts = [mixed.ids[mixed.starts[number] : mixed.starts[number + 1]].tolist() for number in numbers]
         assert texts == tokenize(Counted(40).captions(int(item)))
-    assert captions.first_items(99) is captions
+    assert np.array_equal(captions.in_random_order().items, mixed.items)
 
 
 SOURCE = ScenesSource(count=10)
@@ -140,8 +139,12 @@ def given(towers):
     return encoder, CaptionIds.read(SOURCE, np.arange(len(SOURCE)), encoder.ids)
 
 
-def states_of(given, cache, **more):
-    return cached_states(given[0], SOURCE, given[1], config_of(**more), cache=cache, skipped=SkippedItems())
+def states_of(given, cache, *, enough=lambda items: False, **more):
+    found, items = cached_states(
+        given[0], SOURCE, given[1], config_of(**more), cache=cache, skipped=SkippedItems(), enough=enough
+    )
+    assert items == len(SOURCE) or enough(items)
+    return found
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -175,8 +178,7 @@ def test_cached_states_are_those_of_the_towers(keep, given, tmp_path):
 
 def test_an_interrupted_computation_goes_on(given, tmp_path, monkeypatch):
     whole = states_of(given, tmp_path / "whole")
-    monkeypatch.setattr("diptych.dual.data._IMAGES", 4)
-    monkeypatch.setattr("diptych.dual.data._TEXTS", 3)
+    monkeypatch.setattr("diptych.dual.data._ITEMS", 4)
     plain, computed = dual_data.image_states, []
 
     def stop(encoder, pixels_B3HW, items, view, draw, config):
@@ -224,5 +226,28 @@ def test_a_stream_is_a_function_of_its_index(given, tmp_path):
     assert torch.equal(first.texts_BMLF, again.texts_BMLF)
 
 
-def test_the_time_is_estimated_from_some(given):
-    assert 0 < seconds_of_states(given[0], SOURCE, given[1], config_of()) < 60
+def test_a_part_is_the_beginning_of_the_whole_and_is_continued(given, tmp_path, monkeypatch):
+    monkeypatch.setattr("diptych.dual.data._ITEMS", 4)
+    whole = states_of(given, tmp_path / "whole")
+    part = states_of(given, tmp_path / "part", enough=lambda items: items >= 7)
+    assert part.rows_N.tolist() == [*range(8)]
+    assert len(part.starts) == given[1].first[8]
+    stream = part.stream(given[1], per_image=2, seed=0)
+    of_whole = whole.stream(given[1], per_image=2, seed=0).take(np.arange(8), np.zeros(8, int))
+    of_part = stream.take(np.arange(8), np.zeros(8, int))
+    torch.testing.assert_close(of_part.images_BVSF, of_whole.images_BVSF, atol=2e-4, rtol=0)
+    torch.testing.assert_close(of_part.texts_BMLF, of_whole.texts_BMLF, atol=2e-4, rtol=0)
+    plain, computed = dual_data.image_states, []
+
+    def count(encoder, pixels_B3HW, items, *rest):
+        computed.append(items.tolist())
+        return plain(encoder, pixels_B3HW, items, *rest)
+
+    monkeypatch.setattr("diptych.dual.data.image_states", count)
+    smaller = states_of(given, tmp_path / "part", enough=lambda items: items >= 4)  # it has them already
+    assert not computed
+    assert smaller.rows_N.tolist() == [*range(4)]
+    continued = states_of(given, tmp_path / "part")
+    assert computed == [[8, 9], [8, 9]]
+    assert continued.rows_N.tolist() == [*range(10)]
+    np.testing.assert_allclose(continued.texts, whole.texts, atol=2e-4)

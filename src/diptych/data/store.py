@@ -121,14 +121,19 @@ class ResumableArrayWriter:
             self.state["done"] = done
             _write_json(self.folder / "progress.json", self.state)
 
+    def readable(self) -> Path:
+        """The hidden folder, whose arrays can be read as far as they have come."""
+        for name, array in self.arrays.items():
+            with (self.folder / f"{name}.npy").open("r+b") as file:
+                file.write(_header(array))
+        return self.folder
+
     def finish(self, manifest: str, content: Any, opened: Callable[[Path], Opened]) -> Opened:
         """Write ``content`` as JSON to the file ``manifest``, give the folder its name and return ``opened(out)``.
 
         ``opened`` is first tried on the hidden folder, so that a folder that cannot be opened replaces nothing.
         """
-        for name, array in self.arrays.items():
-            with (self.folder / f"{name}.npy").open("r+b") as file:
-                file.write(_header(array))
+        self.readable()
         if self.skipped:
             SkippedItems(reasons=self.skipped).write(self.folder / "skipped.jsonl")
         _write_json(self.folder / manifest, content)

@@ -13,7 +13,6 @@ a view, S states of a view, F width of a tower.
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -46,14 +45,12 @@ _AT_ONCE = 4096
 
 Tokenize = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 """Texts to ids, not padded."""
-_IMAGES, _TEXTS = 128, 2048
-"""Images and captions between two points to which an interrupted computation returns."""
+_ITEMS = 128
+"""Images, with their captions, between two points to which an interrupted computation returns."""
 _TEXT_ROWS = 128
 """Captions that a tower computes at once."""
 _THREADS = 2
 """Threads that decode images."""
-_TIMED = 32
-"""Images by which the time of all is estimated."""
 _LARGEST = 65504.0
 """Largest number in half precision."""
 
@@ -120,18 +117,16 @@ class CaptionIds:
         first, starts = (np.concatenate([[0], np.cumsum(sizes)]) for sizes in (count[count > 0], lengths))
         return cls(items[count > 0], first, starts, np.concatenate(flat))
 
-    def first_items(self, count: int) -> "CaptionIds":
-        """Those of the first ``count`` captioned items of a random order, which is always the same."""
-        if count >= len(self.items):
-            return self
-        chosen = np.sort(np.random.Generator(np.random.PCG64(0)).permutation(len(self.items))[:count])
-        numbers = np.concatenate([np.arange(self.first[item], self.first[item + 1]) for item in chosen])
+    def in_random_order(self) -> "CaptionIds":
+        """The same with the items in a random order, which is always the same."""
+        order = np.random.Generator(np.random.PCG64(0)).permutation(len(self.items))
+        numbers = np.concatenate([np.arange(self.first[item], self.first[item + 1]) for item in order])
         first, starts = (
             np.concatenate([[0], np.cumsum(sizes)])
-            for sizes in (np.diff(self.first)[chosen], np.diff(self.starts)[numbers])
+            for sizes in (np.diff(self.first)[order], np.diff(self.starts)[numbers])
         )
         ids = np.concatenate([self.ids[self.starts[number] : self.starts[number + 1]] for number in numbers])
-        return CaptionIds(self.items[chosen], first, starts, ids)
+        return CaptionIds(self.items[order], first, starts, ids)
 
     def choose(self, index: np.ndarray, epoch: np.ndarray, *, captions: int, seed: int) -> np.ndarray:
         """Numbers [B, M] of ``captions`` captions of each item.
@@ -257,8 +252,12 @@ def cached_states(
     *,
     cache: Path,
     skipped: SkippedItems,
-) -> States:
+    enough: Callable[[int], bool] = lambda items: False,
+) -> tuple[States, int]:
     """The states of the captioned images of ``source``, computed as far as the folder ``cache`` does not have them.
+
+    ``enough`` is asked after each block of items, with the number of items so far, whether to leave it at that. Also
+    returns the number of items that have states: all of ``captions``, or as many as were enough.
 
     An interrupted computation goes on where it stopped. Raises UserError when too many images cannot be read; the
     others of them are recorded in ``skipped`` and left out.
@@ -271,66 +270,68 @@ def cached_states(
     views = [
         _cached(cache, "images", made_by | {"view": asdict(view), "draw": draw}, **kept) for view, draw in config.drawn
     ]
-    with ThreadPoolExecutor(_THREADS) as threads, eval_mode(encoder):
-        _write_images(views, encoder, source, captions.items, config, skipped, threads)
-    made_by = shared | {"weights": weights_digest(encoder.clip.text_model)}
+    for view in views:
+        skipped.reasons.update(view.skipped)
+    made_by = shared | {"weights": weights_digest(encoder.clip.text_model), "first": _digest(captions.first)}
     texts = _cached(cache, "texts", made_by | {"ids": _digest(captions.ids, captions.starts)}, **kept)
-    with eval_mode(encoder):
-        _write_texts(texts, encoder, captions, config)
-    counts = texts.map("counts")
-    return States(
+    done, total = 0, len(captions.items)
+    advance = ProgressLine("computing the features of images and captions")
+    with ThreadPoolExecutor(_THREADS) as threads, eval_mode(encoder):
+        while done < total and not (done and enough(done)):
+            block = range(done, min(done + _ITEMS, total))
+            _write_images(views, encoder, source, captions.items, block, config, skipped, threads)
+            _write_texts(texts, encoder, captions, block, config)
+            done = block.stop
+            advance(done, total)
+    if done == total:
+        for each in (*views, texts):
+            each.finish()
+    rows, counts = views[0].map("rows"), texts.map("counts")[: captions.first[done]]
+    states = States(
         views=[view.map("states")[:, : None if config.keep_tokens else 1] for view in views],
-        rows_N=views[0].map("rows"),
+        rows_N=rows[rows < done],
         texts=texts.map("states").reshape(-1, width),
         starts=np.cumsum(counts, dtype=np.int64) - counts,
         lengths=counts if config.keep_tokens else np.ones_like(counts),
     )
+    return states, done
 
 
-def seconds_of_states(encoder: TowersEncoder, source: Source, captions: CaptionIds, config: StatesConfig) -> float:
-    """Seconds that the states of an image with its captions take, by some of them."""
-    tried = np.linspace(0, len(captions.items) - 1, min(_TIMED, len(captions.items))).astype(int)
-    skipped = SkippedItems(max_skipped_share=1.0)
-
-    def compute(rows: np.ndarray) -> None:
-        numbers = np.concatenate([np.arange(captions.first[row], captions.first[row + 1]) for row in rows])
-        with ThreadPoolExecutor(_THREADS) as threads, eval_mode(encoder):
-            items = captions.items[rows]
-            pixels, found = read_images(source, items, size=config.size, skipped=skipped, threads=threads)
-            for drawn in config.drawn if len(found) else ():
-                image_states(encoder, channels_first(pixels), found, *drawn, config)
-            text_states(encoder, captions, numbers, config)
-
-    compute(tried[:4])  # the first call costs more than later ones
-    began = time.monotonic()
-    compute(tried)
-    return (time.monotonic() - began) / len(tried)
-
-
-@dataclass(frozen=True, slots=True)
 class _Cached:
-    """A folder of arrays, finished or not, whose name tells what decides its content."""
+    """A folder of arrays whose name tells what decides its content. A run may use it before all of it is there."""
 
-    folder: Path
-    made_by: dict[str, Any]
+    def __init__(self, folder: Path, made_by: dict[str, Any]) -> None:
+        self._folder, manifest = folder, folder / "manifest.json"
+        self.writer: ResumableArrayWriter | None = None
+        if manifest.is_file():
+            self.skipped: dict[str, str] = json.loads(manifest.read_text())["skipped"]
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.writer = ResumableArrayWriter(folder, made_by)
+        self.skipped = self.writer.skipped
 
-    @property
-    def finished(self) -> bool:
-        return (self.folder / "manifest.json").is_file()
+    def finish(self) -> None:
+        """Give the folder its name, now that everything is there."""
+        if self.writer is not None:
+            content = {"made_by": self.writer.state["made_by"], "skipped": self.skipped}
+            self.writer.finish("manifest.json", content, lambda folder: folder)
+            self.writer = None
 
     def map(self, name: str) -> np.ndarray:
         """An array, mapped into memory; rows of an `np.memmap` itself are slower to take."""
-        return np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))
+        folder = self._folder if self.writer is None else self.writer.readable()
+        return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
 
 
 def _cached(cache: Path, kind: str, made_by: dict[str, Any], *, keep_tokens: bool) -> _Cached:
-    """The folder for what ``made_by`` decides; the one with tokens serves those who need none, if it is there."""
+    """The folder for what ``made_by`` decides; the one with tokens serves those who need none, if it is finished."""
     folders = []
     for tokens in (True, keep_tokens):
         content = json.loads(json.dumps(made_by | {"keep_tokens": tokens}))
         name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
-        folders.append(_Cached(cache / f"{kind}-{name}", content))
-    return folders[0] if folders[0].finished else folders[1]
+        folders.append((cache / f"{kind}-{name}", content))
+    with_tokens, wanted = folders
+    return _Cached(*(with_tokens if (with_tokens[0] / "manifest.json").is_file() else wanted))
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -358,38 +359,29 @@ def _write_images(
     encoder: TowersEncoder,
     source: Source,
     items: np.ndarray,
+    block: range,
     config: StatesConfig,
     skipped: SkippedItems,
     threads: ThreadPoolExecutor,
 ) -> None:
-    """Compute the views that are not there yet, all in one pass over the images."""
-    writers = []
-    for view, drawn in zip(views, config.drawn, strict=True):
-        if view.finished:
-            skipped.reasons.update(json.loads((view.folder / "manifest.json").read_text())["skipped"])
-            continue
-        view.folder.parent.mkdir(parents=True, exist_ok=True)
-        writers.append((drawn, ResumableArrayWriter(view.folder, view.made_by)))
-        skipped.reasons.update(writers[-1][1].skipped)
-    advance = ProgressLine("computing the features of images")
-    for begin in range(min((writer.done for _, writer in writers), default=len(items)), len(items), _IMAGES):
-        some = items[begin : begin + _IMAGES]
-        end = begin + len(some)
-        pixels, found = read_images(source, some, size=config.size, skipped=skipped, threads=threads)
-        skipped.check(len(items))
-        for drawn, writer in writers:
-            if writer.done >= end:
-                continue
-            writer.skipped.update(skipped.reasons)
-            arrays = {}
-            if len(found):
-                states_BSF = image_states(encoder, channels_first(pixels), found, *drawn, config)
-                arrays = {"states": states_BSF, "rows": begin + np.searchsorted(some, found)}
-            writer.append(arrays, done=end)
-        advance(end, len(items))
-    for _, writer in writers:
-        content = {"made_by": writer.state["made_by"], "skipped": writer.skipped}
-        writer.finish("manifest.json", content, lambda folder: folder)
+    """Compute the states of a block of images in the views that do not have them yet, all in one pass."""
+    missing = [
+        (view.writer, drawn)
+        for view, drawn in zip(views, config.drawn, strict=True)
+        if view.writer is not None and view.writer.done < block.stop
+    ]
+    if not missing:
+        return
+    some = items[block.start : block.stop]
+    pixels, found = read_images(source, some, size=config.size, skipped=skipped, threads=threads)
+    skipped.check(len(items))
+    for writer, drawn in missing:
+        writer.skipped.update(skipped.reasons)
+        arrays = {}
+        if len(found):
+            states_BSF = image_states(encoder, channels_first(pixels), found, *drawn, config)
+            arrays = {"states": states_BSF, "rows": block.start + np.searchsorted(some, found)}
+        writer.append(arrays, done=block.stop)
 
 
 def image_states(
@@ -403,20 +395,15 @@ def image_states(
         return _half(encoder.image_states(seen, keep_tokens=config.keep_tokens))
 
 
-def _write_texts(cached: _Cached, encoder: TowersEncoder, captions: CaptionIds, config: StatesConfig) -> None:
-    if cached.finished:
+def _write_texts(
+    texts: _Cached, encoder: TowersEncoder, captions: CaptionIds, block: range, config: StatesConfig
+) -> None:
+    """Compute the states of the captions of a block of images, if they are not there yet."""
+    if texts.writer is None or texts.writer.done >= block.stop:
         return
-    cached.folder.parent.mkdir(parents=True, exist_ok=True)
-    writer = ResumableArrayWriter(cached.folder, cached.made_by)
-    advance = ProgressLine("computing the features of captions")
-    total = len(captions.starts) - 1
-    for begin in range(writer.done, total, _TEXTS):
-        end = min(begin + _TEXTS, total)
-        states = text_states(encoder, captions, np.arange(begin, end), config)
-        counts = np.array([len(each) for each in states])
-        writer.append({"states": np.concatenate(states), "counts": counts}, done=end)
-        advance(end, total)
-    writer.finish("manifest.json", {"made_by": cached.made_by}, lambda folder: folder)
+    states = text_states(encoder, captions, np.arange(captions.first[block.start], captions.first[block.stop]), config)
+    counts = np.array([len(each) for each in states])
+    texts.writer.append({"states": np.concatenate(states), "counts": counts}, done=block.stop)
 
 
 def text_states(
