@@ -28,7 +28,7 @@ from transformers import (
 
 from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source
-from diptych.dual import states
+from diptych.dual import data
 from diptych.dual.data import CaptionIds
 from diptych.dual.evaluation import evaluate_dual_run
 from diptych.dual.export import save_open_clip
@@ -290,8 +290,8 @@ def test_features_are_computed_once(towers, done, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("diptych.dual.states.image_states", fail)
-    monkeypatch.setattr("diptych.dual.states.text_states", fail)
+    monkeypatch.setattr("diptych.dual.data.image_states", fail)
+    monkeypatch.setattr("diptych.dual.data.text_states", fail)
     run.fit(tmp_path, recipe="ito-frozen")
     assert losses(tmp_path) == losses(done)
     run.train.seed = 1  # views are drawn once, for all seeds
@@ -311,14 +311,14 @@ def test_chunks_change_no_loss(towers, done, tmp_path):
 @pytest.fixture
 def clock(monkeypatch):
     """A budget of 24 seconds, of which each block of four images takes one."""
-    monkeypatch.setattr("diptych.dual.states._ITEMS", 4)
-    plain, blocks = states.text_states, []
+    monkeypatch.setattr("diptych.dual.data._ITEMS", 4)
+    plain, blocks = data.text_states, []
 
     def text_states(*arguments):
         blocks.append(1)
         return plain(*arguments)
 
-    monkeypatch.setattr("diptych.dual.states.text_states", text_states)
+    monkeypatch.setattr("diptych.dual.data.text_states", text_states)
     monkeypatch.setattr(Budget, "left", lambda budget: 24.0 - len(blocks))
     return blocks
 

@@ -21,8 +21,7 @@ from diptych.data.check import Part, check_parts, content_digest
 from diptych.data.pixels import ReadableImages, SkippedItems
 from diptych.data.sources import Source, open_finite, open_source, require_pairs
 from diptych.data.streams import BatchSampler, Stream
-from diptych.dual.clip import ClipConfig, SlipConfig
-from diptych.dual.data import CaptionIds, PairsData, pair_stream
+from diptych.dual.data import CaptionIds, PairsData, States, StatesConfig, cached_states, pair_stream
 from diptych.dual.evaluation import (
     EmbeddedImages,
     EmbeddedPairs,
@@ -34,12 +33,11 @@ from diptych.dual.evaluation import (
 )
 from diptych.dual.ito import ItoConfig
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
-from diptych.dual.objective import PairsConfig
-from diptych.dual.states import States, StatesConfig, cached_states
+from diptych.dual.objective import ClipConfig, PairsConfig, SlipConfig
 from diptych.dual.towers import TowersEncoder
 from diptych.errors import UserError
 from diptych.nn.inference import pick_device
-from diptych.report.run_report import closing_line, outcome, write_run_report
+from diptych.report.html import closing_line, outcome, write_run_report
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import Kind, part_of, save_model, write_config
 from diptych.train.checkpoint import BestWeights, Score
