@@ -163,3 +163,14 @@ def test_what_may_be_no_text_is_named(tmp_path):
 )
 def test_mangled_letters_and_marks_are_named(texts, notes):
     assert notes_on_texts(texts) == notes
+
+
+def test_remarks_in_a_file_are_named(tmp_path):
+    (tmp_path / "t.txt").write_text("# of 2024\na dog\na cat\n#2 of all\na bird\n")
+    (note,) = TextSource([tmp_path / "t.txt"], name="t").notes
+    assert note.startswith(f"2 lines of {tmp_path}/t.txt that begin with # are texts, such as '# of 2024'; remove")
+
+
+def test_the_marks_of_flickr30k_entities_are_left_out():
+    marked = "[/EN#1/people Two men] near [/EN#2/bodyparts/other their heads] ."
+    assert clean(marked) == "Two men near their heads ."

@@ -159,7 +159,9 @@ def _from_dataset(
             row[found.label] = _class_name(data.features[found.label], row[found.label])
         wanted = Columns(image=found.image, caption=",".join(found.captions) or None, label=found.label)
         of = [tables.of(row) for row in range(len(rows))]
-        return from_rows(rows, tables=of, name=name, columns=wanted, split=split, limits=limits)
+        source = from_rows(rows, tables=of, name=name, columns=wanted, split=split, limits=limits)
+        source.notes[:] = dict.fromkeys([*found.notes, *source.notes])
+        return source
     rows, whole = np.arange(len(data)), data
     values = data[found.split][:] if found.split else [None] * len(data)
     if split is not None:

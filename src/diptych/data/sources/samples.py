@@ -73,10 +73,9 @@ _COPIES = re.compile(r"(.*[ _-])?(thumb(nail)?s?|previews?)", re.IGNORECASE)
 _LOSSLESS = frozenset({".png", ".gif", ".bmp", ".tif", ".tiff"})
 _SAMPLE = 64
 """Number of samples whose texts and json are read when a source is opened."""
+_DIGITS = re.compile(r"\d+$")
 _PLAIN = frozenset({"image", "images", "img", "imgs", "jpegimages"})
 """Folders that are no class, wherever they are."""
-_COMPARED, _COMPARED_BYTES = 5000, 2**25
-"""Number of images whose sizes are compared when a source is opened, and bytes that are read of those of equal size."""
 _MANY = 100_000
 """Largest number of .json files that are read in search of captions when a source is opened."""
 
@@ -313,7 +312,23 @@ def folder_labels(names: Sequence[str], shards: frozenset[str] = frozenset()) ->
     if len(set(labels)) < 2:
         return [None] * len(labels), []
     nested = next(((name, path[0]) for name, path in zip(names, paths, strict=True) if len(path) > 1), None)
-    return labels, [f"classes are the outermost folders, such as {nested[1]!r} for {nested[0]}"] if nested else []
+    notes = [f"classes are the outermost folders, such as {nested[1]!r} for {nested[0]}"] if nested else []
+    return labels, notes + _doubts([name for name, label in zip(names, labels, strict=True) if label], labels)
+
+
+def _doubts(names: Sequence[str], labels: Sequence[str | None]) -> list[str]:
+    """A note where folders that are taken for classes may be something else: two views, such as `A` and `B`, or
+    numbered videos."""
+    inside: dict[str, set[str]] = defaultdict(set)
+    for name, label in zip(names, filter(None, labels), strict=True):
+        inside[label].add(os.path.splitext(name)[0].partition(f"{label}/")[2])
+    first, *others = inside
+    why = ""
+    if len(inside[first]) > 1 and all(inside[other] == inside[first] for other in others):
+        why = "though they hold files of the same names"
+    elif len(stems := {_DIGITS.sub("", label) for label in inside}) == 1 and not stems & {"", "n"}:  # codes are classes
+        why = "though they are numbered alike"
+    return [f"folders such as {first} and {others[0]} are taken for classes, {why}"] if why and others else []
 
 
 def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[str]]:
@@ -383,11 +398,11 @@ class SampleSource(ABC):
         self.has_images = self._any(IMAGE)
         self.has_captions = self._any(TEXT) or bool(self._found and self._found.captions)
         self._take_split(split, splits)
-        self.notes += self._notes_on_side_cars() + self._notes_on_twins()
+        self.notes += self._notes_on_side_cars()
 
     @abstractmethod
-    def _size(self, member: int) -> int:
-        """The number of bytes of a file; 0 where its content should not be compared with others."""
+    def block(self, i: int) -> tuple[int, bytes]:
+        """As `HasBlocks.block`."""
 
     @abstractmethod
     def _read(self, member: int) -> bytes:
@@ -468,31 +483,6 @@ class SampleSource(ABC):
         notes += notes_on_texts(texts)
         notes += [f"{note} ({of})" for note in unlabelled_notes(no_labels)]
         return notes
-
-    def _notes_on_twins(self) -> list[str]:
-        """A note on images that are the same file. In a table they would be one item. Of many some are compared."""
-        chosen = range(0, len(self) if self.has_images else 0, max(1, len(self) // _COMPARED))
-        by_size: dict[int, list[int]] = defaultdict(list)
-        for i in chosen:
-            by_size[self._size(int(self._slots[i, IMAGE]))].append(i)
-        first: dict[bytes, int] = {}
-        twins = []
-        several = [(size, i) for size, items in by_size.items() if len(items) > 1 and size > 0 for i in items]
-        left = _COMPARED_BYTES
-        for size, i in several:
-            if (left := left - size) < 0:
-                break
-            try:
-                twin = first.setdefault(self._read(int(self._slots[i, IMAGE])), i)
-            except UserError:  # it is named where it is used
-                continue
-            if twin != i:
-                twins.append(f"{self._keys[i]} = {self._keys[twin]}")
-        if not twins:
-            return []
-        of = f" (of {len(chosen):,} compared)" if len(chosen) < len(self) or left < 0 else ""
-        told = f"{counted(len(twins), 'image')} the same as another{of}: {some(twins, len(twins))}"
-        return [f"{told}; diptych audit lists what to keep"]
 
     def _take_split(self, split: str | None, folders: Sequence[str | None]) -> None:
         field = self._found.split if self._found else None

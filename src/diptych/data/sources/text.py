@@ -32,6 +32,8 @@ _TAG = re.compile(
 """Tags of HTML. Others in angle brackets, such as <person> and <unk>, are words of data sets."""
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
 """Characters without width that part or join nothing: marks where a line may break, and byte order marks."""
+_ENTITY_MARK = re.compile(r"\[/EN#\S+ ([^\]]*)\]")
+"""`[/EN#12/people A man]`, as Flickr30k Entities marks words."""
 _ENTITY = re.compile(r"&(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
 NULLS = frozenset(
     {"nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "undefined", "\\N", "-", "--", "?", "."}
@@ -66,6 +68,8 @@ def clean(text: str) -> str:
     for _ in range(2):
         if "&" in text and ";" in text:
             text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
+    if "[/EN#" in text:
+        text = _ENTITY_MARK.sub(r"\1", text)
     if "<" in text and ">" in text:
         text = _TAG.sub(lambda tag: " " if tag["block"] else "", text)
     if "\\" in text and not _BACKSLASH.search(text):
@@ -187,6 +191,12 @@ def _text_notes(path: Path, lines: Sequence[str]) -> list[str]:
     notes = notes_on_texts(sample)
     if len(sample) > 1 and sample[0].lower() in _HEADERS:
         notes.append(f"the first line of {path} is the text {sample[0]!r}; remove it if it names a column")
+    remarks = [line for line in lines if line.lstrip().startswith("#")]
+    if 0 < 2 * len(remarks) < len(lines):
+        notes.append(
+            f"{len(remarks):,} lines of {path} that begin with # are texts, such as {remarks[0].strip()[:60]!r}; "
+            "remove them if they are remarks"
+        )
     numbers = [number[1] for line in sample if (number := _NUMBERED.match(line))]
     if len(sample) > 1 and len(numbers) == len(sample) == len(set(numbers)):  # 1 2 3, not 2 2 2
         notes.append(f"the numbers in front of the lines of {path} are parts of its texts")
