@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from diptych.data.sources.columns import joined_labels
+from diptych.data.sources.columns import notes_on_labels
 from diptych.data.sources.decode import UnreadableImage, header
 from diptych.data.sources.open import (
     HasBlocks,
@@ -145,19 +145,13 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
         sizes=sizes,
         several_frames=several,
         twins=twins,
-        notes=list(dict.fromkeys([*(source.notes if isinstance(source, HasNotes) else ()), *_alike(labels)])),
+        notes=list(
+            dict.fromkeys(
+                [*(source.notes if isinstance(source, HasNotes) else ()), *notes_on_labels([*labels.elements()])]
+            )
+        ),
         samples=[(source.key(i), next(iter(texts[i]), "")) for i in _spread(len(source), 3)],
     )
-
-
-def _alike(labels: Iterable[str]) -> list[str]:
-    """Notes on labels that differ in capitals and blanks alone, and on those that hold others."""
-    spellings: dict[str, list[str]] = {}
-    for label in labels:
-        spellings.setdefault(" ".join(label.casefold().split()), []).append(label)
-    several = [" and ".join(map(repr, each)) for each in spellings.values() if len(each) > 1]
-    notes = [f"classes that differ in spelling alone: {some(several, len(several))}"] if several else []
-    return notes + joined_labels(labels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,6 +245,8 @@ def test_images_are_compared_by_their_size_and_their_middle(tmp_path, kind):
     ("names", "doubt"),
     [
         (["A/1.png", "A/2.png", "B/1.png", "B/2.png"], "A and B are taken for classes, though they hold files of the"),
+        (["HR/1.png", "LR/1x4.png"], "HR and LR are taken for classes, though they are called like views or dates"),
+        (["2021-05/1.png", "2022-06/2.png"], "2021-05 and 2022-06 are taken for classes, though they are called like"),
         (["v1/a.png", "v2/b.png"], "v1 and v2 are taken for classes, though they are numbered alike"),
         (["cat/1.png", "cat/2.png", "dog/1.png"], None),
         (["n01440764/a.png", "n01443537/b.png"], None),
@@ -254,6 +256,14 @@ def test_images_are_compared_by_their_size_and_their_middle(tmp_path, kind):
 def test_folders_that_may_be_no_classes_are_named(tmp_path, kind, names, doubt):
     notes = open_source(write(tmp_path, kind, dict.fromkeys(names))).notes
     assert [note.startswith(f"folders such as {doubt}") for note in notes] == [True] * bool(doubt)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("text", ["['a dog', 'one dog']", '["a dog", "one dog"]', '[\n{"raw": "a dog"},\n"one dog"]'])
+def test_a_text_that_writes_a_list_out_is_read_as_the_list(tmp_path, kind, text):
+    source = open_source(write(tmp_path, kind, {"a.png": None, "a.txt": text, "b.png": None, "b.txt": "['a cat']"}))
+    assert [source.captions(i) for i in range(2)] == [["a dog", "one dog"], ["a cat"]]
+    assert source.notes == []
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])

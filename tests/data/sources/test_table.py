@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diptych.data.sources import open_source
-from diptych.data.sources.columns import Columns, joined_labels
+from diptych.data.sources.columns import Columns, notes_on_labels
 from diptych.errors import UserError
 
 
@@ -637,8 +637,23 @@ def test_cells_that_are_not_what_they_seem_are_named(photos, rows, note):
 
 
 def test_labels_of_several_words_are_several_labels_where_they_share_most_words():
-    assert joined_labels(["haze low", "clear low", "haze wet", "clear wet", "low wet"])
-    assert not joined_labels(["polar bear", "brown bear", "polar fox", "bear"])
+    assert notes_on_labels(["haze low", "clear low", "haze wet", "clear wet", "low wet"])
+    assert notes_on_labels(["cat, dog", "bird, fish", "cat, fish"])
+    assert not notes_on_labels(["polar bear", "brown bear", "polar fox", "bear"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        (["Cat", "cat"], "classes that differ in spelling alone: 'Cat' and 'cat'"),
+        (["01", "1", "2"], "classes that differ in spelling alone: '01' and '1'"),
+        (["0.25", "3", "3"], "numbers such as 0.25 are taken for classes, each a class of its own"),
+        ([f"photo {i}" for i in range(8)], "each of 8 labels, such as 'photo 0', is that of one image"),
+        (["a", "b"] * 4, None),
+    ],
+)
+def test_labels_that_may_be_no_classes_are_named(labels, note):
+    assert notes_on_labels(labels) == ([note] if note else [])
 
 
 def test_paths_and_texts_in_one_cell_are_refused(photos):

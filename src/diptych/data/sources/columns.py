@@ -5,6 +5,7 @@ import io
 import json
 import re
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -62,8 +63,11 @@ _GRAMMAR = frozenset({"a", "an", "the", "of", "is", "are", "in", "on", "at", "an
 """Words by which a list is seen to be a text that was split into words, and no list of captions of one word."""
 _SPLITS, _TOLD = 20, 8
 """Largest number of splits that a column without a usual name may divide a table in, and of unused columns named."""
-_SEPARATORS = ("|", ";", "\n", "<sep>", "[SEP]")
+_SEPARATORS = ("|", ";", "\n", "\\n", " / ", " # ", "<br>", "<sep>", "[SEP]")
 """What people put between the captions in a cell."""
+_FRACTION = re.compile(r"-?\d*\.\d+(e-?\d+)?")
+_OWN = 7
+"""Largest number of items for which it is not strange that each has a class of its own."""
 _WHOLE = re.compile(r"^(-?\d+)\.0$")
 _INNER = ("raw", "caption", "text", "sentence", "captions", "texts", "sentences")
 """Where a list of captions holds records instead of strings, the fields that may carry the text."""
@@ -292,16 +296,32 @@ def label_of(value: Any) -> str | None:
     return _WHOLE.sub(r"\1", str(value).strip()) or None
 
 
-def joined_labels(labels: Iterable[str]) -> list[str]:
-    """A note on labels that seem to be several in one, such as `cat|dog` or `cat dog` where there is `cat` too."""
+def notes_on_labels(labels: Sequence[str]) -> list[str]:
+    """What is strange about the labels of all items: several in one, such as `cat|dog` or `cat dog` where there is
+    `cat` too, two spellings of one, fractions, and as many as there are items."""
     known = set(labels)
+    notes = []
     parts = {label: {part.strip() for part in re.split(r"[|;,]", label)} for label in known}
-    joined = sorted(label for label, each in parts.items() if len(each) > 1 and not each.isdisjoint(known))
+    often = Counter(part for each in parts.values() for part in each)
+    joined = sorted(label for label, each in parts.items() if len(each) > 1 and any(often[part] > 1 for part in each))
     words = {label: set(label.split()) for label in known if " " in label}
     joined += sorted(label for label, each in words.items() if each <= known)
     if len(set().union(*words.values())) < len(words):  # `haze primary`, `clear primary`, `clear water` ...
         joined += sorted(words)
-    return [f"labels such as {joined[0]!r} are classes of their own: an image has one label"] if joined else []
+    if joined:
+        notes.append(f"labels such as {joined[0]!r} are classes of their own: an image has one label")
+    spellings: dict[str, list[str]] = {}
+    for label in sorted(known):
+        plain = " ".join(label.casefold().split())
+        spellings.setdefault(plain.lstrip("0") if plain.isdecimal() else plain, []).append(label)
+    if several := [" and ".join(map(repr, each)) for each in spellings.values() if len(each) > 1]:
+        more = f" and {len(several) - 3:,} more" if len(several) > 3 else ""
+        notes.append(f"classes that differ in spelling alone: {', '.join(several[:3])}{more}")
+    if fractions := sorted(filter(_FRACTION.fullmatch, known)):
+        notes.append(f"numbers such as {fractions[0]} are taken for classes, each a class of its own")
+    elif len(labels) == len(known) > _OWN:
+        notes.append(f"each of {len(known):,} labels, such as {labels[0]!r}, is that of one image")
+    return notes
 
 
 def captions_of(value: Any) -> list[str]:
@@ -314,8 +334,8 @@ def captions_of(value: Any) -> list[str]:
     if isinstance(value, bytes):
         return captions_of(value.decode("utf-8", "replace"))
     if isinstance(value, str):
-        if _WRITTEN.match(value) and (written := _written(value.strip())) is not None:
-            return captions_of(written)
+        if (written := written_captions(value)) is not None:
+            return written
         text = clean(value)
         return [text] if text and not says_missing(text) else []
     if isinstance(value, Mapping):
@@ -327,6 +347,11 @@ def captions_of(value: Any) -> list[str]:
             return captions_of(" ".join(value))
         return [text for item in value for text in captions_of(item)]
     return [] if is_missing(value) or isinstance(value, bool) else [str(value)]
+
+
+def written_captions(text: str) -> list[str] | None:
+    """The captions of a list or record that ``text`` writes out; None where it is a text like any other."""
+    return captions_of(written) if _WRITTEN.match(text) and (written := _written(text.strip())) is not None else None
 
 
 def _is_words(value: Any) -> bool:

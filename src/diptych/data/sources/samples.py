@@ -37,6 +37,7 @@ from diptych.data.sources.columns import (
     is_split,
     label_of,
     usual,
+    written_captions,
 )
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
 from diptych.data.sources.rows import SUFFIXES as TABLES
@@ -74,6 +75,28 @@ _LOSSLESS = frozenset({".png", ".gif", ".bmp", ".tif", ".tiff"})
 _SAMPLE = 64
 """Number of samples whose texts and json are read when a source is opened."""
 _DIGITS = re.compile(r"\d+$")
+_DATE = re.compile(r"(19|20)\d\d([ ._-]?\d\d?)*")
+_VIEWS = frozenset(
+    {
+        "a",
+        "b",
+        "left",
+        "right",
+        "input",
+        "output",
+        "target",
+        "source",
+        "before",
+        "after",
+        "hr",
+        "lr",
+        "high",
+        "low",
+        "gt",
+    }
+    | {"rgb", "ir", "nir", "thermal", "depth", "photo", "sketch", "image", "condition", "original", "edited"}
+)
+"""Folders that hold one thing in several forms, and no classes."""
 _PLAIN = frozenset({"image", "images", "img", "imgs", "jpegimages"})
 """Folders that are no class, wherever they are."""
 _MANY = 100_000
@@ -322,12 +345,14 @@ def _doubts(names: Sequence[str], labels: Sequence[str | None]) -> list[str]:
     inside: dict[str, set[str]] = defaultdict(set)
     for name, label in zip(names, filter(None, labels), strict=True):
         inside[label].add(os.path.splitext(name)[0].partition(f"{label}/")[2])
-    first, *others = inside
+    first, *others = inside or [""]
     why = ""
     if len(inside[first]) > 1 and all(inside[other] == inside[first] for other in others):
         why = "though they hold files of the same names"
     elif len(stems := {_DIGITS.sub("", label) for label in inside}) == 1 and not stems & {"", "n"}:  # codes are classes
         why = "though they are numbered alike"
+    elif all(label.lower() in _VIEWS or _DATE.fullmatch(label) for label in inside):
+        why = "though they are called like views or dates"
     return [f"folders such as {first} and {others[0]} are taken for classes, {why}"] if why and others else []
 
 
@@ -458,7 +483,8 @@ class SampleSource(ABC):
             except UserError:  # it is raised where the item is used
                 continue
             nulls += sum(map(says_missing, text.split("\n")))
-            texts += [line for line in map(clean, text.split("\n")) if line]
+            written = written_captions(text)
+            texts += [line for line in map(clean, text.split("\n")) if line] if written is None else written
             blank += bool(self._slots[i, TEXT] >= 0) and not text.strip()
             if self._found:
                 nulls += sum(says_missing(fields.get(name)) for name in self._found.captions)
@@ -538,6 +564,8 @@ class SampleSource(ABC):
         """
         if self._slots[i, TEXT] >= 0:
             content = self._text(i)
+            if (written := written_captions(content)) is not None:
+                return written
             lines = [text for line in content.split("\n") if (text := clean(line)) and not says_missing(text)]
             if len(lines) > 1 and self._slots[i, JSON] >= 0:
                 whole = clean(content)

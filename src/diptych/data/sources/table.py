@@ -24,8 +24,8 @@ from diptych.data.sources.columns import (
     is_address,
     is_missing,
     is_split,
-    joined_labels,
     label_of,
+    notes_on_labels,
     plain_name,
 )
 from diptych.data.sources.decode import SUFFIXES as IMAGE_SUFFIXES
@@ -503,7 +503,7 @@ class TableSource:
             self.notes.append(
                 f"{counted(len(strange), 'cell')} of captions without a text, such as {str(strange[0])[:60]}"
             )
-        self.notes += unlabelled_notes(no_labels) + joined_labels(label for label in self._labels if label)
+        self.notes += unlabelled_notes(no_labels) + notes_on_labels([label for label in self._labels if label])
         if other_labels:
             self.notes.append(
                 f"{counted(len(other_labels), 'image')} with two labels, of which the first is used: "
