@@ -7,6 +7,7 @@ import json as json_format  # commands have a parameter `json`
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,13 +20,17 @@ from diptych.run_folder import check_finished, kind_of
 if TYPE_CHECKING:
     import numpy as np
 
-    from diptych.cli.images import ImageArguments
+    from diptych.cli.images import ImageArguments, NamedImage
+    from diptych.data.caption_file import MadeCaption
+    from diptych.data.engine import Engine
     from diptych.itit.confidence import Confidence
     from diptych.itit.pipeline import Caption, Diptych
     from diptych.nn.inference import Prediction
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 """As in nn/inference.py, which would import torch."""
+EngineName = Literal["local", "ray"]
+"""As in data/engine.py, which would import NumPy."""
 RunArg = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
 ImagesArg = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE")]
 SourceArg = Annotated[Positional[str], tyro.conf.arg(metavar="SRC")]
@@ -47,6 +52,8 @@ def caption(
     candidates: int = 1,
     best_of: int | None = None,
     device: Device = "auto",
+    engine: EngineName = "local",
+    ray_address: str | None = None,
 ) -> None:
     """Caption images: one line for each, or a file of captions for a whole data set.
 
@@ -72,6 +79,9 @@ def caption(
         best_of: Number of captions of the beam search that are ranked anew, by how probable they make the image.
             Default: they are ranked by the beam search.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+        engine: With --out, who captions: this process, or the workers of a Ray cluster (extra `ray`). The file is the
+            same.
+        ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
     """
     if not images and calibrate is None:
         raise UserError("no image given: diptych caption RUN IMAGE...")
@@ -86,6 +96,10 @@ def caption(
     ranked = {"candidates": candidates, "best_of": best_of} if candidates > 1 or best_of else {}
     if all and (out is None or sidecars):
         raise UserError("--all: goes with --out FILE alone: sidecars never replaces a caption")
+    if engine != "local" and out is None:
+        raise UserError(f"--engine {engine}: goes with --out alone")
+    working = engine_of(engine, ray_address, device=device)
+    working = replace(working, reopen=partial(_open_to_caption, run, images, device))
     part = _shard_of(shard, out)
     if out is not None and not sidecars:
         from diptych.data.caption_file import check_format, name_of_shard
@@ -105,7 +119,7 @@ def caption(
             raise UserError(f"--shard {shard}: of {total} image{'s' * (total != 1)} none is in it; make fewer shards")
 
     if out is not None:
-        _caption_into(out, given, run=run, every=all, beams=beams, ranked=ranked, device=device)
+        _caption_into(out, given, run=run, every=all, beams=beams, ranked=ranked, device=device, engine=working)
         return
     diptych = open_itit(run, device)
     confidence = _confidence(run, diptych, beams=beams, ranked=ranked) if json else None
@@ -187,8 +201,10 @@ def _caption_into(
     beams: int | None,
     ranked: dict[str, Any],
     device: Device,
+    engine: "Engine",
 ) -> None:
-    from diptych.data.caption_file import CaptionFile, MadeCaption, Sidecars, holds_images
+    from diptych.cli.images import ROWS
+    from diptych.data.caption_file import CaptionFile, Sidecars, holds_images
     from diptych.io import weights_digest
     from diptych.report.terminal import ProgressLine
 
@@ -207,25 +223,55 @@ def _caption_into(
         file = CaptionFile(out, made_by=settings, files={each.name: each.file for each in images if each.file})
     given.images = [image for image in images if image.name not in file.made]
     begun = len(images) - len(given.images)
-    for batch, pixels in given.batches(diptych.image_size, advance=ProgressLine("captioning")):
-        found = _captions(diptych, pixels, beams=beams, ranked=ranked)
-        several = ranked.get("candidates", 1) > 1
-        file.add(
-            [
-                MadeCaption(
-                    file=name,
-                    caption=each[0].text,
-                    score=each[0].score,
-                    candidates=[one.text for one in each] if several else [],
-                )
-                for name, each in zip(batch, found, strict=True)
-            ]
-        )
+    left = [image.name for image in given.images]
+    blocks = [left[start : start + ROWS] for start in range(0, len(left), ROWS)]
+    work = partial(_caption_block, beams=beams, ranked=ranked)
+    advance, done = ProgressLine("captioning"), 0
+    tools = diptych, {image.name: image for image in given.images}
+    for block, (made, mistakes) in zip(blocks, engine.map(work, tools, blocks), strict=True):
+        given.count(used=len(made), mistakes=mistakes)
+        file.add(made)
+        done += len(block)
+        advance(done, len(left))
     file.finish(names, confidence=confidence)
     more = f", {begun:,} of them before" if begun else ""
-    left = f"; {captioned:,} that have captions left out" if captioned else ""
-    print(f"{given.used + begun:,} images captioned{more}{left}: {file.where}")
+    spared = f"; {captioned:,} that have captions left out" if captioned else ""
+    print(f"{given.used + begun:,} images captioned{more}{spared}: {file.where}")
     given.exit_if_any_was_left_out()
+
+
+def _open_to_caption(run: Path, places: tuple[str, ...], device: Device) -> "tuple[Diptych, dict[str, NamedImage]]":
+    """In a worker of Ray: the run, and all images of the command by their names."""
+    from diptych.cli.images import find_images
+
+    return open_itit(run, device), {image.name: image for image in find_images(places).images}
+
+
+def _caption_block(
+    tools: "tuple[Diptych, dict[str, NamedImage]]", names: list[str], *, beams: int | None, ranked: dict[str, Any]
+) -> "tuple[list[MadeCaption], list[str]]":
+    """Captions of the images of these names, and what is wrong with those that cannot be read."""
+    import numpy as np
+
+    from diptych.cli.images import read_named
+    from diptych.data.caption_file import MadeCaption
+
+    diptych, images = tools
+    if gone := [name for name in names if name not in images]:
+        raise UserError(f"{gone[0]}: not to be found where a worker of Ray runs; all machines must see the same files")
+    read = read_named([images[name] for name in names], diptych.image_size)
+    found = _captions(diptych, np.stack(read.pixels), beams=beams, ranked=ranked) if read.names else []
+    several = ranked.get("candidates", 1) > 1
+    made = [
+        MadeCaption(
+            file=name,
+            caption=each[0].text,
+            score=each[0].score,
+            candidates=[one.text for one in each] if several else [],
+        )
+        for name, each in zip(read.names, found, strict=True)
+    ]
+    return made, read.mistakes
 
 
 def imagine(
@@ -333,6 +379,15 @@ def _check_is_text(text: str, *, instead: str) -> None:
 def _check_is_there(file: Path) -> None:
     if not file.is_file():
         raise UserError(f"{file}: {'is not a file' if file.exists() else 'does not exist'}")
+
+
+def engine_of(name: EngineName, address: str | None, *, device: Device = "auto") -> "Engine":
+    """Raises UserError where Ray is wanted and not installed, and for an address without it."""
+    from diptych.data.engine import Engine
+
+    engine = Engine(name=name, address=address, device=device)
+    engine.check()
+    return engine
 
 
 def at_least_one(name: str, value: int | None) -> None:

@@ -4,17 +4,17 @@ Shapes: B rows, N image tokens, L text tokens, F width of the text features, G w
 S pixels of a side.
 """
 
-import hashlib
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from diptych.data.check import content_digest
-from diptych.data.pixels import SkippedItems, channels_first, read_images
+from diptych.data.engine import LOCAL, Engine, Rows, items_digest
+from diptych.data.pixels import SkippedItems, channels_first, read_block
 from diptych.data.sources import Source
 from diptych.data.store import STORE_MANIFEST, STORE_VERSION, ResumableArrayWriter, Store
 from diptych.errors import UserError
@@ -56,6 +56,7 @@ def encode(
     indices: np.ndarray | None = None,
     max_skipped_share: float = 0.01,
     workers: int = 2,
+    engine: Engine = LOCAL,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Store:
     """Encode ``indices`` (default: all) of a source into the folder ``out``, which appears when it is complete.
@@ -71,6 +72,7 @@ def encode(
         indices: Items of the source to encode, in this order.
         max_skipped_share: Share of unreadable images that is tolerated, 0 to 1.
         workers: Number of threads that decode images.
+        engine: Who encodes; the ``reopen`` of another one than the local gives the source and the tokenizers.
         advance: Called after each chunk with the numbers of items done and of items in all.
     """
     if out.exists() and not Store.is_one(out) and (not out.is_dir() or any(out.iterdir())):
@@ -78,13 +80,8 @@ def encode(
     items = np.arange(len(source)) if indices is None else indices
     writer = ResumableArrayWriter(out, origin(source, tokenizers, items))
     skipped = SkippedItems(max_skipped_share=max_skipped_share, reasons=writer.skipped)
-    with ThreadPoolExecutor(max(1, workers)) as threads:
-        for begin in range(writer.done, len(items), _CHUNK):
-            chunk = items[begin : begin + _CHUNK]
-            arrays, keys = _encode_chunk(source, chunk, tokenizers, skipped, threads)
-            writer.append(arrays, keys=keys, done=begin + len(chunk))
-            skipped.check(len(items))
-            advance(begin + len(chunk), len(items))
+    work = partial(_encode_block, workers=workers)
+    engine.write(writer, work, (source, tokenizers), items, rows=_CHUNK, skipped=skipped, advance=advance)
     skipped.check(len(items))
     if writer.items == 0:
         raise UserError(f"{source.name}: nothing to encode")
@@ -95,26 +92,24 @@ def encode(
 
 def origin(source: Source, tokenizers: DataTokenizers, indices: np.ndarray) -> dict[str, str]:
     """What decides the content of a store, as its manifest holds it under ``made_by``."""
-    digest = hashlib.sha256(np.ascontiguousarray(indices, "<i8").tobytes()).hexdigest()[:16]
-    found = {"source": source.name, "tokenizers": tokenizers.fingerprint, "items": digest}
+    found = {"source": source.name, "tokenizers": tokenizers.fingerprint, "items": items_digest(indices)}
     return found | {"content": content_digest(source)}
 
 
-def _encode_chunk(
-    source: Source, items: np.ndarray, tokenizers: DataTokenizers, skipped: SkippedItems, threads: Executor
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Arrays of the chunk, integers in four bytes, and the keys of its readable items."""
+def _encode_block(tools: tuple[Source, DataTokenizers], items: np.ndarray, *, workers: int) -> Rows:
+    """Arrays of the block, integers in four bytes, and the keys of its readable items."""
+    source, tokenizers = tools
     arrays: dict[str, np.ndarray] = {}
+    skipped: dict[str, str] = {}
     if tokenizers.tokenize_images is not None:
-        pixels, items = read_images(source, items, size=tokenizers.image_size, skipped=skipped, threads=threads)
+        pixels, items, skipped = read_block(source, items, size=tokenizers.image_size, workers=workers)
         if len(items):
             pixels_B3SS = channels_first(pixels)
             arrays["tokens"] = tokenizers.tokenize_images(pixels_B3SS).cpu().numpy().astype(np.int32)
             if tokenizers.image_features is not None:
                 arrays["image_features"] = tokenizers.image_features(pixels_B3SS).half().cpu().numpy()
             if tokenizers.teacher_features is not None:
-                size = tokenizers.teacher_size
-                pixels, _ = read_images(source, items, size=size, skipped=skipped, threads=threads)
+                pixels, _, _ = read_block(source, items, size=tokenizers.teacher_size, workers=workers)
                 features = tokenizers.teacher_features(channels_first(pixels))
                 arrays["teacher_features"] = features.half().cpu().numpy()
     if tokenizers.tokenize_texts is not None:
@@ -126,4 +121,4 @@ def _encode_chunk(
             arrays["ids"] = ids.cpu().numpy().astype(np.int32)
             if tokenizers.text_features is not None:
                 arrays["features"] = tokenizers.text_features(ids).half().cpu().numpy()
-    return arrays, [source.key(int(item)) for item in items]
+    return Rows(arrays=arrays, keys=[source.key(int(item)) for item in items], skipped=skipped)

@@ -128,6 +128,14 @@ class ResumableArrayWriter:
         replace_folder(self.folder, self.out)
         return opened(self.out)
 
+    def read(self) -> dict[str, np.ndarray]:
+        """The arrays so far, in memory."""
+        found = {}
+        for name, array in self.arrays.items():
+            file, begin = self.folder / f"{name}.npy", len(_header(array))
+            found[name] = np.fromfile(file, array["dtype"], offset=begin).reshape(array["shape"])
+        return found
+
     def discard(self) -> None:
         """Remove the hidden folder."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -6,12 +6,10 @@ Shapes: Q queries, N stored vectors, D width, K hits of a query, B rows of a bat
 block that are in the cache or classes, H and W pixels, S side of an image.
 """
 
-import sys
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +17,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from diptych.data.class_texts import read_names
-from diptych.data.pixels import SkippedItems, channels_first, decode_files, read_images
+from diptych.data.engine import LOCAL, Engine, Rows
+from diptych.data.pixels import SkippedItems, channels_first, decode_files, read_block
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import decode
@@ -36,6 +33,7 @@ from diptych.errors import UserError
 from diptych.io import weights_digest
 from diptych.nn.inference import Device, Prediction, top_predictions
 from diptych.report.sheet import contact_sheet
+from diptych.report.terminal import ProgressLine
 
 Side = Literal["images", "texts"]
 Method = Literal["exact", "approximate"]
@@ -176,7 +174,14 @@ class SearchResult:
     """Number of the item in the source."""
 
 
-def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, device: Device) -> tuple[VectorStore, int]:
+def open_with_source(run: Path, spec: str, device: Device) -> tuple[DualEncoder, Source]:
+    """A dual encoder, and a source for it to go through."""
+    return open_dual(run, device=device), open_finite(spec, Columns())
+
+
+def embed_run(
+    run: Path, spec: str, *, side: Side, out: Path, workers: int, device: Device, engine: Engine = LOCAL
+) -> tuple[VectorStore, int]:
     """Embed all images or all texts of the source ``spec`` into the store ``out``, in half precision.
 
     An interrupted call goes on where it stopped. Returns the store and the number of unreadable images, which are left
@@ -184,35 +189,38 @@ def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, devi
     unreadable.
     """
     check_free(out)
-    source = open_finite(spec, Columns())
+    opened = partial(open_with_source, run, spec, device)
+    encoder, source = opened()
     if not (source.has_images if side == "images" else source.has_captions):
         raise UserError(f"{source.name}: has no {side} to embed")
-    encoder = open_dual(run, device=device)
     manifest = {"side": side, "source": spec, "run": str(run), "model": weights_digest(encoder)}
     writer = ResumableArrayWriter(out, manifest | {"rows": len(source)})
     skipped = SkippedItems(reasons=writer.skipped)
-    shown = track(
-        range(writer.done, len(source), _ROWS),
-        f"Embedding {side}",
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
+    replace(engine, reopen=opened).write(
+        writer,
+        partial(_embed_block, side=side, workers=workers),
+        (encoder, source),
+        np.arange(len(source)),
+        rows=_ROWS,
+        skipped=skipped,
+        advance=ProgressLine(f"embedding {side}"),
     )
-    with ThreadPoolExecutor(max(1, workers)) as threads:
-        for start in shown:
-            items = np.arange(start, min(start + _ROWS, len(source)))
-            if side == "images":
-                pixels, items = read_images(source, items, size=encoder.image_size, skipped=skipped, threads=threads)
-                skipped.check(len(source))
-                keys = [source.key(int(item)) for item in items]
-                rows_BD = encoder.embed_images(channels_first(pixels)) if keys else None
-            else:
-                captions = [(text, item) for item in items for text in source.captions(int(item))]
-                keys, items = [text for text, _ in captions], np.array([item for _, item in captions])
-                rows_BD = encoder.embed_texts(keys) if keys else None
-            arrays = {} if rows_BD is None else {"vectors": rows_BD.half().cpu().numpy(), "items": items}
-            writer.append(arrays, keys=keys, done=start + _ROWS)
     return finish_vectors(writer, manifest), len(skipped)
+
+
+def _embed_block(tools: tuple[DualEncoder, Source], items: np.ndarray, *, side: Side, workers: int) -> Rows:
+    encoder, source = tools
+    skipped: dict[str, str] = {}
+    if side == "images":
+        pixels, items, skipped = read_block(source, items, size=encoder.image_size, workers=workers)
+        keys = [source.key(int(item)) for item in items]
+        rows_BD = encoder.embed_images(channels_first(pixels)) if keys else None
+    else:
+        captions = [(text, item) for item in items for text in source.captions(int(item))]
+        keys, items = [text for text, _ in captions], np.array([item for _, item in captions])
+        rows_BD = encoder.embed_texts(keys) if keys else None
+    arrays = {} if rows_BD is None else {"vectors": rows_BD.half().cpu().numpy(), "items": items}
+    return Rows(arrays=arrays, keys=keys, skipped=skipped)
 
 
 class Index:
