@@ -414,33 +414,59 @@ def embed(
     *,
     out: Path,
     texts: bool = False,
+    index: Literal["ivfpq"] | None = None,
     workers: int = 2,
     device: Device = "auto",
+    engine: EngineName = "local",
+    ray_address: str | None = None,
 ) -> None:
     """Embed all images of a source, for `diptych search`; a uml-ssl run embeds the features in a store.
 
     Args:
         run: Run folder of a dual encoder or of uml-ssl.
         source: Source of images or texts; for uml-ssl the folder of a store of features.
-        out: Folder for the embeddings, the index of `diptych search`. An earlier one is replaced.
+        out: Folder for the embeddings, which `diptych search` takes, or a .parquet file for a vector database. An
+            earlier one is replaced.
         texts: Embed the texts of the source instead of its images.
+        index: Also build an index for a fast search among millions of embeddings, in bounded memory: ivfpq of faiss
+            (extra `ann`). `diptych search` uses it.
         workers: Number of threads that decode images.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+        engine: Who embeds: this process, or the workers of a Ray cluster (extra `ray`). The result is the same.
+        ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
     """
+    table = out.suffix.lower() == ".parquet"
+    if table and index is not None:
+        raise UserError(f"--index {index}: lies in a folder of embeddings: give --out a folder, not {out}")
     if check_finished(run, "dual", "feature encoder") == "feature encoder":
+        if texts or table or index is not None or engine != "local":
+            flags = "--texts, --index, --engine and .parquet files"
+            raise UserError(f"{run}: {flags} are for dual encoders; a uml-ssl run embeds a store into a folder")
         from diptych.uml.ssl_training import embed_store
 
         print(f"{len(embed_store(run, Path(source), out=out, device=device)):,} embeddings in {out}")
         return
+    working = engine_of(engine, ray_address, device=device)
 
     from diptych.data.sources import open_source
 
     open_source(source)  # what is wrong with it is told before the libraries are loaded
-    from diptych.dual.search import embed_run
+    from diptych.dual.search import build_ivfpq, embed_into_parquet, embed_run, import_faiss
+    from diptych.report.terminal import ProgressLine
 
     side: Literal["images", "texts"] = "texts" if texts else "images"
-    store, skipped = embed_run(run, source, side=side, out=out, workers=workers, device=device)
-    print(f"{len(store):,} {side} in {out}" + (f"; {skipped:,} skipped, see {out}/skipped.jsonl" if skipped else ""))
+    given: dict[str, Any] = {"side": side, "workers": workers, "device": device, "engine": working}
+    if table:
+        count, skipped = embed_into_parquet(out, run=run, spec=source, **given)
+        listed = out.with_suffix(".skipped.jsonl")
+    else:
+        if index is not None:
+            import_faiss()  # before the work, not after it
+        store, skipped = embed_run(run, source, out=out, **given)
+        count, listed = len(store), out / "skipped.jsonl"
+    print(f"{count:,} {side} in {out}" + (f"; {skipped:,} skipped, see {listed}" if skipped else ""))
+    if index is not None:
+        print(f"index in {build_ivfpq(store, advance=ProgressLine('building the index'))}")
 
 
 def search(
@@ -450,7 +476,7 @@ def search(
     index: Path,
     image: Path | None = None,
     top: int = 10,
-    method: Literal["exact", "approximate"] = "exact",
+    method: Literal["exact", "approximate"] | None = None,
     out: Path | None = None,
     device: Device = "auto",
 ) -> None:
@@ -463,7 +489,8 @@ def search(
         image: Image file to search for instead.
         top: Number of hits.
         method: Method of search. exact compares with every embedding, about half a second a million. approximate is
-            for more than that; it builds an index of cells on first use and needs the extra `ann`.
+            for more than that and needs the extra `ann`; without `diptych embed --index` it builds an index on first
+            use. Default: approximate where `embed --index` built one, else exact.
         out: PNG file for a sheet of the images that were found. Default: none is written.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """

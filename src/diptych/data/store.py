@@ -35,6 +35,8 @@ VECTORS_MANIFEST = "manifest.json"
 
 _TRIM = 8
 """Texts of a batch are cut to its longest, rounded up to this: padding costs time and changes nothing."""
+_IN_A_GROUP = 16_384
+"""Number of vectors in a row group of parquet: what a reader holds at once."""
 _KEYS_ENCODING: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
 
 Opened = TypeVar("Opened")
@@ -408,6 +410,32 @@ def finish_vectors(writer: ResumableArrayWriter, manifest: Mapping[str, Any]) ->
     if not writer.arrays:
         raise UserError(f"{writer.out.name}: nothing to write")
     return writer.finish(VECTORS_MANIFEST, manifest, VectorStore.open)
+
+
+def write_parquet(store: VectorStore, out: Path) -> None:
+    """Write a store as one table, as vector databases take it: `key`, the further arrays, and `vector` in fp32.
+
+    The manifest is in the metadata of the schema, as JSON under `diptych`. The file appears when it is complete.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    width = store.vectors.shape[1]
+    types = {"key": pyarrow.string()}
+    types |= {name: pyarrow.from_numpy_dtype(array.dtype) for name, array in store.further.items()}
+    types["vector"] = pyarrow.list_(pyarrow.float32(), width)
+    schema = pyarrow.schema(types.items(), metadata={"diptych": json.dumps(store.manifest)})
+    fresh = out.with_name(f".{out.name}.fresh")  # one a kill left is written anew
+    with pyarrow.parquet.ParquetWriter(fresh, schema) as writer:
+        for start in range(0, len(store), _IN_A_GROUP):
+            rows = slice(start, start + _IN_A_GROUP)
+            flat = np.asarray(store.vectors[rows], np.float32).reshape(-1)
+            # File names may be bytes that no text holds; a table has no place for them.
+            keys = [key.encode("utf-8", "replace").decode() for key in store.keys[rows]]
+            columns = [pyarrow.array(keys), *(pyarrow.array(array[rows]) for array in store.further.values())]
+            columns.append(pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat), width))
+            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+    os.replace(fresh, out)
 
 
 def check_free(folder: Path) -> None:
