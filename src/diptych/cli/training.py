@@ -119,7 +119,7 @@ def encode(
     from diptych.data.sources import open_source
 
     open_source(source)  # what is wrong with it is told before the libraries are loaded
-    from diptych.data.encode import encode as encode_source
+    from diptych.data.store import encode as encode_source
     from diptych.itit.pipeline import open_to_encode
 
     opened = partial(open_to_encode, source, run, features=features)
@@ -151,7 +151,7 @@ def features(
         hop: Number of audio samples from one log-mel frame to the next, at 16,000 samples a second.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
-    from diptych.uml.features import write_sequences
+    from diptych.uml.data import write_sequences
 
     store = write_sequences(source, kind, encoder=encoder, out=out, length=length, hop=hop, device=device)
     print(f"{len(store):,} {kind} in {out}, {store.vectors.shape[1]} positions of width {store.vectors.shape[2]}")

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from diptych.data.batch import ImageTokenExamples
-from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
 from diptych.data.sources import Source, open_source
+from diptych.data.store import DataTokenizers
 from diptych.encoders.image import ImageEncoder, open_image_encoder, resize, resize_pixels
 from diptych.errors import UserError
 from diptych.io import load_network, weights_digest
