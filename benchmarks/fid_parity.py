@@ -56,7 +56,9 @@ def write_images(folder: Path, count: int, *, changed: bool) -> None:
     for number, each in enumerate(pixels):
         image = Image.fromarray(each)
         if changed:
-            noisy = np.asarray(image.filter(ImageFilter.GaussianBlur(1.5)), np.float32) + 8 * rng.normal(size=each.shape)
+            noisy = np.asarray(image.filter(ImageFilter.GaussianBlur(1.5)), np.float32) + 8 * rng.normal(
+                size=each.shape
+            )
             image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
         image.save(folder / f"{number:05d}.png")
 
