@@ -11,14 +11,12 @@ Shapes: B rows, N image tokens, L text tokens, F width of the text features, G w
 T width of the teacher's features, S pixels of a side.
 """
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +27,8 @@ from torch import Tensor
 
 from diptych.data.batch import ImageTokenExamples, PairExamples, TextExamples
 from diptych.data.check import content_digest
-from diptych.data.pixels import SkippedItems, channels_first, read_images
+from diptych.data.engine import LOCAL, Engine, Rows, items_digest
+from diptych.data.pixels import SkippedItems, channels_first, read_block
 from diptych.data.sources import Source
 from diptych.data.streams import Stream, choose
 from diptych.errors import UserError
@@ -42,6 +41,8 @@ VECTORS_MANIFEST = "manifest.json"
 
 _TRIM = 8
 """Texts of a batch are cut to its longest, rounded up to this: padding costs time and changes nothing."""
+_IN_A_GROUP = 16_384
+"""Number of vectors in a row group of parquet: what a reader holds at once."""
 _KEYS_ENCODING: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
 
 Opened = TypeVar("Opened")
@@ -141,6 +142,14 @@ class ResumableArrayWriter:
         opened(self.folder)
         replace_folder(self.folder, self.out)
         return opened(self.out)
+
+    def read(self) -> dict[str, np.ndarray]:
+        """The arrays so far, in memory."""
+        found = {}
+        for name, array in self.arrays.items():
+            file, begin = self.folder / f"{name}.npy", len(_header(array))
+            found[name] = np.fromfile(file, array["dtype"], offset=begin).reshape(array["shape"])
+        return found
 
     def discard(self) -> None:
         """Remove the hidden folder."""
@@ -416,6 +425,32 @@ def finish_vectors(writer: ResumableArrayWriter, manifest: Mapping[str, Any]) ->
     return writer.finish(VECTORS_MANIFEST, manifest, VectorStore.open)
 
 
+def write_parquet(store: VectorStore, out: Path) -> None:
+    """Write a store as one table, as vector databases take it: `key`, the further arrays, and `vector` in fp32.
+
+    The manifest is in the metadata of the schema, as JSON under `diptych`. The file appears when it is complete.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    width = store.vectors.shape[1]
+    types = {"key": pyarrow.string()}
+    types |= {name: pyarrow.from_numpy_dtype(array.dtype) for name, array in store.further.items()}
+    types["vector"] = pyarrow.list_(pyarrow.float32(), width)
+    schema = pyarrow.schema(types.items(), metadata={"diptych": json.dumps(store.manifest)})
+    fresh = out.with_name(f".{out.name}.fresh")  # one a kill left is written anew
+    with pyarrow.parquet.ParquetWriter(fresh, schema) as writer:
+        for start in range(0, len(store), _IN_A_GROUP):
+            rows = slice(start, start + _IN_A_GROUP)
+            flat = np.asarray(store.vectors[rows], np.float32).reshape(-1)
+            # File names may be bytes that no text holds; a table has no place for them.
+            keys = [key.encode("utf-8", "replace").decode() for key in store.keys[rows]]
+            columns = [pyarrow.array(keys), *(pyarrow.array(array[rows]) for array in store.further.values())]
+            columns.append(pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat), width))
+            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+    os.replace(fresh, out)
+
+
 def check_free(folder: Path) -> None:
     """Raise UserError when ``folder`` holds anything but a store of vectors: a check before hours of work."""
     if folder.exists() and not VectorStore.is_one(folder) and (not folder.is_dir() or any(folder.iterdir())):
@@ -458,6 +493,7 @@ def encode(
     indices: np.ndarray | None = None,
     max_skipped_share: float = 0.01,
     workers: int = 2,
+    engine: Engine = LOCAL,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Store:
     """Encode ``indices`` (default: all) of a source into the folder ``out``, which appears when it is complete.
@@ -473,6 +509,7 @@ def encode(
         indices: Items of the source to encode, in this order.
         max_skipped_share: Share of unreadable images that is tolerated, 0 to 1.
         workers: Number of threads that decode images.
+        engine: Who encodes; the ``reopen`` of another one than the local gives the source and the tokenizers.
         advance: Called after each chunk with the numbers of items done and of items in all.
     """
     if out.exists() and not Store.is_one(out) and (not out.is_dir() or any(out.iterdir())):
@@ -480,13 +517,8 @@ def encode(
     items = np.arange(len(source)) if indices is None else indices
     writer = ResumableArrayWriter(out, origin(source, tokenizers, items))
     skipped = SkippedItems(max_skipped_share=max_skipped_share, reasons=writer.skipped)
-    with ThreadPoolExecutor(max(1, workers)) as threads:
-        for begin in range(writer.done, len(items), _CHUNK):
-            chunk = items[begin : begin + _CHUNK]
-            arrays, keys = _encode_chunk(source, chunk, tokenizers, skipped, threads)
-            writer.append(arrays, keys=keys, done=begin + len(chunk))
-            skipped.check(len(items))
-            advance(begin + len(chunk), len(items))
+    work = partial(_encode_block, workers=workers)
+    engine.write(writer, work, (source, tokenizers), items, rows=_CHUNK, skipped=skipped, advance=advance)
     skipped.check(len(items))
     if writer.items == 0:
         raise UserError(f"{source.name}: nothing to encode")
@@ -497,26 +529,24 @@ def encode(
 
 def origin(source: Source, tokenizers: DataTokenizers, indices: np.ndarray) -> dict[str, str]:
     """What decides the content of a store, as its manifest holds it under ``made_by``."""
-    digest = hashlib.sha256(np.ascontiguousarray(indices, "<i8").tobytes()).hexdigest()[:16]
-    found = {"source": source.name, "tokenizers": tokenizers.fingerprint, "items": digest}
+    found = {"source": source.name, "tokenizers": tokenizers.fingerprint, "items": items_digest(indices)}
     return found | {"content": content_digest(source)}
 
 
-def _encode_chunk(
-    source: Source, items: np.ndarray, tokenizers: DataTokenizers, skipped: SkippedItems, threads: Executor
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Arrays of the chunk, integers in four bytes, and the keys of its readable items."""
+def _encode_block(tools: tuple[Source, DataTokenizers], items: np.ndarray, *, workers: int) -> Rows:
+    """Arrays of the block, integers in four bytes, and the keys of its readable items."""
+    source, tokenizers = tools
     arrays: dict[str, np.ndarray] = {}
+    skipped: dict[str, str] = {}
     if tokenizers.tokenize_images is not None:
-        pixels, items = read_images(source, items, size=tokenizers.image_size, skipped=skipped, threads=threads)
+        pixels, items, skipped = read_block(source, items, size=tokenizers.image_size, workers=workers)
         if len(items):
             pixels_B3SS = channels_first(pixels)
             arrays["tokens"] = tokenizers.tokenize_images(pixels_B3SS).cpu().numpy().astype(np.int32)
             if tokenizers.image_features is not None:
                 arrays["image_features"] = tokenizers.image_features(pixels_B3SS).half().cpu().numpy()
             if tokenizers.teacher_features is not None:
-                size = tokenizers.teacher_size
-                pixels, _ = read_images(source, items, size=size, skipped=skipped, threads=threads)
+                pixels, _, _ = read_block(source, items, size=tokenizers.teacher_size, workers=workers)
                 features = tokenizers.teacher_features(channels_first(pixels))
                 arrays["teacher_features"] = features.half().cpu().numpy()
     if tokenizers.tokenize_texts is not None:
@@ -528,4 +558,4 @@ def _encode_chunk(
             arrays["ids"] = ids.cpu().numpy().astype(np.int32)
             if tokenizers.text_features is not None:
                 arrays["features"] = tokenizers.text_features(ids).half().cpu().numpy()
-    return arrays, [source.key(int(item)) for item in items]
+    return Rows(arrays=arrays, keys=[source.key(int(item)) for item in items], skipped=skipped)

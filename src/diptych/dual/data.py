@@ -380,7 +380,7 @@ def _write_images(
         arrays = {}
         if len(found):
             states_BSF = image_states(encoder, channels_first(pixels), found, *drawn, config)
-            arrays = {"states": states_BSF, "rows": block.start + np.searchsorted(some, found)}
+            arrays = {"states": states_BSF, "rows": block.start + np.flatnonzero(np.isin(some, found))}
         writer.append(arrays, done=block.stop)
 
 
