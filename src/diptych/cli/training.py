@@ -35,6 +35,8 @@ RENAMED_FLAGS = {
     "objective.hide-for-image": "objective.image-masking",
     "objective.hide-for-text": "objective.text-masking",
     "objective.draw": "objective.image-generation",
+    "objective.teacher": "objective.cycle-network",
+    "objective.teacher-decay": "objective.cycle-network-decay",
     "generation.draw": "generation.image",
     "generation.write": "generation.text",
     "train.accumulate": "train.grad-accum-steps",

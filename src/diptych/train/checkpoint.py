@@ -123,7 +123,8 @@ class TrainState:
     """The tensors of a run: weights, moving average, moments of the optimizer.
 
     A checkpoint has the trained parameters, the buffers, and the frozen parameters that were written to since the start
-    (an objective may keep a teacher), but not a frozen text encoder of gigabytes. Moments are stored by parameter name.
+    (an objective may average its network), but not a frozen text encoder of gigabytes. Moments are stored by parameter
+    name.
     """
 
     def __init__(self, placed: Replica, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:

@@ -20,7 +20,10 @@ from diptych.train.objective import Objective
 
 
 def learning_rate(step: int, config: OptimConfig, *, steps: int) -> float:
-    """The learning rate of the update that ends step ``step`` (from 0) of ``steps``."""
+    """The learning rate of the update that ends step ``step`` (from 0) of ``steps``.
+
+    It rises linearly over the warm-up, then follows ``config.schedule``: constant, or a cosine down to ``final_lr``.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
