@@ -1,4 +1,4 @@
-"""Inference: devices and precision, evaluation mode, packed weights, and the most probable classes.
+"""Devices, the dtype policy of training and inference, evaluation mode, packed weights, the most probable classes.
 
 Shapes: B images, C classes.
 """

@@ -301,7 +301,7 @@ class _Run:
     """Step after which this invocation began."""
 
     def restore(self) -> tuple[TrainProgress, list[str]]:
-        """Continue from the newest undamaged checkpoint, if any; return its progress, and messages for the user."""
+        """Resume from the newest undamaged checkpoint, if any; return its progress, and messages for the user."""
         found, messages = checkpoint.newest(self.folder)
         if found is None:
             return TrainProgress(), messages
