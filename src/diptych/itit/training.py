@@ -23,14 +23,14 @@ from diptych.data.store import DataTokenizers, Store
 from diptych.data.streams import BatchSampler
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
-from diptych.eval.baselines import Baseline, Comparison
+from diptych.eval.baselines import Baseline, Comparison, NearCaptions, sampled
 from diptych.io import load_network
 from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open_data, open_valid
 from diptych.itit.evaluation import ALONE, PAIRS_ONLY, ScoredImages, compare
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ITIT, ItitConfig, mean_of_text
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, TeacherHead
-from diptych.itit.pipeline import TEACHER, Diptych, data_tokenizers
+from diptych.itit.pipeline import NEAR_CAPTIONS, TEACHER, Diptych, data_tokenizers
 from diptych.itit.report import Samples
 from diptych.nn.inference import eval_mode, pick_device
 from diptych.report.html import closing_line, outcome, validation_scores, write_run_report
@@ -105,6 +105,15 @@ class TrainingInputs:
         features_XG = taken[0].image_features_BG
         assert features_XG is not None
         return features_XG.repeat_interleave(len(taken), 0), torch.stack(of_texts, dim=1).flatten(0, 1)
+
+    def near_captions(self) -> NearCaptions:
+        """The captions of captioned images, at most 3,000 of them, with the features of their images."""
+        store = _store(self.encoded.pairs)
+        of_item = {item: range(*store.starts[item : item + 2]) for item in self.encoded.pairs.items.tolist()}
+        items = sampled(np.array([item for item, captions in of_item.items() if captions]))
+        ids, features_XG = store.arrays["ids"], store.arrays["image_features"][items]
+        captions = (torch.from_numpy(ids[of_item[item]].astype(np.int64)) for item in items.tolist())
+        return NearCaptions([self.text_encoder.detokenize(ids_BL) for ids_BL in captions], features_XG)
 
     def teacher_features(self, *, images: int) -> Float[Tensor, "X T"]:
         """The teacher's features of the first ``images`` captioned images."""
@@ -514,6 +523,11 @@ class ItitRun:
                 head = TeacherHead(inputs.teacher_features(images=_IMAGES_FITTED), width=model.config.width)
             return ItitObjective(model, inputs.text_encoder, self.objective, teacher_head=head)
 
+    @property
+    def _has_consensus(self) -> bool:
+        """Whether captions are ranked by near captions as well, which needs images with features."""
+        return self.image_encoder is not None and bool(self.generation.text.consensus)
+
     def diptych(self, objective: ItitObjective, inputs: TrainingInputs) -> Diptych:
         """The network in training as a pipeline, which captions and generates with its present weights."""
         return Diptych(
@@ -521,6 +535,7 @@ class ItitRun:
             inputs.text_encoder,
             objective.model,
             image_encoder=inputs.image_encoder,
+            near_captions=inputs.near_captions() if self._has_consensus else None,
             image_generation=self.generation.image,
             text_generation=self.generation.text,
             device=pick_device(self.train.device),
@@ -564,6 +579,8 @@ class ItitRun:
             best.load_into(objective)
         with result.eval_mode(objective) if best is None else nullcontext():
             if is_main_process():
+                if self._has_consensus:
+                    save_model(inputs.near_captions(), out / NEAR_CAPTIONS)
                 save_model(objective.model, out / "model")
         return result
 
