@@ -57,9 +57,9 @@ def caption(
 ) -> None:
     """Caption images: one line for each, or a file of captions for a whole data set.
 
-    The line is the caption alone for one image file, else FILE: CAPTION. An image that cannot be read is told on
-    stderr; the others are captioned, and the exit status is 1. With --out, images that have captions are left out,
-    and a command that was stopped goes on where it was when it is repeated.
+    The line is the caption alone for one image file, else FILE: CAPTION. An image that cannot be read is reported on
+    stderr; the others are captioned, and the exit status is 1. With --out, images that have captions are left out, and
+    a command that was stopped goes on where it was when it is repeated.
 
     Args:
         run: Run folder of an itit recipe.
@@ -72,10 +72,10 @@ def caption(
         shard: With --out, the part of the images to caption, such as 0/4 for the first of four processes or machines.
             Each writes a file of its own, NAME-00000-of-00004, and a glob of them is one source.
         calibrate: Captioned images that the run has not learned from, or `data.valid` for those it was scored on in
-            training. What scores are worth on them is written into RUN/confidence; from then on --json, --out and the
-            page tell the confidence of each caption. No other images need be given.
+            training. How good captions of each score are is written into RUN/confidence; from then on --json, --out and
+            the page give a confidence for each caption. No other images need be given.
         beams: Number of beams of the search; 1 is greedy. Default: the setting of the run.
-        candidates: Number of different captions of each image that --json and --out tell, the best first.
+        candidates: Number of different captions of each image in what --json and --out give, the best first.
         best_of: Number of captions of the beam search that are ranked anew, by how probable they make the image.
             Default: they are ranked by the beam search.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
@@ -618,9 +618,9 @@ def app(
 ) -> None:
     """Serve a local page to caption, generate, search, classify and label images with runs. Needs the extra `app`.
 
-    The page has the tabs for which it is given something: Caption, Draw and Cycle for an ITIT run; Classify for a dual
-    encoder or a classifier; Search for a dual encoder with --index; Label for an ITIT run with --data; Audit for an
-    ITIT run or a dual encoder with --data; Train for every run that has logged something, also while it trains.
+    The page has the tabs for which it is given something: Caption, Imagine and Cycle for an ITIT run; Classify for
+    a dual encoder or a classifier; Search for a dual encoder with --index; Label for an ITIT run with --data; Audit for
+    an ITIT run or a dual encoder with --data; Train for every run that has logged something, also while it trains.
 
     Args:
         runs: Run folders.

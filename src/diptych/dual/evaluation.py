@@ -340,8 +340,8 @@ def pair_fits(
     engine: Engine = LOCAL,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Fit]:
-    """How far the cosine of each image and caption lies above those of the image with all captions, and of the caption
-    with all images, in standard deviations; the sum of both.
+    """How well each caption fits its image: the cosine of the pair in standard deviations above the cosines of the
+    image with all captions, plus the same above the cosines of the caption with all images.
 
     Captions of the source's readable images; raises UserError for a source without images or captions. The ``reopen``
     of another engine than the local gives the encoder and the source.

@@ -67,7 +67,7 @@ class Baseline:
     scores: dict[str, float]
     """Scores on the same items, under the names of the run's own."""
     kind: Literal["baseline", "without unpaired data"] = "baseline"
-    """A baseline takes seconds; "without unpaired data" is the same run, trained without what it is to profit from."""
+    """A baseline takes seconds to fit; "without unpaired data" is the same run, trained on its pairs alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -406,7 +406,7 @@ class Diptych:
         """The image of a text as it appears: before the first and after each round of parallel decoding.
 
         The last step is the image of :meth:`imagine`. ``known`` are the tokens of an image in their grid, and which of
-        them are drawn anew; the others stay. Pixels of the others may change a little, as the decoder looks at all
+        them are generated anew; the others stay. Pixels of the others may change a little, as the decoder looks at all
         tokens. Raises UserError for an empty text.
         """
         if not text.strip():

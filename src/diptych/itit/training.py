@@ -137,6 +137,7 @@ class ItitRun:
     """`diptych fit itit-*`: a network that captions images and generates images from texts."""
 
     kind: ClassVar[Kind] = "itit"
+    slow_field: ClassVar[str | None] = "cycle_start_step"
 
     data: DataConfig
     """Sources of the pairs, the unpaired images and the unpaired texts, and how they are split."""
@@ -340,7 +341,7 @@ class ItitRun:
         """The settings with which a network learns most in a few hundred steps.
 
         Those of `itit-tiny`: initial weights by fan-in, embeddings that learn faster, twice the learning rate. After
-        150 steps of itit-small on 600 pairs captions are words in place of one `a` (docs/log.md).
+        150 steps of itit-small on 600 pairs captions consist of words instead of a single `a` (docs/log.md).
         """
         scale = max(4.0, self.objective.embedding_lr_scale)
         return replace(

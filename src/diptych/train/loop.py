@@ -110,7 +110,7 @@ def train(
     ended the training.
 
     Raises:
-        UserError: settings that cannot be, that differ from the run's, or that do not train (losses that are not
+        UserError: settings that are invalid, that differ from the run's, or that do not train (losses that are not
             finite); a full disk; another process died.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
