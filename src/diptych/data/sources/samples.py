@@ -36,6 +36,7 @@ from diptych.data.sources.columns import (
     is_missing,
     is_split,
     label_of,
+    notes_on_labels,
     usual,
     written_captions,
 )
@@ -413,6 +414,7 @@ class SampleSource(ABC):
         """``slots`` [N, 4] are as in `Groups`; ``labels`` and ``splits`` are what the folders of the samples say."""
         self.name, self.notes = name, notes
         self._limits, self._keys, self._slots, self._labels = limits, keys, slots, labels
+        self.notes += notes_on_labels([label for label in labels if label is not None])
         self._drop_boxes()
         self._by_text = columns.caption is None or texts_named
         self._found = self._fields(columns)
