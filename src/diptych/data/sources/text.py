@@ -51,7 +51,7 @@ _NO_TEXTS = {
 """How files begin that are no text, in small letters."""
 _HEADERS = frozenset({"caption", "captions", "text", "texts", "sentence", "description", "prompt"})
 _NUMBER_FIRST = re.compile(r"^(\w*\d)([.):]?)\s+\S")
-_NUMBER_LAST = re.compile(r"[\s,;](\d*\.?\d+)()$")
+_NUMBER_LAST = re.compile(r"(?:\s|[,;]\s*)(\d*\.\d+|(?<=[,;])\d+)()$")
 _MANY, _SAMPLE = 7, 10_000
 """Number of texts which may all be the same, and of the lines of a file that are compared with one another."""
 _MANGLED = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00c2[\u00a0-\u00bf]|\u00e2\u20ac.")
@@ -59,6 +59,11 @@ _MANGLED = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00c2[\u00a0-\u00bf]|\u00e2
 _BEGIN = re.compile(r"startseq\b|.*(?:[^\w\s'\"-]|-(?=\s))")
 _END = re.compile(r"[^\w\s'\".!?-].*$|\bendseq$")
 """Where every text begins or ends alike, up to and from a character of no word, as in `<start>` or `caption:`."""
+_MARKUP = re.compile(
+    r"\]\(https?:|\[/?(?:b|i|u|url|img|quote)\]|\*\*\S[^*]*\*\*|\[\[[^\]]+\]\]|\{\{[^}]+\}\}|<lora:[^>]*>|\(\S+:\d\.\d+\)"
+)
+"""Marks of Markdown, BBCode, wikis and prompts."""
+_NAME = re.compile(r"\S*(?:[/_]|\d{3})\S*", re.ASCII)
 _LETTER = re.compile(r"[^\W\d_]")
 _QUOTED = re.compile(r"""(["'`]).*\1,?""")
 _XML = re.compile(r"<(?P<tag>[^\s<>]+)[^<>]*>.*</(?P=tag)>")
@@ -193,6 +198,10 @@ def notes_on_texts(texts: Sequence[str]) -> list[str]:
         notes.append(
             f"{len(mangled):,} of {len(texts):,} texts that were looked at hold {mangled[0]!r}, as of a wrong encoding"
         )
+    if marked := [found[0] for text in texts if (found := _MARKUP.search(text))]:
+        notes.append(f"markup is kept in {len(marked):,} of {len(texts):,} texts that were looked at, as {marked[0]!r}")
+    if all(map(_NAME.fullmatch, texts[:1] and texts)) and len(texts) > 1:
+        notes.append(f"each text is one word, as of a list of names: {texts[0][:60]!r}")
     if bare := [text for text in texts if not _LETTER.search(text)]:
         notes.append(
             f"texts without a letter: {len(bare):,} of {len(texts):,} that were looked at, as {bare[0][:60]!r}"
@@ -215,6 +224,26 @@ def notes_on_texts(texts: Sequence[str]) -> list[str]:
     return notes
 
 
+def notes_on_lines(texts: Sequence[Sequence[str]]) -> list[str]:
+    """A note on lines of several texts that begin alike, as fields do: each is a caption of its own."""
+    fields = []
+    for number in range(max(map(len, texts), default=0)):
+        lines = [text[number] for text in texts if 1 < len(text) > number]
+        if len(lines) > 1 and (mark := _BEGIN.match(_common_start(lines))):
+            fields.append(repr(mark[0][:30]))
+    return [f"lines that begin alike in every text are captions too: {', '.join(fields[:3])}"] if fields else []
+
+
+def _seems_wrapped(lines: Sequence[str]) -> bool:
+    """Whether many lines go on in the next one, as in paragraphs of a fixed width."""
+    pairs = [(a.strip(), b.strip()) for a, b in zip(["", *lines], lines, strict=False) if b.strip()]
+    starts = [b for a, b in pairs if not a]
+    inside = [(a[-1].isalnum() and b[0].islower()) or a[-1] == "," for a, b in pairs if a]
+    return (
+        len(starts) > 1 and 5 * sum(b[0].isupper() for b in starts) >= 4 * len(starts) and 3 * sum(inside) > len(inside)
+    )
+
+
 def _common_start(texts: Sequence[str]) -> str:
     first, last = min(texts), max(texts)
     return first[: next((i for i, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1), len(first))]
@@ -230,6 +259,8 @@ def _text_notes(path: Path, lines: Sequence[str]) -> list[str]:
         cell.strip("\"' ") for cell in re.split(r"[,;|]", sample[0].lower())
     ):
         notes.append(f"the first line of {path} is the text {sample[0]!r}; remove it if it names a column")
+    if _seems_wrapped(lines[:_SAMPLE]):
+        notes.append(f"lines of {path} seem to go on in the next ones, but each is a text of its own")
     remarks = [line for line in lines if line.lstrip().startswith("#")]
     if 0 < 2 * len(remarks) < len(lines):
         notes.append(
