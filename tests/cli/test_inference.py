@@ -427,6 +427,19 @@ def test_export(call, mistaken, dual_run, run, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_push(call, mistaken, dual_run, run, tmp_path, monkeypatch):
+    status, out, err = call("push", dual_run, "--dry-run", "--license", "mit")
+    assert (status, err) == (0, "")
+    assert "\nlicense: mit\n" in out
+    assert 'DualEncoder.from_pretrained("USER/NAME")' in out
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    mistaken(call("push", dual_run), "no repository given")
+    mistaken(call("push", dual_run, "user/x"), "not logged in")
+    mistaken(call("push", tmp_path / "none", "user/x"), "no run folder")
+    (run / "model").rename(run / "gone")
+    mistaken(call("push", run, "user/x"), "no finished run")
+
+
 # Scores
 
 

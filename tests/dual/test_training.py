@@ -83,6 +83,7 @@ def test_a_run_leaves_a_plain_clip_folder_and_measures_retrieval(done):
     assert 0 <= scores[-1]["valid/image_to_text/r10"] <= 1
     assert kind_of(done) == "dual"
     assert read_config(done)["run"]["objective"]["fusion_weight"] == 2.0
+    assert "pairs (" in read_config(done)["data"]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from diptych.cli.inference import (
     evaluate,
     export,
     imagine,
+    push,
     search,
     sweep,
 )
@@ -44,6 +45,7 @@ COMMANDS = {
     "classify": classify,
     "app": app,
     "export": export,
+    "push": push,
     "evaluate": evaluate,
     "sweep": sweep,
 }

@@ -519,6 +519,38 @@ def export(run: RunArg, *, out: Path) -> None:
     print(f'open_clip.create_model_and_transforms("local-dir:{out}")')
 
 
+def push(
+    run: RunArg,
+    repo: Annotated[Positional[str | None], tyro.conf.arg(metavar="USER/NAME")] = None,
+    *,
+    license: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Upload a finished run to the Hugging Face Hub with a model card, in one commit.
+
+    The card holds the counts of the data, the settings, and the scores beside baselines and controls, as far as the run
+    folder has them. No addresses of data are uploaded, and no checkpoints. `from_pretrained("USER/NAME")` of the
+    pipelines loads what was uploaded.
+
+    Args:
+        run: Run folder of an itit, clip, siglip, slip, ito, uml-probe or uml-finetune recipe.
+        repo: Repository, which is made if it is not there.
+        license: License in the card, by its name on the hub, such as `apache-2.0`. Default: none is named.
+        private: Make the repository private, if it is made now.
+        dry_run: Print the card and upload nothing.
+    """
+    from diptych.hub import card
+    from diptych.hub import push as push_run
+
+    if dry_run:
+        print(card(run, repo_id=repo or "USER/NAME", license=license))
+        return
+    if repo is None:
+        raise UserError(f"no repository given: diptych push {run} USER/NAME, or --dry-run to see the card")
+    print(push_run(run, repo, private=private, license=license))
+
+
 # The page: runs of any kind
 
 
