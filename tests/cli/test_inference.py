@@ -415,7 +415,7 @@ def test_a_run_of_another_kind(call, mistaken, run, dual_run, photo, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_export(call, mistaken, dual_run, run, tmp_path):
+def test_export(call, mistaken, dual_run, run, tmp_path, monkeypatch):
     out = tmp_path / "open_clip"
     assert call("export", dual_run, "--out", out) == (
         0,
@@ -424,6 +424,8 @@ def test_export(call, mistaken, dual_run, run, tmp_path):
     )
     assert {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"} <= {f.name for f in out.iterdir()}
     mistaken(call("export", run, "--out", tmp_path / "no"), "holds no dual encoder")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    mistaken(call("export", dual_run, "--out", tmp_path / "no", "--format", "onnx"), "pip install 'diptych[onnx]'")
     assert not (tmp_path / "no").exists()
 
 
