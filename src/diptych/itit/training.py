@@ -297,7 +297,8 @@ class ItitRun:
         """The same run without unpaired data."""
         weights = replace(self.objective.weights, t2t=0.0, unpaired_i2i=0.0)
         objective = replace(self.objective, texts="off", images="off", weights=weights)
-        return replace(self, objective=objective, compare="nothing")
+        train = replace(self.train, epochs=None)  # the steps are there, and a control trains for a time
+        return replace(self, objective=objective, compare="nothing", train=train)
 
     def _parts(self) -> tuple[str, ...]:
         """Folders of what is frozen in a run."""

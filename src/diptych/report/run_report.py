@@ -13,7 +13,7 @@ from diptych.report.html import Facts, Figures, Section, Table, Text, write_repo
 from diptych.report.terminal import HEADLINES, meaning_of
 from diptych.run_folder import BASELINES, Kind, read_config
 
-_NO_CURVE = frozenset({"step", "seconds", "evaluation_seconds", "lr", "skipped"})
+_NO_CURVE = frozenset({"step", "epoch", "seconds", "evaluation_seconds", "lr", "skipped"})
 _SHEETS = 2
 """Number of the newest sheets of samples that are shown."""
 _NEXT: dict[Kind, str] = {
