@@ -110,8 +110,8 @@ def encode(
         features: Also store the features of the frozen text encoder.
         workers: Number of threads that decode images.
     """
-    from diptych.data.encode import encode as encode_source
     from diptych.data.sources import open_source
+    from diptych.data.store import encode as encode_source
     from diptych.itit.pipeline import run_data_tokenizers
 
     opened = open_source(source)
@@ -148,7 +148,7 @@ def features(
         hop: Number of audio samples from one log-mel frame to the next, at 16,000 samples a second.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
-    from diptych.uml.features import write_sequences
+    from diptych.uml.data import write_sequences
 
     store = write_sequences(source, kind, encoder=encoder, out=out, length=length, hop=hop, device=device)
     print(f"{len(store):,} {kind} in {out}, {store.vectors.shape[1]} positions of width {store.vectors.shape[2]}")

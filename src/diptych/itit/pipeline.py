@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from diptych.data.batch import ImageTokenExamples
-from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
+from diptych.data.store import DataTokenizers
 from diptych.encoders.image import ImageEncoder, open_image_encoder, resize, resize_pixels
 from diptych.errors import UserError
 from diptych.hub import OnHub, local_folder
