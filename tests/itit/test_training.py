@@ -108,6 +108,7 @@ def test_a_run_folder_is_complete(done):
     assert not list(done.rglob(".*"))
     config = json.loads((done / "config.json").read_text())
     assert config["recipe"] == "itit-tiny"
+    assert config["data"].startswith("10 pairs (")
     assert config["run"]["data"]["max_pairs"] == 10
     assert config["run"]["generation"]["text"]["beams"] == 2
     assert {"diptych", "torch"} <= config["versions"].keys()

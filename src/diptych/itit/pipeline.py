@@ -28,6 +28,7 @@ from diptych.data.store import DataTokenizers
 from diptych.encoders.image import ImageEncoder, open_image_encoder, resize, resize_pixels
 from diptych.errors import UserError
 from diptych.eval.baselines import NearCaptions
+from diptych.hub import OnHub, local_folder
 from diptych.io import load_network, weights_digest
 from diptych.itit.generation import (
     ImageGenerationConfig,
@@ -93,7 +94,7 @@ class ImagineStep:
     """bool [R R]: the tokens that are still hidden."""
 
 
-class Diptych:
+class Diptych(OnHub):
     """Captions images and generates images, with an image tokenizer, a frozen text encoder and an ITIT network.
 
     >>> diptych = Diptych.from_pretrained("runs/demo/itit")
@@ -137,10 +138,11 @@ class Diptych:
 
     @classmethod
     def from_pretrained(cls, run: str | Path, *, device: Device = "auto", precision: Precision = "auto") -> "Diptych":
-        """Load a run folder. Nothing outside it is read.
+        """Load a run folder, of which nothing outside is read, or what :meth:`push_to_hub` uploaded.
 
         Args:
-            run: folder with ``tokenizer/``, ``text_encoder/``, ``model/`` and, if it has one, ``image_encoder/``.
+            run: folder with ``tokenizer/``, ``text_encoder/``, ``model/`` and, if it has one, ``image_encoder/``; or
+                the name of a repository of the hub, such as ``user/name``, where there is no such folder.
             device: ``auto`` takes CUDA, then MPS, then the CPU.
             precision: precision of the ITIT network. ``auto`` is bf16 where the device multiplies it, else fp32, as in
                 training. The tokenizer and the text encoder always compute in fp32.
@@ -148,10 +150,10 @@ class Diptych:
         Raises:
             UserError: the folder is no finished run, or a file in it is damaged.
         """
-        run = Path(run)
+        run = local_folder(run)
         check_finished(run, "itit")
         image_generation, text_generation = generation_of(run)
-        return cls(
+        loaded = cls(
             ImageTokenizer.from_pretrained(run / "tokenizer"),
             lambda: TextEncoder.from_pretrained(run / "text_encoder"),
             load_network(ITIT, run / "model"),
@@ -163,6 +165,8 @@ class Diptych:
             device=pick_device(device),
             precision=precision,
         )
+        loaded.run_folder = run
+        return loaded
 
     @property
     def text_encoder(self) -> TextEncoder:

@@ -85,6 +85,8 @@ class TrainingInputs:
     text_encoder: TextEncoder
     encoded: DataSplit
     image_encoder: ImageEncoder | None = None
+    told: str = ""
+    """How much data there is, as `check_parts` tells it."""
 
     def text_features(self, *, texts: int) -> Float[Tensor, "M F"]:
         """Frozen features of the tokens of the first ``texts`` texts, padding left out."""
@@ -204,7 +206,7 @@ class ItitRun:
         run, pace = plan.fit_stage(NETWORK, self, out, lambda run: run.ready(inputs), evaluation_seconds=seconds)
         if plan.budget is not None and run.train.steps < _FEW_STEPS:
             run = run.hurried()
-        write_config(out, recipe=recipe, run=run)
+        write_config(out, recipe=recipe, run=run, data=inputs.told)
         objective = run.build(inputs)
         samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, out / "samples", images=images)
         best = BestWeights(out / "best", patience=self.patience) if self.data.valid else None
@@ -303,7 +305,8 @@ class ItitRun:
         """The same run without unpaired data."""
         weights = replace(self.objective.weights, t2t=0.0, unpaired_i2i=0.0)
         objective = replace(self.objective, texts="off", images="off", weights=weights)
-        return replace(self, objective=objective, compare="nothing")
+        train = replace(self.train, epochs=None)  # the steps are there, and a control trains for a time
+        return replace(self, objective=objective, compare="nothing", train=train)
 
     def _parts(self) -> tuple[str, ...]:
         """Folders of what is frozen in a run."""
@@ -417,7 +420,7 @@ class ItitRun:
         tokenizer = self._tokenizer(data, out, plan)
         text_encoder = given or self._text_encoder(data, out, plan)
         encoded = self._encode(data, tokenizer, text_encoder, image_encoder, teacher, out, plan)
-        return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder)
+        return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder, told)
 
     def _tokenizer(self, data: DataSplit, out: Path, plan: RunPlan) -> ImageTokenizer:
         """The image tokenizer in ``out``; if there is none yet, the given one is copied there or one is trained."""
