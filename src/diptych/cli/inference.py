@@ -585,20 +585,62 @@ def _classified(
         yield names, classifier.predictions(channels_first(pixels), top=top)
 
 
-def export(run: RunArg, *, out: Path) -> None:
-    """Export a dual encoder as a folder that open_clip reads. (RUN/model is one that transformers reads.)
+def export(run: RunArg, *, out: Path, format: Literal["open_clip", "onnx"] = "open_clip") -> None:
+    """Export a dual encoder for open_clip, or its towers as ONNX. (RUN/model is what transformers reads.)
 
     Args:
         run: Run folder of a dual encoder.
         out: Folder for the exported model. Files of the same names are replaced.
+        format: `open_clip` writes a folder that open_clip reads; CLIP alone, without pretrained towers. `onnx` writes
+            image_encoder.onnx and text_encoder.onnx for any number of rows and any length of texts, and compares them
+            with torch where onnxruntime is installed; needs the extra `onnx`.
     """
     check_finished(run, "dual")
 
-    from diptych.dual.export import save_open_clip
+    from diptych.dual.export import IMAGE_TOWER, TEXT_TOWER, save_onnx, save_open_clip
     from diptych.dual.model import open_dual
 
+    if format == "onnx":
+        difference = save_onnx(open_dual(run, device="cpu"), out)
+        print(f"{out / IMAGE_TOWER}: pixel_values -> image_embeds")
+        print(f"{out / TEXT_TOWER}: input_ids, attention_mask -> text_embeds")
+        told = "not compared with torch: pip install onnxruntime"
+        print(told if difference is None else f"largest difference from torch, in onnxruntime: {difference:.1e}")
+        return
     save_open_clip(open_dual(run, device="cpu"), out)
     print(f'open_clip.create_model_and_transforms("local-dir:{out}")')
+
+
+def push(
+    run: RunArg,
+    repo: Annotated[Positional[str | None], tyro.conf.arg(metavar="USER/NAME")] = None,
+    *,
+    license: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Upload a finished run to the Hugging Face Hub with a model card, in one commit.
+
+    The card holds the counts of the data, the settings, and the scores beside baselines and controls, as far as the run
+    folder has them. No addresses of data are uploaded, and no checkpoints. `from_pretrained("USER/NAME")` of the
+    pipelines loads what was uploaded.
+
+    Args:
+        run: Run folder of an itit, clip, siglip, slip, ito, uml-probe or uml-finetune recipe.
+        repo: Repository, which is made if it is not there.
+        license: License in the card, by its name on the hub, such as `apache-2.0`. Default: none is named.
+        private: Make the repository private, if it is made now.
+        dry_run: Print the card and upload nothing.
+    """
+    from diptych.hub import card
+    from diptych.hub import push as push_run
+
+    if dry_run:
+        print(card(run, repo_id=repo or "USER/NAME", license=license))
+        return
+    if repo is None:
+        raise UserError(f"no repository given: diptych push {run} USER/NAME, or --dry-run to see the card")
+    print(push_run(run, repo, private=private, license=license))
 
 
 # The page: runs of any kind

@@ -135,7 +135,7 @@ class DualRun:
             recipe, affordable, out, lambda run: make(run, copy.deepcopy(model)), evaluation_seconds=seconds
         )
         hooks = run._hooks(model, out, best)
-        write_config(out, recipe=recipe, run=run)
+        write_config(out, recipe=recipe, run=run, data=told)
         objective, batches = make(run, model)
         identity = {
             "model": model.clip.config.to_diff_dict() | model.training_settings(),

@@ -36,7 +36,7 @@ MAX_SIDE = 512
 LIGHT = "color: #1d2129; --rule: #dfe3e8"
 DARK = "color: #e4e7ec; --rule: #323843"
 Value = str | int | float | None
-_NO_CURVE = frozenset({"step", "seconds", "evaluation_seconds", "lr", "skipped"})
+_NO_CURVE = frozenset({"step", "epoch", "seconds", "evaluation_seconds", "lr", "skipped"})
 _SHEETS = 2
 """Number of the newest sheets of samples that are shown."""
 _NEXT: dict[Kind, str] = {

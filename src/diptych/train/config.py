@@ -11,7 +11,16 @@ MAY_CHANGE = {
     # Settings that a resume may change. `steps` moves the end of the cosine; `grad_accum_steps`, `device` and `compile`
     # change the rounding of sums, and a resume on other hardware wants to set them, as it does `parallel` and
     # `shard_group`. No loss depends on the others.
-    "train": {"steps", "grad_accum_steps", "device", "compile", "checkpoint_every", "keep_checkpoints", "eval_every"}
+    "train": {
+        "steps",
+        "epochs",
+        "grad_accum_steps",
+        "device",
+        "compile",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "eval_every",
+    }
     | {"log_every", "workers", "max_seconds", "max_bad_steps", "tensorboard", "quiet"}
     | {"parallel", "shard_group", "checkpoint_activations"},
     "optim": set[str](),
@@ -23,7 +32,12 @@ class TrainConfig:
     """Settings of the training loop."""
 
     steps: int = 10_000
-    """Number of optimizer updates in the whole run. It may be raised when a run is resumed."""
+    """Number of optimizer updates in the whole run. It may be raised when a run is resumed. `train.epochs` counts
+    passes over the data instead."""
+    epochs: float | None = None
+    """Number of passes over the data, in the place of `steps`: over the pairs (ITIT, dual encoders), of which an ITIT
+    step takes two for each row of its batch; the labelled images or target features (UML); the images or texts. Where
+    it makes fewer steps than the recipe has, warm-up, intervals and starts keep their shares. None: `steps` decides."""
     batch_size: int = 64
     """Number of rows per step, over all processes and micro-batches. An objective may take several rows of a stream
     for each of them."""
@@ -87,6 +101,7 @@ class TrainConfig:
             "None or 1 or more",
         )
         _require(self.ema is None or 0 <= self.ema < 1, "train.ema", self.ema, "None or in [0, 1)")
+        _require(self.epochs is None or self.epochs > 0, "train.epochs", self.epochs, "None or more than 0")
         seconds = self.max_seconds
         _require(seconds is None or seconds > 0, "train.max_seconds", seconds, "None or more than 0")
 

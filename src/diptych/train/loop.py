@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from diptych.data.batch import count_rows
-from diptych.data.streams import BatchFn, prefetch
+from diptych.data.streams import BatchFn, BatchSampler, prefetch
 from diptych.errors import Interrupted, SignalWatch, UserError
 from diptych.nn.inference import eval_mode
 from diptych.train import checkpoint
@@ -134,8 +134,17 @@ def train(
     progress, messages = run.restore()
     run.pace.begin(progress.step, progress.seconds, train)
     run = replace(run, first_step=progress.step)
+    epoch_steps = batches.epoch_steps if isinstance(batches, BatchSampler) else None
     with (
-        RunLogger(out, title=title, start=progress, train=train, pace=run.pace, is_main=devices.is_main) as logger,
+        RunLogger(
+            out,
+            title=title,
+            start=progress,
+            train=train,
+            pace=run.pace,
+            is_main=devices.is_main,
+            epoch_steps=epoch_steps,
+        ) as logger,
         SignalWatch() as signals,
     ):
         for message in messages:

@@ -9,6 +9,7 @@ follows those of the interrupted one.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar, cast, runtime_checkable
 
-from diptych.data.streams import BatchFn
+from diptych.data.streams import BatchFn, BatchSampler
 from diptych.errors import UserError
 from diptych.io import write_bytes
 from diptych.train.config import OptimConfig, TrainConfig
@@ -333,6 +334,11 @@ class RunPlan:
         """The stage as it is to be trained in ``folder``, and its pace. See :meth:`Budget.fit_stage`."""
         (cost,) = (cost for cost in self.costs if cost.name == name)
         seconds = None
+        if stage.train.epochs is not None:
+            stage.train.check()
+            if self.budget is not None:
+                raise UserError("--minutes and train.epochs both say how long to train: leave one of them away")
+            stage = in_epochs(stage, make)
         if self.budget is not None:
             stage, seconds = self.budget.fit_stage(
                 stage, cost, later=self.later(name), make=make, most=most, evaluation_seconds=evaluation_seconds
@@ -347,6 +353,20 @@ class RunPlan:
             folder=folder,
             left_of_budget=left,
         )
+
+
+def in_epochs(stage: S, make: Callable[[S], tuple[Objective, BatchFn]]) -> S:
+    """``stage`` with the number of steps that ``train.epochs`` passes over the data of ``make`` take, rounded up.
+
+    If these are fewer than before, what counts in steps keeps its share, as in :func:`shortened`.
+    """
+    _, batches = make(stage)
+    assert isinstance(batches, BatchSampler)
+    assert stage.train.epochs is not None
+    steps = math.ceil(stage.train.epochs * batches.epoch_steps)
+    if steps < stage.train.steps:
+        return shortened(stage, steps=steps)
+    return replace(stage, train=replace(stage.train, steps=steps))  # type: ignore[type-var]
 
 
 def shortened(stage: S, *, steps: int, batch_size: int | None = None, start: int | None = None) -> S:

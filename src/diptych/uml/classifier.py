@@ -23,6 +23,7 @@ from diptych.data.splits import Labelled, Subset
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
 from diptych.eval.baselines import HISTOGRAMS, ClassBaselines, Comparison, image_histograms
+from diptych.hub import OnHub, local_folder
 from diptych.io import load_network
 from diptych.nn.inference import Device, Prediction, eval_mode, pick_device, top_predictions
 from diptych.report.terminal import print_comparison, print_metrics
@@ -110,7 +111,7 @@ def compare_classifier(
     return Comparison(source=source, select="accuracy", baselines=scored, advice=_ADVICE, notes=notes)
 
 
-class Classifier:
+class Classifier(OnHub):
     """The image encoder and the head of a run, on one device and in evaluation mode."""
 
     def __init__(self, encoder: ImageEncoder, head: SharedHead, classes: Sequence[str], *, device: str) -> None:
@@ -119,16 +120,20 @@ class Classifier:
 
     @classmethod
     def from_pretrained(cls, run: str | Path, *, device: Device = "auto") -> "Classifier":
-        """The classifier of a run folder. Raises UserError for a run of another kind or one that is not finished, and
-        if a file is missing."""
-        run = Path(run)
+        """The classifier of a run folder, or of a repository of the hub such as ``user/name``.
+
+        Raises UserError for a run of another kind or one that is not finished, and if a file is missing.
+        """
+        run = local_folder(run)
         check_finished(run, "classifier")
         try:
             classes = json.loads((run / "classes.json").read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{run}: no finished classifier ({error}): train it to its end") from error
         head = load_network(SharedHead, run / "head")
-        return cls(open_image_encoder(run / "encoder"), head, classes, device=pick_device(device))
+        loaded = cls(open_image_encoder(run / "encoder"), head, classes, device=pick_device(device))
+        loaded.run_folder = run
+        return loaded
 
     def probabilities(self, pixels_B3SS: Tensor) -> Tensor:
         """Probability of each class [B C] for pixels from 0 to 255."""

@@ -188,7 +188,7 @@ class UmlRun:
 
         # Trial steps change a tuned encoder. More steps than the recipe's are of no use, as patience ends the run.
         run, pace = plan.fit_stage(recipe, self, out, lambda run: make(run, copy.deepcopy(encoder)), most=1.0)
-        write_config(out, recipe=recipe, run=run)
+        write_config(out, recipe=recipe, run=run, data=told)
         objective, batches = make(run, encoder)
 
         def report(state: str) -> None:

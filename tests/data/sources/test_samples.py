@@ -194,7 +194,7 @@ def test_masks_are_no_images_of_their_own(tmp_path, kind, names, masks):
     shown = (
         f"{len(masks)} image{'s' * (len(masks) > 1)} not used, as masks or copies of others: {', '.join(sorted(masks))}"
     )
-    assert [note for note in source.notes if "mask" in note and "class" not in note] == ([shown] if masks else [])
+    assert [note for note in source.notes if "mask" in note and "not used" in note] == ([shown] if masks else [])
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
@@ -264,6 +264,33 @@ def test_a_text_that_writes_a_list_out_is_read_as_the_list(tmp_path, kind, text)
     source = open_source(write(tmp_path, kind, {"a.png": None, "a.txt": text, "b.png": None, "b.txt": "['a cat']"}))
     assert [source.captions(i) for i in range(2)] == [["a dog", "one dog"], ["a cat"]]
     assert source.notes == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a {} dog\nNegative prompt: blurry\nSteps: 20, Sampler: a", "'Negative prompt:', 'Steps: 20, Sampler:'"),
+        ("title: {}\ncaption: a {} dog\n", "'title:', 'caption:'"),
+        ("a {} dog\na dog that is {}\n", None),
+    ],
+)
+def test_lines_that_are_fields_are_named(tmp_path, kind, text, shown):
+    files = {f"{c}.png": None for c in ("red", "blue")} | {f"{c}.txt": text.format(c, c) for c in ("red", "blue")}
+    notes = open_source(write(tmp_path, kind, files)).notes
+    assert notes == ([f"lines that begin alike in every text are captions too: {shown}"] if shown else [])
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_images_called_like_captioned_ones_are_named(tmp_path, kind):
+    source = open_source(write(tmp_path, kind, {"a.png": None, "a.txt": "x", "more/a.png": None, "b.png": None}))
+    shown = "more/a.png" if kind == "folder" else "more/a"
+    assert f"1 image without a text called like one that has it: {shown}" in source.notes
+
+
+def test_a_text_called_caption_goes_before_others():
+    names = ["s0.jpg", "s0.tags.txt", "s0.caption.txt", "s1.jpg", "s1.tags.txt", "s1.caption.txt"]
+    assert [slots[TEXT] for slots in group(names, Columns(), source="t").slots] == [2, 5]
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
