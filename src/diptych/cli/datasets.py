@@ -250,7 +250,7 @@ def _look_at(
         items, bare_NF = image_features(bare if seen is None else replace(bare, items=seen.items_N), features, device)
         seen = LookedAt(items_N=items, features_NF=bare_NF) if seen is None else replace(seen, features_NF=bare_NF)
         known = (
-            LookedAt(items_N=done.items, features_NF=image_features(done, features, device)[1])
+            LookedAt(items_N=np.asarray(done.items), features_NF=image_features(done, features, device)[1])
             if len(done.items)
             else None
         )

@@ -21,6 +21,8 @@ from diptych.errors import UserError
 
 _CHUNK = 512
 """Items encoded between two points at which an interrupted run goes on."""
+_DIGESTED = 2**20
+"""Indices of items that are digested at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ def encode(
     out: Path,
     tokenizers: DataTokenizers,
     *,
-    indices: np.ndarray | None = None,
+    indices: np.ndarray | range | None = None,
     max_skipped_share: float = 0.01,
     workers: int = 2,
     advance: Callable[[int, int], None] = lambda done, total: None,
@@ -75,12 +77,12 @@ def encode(
     """
     if out.exists() and not Store.is_one(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already and holds no encoded data: choose another folder")
-    items = np.arange(len(source)) if indices is None else indices
+    items = range(len(source)) if indices is None else indices
     writer = ResumableArrayWriter(out, origin(source, tokenizers, items))
     skipped = SkippedItems(max_skipped_share=max_skipped_share, reasons=writer.skipped)
     with ThreadPoolExecutor(max(1, workers)) as threads:
         for begin in range(writer.done, len(items), _CHUNK):
-            chunk = items[begin : begin + _CHUNK]
+            chunk = np.asarray(items[begin : begin + _CHUNK])
             arrays, keys = _encode_chunk(source, chunk, tokenizers, skipped, threads)
             writer.append(arrays, keys=keys, done=begin + len(chunk))
             skipped.check(len(items))
@@ -93,10 +95,12 @@ def encode(
     return writer.finish(STORE_MANIFEST, manifest, Store.open)
 
 
-def origin(source: Source, tokenizers: DataTokenizers, indices: np.ndarray) -> dict[str, str]:
+def origin(source: Source, tokenizers: DataTokenizers, indices: np.ndarray | range) -> dict[str, str]:
     """What decides the content of a store, as its manifest holds it under ``made_by``."""
-    digest = hashlib.sha256(np.ascontiguousarray(indices, "<i8").tobytes()).hexdigest()[:16]
-    found = {"source": source.name, "tokenizers": tokenizers.fingerprint, "items": digest}
+    digest = hashlib.sha256()
+    for begin in range(0, len(indices), _DIGESTED):
+        digest.update(np.asarray(indices[begin : begin + _DIGESTED], "<i8").tobytes())
+    found = {"source": source.name, "tokenizers": tokenizers.fingerprint, "items": digest.hexdigest()[:16]}
     return found | {"content": content_digest(source)}
 
 

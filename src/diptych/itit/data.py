@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from diptych.data.check import Part, check_parts
 from diptych.data.encode import DataTokenizers, encode, origin
 from diptych.data.sources import Source, open_finite, require_pairs
@@ -121,7 +119,7 @@ def _unpaired(
     source = _open(spec, data)
     if not (source.has_images if side == "images" else source.has_captions):
         raise UserError(f"{spec}: it is given as --data.{side} but has no {side}")
-    return Subset(source, np.arange(len(source)))
+    return Subset(source, range(len(source)))
 
 
 def _open(spec: str, data: DataConfig) -> Source | Store:
@@ -158,7 +156,7 @@ def encode_subset(
         made_by, wanted = store.manifest["made_by"], origin(subset.source, tokenizers, subset.items)
         differing = [name for name, value in made_by.items() if value != wanted[name]]  # old stores know fewer names
         if not differing:
-            return Subset(store, np.arange(len(store)))
+            return Subset(store, range(len(store)))
         if differing == ["content"]:
             raise UserError(
                 f"{out}: encoded from {subset.source.name} before its captions or images were changed: "
@@ -178,4 +176,4 @@ def encode_subset(
         max_skipped_share=data.max_skipped_share,
         advance=advance,
     )
-    return Subset(store, np.arange(len(store)))
+    return Subset(store, range(len(store)))
