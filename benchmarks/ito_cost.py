@@ -29,10 +29,9 @@ from torch import nn
 
 from diptych.data.augment import ViewConfig
 from diptych.data.batch import Batch, CaptionedImageExamples
-from diptych.dual.clip import ClipConfig, SlipConfig
 from diptych.dual.ito import ItoConfig
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
-from diptych.dual.objective import PairsConfig
+from diptych.dual.objective import ClipConfig, PairsConfig, SlipConfig
 from diptych.rng import StepRNG
 
 OBJECTIVES = ("clip", "clip-aug", "siglip", "slip", "ito-0", "ito", "ito, not lean")

@@ -34,8 +34,8 @@ from diptych.data.scenes import COLOURS, PLACES, SHAPES, ScenesSource
 from diptych.data.sources import Source, open_source
 from diptych.data.splits import Subset
 from diptych.data.suggest import LookedAt, suggest
-from diptych.dual.losses import info_nce
 from diptych.dual.metrics import retrieval
+from diptych.dual.objective import info_nce
 from diptych.encoders import open_image_encoder, open_text_encoder
 from diptych.eval.baselines import encoded, histograms
 from diptych.eval.probe import fit_linear

@@ -26,17 +26,15 @@ from uml_fewshot import drawn, published
 from diptych.data.class_texts import choose_texts, permuted
 from diptych.data.pixels import SkippedItems
 from diptych.encoders import open_image_encoder, open_text_encoder
+from diptych.experiments.analyses import accuracies, class_margin, corrupted, fit_exchange, silhouette
 from diptych.experiments.classifier_bank import BankMember, ClassifierBank, TrainedMember
 from diptych.experiments.few_shot import CONTROLS
-from diptych.experiments.representation import class_margin, fit_exchange, silhouette
-from diptych.experiments.robustness import accuracies, corrupted
 from diptych.nn.inference import eval_mode
 from diptych.rng import derive_seed
 from diptych.run_folder import write_json
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.uml.data import class_text_features, labelled_image_features
+from diptych.uml.data import IMAGE, TEXT, class_text_features, labelled_image_features
 from diptych.uml.objective import SharedHead
-from diptych.uml.training import IMAGE, TEXT
 
 
 @dataclass(kw_only=True)

@@ -37,7 +37,7 @@ from diptych.experiments.few_shot import FewShotResult, gain, spread
 from diptych.rng import derive_seed
 from diptych.run_folder import write_json
 from diptych.tokenizers.recipes import encoder_tiny
-from diptych.uml.features import read_rows
+from diptych.uml.data import read_rows
 from diptych.uml.objective import SharedHead, SharedHeadConfig, uml_loss
 from diptych.uml.training import Score, select_best, start_head
 

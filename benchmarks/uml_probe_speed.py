@@ -24,9 +24,9 @@ from diptych.encoders import ScratchConfig, open_image_encoder, scratch_encoder
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import Devices
 from diptych.train.step import TrainStep
-from diptych.uml.data import LabelledFeatures, LabelledImages, labelled_image_features
+from diptych.uml.data import IMAGE, TEXT, LabelledFeatures, LabelledImages, labelled_image_features
 from diptych.uml.objective import SharedHeadConfig, UmlConfig, UmlObjective
-from diptych.uml.training import IMAGE, TEXT, start_head
+from diptych.uml.training import start_head
 
 ROWS, TEXTS, WIDTH = 32, 30, 256
 

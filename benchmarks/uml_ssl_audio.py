@@ -25,10 +25,9 @@ from diptych.encoders import open_text_encoder
 from diptych.eval.probe import linear_probe
 from diptych.rng import derive_seed
 from diptych.run_folder import save_model, write_json
-from diptych.uml.features import read_rows
+from diptych.uml.data import read_rows
 from diptych.uml.recipes import uml_ssl
-from diptych.uml.ssl_objective import SharedTransformerConfig, UmlSslConfig
-from diptych.uml.ssl_training import UmlSslRun, embed_features
+from diptych.uml.self_supervised import SharedTransformerConfig, UmlSslConfig, UmlSslRun, embed_features
 
 MEL = MelConfig(window=1024, hop=1280)
 CAPTIONS = 2000

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -20,9 +21,8 @@ from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source
 from diptych.data.sources.decode import decode
 from diptych.data.store import VectorStore
-from diptych.dual.search import Index
-from diptych.run_folder import read_config, write_config, write_json
-from diptych.tokenizers.recipes import text_encoder_tiny, vqgan_tiny
+from diptych.dual.search import Index, nearest
+from diptych.run_folder import write_config
 from diptych.uml.recipes import uml_probe
 
 # Caption and generate images
@@ -328,6 +328,47 @@ def test_classify(call, dual_run, scene, photo, tmp_path):
     assert call(*command, "--templates", tmp_path / "templates.txt")[1] != call(*command)[1]
 
 
+def test_an_index_of_codes_is_what_search_uses(call, mistaken, dual_run, store, monkeypatch):
+    pytest.importorskip("faiss")
+    embed = ("embed", dual_run, SRC, "--out", store, "--index", "ivfpq")
+    mistaken_call = call(*embed)
+    assert mistaken_call[0] == 2
+    assert "12 embeddings, too few to learn an ivfpq index from (10,000)" in mistaken_call[2]
+    with patch("diptych.dual.search.build_ivfpq", return_value=store / "ivfpq") as build:
+        status, out, _ = call(*embed)
+    assert (status, out) == (0, f"12 images in {store}\nindex in {store}/ivfpq\n")
+    assert build.call_args.args[0].folder == store
+    (store / "ivfpq").mkdir()
+    with patch("diptych.dual.search.nearest_approximate", wraps=nearest) as searched:
+        searched.side_effect = lambda query, store, *, k: nearest(query, store.vectors, k=k)
+        assert call("search", dual_run, "a red circle", "--index", store)[0] == 0
+        assert searched.call_count == 1
+        assert call("search", dual_run, "a red circle", "--index", store, "--method", "exact")[0] == 0
+        assert searched.call_count == 1
+    mistaken(call(*embed[:-3], "x.parquet", *embed[-2:]), "--index ivfpq: lies in a folder", "x.parquet")
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    mistaken(call(*embed), "pip install 'diptych[ann]'")
+
+
+def test_embeddings_as_a_table(call, dual_run, store, photo, tmp_path):
+    status, out, _ = call("embed", dual_run, SRC, "--out", tmp_path / "t.parquet")
+    assert (status, out) == (0, f"12 images in {tmp_path}/t.parquet\n")
+    table, whole = pyarrow.parquet.read_table(tmp_path / "t.parquet"), VectorStore.open(store)
+    assert table.column_names == ["key", "items", "vector"]
+    assert table["key"].to_pylist() == whole.keys
+    assert table["items"].to_pylist() == list(range(12))
+    np.testing.assert_array_equal(np.array(table["vector"].to_pylist(), np.float16), whole.vectors)
+    assert json.loads(table.schema.metadata[b"diptych"]) == whole.manifest
+    (tmp_path / "photos").mkdir()
+    for n in range(101):
+        (tmp_path / f"photos/{n:03}.png").write_bytes(photo.read_bytes() if n else b"no image")
+    status, out, _ = call("embed", dual_run, tmp_path / "photos", "--out", tmp_path / "t.parquet")
+    listed = tmp_path / "t.skipped.jsonl"
+    assert (status, out) == (0, f"100 images in {tmp_path}/t.parquet; 1 skipped, see {listed}\n")
+    assert json.loads(listed.read_text())["key"] == "000.png"
+    assert not list(tmp_path.glob(".t.*"))
+
+
 def test_searches_that_make_no_sense(call, mistaken, dual_run, store, texts, photo, tmp_path):
     def search(*more):
         return call("search", dual_run, *more, "--index", store)
@@ -427,70 +468,7 @@ def test_export(call, mistaken, dual_run, run, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-# Scores
-
-
-@pytest.mark.filterwarnings("ignore:Covariance")
-def test_evaluate(call, run, tmp_path):
-    status, out, err = call("evaluate", run, "--data", TEST, "--beams", 1)
-    assert (status, err) == (0, "")
-    assert "caption_accuracy" in out
-    folder = run / "evaluation"
-    assert sorted(path.name for path in folder.iterdir()) == ["captions.jsonl", "metrics.json", "sheet.png"]
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["images"] == 8
-    assert {"cider", "caption_accuracy", "image_accuracy"} <= metrics.keys()
-    assert len((folder / "captions.jsonl").read_text().splitlines()) == 8
-    call("evaluate", run, "--data", TEST, "--limit", 3, "--out", tmp_path / "three")
-    assert json.loads((tmp_path / "three/metrics.json").read_text())["images"] == 3
-
-
-@pytest.mark.filterwarnings("ignore:Covariance")
-def test_a_second_evaluation_leaves_the_first_as_it_was(call, mistaken, run, tmp_path):
-    few = ["evaluate", run, "--data", TEST, "--beams", 1, "--limit"]
-    call(*few, 2)
-    first = (run / "evaluation/metrics.json").read_bytes()
-    _, out, _ = call(*few, 3)
-    assert f"written to {run}/evaluation-2" in out
-    assert json.loads((run / "evaluation-2/metrics.json").read_text())["images"] == 3
-    call(*few, 4)
-    assert (run / "evaluation-3/metrics.json").is_file()
-    mistaken(call(*few, 5, "--out", run / "evaluation"), run / "evaluation", "earlier evaluation")
-    assert (run / "evaluation/metrics.json").read_bytes() == first
-
-
-@pytest.mark.filterwarnings("ignore:Covariance")
-def test_evaluate_a_tokenizer(call, tokenizer, photo, tmp_path, mistaken):
-    run = tmp_path / "vqgan"
-    tokenizer.save_pretrained(run / "tokenizer")
-    write_config(run, recipe="vqgan-tiny", run=vqgan_tiny())
-    status, out, err = call("evaluate", run, "--data", TEST, "--limit", 4)
-    assert (status, err) == (0, "")
-    assert "psnr" in out
-    assert "higher" in out
-    assert "lower" in out
-    assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["metrics.json", "sheet.png"]
-    metrics = json.loads((run / "evaluation/metrics.json").read_text())
-    assert metrics["images"] == 4
-    assert {"psnr", "used", "perplexity", "rfd"} <= metrics.keys()
-    mistaken(call("evaluate", run, "--data", TEST, "--classes", run / "names.txt"), run, "--classes", "'tokenizer'")
-    write_config(run, recipe="text-encoder-tiny", run=text_encoder_tiny())
-    mistaken(call("evaluate", run, "--data", TEST), run, "text encoder")
-    write_json(run / "config.json", read_config(run) | {"kind": "newer than this"})
-    mistaken(call("evaluate", run, "--data", TEST), run, "newer than this")
-    write_json(run / "config.json", {"recipe": "vqgan-tiny"})
-    mistaken(call("evaluate", run, "--data", TEST), run / "config.json", '"kind"', '"tokenizer"')
-
-
-def test_evaluate_a_dual_encoder(call, dual_run):
-    status, out, err = call("evaluate", dual_run, "--data", TEST, "--train", "scenes:?count=40")
-    assert (status, err) == (0, "")
-    recall = next(line for line in out.splitlines() if "retrieval/mean_r1" in line)
-    assert "%" in recall
-    assert "higher" in recall
-    metrics = json.loads((dual_run / "evaluation/metrics.json").read_text())
-    assert metrics["images"] == 8
-    assert {"zero_shot/top1", "linear_probe/accuracy", "modality/accuracy"} <= metrics.keys()
+# Captions of a whole data set
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.jsonl", "out.parquet", "out.json"])
@@ -691,26 +669,3 @@ def test_five_thousand_texts_beside_images_survive_kills(run, tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     assert {path.stem for path in folder.glob("[!.]*.txt")} == {f"{number:05d}" for number in range(5000)}
     assert all(path.read_text().endswith("\n") for path in folder.glob("[!.]*.txt"))
-
-
-@pytest.mark.filterwarnings("ignore:Covariance")
-def test_protocols_cycles_and_sweeps(call, run, dual_run, tmp_path, mistaken):
-    status, out, err = call("evaluate", run, "--data", TEST, "--protocol", "coco-fid30k", "--steps", 1)
-    assert (status, err) == (0, "")
-    assert "1 steps, guidance 0" in out
-    assert "DEPARTS: 8 images, not 30,000" in out
-    assert f"DEPARTS: {TEST} names the split test: the protocol has captions of the training split" in out
-    status, out, err = call("evaluate", run, "--data", "scenes:?count=3", "--cycles", 1, "--out", tmp_path / "cycles")
-    assert (status, err) == (0, "")
-    assert (
-        "from_text/image_attributes"
-        in json.loads((tmp_path / "cycles/metrics.json").read_text())["cycles"][str(run)][0]
-    )
-    few = ["--guidance", 0, "--temperature", 1, "--beams", 1, "--length-power", 0, "--limit", 3]
-    status, out, err = call("sweep", run, "scenes:?count=3", "--out", tmp_path / "sweep", *few)
-    assert (status, err) == (0, "")
-    assert "best for captions: beams 1, length_power 0" in out
-    mistaken(call("sweep", run, TEST, "--out", tmp_path / "one", "--limit", 1), "--limit 1")
-    mistaken(call("evaluate", run, "--data", TEST, "--against", run), "--against", "--cycles")
-    mistaken(call("evaluate", run, "--data", TEST, "--cycles", 1, "--beams", 2), "--cycles", "--beams")
-    mistaken(call("evaluate", dual_run, "--data", TEST, "--protocol", "coco-karpathy"), dual_run, "itit recipe")

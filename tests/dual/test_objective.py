@@ -1,5 +1,6 @@
 """What all objectives on pairs have in common, what each computes, and that two processes compute the same as one."""
 
+import math
 import os
 import subprocess
 import sys
@@ -11,9 +12,17 @@ import torch
 from dual_objectives import CONFIGS, ROWS, batch, objective, result
 
 from diptych.data.batch import CaptionedImageExamples
-from diptych.dual.losses import info_nce, nt_xent, sigmoid_loss
 from diptych.dual.model import TowerOutput
-from diptych.dual.objective import Views, unbind_captions
+from diptych.dual.objective import (
+    Views,
+    info_nce,
+    multi_view_info_nce,
+    multi_view_nt_xent,
+    nt_xent,
+    sigmoid_loss,
+    similarities,
+    unbind_captions,
+)
 
 SCRIPT = Path(__file__).with_name("dual_objectives.py")
 NAMES = list(CONFIGS)
@@ -173,3 +182,90 @@ def test_the_scale_is_held_at_100_before_it_is_used():
     module = objective("clip")
     module.model.clip.logit_scale.data.fill_(9.0)
     assert module(batch(module), 0).measures["align/scale"].item() == pytest.approx(100, rel=1e-4)
+
+
+FEW, WIDTH = 5, 8
+SCALE = torch.tensor(7.0)
+
+
+def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(*shape, WIDTH, generator=generator), dim=-1)
+
+
+def log_softmax_at(logits: list[float], index: int) -> float:
+    return logits[index] - math.log(sum(math.exp(value) for value in logits))
+
+
+def test_info_nce_equals_loops():
+    image, text = vectors(FEW), vectors(FEW, seed=1)
+    total = 0.0
+    for i in range(FEW):
+        total -= log_softmax_at([7 * float(image[i] @ text[j]) for j in range(FEW)], i)
+        total -= log_softmax_at([7 * float(text[i] @ image[j]) for j in range(FEW)], i)
+    assert info_nce(image, text, SCALE).item() == pytest.approx(total / (2 * FEW), rel=1e-5)
+
+
+def test_info_nce_of_orthonormal_pairs():
+    """Own cosine 1, all others 0: -log e^s / (e^s + B - 1)."""
+    unit = torch.eye(WIDTH)[:FEW]
+    assert info_nce(unit, unit, SCALE).item() == pytest.approx(math.log(math.exp(7) + FEW - 1) - 7, abs=1e-5)
+    same = torch.ones(FEW, WIDTH) / math.sqrt(WIDTH)
+    assert info_nce(same, same, SCALE).item() == pytest.approx(math.log(FEW), rel=1e-5)
+
+
+def test_multi_view_is_the_mean_over_all_pairs_of_view_and_caption():
+    images, texts = vectors(3, FEW), vectors(2, FEW, seed=1)
+    wanted = sum(info_nce(images[v], texts[m], SCALE) for v in range(3) for m in range(2)) / 6
+    torch.testing.assert_close(multi_view_info_nce(images, texts, SCALE), wanted)
+
+
+def test_nt_xent_equals_loops():
+    first, second = vectors(FEW), vectors(FEW, seed=1)
+    total = 0.0
+    for a, b in ((first, second), (second, first)):
+        for i in range(FEW):
+            others = [7 * float(a[i] @ a[j]) for j in range(FEW) if j != i]
+            across = [7 * float(a[i] @ b[j]) for j in range(FEW)]
+            total -= log_softmax_at([*across, *others], i)
+    assert nt_xent(first, second, SCALE).item() == pytest.approx(total / (2 * FEW), rel=1e-5)
+
+
+def test_nt_xent_of_orthonormal_pairs():
+    """Own 1; B - 1 zeros in the other view and B - 1 in the same one."""
+    unit = torch.eye(WIDTH)[:FEW]
+    wanted = math.log(math.exp(7) + 2 * (FEW - 1)) - 7
+    assert nt_xent(unit, unit, SCALE).item() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_more_views_are_compared_two_by_two():
+    views = vectors(3, FEW)
+    wanted = (
+        nt_xent(views[0], views[1], 5.0) + nt_xent(views[0], views[2], 5.0) + nt_xent(views[1], views[2], 5.0)
+    ) / 3
+    torch.testing.assert_close(multi_view_nt_xent(views, 5.0), wanted)
+
+
+def test_sigmoid_loss_equals_loops():
+    image, text = vectors(FEW), vectors(FEW, seed=1)
+    total = 0.0
+    for i in range(FEW):
+        for j in range(FEW):
+            logit = (1 if i == j else -1) * (7 * float(image[i] @ text[j]) - 3)
+            total += math.log(1 + math.exp(-logit))
+    assert sigmoid_loss(image, text, SCALE, torch.tensor(-3.0)).item() == pytest.approx(total / FEW, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [info_nce, nt_xent, lambda a, b, s: sigmoid_loss(a, b, s, torch.tensor(-1.0))])
+def test_gradients_reach_both_sides_and_the_scale(loss):
+    a, b, scale = vectors(FEW).requires_grad_(), vectors(FEW, seed=1).requires_grad_(), SCALE.clone().requires_grad_()
+    gradients = torch.autograd.grad(loss(a, b, scale), [a, b, scale])
+    assert all(gradient.abs().amax() > 1e-4 for gradient in gradients)
+    assert all((gradient.abs().amax(-1) > 0).all() for gradient in gradients[:2])
+
+
+def test_similarities_are_fp32_under_autocast():
+    a, b = vectors(FEW), vectors(FEW, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = similarities(a, b, SCALE)
+    torch.testing.assert_close(found, 7 * a @ b.T, rtol=0, atol=1e-6)

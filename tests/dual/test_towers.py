@@ -1,7 +1,6 @@
 """Dual encoders of two pretrained models, here two small random ones that are saved as their library saves them."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,13 +28,14 @@ from transformers import (
 
 from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source
+from diptych.dual import data
 from diptych.dual.data import CaptionIds
 from diptych.dual.evaluation import evaluate_dual_run
 from diptych.dual.export import save_open_clip
 from diptych.dual.model import DualEncoder, DualEncoderConfig
 from diptych.dual.search import Index, embed_run
 from diptych.dual.towers import Heads, TowersEncoder
-from diptych.dual.training import PairsData
+from diptych.dual.training import DualRun, PairsData
 from diptych.encoders import open_image_encoder, open_text_encoder
 from diptych.errors import UserError
 from diptych.registry import RECIPES
@@ -290,8 +290,8 @@ def test_features_are_computed_once(towers, done, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("diptych.dual.states.image_states", fail)
-    monkeypatch.setattr("diptych.dual.states.text_states", fail)
+    monkeypatch.setattr("diptych.dual.data.image_states", fail)
+    monkeypatch.setattr("diptych.dual.data.text_states", fail)
     run.fit(tmp_path, recipe="ito-frozen")
     assert losses(tmp_path) == losses(done)
     run.train.seed = 1  # views are drawn once, for all seeds
@@ -308,34 +308,52 @@ def test_chunks_change_no_loss(towers, done, tmp_path):
     assert losses(tmp_path / "chunked") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
-def test_a_budget_takes_as_many_images_as_fit(towers, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("diptych.dual.training.seconds_of_states", lambda *arguments: 1.0)
-    small_run(towers, steps=8).fit(tmp_path, recipe="clip-frozen", budget=Budget(0.2))
-    told = re.search(r"features: (\d+) of 24 images fit", capsys.readouterr().out)
-    assert told
-    assert 2 <= int(told[1]) < 13
-    (states,) = (tmp_path / "features").glob("images-*")
-    assert len(np.load(states / "states.npy")) == int(told[1])
-    assert json.loads((tmp_path / "budget.json").read_text())["decisions"]["images"] == int(told[1])
-    assert read_config(tmp_path)["run"]["train"]["batch_size"] <= int(told[1])
+@pytest.fixture
+def clock(monkeypatch):
+    """A budget of 24 seconds, of which each block of four images takes one."""
+    monkeypatch.setattr("diptych.dual.data._ITEMS", 4)
+    plain, blocks = data.text_states, []
+
+    def text_states(*arguments):
+        blocks.append(1)
+        return plain(*arguments)
+
+    monkeypatch.setattr("diptych.dual.data.text_states", text_states)
+    monkeypatch.setattr(Budget, "left", lambda budget: 24.0 - len(blocks))
+    return blocks
+
+
+def test_a_budget_takes_as_many_images_as_fit(towers, tmp_path, monkeypatch, capsys, clock):
+    monkeypatch.setattr(DualRun, "_seconds_of_training", lambda *_: 8.0)
+    run = small_run(towers, steps=8, data=PairsData(pairs="scenes:?count=90"))
+    run.fit(tmp_path, recipe="clip-frozen", budget=Budget(0.4))
+    assert "features: 60 of 90 images fit into the budget" in capsys.readouterr().out
+    decisions = json.loads((tmp_path / "budget.json").read_text())["decisions"]
+    assert decisions["images"] == 60
+    monkeypatch.setattr(Budget, "left", lambda budget: 0.0)  # what was decided holds
+    run.fit(tmp_path, recipe="clip-frozen", budget=Budget(0.4))
+    assert len(clock) == 15
+    assert read_config(tmp_path)["run"]["train"]["batch_size"] <= 60
 
 
 @pytest.mark.parametrize("recipe", ["clip-frozen", "slip-frozen", "ito-frozen"])
-def test_features_get_the_time_that_training_does_not_need(recipe, towers, tmp_path, monkeypatch):
-    monkeypatch.setattr("diptych.dual.training.seconds_of_states", lambda *arguments: 1.0)
+def test_features_get_the_time_that_training_does_not_need(recipe, towers, tmp_path, monkeypatch, clock):
     run = small_run(towers, recipe, steps=8)
     source = open_source(run.data.pairs)
     model = run._model(source, tmp_path)
     captions = CaptionIds.read(source, np.arange(len(source)), model.ids)
     assert 0 < run._seconds_of_training(model, captions) < 20
 
-    def images(seconds: float) -> int:
-        monkeypatch.setattr(type(run), "_seconds_of_training", lambda *_: seconds)
-        plan = RunPlan([StageCost(name=recipe, steps=8)], budget=Budget(0.4))
-        return run._affordable_items(model, source, captions, plan)
+    def seconds_of_features(training: float) -> int:
+        monkeypatch.setattr(type(run), "_seconds_of_training", lambda *_: training)
+        clock.clear()
+        enough = run._enough(model, captions, RunPlan([StageCost(name=recipe, steps=8)], budget=Budget(0.4)))
+        while not enough(0):
+            clock.append(1)
+        return len(clock)
 
-    # 22 of the 24 seconds are left, one for each image.
-    assert [images(seconds) for seconds in (0.0, 8.0, 1e9)] == pytest.approx([18, 13, 10], abs=1)
+    # 22 of the 24 seconds are for features and training.
+    assert [seconds_of_features(seconds) for seconds in (0.0, 8.0, 1e9)] == [19, 15, 12]
 
 
 def test_validation_equals_evaluate(done, tmp_path):
@@ -395,6 +413,6 @@ def test_unreadable_images_are_left_out(towers, tmp_path):
         small_run(towers, data=data, steps=2).fit(tmp_path / "run", recipe="clip-frozen")
         assert "05.png" in (tmp_path / "run" / "skipped.jsonl").read_text()
         (tmp_path / "run" / "skipped.jsonl").unlink()
-    (states,) = (tmp_path / "run" / "features").glob("images-*")
-    assert len(np.load(states / "states.npy")) == 11
-    assert np.load(states / "rows.npy").tolist() == [0, 1, 2, 3, 4, *range(6, 12)]
+    (folder,) = (tmp_path / "run" / "features").glob("images-*")
+    assert len(np.load(folder / "states.npy")) == 11
+    assert np.load(folder / "rows.npy").tolist() == [0, 1, 2, 3, 4, *range(6, 12)]

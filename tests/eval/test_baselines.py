@@ -23,7 +23,7 @@ from diptych.eval.baselines import (
     most_frequent,
     nearest,
 )
-from diptych.report.run_report import write_run_report
+from diptych.report.html import write_run_report
 from diptych.run_folder import write_config
 from diptych.tokenizers.recipes import vqgan_tiny
 

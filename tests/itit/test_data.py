@@ -6,9 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diptych.data.encode import DataTokenizers, encode
 from diptych.data.scenes import ScenesSource
-from diptych.data.store import Store
+from diptych.data.store import DataTokenizers, Store, encode
 from diptych.errors import UserError
 from diptych.itit.data import DataConfig, Subset, encode_subset, open_data
 

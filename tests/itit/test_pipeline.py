@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 import diptych
-from diptych.data.encode import DataTokenizers
 from diptych.data.scenes import ScenesSource
+from diptych.data.store import DataTokenizers
 from diptych.errors import UserError
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.pipeline import Diptych, data_tokenizers

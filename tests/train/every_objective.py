@@ -33,7 +33,7 @@ from diptych.tokenizers.vqgan import VQGAN, CodebookConfig, VQGANConfig
 from diptych.train.loop import train
 from diptych.train.objective import Objective
 from diptych.uml.objective import SharedHead, SharedHeadConfig, UmlConfig, UmlObjective
-from diptych.uml.ssl_objective import SharedTransformer, SharedTransformerConfig, UmlSsl, UmlSslConfig
+from diptych.uml.self_supervised import SharedTransformer, SharedTransformerConfig, UmlSsl, UmlSslConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "dual"))
 import dual_objectives

@@ -21,7 +21,7 @@ from diptych.run_folder import kind_of
 from diptych.train.config import OptimConfig
 from diptych.train.pace import Budget
 from diptych.uml.classifier import Classifier, evaluate_classifier_run
-from diptych.uml.features import read_features
+from diptych.uml.data import read_features
 from diptych.uml.recipes import uml_finetune, uml_probe
 from diptych.uml.training import UmlData
 
@@ -155,7 +155,7 @@ def test_the_frozen_encoder_is_as_it_was_and_its_features_are_made_once(dataset,
     def refuse(*arguments, **options):
         raise AssertionError("an image was read again")
 
-    monkeypatch.setattr("diptych.uml.features.image_batches", refuse)
+    monkeypatch.setattr("diptych.uml.data.image_batches", refuse)
     run.fit(tmp_path / "again", recipe="uml-probe")
     assert lines(tmp_path / "again")[-1]["valid/accuracy"] == lines(tmp_path / "run")[-1]["valid/accuracy"]
 

@@ -18,9 +18,8 @@ import numpy as np
 from fastapi import FastAPI
 
 from diptych.app import answers
-from diptych.app.answers import Drawing
+from diptych.app.answers import Drawing, Given, Tab, read_images
 from diptych.app.decisions import Offer, Offers, label_confidence
-from diptych.app.runs import Given, Tab, read_images
 from diptych.app.serve import MAX_FILE_MB, WAITING
 from diptych.errors import UserError
 

@@ -8,17 +8,16 @@ from typing import Any
 import tyro
 
 from diptych.cli.datasets import audit, check, suggest
+from diptych.cli.evaluation import evaluate, sweep
 from diptych.cli.inference import (
     app,
     caption,
     classify,
     cycle,
     embed,
-    evaluate,
     export,
     imagine,
     search,
-    sweep,
 )
 from diptych.cli.training import demo, encode, features, fit, fit_for_help, recipes
 from diptych.errors import Interrupted, UserError

@@ -1,4 +1,4 @@
-"""Commands on finished runs: caption and generate images, embed, search, classify, export, and scores.
+"""Commands on finished runs: caption and generate images, embed, search, classify, export, and the page.
 
 Imports are inside the functions, after all arguments have been looked at: --help and mistakes answer at once.
 """
@@ -7,6 +7,7 @@ import json as json_format  # commands have a parameter `json`
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,13 +20,17 @@ from diptych.run_folder import check_finished, kind_of
 if TYPE_CHECKING:
     import numpy as np
 
-    from diptych.cli.images import ImageArguments
+    from diptych.cli.images import ImageArguments, NamedImage
+    from diptych.data.caption_file import MadeCaption
+    from diptych.data.engine import Engine
     from diptych.itit.confidence import Confidence
     from diptych.itit.pipeline import Caption, Diptych
     from diptych.nn.inference import Prediction
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 """As in nn/inference.py, which would import torch."""
+EngineName = Literal["local", "ray"]
+"""As in data/engine.py, which would import NumPy."""
 RunArg = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
 ImagesArg = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE")]
 SourceArg = Annotated[Positional[str], tyro.conf.arg(metavar="SRC")]
@@ -47,6 +52,8 @@ def caption(
     candidates: int = 1,
     best_of: int | None = None,
     device: Device = "auto",
+    engine: EngineName = "local",
+    ray_address: str | None = None,
 ) -> None:
     """Caption images: one line for each, or a file of captions for a whole data set.
 
@@ -72,6 +79,9 @@ def caption(
         best_of: Number of captions of the beam search that are ranked anew, by how probable they make the image.
             Default: they are ranked by the beam search.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+        engine: With --out, who captions: this process, or the workers of a Ray cluster (extra `ray`). The file is the
+            same.
+        ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
     """
     if not images and calibrate is None:
         raise UserError("no image given: diptych caption RUN IMAGE...")
@@ -86,6 +96,10 @@ def caption(
     ranked = {"candidates": candidates, "best_of": best_of} if candidates > 1 or best_of else {}
     if all and (out is None or sidecars):
         raise UserError("--all: goes with --out FILE alone: sidecars never replaces a caption")
+    if engine != "local" and out is None:
+        raise UserError(f"--engine {engine}: goes with --out alone")
+    working = engine_of(engine, ray_address, device=device)
+    working = replace(working, reopen=partial(_open_to_caption, run, images, device))
     part = _shard_of(shard, out)
     if out is not None and not sidecars:
         from diptych.data.caption_file import check_format, name_of_shard
@@ -105,7 +119,7 @@ def caption(
             raise UserError(f"--shard {shard}: of {total} image{'s' * (total != 1)} none is in it; make fewer shards")
 
     if out is not None:
-        _caption_into(out, given, run=run, every=all, beams=beams, ranked=ranked, device=device)
+        _caption_into(out, given, run=run, every=all, beams=beams, ranked=ranked, device=device, engine=working)
         return
     diptych = open_itit(run, device)
     confidence = _confidence(run, diptych, beams=beams, ranked=ranked) if json else None
@@ -187,8 +201,10 @@ def _caption_into(
     beams: int | None,
     ranked: dict[str, Any],
     device: Device,
+    engine: "Engine",
 ) -> None:
-    from diptych.data.caption_file import CaptionFile, MadeCaption, Sidecars, holds_images
+    from diptych.cli.images import ROWS
+    from diptych.data.caption_file import CaptionFile, Sidecars, holds_images
     from diptych.io import weights_digest
     from diptych.report.terminal import ProgressLine
 
@@ -207,25 +223,55 @@ def _caption_into(
         file = CaptionFile(out, made_by=settings, files={each.name: each.file for each in images if each.file})
     given.images = [image for image in images if image.name not in file.made]
     begun = len(images) - len(given.images)
-    for batch, pixels in given.batches(diptych.image_size, advance=ProgressLine("captioning")):
-        found = _captions(diptych, pixels, beams=beams, ranked=ranked)
-        several = ranked.get("candidates", 1) > 1
-        file.add(
-            [
-                MadeCaption(
-                    file=name,
-                    caption=each[0].text,
-                    score=each[0].score,
-                    candidates=[one.text for one in each] if several else [],
-                )
-                for name, each in zip(batch, found, strict=True)
-            ]
-        )
+    left = [image.name for image in given.images]
+    blocks = [left[start : start + ROWS] for start in range(0, len(left), ROWS)]
+    work = partial(_caption_block, beams=beams, ranked=ranked)
+    advance, done = ProgressLine("captioning"), 0
+    tools = diptych, {image.name: image for image in given.images}
+    for block, (made, mistakes) in zip(blocks, engine.map(work, tools, blocks), strict=True):
+        given.count(used=len(made), mistakes=mistakes)
+        file.add(made)
+        done += len(block)
+        advance(done, len(left))
     file.finish(names, confidence=confidence)
     more = f", {begun:,} of them before" if begun else ""
-    left = f"; {captioned:,} that have captions left out" if captioned else ""
-    print(f"{given.used + begun:,} images captioned{more}{left}: {file.where}")
+    spared = f"; {captioned:,} that have captions left out" if captioned else ""
+    print(f"{given.used + begun:,} images captioned{more}{spared}: {file.where}")
     given.exit_if_any_was_left_out()
+
+
+def _open_to_caption(run: Path, places: tuple[str, ...], device: Device) -> "tuple[Diptych, dict[str, NamedImage]]":
+    """In a worker of Ray: the run, and all images of the command by their names."""
+    from diptych.cli.images import find_images
+
+    return open_itit(run, device), {image.name: image for image in find_images(places).images}
+
+
+def _caption_block(
+    tools: "tuple[Diptych, dict[str, NamedImage]]", names: list[str], *, beams: int | None, ranked: dict[str, Any]
+) -> "tuple[list[MadeCaption], list[str]]":
+    """Captions of the images of these names, and what is wrong with those that cannot be read."""
+    import numpy as np
+
+    from diptych.cli.images import read_named
+    from diptych.data.caption_file import MadeCaption
+
+    diptych, images = tools
+    if gone := [name for name in names if name not in images]:
+        raise UserError(f"{gone[0]}: not to be found where a worker of Ray runs; all machines must see the same files")
+    read = read_named([images[name] for name in names], diptych.image_size)
+    found = _captions(diptych, np.stack(read.pixels), beams=beams, ranked=ranked) if read.names else []
+    several = ranked.get("candidates", 1) > 1
+    made = [
+        MadeCaption(
+            file=name,
+            caption=each[0].text,
+            score=each[0].score,
+            candidates=[one.text for one in each] if several else [],
+        )
+        for name, each in zip(read.names, found, strict=True)
+    ]
+    return made, read.mistakes
 
 
 def imagine(
@@ -335,6 +381,15 @@ def _check_is_there(file: Path) -> None:
         raise UserError(f"{file}: {'is not a file' if file.exists() else 'does not exist'}")
 
 
+def engine_of(name: EngineName, address: str | None, *, device: Device = "auto") -> "Engine":
+    """Raises UserError where Ray is wanted and not installed, and for an address without it."""
+    from diptych.data.engine import Engine
+
+    engine = Engine(name=name, address=address, device=device)
+    engine.check()
+    return engine
+
+
 def at_least_one(name: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise UserError(f"{name} {value}: must be 1 or more")
@@ -359,33 +414,59 @@ def embed(
     *,
     out: Path,
     texts: bool = False,
+    index: Literal["ivfpq"] | None = None,
     workers: int = 2,
     device: Device = "auto",
+    engine: EngineName = "local",
+    ray_address: str | None = None,
 ) -> None:
     """Embed all images of a source, for `diptych search`; a uml-ssl run embeds the features in a store.
 
     Args:
         run: Run folder of a dual encoder or of uml-ssl.
         source: Source of images or texts; for uml-ssl the folder of a store of features.
-        out: Folder for the embeddings, the index of `diptych search`. An earlier one is replaced.
+        out: Folder for the embeddings, which `diptych search` takes, or a .parquet file for a vector database. An
+            earlier one is replaced.
         texts: Embed the texts of the source instead of its images.
+        index: Also build an index for a fast search among millions of embeddings, in bounded memory: ivfpq of faiss
+            (extra `ann`). `diptych search` uses it.
         workers: Number of threads that decode images.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+        engine: Who embeds: this process, or the workers of a Ray cluster (extra `ray`). The result is the same.
+        ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
     """
+    table = out.suffix.lower() == ".parquet"
+    if table and index is not None:
+        raise UserError(f"--index {index}: lies in a folder of embeddings: give --out a folder, not {out}")
     if check_finished(run, "dual", "feature encoder") == "feature encoder":
-        from diptych.uml.ssl_training import embed_store
+        if texts or table or index is not None or engine != "local":
+            flags = "--texts, --index, --engine and .parquet files"
+            raise UserError(f"{run}: {flags} are for dual encoders; a uml-ssl run embeds a store into a folder")
+        from diptych.uml.self_supervised import embed_store
 
         print(f"{len(embed_store(run, Path(source), out=out, device=device)):,} embeddings in {out}")
         return
+    working = engine_of(engine, ray_address, device=device)
 
     from diptych.data.sources import open_source
 
     open_source(source)  # what is wrong with it is told before the libraries are loaded
-    from diptych.dual.search import embed_run
+    from diptych.dual.search import build_ivfpq, embed_into_parquet, embed_run, import_faiss
+    from diptych.report.terminal import ProgressLine
 
     side: Literal["images", "texts"] = "texts" if texts else "images"
-    store, skipped = embed_run(run, source, side=side, out=out, workers=workers, device=device)
-    print(f"{len(store):,} {side} in {out}" + (f"; {skipped:,} skipped, see {out}/skipped.jsonl" if skipped else ""))
+    given: dict[str, Any] = {"side": side, "workers": workers, "device": device, "engine": working}
+    if table:
+        count, skipped = embed_into_parquet(out, run=run, spec=source, **given)
+        listed = out.with_suffix(".skipped.jsonl")
+    else:
+        if index is not None:
+            import_faiss()  # before the work, not after it
+        store, skipped = embed_run(run, source, out=out, **given)
+        count, listed = len(store), out / "skipped.jsonl"
+    print(f"{count:,} {side} in {out}" + (f"; {skipped:,} skipped, see {listed}" if skipped else ""))
+    if index is not None:
+        print(f"index in {build_ivfpq(store, advance=ProgressLine('building the index'))}")
 
 
 def search(
@@ -395,7 +476,7 @@ def search(
     index: Path,
     image: Path | None = None,
     top: int = 10,
-    method: Literal["exact", "approximate"] = "exact",
+    method: Literal["exact", "approximate"] | None = None,
     out: Path | None = None,
     device: Device = "auto",
 ) -> None:
@@ -408,7 +489,8 @@ def search(
         image: Image file to search for instead.
         top: Number of hits.
         method: Method of search. exact compares with every embedding, about half a second a million. approximate is
-            for more than that; it builds an index of cells on first use and needs the extra `ann`.
+            for more than that and needs the extra `ann`; without `diptych embed --index` it builds an index on first
+            use. Default: approximate where `embed --index` built one, else exact.
         out: PNG file for a sheet of the images that were found. Default: none is written.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
@@ -568,216 +650,10 @@ def app(
             import gradio  # noqa: F401
         except ImportError as error:
             raise UserError(f"diptych app needs gradio ({error}): pip install 'diptych[app]'") from error
+        from diptych.app.answers import open_given
         from diptych.app.page import build
-        from diptych.app.runs import open_given
         from diptych.app.serve import serve
 
         given = open_given(runs, indexes=index, data=data, out=out, sidecars=sidecars, device=device)
         print(f"tabs: {', '.join(given.tabs)}", flush=True)
         serve(build(given), host=host, port=port, token=token, ready=lambda where: print(f"open {where}", flush=True))
-
-
-# Scores: runs of any kind
-
-
-def evaluate(
-    run: RunArg,
-    *,
-    data: str,
-    protocol: Literal["coco-karpathy", "coco-fid30k"] | None = None,
-    cycles: int | None = None,
-    against: tuple[Path, ...] = (),
-    limit: int | None = None,
-    beams: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    temperature: float | None = None,
-    seed: int = 0,
-    features: str | None = None,
-    baseline_encoder: str | None = None,
-    train: str | None = None,
-    classes: Path | None = None,
-    umap: bool = False,
-    max_skipped_share: float = 0.01,
-    out: Path | None = None,
-    device: Device = "auto",
-) -> None:
-    """Score a run on data it has not seen: a table, metrics.json and a sheet.
-
-    An ITIT run is scored on captioned images by its captions and the images it generates, an image tokenizer by how
-    well it reconstructs images, a classifier by its accuracy on labelled images. A dual encoder is scored by retrieval
-    and modality gap on captioned images and by zero-shot classification on labelled ones. The scores of baselines stand
-    beside them; the baselines learn, in seconds, from the data that the run has learned from.
-
-    Args:
-        run: Run folder of any recipe but text-encoder and uml-ssl.
-        data: Source of images with captions or labels that the run has not seen.
-        limit: Number of images to score, the first of the source. Scores of different subsets are not comparable.
-        protocol: ITIT: protocol of published numbers. coco-karpathy scores captions by 4 beams against all references,
-            coco-fid30k 30,000 images generated from captions drawn by --seed. What was done is printed and written.
-        cycles: ITIT: score so many rounds of cycle generation instead, each against what the cycle began with.
-        against: ITIT: runs whose cycles are scored too and stand in the same figure, e.g. one on the pairs alone.
-        beams: ITIT: number of beams of the search for captions; 1 is greedy. Default: the setting of the run.
-        steps: ITIT: number of steps of parallel decoding of an image. Default: the setting of the run.
-        guidance: ITIT: strength of guidance towards the text; 0 is none. Default: the setting of the run.
-        temperature: ITIT: noise in the order in which tokens are chosen. Default: the setting of the run.
-        seed: ITIT: seed of the generated images.
-        features: ITIT, image tokenizer: features of the Frechet distance, as folder or hub name of a vision model of
-            transformers, or as TorchScript file, or as .pth file of pytorch-fid (extra `fid`). It is called FID only
-            with the weights of FID's Inception. Default: a random network, which needs no download.
-        baseline_encoder: ITIT, dual encoder: pretrained image encoder, by folder, hub name or package, whose features
-            also find the nearest images for the baselines. Default: that of an ITIT run, none for a dual encoder.
-        train: Dual encoder: source of labelled images to fit a linear probe to.
-        classes: Dual encoder: file with the name of a class a line, for labels that are numbers (they count the lines
-            from 0) or codes (`n01440764 tench`, or the names in the order of the sorted codes).
-        umap: Dual encoder: also write umap.png, a map of the embeddings; needs the extra `umap`.
-        max_skipped_share: Largest share of unreadable images that is left out without stopping, 0 to 1.
-        out: Folder for metrics.json and the sheet. It must not hold earlier ones. Default: RUN/evaluation, or the first
-            of RUN/evaluation-2, RUN/evaluation-3 ... that is free.
-        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
-    """
-    kind = kind_of(run)
-    if kind not in ("dual", "classifier", "tokenizer", "itit"):
-        raise UserError(f"{run}: a {kind} has no scores of its own: evaluate the run that uses it")
-    check_finished(run, kind)
-    at_least_one("--limit", limit)
-    at_least_one("--beams", beams)
-    at_least_one("--steps", steps)
-    at_least_one("--cycles", cycles)
-    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
-    drawn = {name: value for name, value in given.items() if value is not None}
-    if kind != "itit" and (protocol or cycles or drawn):
-        flags = "--protocol, --cycles, --steps, --guidance and --temperature"
-        raise UserError(f"{run}: {flags} are for runs of an itit recipe")
-    if against and not cycles:
-        raise UserError("--against: runs are compared by their cycles: give --cycles too")
-    if cycles and (protocol or beams):
-        raise UserError("--cycles scores the run's own captions: leave --protocol and --beams away")
-    for other in against:
-        check_finished(other, "itit")
-    out = _free_folder(run, out)
-    from diptych.data.sources import open_source
-
-    if classes is not None and kind != "dual":
-        raise UserError(f"{run}: --classes names classes for a dual encoder, and this is a run of kind {kind!r}")
-    source = open_source(data)
-    if kind == "dual":
-        from diptych.dual.evaluation import evaluate_dual_run
-
-        evaluate_dual_run(
-            run,
-            data,
-            train=train,
-            classes=classes,
-            umap=umap,
-            limit=limit,
-            max_skipped_share=max_skipped_share,
-            baseline_encoder=baseline_encoder,
-            out=out,
-            device=device,
-        )
-    elif kind == "classifier":
-        from diptych.uml.classifier import evaluate_classifier_run
-
-        evaluate_classifier_run(run, source, max_skipped_share=max_skipped_share, out=out, device=device)
-    elif kind == "tokenizer":
-        from diptych.data.pixels import SkippedItems
-        from diptych.tokenizers.evaluation import evaluate_tokenizer_run
-
-        skipped = SkippedItems(max_skipped_share=max_skipped_share)
-        evaluate_tokenizer_run(run, source, limit=limit, features=features, skipped=skipped, out=out, device=device)
-    else:
-        from diptych.itit.evaluation import EvaluateConfig, evaluate_run
-
-        config = EvaluateConfig(limit=limit, beams=beams, seed=seed, max_skipped_share=max_skipped_share)
-        if drawn:
-            from diptych.itit.pipeline import generation_of
-
-            config.image_generation = replace(generation_of(run)[0], **drawn)
-        if protocol is not None:
-            from diptych.itit.protocols import evaluate_protocol
-
-            evaluate_protocol(run, data, source, config, protocol=protocol, features=features, out=out, device=device)
-        elif cycles is not None:
-            from diptych.itit.protocols import evaluate_cycles
-
-            evaluate_cycles(
-                [run, *against], data, source, config, rounds=cycles, features=features, out=out, device=device
-            )
-        else:
-            evaluate_run(run, source, config, features=features, encoder=baseline_encoder, out=out, device=device)
-
-
-def sweep(
-    run: RunArg,
-    source: SourceArg,
-    *,
-    out: Path,
-    guidance: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0),
-    temperature: tuple[float, ...] = (1.0, 4.0, 16.0, 32.0),
-    beams: tuple[int, ...] = (1, 4, 8),
-    length_power: tuple[float, ...] = (0.0, 0.6, 1.0),
-    steps: int | None = None,
-    limit: int = 500,
-    seed: int = 0,
-    features: str | None = None,
-    device: Device = "auto",
-) -> None:
-    """Score an ITIT run over a grid of settings: temperature and guidance of images, beams and length of captions.
-
-    Images are scored by the Frechet distance, captions by CIDEr-D, in a table and a figure of each. The source is to be
-    validation data. A command that was stopped goes on where it was when it is repeated.
-
-    Args:
-        run: Run folder of an itit recipe.
-        source: Source of captioned images that the run has not seen, and on which it is not to be scored later.
-        out: Folder for the scores and figures.
-        guidance: Strengths of guidance of images; with none given, images are left out.
-        temperature: Temperatures of images: noise in the order in which tokens are chosen.
-        beams: Numbers of beams of captions; with none given, captions are left out.
-        length_power: Powers of the length penalty of captions: larger ones favour longer captions.
-        steps: Number of steps of an image. Default: the setting of the run.
-        limit: Number of images, the first of the source.
-        seed: Seed of the generated images.
-        features: Features of the Frechet distance, as for `diptych evaluate`.
-        device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
-    """
-    check_finished(run, "itit")
-    at_least_one("--steps", steps)
-    if limit < 2:
-        raise UserError(f"--limit {limit}: must be 2 or more, as one image gives no score")
-    for number in beams:
-        at_least_one("--beams", number)
-    if not (guidance and temperature) and not (beams and length_power):
-        raise UserError("nothing to sweep: give --guidance and --temperature, or --beams and --length-power")
-    from diptych.data.sources import open_source
-
-    opened = open_source(source)
-    from diptych.itit.sweep import SweepConfig, sweep_run
-
-    config = SweepConfig(
-        guidance=guidance,
-        temperature=temperature,
-        beams=beams,
-        length_power=length_power,
-        steps=steps,
-        limit=limit,
-        seed=seed,
-    )
-    sweep_run(run, source, opened, config, features=features, out=out, device=device)
-
-
-def _free_folder(run: Path, out: Path | None) -> Path:
-    """The folder for the scores: ``out``, else the first of RUN/evaluation, evaluation-2 ... that holds none.
-
-    Raises UserError where ``out`` holds the scores of an earlier evaluation.
-    """
-    if out is not None:
-        if (out / "metrics.json").exists():
-            raise UserError(f"{out}: holds the scores of an earlier evaluation: give another --out, or remove it")
-        return out
-    number, folder = 1, run / "evaluation"
-    while (folder / "metrics.json").exists():
-        number += 1
-        folder = run / f"evaluation-{number}"
-    return folder

@@ -5,7 +5,7 @@ Also the digest of a source, by which a resumed run notices that captions or ima
 
 import hashlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,15 +14,24 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from diptych.data.sources.columns import joined_labels
+from diptych.data.sources.columns import notes_on_labels
 from diptych.data.sources.decode import UnreadableImage, header
-from diptych.data.sources.open import HasFiles, HasNotes, HasSides, KeptSource, Source, find_files, remote_files
+from diptych.data.sources.open import (
+    HasBlocks,
+    HasFiles,
+    HasNotes,
+    HasSides,
+    KeptSource,
+    Source,
+    find_files,
+    remote_files,
+)
 from diptych.data.sources.remote import is_remote
 from diptych.data.sources.table import TableSource, counted, on_one_line, some
 from diptych.errors import UserError
 
-_SAMPLE = 32
-"""Number of images that are opened before a run begins."""
+_SAMPLE, _COMPARED = 32, 5000
+"""Number of images of a part that are opened before a run begins, and that are compared with one another."""
 SIDE = 32
 """Side in pixels to which images are decoded here: JPEGs are decoded at an eighth, which is quick."""
 
@@ -52,7 +61,7 @@ class SourceCheck:
     several_frames: Sequence[str]
     """Keys of those that hold several frames or pages, of which the first is used."""
     twins: Sequence[tuple[str, str]]
-    """Keys of opened images that are the same file as another one opened before them."""
+    """Keys of images that are the same file as another one before them, of all or, in parquet, of those opened."""
     notes: Sequence[str]
     samples: Sequence[tuple[str, str]]
     """Key and first caption of a few items."""
@@ -93,6 +102,8 @@ class SourceCheck:
         if self.labels:
             classes = [f"{label} {count:,}" for label, count in self.labels.most_common()]
             told.append(("labels", f"{counted(len(classes), 'class', 'classes')}: {some(classes, len(classes))}"))
+            if unlabelled := self.items - self.labels.total():
+                told.append(("", f"{counted(unlabelled, 'item')} without a label"))
         told += [("unreadable", reason) for reason in self.unreadable[:3]]
         told += [("note", note) for note in self.notes]
         told += [
@@ -119,6 +130,8 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
             key = first.setdefault(image.digest, source.key(item))
             if key != source.key(item):
                 twins.append((source.key(item), key))
+    if isinstance(source, HasBlocks):
+        twins = find_twins([(source, i) for i in range(len(source))])
     return SourceCheck(
         name=source.name,
         items=len(source),
@@ -132,19 +145,13 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
         sizes=sizes,
         several_frames=several,
         twins=twins,
-        notes=list(dict.fromkeys([*(source.notes if isinstance(source, HasNotes) else ()), *_alike(labels)])),
+        notes=list(
+            dict.fromkeys(
+                [*(source.notes if isinstance(source, HasNotes) else ()), *notes_on_labels([*labels.elements()])]
+            )
+        ),
         samples=[(source.key(i), next(iter(texts[i]), "")) for i in _spread(len(source), 3)],
     )
-
-
-def _alike(labels: Iterable[str]) -> list[str]:
-    """Notes on labels that differ in capitals and blanks alone, and on those that hold others."""
-    spellings: dict[str, list[str]] = {}
-    for label in labels:
-        spellings.setdefault(" ".join(label.casefold().split()), []).append(label)
-    several = [" and ".join(map(repr, each)) for each in spellings.values() if len(each) > 1]
-    notes = [f"classes that differ in spelling alone: {some(several, len(several))}"] if several else []
-    return notes + joined_labels(labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +180,7 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
     skipped, and where more than half of the images that were tried cannot be read.
     """
     tried, several, faults = 0, 0, []
+    compared: dict[tuple[int, int], tuple[HasBlocks, int]] = {}
     for part in parts:
         if "text" in part.what or not isinstance(part.source, Source):  # encoded data needs no images
             continue
@@ -182,6 +190,9 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
                 f"{part.source.name}: {len(missing):,} of {len(part.source):,} images do not exist, over the tolerated "
                 f"{max_skipped_share:.1%}: {some(missing, len(missing))}; mend the paths or raise max-skipped-share"
             )
+        if isinstance(part.source, HasBlocks):
+            places = [int(part.items[i]) for i in _spread(len(part.items), _COMPARED)]
+            compared |= {(id(part.source), item): (part.source, item) for item in places}
         chosen = [int(part.items[i]) for i in _spread(len(part.items), _SAMPLE)]
         opened = list(open_images(part.source, chosen))
         several += sum(image.frames > 1 for image in opened)
@@ -196,7 +207,30 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
     told = f"; {len(faults)} of {tried} images that were tried cannot be read" if tried else ""
     told += f", such as {faults[0]}" if faults else ""
     told += f"; of {several} with several frames the first is used" if several else ""
+    if twins := [f"{a} = {b}" for a, b in find_twins(list(compared.values()))]:
+        told += f"; {counted(len(twins), 'image')} of {len(compared):,} that were compared the same as another: "
+        told += some(twins, len(twins))
     return ", ".join(part.describe() for part in parts) + told
+
+
+def find_twins(items: Sequence[tuple[HasBlocks, int]]) -> list[tuple[str, str]]:
+    """Keys of images that are the same file as another one before them. Only files of one size are read whole, and
+    only if a few bytes of them are equal too."""
+    alike: dict[tuple[int, bytes], list[tuple[HasBlocks, int]]] = defaultdict(list)
+    for source, item in items:
+        alike[source.block(item)].append((source, item))
+    twins = []
+    for (size, _), group in alike.items():
+        first: dict[bytes, tuple[HasBlocks, int]] = {}
+        for source, item in group if size and len(group) > 1 else ():
+            file = source.file(item)
+            data = file if isinstance(file, bytes) else file.read_bytes()
+            one = (source, item)
+            other, twin = first.setdefault(_digest(data), one)
+            if (other, twin) != one:
+                shown = "" if other is source else f"{other.name}: "
+                twins.append((source.key(item), shown + other.key(twin)))
+    return twins
 
 
 def _range(numbers: Sequence[int]) -> str:

@@ -101,6 +101,15 @@ def read_images(
     return (np.stack(kept) if kept else np.empty((0, size, size, 3), np.uint8)), items[readable]
 
 
+def read_block(
+    source: Source, items: np.ndarray, *, size: int, workers: int = 2
+) -> tuple[UInt8[np.ndarray, "B S S 3"], np.ndarray, dict[str, str]]:
+    """Pixels of the readable ones of ``items``, those items [B], and why the others, by their keys, are left out."""
+    skipped = SkippedItems()
+    with ThreadPoolExecutor(max(1, workers)) as threads:
+        return *read_images(source, items, size=size, skipped=skipped, threads=threads), skipped.reasons
+
+
 def image_batches(
     source: Source,
     items: np.ndarray | range,
@@ -200,6 +209,15 @@ def check_has_pairs(source: Source) -> None:
 def captioned_items(source: Source) -> Int[np.ndarray, "N"]:
     """Numbers of the items that have a caption, ascending."""
     return np.array([item for item in range(len(source)) if source.captions(item)], dtype=np.int64)
+
+
+def paired_items(source: Source) -> Int[np.ndarray, "N"]:
+    """As :func:`captioned_items`. Raises UserError for a source without images and where none has a caption."""
+    check_has_pairs(source)
+    items = captioned_items(source)
+    if not len(items):
+        raise UserError(f"{source.name}: none of its images has a caption")
+    return items
 
 
 def read_captioned(

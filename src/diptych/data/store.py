@@ -1,11 +1,14 @@
-"""Folders of NumPy arrays on disk: written chunk by chunk, read memory-mapped.
+"""Folders of NumPy arrays on disk, written chunk by chunk and read memory-mapped; and encoding into them.
 
-`ResumableArrayWriter` writes such a folder, `Store` reads encoded images and texts, `VectorStore` reads feature
-vectors. Every array is an ordinary ``NAME.npy``, which `numpy.load` reads too. Beside the arrays lies ``keys.txt`` with
-a name for each item.
+    Store, encode              images as tokens and texts as ids, computed ahead of training
+    VectorStore, write_vectors feature vectors
+    ResumableArrayWriter       writes the arrays of both
+
+Every array is an ordinary ``NAME.npy``, which `numpy.load` reads too. Beside the arrays lies ``keys.txt`` with a name
+for each item.
 
 Shapes: B rows, N image tokens, L text tokens, F width of the text features, G width of the image features,
-T width of the teacher's features.
+T width of the teacher's features, S pixels of a side.
 """
 
 import json
@@ -14,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +27,13 @@ import torch
 from torch import Tensor
 
 from diptych.data.batch import ImageTokenExamples, PairExamples, TextExamples
-from diptych.data.pixels import SkippedItems
+from diptych.data.check import content_digest
+from diptych.data.engine import LOCAL, Engine, Rows, items_digest
+from diptych.data.pixels import SkippedItems, channels_first, read_block
+from diptych.data.sources import Source
 from diptych.data.splits import at
-from diptych.data.streams import Rows, Stream, block_order, choose
+from diptych.data.streams import Rows as Examples
+from diptych.data.streams import Stream, block_order, choose
 from diptych.errors import UserError
 from diptych.io import replace_folder, write_bytes
 
@@ -43,9 +50,13 @@ _ROWS = 2**14
 """Items that are looked up at once."""
 _MOST_MAPPED = 400 * 2**20
 """Bytes of mapped files that a process keeps resident; it lets go of them at more."""
+_IN_A_GROUP = 16_384
+"""Number of vectors in a row group of parquet: what a reader holds at once."""
 _KEYS_ENCODING: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
 
 Opened = TypeVar("Opened")
+_CHUNK = 512
+"""Items encoded between two points at which an interrupted run goes on."""
 
 
 class ResumableArrayWriter:
@@ -120,14 +131,19 @@ class ResumableArrayWriter:
             self.state["done"] = done
             _write_json(self.folder / "progress.json", self.state)
 
+    def readable(self) -> Path:
+        """The hidden folder, whose arrays can be read as far as they have come."""
+        for name, array in self.arrays.items():
+            with (self.folder / f"{name}.npy").open("r+b") as file:
+                file.write(_header(array))
+        return self.folder
+
     def finish(self, manifest: str, content: Any, opened: Callable[[Path], Opened]) -> Opened:
         """Write ``content`` as JSON to the file ``manifest``, give the folder its name and return ``opened(out)``.
 
         ``opened`` is first tried on the hidden folder, so that a folder that cannot be opened replaces nothing.
         """
-        for name, array in self.arrays.items():
-            with (self.folder / f"{name}.npy").open("r+b") as file:
-                file.write(_header(array))
+        self.readable()
         if self.skipped:
             SkippedItems(reasons=self.skipped).write(self.folder / "skipped.jsonl")
         _write_json(self.folder / manifest, content)
@@ -135,6 +151,14 @@ class ResumableArrayWriter:
         opened(self.folder)
         replace_folder(self.folder, self.out)
         return opened(self.out)
+
+    def read(self) -> dict[str, np.ndarray]:
+        """The arrays so far, in memory."""
+        found = {}
+        for name, array in self.arrays.items():
+            file, begin = self.folder / f"{name}.npy", len(_header(array))
+            found[name] = np.fromfile(file, array["dtype"], offset=begin).reshape(array["shape"])
+        return found
 
     def discard(self) -> None:
         """Remove the hidden folder."""
@@ -302,7 +326,7 @@ class Store:
 
         return self._stream(len(rows), take)
 
-    def _stream(self, size: int, take: Callable[[np.ndarray, np.ndarray], Rows]) -> Stream[Rows]:
+    def _stream(self, size: int, take: Callable[[np.ndarray, np.ndarray], Examples]) -> Stream[Examples]:
         order = block_order(size)
         return Stream(size=size, take=take if order is None else self._resident.limited(take), shards=order)
 
@@ -525,7 +549,137 @@ def finish_vectors(writer: ResumableArrayWriter, manifest: Mapping[str, Any]) ->
     return writer.finish(VECTORS_MANIFEST, manifest, VectorStore.open)
 
 
+def write_parquet(store: VectorStore, out: Path) -> None:
+    """Write a store as one table, as vector databases take it: `key`, the further arrays, and `vector` in fp32.
+
+    The manifest is in the metadata of the schema, as JSON under `diptych`. The file appears when it is complete.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    width = store.vectors.shape[1]
+    types = {"key": pyarrow.string()}
+    types |= {name: pyarrow.from_numpy_dtype(array.dtype) for name, array in store.further.items()}
+    types["vector"] = pyarrow.list_(pyarrow.float32(), width)
+    schema = pyarrow.schema(types.items(), metadata={"diptych": json.dumps(store.manifest)})
+    fresh = out.with_name(f".{out.name}.fresh")  # one a kill left is written anew
+    with pyarrow.parquet.ParquetWriter(fresh, schema) as writer:
+        for start in range(0, len(store), _IN_A_GROUP):
+            rows = slice(start, start + _IN_A_GROUP)
+            flat = np.asarray(store.vectors[rows], np.float32).reshape(-1)
+            # File names may be bytes that no text holds; a table has no place for them.
+            keys = [key.encode("utf-8", "replace").decode() for key in store.keys[rows]]
+            columns = [pyarrow.array(keys), *(pyarrow.array(array[rows]) for array in store.further.values())]
+            columns.append(pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat), width))
+            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+    os.replace(fresh, out)
+
+
 def check_free(folder: Path) -> None:
     """Raise UserError when ``folder`` holds anything but a store of vectors: a check before hours of work."""
     if folder.exists() and not VectorStore.is_one(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already and holds no vectors: choose another folder")
+
+
+# Encoding ahead of training
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataTokenizers:
+    """The functions that turn pixels into tokens and texts into ids. None leaves that side out."""
+
+    image_size: int = 0
+    """Pixels of a side S of the images that ``tokenize_images`` and ``image_features`` take."""
+    tokenize_images: Callable[[Tensor], Tensor] | None = None
+    """uint8 pixels [B 3 S S] to tokens [B N]."""
+    image_features: Callable[[Tensor], Tensor] | None = None
+    """uint8 pixels [B 3 S S] to features of a pretrained encoder [B G], which are stored in half precision. They need
+    ``tokenize_images`` beside them."""
+    teacher_size: int = 0
+    """Pixels of a side of the images that ``teacher_features`` takes. They are read apart, so that the tokens of an
+    image do not depend on a teacher."""
+    teacher_features: Callable[[Tensor], Tensor] | None = None
+    """uint8 pixels [B 3 H W] to features of the model that teaches [B T], which are stored in half precision. They need
+    ``tokenize_images`` beside them."""
+    tokenize_texts: Callable[[list[str]], Tensor] | None = None
+    """Texts to ids [B L], padded with 0."""
+    text_features: Callable[[Tensor], Tensor] | None = None
+    """Ids [B L] to features of the frozen text encoder [B L F], which are stored in half precision."""
+    fingerprint: str = ""
+    """Differs for other weights or settings. Data of different fingerprints must not be mixed."""
+
+
+def encode(
+    source: Source,
+    out: Path,
+    tokenizers: DataTokenizers,
+    *,
+    indices: np.ndarray | range | None = None,
+    max_skipped_share: float = 0.01,
+    workers: int = 2,
+    engine: Engine = LOCAL,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Store:
+    """Encode ``indices`` (default: all) of a source into the folder ``out``, which appears when it is complete.
+
+    An interrupted call with the same arguments goes on where it stopped. Unreadable images are left out, counted and
+    listed in ``skipped.jsonl``; more than ``max_skipped_share`` of them raise UserError. So does an ``out`` that holds
+    anything but encoded data; encoded data is replaced.
+
+    Args:
+        source: Images, texts or both.
+        out: Folder to write.
+        tokenizers: What to encode with.
+        indices: Items of the source to encode, in this order.
+        max_skipped_share: Share of unreadable images that is tolerated, 0 to 1.
+        workers: Number of threads that decode images.
+        engine: Who encodes; the ``reopen`` of another one than the local gives the source and the tokenizers.
+        advance: Called after each chunk with the numbers of items done and of items in all.
+    """
+    if out.exists() and not Store.is_one(out) and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already and holds no encoded data: choose another folder")
+    items = range(len(source)) if indices is None else indices
+    writer = ResumableArrayWriter(out, origin(source, tokenizers, items))
+    skipped = SkippedItems(max_skipped_share=max_skipped_share, reasons=writer.skipped)
+    work = partial(_encode_block, workers=workers)
+    engine.write(writer, work, (source, tokenizers), items, rows=_CHUNK, skipped=skipped, advance=advance)
+    skipped.check(len(items))
+    if writer.items == 0:
+        raise UserError(f"{source.name}: nothing to encode")
+    manifest = {name: writer.state[name] for name in ("made_by", "items", "arrays")}
+    manifest |= {"version": STORE_VERSION, "skipped": len(skipped)}
+    return writer.finish(STORE_MANIFEST, manifest, Store.open)
+
+
+def origin(source: Source, tokenizers: DataTokenizers, indices: np.ndarray | range) -> dict[str, str]:
+    """What decides the content of a store, as its manifest holds it under ``made_by``."""
+    found = {"source": source.name, "tokenizers": tokenizers.fingerprint, "items": items_digest(indices)}
+    return found | {"content": content_digest(source)}
+
+
+def _encode_block(tools: tuple[Source, DataTokenizers], items: np.ndarray, *, workers: int) -> Rows:
+    """Arrays of the block, integers in four bytes, and the keys of its readable items."""
+    source, tokenizers = tools
+    arrays: dict[str, np.ndarray] = {}
+    skipped: dict[str, str] = {}
+    if tokenizers.tokenize_images is not None:
+        pixels, items, skipped = read_block(source, items, size=tokenizers.image_size, workers=workers)
+        if len(items):
+            pixels_B3SS = channels_first(pixels)
+            arrays["tokens"] = tokenizers.tokenize_images(pixels_B3SS).cpu().numpy().astype(np.int32)
+            if tokenizers.image_features is not None:
+                arrays["image_features"] = tokenizers.image_features(pixels_B3SS).half().cpu().numpy()
+            if tokenizers.teacher_features is not None:
+                pixels, _, _ = read_block(source, items, size=tokenizers.teacher_size, workers=workers)
+                features = tokenizers.teacher_features(channels_first(pixels))
+                arrays["teacher_features"] = features.half().cpu().numpy()
+    if tokenizers.tokenize_texts is not None:
+        captions = [source.captions(int(item)) for item in items]
+        arrays["counts"] = np.array([len(texts) for texts in captions], np.int32)
+        texts = [text for group in captions for text in group]
+        if texts:
+            ids = tokenizers.tokenize_texts(texts)
+            arrays["ids"] = ids.cpu().numpy().astype(np.int32)
+            if tokenizers.text_features is not None:
+                arrays["features"] = tokenizers.text_features(ids).half().cpu().numpy()
+    return Rows(arrays=arrays, keys=[source.key(int(item)) for item in items], skipped=skipped)

@@ -1,7 +1,7 @@
 """ITO: several views of an image are aligned with its captions, and, in training alone, fused with them.
 
 The fusion makes one vector of the tokens of an image and of its caption. To add a loss term, write it as a pure
-function of embeddings in `dual/losses.py`, add it in :meth:`ItoObjective.forward`, and give its weight a field of
+function of embeddings in `dual/objective.py`, add it in :meth:`ItoObjective.forward`, and give its weight a field of
 :class:`ItoConfig`.
 
 Shapes: B rows, b rows of a chunk, V image views, M captions, S image tokens (CLS first), L text tokens, T = S + L,
@@ -19,9 +19,18 @@ from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig
 from diptych.data.batch import Batch, CaptionedImageExamples
-from diptych.dual.losses import multi_view_info_nce, multi_view_nt_xent
 from diptych.dual.model import TowerOutput
-from diptych.dual.objective import PairsConfig, PairsObjective, Trained, Views, in_chunks, unbind_captions, unit
+from diptych.dual.objective import (
+    PairsConfig,
+    PairsObjective,
+    Trained,
+    Views,
+    in_chunks,
+    multi_view_info_nce,
+    multi_view_nt_xent,
+    unbind_captions,
+    unit,
+)
 from diptych.errors import UserError
 from diptych.nn.functional import gather_rows
 from diptych.nn.transformer import Block, init_weights, rounded

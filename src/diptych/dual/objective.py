@@ -1,18 +1,28 @@
-"""What all objectives on pairs share: their configuration, views, captions, and encoding in chunks.
+"""The losses of dual encoders, the objectives CLIP, SigLIP and SLIP, and what ITO (`dual/ito.py`) shares with them.
 
-A tower is given one view at a time, so that blocks of memory stay as small as CLIP's.
+    info_nce, nt_xent, sigmoid_loss          losses, as pure functions of embeddings
+    PairsConfig, PairsObjective              what the settings and the objectives have in common
+    Views, unbind_captions, in_chunks        from a batch to embeddings
+    ClipObjective, SlipObjective             the objectives
+
+The losses compare all rows of a batch with one another. They take the rows of all processes, which
+`nn/functional.py:gather_rows` gathers, so they do not depend on the number of processes. Similarities and losses are
+fp32, whatever the precision of the towers, and all embeddings are L2-normalized. A tower is given one view at a time,
+so that its activations take no more memory than CLIP's.
 
 Shapes: B rows, b rows of a chunk, V image views of a row, M captions of a row, L text tokens, H and W pixels, S side of
-a view, D width.
+a view, D width. In SLIP, W is the width of the image tower.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from itertools import pairwise
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diptych.data.augment import ViewConfig, draw_view, make_view, weak_view
@@ -20,7 +30,9 @@ from diptych.data.batch import Batch, CaptionedImageExamples, CaptionedStateExam
 from diptych.dual.model import DualEncoder
 from diptych.dual.towers import Heads
 from diptych.errors import UserError
-from diptych.train.objective import Objective
+from diptych.nn.functional import gather_rows
+from diptych.nn.transformer import init_weights
+from diptych.train.objective import Losses, Objective
 
 Trained = DualEncoder | Heads
 """What learns: a dual encoder, or the heads alone of one whose towers are frozen."""
@@ -139,3 +151,172 @@ def in_chunks(encode: Callable[[slice], tuple[Tensor, ...]], *, rows: int, chunk
         return encode(slice(0, rows))
     parts = [checkpoint(encode, slice(start, start + chunk), use_reentrant=False) for start in range(0, rows, chunk)]
     return tuple(torch.cat(part, dim=-2) for part in zip(*parts, strict=True))
+
+
+# CLIP, SigLIP and SLIP
+
+
+@dataclass(kw_only=True, slots=True)
+class ClipConfig(PairsConfig):
+    """Settings of CLIP and SigLIP, which differ in their loss alone."""
+
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """Contrastive loss: softmax is CLIP's, sigmoid is SigLIP's."""
+
+    def build(self, model: Trained) -> "ClipObjective":
+        return ClipObjective(model, self)
+
+
+class ClipObjective(PairsObjective[ClipConfig]):
+    """L = mean of the loss over all pairs of an image view and a caption."""
+
+    def __init__(self, model: Trained, config: ClipConfig) -> None:
+        super().__init__(model, config)
+        if config.loss == "sigmoid":
+            # SigLIP starts at scale 10 and bias -10, as nearly all combinations of an image and a text do not match.
+            nn.init.constant_(model.logit_scale, torch.tensor(10.0).log().item())
+            self.bias = nn.Parameter(torch.tensor(-10.0))
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        c = self.config
+        pairs: CaptionedImageExamples = batch["pairs"]
+        self.model.clamp_scale()
+        views = Views(batch, c.augment, views=c.views, size=self.model.image_size, name="view")
+
+        def encode(rows: slice) -> tuple[Tensor, Tensor]:
+            images = [self.model.encode_images(view).pooled_BD for view in views(rows)]
+            captions = unbind_captions(pairs, rows, captions=c.captions)
+            texts = [self.model.encode_texts(*caption).pooled_BD for caption in captions]
+            return unit(images), unit(texts)
+
+        images_VBD, texts_MBD = map(gather_rows, in_chunks(encode, rows=len(pairs), chunk=c.chunk))
+        scale = self.model.scale
+        if c.loss == "sigmoid":
+            each = [sigmoid_loss(image, text, scale, self.bias) for image in images_VBD for text in texts_MBD]
+            loss = torch.stack(each).mean()
+        else:
+            loss = multi_view_info_nce(images_VBD, texts_MBD, scale)
+        return Losses(loss, {"align": loss}, {"align/scale": scale})
+
+
+@dataclass(kw_only=True, slots=True)
+class SlipConfig(PairsConfig):
+    """``views`` and ``augment`` are for CLIP's part of the loss."""
+
+    strong: ViewConfig = field(default_factory=ViewConfig)
+    """The random changes that make SimCLR's two views. The defaults are ITO's, so that both methods see alike."""
+    simclr_weight: float = 1.0
+    """Weight of SimCLR's loss."""
+    temperature: float = 0.1
+    """SimCLR's temperature, by which cosines are divided."""
+    hidden: int = 4096
+    """Width of the projector's hidden layers."""
+    projected: int = 256
+    """Width of the projector's output, which SimCLR compares."""
+
+    def view_configs(self) -> list[ViewConfig]:
+        return [self.augment] * self.views + [self.strong] * 2
+
+    def build(self, model: Trained) -> "SlipObjective":
+        return SlipObjective(model, self)
+
+
+class SlipObjective(PairsObjective[SlipConfig]):
+    """L = L_CLIP + L_SimCLR, where L_SimCLR reads the image tower before its projection.
+
+    Where the tower is frozen, its output does not learn, and L_SimCLR reads what the projection makes of it.
+
+    Departure: the projector has LayerNorm where SLIP has BatchNorm, whose statistics depend on how the rows are split
+    over processes and chunks.
+    """
+
+    def __init__(self, model: Trained, config: SlipConfig) -> None:
+        """The weights of the projector come from torch's global generator."""
+        super().__init__(model, config)
+        widths = (model.image_tower_width if model.learned_images else model.width, config.hidden, config.hidden)
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.ReLU()]
+        self.projector = nn.Sequential(*layers, nn.Linear(config.hidden, config.projected))
+        self.projector.apply(init_weights)
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        c, size = self.config, self.model.image_size
+        pairs: CaptionedImageExamples = batch["pairs"]
+        self.model.clamp_scale()
+        weak = Views(batch, c.augment, views=c.views, size=size, name="view")
+        strong = Views(batch, c.strong, views=2, size=size, name="strong", first=c.views)
+
+        def encode(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            images = [self.model.encode_images(view).pooled_BD for view in weak(rows)]
+            captions = unbind_captions(pairs, rows, captions=c.captions)
+            texts = [self.model.encode_texts(*caption).pooled_BD for caption in captions]
+            outputs = [self.model.encode_images(view) for view in strong(rows)]
+            learned = self.model.learned_images
+            projected = [self.projector(each.state_BW if learned else each.pooled_BD) for each in outputs]
+            return unit(images), unit(texts), unit(projected)
+
+        images_VBD, texts_MBD, strong_2BD = map(gather_rows, in_chunks(encode, rows=len(pairs), chunk=c.chunk))
+        scale = self.model.scale
+        align = multi_view_info_nce(images_VBD, texts_MBD, scale)
+        simclr = multi_view_nt_xent(strong_2BD, 1 / c.temperature)
+        total = align + c.simclr_weight * simclr
+        return Losses(total, {"align": align, "simclr": simclr}, {"align/scale": scale})
+
+
+# Losses
+
+
+def similarities(
+    a_BD: Float[Tensor, "B D"], b_BD: Float[Tensor, "B D"], scale: Float[Tensor, ""] | float
+) -> Float[Tensor, "B B"]:
+    """s a b': the scaled cosines of all rows of a with all rows of b, in fp32 also under autocast."""
+    with torch.autocast(a_BD.device.type, enabled=False):
+        return scale * (a_BD.float() @ b_BD.float().T)
+
+
+def info_nce(
+    image_BD: Float[Tensor, "B D"], text_BD: Float[Tensor, "B D"], scale: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """CLIP's loss: [ CE(s I T', i) + CE(s T I', i) ] / 2, where text i belongs to image i."""
+    logits_BB = similarities(image_BD, text_BD, scale)
+    own_B = torch.arange(len(logits_BB), device=logits_BB.device)
+    return (F.cross_entropy(logits_BB, own_B) + F.cross_entropy(logits_BB.T, own_B)) / 2
+
+
+def multi_view_info_nce(
+    images_VBD: Float[Tensor, "V B D"], texts_MBD: Float[Tensor, "M B D"], scale: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """ITO's L_align: the mean of :func:`info_nce` over all pairs of an image view and a caption."""
+    return torch.stack([info_nce(image, text, scale) for image in images_VBD for text in texts_MBD]).mean()
+
+
+def nt_xent(first_BD: Float[Tensor, "B D"], second_BD: Float[Tensor, "B D"], scale: Tensor | float) -> Tensor:
+    """NT-Xent (SimCLR): [ l(S_1, S_2) + l(S_2, S_1) ] / 2 with
+
+    l(a, b) = CE([ s a b' | s a a' - inf I ], i): a row finds its other view among all other vectors of both views.
+    """
+    return (_one_way(first_BD, second_BD, scale) + _one_way(second_BD, first_BD, scale)) / 2
+
+
+def _one_way(a_BD: Tensor, b_BD: Tensor, scale: Tensor | float) -> Tensor:
+    itself_BB = torch.eye(len(a_BD), dtype=torch.bool, device=a_BD.device)
+    within_BB = similarities(a_BD, a_BD, scale).masked_fill(itself_BB, -torch.inf)
+    logits_BX = torch.cat([similarities(a_BD, b_BD, scale), within_BB], dim=1)
+    return F.cross_entropy(logits_BX, torch.arange(len(a_BD), device=a_BD.device))
+
+
+def multi_view_nt_xent(views_VBD: Float[Tensor, "V B D"], scale: Tensor | float) -> Float[Tensor, ""]:
+    """The mean of :func:`nt_xent` over all pairs of views; with two views, as in the papers, that pair's."""
+    count = len(views_VBD)
+    pairs = [(v, w) for v in range(count) for w in range(v + 1, count)]
+    return torch.stack([nt_xent(views_VBD[v], views_VBD[w], scale) for v, w in pairs]).mean()
+
+
+def sigmoid_loss(
+    image_BD: Float[Tensor, "B D"], text_BD: Float[Tensor, "B D"], scale: Float[Tensor, ""], bias: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """SigLIP's loss: -1/B sum_ij log sigmoid( z_ij (s I_i T_j' + b) ), z_ij = 1 where i = j and -1 elsewhere."""
+    logits_BB = similarities(image_BD, text_BD, scale) + bias
+    sign_BB = 2 * torch.eye(len(logits_BB), device=logits_BB.device) - 1
+    return -F.logsigmoid(sign_BB * logits_BB).sum() / len(logits_BB)

@@ -3,9 +3,9 @@
 import tyro
 
 from diptych.data.augment import ViewConfig, whole_view
-from diptych.dual.clip import ClipConfig, SlipConfig
 from diptych.dual.ito import FusionConfig, ItoConfig
 from diptych.dual.model import DualEncoderConfig
+from diptych.dual.objective import ClipConfig, SlipConfig
 from diptych.dual.training import ClipRun, ItoRun, PairsData, SlipRun
 from diptych.train.config import OptimConfig, TrainConfig
 

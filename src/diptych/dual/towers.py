@@ -2,7 +2,7 @@
 
 A tower gives *states*: the pooled feature of an image and, if asked for, the cells of a coarse grid of it; the pooled
 feature of a text and its tokens. The heads, a matrix for each tower and the temperature, make embeddings of states. So
-the states of frozen towers are computed once (`dual/states.py`), and :class:`Heads` alone is trained.
+the states of frozen towers are computed once (`dual/data.py`), and :class:`Heads` alone is trained.
 
 Shapes: B rows, H and W pixels, L text tokens, S states of an image or a text (the pooled one first), F width of a
 tower, D width of the common space, N tokens of a vision model, C cells of the grid.

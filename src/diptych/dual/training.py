@@ -21,8 +21,7 @@ from diptych.data.check import Part, check_parts, content_digest
 from diptych.data.pixels import ReadableImages, SkippedItems
 from diptych.data.sources import Source, open_finite, open_source, require_pairs
 from diptych.data.streams import BatchSampler, Stream
-from diptych.dual.clip import ClipConfig, SlipConfig
-from diptych.dual.data import CaptionIds, PairsData, pair_stream
+from diptych.dual.data import CaptionIds, PairsData, States, StatesConfig, cached_states, pair_stream
 from diptych.dual.evaluation import (
     EmbeddedImages,
     EmbeddedPairs,
@@ -34,12 +33,11 @@ from diptych.dual.evaluation import (
 )
 from diptych.dual.ito import ItoConfig
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
-from diptych.dual.objective import PairsConfig
-from diptych.dual.states import States, StatesConfig, cached_states, seconds_of_states
+from diptych.dual.objective import ClipConfig, PairsConfig, SlipConfig
 from diptych.dual.towers import TowersEncoder
 from diptych.errors import UserError
 from diptych.nn.inference import pick_device
-from diptych.report.run_report import closing_line, outcome, write_run_report
+from diptych.report.html import closing_line, outcome, write_run_report
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import Kind, part_of, save_model, write_config
 from diptych.train.checkpoint import BestWeights, Score
@@ -60,8 +58,9 @@ _VALID_SHARE = 0.04
 """Share of a budget that one validation takes at most."""
 _VALID_ONCE_SHARE = 0.1
 """The same for frozen towers, which compute the features of a validation once."""
-_LEAST_FEATURES, _MOST_FEATURES = 0.5, 0.85
-"""Shares of what is left of a budget between which the features of frozen towers get what training does not need."""
+_LEAST_TRAINING, _MOST_TRAINING = 0.15, 0.5
+"""Shares of what is left of a budget between which training on frozen towers has what its steps take; the features of
+images and captions get the rest."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,8 +114,9 @@ class DualRun:
             if self.data.shards_together:
                 raise UserError("--data.shards-together has no effect on frozen towers, which read each image once")
             seconds = affordable._remember_validation(model, out)
-            captions = captions.first_items(self._affordable_items(model, source, captions, plan))
-            states = self._states(model, source, captions, out, skipped)
+            if plan.budget is not None:
+                captions = captions.in_random_order()  # its beginning is what the budget may have to do with
+            states = self._states(model, source, captions, out, plan, skipped)
             affordable._lower_batch(len(states.rows_N))
 
         def make(run: DualRun, model: DualEncoder) -> tuple[Objective, BatchSampler]:
@@ -266,27 +266,6 @@ class DualRun:
             precision=self.train.precision,
         )
 
-    def _affordable_items(self, model: TowersEncoder, source: Source, captions: CaptionIds, plan: RunPlan) -> int:
-        """Number of captioned images whose features a budget has time for beside the steps of the recipe.
-
-        All of them, if there is no budget.
-        """
-        budget = plan.budget
-        if budget is None:
-            return len(captions.items)
-
-        def decide() -> int:
-            each = seconds_of_states(model, source, captions, self._states_config(model))
-            training = self._seconds_of_training(model, captions)
-            left = plan.seconds_for(plan.costs[0].name)
-            features = min(max(left - training, _LEAST_FEATURES * left), _MOST_FEATURES * left)
-            return min(len(captions.items), max(2, int(features / each)))
-
-        fits = budget.decision("images", decide)
-        if fits < len(captions.items):
-            print(f"features: {fits:,} of {len(captions.items):,} images fit into the budget", flush=True)
-        return fits
-
     def _seconds_of_training(self, model: TowersEncoder, captions: CaptionIds) -> float:
         """Seconds of all steps, by trial steps on random states, as there are none of images yet."""
         config, rows = self._states_config(model), self.train.batch_size
@@ -308,11 +287,46 @@ class DualRun:
         return training_seconds(self, make)
 
     def _states(
-        self, model: TowersEncoder, source: Source, captions: CaptionIds, out: Path, skipped: SkippedItems
+        self,
+        model: TowersEncoder,
+        source: Source,
+        captions: CaptionIds,
+        out: Path,
+        plan: RunPlan,
+        skipped: SkippedItems,
     ) -> States:
+        """The states to learn from: of all items, or of as many as a budget has time for beside the training."""
+        enough, budget = self._enough(model, captions, plan), plan.budget
         with main_process_first():
-            cache = self.data.cache or out / "features"
-            return cached_states(model, source, captions, self._states_config(model), cache=cache, skipped=skipped)
+            states, items = cached_states(
+                model,
+                source,
+                captions,
+                self._states_config(model),
+                cache=self.data.cache or out / "features",
+                skipped=skipped,
+                enough=enough,
+            )
+        if budget is not None:
+            budget.decision("images", lambda: items)
+            if items < len(captions.items):
+                print(f"features: {items:,} of {len(captions.items):,} images fit into the budget", flush=True)
+        return states
+
+    def _enough(self, model: TowersEncoder, captions: CaptionIds, plan: RunPlan) -> Callable[[int], bool]:
+        """Whether the time for features is over: what is left of the budget is what the steps of the recipe take.
+
+        The clock decides, since a machine may become slower on the way, and heads that cannot learn are worth nothing.
+        """
+        budget = plan.budget
+        if budget is None:
+            return lambda items: False
+        if (known := budget.decided("images")) is not None:
+            return lambda items: items >= known
+        left = plan.seconds_for(plan.costs[0].name)
+        needed = self._seconds_of_training(model, captions)
+        training = min(max(needed, _LEAST_TRAINING * left), _MOST_TRAINING * left)
+        return lambda items: plan.seconds_for(plan.costs[0].name) <= training
 
     def _tokenizer(self, source: Source, out: Path) -> PreTrainedTokenizerBase:
         """The given tokenizer, else that of the run folder. The first process trains it where it is not there yet."""

@@ -23,9 +23,9 @@ from diptych.rng import derive_seed
 from diptych.train.checkpoint import Score, patience_is_over, select_best
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.optim import learning_rate, make_optimizer
-from diptych.uml.data import LabelledFeatures
+from diptych.uml.data import IMAGE, TEXT, LabelledFeatures
 from diptych.uml.objective import Init, SharedHead, SharedHeadConfig, uml_loss
-from diptych.uml.training import IMAGE, TEXT, start_head
+from diptych.uml.training import start_head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,9 +28,8 @@ from diptych.eval.probe import fit_linear, select_linear
 from diptych.experiments.classifier_bank import BankMember, ClassifierBank, TrainedMember
 from diptych.report.figures import Panel, curves
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.uml.data import LabelledFeatures
+from diptych.uml.data import IMAGE, TEXT, LabelledFeatures
 from diptych.uml.objective import Init, SharedHeadConfig
-from diptych.uml.training import IMAGE, TEXT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from diptych.data.check import Part, check_parts
-from diptych.data.encode import DataTokenizers, encode, origin
 from diptych.data.sources import Source, open_finite, require_pairs
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Rest, Subset, hold_back
-from diptych.data.store import Store
+from diptych.data.store import DataTokenizers, Store, encode, origin
 from diptych.errors import UserError
 
 

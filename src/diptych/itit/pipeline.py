@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from diptych.data.batch import ImageTokenExamples
-from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
+from diptych.data.sources import Source, open_source
+from diptych.data.store import DataTokenizers
 from diptych.encoders.image import ImageEncoder, open_image_encoder, resize, resize_pixels
 from diptych.errors import UserError
 from diptych.io import load_network, weights_digest
@@ -566,6 +567,17 @@ def run_data_tokenizers(run: Path, *, features: bool) -> DataTokenizers:
         features=features,
         image_encoder=image_encoder if image_encoder is None else image_encoder.to(device),
         teacher=teacher if teacher is None else teacher.to(device),
+    )
+
+
+def open_to_encode(spec: str, run: Path, *, features: bool) -> tuple[Source, DataTokenizers]:
+    """A source, and what a run encodes of it. Raises UserError as :func:`run_data_tokenizers` and `open_source`."""
+    source = open_source(spec)
+    both = run_data_tokenizers(run, features=features)
+    return source, replace(
+        both,
+        tokenize_images=both.tokenize_images if source.has_images else None,
+        tokenize_texts=both.tokenize_texts if source.has_captions else None,
     )
 
 

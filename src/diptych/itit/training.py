@@ -17,10 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diptych.data.batch import PairExamples, TextExamples
-from diptych.data.encode import DataTokenizers
 from diptych.data.pixels import SkippedItems, channels_first, read_captioned
 from diptych.data.sources import open_source
-from diptych.data.store import Store
+from diptych.data.store import DataTokenizers, Store
 from diptych.data.streams import BatchSampler
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
@@ -29,13 +28,12 @@ from diptych.io import load_network
 from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open_data, open_valid
 from diptych.itit.evaluation import ALONE, PAIRS_ONLY, ScoredImages, compare
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.image_features import mean_of_text
-from diptych.itit.model import ITIT, ItitConfig
+from diptych.itit.model import ITIT, ItitConfig, mean_of_text
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, TeacherHead
 from diptych.itit.pipeline import TEACHER, Diptych, data_tokenizers
 from diptych.itit.report import Samples
 from diptych.nn.inference import eval_mode, pick_device
-from diptych.report.run_report import closing_line, outcome, validation_scores, write_run_report
+from diptych.report.html import closing_line, outcome, validation_scores, write_run_report
 from diptych.report.terminal import meaning_of, print_comparison
 from diptych.rng import derive_seed
 from diptych.run_folder import Kind, check_finished, kind_of, part_of, read_config, save_model, write_config

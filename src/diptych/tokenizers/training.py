@@ -25,8 +25,7 @@ from diptych.data.splits import Subset
 from diptych.data.streams import BatchSampler, Stream
 from diptych.errors import UserError
 from diptych.eval.frechet import RandomFeatures
-from diptych.report.html import Section, Table, Text
-from diptych.report.run_report import closing_line, write_run_report
+from diptych.report.html import Section, Table, Text, closing_line, write_run_report
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import Kind, write_config, write_json
 from diptych.tokenizers.evaluation import evaluate_text_encoder, evaluate_tokenizer, nearest_texts

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from diptych.errors import UserError
-from diptych.report.run_report import told
+from diptych.report.html import told
 from diptych.report.terminal import clock, in_words
 from diptych.train.checkpoint import TrainProgress
 from diptych.train.config import TrainConfig

@@ -226,6 +226,10 @@ class Budget:
         content = {"minutes": self.minutes, "seconds": 60 * self.minutes - self.left(), "decisions": self._decisions}
         write_bytes(self._folder / "budget.json", (json.dumps(content, indent=1) + "\n").encode())
 
+    def decided(self, name: str) -> Any | None:
+        """What was decided under ``name``; None if nothing was."""
+        return self._decisions.get(name)
+
     def decision(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` decided when it was first asked, as a JSON value."""
         if name not in self._decisions:

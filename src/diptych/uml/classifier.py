@@ -1,34 +1,113 @@
-"""Using a finished classifier run: classifying images, and its accuracy on labelled images. It needs no texts.
+"""A finished classifier: the classes it gives images, and its scores on labelled images. It needs no texts.
 
-Shapes: B images, C classes, S side of an image in pixels.
+Training computes its scores by the same functions.
+
+Shapes: B images of a batch, N images of a source, C classes, D and F width of features, S side of an image in pixels.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from diptych.data.pixels import ImageLike, SkippedItems, channels_first, one_or_more, to_pixels
+from diptych.data.pixels import ImageLike, ReadableImages, SkippedItems, channels_first, one_or_more, to_pixels
 from diptych.data.sources import Source
-from diptych.data.splits import Labelled
+from diptych.data.splits import Labelled, Subset
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
-from diptych.eval.baselines import HISTOGRAMS, ClassBaselines, Comparison
+from diptych.eval.baselines import HISTOGRAMS, ClassBaselines, Comparison, image_histograms
 from diptych.io import load_network
 from diptych.nn.inference import Device, Prediction, eval_mode, pick_device, top_predictions
 from diptych.report.terminal import print_comparison, print_metrics
 from diptych.run_folder import CLASS_BASELINES, check_finished, write_json
-from diptych.uml.data import SAME_FEATURES, ScoredImages, compare_classifier, histograms_of, score_classifier
+from diptych.uml.data import IMAGE
 from diptych.uml.objective import SharedHead
-from diptych.uml.training import IMAGE
 
 _ROWS = 128
-"""Images classified at once."""
+"""Number of images that are classified at once."""
+SAME_FEATURES = "the same features"
+_ADVICE = "another --objective.aux-weight (0 leaves the texts out), --optim.lr or --head.features"
+
+
+class ScoredImages:
+    """The readable images of classes that a classifier is scored on, in training and afterwards alike."""
+
+    def __init__(
+        self, labelled: Labelled, items: np.ndarray, *, size: int, skipped: SkippedItems, workers: int, cache_mb: int
+    ) -> None:
+        self.labels_N = labelled.labels_N
+        """Class of each item of the source."""
+        self.images = ReadableImages(
+            labelled.source, items, size=size, skipped=skipped, rows=_ROWS, workers=workers, cache_mb=cache_mb
+        )
+
+    @torch.no_grad()
+    def features(self, encoder: ImageEncoder, device: str | torch.device) -> tuple[Tensor, Tensor]:
+        """Features of all images [N D] by ``encoder``, and their labels [N]."""
+        vectors, labels = [], []
+        for pixels_B3SS, items in self.images:
+            vectors.append(encoder(pixels_B3SS.to(device)).float())
+            labels.append(torch.from_numpy(self.labels_N[items]))
+        return torch.cat(vectors), torch.cat(labels).to(device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifierScore:
+    """How a classifier does on images."""
+
+    accuracy: float
+    """Share of the images that get their class."""
+    mean_class_accuracy: float
+    """Mean over the classes that occur of the same share."""
+    loss: float
+    """Cross-entropy in nats."""
+    per_class: dict[int, float]
+    """Accuracy of each class that occurs."""
+
+    def table(self) -> dict[str, float]:
+        """The numbers under the names that go into `metrics.json`."""
+        return {"accuracy": self.accuracy, "mean_class_accuracy": self.mean_class_accuracy, "loss": self.loss}
+
+
+@torch.no_grad()
+def score_classifier(
+    head: SharedHead, vectors_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"], *, modality: str
+) -> ClassifierScore:
+    """Classify features of the modality ``modality``, some at a time."""
+    return score_logits(torch.cat([head(piece, modality) for piece in vectors_ND.split(_ROWS)]), labels_N)
+
+
+def score_logits(logits_NC: Float[Tensor, "N C"], labels_N: Int[Tensor, "N"]) -> ClassifierScore:
+    """The scores of a classifier that gives ``logits_NC``: of a run, and of its baselines."""
+    right_N = logits_NC.argmax(1) == labels_N
+    per_class = {int(c): float(right_N[labels_N == c].float().mean()) for c in labels_N.unique()}
+    return ClassifierScore(
+        accuracy=float(right_N.float().mean()),
+        mean_class_accuracy=float(np.mean(list(per_class.values()))),
+        loss=float(F.cross_entropy(logits_NC, labels_N)),
+        per_class=per_class,
+    )
+
+
+def histograms_of(labelled: Labelled, items: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Colour and gradient histograms of the readable ones of ``items`` [N F], and their labels [N]."""
+    found, vectors_NF = image_histograms(Subset(labelled.source, items))
+    return torch.from_numpy(vectors_NF), torch.from_numpy(labelled.labels_N[found])
+
+
+def compare_classifier(
+    baselines: ClassBaselines, features: Mapping[str, tuple[Tensor, Tensor]], *, source: str, notes: list[str]
+) -> Comparison:
+    """The baselines on ``features`` of the images that a classifier is scored on, ahead of its own scores."""
+    scored = baselines.scored(features, lambda logits_NC, labels_N: score_logits(logits_NC, labels_N).table())
+    return Comparison(source=source, select="accuracy", baselines=scored, advice=_ADVICE, notes=notes)
 
 
 class Classifier:

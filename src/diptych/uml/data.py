@@ -1,31 +1,67 @@
-"""What supervised UML learns from: images of classes, as cached features or as pixels, and features of class texts.
+"""What UML learns from: features of frozen encoders, kept on disk, and images of classes as pixels.
 
-Shapes: N images, T texts, D width of the features, B rows of a batch, C classes, H and W pixels,
-S pixels of a side.
+    labelled_image_features    supervised: features of images with their classes
+    class_text_features        supervised: features of the texts about each class
+    LabelledImages             supervised: pixels, where the encoder of images is trained
+    write_sequences            self-supervised: features of every token or frame (`diptych features`)
+    sequence_stream            self-supervised: the sequences of such a store as rows of a batch
+
+The features of images and texts lie in a folder whose name is a digest of all that decides them: the encoder's weights,
+how it prepares its input, and the items. They are computed once. A store of sequences holds vectors [items, length,
+width] and may have an array ``lengths``; without it all positions are valid. The items of a store of [items, width] are
+sequences of one position.
+
+Shapes: N images, T texts, B rows, L positions of the store, S positions of a batch, D and F width of the features,
+H and W pixels.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from diptych.data.batch import LabelledImageExamples, LabelledVectorExamples
+from diptych.data.audio import AudioTar, MelConfig, write_frames
+from diptych.data.batch import LabelledImageExamples, LabelledVectorExamples, SequenceExamples
 from diptych.data.class_texts import Shots, choose_texts
-from diptych.data.pixels import CachedImages, ReadableImages, SkippedItems, channels_first
+from diptych.data.pixels import CachedImages, SkippedItems, channels_first, image_batches
+from diptych.data.sources import Source, find_files, open_finite
+from diptych.data.sources.columns import Columns
+from diptych.data.sources.open import remote_files
+from diptych.data.sources.remote import is_remote
 from diptych.data.splits import Labelled, Subset
+from diptych.data.store import VectorStore, check_free, write_vectors
 from diptych.data.streams import Stream
-from diptych.encoders import ImageEncoder, PooledTextEncoder
-from diptych.eval.baselines import ClassBaselines, Comparison, image_histograms
-from diptych.uml.features import image_features, text_features
-from diptych.uml.objective import SharedHead
+from diptych.encoders import (
+    ImageEncoder,
+    PooledTextEncoder,
+    open_audio_encoder,
+    open_image_encoder,
+    open_text_encoder,
+)
+from diptych.errors import UserError, first_line
+from diptych.io import weights_digest
+from diptych.nn.inference import Device, eval_mode, pick_device
 
-_ROWS = 128
-"""Images encoded at once."""
+IMAGE, TEXT = "image", "text"
+"""Names of the modalities of supervised UML, and of their streams."""
+_CACHE_ROWS = 128
+"""Items encoded at once for the cache."""
+_SEQUENCE_ROWS = 64
+"""Items encoded at once for a store of sequences."""
+_STATISTICS_ROWS = 256
+"""Items read at once for statistics over a store."""
+_SMALLEST_SCALE = 1e-4
+"""Least standard deviation of a feature, so that dividing by it does not enlarge a feature that hardly varies."""
+
+SequenceKind = Literal["images", "texts", "audio"]
+SequenceBatches = Iterator[tuple[Tensor, Tensor, dict[str, np.ndarray]]]
+"""Features [B L D], which positions are valid [B L], and further arrays of the items."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,84 +108,6 @@ class LabelledImages:
         )
 
 
-class ScoredImages:
-    """The readable images of classes that a classifier is scored on, in training and afterwards alike."""
-
-    def __init__(
-        self, labelled: Labelled, items: np.ndarray, *, size: int, skipped: SkippedItems, workers: int, cache_mb: int
-    ) -> None:
-        self.labels_N = labelled.labels_N
-        """Class of each item of the source."""
-        self.images = ReadableImages(
-            labelled.source, items, size=size, skipped=skipped, rows=_ROWS, workers=workers, cache_mb=cache_mb
-        )
-
-    @torch.no_grad()
-    def features(self, encoder: ImageEncoder, device: str | torch.device) -> tuple[Tensor, Tensor]:
-        """Features of all images [N D] by ``encoder``, and their labels [N]."""
-        vectors, labels = [], []
-        for pixels_B3SS, items in self.images:
-            vectors.append(encoder(pixels_B3SS.to(device)).float())
-            labels.append(torch.from_numpy(self.labels_N[items]))
-        return torch.cat(vectors), torch.cat(labels).to(device)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClassifierScore:
-    """How a classifier does on images."""
-
-    accuracy: float
-    """Share of the images that get their class."""
-    mean_class_accuracy: float
-    """Mean over the classes that occur of the same share."""
-    loss: float
-    """Cross-entropy in nats."""
-    per_class: dict[int, float]
-    """Accuracy of each class that occurs."""
-
-    def table(self) -> dict[str, float]:
-        """The numbers under the names that go into `metrics.json`."""
-        return {"accuracy": self.accuracy, "mean_class_accuracy": self.mean_class_accuracy, "loss": self.loss}
-
-
-@torch.no_grad()
-def score_classifier(
-    head: SharedHead, vectors_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"], *, modality: str
-) -> ClassifierScore:
-    """Classify features of the modality ``modality``, some at a time."""
-    return score_logits(torch.cat([head(piece, modality) for piece in vectors_ND.split(_ROWS)]), labels_N)
-
-
-def score_logits(logits_NC: Float[Tensor, "N C"], labels_N: Int[Tensor, "N"]) -> ClassifierScore:
-    """The scores of a classifier that gives ``logits_NC``: of a run, and of its baselines."""
-    right_N = logits_NC.argmax(1) == labels_N
-    per_class = {int(c): float(right_N[labels_N == c].float().mean()) for c in labels_N.unique()}
-    return ClassifierScore(
-        accuracy=float(right_N.float().mean()),
-        mean_class_accuracy=float(np.mean(list(per_class.values()))),
-        loss=float(F.cross_entropy(logits_NC, labels_N)),
-        per_class=per_class,
-    )
-
-
-SAME_FEATURES = "the same features"
-_ADVICE = "another --objective.aux-weight (0 leaves the texts out), --optim.lr or --head.features"
-
-
-def histograms_of(labelled: Labelled, items: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Colour and gradient histograms of the readable ones of ``items`` [N F], and their labels [N]."""
-    found, vectors_NF = image_histograms(Subset(labelled.source, items))
-    return torch.from_numpy(vectors_NF), torch.from_numpy(labelled.labels_N[found])
-
-
-def compare_classifier(
-    baselines: ClassBaselines, features: Mapping[str, tuple[Tensor, Tensor]], *, source: str, notes: list[str]
-) -> Comparison:
-    """The baselines on ``features`` of the images that a classifier is scored on, ahead of its own scores."""
-    scored = baselines.scored(features, lambda logits_NC, labels_N: score_logits(logits_NC, labels_N).table())
-    return Comparison(source=source, select="accuracy", baselines=scored, advice=_ADVICE, notes=notes)
-
-
 def labelled_image_features(
     encoder: ImageEncoder, labelled: Labelled, items: np.ndarray, *, cache: Path, skipped: SkippedItems, workers: int
 ) -> LabelledFeatures:
@@ -179,3 +137,243 @@ def choose_shots(features: LabelledFeatures, *, shots: Shots, seed: int) -> Labe
         return LabelledFeatures(vectors_ND=np.stack(means), labels_N=classes)
     chosen = choose_texts(features.labels_N, shots, seed=seed)
     return LabelledFeatures(vectors_ND=features.vectors_ND[chosen], labels_N=features.labels_N[chosen])
+
+
+# Cached vectors
+
+
+def image_features(
+    encoder: ImageEncoder, source: Source, items: np.ndarray, *, cache: Path, skipped: SkippedItems, workers: int = 2
+) -> VectorStore:
+    """The store of the features of ``items``, in their order; computed if ``cache`` does not have it yet.
+
+    Images that cannot be read are left out and recorded in ``skipped``, which raises UserError for too many of them.
+    The store's array ``items`` tells which are there.
+    """
+    made_by = encoder_identity(encoder) | {"source": source.name, "items": _items_digest(source, items)}
+
+    def batches(keys: list[str]) -> Iterator[dict[str, np.ndarray]]:
+        readable = image_batches(
+            source, items, size=encoder.image_size, skipped=skipped, workers=workers, rows=_CACHE_ROWS
+        )
+        with eval_mode(encoder):
+            for pixels_B3HW, found in readable:
+                keys += [source.key(int(item)) for item in found]
+                features_BD = encoder(pixels_B3HW.to(_device_of(encoder)))
+                yield {"vectors": features_BD.float().cpu().numpy(), "items": found.astype(np.int64)}
+
+    return _cached(cache, made_by, batches)
+
+
+def text_features(encoder: PooledTextEncoder, texts: Sequence[str], *, cache: Path) -> VectorStore:
+    """The store of the features of ``texts``, in their order; computed if ``cache`` does not have it yet."""
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    made_by = encoder_identity(encoder) | {"texts": len(texts), "items": digest}
+
+    def batches(keys: list[str]) -> Iterator[np.ndarray]:
+        keys += [str(number) for number in range(len(texts))]
+        for begin in range(0, len(texts), _CACHE_ROWS):
+            yield encoder(texts[begin : begin + _CACHE_ROWS]).float().cpu().numpy()
+
+    return _cached(cache, made_by, batches)
+
+
+def encoder_identity(encoder: ImageEncoder | PooledTextEncoder) -> dict[str, Any]:
+    """What decides an encoder's features, as JSON values."""
+    return {"weights": weights_digest(encoder), "preprocessing": encoder.preprocessing}
+
+
+def _cached(cache: Path, made_by: dict[str, Any], batches: Callable[[list[str]], Iterator[Any]]) -> VectorStore:
+    """The store of ``made_by``, found or computed. ``batches`` yields its arrays and appends its keys to the list."""
+    made_by = json.loads(json.dumps(made_by))
+    name = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:24]
+    if VectorStore.is_one(cache / name):
+        store = VectorStore.open(cache / name)
+        if store.manifest["made_by"] == made_by:
+            return store
+    keys: list[str] = []
+    return write_vectors(cache / name, batches(keys), keys=keys, manifest={"made_by": made_by})
+
+
+def _items_digest(source: Source, items: np.ndarray) -> str:
+    """A digest of the items' keys, and of size and date of the files that the source was opened from."""
+    digest = hashlib.sha256("\n".join(source.key(int(item)) for item in items).encode(errors="surrogateescape"))
+    if is_remote(source.name):
+        digest.update(" ".join(file.identity for file in remote_files(source.name)).encode())
+        return digest.hexdigest()
+    try:
+        files = find_files(source.name)
+    except UserError:
+        files = []  # the built-in scenes, or a data set of the hub: its name and revision identify it
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file}:{status.st_size}:{status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _device_of(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+# Writing sequences
+
+
+def write_sequences(
+    spec: str, kind: SequenceKind, *, encoder: str | None, out: Path, length: int, hop: int, device: Device = "auto"
+) -> VectorStore:
+    """Write the store ``out`` of the features of every token or frame [items, length, D], in half precision.
+
+    Images and audio keep their classes as the array ``labels``. Audio, a tar of clips, needs no encoder: without one
+    its features are log-mel frames.
+
+    Args:
+        spec: Any source of images or texts; for audio the path of a tar.
+        kind: What to take from the source.
+        encoder: Folder, hub name or run of the encoder.
+        out: Folder to write.
+        length: Number of positions of an item; further ones are cut off.
+        hop: Samples from one log-mel frame to the next.
+        device: Where to compute.
+
+    Raises UserError for a source without such items, for images or texts without an encoder, and for an ``out`` that
+    holds anything but a store.
+    """
+    check_free(out)
+    if kind == "audio" and encoder is None:
+        config = MelConfig(hop=hop)
+        return write_frames(Path(spec), out, config=config, seconds=(config.window + (length - 1) * hop) / config.rate)
+    if encoder is None:
+        raise UserError(f"{kind} have features by an encoder only: give --encoder")
+    keys: list[str] = []
+    skipped = SkippedItems()
+    manifest: dict[str, Any] = {"source": spec, "encoder": encoder, "classes": []}
+    source = AudioTar(Path(spec)) if kind == "audio" else open_finite(spec, Columns())
+    if isinstance(source, AudioTar):
+        batches = _audio_sequences(source, encoder, device, keys, manifest)
+    elif not (source.has_images if kind == "images" else source.has_captions):
+        raise UserError(f"{spec}: has no {kind}")
+    elif kind == "images":
+        batches = _image_sequences(source, encoder, device, keys, manifest, skipped)
+    else:
+        batches = _text_sequences(source, encoder, device, keys)
+    store = write_vectors(out, (_cut(*batch, length=length) for batch in batches), keys=keys, manifest=manifest)
+    if len(skipped):
+        skipped.write(out / "skipped.jsonl")
+    return store
+
+
+def _cut(x_BLD: Tensor, valid_BL: Tensor, further: dict[str, np.ndarray], *, length: int) -> dict[str, np.ndarray]:
+    """Arrays of the store: the first ``length`` positions, padded with zeros."""
+    x_BLD = x_BLD[:, :length].float().cpu()
+    vectors = torch.nn.functional.pad(x_BLD, (0, 0, 0, length - x_BLD.shape[1])).numpy().astype(np.float16)
+    return {"vectors": vectors, "lengths": valid_BL[:, :length].sum(1).cpu().numpy(), **further}
+
+
+def _image_sequences(
+    source: Source, name: str, device: Device, keys: list[str], manifest: dict[str, Any], skipped: SkippedItems
+) -> SequenceBatches:
+    """Tokens of all readable images; appends their keys and sets the manifest's classes."""
+    encoder = open_image_encoder(name).to(pick_device(device))
+    labelled = None if source.label(0) is None else Labelled.of(source)
+    manifest["classes"] = list(labelled.classes) if labelled else []
+    every = np.arange(len(source))
+    for pixels_B3HW, items in image_batches(
+        source, every, size=encoder.image_size, skipped=skipped, rows=_SEQUENCE_ROWS
+    ):
+        keys.extend(source.key(int(item)) for item in items)
+        with eval_mode(encoder):
+            x_BLD = encoder.tokens(pixels_B3HW.to(_device_of(encoder)))
+        labels = {"labels": labelled.labels_N[items]} if labelled else {}
+        yield x_BLD, torch.ones(x_BLD.shape[:2], dtype=torch.bool), labels
+
+
+def _text_sequences(source: Source, name: str, device: Device, keys: list[str]) -> SequenceBatches:
+    """Tokens of all texts; appends the texts to the keys."""
+    encoder = open_text_encoder(name).to(pick_device(device))
+    for begin in range(0, len(source), _SEQUENCE_ROWS):
+        items = range(begin, min(begin + _SEQUENCE_ROWS, len(source)))
+        if texts := [text for item in items for text in source.captions(item)]:
+            keys.extend(texts)
+            with eval_mode(encoder):
+                yield *encoder.tokens(texts), {}
+
+
+def _audio_sequences(
+    clips: AudioTar, name: str, device: Device, keys: list[str], manifest: dict[str, Any]
+) -> SequenceBatches:
+    """Frames of all clips; appends their keys and sets the manifest's classes."""
+    encoder = open_audio_encoder(name).to(pick_device(device))
+    manifest["classes"], arrays = clips.labels()
+    for i, key in enumerate(clips.keys):  # one by one: clips of unequal lengths would be padded to the longest
+        keys.append(key)
+        with eval_mode(encoder):
+            x_BLD, valid_BL = encoder.tokens([clips.wave(i, rate=encoder.rate)])
+        yield x_BLD, valid_BL, {name: array[i : i + 1] for name, array in arrays.items()}
+
+
+# Features from elsewhere
+
+
+def read_features(file: Path, *, rows: int, width: int) -> np.ndarray:
+    """Features [``rows``, ``width``] from a .npy file, or from the column ``features`` of a .parquet file.
+
+    Raises UserError for a file that cannot be read, holds another shape, or values that are not finite.
+    """
+    import pyarrow.parquet  # a recipe's --help does without it
+
+    try:
+        if file.suffix == ".npy":
+            found = np.load(file, mmap_mode="r", allow_pickle=False)
+        elif file.suffix == ".parquet":
+            found = np.stack(pyarrow.parquet.read_table(file, columns=["features"])["features"].to_numpy())
+        else:
+            raise UserError(f"{file}: features are a .npy file, or a .parquet file with a column `features`")
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file}: cannot be read as features ({first_line(error)})") from error
+    if found.shape != (rows, width):
+        raise UserError(
+            f"{file}: holds {' x '.join(map(str, found.shape))} numbers, but {rows:,} images and an encoder of width "
+            f"{width:,} need {rows} x {width}: one row for each image of --data.images, in its order"
+        )
+    if not np.isfinite(found).all():
+        raise UserError(f"{file}: some features are not finite: compute them again")
+    return found
+
+
+# Reading sequences
+
+
+def sequence_stream(store: VectorStore) -> Stream:
+    """All items of a store of sequences. Raises UserError for lengths that its arrays cannot have."""
+    lengths = store.array("lengths")
+    most = store.vectors.shape[1] if store.vectors.ndim == 3 else 1
+    if lengths is not None and len(lengths) and not 1 <= lengths.min() <= lengths.max() <= most:
+        raise UserError(
+            f"{store.folder}: lengths of {lengths.min()} to {lengths.max()}, but 1 to {most} is possible: make it again"
+        )
+    return Stream(size=len(store), take=lambda index, _: read_rows(store, index))
+
+
+def read_rows(store: VectorStore, index: np.ndarray) -> SequenceExamples:
+    """The items ``index`` as float32, cut to the longest of them. Padding holds whatever the store holds there."""
+    vectors, lengths = store.vectors[index].astype(np.float32), store.array("lengths")
+    if vectors.ndim == 2:
+        vectors = vectors[:, None]
+    count = np.full(len(index), vectors.shape[1]) if lengths is None else np.asarray(lengths[index])
+    longest = int(count.max())
+    valid_BS = np.arange(longest) < count[:, None]
+    return SequenceExamples(features_BSF=torch.from_numpy(vectors[:, :longest]), valid_BS=torch.from_numpy(valid_BS))
+
+
+def mean_and_scale(store: VectorStore) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each feature over all valid positions of the store, float32 [F] each."""
+    count, total, squares = 0, 0.0, 0.0
+    for start in range(0, len(store), _STATISTICS_ROWS):
+        rows = read_rows(store, np.arange(start, min(start + _STATISTICS_ROWS, len(store))))
+        found = rows.features_BSF[rows.valid_BS].numpy().astype(np.float64)
+        count, total, squares = count + len(found), total + found.sum(0), squares + np.square(found).sum(0)
+    mean = np.asarray(total) / count
+    scale = np.sqrt(np.maximum(np.asarray(squares) / count - mean**2, 0)).clip(_SMALLEST_SCALE)
+    return mean.astype(np.float32), scale.astype(np.float32)

@@ -7,8 +7,7 @@ import tyro
 from diptych.data.augment import ViewConfig
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.uml.objective import SharedHeadConfig
-from diptych.uml.ssl_objective import SharedTransformerConfig
-from diptych.uml.ssl_training import UmlSslRun
+from diptych.uml.self_supervised import SharedTransformerConfig, UmlSslRun
 from diptych.uml.training import UmlData, UmlRun
 
 

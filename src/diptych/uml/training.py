@@ -35,7 +35,7 @@ from diptych.encoders.text import TextPooling
 from diptych.errors import UserError
 from diptych.eval.baselines import HISTOGRAMS, ClassBaselines, Comparison, sampled
 from diptych.nn.inference import eval_mode, pick_device
-from diptych.report.run_report import closing_line, validation_scores, write_run_report
+from diptych.report.html import closing_line, validation_scores, write_run_report
 from diptych.report.sheet import contact_sheet, save_png
 from diptych.report.terminal import print_comparison
 from diptych.rng import derive_seed
@@ -46,18 +46,17 @@ from diptych.train.distributed import is_main_process, join_processes, main_proc
 from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.pace import Budget, RunPlan, StageCost
+from diptych.uml.classifier import SAME_FEATURES, ScoredImages, compare_classifier, histograms_of, score_classifier
 from diptych.uml.data import (
-    SAME_FEATURES,
+    IMAGE,
+    TEXT,
     LabelledFeatures,
     LabelledImages,
-    ScoredImages,
     class_text_features,
-    compare_classifier,
-    histograms_of,
+    encoder_identity,
     labelled_image_features,
-    score_classifier,
+    read_features,
 )
-from diptych.uml.features import encoder_identity, read_features
 from diptych.uml.objective import Init, SharedHead, SharedHeadConfig, UmlConfig, UmlObjective
 
 _TIMED = 16
@@ -66,8 +65,6 @@ _FEATURES_SHARE = 0.6
 """Share of a budget that the features of images take at most."""
 _SHOWN = 8
 """Number of images in the report."""
-IMAGE, TEXT = "image", "text"
-"""Names of the modalities, and of their streams."""
 
 
 @dataclass(kw_only=True, slots=True)

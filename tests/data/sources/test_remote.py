@@ -26,11 +26,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from diptych.data.check import content_digest
-from diptych.data.encode import DataTokenizers, encode
 from diptych.data.pixels import SkippedItems, pixel_stream, shard_order
 from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source, remote
 from diptych.data.splits import Subset
+from diptych.data.store import DataTokenizers, encode
 from diptych.data.streams import BatchSampler
 from diptych.errors import UserError
 
@@ -278,7 +278,7 @@ def test_a_missing_shard_is_named(place, tmp_path):
 
 def test_a_shard_that_fails_stops_the_command_which_goes_on_later(place, shards, tmp_path, monkeypatch):
     address, faults, kinds = place
-    monkeypatch.setattr("diptych.data.encode._CHUNK", 5)
+    monkeypatch.setattr("diptych.data.store._CHUNK", 5)
     monkeypatch.setattr(remote, "_TRIES", 3)
     spec = f"{address}/shard-{{000..003}}.tar"
     open_source(spec)

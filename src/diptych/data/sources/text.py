@@ -32,6 +32,8 @@ _TAG = re.compile(
 """Tags of HTML. Others in angle brackets, such as <person> and <unk>, are words of data sets."""
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
 """Characters without width that part or join nothing: marks where a line may break, and byte order marks."""
+_ENTITY_MARK = re.compile(r"\[/EN#\S+ ([^\]]*)\]")
+"""`[/EN#12/people A man]`, as Flickr30k Entities marks words."""
 _ENTITY = re.compile(r"&(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
 NULLS = frozenset(
     {"nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "undefined", "\\N", "-", "--", "?", "."}
@@ -48,11 +50,15 @@ _NO_TEXTS = {
 }
 """How files begin that are no text, in small letters."""
 _HEADERS = frozenset({"caption", "captions", "text", "texts", "sentence", "description", "prompt"})
-_NUMBERED = re.compile(r"(\d+)[.):]?\s+\S")
+_NUMBERED = re.compile(r"(\d+)([.):]?)\s+\S")
 _MANGLED = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00c2[\u00a0-\u00bf]|\u00e2\u20ac.")
 """UTF-8 that was read as Windows-1252, and characters that were lost."""
-_MARK = re.compile(r"\S*[^\w\s'\"]\S*(?=\s)|startseq\b")
-"""A first word that is no word, such as `<start>` or `caption:`."""
+_BEGIN = re.compile(r"startseq\b|.*(?:[^\w\s'\"-]|-(?=\s))")
+_END = re.compile(r"[^\w\s'\".!?-].*$|\bendseq$")
+"""Where every text begins or ends alike, up to and from a character of no word, as in `<start>` or `caption:`."""
+_LETTER = re.compile(r"[^\W\d_]")
+_QUOTED = re.compile(r"""(["'`]).*\1,?""")
+_XML = re.compile(r"<(?P<tag>[^\s<>]+)[^<>]*>.*</(?P=tag)>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ROW = re.compile(r"""["']?(?P<image>[^,;|\t"']+?)["']?(?P<delimiter>\s*[,;|\t]|\s+|$)""")
 
@@ -66,6 +72,8 @@ def clean(text: str) -> str:
     for _ in range(2):
         if "&" in text and ";" in text:
             text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
+    if "[/EN#" in text:
+        text = _ENTITY_MARK.sub(r"\1", text)
     if "<" in text and ">" in text:
         text = _TAG.sub(lambda tag: " " if tag["block"] else "", text)
     if "\\" in text and not _BACKSLASH.search(text):
@@ -143,6 +151,13 @@ def _refuse_table(path: Path, lines: Sequence[str]) -> None:
         )
     if sample and all(map(_is_json, sample)):
         raise UserError(f"{path}: holds JSON ({sample[0][:60]!r}), a document in each line; let its name end in .jsonl")
+    whole = "\n".join(lines).strip()
+    if whole[:1] + whole[-1:] in ("[]", "{}") and _is_json(whole):
+        raise UserError(f"{path}: holds JSON, a document of {len(lines):,} lines; let its name end in .json")
+    if 2 * sum(_XML.fullmatch(clean(line)) is not None for line in sample) > len(sample):
+        raise UserError(
+            f"{path}: holds XML ({sample[len(sample) // 2].strip()[:60]!r}); write its texts alone, one a line"
+        )
     rows = [row for line in sample if (row := begins_with_image(line))]
     if 2 * len(rows) > len(sample):
         delimiter = rows[0]["delimiter"].strip(" ")
@@ -169,27 +184,49 @@ def begins_with_image(line: str) -> re.Match[str] | None:
 
 
 def notes_on_texts(texts: Sequence[str]) -> list[str]:
-    """What is strange about several texts of one source: letters of a wrong encoding, and marks that begin all."""
+    """What is strange about several texts of one source: letters of a wrong encoding, and what all have in common."""
     notes = []
     if mangled := [found[0] for text in texts if (found := _MANGLED.search(text))]:
         notes.append(
             f"{len(mangled):,} of {len(texts):,} texts that were looked at hold {mangled[0]!r}, as of a wrong encoding"
         )
-    marks = {found[0] if (found := _MARK.match(text)) else "" for text in texts}
-    if len(texts) > 1 and len(marks) == 1 and (shared := marks.pop()):
-        notes.append(f"{shared!r}, which begins every text, is a part of it")
+    if len(set(texts)) < 2:
+        return notes
+    first, last = _common_start(texts), _common_start([text[::-1] for text in texts])[::-1]
+    for where, mark in (("begins", _BEGIN.match(first)), ("ends", _END.search(last))):
+        if mark:
+            notes.append(f"{mark[0]!r}, which {where} every text, is a part of it")
+    if all(map(_QUOTED.fullmatch, texts)):
+        notes.append("the quotes around every text are parts of it")
+    if not notes and len(numbers := list(filter(None, map(_NUMBERED.match, texts)))) == len(texts):
+        counts = {number[1] for number in numbers}  # `2 dogs`, `2 cats` are no numbering
+        if "0" in counts or len(counts) == len(texts) or all(number[2] for number in numbers):
+            notes.append("the numbers in front of the texts are parts of them")
     return notes
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)
+    return first[: next((i for i, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1), len(first))]
 
 
 def _text_notes(path: Path, lines: Sequence[str]) -> list[str]:
     """What of the first lines may be meant for something else than a text."""
     sample = [line.strip() for line in lines[:50] if line.strip()]
     notes = notes_on_texts(sample)
-    if len(sample) > 1 and sample[0].lower() in _HEADERS:
+    if len(sample) > 1 and not _HEADERS.isdisjoint(
+        cell.strip("\"' ") for cell in re.split(r"[,;|]", sample[0].lower())
+    ):
         notes.append(f"the first line of {path} is the text {sample[0]!r}; remove it if it names a column")
-    numbers = [number[1] for line in sample if (number := _NUMBERED.match(line))]
-    if len(sample) > 1 and len(numbers) == len(sample) == len(set(numbers)):  # 1 2 3, not 2 2 2
-        notes.append(f"the numbers in front of the lines of {path} are parts of its texts")
+    remarks = [line for line in lines if line.lstrip().startswith("#")]
+    if 0 < 2 * len(remarks) < len(lines):
+        notes.append(
+            f"lines of {path} that begin with # are texts: {len(remarks):,} such as {remarks[0].strip()[:60]!r}; "
+            "remove them if they are remarks"
+        )
+    strange = [line.strip() for line in lines if line.strip() and not _LETTER.search(line) and not says_missing(line)]
+    if strange:
+        notes.append(f"lines of {path} without a letter are texts: {len(strange):,} such as {strange[0][:60]!r}")
     return notes
 
 
