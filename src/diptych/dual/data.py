@@ -253,6 +253,7 @@ def cached_states(
     cache: Path,
     skipped: SkippedItems,
     enough: Callable[[int], bool] = lambda items: False,
+    title: str = "computing the features of images and captions",
 ) -> tuple[States, int]:
     """The states of the captioned images of ``source``, computed as far as the folder ``cache`` does not have them.
 
@@ -275,7 +276,7 @@ def cached_states(
     made_by = shared | {"weights": weights_digest(encoder.clip.text_model), "first": _digest(captions.first)}
     texts = _cached(cache, "texts", made_by | {"ids": _digest(captions.ids, captions.starts)}, **kept)
     done, total = 0, len(captions.items)
-    advance = ProgressLine("computing the features of images and captions")
+    advance = ProgressLine(title)
     with ThreadPoolExecutor(_THREADS) as threads, eval_mode(encoder):
         while done < total and not (done and enough(done)):
             block = range(done, min(done + _ITEMS, total))
