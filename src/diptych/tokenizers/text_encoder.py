@@ -116,7 +116,7 @@ class TextEncoder(nn.Module, TextTokenizer):
     def from_pretrained(
         name: str | os.PathLike[str], *, texts: Iterable[str] | None = None, dtype: torch.dtype | None = None
     ) -> "TextEncoder":
-        """From a `transformers` folder (nothing touches the network), a run folder, a hub name or a package.
+        """From a `transformers` folder (which needs no internet), a run folder, a hub name or a package.
 
         Args:
             name: what to load. Of a T5, CLIP or other model of several parts only the text encoder is read.
