@@ -1,6 +1,6 @@
 """What a run must beat: baselines that take seconds, beside its own scores and computed by the same code.
 
-    caption_baselines          the most frequent caption, and the consensus caption of all pairs and of the nearest images
+    caption_baselines          the most frequent caption, and the consensus of all pairs and of the nearest images
     neighbour_word_embeddings  images as the words in the captions of the nearest images, for retrieval
     encoder_fits               how well captions fit their images, by two pretrained encoders
     ClassBaselines             chance, the most frequent class, and logistic regression
