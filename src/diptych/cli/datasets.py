@@ -294,7 +294,7 @@ def _look_at(
             else replace(seen, features_NF=features_NF)
         )
         known = (
-            LookedAt(items_N=done.items, features_NF=image_features(done, features, device)[1])
+            LookedAt(items_N=np.asarray(done.items), features_NF=image_features(done, features, device)[1])
             if len(done.items)
             else None
         )

@@ -34,6 +34,8 @@ _AHEAD = 2
 """Number of blocks that a worker holds: the next one waits there while it works on one."""
 _WINDOW = 4
 """Blocks for each worker that are given out before the oldest of them is finished: finished ones wait in memory."""
+_DIGESTED = 2**20
+"""Numbers of items that are digested at once."""
 _DEATHS = 3
 """Number of workers that may die at a block before it is held to be the reason."""
 _OBJECT_STORE = 512 * 2**20
@@ -99,7 +101,7 @@ class Engine:
         writer: "ResumableArrayWriter",
         work: Callable[[Any, Any], Rows],
         tools: Any,
-        items: np.ndarray,
+        items: np.ndarray | range,
         *,
         rows: int,
         skipped: "SkippedItems",
@@ -120,7 +122,7 @@ class Engine:
         """
         skipped.reasons.update(writer.skipped)
         starts = range(writer.done, len(items), rows)
-        blocks = (sent(items[start : start + rows]) for start in starts)
+        blocks = (sent(np.asarray(items[start : start + rows])) for start in starts)
         for start, found in zip(starts, self.map(work, tools, blocks), strict=True):
             for reasons in (skipped.reasons, writer.skipped):
                 reasons.update(found.skipped)
@@ -160,9 +162,12 @@ class Engine:
 LOCAL = Engine()
 
 
-def items_digest(items: np.ndarray) -> str:
+def items_digest(items: np.ndarray | range) -> str:
     """16 hexadecimal digits that differ for other numbers or another order of them."""
-    return hashlib.sha256(np.ascontiguousarray(items, "<i8").tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for begin in range(0, len(items), _DIGESTED):
+        digest.update(np.asarray(items[begin : begin + _DIGESTED], "<i8").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _identity(

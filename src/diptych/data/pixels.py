@@ -25,7 +25,7 @@ from diptych.data.scenes import ENDLESS, ScenesSource
 from diptych.data.sources import Source, require_pairs
 from diptych.data.sources.decode import UnreadableImage, decode
 from diptych.data.sources.open import HasShards
-from diptych.data.splits import Subset
+from diptych.data.splits import Subset, at
 from diptych.data.streams import ShardOrder, Stream, choose
 from diptych.errors import UserError
 from diptych.io import write_bytes
@@ -111,7 +111,13 @@ def read_block(
 
 
 def image_batches(
-    source: Source, items: np.ndarray, *, size: int, skipped: SkippedItems, workers: int = 2, rows: int = _ROWS
+    source: Source,
+    items: np.ndarray | range,
+    *,
+    size: int,
+    skipped: SkippedItems,
+    workers: int = 2,
+    rows: int = _ROWS,
 ) -> Iterator[tuple[UInt8[Tensor, "B 3 S S"], np.ndarray]]:
     """The readable ones of ``items`` in batches of at most ``rows``: pixels, and the items [B] that they show.
 
@@ -120,7 +126,7 @@ def image_batches(
     with ThreadPoolExecutor(max(1, workers)) as threads:
         for begin in range(0, len(items), rows):
             pixels, found = read_images(
-                source, items[begin : begin + rows], size=size, skipped=skipped, threads=threads
+                source, np.asarray(items[begin : begin + rows]), size=size, skipped=skipped, threads=threads
             )
             skipped.check(len(items))
             if len(found):
@@ -137,7 +143,7 @@ class ReadableImages:
     def __init__(
         self,
         source: Source,
-        items: np.ndarray,
+        items: np.ndarray | range,
         *,
         size: int,
         skipped: SkippedItems,
@@ -244,7 +250,7 @@ class CachedImages:
         if self._cache is None:
             source = self._subsets[0].source
             if len(self._subsets) == 1 and isinstance(source, ScenesSource):
-                return source.images(self._subsets[0].items[index], self._size), index
+                return source.images(at(self._subsets[0].items, index), self._size), index
             read = [self._read(int(i)) for i in index]
             return np.stack([pixels for pixels, _ in read]), np.array([shown for _, shown in read])
         for i in index[self._shown[index] < 0]:

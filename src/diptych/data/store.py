@@ -12,6 +12,7 @@ T width of the teacher's features, S pixels of a side.
 """
 
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,7 +31,9 @@ from diptych.data.check import content_digest
 from diptych.data.engine import LOCAL, Engine, Rows, items_digest
 from diptych.data.pixels import SkippedItems, channels_first, read_block
 from diptych.data.sources import Source
-from diptych.data.streams import Stream, choose
+from diptych.data.splits import at
+from diptych.data.streams import Rows as Examples
+from diptych.data.streams import Stream, block_order, choose
 from diptych.errors import UserError
 from diptych.io import replace_folder, write_bytes
 
@@ -41,6 +44,12 @@ VECTORS_MANIFEST = "manifest.json"
 
 _TRIM = 8
 """Texts of a batch are cut to its longest, rounded up to this: padding costs time and changes nothing."""
+_BLOCK = 32
+"""Items between two of the sums that an index of captions keeps: 25 MB for 10^8 items."""
+_ROWS = 2**14
+"""Items that are looked up at once."""
+_MOST_MAPPED = 400 * 2**20
+"""Bytes of mapped files that a process keeps resident; it lets go of them at more."""
 _IN_A_GROUP = 16_384
 """Number of vectors in a row group of parquet: what a reader holds at once."""
 _KEYS_ENCODING: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
@@ -209,6 +218,7 @@ class Store:
     manifest: dict[str, Any]
     arrays: dict[str, np.ndarray] = field(repr=False, compare=False)
     """Memory-mapped, by name."""
+    _resident: "_Resident" = field(repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path) -> "Store":
@@ -232,7 +242,7 @@ class Store:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: not a folder of encoded data ({error}): encode it again") from error
-        return cls(folder, manifest, arrays)
+        return cls(folder, manifest, arrays, _Resident(arrays.values()))
 
     @staticmethod
     def is_one(folder: str | Path) -> bool:
@@ -254,18 +264,28 @@ class Store:
         return self.arrays.get(name)
 
     @cached_property
-    def starts(self) -> np.ndarray:
-        """Row of ``ids`` where each item's captions begin, and the end: int64 [items + 1]."""
-        return np.concatenate([[0], np.cumsum(self.arrays["counts"], dtype=np.int64)])
+    def captions(self) -> "CaptionIndex":
+        """Where the captions of each item lie. Reads all counts once."""
+        return CaptionIndex(self.arrays["counts"], after_part=self._resident.let_go)
 
-    def pairs(self, items: np.ndarray, *, seed: int) -> Stream[PairExamples]:
-        """Images with one of their captions, chosen anew each epoch. Items without a caption are left out."""
-        items = items[np.diff(self.starts)[items] > 0]
+    def pairs(self, items: np.ndarray | range, *, seed: int) -> Stream[PairExamples]:
+        """Images with one of their captions, chosen anew each epoch. Items without a caption are left out.
+
+        A range of all items takes no memory, and an array of items takes that of its numbers.
+        """
+        captions = self.captions
+        if self._are_all(items):
+            size, item_of = captions.captioned_items, captions.captioned
+        else:
+            chosen = np.asarray(items)
+            chosen = chosen[captions.counts[chosen] > 0]
+            size, item_of = len(chosen), chosen.__getitem__
 
         def take(index: np.ndarray, epoch: np.ndarray) -> PairExamples:
-            item = items[index]
-            first, end = self.starts[item], self.starts[item + 1]
-            ids, valid, features = self._read_texts(first + choose(end - first, item, epoch, seed))
+            item = item_of(index)
+            ids, valid, features = self._read_texts(
+                captions.first(item) + choose(captions.counts[item], item, epoch, seed)
+            )
             return PairExamples(
                 tokens_BN=self._read_tokens(item),
                 ids_BL=ids,
@@ -275,31 +295,43 @@ class Store:
                 teacher_features_BT=self._read_features("teacher_features", item),
             )
 
-        return Stream(size=len(items), take=take)
+        return self._stream(size, take)
 
-    def images(self, items: np.ndarray) -> Stream[ImageTokenExamples]:
+    def images(self, items: np.ndarray | range) -> Stream[ImageTokenExamples]:
         """Unpaired images."""
 
         def take(index: np.ndarray, epoch: np.ndarray) -> ImageTokenExamples:
-            item = items[index]
+            item = at(items, index)
             return ImageTokenExamples(
                 tokens_BN=self._read_tokens(item),
                 image_features_BG=self._read_features("image_features", item),
                 teacher_features_BT=self._read_features("teacher_features", item),
             )
 
-        return Stream(size=len(items), take=take)
+        return self._stream(len(items), take)
 
-    def texts(self, items: np.ndarray) -> Stream[TextExamples]:
-        """Unpaired texts: every caption of the items is an example of its own."""
-        counts = np.diff(self.starts)[items]
-        rows = np.repeat(self.starts[items] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+    def texts(self, items: np.ndarray | range) -> Stream[TextExamples]:
+        """Unpaired texts: every caption of the items is an example of its own.
+
+        A range of all items takes no memory, and an array of items takes that of a number for each caption.
+        """
+        if self._are_all(items):
+            rows: np.ndarray | range = range(len(self.arrays["ids"]))
+        else:
+            rows = self.captions.rows(np.asarray(items))
 
         def take(index: np.ndarray, epoch: np.ndarray) -> TextExamples:
-            ids, valid, features = self._read_texts(rows[index])
+            ids, valid, features = self._read_texts(at(rows, index))
             return TextExamples(ids_BL=ids, valid_BL=valid, features_BLF=features)
 
-        return Stream(size=len(rows), take=take)
+        return self._stream(len(rows), take)
+
+    def _stream(self, size: int, take: Callable[[np.ndarray, np.ndarray], Examples]) -> Stream[Examples]:
+        order = block_order(size)
+        return Stream(size=size, take=take if order is None else self._resident.limited(take), shards=order)
+
+    def _are_all(self, items: np.ndarray | range) -> bool:
+        return isinstance(items, range) and items == range(len(self))
 
     def _read_tokens(self, items: np.ndarray) -> Tensor:
         return _to_torch(self.arrays["tokens"][items])
@@ -319,6 +351,98 @@ class Store:
         if "features" in self.arrays:
             features = torch.from_numpy(self.arrays["features"][captions, :length].astype(np.float32))
         return ids, ids != 0, features
+
+
+class CaptionIndex:
+    """Where the captions of an item lie, from how many each item has.
+
+    It keeps sums over blocks of items and adds the counts within a block when it is asked: 10^8 items need no table.
+    """
+
+    def __init__(self, counts: np.ndarray, *, after_part: Callable[[], None] = lambda: None) -> None:
+        """``counts`` are those of all items, int32 [items]; ``after_part`` is called after each part that was read."""
+        self.counts = counts
+        zero = np.zeros(1, np.int64)
+        captions, captioned = [zero], [zero]
+        for start in range(0, len(counts), _ROWS * _BLOCK):
+            part = counts[start : start + _ROWS * _BLOCK]
+            blocks = np.arange(0, len(part), _BLOCK)
+            captions.append(np.add.reduceat(part, blocks, dtype=np.int64))
+            captioned.append(np.add.reduceat(part > 0, blocks, dtype=np.int64))
+            after_part()
+        self._captions, self._captioned = (np.concatenate(each).cumsum() for each in (captions, captioned))
+        self.captioned_items = int(self._captioned[-1])
+        """Number of items that have captions."""
+
+    def first(self, item: np.ndarray) -> np.ndarray:
+        """Row of the first caption of each ``item``, int64 [B]."""
+        block, place = item // _BLOCK, item % _BLOCK
+        return self._captions[block] + (self._of_block(block) * (np.arange(_BLOCK) < place[:, None])).sum(1)
+
+    def captioned(self, number: np.ndarray) -> np.ndarray:
+        """The items of these numbers among those that have captions, int64 [B]."""
+        if self.captioned_items == len(self.counts):
+            return number
+        block = np.searchsorted(self._captioned, number, side="right") - 1
+        within = number - self._captioned[block]
+        return block * _BLOCK + ((self._of_block(block) > 0).cumsum(1) > within[:, None]).argmax(1)
+
+    def rows(self, items: np.ndarray) -> np.ndarray:
+        """Rows of all captions of ``items``, in their order."""
+        counts = self.counts[items]
+        first = [self.first(items[start : start + _ROWS]) for start in range(0, len(items), _ROWS)]
+        before = np.cumsum(counts, dtype=np.int64) - counts
+        return np.repeat(np.concatenate([*first, before[:0]]) - before, counts) + np.arange(counts.sum())
+
+    def _of_block(self, block: np.ndarray) -> np.ndarray:
+        """Counts of the items of each block [B, _BLOCK]; what lies behind the last item counts 0."""
+        item = block[:, None] * _BLOCK + np.arange(_BLOCK)
+        found = self.counts.take(item, mode="clip")
+        return found * (item < len(self.counts))
+
+
+class _Resident:
+    """Keeps mapped files from taking a process's memory.
+
+    Every row that is read stays resident, and with it what lies around it. When that is much, the process lets go of
+    all that it has mapped; it stays in the system's cache, from where it comes back without a disk.
+    """
+
+    def __init__(self, arrays: Iterable[np.ndarray]) -> None:
+        """``arrays`` are those of `_map`."""
+        maps: list[Any] = [array.base.base for array in arrays if array.base is not None]
+        self._maps = [each for each in maps if hasattr(each, "madvise")]
+        self._kept = _mapped_bytes()
+
+    def limited(self, take: Callable[[np.ndarray, np.ndarray], Opened]) -> Callable[[np.ndarray, np.ndarray], Opened]:
+        """``take`` with a look at the memory after it."""
+
+        def limited(index: np.ndarray, epoch: np.ndarray) -> Opened:
+            found = take(index, epoch)
+            self.limit()
+            return found
+
+        return limited
+
+    def limit(self) -> None:
+        """Let go of what is mapped if it is much."""
+        if _mapped_bytes() - self._kept > _MOST_MAPPED:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Let go of all that is mapped."""
+        for each in self._maps:
+            each.madvise(mmap.MADV_DONTNEED)
+        self._kept = _mapped_bytes()
+
+
+def _mapped_bytes() -> int:
+    """Bytes of files that are resident in this process; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[2]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 def _map(path: Path, array: Mapping[str, Any]) -> np.ndarray:
@@ -490,7 +614,7 @@ def encode(
     out: Path,
     tokenizers: DataTokenizers,
     *,
-    indices: np.ndarray | None = None,
+    indices: np.ndarray | range | None = None,
     max_skipped_share: float = 0.01,
     workers: int = 2,
     engine: Engine = LOCAL,
@@ -514,7 +638,7 @@ def encode(
     """
     if out.exists() and not Store.is_one(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already and holds no encoded data: choose another folder")
-    items = np.arange(len(source)) if indices is None else indices
+    items = range(len(source)) if indices is None else indices
     writer = ResumableArrayWriter(out, origin(source, tokenizers, items))
     skipped = SkippedItems(max_skipped_share=max_skipped_share, reasons=writer.skipped)
     work = partial(_encode_block, workers=workers)
@@ -527,7 +651,7 @@ def encode(
     return writer.finish(STORE_MANIFEST, manifest, Store.open)
 
 
-def origin(source: Source, tokenizers: DataTokenizers, indices: np.ndarray) -> dict[str, str]:
+def origin(source: Source, tokenizers: DataTokenizers, indices: np.ndarray | range) -> dict[str, str]:
     """What decides the content of a store, as its manifest holds it under ``made_by``."""
     found = {"source": source.name, "tokenizers": tokenizers.fingerprint, "items": items_digest(indices)}
     return found | {"content": content_digest(source)}

@@ -155,10 +155,11 @@ def train_stopped(alone: ItitRun, inputs: TrainingInputs, out: Path, test: Scene
     """Train with dropout on nine tenths of the pairs; keep the network with the lowest loss on the other tenth."""
     run = replace(alone, model=replace(alone.model, dropout=0.1))
     pairs = inputs.encoded.pairs
-    kept = np.arange(len(pairs.items)) % _HELD_OUT != 0
-    training = replace(inputs, encoded=replace(inputs.encoded, pairs=Subset(pairs.source, pairs.items[kept])))
+    items = np.asarray(pairs.items)
+    kept = np.arange(len(items)) % _HELD_OUT != 0
+    training = replace(inputs, encoded=replace(inputs.encoded, pairs=Subset(pairs.source, items[kept])))
     assert isinstance(pairs.source, Store)
-    held = pairs.source.pairs(pairs.items[~kept], seed=0)
+    held = pairs.source.pairs(items[~kept], seed=0)
     rows = np.arange(held.size)
     stopping = _EarlyStopping(held.take(rows, np.zeros_like(rows)), out)
     if not (out / "model").is_dir():
@@ -212,7 +213,7 @@ def regression_on_pixels(run: ItitRun, test: ScenesSource) -> SceneScore:
     data = open_data(run.data).pairs
     source, items = data.source, np.arange(test.count)
     assert isinstance(source, ScenesSource)
-    train_BP, test_BP = (_pixels(each, which) for each, which in ((source, data.items), (test, items)))
+    train_BP, test_BP = (_pixels(each, which) for each, which in ((source, np.asarray(data.items)), (test, items)))
     known = source.scenes(data.items)
     names = {"shape": ["", *SHAPES], "colour": ["", *COLOURS]}
     read = {
