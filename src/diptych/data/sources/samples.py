@@ -492,6 +492,8 @@ class SampleSource(ABC):
         chosen = [int(i) for i in having[:: max(1, len(having) // _SAMPLE)]]
         both, other, nulls, blank = 0, [], 0, 0
         no_labels: list[Any] = []
+        two_labels: list[str] = []
+        folders = set(self._labels)
         texts: list[str] = []
         lines: list[list[str]] = []
         for i in chosen:
@@ -510,6 +512,8 @@ class SampleSource(ABC):
                 label = label or fields.get(self._found.label or "", "")
             if not is_missing(label) and label_of(label) is None:
                 no_labels.append(label)
+            elif not is_missing(label) and label_of(label) != self._labels[i] and label_of(label) in folders:
+                two_labels.append(f"{self._keys[i]} ({label_of(label)}, {self._labels[i]})")
             said = {name: captions_of(value) for name, value in fields.items() if usual(name, CAPTION_NAMES)}
             if self._by_text and text.strip() and any(said.values()):
                 both += 1
@@ -527,6 +531,11 @@ class SampleSource(ABC):
             notes.append(f"{counted(nulls, 'caption')} such as nan or null {of} taken for missing")
         notes += notes_on_texts(texts) + notes_on_lines(lines)
         notes += [f"{note} ({of})" for note in unlabelled_notes(no_labels)]
+        if two_labels:
+            shown = some(two_labels, len(two_labels))
+            notes.append(
+                f"{counted(len(two_labels), 'image')} {of} with two labels, the first of its own file: {shown}"
+            )
         return notes
 
     def _take_split(self, split: str | None, folders: Sequence[str | None]) -> None:
