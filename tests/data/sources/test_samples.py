@@ -306,6 +306,18 @@ def test_a_class_that_is_json_is_none(tmp_path, kind):
     assert source.notes[0].startswith('2 labels of {"id": 3} taken for missing')
 
 
+def test_members_of_any_path_are_read(tmp_path):
+    names = {"../up.png": None, "../up.txt": "one", "/abs/a.png": None, "/abs/a.txt": "two", "b/a.png": None}
+    source = open_source(write(tmp_path, "tar", names))
+    assert [source.captions(i) for i in range(3)] == [["one"], ["two"], []]
+    assert [source.label(i) for i in range(3)] == [None, "abs", "b"]
+
+
+@pytest.mark.parametrize("end", ["_depth", "_normal", "_canny", "-openpose", "_mask"])
+def test_what_is_computed_from_an_image_is_no_image(end):
+    assert group(["a.jpg", f"a{end}.png", f"b{end}.png"], Columns(), source="t").masks == [1]
+
+
 def test_a_text_called_caption_goes_before_others():
     names = ["s0.jpg", "s0.tags.txt", "s0.caption.txt", "s1.jpg", "s1.tags.txt", "s1.caption.txt"]
     assert [slots[TEXT] for slots in group(names, Columns(), source="t").slots] == [2, 5]

@@ -57,7 +57,8 @@ _BOXES = re.compile(r"(\s*\d+(\s+-?[\d.]+){4,}\s*)+")
 """Lines of a class and a box, as detectors have them."""
 _SHARD = re.compile(r"(images?|img|part|chunk|batch|data|shard|split)[-_]?\d+", re.IGNORECASE)
 _MASK_END = re.compile(
-    r"[ ._-]+(masks?|seg|segmentation|segmap|segmask|trimap|matte|gt|depth|labelids|instanceids)([ ._-]?\d+)?$",
+    r"[ ._-]+(masks?|seg|segmentation|segmap|segmask|trimap|matte|gt|depth|normals?|canny|edges|lineart|(?:open)?pose"
+    r"|labelids|instanceids)([ ._-]?\d+)?$",
     re.IGNORECASE,
 )
 """What the name of a mask has behind the name of its image."""
@@ -98,7 +99,7 @@ _VIEWS = frozenset(
     | {"rgb", "ir", "nir", "thermal", "depth", "photo", "sketch", "image", "condition", "original", "edited"}
 )
 """Folders that hold one thing in several forms, and no classes."""
-_PLAIN = frozenset({"image", "images", "img", "imgs", "jpegimages"})
+_PLAIN = frozenset({"..", "image", "images", "img", "imgs", "jpegimages"})
 """Folders that are no class, wherever they are."""
 _MANY = 100_000
 """Largest number of .json files that are read in search of captions when a source is opened."""
@@ -314,7 +315,7 @@ def _after_key(name: str) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a file, or a folder that it is in, is hidden or made by a system for itself."""
-    return any(part.startswith(".") or part.lower() in _SYSTEM for part in name.split("/"))
+    return any((part.startswith(".") and part != "..") or part.lower() in _SYSTEM for part in name.split("/"))
 
 
 def _keys(names: list[str], by_stem: dict[str, list[int]], by_key: dict[str, list[int]]) -> list[str]:
@@ -362,7 +363,7 @@ def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[st
     """The folders of each file that may be classes, without those that hold all files."""
     paths = []
     for name in names:
-        folders = name.split("/")[:-1]
+        folders = name.lstrip("/").split("/")[:-1]
         known = ["/".join(folders[: i + 1]) in shards for i in range(len(folders))]
         paths.append(
             [
