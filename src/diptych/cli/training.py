@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,7 +21,7 @@ import tyro
 from tyro import MISSING
 from tyro.conf import Positional
 
-from diptych.cli.inference import Device, SourceArg
+from diptych.cli.inference import Device, EngineName, SourceArg, engine_of
 from diptych.errors import UserError
 from diptych.io import write_bytes
 from diptych.run_folder import Kind, Run
@@ -34,6 +35,8 @@ RENAMED_FLAGS = {
     "objective.hide-for-image": "objective.image-masking",
     "objective.hide-for-text": "objective.text-masking",
     "objective.draw": "objective.image-generation",
+    "objective.teacher": "objective.cycle-network",
+    "objective.teacher-decay": "objective.cycle-network-decay",
     "generation.draw": "generation.image",
     "generation.write": "generation.text",
     "train.accumulate": "train.grad-accum-steps",
@@ -100,6 +103,8 @@ def encode(
     out: Path,
     features: bool = False,
     workers: int = 2,
+    engine: EngineName = "local",
+    ray_address: str | None = None,
 ) -> None:
     """Encode images to tokens and texts to ids ahead of training, by the tokenizer and text encoder of a run.
 
@@ -109,19 +114,19 @@ def encode(
         out: Folder for the encoded data, which `diptych fit` takes as a source.
         features: Also store the features of the frozen text encoder.
         workers: Number of threads that decode images.
+        engine: Who encodes: this process, or the workers of a Ray cluster (extra `ray`). The result is the same.
+        ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
     """
+    working = engine_of(engine, ray_address)
     from diptych.data.sources import open_source
-    from diptych.data.store import encode as encode_source
-    from diptych.itit.pipeline import run_data_tokenizers
 
-    opened = open_source(source)
-    both = run_data_tokenizers(run, features=features)
-    needed = replace(
-        both,
-        tokenize_images=both.tokenize_images if opened.has_images else None,
-        tokenize_texts=both.tokenize_texts if opened.has_captions else None,
-    )
-    store = encode_source(opened, out, needed, workers=workers)
+    open_source(source)  # what is wrong with it is told before the libraries are loaded
+    from diptych.data.store import encode as encode_source
+    from diptych.itit.pipeline import open_to_encode
+
+    opened = partial(open_to_encode, source, run, features=features)
+    found, tokenizers = opened()
+    store = encode_source(found, out, tokenizers, workers=workers, engine=replace(working, reopen=opened))
     skipped = store.manifest["skipped"]
     print(f"{len(store):,} items in {out}" + (f"; {skipped} skipped, see {out}/skipped.jsonl" if skipped else ""))
 
@@ -197,12 +202,13 @@ def fit(arguments: list[str]) -> None:
     rest = ["--help" if argument == "--help-all" else argument for argument in rest]
     rest = settings_as_flags(settings, but_not=rest) + rest
     given = _parse_fit(type(recipe), recipe, rest, prog=f"diptych fit {name}", about=RECIPES[name].__doc__)
+    asked = _changed(_plain(given.run), _plain(recipe))
+    _check_length(asked, minutes=given.minutes)
     budget = None
     if given.minutes is not None:
         from diptych.train.pace import Budget
 
         budget = Budget(given.minutes, began=time.monotonic() - time.process_time())  # the imports took their time
-    asked = _changed(_plain(given.run), _plain(recipe))
     try:
         given.run.fit(given.out, recipe=name, budget=budget)
     except UserError:  # what was asked for may not fit the run that is there
@@ -211,6 +217,18 @@ def fit(arguments: list[str]) -> None:
         write_settings(given.out, name, asked)
         raise
     write_settings(given.out, name, asked)
+
+
+def _check_length(asked: Mapping[str, Any], *, minutes: float | None, path: str = "") -> None:
+    """Raise UserError where more than one of minutes, epochs and steps is asked for, in any stage."""
+    for name, value in asked.items():
+        if isinstance(value, Mapping):
+            _check_length(value, minutes=minutes, path=f"{path}{name.replace('_', '-')}.")
+    if asked.get("epochs") is None:
+        return
+    other = "--minutes" if minutes is not None else f"--{path}steps" if "steps" in asked else None
+    if other is not None:
+        raise UserError(f"--{path}epochs and {other} both say how long to train: leave one of them away")
 
 
 def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:

@@ -258,7 +258,7 @@ class OpenedImage:
     size: tuple[int, int] | None = None
     """Width and height in pixels as stored; None too where the source has no files."""
     digest: bytes | None = None
-    """Of its file, else of its pixels."""
+    """Digest of its file, or of its pixels where the source has no files."""
     frames: int = 1
     """Number of frames of an animation, or of pages."""
 
@@ -293,7 +293,7 @@ def _spread(total: int, count: int) -> list[int]:
 
 
 _WHOLE = 256 * 2**20
-"""Largest number of bytes of all files together that are read whole; of larger ones, blocks."""
+"""Total size in bytes up to which files are read whole; of more, only blocks are read."""
 _BLOCK, _BLOCKS = 2**16, 16
 """Bytes of a block, and number of blocks of a file."""
 
