@@ -1,9 +1,10 @@
 """The smallest complete Diptych: a tokenizer, a text encoder and a network, with random weights; and a dual encoder."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -29,6 +30,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_by_value() -> Iterator[Callable[[ModuleType], None]]:
+    """A Ray cluster of two workers on this machine. A module of tests is handed to them by calling it with the module.
+
+    The workers cannot import tests by their names.
+    """
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}  # as the engine does
+    ray = pytest.importorskip("ray")
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    yield ray.cloudpickle.register_pickle_by_value
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ _ABOUT: dict[Kind, tuple[str, str, str, str]] = {
 }
 """Of each kind that can be uploaded: the hub's name of its task, what it does, its pipeline and how that is used."""
 _MORE: dict[Kind, tuple[str, ...]] = {
-    "itit": ("image_encoder", "confidence/confidence.json"),
+    "itit": ("image_encoder", "near_captions", "confidence/confidence.json"),
     "classifier": ("classes.json", CLASS_BASELINES),
     "dual": (),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 GOLDEN = 0x9E3779B97F4A7C15
 """Step of the counter that SplitMix64 (Steele, Lea and Flood, 2014) hashes, modulo 2^64."""
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MIXES, _SHIFTS = np.array([_MIX_1, _MIX_2], np.uint64), np.array([30, 27, 31], np.uint64)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -22,9 +23,13 @@ def derive_seed(*parts: int | str) -> int:
 
 def mix64(x: UInt64[np.ndarray, "*n"]) -> UInt64[np.ndarray, "*n"]:
     """The finalizer of SplitMix64: a permutation of the 64-bit numbers in which each bit of x moves all bits."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
-    return x ^ (x >> np.uint64(31))
+    shifted = x >> _SHIFTS[0]
+    x = x ^ shifted  # a copy; the rest is in place, as rows of a batch are few and each call of NumPy costs
+    x *= _MIXES[0]
+    x ^= np.right_shift(x, _SHIFTS[1], out=shifted)
+    x *= _MIXES[1]
+    x ^= np.right_shift(x, _SHIFTS[2], out=shifted)
+    return x
 
 
 @dataclass(frozen=True, slots=True)

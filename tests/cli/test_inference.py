@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -20,7 +21,7 @@ from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source
 from diptych.data.sources.decode import decode
 from diptych.data.store import VectorStore
-from diptych.dual.search import Index
+from diptych.dual.search import Index, nearest
 from diptych.run_folder import write_config
 from diptych.uml.recipes import uml_probe
 
@@ -325,6 +326,47 @@ def test_classify(call, dual_run, scene, photo, tmp_path):
     assert [guess["name"] in first for guess in record["guesses"]] == [True, True]
     (tmp_path / "templates.txt").write_text("the {} of all\n")
     assert call(*command, "--templates", tmp_path / "templates.txt")[1] != call(*command)[1]
+
+
+def test_an_index_of_codes_is_what_search_uses(call, mistaken, dual_run, store, monkeypatch):
+    pytest.importorskip("faiss")
+    embed = ("embed", dual_run, SRC, "--out", store, "--index", "ivfpq")
+    mistaken_call = call(*embed)
+    assert mistaken_call[0] == 2
+    assert "12 embeddings, too few to learn an ivfpq index from (10,000)" in mistaken_call[2]
+    with patch("diptych.dual.search.build_ivfpq", return_value=store / "ivfpq") as build:
+        status, out, _ = call(*embed)
+    assert (status, out) == (0, f"12 images in {store}\nindex in {store}/ivfpq\n")
+    assert build.call_args.args[0].folder == store
+    (store / "ivfpq").mkdir()
+    with patch("diptych.dual.search.nearest_approximate", wraps=nearest) as searched:
+        searched.side_effect = lambda query, store, *, k: nearest(query, store.vectors, k=k)
+        assert call("search", dual_run, "a red circle", "--index", store)[0] == 0
+        assert searched.call_count == 1
+        assert call("search", dual_run, "a red circle", "--index", store, "--method", "exact")[0] == 0
+        assert searched.call_count == 1
+    mistaken(call(*embed[:-3], "x.parquet", *embed[-2:]), "--index ivfpq: lies in a folder", "x.parquet")
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    mistaken(call(*embed), "pip install 'diptych[ann]'")
+
+
+def test_embeddings_as_a_table(call, dual_run, store, photo, tmp_path):
+    status, out, _ = call("embed", dual_run, SRC, "--out", tmp_path / "t.parquet")
+    assert (status, out) == (0, f"12 images in {tmp_path}/t.parquet\n")
+    table, whole = pyarrow.parquet.read_table(tmp_path / "t.parquet"), VectorStore.open(store)
+    assert table.column_names == ["key", "items", "vector"]
+    assert table["key"].to_pylist() == whole.keys
+    assert table["items"].to_pylist() == list(range(12))
+    np.testing.assert_array_equal(np.array(table["vector"].to_pylist(), np.float16), whole.vectors)
+    assert json.loads(table.schema.metadata[b"diptych"]) == whole.manifest
+    (tmp_path / "photos").mkdir()
+    for n in range(101):
+        (tmp_path / f"photos/{n:03}.png").write_bytes(photo.read_bytes() if n else b"no image")
+    status, out, _ = call("embed", dual_run, tmp_path / "photos", "--out", tmp_path / "t.parquet")
+    listed = tmp_path / "t.skipped.jsonl"
+    assert (status, out) == (0, f"100 images in {tmp_path}/t.parquet; 1 skipped, see {listed}\n")
+    assert json.loads(listed.read_text())["key"] == "000.png"
+    assert not list(tmp_path.glob(".t.*"))
 
 
 def test_searches_that_make_no_sense(call, mistaken, dual_run, store, texts, photo, tmp_path):

@@ -34,7 +34,10 @@ def test_classes_in_two_spellings_are_named(tmp_path):
     for i, label in enumerate(["Cat", "cat", "dog"]):
         Image.new("RGB", (4, 4), (i, i, i)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.cls").write_text(label)
-    assert check_source(open_source(str(tmp_path))).notes == ["classes that differ in spelling alone: 'Cat' and 'cat'"]
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "none.png")
+    found = check_source(open_source(str(tmp_path)))
+    assert "             1 item without a label" in found.lines()
+    assert found.notes == ["classes that differ in spelling alone: 'Cat' and 'cat'"]
 
 
 def test_what_a_source_holds(photos):
@@ -59,6 +62,27 @@ def test_what_a_source_holds(photos):
         "  sample     a/0.png  a grey square",
     ]:
         assert line in lines
+
+
+def test_images_of_one_content_are_named_where_they_are_used(photos):
+    source = open_source(str(photos))
+    assert not any("same" in note for note in source.notes)  # who captions them need not wait for it
+    told = check_parts([Part("pair", source, range(6))], max_skipped_share=1)
+    assert told.endswith("; 1 image of 6 that were compared the same as another: b/3.png = a/4.png")
+    shutil.copy(photos / "a" / "0.png", photos / "b" / "valid.png")
+    valid = open_source(str(photos / "b"))
+    told = check_parts([Part("pair", source, range(3)), Part("validation image", valid, range(3))], max_skipped_share=1)
+    assert "2 images of 6 that were compared the same as another: " in told
+    assert f"valid.png = {photos}: a/0.png" in told
+
+
+def test_images_of_a_table_and_of_a_list_are_compared_too(photos):
+    rows = [{"image": name, "caption": name} for name in ("a/0.png", "b/3.png", "a/4.png")]
+    (photos / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    twins = [(str(photos / "a" / "4.png"), str(photos / "b" / "3.png"))]
+    assert check_source(open_source(str(photos / "t.jsonl"))).twins == twins
+    (photos / "keep.jsonl").write_text("".join(json.dumps({"key": key}) + "\n" for pair in twins for key in pair))
+    assert len(check_source(open_source(f"{photos}/t.jsonl?keep={photos}/keep.jsonl")).twins) == 1
 
 
 def test_only_some_images_are_opened(photos):
@@ -164,11 +188,12 @@ def test_repeated_captions_frames_and_long_texts_are_told(tmp_path):
     frames = [Image.new("L", (4, 4), grey) for grey in (0, 99)]
     frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
     Image.new("L", (4, 4), 7).save(tmp_path / "one.png")
-    (tmp_path / "one.txt").write_text("a dog\na dog\n" + "word " * 100)
+    (tmp_path / "one.txt").write_text("a dog\na dog\none\nIMG_2.JPG\nhttps://a.org/x\n" + "word " * 100)
     found = check_source(open_source(str(tmp_path)))
     assert (found.repeated_captions, list(found.several_frames)) == (1, ["pages.tif"])
     lines = found.lines()
     assert "             1 caption that their item has already" in lines
+    assert "             3 captions that name a file or an address" in lines
     assert "  frames     1 image used by the first alone: pages.tif" in lines
     assert max(map(len, lines)) < 200
     told = check_parts([Part("image", open_source(str(tmp_path)), range(2))], max_skipped_share=0.01)

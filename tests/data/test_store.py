@@ -1,5 +1,7 @@
 import json
 import os
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +12,16 @@ from diptych.data import store as store_module
 from diptych.data.batch import ImageTokenExamples, TextExamples
 from diptych.data.sources import open_source
 from diptych.data.sources.text import TextSource
-from diptych.data.store import DataTokenizers, ResumableArrayWriter, Store, VectorStore, encode, write_vectors
+from diptych.data.store import (
+    STORE_MANIFEST,
+    CaptionIndex,
+    DataTokenizers,
+    ResumableArrayWriter,
+    Store,
+    VectorStore,
+    encode,
+    write_vectors,
+)
 from diptych.data.streams import BatchSampler, shuffled
 from diptych.errors import UserError
 
@@ -96,6 +107,74 @@ def test_unpaired_texts_are_every_caption_once_an_epoch(store):
             found = stream.take(index, AT_ONCE[: len(index)] + epoch)
             assert sorted(read(found.ids_BL)) == wanted
             assert isinstance(found, TextExamples)
+
+
+def test_a_range_of_all_items_gives_what_their_numbers_give(store):
+    for make in (lambda items: store.pairs(items, seed=3), store.images, store.texts):
+        given, listed = make(range(len(WORDS))), make(ALL)
+        assert given.size == listed.size
+        rows = np.arange(given.size)
+        one, other = given.take(rows, rows % 3), listed.take(rows, rows % 3)
+        for name in ("tokens_BN", "ids_BL"):
+            if hasattr(one, name):
+                assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("items", [1, 31, 32, 33, 200])
+@pytest.mark.parametrize("least", [0, 1])
+def test_captions_are_found_without_a_table(items, least):
+    draw = np.random.default_rng(items)
+    counts = draw.integers(least, 4, items).astype(np.int32)
+    counts[0] = 1
+    index, starts = CaptionIndex(counts), np.concatenate([[0], np.cumsum(counts)])
+    assert np.array_equal(index.first(np.arange(items)), starts[:-1])
+    captioned = np.flatnonzero(counts)
+    assert index.captioned_items == len(captioned)
+    assert np.array_equal(index.captioned(np.arange(len(captioned))), captioned)
+    some = draw.permutation(items)[: items // 2 + 1]
+    assert index.rows(some).tolist() == [row for item in some for row in range(starts[item], starts[item + 1])]
+    assert index.rows(some[:0]).tolist() == []
+
+
+ITEMS = 2_000_000
+
+
+@pytest.fixture
+def large(tmp_path) -> Store:
+    """Two million items of four tokens and one text, nearly all in sparse files."""
+    arrays = {"tokens": [ITEMS, 4], "ids": [ITEMS, 8], "counts": [ITEMS]}
+    for name, shape in arrays.items():
+        np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", "<i4", tuple(shape)).flush()
+    np.save(tmp_path / "counts.npy", np.ones(ITEMS, np.int32))
+    manifest = {"version": 2, "made_by": {}, "items": ITEMS, "skipped": 0}
+    manifest["arrays"] = {name: {"shape": shape, "dtype": "<i4"} for name, shape in arrays.items()}
+    (tmp_path / STORE_MANIFEST).write_text(json.dumps(manifest))
+    return Store.open(tmp_path)
+
+
+def batches_of(store: Store) -> BatchSampler:
+    items = range(len(store))
+    kinds = {"pairs": store.pairs(items, seed=0), "images": store.images(items), "texts": store.texts(items)}
+    return BatchSampler(kinds, multiples={"pairs": 2, "images": 1, "texts": 1}, batch_size=8, seed=0)
+
+
+def test_a_large_store_needs_no_table_of_its_items(large):
+    tracemalloc.start()
+    batch = batches_of(large)(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(batch["pairs"]) == 16
+    assert peak < 8 * ITEMS  # bytes of a single table of numbers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is resident")
+def test_what_a_large_store_maps_does_not_stay(large, monkeypatch):
+    monkeypatch.setattr(store_module, "_MOST_MAPPED", 2**22)
+    batches = batches_of(large)
+    before = store_module._mapped_bytes()
+    for step in range(0, 20_000, 500):  # from all of its files, which have 100 MB
+        batches(step)
+    assert store_module._mapped_bytes() - before < 3 * 2**22
 
 
 def test_unpaired_images_carry_no_text(store):

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from diptych.data import streams
 from diptych.data.batch import ImageTokenExamples
-from diptych.data.streams import BatchSampler, ShardOrder, Stream, choose, prefetch, shuffled
+from diptych.data.streams import BatchSampler, ShardOrder, Stream, block_order, choose, prefetch, shuffled
 from diptych.errors import UserError
 
 CPU = torch.device("cpu")
@@ -98,6 +99,18 @@ def test_processes_share_the_rows_of_a_stream_with_shards():
     for step in (0, 9, 3):
         parts = [labels(sampler()(step, rank, 4)) for rank in range(4)]
         assert [row for part in parts for row in part] == labels(sampler()(step))
+
+
+def test_a_large_store_is_shuffled_in_blocks_and_a_small_one_whole(monkeypatch):
+    monkeypatch.setattr(streams, "_SHUFFLED_WHOLE", 99)
+    monkeypatch.setattr(streams, "_NEIGHBOURS", 4)
+    monkeypatch.setattr(streams, "_TOGETHER", 3)
+    assert block_order(99) is None
+    for size in (100, 101, 104):
+        item, _ = block_order(size)(np.arange(2 * size), 1)
+        assert sorted(item[:size]) == sorted(item[size:]) == list(range(size))
+        assert len(set(item[:12] // 4)) <= 4  # three blocks; one may be the short last one
+        assert len(set(item[:48] // 4)) >= 12
 
 
 def test_choose_is_even_and_differs_from_epoch_to_epoch():

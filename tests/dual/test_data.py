@@ -148,13 +148,17 @@ def states_of(given, cache, *, enough=lambda items: False, **more):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_cached_states_are_those_of_the_towers(keep, given, tmp_path):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_cached_states_are_those_of_the_towers(mixed, keep, given, tmp_path):
     encoder, captions = given
-    cached = states_of(given, tmp_path, keep_tokens=keep)
+    captions = captions.in_random_order() if mixed else captions
+    cached = states_of((encoder, captions), tmp_path, keep_tokens=keep)
     assert [view.shape for view in cached.views] == [(10, encoder.image_tokens if keep else 1, 16)] * 2
     rows = np.array([7, 2, 5])
     examples = cached.stream(captions, per_image=2, seed=4).take(rows, np.zeros(3, int))
-    pixels = torch.from_numpy(np.stack([SOURCE.image(int(row), 16) for row in rows])).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack([SOURCE.image(int(item), 16) for item in captions.items[rows]])).permute(
+        0, 3, 1, 2
+    )
     with torch.no_grad():
         wanted = encoder.image_states(pixels / 255, keep_tokens=keep)  # the first view is the whole image
     torch.testing.assert_close(examples.images_BVSF[:, 0], wanted, rtol=1e-3, atol=2e-4)

@@ -111,6 +111,32 @@ def test_the_index_is_built_once(clustered):
         nearest_approximate(queries(clustered), clustered, k=1)
 
 
+def test_an_index_of_codes_finds_nearly_what_exact_search_finds(tmp_path, monkeypatch):
+    """Its parts are searched together, and what the codes find is compared as it is."""
+    pytest.importorskip("faiss")
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(40, 16))
+    vectors = centres[generator.integers(0, 40, 10_500)] + 0.5 * generator.normal(size=(10_500, 16))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    store = write_vectors(tmp_path / "store", [vectors], keys=map(str, range(10_500)), manifest={})
+    monkeypatch.setattr(search, "_PART", 4000)
+    told = []
+    assert search.build_ivfpq(store, advance=lambda *done: told.append(done)) == store.folder / "ivfpq"
+    assert told == [(4000, 10_500), (8000, 10_500), (10_500, 10_500)]
+    exact = nearest(queries(store), store.vectors, k=10)
+    found = nearest_approximate(queries(store), store, k=10)
+    shared = [len({*a} & {*b}) / 10 for a, b in zip(exact.items_QK.tolist(), found.items_QK.tolist(), strict=True)]
+    assert np.mean(shared) > 0.9
+    torch.testing.assert_close(found.scores_QK[:, 0], exact.scores_QK[:, 0], atol=1e-6, rtol=0)
+    few = nearest_approximate(queries(store), store, k=2000, probes=1)
+    rows = few.items_QK[0]
+    assert (rows == -1).any()
+    assert len(set(rows[rows >= 0].tolist())) == (rows >= 0).sum()
+    (store.folder / "ivfpq/00001.faiss").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"00001\.faiss: not a readable index: delete .*ivfpq and embed again"):
+        nearest_approximate(queries(store), store, k=1)
+
+
 def test_without_faiss_the_extra_is_named(clustered, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)  # importing it fails
     with pytest.raises(UserError, match=r"pip install 'diptych\[ann\]'"):

@@ -15,6 +15,7 @@ from diptych.eval.baselines import (
     CaptionPool,
     ClassBaselines,
     Comparison,
+    NearCaptions,
     caption_baselines,
     chance_of_recall,
     histograms,
@@ -108,6 +109,30 @@ def test_the_consensus_caption_is_the_one_most_like_the_others():
     vector = pool._vectors[0][0]
     assert vector[("red",)] == pytest.approx(red / math.hypot(red, ring))
     assert vector[("red", "ring")] == 1.0
+
+
+def test_likeness_is_the_mean_cosine_of_ngrams():
+    pool = CaptionPool([["red ring"], ["a blue cross", "a cross"], ["red ring"]])
+    same, other, unknown = pool.likeness(["red ring", "a cross", "bread"], [0, 2])
+    assert same == pytest.approx(0.5)  # there are no n-grams of three or four tokens
+    assert other == unknown == 0
+    half = pool.likeness(["red ring"], [0, 1])[0]
+    assert half == pytest.approx(0.25)
+    # Of two images the one with two captions counts as much as the one with one.
+    [cross] = pool.likeness(["a cross"], [1])
+    assert pool.likeness(["a cross"], [0, 1]) == [pytest.approx(cross / 2)]
+
+
+def test_near_captions_are_those_of_the_nearest_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("diptych.eval.baselines.NEAREST", 1)
+    features = np.eye(3, 4, dtype=np.float32)
+    near = NearCaptions([["red ring"], ["blue cross"], ["green square"]], features)
+    near.save_pretrained(tmp_path / "near")
+    again = NearCaptions.from_pretrained(tmp_path / "near")
+    for each in (near, again):
+        texts = [["blue cross", "red ring"], ["green square", "blue cross"]]
+        likeness = each.likeness(features[[1, 1]], texts)
+        assert likeness == [[pytest.approx(0.5), 0], [0, pytest.approx(0.5)]]
 
 
 @pytest.fixture

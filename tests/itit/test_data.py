@@ -29,8 +29,8 @@ def ids_of(texts: list[str]) -> torch.Tensor:
 
 
 def items(part: Subset) -> set[int]:
-    assert len(set(part.items.tolist())) == len(part.items)
-    return set(part.items.tolist())
+    assert len(set(part.items)) == len(part.items)
+    return {int(item) for item in part.items}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from diptych.data.scenes import ScenesSource
 from diptych.encoders import ScratchConfig, scratch_encoder
 from diptych.errors import UserError
 from diptych.io import load_network
-from diptych.itit.data import DataConfig
+from diptych.itit.data import DataConfig, open_data
 from diptych.itit.evaluation import ALONE, EvaluateConfig, evaluate, evaluate_run
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ITIT, ItitConfig
@@ -491,6 +491,29 @@ def test_captions_that_agree_with_the_features_come_first(tmp_path, image_encode
         features_BG = images.image_features_BG[row].expand(len(found), -1)
         agreement = reader.agreement(features_BG, diptych.text_encoder.features(ids_BL, valid_BL), valid_BL)
         assert (agreement.diff() <= 1e-3).all()
+
+
+def test_captions_like_those_of_near_images_come_first(tmp_path, image_encoder):
+    out, run = tmp_path / "run", replace(tiny_run(steps=2), image_encoder=image_encoder)
+    run.generation.text = replace(run.generation.text, beams=4, consensus=1000.0)
+    run.fit(out, recipe="tiny")
+    pairs = open_data(run.data).pairs
+    diptych = Diptych.from_pretrained(out)
+    near = diptych.near_captions
+    assert near.texts == [pairs.source.captions(int(item)) for item in pairs.items]
+    images = diptych.encode(VALID.images(range(6), 32))
+    ranked = diptych.candidates_encoded(images, count=4)
+    assert [found[0] for found in ranked] == diptych.caption_encoded(images)
+    features_BG = images.image_features_BG.numpy()
+    for each in near.likeness(features_BG, [[one.text for one in found] for found in ranked]):
+        assert each == sorted(each, reverse=True)
+    diptych.text_generation = replace(diptych.text_generation, consensus=0.0)
+    by_score = diptych.candidates_encoded(images, count=4)
+    assert [{one.text for one in found} for found in by_score] == [{one.text for one in found} for found in ranked]
+    assert by_score != ranked
+    (out / "near_captions" / "captions.json").unlink()
+    with pytest.raises(UserError, match="near_captions: cannot be read"):
+        Diptych.from_pretrained(out)
 
 
 # A frozen teacher of the encoder

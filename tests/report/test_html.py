@@ -10,13 +10,13 @@ import pytest
 from diptych.report.figures import Panel, curves
 from diptych.report.html import (
     Captioned,
-    Comparison,
     Example,
     Facts,
     Figures,
+    ReportTable,
     Section,
+    SideBySide,
     Strip,
-    Table,
     Text,
     _curves,
     closing_line,
@@ -69,9 +69,9 @@ def page(tmp_path):
         Text(f"{EVIL}\n\nsecond `code`"),
         Text(EVIL, kind="code"),
         Text(EVIL, kind="note"),
-        Table(head=["model", EVIL], rows=[[EVIL, 1.0], ["b", None]], caption=EVIL, best={EVIL: "low"}),
+        ReportTable(head=["model", EVIL], rows=[[EVIL, 1.0], ["b", None]], caption=EVIL, best={EVIL: "low"}),
         Facts(items={EVIL: EVIL, "n": 12345}, size="large"),
-        Comparison([Example(EVIL, [captioned, Captioned(image=LARGE), Captioned(caption=EVIL)])]),
+        SideBySide([Example(EVIL, [captioned, Captioned(image=LARGE), Captioned(caption=EVIL)])]),
         Strip([EVIL, IMAGE, EVIL]),
         Figures(images=[*svg, png(contact_sheet([IMAGE]))], caption=EVIL),
     ]
@@ -110,7 +110,7 @@ def test_images_are_lossless_when_tiny_and_small_when_large(page):
 
 
 def test_table_marks_the_best_and_aligns_numbers():
-    table = Table(
+    table = ReportTable(
         head=["model", "high", "low", "words"],
         rows=[["a", 0.25, 3, "x"], ["b", 0.5, 12000, "y"], ["c", None, 3, "z"]],
         best={"high": "high", "low": "low"},
@@ -124,7 +124,7 @@ def test_table_marks_the_best_and_aligns_numbers():
 
 def test_a_row_of_another_length_is_refused():
     with pytest.raises(ValueError, match="2 cells"):
-        Table(head=["a", "b"], rows=[["x"]]).render()
+        ReportTable(head=["a", "b"], rows=[["x"]]).render()
 
 
 @pytest.fixture

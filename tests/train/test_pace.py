@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ class Starts:
 
 @dataclass(kw_only=True, slots=True)
 class ToyStage:
+    slow_field: ClassVar[str | None] = "cycle_start_step"
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100, batch_size=32, workers=0, quiet=True))
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(warmup_steps=10))
     objective: Starts = field(default_factory=Starts)

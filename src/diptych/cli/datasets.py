@@ -3,15 +3,17 @@
 Heavy imports are inside the functions, so that --help and mistakes answer at once.
 """
 
+import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional
 
-from diptych.cli.inference import Device, SourceArg, at_least_one, open_itit
+from diptych.cli.inference import Device, EngineName, SourceArg, at_least_one, engine_of, open_itit
 from diptych.errors import UserError
 from diptych.run_folder import check_finished, kind_of, read_config
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from diptych.data.sources import Source
     from diptych.data.splits import Subset
     from diptych.data.suggest import LookedAt
+    from diptych.encoders import ImageEncoder, PooledTextEncoder
+    from diptych.itit.pipeline import Diptych
 
 
 def check(source: SourceArg, *, images: int = 1000) -> None:
@@ -66,6 +70,8 @@ def audit(
     worst: float = 0.1,
     max_skipped_share: float = 1.0,
     device: Device = "auto",
+    engine: EngineName = "local",
+    ray_address: str | None = None,
 ) -> None:
     """Say which captions do not fit their images, which images and captions occur twice, and what else is odd.
 
@@ -84,6 +90,9 @@ def audit(
         worst: Share of the captions to leave out, those that fit worst, 0 to 1.
         max_skipped_share: Largest share of unreadable images at which the audit goes on, 0 to 1.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+        engine: Who opens the images and compares the captions: this process, or the workers of a Ray cluster (extra
+            `ray`). The findings are the same.
+        ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
     """
     if not 0 <= worst <= 1:
         raise UserError(f"--worst {worst}: a share from 0 to 1")
@@ -92,6 +101,7 @@ def audit(
     kind = check_finished(run, "dual", "itit") if run is not None else None
     if run is not None and kind == "dual" and _has_frozen_towers(run):
         image_encoder = text_encoder = str(run)
+    working = engine_of(engine, ray_address, device=device)
     from diptych.data.audit import Fit, write_audit
     from diptych.data.audit import audit as look_at
     from diptych.data.pixels import SkippedItems
@@ -110,23 +120,52 @@ def audit(
             "better audit with a run of other pairs, e.g. one half with a run of the other half",
             file=sys.stderr,
         )
+    # Of a command that is stopped, what is done stays here for its repetition.
+    working = replace(working, keep=out / ".unfinished")
     if image_encoder is not None and text_encoder is not None:
         from diptych.eval.baselines import encoder_fits
 
-        fits = encoder_fits(opened, image_encoder, text_encoder, skipped=skipped, device=device)
+        working = replace(working, reopen=partial(_open_encoders, source, image_encoder, text_encoder, device))
+        fits = encoder_fits(opened, image_encoder, text_encoder, skipped=skipped, device=device, engine=working)
     elif run is not None and kind == "dual":
         from diptych.dual.evaluation import pair_fits
         from diptych.dual.model import open_dual
+        from diptych.dual.search import open_with_source
 
+        working = replace(working, reopen=partial(open_with_source, run, source, device))
         encoder = open_dual(run, device=device)
-        fits = pair_fits(encoder, opened, skipped=skipped, advance=ProgressLine("embedding images"))
+        advance = ProgressLine("embedding pairs")
+        fits = pair_fits(encoder, opened, skipped=skipped, engine=working, advance=advance)
     elif run is not None:
         from diptych.itit.evaluation import pair_fits as itit_pair_fits
 
-        fits = itit_pair_fits(open_itit(run, device), opened, skipped=skipped, advance=ProgressLine("reading captions"))
-    findings = look_at(opened, fits, worst=worst, advance=ProgressLine("comparing images"))
+        working = replace(working, reopen=partial(_open_itit_with_source, run, source, device))
+        advance = ProgressLine("reading captions")
+        fits = itit_pair_fits(open_itit(run, device), opened, skipped=skipped, engine=working, advance=advance)
+    working = replace(working, reopen=partial(open_finite, source, Columns()))
+    findings = look_at(opened, fits, worst=worst, engine=working, advance=ProgressLine("comparing images"))
     for line in write_audit(opened, findings, out, spec=source):
         print(line)
+    shutil.rmtree(out / ".unfinished", ignore_errors=True)
+
+
+def _open_itit_with_source(run: Path, source: str, device: Device) -> "tuple[Diptych, Source]":
+    """In a worker of Ray: a run and a source for it to go through."""
+    from diptych.data.sources import open_finite
+    from diptych.data.sources.columns import Columns
+
+    return open_itit(run, device), open_finite(source, Columns())
+
+
+def _open_encoders(
+    source: str, image_encoder: str, text_encoder: str, device: Device
+) -> "tuple[ImageEncoder, PooledTextEncoder, Source]":
+    """In a worker of Ray: two pretrained encoders and a source for them to go through."""
+    from diptych.data.sources import open_finite
+    from diptych.data.sources.columns import Columns
+    from diptych.eval.baselines import open_encoders
+
+    return *open_encoders(image_encoder, text_encoder, device), open_finite(source, Columns())
 
 
 def suggest(
@@ -178,13 +217,13 @@ def suggest(
     if not opened.has_images:
         raise UserError(f"{source}: has no images to caption")
     known = opened if captioned is None else open_finite(captioned, Columns())
-    bare, done = _some_items(opened, pool, captions=False), _some_items(known, pool, captions=True)
-    if not len(bare.items):
+    uncaptioned, done = _some_items(opened, pool, captions=False), _some_items(known, pool, captions=True)
+    if not len(uncaptioned.items):
         raise UserError(f"{source}: every image has a caption already")
     if not len(done.items):
         print("no image has a caption: --captioned SRC names those that have", file=sys.stderr)
     images, captioned_MF = _look_at(
-        bare, done, run=run, features=features, max_skipped_share=max_skipped_share, device=device
+        uncaptioned, done, run=run, features=features, max_skipped_share=max_skipped_share, device=device
     )
     found = choose(opened, images, captioned_MF, count=count)
     if out is None:
@@ -193,7 +232,7 @@ def suggest(
         return
     sheet = write_suggestions(opened, found, out)
     joined = "&" if "?" in source else "?"
-    print(f"{len(found):,} of {len(bare.items):,} images without a caption in {out}, to be seen on {sheet}")
+    print(f"{len(found):,} of {len(uncaptioned.items):,} images without a caption in {out}, to be seen on {sheet}")
     print(f"with captions written into it, a source: '{source}{joined}keep={out}'")
 
 
@@ -212,7 +251,7 @@ def _some_items(source: "Source", most: int, *, captions: bool) -> "Subset[Sourc
 
 
 def _look_at(
-    bare: "Subset[Source]",
+    uncaptioned: "Subset[Source]",
     done: "Subset[Source]",
     *,
     run: Path | None,
@@ -234,7 +273,7 @@ def _look_at(
         from diptych.itit.evaluation import looked_at as itit_looked_at
 
         diptych = open_itit(run, device)
-        seen = itit_looked_at(diptych, bare, skipped=skipped, advance=ProgressLine("captioning"))
+        seen = itit_looked_at(diptych, uncaptioned, skipped=skipped, advance=ProgressLine("captioning"))
         known = itit_looked_at(diptych, done, drafts=False, skipped=skipped_known) if len(done.items) else None
     elif run is not None:
         from diptych.dual.evaluation import looked_at
@@ -242,15 +281,20 @@ def _look_at(
 
         encoder = open_dual(run, device=device)
         texts = [text for item in done.items for text in done.source.captions(int(item))]
-        seen = looked_at(encoder, bare, texts, skipped=skipped, advance=ProgressLine("embedding images"))
+        seen = looked_at(encoder, uncaptioned, texts, skipped=skipped, advance=ProgressLine("embedding images"))
         known = looked_at(encoder, done, (), skipped=skipped_known) if len(done.items) else None
     if run is None or features is not None:
         from diptych.eval.baselines import image_features
 
-        items, bare_NF = image_features(bare if seen is None else replace(bare, items=seen.items_N), features, device)
-        seen = LookedAt(items_N=items, features_NF=bare_NF) if seen is None else replace(seen, features_NF=bare_NF)
+        left = uncaptioned if seen is None else replace(uncaptioned, items=seen.items_N)
+        items_N, features_NF = image_features(left, features, device)
+        seen = (
+            LookedAt(items_N=items_N, features_NF=features_NF)
+            if seen is None
+            else replace(seen, features_NF=features_NF)
+        )
         known = (
-            LookedAt(items_N=done.items, features_NF=image_features(done, features, device)[1])
+            LookedAt(items_N=np.asarray(done.items), features_NF=image_features(done, features, device)[1])
             if len(done.items)
             else None
         )

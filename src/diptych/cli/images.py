@@ -1,6 +1,6 @@
 """The images that a command is given: files one by one, and sources with all their images.
 
-What cannot be read is told on stderr, and the others go on.
+An image that cannot be read is reported on stderr, and the others are used.
 
 Shapes: B images, S pixels of a side.
 """
@@ -47,7 +47,7 @@ class FoundImages:
 def find_images(places: Sequence[str]) -> FoundImages:
     """All images of ``places``, in order: image files, globs of them, and sources of any kind.
 
-    A place that does not exist or has no images is a line among the mistakes, so that it costs no other place.
+    A place that does not exist or has no images becomes a line among the mistakes, and the other places are searched.
     """
     images: list[NamedImage] = []
     mistakes: list[str] = []
@@ -106,8 +106,29 @@ def _name(source: Source, place: str, item: int) -> str:
     return file if os.path.isfile(file) else key
 
 
-_ROWS = 16
+ROWS = 16
 """Images read at once: few, so that the first results come soon."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadImages:
+    """The images of a block that can be read, and what is wrong with the others."""
+
+    names: list[str]
+    pixels: list[UInt8[np.ndarray, "S S 3"]]
+    mistakes: list[str]
+
+
+def read_named(images: Sequence[NamedImage], size: int) -> ReadImages:
+    """The pixels of images, each resized to ``size``."""
+    read = ReadImages([], [], [])
+    for image in images:
+        try:
+            read.pixels.append(image.read(size))
+            read.names.append(image.name)
+        except UnreadableImage as error:
+            read.mistakes.append(str(error))
+    return read
 
 
 class ImageArguments:
@@ -122,26 +143,20 @@ class ImageArguments:
         for line in found.mistakes:
             _tell(line)
 
-    def batches(
-        self, size: int, *, advance: Callable[[int, int], None] = lambda done, total: None
-    ) -> Iterator[tuple[list[str], np.ndarray]]:
-        """Names and pixels [B size size 3] of those that can be read, a few at a time.
+    def batches(self, size: int) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Names and pixels [B size size 3] of those that can be read, a few at a time."""
+        for start in range(0, len(self.images), ROWS):
+            read = read_named(self.images[start : start + ROWS], size)
+            self.count(used=len(read.names), mistakes=read.mistakes)
+            if read.names:
+                yield read.names, np.stack(read.pixels)
 
-        ``advance`` is called with the number of images that are done and that of all.
-        """
-        for start in range(0, len(self.images), _ROWS):
-            names, pixels = [], []
-            for image in self.images[start : start + _ROWS]:
-                try:
-                    pixels.append(image.read(size))
-                    names.append(image.name)
-                except UnreadableImage as error:
-                    self.left_out += 1
-                    _tell(str(error))
-            self.used += len(names)
-            if names:
-                yield names, np.stack(pixels)
-            advance(min(start + _ROWS, len(self.images)), len(self.images))
+    def count(self, *, used: int, mistakes: Sequence[str]) -> None:
+        """Note what became of some images, and tell what is wrong with those that cannot be read."""
+        self.used += used
+        self.left_out += len(mistakes)
+        for line in mistakes:
+            _tell(line)
 
     def exit_if_any_was_left_out(self) -> None:
         """Status 1 where some could not be read, and 2 where none could, so that a script notices."""

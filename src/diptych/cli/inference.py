@@ -7,6 +7,7 @@ import json as json_format  # commands have a parameter `json`
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,13 +20,17 @@ from diptych.run_folder import check_finished, kind_of
 if TYPE_CHECKING:
     import numpy as np
 
-    from diptych.cli.images import ImageArguments
+    from diptych.cli.images import ImageArguments, NamedImage
+    from diptych.data.caption_file import MadeCaption
+    from diptych.data.engine import Engine
     from diptych.itit.confidence import Confidence
     from diptych.itit.pipeline import Caption, Diptych
     from diptych.nn.inference import Prediction
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 """As in nn/inference.py, which would import torch."""
+EngineName = Literal["local", "ray"]
+"""As in data/engine.py, which would import NumPy."""
 RunArg = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
 ImagesArg = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE")]
 SourceArg = Annotated[Positional[str], tyro.conf.arg(metavar="SRC")]
@@ -47,12 +52,14 @@ def caption(
     candidates: int = 1,
     best_of: int | None = None,
     device: Device = "auto",
+    engine: EngineName = "local",
+    ray_address: str | None = None,
 ) -> None:
     """Caption images: one line for each, or a file of captions for a whole data set.
 
-    The line is the caption alone for one image file, else FILE: CAPTION. An image that cannot be read is told on
-    stderr; the others are captioned, and the exit status is 1. With --out, images that have captions are left out,
-    and a command that was stopped goes on where it was when it is repeated.
+    The line is the caption alone for one image file, else FILE: CAPTION. An image that cannot be read is reported on
+    stderr; the others are captioned, and the exit status is 1. With --out, images that have captions are left out, and
+    a command that was stopped goes on where it was when it is repeated.
 
     Args:
         run: Run folder of an itit recipe.
@@ -65,13 +72,16 @@ def caption(
         shard: With --out, the part of the images to caption, such as 0/4 for the first of four processes or machines.
             Each writes a file of its own, NAME-00000-of-00004, and a glob of them is one source.
         calibrate: Captioned images that the run has not learned from, or `data.valid` for those it was scored on in
-            training. What scores are worth on them is written into RUN/confidence; from then on --json, --out and the
-            page tell the confidence of each caption. No other images need be given.
+            training. How good captions of each score are is written into RUN/confidence; from then on --json, --out and
+            the page give a confidence for each caption. No other images need be given.
         beams: Number of beams of the search; 1 is greedy. Default: the setting of the run.
-        candidates: Number of different captions of each image that --json and --out tell, the best first.
+        candidates: Number of different captions of each image in what --json and --out give, the best first.
         best_of: Number of captions of the beam search that are ranked anew, by how probable they make the image.
             Default: they are ranked by the beam search.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+        engine: With --out, who captions: this process, or the workers of a Ray cluster (extra `ray`). The file is the
+            same.
+        ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
     """
     if not images and calibrate is None:
         raise UserError("no image given: diptych caption RUN IMAGE...")
@@ -86,6 +96,10 @@ def caption(
     ranked = {"candidates": candidates, "best_of": best_of} if candidates > 1 or best_of else {}
     if all and (out is None or sidecars):
         raise UserError("--all: goes with --out FILE alone: sidecars never replaces a caption")
+    if engine != "local" and out is None:
+        raise UserError(f"--engine {engine}: goes with --out alone")
+    working = engine_of(engine, ray_address, device=device)
+    working = replace(working, reopen=partial(_open_to_caption, run, images, device))
     part = _shard_of(shard, out)
     if out is not None and not sidecars:
         from diptych.data.caption_file import check_format, name_of_shard
@@ -105,7 +119,7 @@ def caption(
             raise UserError(f"--shard {shard}: of {total} image{'s' * (total != 1)} none is in it; make fewer shards")
 
     if out is not None:
-        _caption_into(out, given, run=run, every=all, beams=beams, ranked=ranked, device=device)
+        _caption_into(out, given, run=run, every=all, beams=beams, ranked=ranked, device=device, engine=working)
         return
     diptych = open_itit(run, device)
     confidence = _confidence(run, diptych, beams=beams, ranked=ranked) if json else None
@@ -187,8 +201,10 @@ def _caption_into(
     beams: int | None,
     ranked: dict[str, Any],
     device: Device,
+    engine: "Engine",
 ) -> None:
-    from diptych.data.caption_file import CaptionFile, MadeCaption, Sidecars, holds_images
+    from diptych.cli.images import ROWS
+    from diptych.data.caption_file import CaptionFile, Sidecars, holds_images
     from diptych.io import weights_digest
     from diptych.report.terminal import ProgressLine
 
@@ -207,25 +223,55 @@ def _caption_into(
         file = CaptionFile(out, made_by=settings, files={each.name: each.file for each in images if each.file})
     given.images = [image for image in images if image.name not in file.made]
     begun = len(images) - len(given.images)
-    for batch, pixels in given.batches(diptych.image_size, advance=ProgressLine("captioning")):
-        found = _captions(diptych, pixels, beams=beams, ranked=ranked)
-        several = ranked.get("candidates", 1) > 1
-        file.add(
-            [
-                MadeCaption(
-                    file=name,
-                    caption=each[0].text,
-                    score=each[0].score,
-                    candidates=[one.text for one in each] if several else [],
-                )
-                for name, each in zip(batch, found, strict=True)
-            ]
-        )
+    left = [image.name for image in given.images]
+    blocks = [left[start : start + ROWS] for start in range(0, len(left), ROWS)]
+    work = partial(_caption_block, beams=beams, ranked=ranked)
+    advance, done = ProgressLine("captioning"), 0
+    tools = diptych, {image.name: image for image in given.images}
+    for block, (made, mistakes) in zip(blocks, engine.map(work, tools, blocks), strict=True):
+        given.count(used=len(made), mistakes=mistakes)
+        file.add(made)
+        done += len(block)
+        advance(done, len(left))
     file.finish(names, confidence=confidence)
     more = f", {begun:,} of them before" if begun else ""
-    left = f"; {captioned:,} that have captions left out" if captioned else ""
-    print(f"{given.used + begun:,} images captioned{more}{left}: {file.where}")
+    spared = f"; {captioned:,} that have captions left out" if captioned else ""
+    print(f"{given.used + begun:,} images captioned{more}{spared}: {file.where}")
     given.exit_if_any_was_left_out()
+
+
+def _open_to_caption(run: Path, places: tuple[str, ...], device: Device) -> "tuple[Diptych, dict[str, NamedImage]]":
+    """In a worker of Ray: the run, and all images of the command by their names."""
+    from diptych.cli.images import find_images
+
+    return open_itit(run, device), {image.name: image for image in find_images(places).images}
+
+
+def _caption_block(
+    tools: "tuple[Diptych, dict[str, NamedImage]]", names: list[str], *, beams: int | None, ranked: dict[str, Any]
+) -> "tuple[list[MadeCaption], list[str]]":
+    """Captions of the images of these names, and what is wrong with those that cannot be read."""
+    import numpy as np
+
+    from diptych.cli.images import read_named
+    from diptych.data.caption_file import MadeCaption
+
+    diptych, images = tools
+    if gone := [name for name in names if name not in images]:
+        raise UserError(f"{gone[0]}: not to be found where a worker of Ray runs; all machines must see the same files")
+    read = read_named([images[name] for name in names], diptych.image_size)
+    found = _captions(diptych, np.stack(read.pixels), beams=beams, ranked=ranked) if read.names else []
+    several = ranked.get("candidates", 1) > 1
+    made = [
+        MadeCaption(
+            file=name,
+            caption=each[0].text,
+            score=each[0].score,
+            candidates=[one.text for one in each] if several else [],
+        )
+        for name, each in zip(read.names, found, strict=True)
+    ]
+    return made, read.mistakes
 
 
 def imagine(
@@ -335,6 +381,15 @@ def _check_is_there(file: Path) -> None:
         raise UserError(f"{file}: {'is not a file' if file.exists() else 'does not exist'}")
 
 
+def engine_of(name: EngineName, address: str | None, *, device: Device = "auto") -> "Engine":
+    """Raises UserError where Ray is wanted and not installed, and for an address without it."""
+    from diptych.data.engine import Engine
+
+    engine = Engine(name=name, address=address, device=device)
+    engine.check()
+    return engine
+
+
 def at_least_one(name: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise UserError(f"{name} {value}: must be 1 or more")
@@ -359,33 +414,59 @@ def embed(
     *,
     out: Path,
     texts: bool = False,
+    index: Literal["ivfpq"] | None = None,
     workers: int = 2,
     device: Device = "auto",
+    engine: EngineName = "local",
+    ray_address: str | None = None,
 ) -> None:
     """Embed all images of a source, for `diptych search`; a uml-ssl run embeds the features in a store.
 
     Args:
         run: Run folder of a dual encoder or of uml-ssl.
         source: Source of images or texts; for uml-ssl the folder of a store of features.
-        out: Folder for the embeddings, the index of `diptych search`. An earlier one is replaced.
+        out: Folder for the embeddings, which `diptych search` takes, or a .parquet file for a vector database. An
+            earlier one is replaced.
         texts: Embed the texts of the source instead of its images.
+        index: Also build an index for a fast search among millions of embeddings, in bounded memory: ivfpq of faiss
+            (extra `ann`). `diptych search` uses it.
         workers: Number of threads that decode images.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
+        engine: Who embeds: this process, or the workers of a Ray cluster (extra `ray`). The result is the same.
+        ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
     """
+    table = out.suffix.lower() == ".parquet"
+    if table and index is not None:
+        raise UserError(f"--index {index}: lies in a folder of embeddings: give --out a folder, not {out}")
     if check_finished(run, "dual", "feature encoder") == "feature encoder":
+        if texts or table or index is not None or engine != "local":
+            flags = "--texts, --index, --engine and .parquet files"
+            raise UserError(f"{run}: {flags} are for dual encoders; a uml-ssl run embeds a store into a folder")
         from diptych.uml.self_supervised import embed_store
 
         print(f"{len(embed_store(run, Path(source), out=out, device=device)):,} embeddings in {out}")
         return
+    working = engine_of(engine, ray_address, device=device)
 
     from diptych.data.sources import open_source
 
     open_source(source)  # what is wrong with it is told before the libraries are loaded
-    from diptych.dual.search import embed_run
+    from diptych.dual.search import build_ivfpq, embed_into_parquet, embed_run, import_faiss
+    from diptych.report.terminal import ProgressLine
 
     side: Literal["images", "texts"] = "texts" if texts else "images"
-    store, skipped = embed_run(run, source, side=side, out=out, workers=workers, device=device)
-    print(f"{len(store):,} {side} in {out}" + (f"; {skipped:,} skipped, see {out}/skipped.jsonl" if skipped else ""))
+    given: dict[str, Any] = {"side": side, "workers": workers, "device": device, "engine": working}
+    if table:
+        count, skipped = embed_into_parquet(out, run=run, spec=source, **given)
+        listed = out.with_suffix(".skipped.jsonl")
+    else:
+        if index is not None:
+            import_faiss()  # before the work, not after it
+        store, skipped = embed_run(run, source, out=out, **given)
+        count, listed = len(store), out / "skipped.jsonl"
+    print(f"{count:,} {side} in {out}" + (f"; {skipped:,} skipped, see {listed}" if skipped else ""))
+    if index is not None:
+        print(f"index in {build_ivfpq(store, advance=ProgressLine('building the index'))}")
 
 
 def search(
@@ -395,7 +476,7 @@ def search(
     index: Path,
     image: Path | None = None,
     top: int = 10,
-    method: Literal["exact", "approximate"] = "exact",
+    method: Literal["exact", "approximate"] | None = None,
     out: Path | None = None,
     device: Device = "auto",
 ) -> None:
@@ -408,7 +489,8 @@ def search(
         image: Image file to search for instead.
         top: Number of hits.
         method: Method of search. exact compares with every embedding, about half a second a million. approximate is
-            for more than that; it builds an index of cells on first use and needs the extra `ann`.
+            for more than that and needs the extra `ann`; without `diptych embed --index` it builds an index on first
+            use. Default: approximate where `embed --index` built one, else exact.
         out: PNG file for a sheet of the images that were found. Default: none is written.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """
@@ -578,9 +660,9 @@ def app(
 ) -> None:
     """Serve a local page to caption, generate, search, classify and label images with runs. Needs the extra `app`.
 
-    The page has the tabs for which it is given something: Caption, Draw and Cycle for an ITIT run; Classify for a dual
-    encoder or a classifier; Search for a dual encoder with --index; Label for an ITIT run with --data; Audit for an
-    ITIT run or a dual encoder with --data; Train for every run that has logged something, also while it trains.
+    The page has the tabs for which it is given something: Caption, Imagine and Cycle for an ITIT run; Classify for
+    a dual encoder or a classifier; Search for a dual encoder with --index; Label for an ITIT run with --data; Audit for
+    an ITIT run or a dual encoder with --data; Train for every run that has logged something, also while it trains.
 
     Args:
         runs: Run folders.

@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,7 +21,7 @@ import tyro
 from tyro import MISSING
 from tyro.conf import Positional
 
-from diptych.cli.inference import Device, SourceArg
+from diptych.cli.inference import Device, EngineName, SourceArg, engine_of
 from diptych.errors import UserError
 from diptych.io import write_bytes
 from diptych.run_folder import Kind, Run
@@ -34,6 +35,8 @@ RENAMED_FLAGS = {
     "objective.hide-for-image": "objective.image-masking",
     "objective.hide-for-text": "objective.text-masking",
     "objective.draw": "objective.image-generation",
+    "objective.teacher": "objective.cycle-network",
+    "objective.teacher-decay": "objective.cycle-network-decay",
     "generation.draw": "generation.image",
     "generation.write": "generation.text",
     "train.accumulate": "train.grad-accum-steps",
@@ -100,6 +103,8 @@ def encode(
     out: Path,
     features: bool = False,
     workers: int = 2,
+    engine: EngineName = "local",
+    ray_address: str | None = None,
 ) -> None:
     """Encode images to tokens and texts to ids ahead of training, by the tokenizer and text encoder of a run.
 
@@ -109,19 +114,19 @@ def encode(
         out: Folder for the encoded data, which `diptych fit` takes as a source.
         features: Also store the features of the frozen text encoder.
         workers: Number of threads that decode images.
+        engine: Who encodes: this process, or the workers of a Ray cluster (extra `ray`). The result is the same.
+        ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
     """
+    working = engine_of(engine, ray_address)
     from diptych.data.sources import open_source
-    from diptych.data.store import encode as encode_source
-    from diptych.itit.pipeline import run_data_tokenizers
 
-    opened = open_source(source)
-    both = run_data_tokenizers(run, features=features)
-    needed = replace(
-        both,
-        tokenize_images=both.tokenize_images if opened.has_images else None,
-        tokenize_texts=both.tokenize_texts if opened.has_captions else None,
-    )
-    store = encode_source(opened, out, needed, workers=workers)
+    open_source(source)  # what is wrong with it is told before the libraries are loaded
+    from diptych.data.store import encode as encode_source
+    from diptych.itit.pipeline import open_to_encode
+
+    opened = partial(open_to_encode, source, run, features=features)
+    found, tokenizers = opened()
+    store = encode_source(found, out, tokenizers, workers=workers, engine=replace(working, reopen=opened))
     skipped = store.manifest["skipped"]
     print(f"{len(store):,} items in {out}" + (f"; {skipped} skipped, see {out}/skipped.jsonl" if skipped else ""))
 

@@ -1,6 +1,6 @@
 """What is wrong with a data set: pairs that do not fit, images and captions that are there twice, odd sizes.
 
-How well a caption fits its image is said by a run, in the slices of the learners; the rest needs no run. The findings
+A run says how well a caption fits its image (`pair_fits` of `itit/` and `dual/`); the rest needs no run. The findings
 become a table, a sheet of the worst pairs, and a list of what to keep, which `?keep=` makes a source of.
 
 Shapes: N images, B bits of a print, P pairs.
@@ -16,22 +16,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from diptych.data.check import open_images
+from diptych.data.engine import LOCAL, Engine, Rows
+from diptych.data.pixels import SkippedItems, read_image
 from diptych.data.sources import Source
-from diptych.data.sources.decode import UnreadableImage
 from diptych.io import write_bytes
 from diptych.report.sheet import contact_sheet, save_png
 
 _SMALL = 8
 """Side in cells of the averages that make an image's print."""
+_CELLS = (_SMALL, _SMALL, 3)
+_BLOCK = 256
+"""Images that are opened between two points to which an interrupted audit returns."""
 _BITS = 10
 """Largest number of the 112 bits of two prints in which near duplicates differ."""
 _COLOUR = 10.0
 """Largest mean difference of their averages, on the scale from 0 to 255."""
 _ROWS = 2048
-"""Rows of the comparison of all images with all at once."""
+"""Number of images that are compared with all others at a time."""
 _LONGEST = 60
 """Words beyond which a caption is called long: text encoders cut captions at 64 tokens or 77."""
 _WIDE = 3.0
@@ -42,12 +46,18 @@ _HAS_OPTIONS = re.compile(r"\?\w+=")
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How well a caption fits its image, on a scale of which only the order is used: less is worse."""
+    """How well a caption fits its image. Only the order of the values matters; a smaller value is worse."""
 
     item: int
     caption: int
     """Which of the item's captions."""
     fit: float
+
+
+def fits_of(items: Int[np.ndarray, "N"], counts: Int[np.ndarray, "N"], fits: Float[np.ndarray, "P"]) -> list[Fit]:
+    """The fits of the pairs of ``items``, so many of each as ``counts`` says, in their order."""
+    places = [(int(item), number) for item, count in zip(items, counts, strict=True) for number in range(count)]
+    return [Fit(item, number, fit) for (item, number), fit in zip(places, fits.tolist(), strict=True)]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,18 +88,21 @@ def audit(
     fits: Sequence[Fit] | None,
     *,
     worst: float,
-    workers: int = 2,
+    engine: Engine = LOCAL,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Finding]:
-    """The findings on every pair and every bare image of ``source``, those that fit worst first.
+    """The findings on every pair and every image without a caption of ``source``, those that fit worst first.
 
-    Pairs in the ``worst`` share of ``fits`` are to be looked at; near duplicates are compared by their centre squares.
+    Pairs in the ``worst`` share of ``fits`` are marked for a look; near duplicates are compared by their centre
+    squares. The ``reopen`` of another engine than the local gives the source.
     """
-    images = []
-    for image in open_images(source, range(len(source)), workers=workers) if source.has_images else ():
-        images.append(image)
-        advance(len(images), len(source))
-    twins = near_duplicates([image.pixels for image in images])
+    items = np.arange(len(source))
+    images = {}
+    if source.has_images:
+        images = engine.gather(
+            "images", _look, source, items, source=source, rows=_BLOCK, skipped=SkippedItems(), advance=advance
+        )
+    twins = _near(images["cells"], images["readable"]) if images else {}
     findings, of_pair = [], {}
     seen: dict[str, str] = {}
     for item in range(len(source)):
@@ -98,9 +111,9 @@ def audit(
             found = Finding(item=item, key=key, caption=caption)
             findings.append(found)
             of_pair[item, number] = found
-            if images and images[item].fault:
+            if images and not images["readable"][item]:
                 found.reasons.append("unreadable image")
-            elif images and (size := images[item].size) and max(size) >= _WIDE * min(size):
+            elif images and max(size := images["sizes"][item].tolist()) >= _WIDE * max(1, min(size)):
                 found.reasons.append(f"sides of {size[0] / size[1]:.1f} : 1")
             if item in twins:
                 found.same_image = source.key(twins[item])
@@ -129,13 +142,28 @@ def audit(
 def near_duplicates(pixels: Sequence[UInt8[np.ndarray, "S S 3"] | None]) -> dict[int, int]:
     """For each image that is the same as an earlier one, or nearly so, the number of the earliest such image.
 
-    Images that were compressed again, resized or mirrored count as the same. Compared are the signs of the brightness
-    differences between neighbouring cells of an 8 x 8 average, and then the colours of the cells.
+    Images that were compressed again, resized or mirrored count as the same. The comparison takes the signs of the
+    brightness differences between neighbouring cells of an 8 x 8 average, and then the colours of the cells.
     """
-    held = [number for number, image in enumerate(pixels) if image is not None]
+    readable = np.array([image is not None for image in pixels], bool)
+    cells = [np.zeros(_CELLS, np.float32) if image is None else _cells(image) for image in pixels]
+    return _near(np.stack(cells), readable) if cells else {}
+
+
+def _look(source: Source, items: np.ndarray) -> Rows:
+    """What of each image is compared, and its sides in pixels; 0 where they are not known."""
+    opened = list(open_images(source, items.tolist()))
+    cells = [np.zeros(_CELLS, np.float32) if image.pixels is None else _cells(image.pixels) for image in opened]
+    sizes = np.array([image.size or (0, 0) for image in opened], np.int32)
+    readable = np.array([image.pixels is not None for image in opened], bool)
+    return Rows(arrays={"cells": np.stack(cells), "sizes": sizes, "readable": readable})
+
+
+def _near(cells: Float[np.ndarray, "N 8 8 3"], readable: Bool[np.ndarray, "N"]) -> dict[int, int]:
+    held = np.flatnonzero(readable).tolist()
     if not held:
         return {}
-    cells_N = np.stack([_cells(image) for image in pixels if image is not None])
+    cells_N = cells[readable]
     prints_N = _prints(cells_N)
     others = [(prints_N, cells_N), (_prints(cells_N[:, :, ::-1]), cells_N[:, :, ::-1])]
     earliest = list(range(len(held)))
@@ -204,13 +232,12 @@ def write_audit(source: Source, findings: Sequence[Finding], out: Path, *, spec:
     write_bytes(out / "audit.parquet", buffer.getvalue())
     write_keep(findings, out / "keep.jsonl")
     if worst := [found for found in findings if found.fit is not None and found.reasons][:_ON_SHEET]:
+        skipped = SkippedItems(max_skipped_share=1.0)
         images, captions = [], []
         for found in worst:
-            try:
-                images.append(source.image(found.item, 160))
-            except UnreadableImage:
-                continue
-            captions.append(found.caption)
+            if (image := read_image(source, found.item, size=160, skipped=skipped)) is not None:
+                images.append(image)
+                captions.append(found.caption)
         save_png(out / "worst.png", contact_sheet(images, captions=captions, title=f"{source.name}: what fits worst"))
     return _told(findings, source, out, spec)
 

@@ -5,7 +5,7 @@ Also the digest of a source, by which a resumed run notices that captions or ima
 
 import hashlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,15 +14,24 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from diptych.data.sources.columns import joined_labels
-from diptych.data.sources.decode import UnreadableImage, header
-from diptych.data.sources.open import HasFiles, HasNotes, HasSides, KeptSource, Source, find_files, remote_files
+from diptych.data.sources.columns import is_address, notes_on_labels
+from diptych.data.sources.decode import UnreadableImage, header, is_image_path
+from diptych.data.sources.open import (
+    HasBlocks,
+    HasFiles,
+    HasNotes,
+    HasSides,
+    KeptSource,
+    Source,
+    find_files,
+    remote_files,
+)
 from diptych.data.sources.remote import is_remote
 from diptych.data.sources.table import TableSource, counted, on_one_line, some
 from diptych.errors import UserError
 
-_SAMPLE = 32
-"""Number of images that are opened before a run begins."""
+_SAMPLE, _COMPARED = 32, 5000
+"""Number of images of a part that are opened before a run begins, and that are compared with one another."""
 SIDE = 32
 """Side in pixels to which images are decoded here: JPEGs are decoded at an eighth, which is quick."""
 
@@ -39,6 +48,8 @@ class SourceCheck:
     """Number of captions that belong to several items."""
     repeated_captions: int
     """Number of captions that their item has already."""
+    named_captions: int
+    """Number of captions that are an address or the name of a file, as shops and cameras write them."""
     lengths: Sequence[int]
     """Number of words of each caption."""
     labels: Counter[str]
@@ -52,7 +63,7 @@ class SourceCheck:
     several_frames: Sequence[str]
     """Keys of those that hold several frames or pages, of which the first is used."""
     twins: Sequence[tuple[str, str]]
-    """Keys of opened images that are the same file as another one opened before them."""
+    """Keys of images that are the same file as another one before them, of all or, in parquet, of those opened."""
     notes: Sequence[str]
     samples: Sequence[tuple[str, str]]
     """Key and first caption of a few items."""
@@ -72,6 +83,8 @@ class SourceCheck:
                 told.append(("", f"{counted(self.shared_captions, 'caption')} in the same words at several items"))
             if self.repeated_captions:
                 told.append(("", f"{counted(self.repeated_captions, 'caption')} that their item has already"))
+            if self.named_captions:
+                told.append(("", f"{counted(self.named_captions, 'caption')} that name a file or an address"))
         else:
             told.append(("captions", "none"))
         if self.opened:
@@ -93,6 +106,8 @@ class SourceCheck:
         if self.labels:
             classes = [f"{label} {count:,}" for label, count in self.labels.most_common()]
             told.append(("labels", f"{counted(len(classes), 'class', 'classes')}: {some(classes, len(classes))}"))
+            if unlabelled := self.items - self.labels.total():
+                told.append(("", f"{counted(unlabelled, 'item')} without a label"))
         told += [("unreadable", reason) for reason in self.unreadable[:3]]
         told += [("note", note) for note in self.notes]
         told += [
@@ -119,12 +134,15 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
             key = first.setdefault(image.digest, source.key(item))
             if key != source.key(item):
                 twins.append((source.key(item), key))
+    if isinstance(source, HasBlocks):
+        twins = find_twins([(source, i) for i in range(len(source))])
     return SourceCheck(
         name=source.name,
         items=len(source),
         captions=[len(captions) for captions in texts],
         shared_captions=sum(count > 1 for count in owners.values()),
         repeated_captions=sum(len(captions) - len(set(captions)) for captions in texts),
+        named_captions=sum(_is_name(text, source.key(i)) for i, captions in enumerate(texts) for text in captions),
         lengths=[len(text.split()) for captions in texts for text in captions],
         labels=labels,
         opened=len(chosen),
@@ -132,19 +150,17 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
         sizes=sizes,
         several_frames=several,
         twins=twins,
-        notes=list(dict.fromkeys([*(source.notes if isinstance(source, HasNotes) else ()), *_alike(labels)])),
+        notes=list(
+            dict.fromkeys(
+                [*(source.notes if isinstance(source, HasNotes) else ()), *notes_on_labels([*labels.elements()])]
+            )
+        ),
         samples=[(source.key(i), next(iter(texts[i]), "")) for i in _spread(len(source), 3)],
     )
 
 
-def _alike(labels: Iterable[str]) -> list[str]:
-    """Notes on labels that differ in capitals and blanks alone, and on those that hold others."""
-    spellings: dict[str, list[str]] = {}
-    for label in labels:
-        spellings.setdefault(" ".join(label.casefold().split()), []).append(label)
-    several = [" and ".join(map(repr, each)) for each in spellings.values() if len(each) > 1]
-    notes = [f"classes that differ in spelling alone: {some(several, len(several))}"] if several else []
-    return notes + joined_labels(labels)
+def _is_name(text: str, key: str) -> bool:
+    return is_image_path(text) or is_address(text) or text == os.path.splitext(os.path.basename(key))[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +189,7 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
     skipped, and where more than half of the images that were tried cannot be read.
     """
     tried, several, faults = 0, 0, []
+    compared: dict[tuple[int, int], tuple[HasBlocks, int]] = {}
     for part in parts:
         if "text" in part.what or not isinstance(part.source, Source):  # encoded data needs no images
             continue
@@ -182,6 +199,9 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
                 f"{part.source.name}: {len(missing):,} of {len(part.source):,} images do not exist, over the tolerated "
                 f"{max_skipped_share:.1%}: {some(missing, len(missing))}; mend the paths or raise max-skipped-share"
             )
+        if isinstance(part.source, HasBlocks):
+            places = [int(part.items[i]) for i in _spread(len(part.items), _COMPARED)]
+            compared |= {(id(part.source), item): (part.source, item) for item in places}
         chosen = [int(part.items[i]) for i in _spread(len(part.items), _SAMPLE)]
         opened = list(open_images(part.source, chosen))
         several += sum(image.frames > 1 for image in opened)
@@ -196,7 +216,30 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
     told = f"; {len(faults)} of {tried} images that were tried cannot be read" if tried else ""
     told += f", such as {faults[0]}" if faults else ""
     told += f"; of {several} with several frames the first is used" if several else ""
+    if twins := [f"{a} = {b}" for a, b in find_twins(list(compared.values()))]:
+        told += f"; {counted(len(twins), 'image')} of {len(compared):,} that were compared the same as another: "
+        told += some(twins, len(twins))
     return ", ".join(part.describe() for part in parts) + told
+
+
+def find_twins(items: Sequence[tuple[HasBlocks, int]]) -> list[tuple[str, str]]:
+    """Keys of images that are the same file as another one before them. Only files of one size are read whole, and
+    only if a few bytes of them are equal too."""
+    alike: dict[tuple[int, bytes], list[tuple[HasBlocks, int]]] = defaultdict(list)
+    for source, item in items:
+        alike[source.block(item)].append((source, item))
+    twins = []
+    for (size, _), group in alike.items():
+        first: dict[bytes, tuple[HasBlocks, int]] = {}
+        for source, item in group if size and len(group) > 1 else ():
+            file = source.file(item)
+            data = file if isinstance(file, bytes) else file.read_bytes()
+            one = (source, item)
+            other, twin = first.setdefault(_digest(data), one)
+            if (other, twin) != one:
+                shown = "" if other is source else f"{other.name}: "
+                twins.append((source.key(item), shown + other.key(twin)))
+    return twins
 
 
 def _range(numbers: Sequence[int]) -> str:
@@ -215,7 +258,7 @@ class OpenedImage:
     size: tuple[int, int] | None = None
     """Width and height in pixels as stored; None too where the source has no files."""
     digest: bytes | None = None
-    """Of its file, else of its pixels."""
+    """Digest of its file, or of its pixels where the source has no files."""
     frames: int = 1
     """Number of frames of an animation, or of pages."""
 
@@ -250,7 +293,7 @@ def _spread(total: int, count: int) -> list[int]:
 
 
 _WHOLE = 256 * 2**20
-"""Largest number of bytes of all files together that are read whole; of larger ones, blocks."""
+"""Total size in bytes up to which files are read whole; of more, only blocks are read."""
 _BLOCK, _BLOCKS = 2**16, 16
 """Bytes of a block, and number of blocks of a file."""
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from diptych.data.batch import ImageExamples
 from diptych.data.scenes import ENDLESS, ScenesSource
-from diptych.data.sources import Source
+from diptych.data.sources import Source, require_pairs
 from diptych.data.sources.decode import UnreadableImage, decode
 from diptych.data.sources.open import HasShards
-from diptych.data.splits import Subset
+from diptych.data.splits import Subset, at
 from diptych.data.streams import ShardOrder, Stream, choose
 from diptych.errors import UserError
 from diptych.io import write_bytes
@@ -101,8 +101,23 @@ def read_images(
     return (np.stack(kept) if kept else np.empty((0, size, size, 3), np.uint8)), items[readable]
 
 
+def read_block(
+    source: Source, items: np.ndarray, *, size: int, workers: int = 2
+) -> tuple[UInt8[np.ndarray, "B S S 3"], np.ndarray, dict[str, str]]:
+    """Pixels of the readable ones of ``items``, those items [B], and why the others, by their keys, are left out."""
+    skipped = SkippedItems()
+    with ThreadPoolExecutor(max(1, workers)) as threads:
+        return *read_images(source, items, size=size, skipped=skipped, threads=threads), skipped.reasons
+
+
 def image_batches(
-    source: Source, items: np.ndarray, *, size: int, skipped: SkippedItems, workers: int = 2, rows: int = _ROWS
+    source: Source,
+    items: np.ndarray | range,
+    *,
+    size: int,
+    skipped: SkippedItems,
+    workers: int = 2,
+    rows: int = _ROWS,
 ) -> Iterator[tuple[UInt8[Tensor, "B 3 S S"], np.ndarray]]:
     """The readable ones of ``items`` in batches of at most ``rows``: pixels, and the items [B] that they show.
 
@@ -111,7 +126,7 @@ def image_batches(
     with ThreadPoolExecutor(max(1, workers)) as threads:
         for begin in range(0, len(items), rows):
             pixels, found = read_images(
-                source, items[begin : begin + rows], size=size, skipped=skipped, threads=threads
+                source, np.asarray(items[begin : begin + rows]), size=size, skipped=skipped, threads=threads
             )
             skipped.check(len(items))
             if len(found):
@@ -128,7 +143,7 @@ class ReadableImages:
     def __init__(
         self,
         source: Source,
-        items: np.ndarray,
+        items: np.ndarray | range,
         *,
         size: int,
         skipped: SkippedItems,
@@ -185,22 +200,25 @@ def read_first_images(
     return items, np.concatenate(pixels)
 
 
-def check_has_pairs(source: Source) -> None:
-    """Raise UserError for a source without images or without captions."""
-    if not (source.has_images and source.has_captions):
-        raise UserError(f"{source.name}: scores need images and captions, and it does not have both")
-
-
 def captioned_items(source: Source) -> Int[np.ndarray, "N"]:
     """Numbers of the items that have a caption, ascending."""
     return np.array([item for item in range(len(source)) if source.captions(item)], dtype=np.int64)
+
+
+def paired_items(source: Source) -> Int[np.ndarray, "N"]:
+    """As :func:`captioned_items`. Raises UserError for a source without images and where none has a caption."""
+    require_pairs(source, source.name)
+    items = captioned_items(source)
+    if not len(items):
+        raise UserError(f"{source.name}: none of its images has a caption")
+    return items
 
 
 def read_captioned(
     source: Source, *, limit: int | None, size: int, skipped: SkippedItems
 ) -> tuple[list[int], UInt8[np.ndarray, "B S S 3"]]:
     """The first ``limit`` readable items that have a caption, and their pixels. Raises as `read_first_images`."""
-    check_has_pairs(source)
+    require_pairs(source, source.name)
     return read_first_images(
         source, limit=limit, size=size, skipped=skipped, wanted=lambda item: bool(source.captions(item))
     )
@@ -232,7 +250,7 @@ class CachedImages:
         if self._cache is None:
             source = self._subsets[0].source
             if len(self._subsets) == 1 and isinstance(source, ScenesSource):
-                return source.images(self._subsets[0].items[index], self._size), index
+                return source.images(at(self._subsets[0].items, index), self._size), index
             read = [self._read(int(i)) for i in index]
             return np.stack([pixels for pixels, _ in read]), np.array([shown for _, shown in read])
         for i in index[self._shown[index] < 0]:

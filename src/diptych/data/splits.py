@@ -26,19 +26,24 @@ class Subset(Generic[Items]):
     """Some items of a source, or of a store of encoded data."""
 
     source: Items
-    items: np.ndarray
-    """Indices, int64."""
+    items: np.ndarray | range
+    """Indices, int64. A range takes no memory, so all of 10^8 items are one."""
+
+
+def at(items: np.ndarray | range, places: np.ndarray) -> np.ndarray:
+    """The items at these ``places``, int64 [B]."""
+    return items[places] if isinstance(items, np.ndarray) else items.start + items.step * places
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSplit:
-    """What the items of a source of pairs become: sorted indices of a source, int64. No index is in two of them."""
+    """What the items of a source of pairs become: sorted indices of a source. No index is in two of them."""
 
-    pairs: np.ndarray
+    pairs: np.ndarray | range
     """Items that keep image and captions together."""
-    images: np.ndarray
+    images: np.ndarray | range
     """Items of which only the image is used."""
-    texts: np.ndarray
+    texts: np.ndarray | range
     """Items of which only the captions are used."""
 
 
@@ -58,14 +63,17 @@ def hold_back(source_len: int, max_pairs: int | None, seed: int, *, rest: Rest =
     """
     if max_pairs is not None and not 0 < max_pairs <= source_len:
         raise UserError(f"--data.max-pairs {max_pairs}: must be from 1 to {source_len}, the number of captioned images")
-    count = source_len if max_pairs is None else max_pairs
+    if max_pairs is None:
+        return PairSplit(pairs=range(source_len), images=range(0), texts=range(0))
     # One random number each and a stable sort: the same on every platform and version that has this bit generator.
     numbers = np.random.Generator(np.random.PCG64(derive_seed("hold_back", seed))).random(source_len)
     order = np.argsort(numbers, kind="stable")
-    others = order[count:]
+    others = order[max_pairs:]
     images = {"split": (len(others) + 1) // 2, "images": len(others), "texts": 0, "unused": 0}[rest]
     texts = len(others) if rest in ("split", "texts") else images
-    return PairSplit(pairs=np.sort(order[:count]), images=np.sort(others[:images]), texts=np.sort(others[images:texts]))
+    return PairSplit(
+        pairs=np.sort(order[:max_pairs]), images=np.sort(others[:images]), texts=np.sort(others[images:texts])
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,14 +11,13 @@ Shapes: B rows, N image tokens, L text tokens, F width of the text features, G w
 T width of the teacher's features, S pixels of a side.
 """
 
-import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,9 +28,12 @@ from torch import Tensor
 
 from diptych.data.batch import ImageTokenExamples, PairExamples, TextExamples
 from diptych.data.check import content_digest
-from diptych.data.pixels import SkippedItems, channels_first, read_images
+from diptych.data.engine import LOCAL, Engine, Rows, items_digest
+from diptych.data.pixels import SkippedItems, channels_first, read_block
 from diptych.data.sources import Source
-from diptych.data.streams import Stream, choose
+from diptych.data.splits import at
+from diptych.data.streams import Rows as Examples
+from diptych.data.streams import Stream, block_order, choose
 from diptych.errors import UserError
 from diptych.io import replace_folder, write_bytes
 
@@ -42,6 +44,14 @@ VECTORS_MANIFEST = "manifest.json"
 
 _TRIM = 8
 """Texts of a batch are cut to its longest, rounded up to this: padding costs time and changes nothing."""
+_BLOCK = 32
+"""Items between two of the sums that an index of captions keeps: 25 MB for 10^8 items."""
+_ROWS = 2**14
+"""Items that are looked up at once."""
+_MOST_MAPPED = 400 * 2**20
+"""Bytes of mapped files that a process keeps resident; it lets go of them at more."""
+_IN_A_GROUP = 16_384
+"""Number of vectors in a row group of parquet: what a reader holds at once."""
 _KEYS_ENCODING: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
 
 Opened = TypeVar("Opened")
@@ -142,6 +152,14 @@ class ResumableArrayWriter:
         replace_folder(self.folder, self.out)
         return opened(self.out)
 
+    def read(self) -> dict[str, np.ndarray]:
+        """The arrays so far, in memory."""
+        found = {}
+        for name, array in self.arrays.items():
+            file, begin = self.folder / f"{name}.npy", len(_header(array))
+            found[name] = np.fromfile(file, array["dtype"], offset=begin).reshape(array["shape"])
+        return found
+
     def discard(self) -> None:
         """Remove the hidden folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -200,6 +218,7 @@ class Store:
     manifest: dict[str, Any]
     arrays: dict[str, np.ndarray] = field(repr=False, compare=False)
     """Memory-mapped, by name."""
+    _resident: "_Resident" = field(repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path) -> "Store":
@@ -223,7 +242,7 @@ class Store:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: not a folder of encoded data ({error}): encode it again") from error
-        return cls(folder, manifest, arrays)
+        return cls(folder, manifest, arrays, _Resident(arrays.values()))
 
     @staticmethod
     def is_one(folder: str | Path) -> bool:
@@ -245,18 +264,28 @@ class Store:
         return self.arrays.get(name)
 
     @cached_property
-    def starts(self) -> np.ndarray:
-        """Row of ``ids`` where each item's captions begin, and the end: int64 [items + 1]."""
-        return np.concatenate([[0], np.cumsum(self.arrays["counts"], dtype=np.int64)])
+    def captions(self) -> "CaptionIndex":
+        """Where the captions of each item lie. Reads all counts once."""
+        return CaptionIndex(self.arrays["counts"], after_part=self._resident.let_go)
 
-    def pairs(self, items: np.ndarray, *, seed: int) -> Stream[PairExamples]:
-        """Images with one of their captions, chosen anew each epoch. Items without a caption are left out."""
-        items = items[np.diff(self.starts)[items] > 0]
+    def pairs(self, items: np.ndarray | range, *, seed: int) -> Stream[PairExamples]:
+        """Images with one of their captions, chosen anew each epoch. Items without a caption are left out.
+
+        A range of all items takes no memory, and an array of items takes that of its numbers.
+        """
+        captions = self.captions
+        if self._are_all(items):
+            size, item_of = captions.captioned_items, captions.captioned
+        else:
+            chosen = np.asarray(items)
+            chosen = chosen[captions.counts[chosen] > 0]
+            size, item_of = len(chosen), chosen.__getitem__
 
         def take(index: np.ndarray, epoch: np.ndarray) -> PairExamples:
-            item = items[index]
-            first, end = self.starts[item], self.starts[item + 1]
-            ids, valid, features = self._read_texts(first + choose(end - first, item, epoch, seed))
+            item = item_of(index)
+            ids, valid, features = self._read_texts(
+                captions.first(item) + choose(captions.counts[item], item, epoch, seed)
+            )
             return PairExamples(
                 tokens_BN=self._read_tokens(item),
                 ids_BL=ids,
@@ -266,31 +295,43 @@ class Store:
                 teacher_features_BT=self._read_features("teacher_features", item),
             )
 
-        return Stream(size=len(items), take=take)
+        return self._stream(size, take)
 
-    def images(self, items: np.ndarray) -> Stream[ImageTokenExamples]:
+    def images(self, items: np.ndarray | range) -> Stream[ImageTokenExamples]:
         """Unpaired images."""
 
         def take(index: np.ndarray, epoch: np.ndarray) -> ImageTokenExamples:
-            item = items[index]
+            item = at(items, index)
             return ImageTokenExamples(
                 tokens_BN=self._read_tokens(item),
                 image_features_BG=self._read_features("image_features", item),
                 teacher_features_BT=self._read_features("teacher_features", item),
             )
 
-        return Stream(size=len(items), take=take)
+        return self._stream(len(items), take)
 
-    def texts(self, items: np.ndarray) -> Stream[TextExamples]:
-        """Unpaired texts: every caption of the items is an example of its own."""
-        counts = np.diff(self.starts)[items]
-        rows = np.repeat(self.starts[items] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+    def texts(self, items: np.ndarray | range) -> Stream[TextExamples]:
+        """Unpaired texts: every caption of the items is an example of its own.
+
+        A range of all items takes no memory, and an array of items takes that of a number for each caption.
+        """
+        if self._are_all(items):
+            rows: np.ndarray | range = range(len(self.arrays["ids"]))
+        else:
+            rows = self.captions.rows(np.asarray(items))
 
         def take(index: np.ndarray, epoch: np.ndarray) -> TextExamples:
-            ids, valid, features = self._read_texts(rows[index])
+            ids, valid, features = self._read_texts(at(rows, index))
             return TextExamples(ids_BL=ids, valid_BL=valid, features_BLF=features)
 
-        return Stream(size=len(rows), take=take)
+        return self._stream(len(rows), take)
+
+    def _stream(self, size: int, take: Callable[[np.ndarray, np.ndarray], Examples]) -> Stream[Examples]:
+        order = block_order(size)
+        return Stream(size=size, take=take if order is None else self._resident.limited(take), shards=order)
+
+    def _are_all(self, items: np.ndarray | range) -> bool:
+        return isinstance(items, range) and items == range(len(self))
 
     def _read_tokens(self, items: np.ndarray) -> Tensor:
         return _to_torch(self.arrays["tokens"][items])
@@ -310,6 +351,98 @@ class Store:
         if "features" in self.arrays:
             features = torch.from_numpy(self.arrays["features"][captions, :length].astype(np.float32))
         return ids, ids != 0, features
+
+
+class CaptionIndex:
+    """Where the captions of an item lie, from how many each item has.
+
+    It keeps sums over blocks of items and adds the counts within a block when it is asked: 10^8 items need no table.
+    """
+
+    def __init__(self, counts: np.ndarray, *, after_part: Callable[[], None] = lambda: None) -> None:
+        """``counts`` are those of all items, int32 [items]; ``after_part`` is called after each part that was read."""
+        self.counts = counts
+        zero = np.zeros(1, np.int64)
+        captions, captioned = [zero], [zero]
+        for start in range(0, len(counts), _ROWS * _BLOCK):
+            part = counts[start : start + _ROWS * _BLOCK]
+            blocks = np.arange(0, len(part), _BLOCK)
+            captions.append(np.add.reduceat(part, blocks, dtype=np.int64))
+            captioned.append(np.add.reduceat(part > 0, blocks, dtype=np.int64))
+            after_part()
+        self._captions, self._captioned = (np.concatenate(each).cumsum() for each in (captions, captioned))
+        self.captioned_items = int(self._captioned[-1])
+        """Number of items that have captions."""
+
+    def first(self, item: np.ndarray) -> np.ndarray:
+        """Row of the first caption of each ``item``, int64 [B]."""
+        block, place = item // _BLOCK, item % _BLOCK
+        return self._captions[block] + (self._of_block(block) * (np.arange(_BLOCK) < place[:, None])).sum(1)
+
+    def captioned(self, number: np.ndarray) -> np.ndarray:
+        """The items of these numbers among those that have captions, int64 [B]."""
+        if self.captioned_items == len(self.counts):
+            return number
+        block = np.searchsorted(self._captioned, number, side="right") - 1
+        within = number - self._captioned[block]
+        return block * _BLOCK + ((self._of_block(block) > 0).cumsum(1) > within[:, None]).argmax(1)
+
+    def rows(self, items: np.ndarray) -> np.ndarray:
+        """Rows of all captions of ``items``, in their order."""
+        counts = self.counts[items]
+        first = [self.first(items[start : start + _ROWS]) for start in range(0, len(items), _ROWS)]
+        before = np.cumsum(counts, dtype=np.int64) - counts
+        return np.repeat(np.concatenate([*first, before[:0]]) - before, counts) + np.arange(counts.sum())
+
+    def _of_block(self, block: np.ndarray) -> np.ndarray:
+        """Counts of the items of each block [B, _BLOCK]; what lies behind the last item counts 0."""
+        item = block[:, None] * _BLOCK + np.arange(_BLOCK)
+        found = self.counts.take(item, mode="clip")
+        return found * (item < len(self.counts))
+
+
+class _Resident:
+    """Keeps mapped files from taking a process's memory.
+
+    Every row that is read stays resident, and with it what lies around it. When that is much, the process lets go of
+    all that it has mapped; it stays in the system's cache, from where it comes back without a disk.
+    """
+
+    def __init__(self, arrays: Iterable[np.ndarray]) -> None:
+        """``arrays`` are those of `_map`."""
+        maps: list[Any] = [array.base.base for array in arrays if array.base is not None]
+        self._maps = [each for each in maps if hasattr(each, "madvise")]
+        self._kept = _mapped_bytes()
+
+    def limited(self, take: Callable[[np.ndarray, np.ndarray], Opened]) -> Callable[[np.ndarray, np.ndarray], Opened]:
+        """``take`` with a look at the memory after it."""
+
+        def limited(index: np.ndarray, epoch: np.ndarray) -> Opened:
+            found = take(index, epoch)
+            self.limit()
+            return found
+
+        return limited
+
+    def limit(self) -> None:
+        """Let go of what is mapped if it is much."""
+        if _mapped_bytes() - self._kept > _MOST_MAPPED:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Let go of all that is mapped."""
+        for each in self._maps:
+            each.madvise(mmap.MADV_DONTNEED)
+        self._kept = _mapped_bytes()
+
+
+def _mapped_bytes() -> int:
+    """Bytes of files that are resident in this process; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[2]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 def _map(path: Path, array: Mapping[str, Any]) -> np.ndarray:
@@ -416,6 +549,32 @@ def finish_vectors(writer: ResumableArrayWriter, manifest: Mapping[str, Any]) ->
     return writer.finish(VECTORS_MANIFEST, manifest, VectorStore.open)
 
 
+def write_parquet(store: VectorStore, out: Path) -> None:
+    """Write a store as one table, as vector databases take it: `key`, the further arrays, and `vector` in fp32.
+
+    The manifest is in the metadata of the schema, as JSON under `diptych`. The file appears when it is complete.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    width = store.vectors.shape[1]
+    types = {"key": pyarrow.string()}
+    types |= {name: pyarrow.from_numpy_dtype(array.dtype) for name, array in store.further.items()}
+    types["vector"] = pyarrow.list_(pyarrow.float32(), width)
+    schema = pyarrow.schema(types.items(), metadata={"diptych": json.dumps(store.manifest)})
+    fresh = out.with_name(f".{out.name}.fresh")  # one a kill left is written anew
+    with pyarrow.parquet.ParquetWriter(fresh, schema) as writer:
+        for start in range(0, len(store), _IN_A_GROUP):
+            rows = slice(start, start + _IN_A_GROUP)
+            flat = np.asarray(store.vectors[rows], np.float32).reshape(-1)
+            # File names may be bytes that no text holds; a table has no place for them.
+            keys = [key.encode("utf-8", "replace").decode() for key in store.keys[rows]]
+            columns = [pyarrow.array(keys), *(pyarrow.array(array[rows]) for array in store.further.values())]
+            columns.append(pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat), width))
+            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+    os.replace(fresh, out)
+
+
 def check_free(folder: Path) -> None:
     """Raise UserError when ``folder`` holds anything but a store of vectors: a check before hours of work."""
     if folder.exists() and not VectorStore.is_one(folder) and (not folder.is_dir() or any(folder.iterdir())):
@@ -455,9 +614,10 @@ def encode(
     out: Path,
     tokenizers: DataTokenizers,
     *,
-    indices: np.ndarray | None = None,
+    indices: np.ndarray | range | None = None,
     max_skipped_share: float = 0.01,
     workers: int = 2,
+    engine: Engine = LOCAL,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Store:
     """Encode ``indices`` (default: all) of a source into the folder ``out``, which appears when it is complete.
@@ -473,20 +633,16 @@ def encode(
         indices: Items of the source to encode, in this order.
         max_skipped_share: Share of unreadable images that is tolerated, 0 to 1.
         workers: Number of threads that decode images.
+        engine: Who encodes; the ``reopen`` of another one than the local gives the source and the tokenizers.
         advance: Called after each chunk with the numbers of items done and of items in all.
     """
     if out.exists() and not Store.is_one(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already and holds no encoded data: choose another folder")
-    items = np.arange(len(source)) if indices is None else indices
+    items = range(len(source)) if indices is None else indices
     writer = ResumableArrayWriter(out, origin(source, tokenizers, items))
     skipped = SkippedItems(max_skipped_share=max_skipped_share, reasons=writer.skipped)
-    with ThreadPoolExecutor(max(1, workers)) as threads:
-        for begin in range(writer.done, len(items), _CHUNK):
-            chunk = items[begin : begin + _CHUNK]
-            arrays, keys = _encode_chunk(source, chunk, tokenizers, skipped, threads)
-            writer.append(arrays, keys=keys, done=begin + len(chunk))
-            skipped.check(len(items))
-            advance(begin + len(chunk), len(items))
+    work = partial(_encode_block, workers=workers)
+    engine.write(writer, work, (source, tokenizers), items, rows=_CHUNK, skipped=skipped, advance=advance)
     skipped.check(len(items))
     if writer.items == 0:
         raise UserError(f"{source.name}: nothing to encode")
@@ -495,28 +651,26 @@ def encode(
     return writer.finish(STORE_MANIFEST, manifest, Store.open)
 
 
-def origin(source: Source, tokenizers: DataTokenizers, indices: np.ndarray) -> dict[str, str]:
+def origin(source: Source, tokenizers: DataTokenizers, indices: np.ndarray | range) -> dict[str, str]:
     """What decides the content of a store, as its manifest holds it under ``made_by``."""
-    digest = hashlib.sha256(np.ascontiguousarray(indices, "<i8").tobytes()).hexdigest()[:16]
-    found = {"source": source.name, "tokenizers": tokenizers.fingerprint, "items": digest}
+    found = {"source": source.name, "tokenizers": tokenizers.fingerprint, "items": items_digest(indices)}
     return found | {"content": content_digest(source)}
 
 
-def _encode_chunk(
-    source: Source, items: np.ndarray, tokenizers: DataTokenizers, skipped: SkippedItems, threads: Executor
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Arrays of the chunk, integers in four bytes, and the keys of its readable items."""
+def _encode_block(tools: tuple[Source, DataTokenizers], items: np.ndarray, *, workers: int) -> Rows:
+    """Arrays of the block, integers in four bytes, and the keys of its readable items."""
+    source, tokenizers = tools
     arrays: dict[str, np.ndarray] = {}
+    skipped: dict[str, str] = {}
     if tokenizers.tokenize_images is not None:
-        pixels, items = read_images(source, items, size=tokenizers.image_size, skipped=skipped, threads=threads)
+        pixels, items, skipped = read_block(source, items, size=tokenizers.image_size, workers=workers)
         if len(items):
             pixels_B3SS = channels_first(pixels)
             arrays["tokens"] = tokenizers.tokenize_images(pixels_B3SS).cpu().numpy().astype(np.int32)
             if tokenizers.image_features is not None:
                 arrays["image_features"] = tokenizers.image_features(pixels_B3SS).half().cpu().numpy()
             if tokenizers.teacher_features is not None:
-                size = tokenizers.teacher_size
-                pixels, _ = read_images(source, items, size=size, skipped=skipped, threads=threads)
+                pixels, _, _ = read_block(source, items, size=tokenizers.teacher_size, workers=workers)
                 features = tokenizers.teacher_features(channels_first(pixels))
                 arrays["teacher_features"] = features.half().cpu().numpy()
     if tokenizers.tokenize_texts is not None:
@@ -528,4 +682,4 @@ def _encode_chunk(
             arrays["ids"] = ids.cpu().numpy().astype(np.int32)
             if tokenizers.text_features is not None:
                 arrays["features"] = tokenizers.text_features(ids).half().cpu().numpy()
-    return arrays, [source.key(int(item)) for item in items]
+    return Rows(arrays=arrays, keys=[source.key(int(item)) for item in items], skipped=skipped)

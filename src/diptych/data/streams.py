@@ -22,6 +22,10 @@ from diptych.rng import StepRNG, derive_seed, mix64
 BatchFn = Callable[[int, int, int], Batch]
 """(step, rank, world) to this process's rows of that step: a pure function, so that any step can be made again."""
 _ROUNDS = 4
+_SHUFFLED_WHOLE = 2**19
+"""Items of the largest store that is shuffled as a whole."""
+_NEIGHBOURS, _TOGETHER = 2**9, 2**7
+"""Items of a larger store that stay neighbours, and how many such blocks are shuffled together."""
 
 
 def shuffled(position: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,19 +40,33 @@ def shuffled(position: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np
 
 def _permuted(item: np.ndarray, size: np.ndarray | np.int64, nonce: np.ndarray, seed: int) -> np.ndarray:
     """Where the permutation of ``size`` numbers that ``nonce`` and ``seed`` name puts each ``item``, all [B]."""
-    keys = [mix64(nonce.astype(np.uint64) ^ np.uint64(derive_seed(seed, "order", r))) for r in range(_ROUNDS)]
-    half_B, size_B = (np.broadcast_to(each, item.shape) for each in (_half_bits(size), np.asarray(size, np.uint64)))
-    item = item.astype(np.uint64)
-    outside = np.ones(item.shape, bool)
-    while outside.any():
-        half = half_B[outside]
-        low = (np.uint64(1) << half) - np.uint64(1)
-        left, right = item[outside] >> half, item[outside] & low
-        for key in keys:
-            left, right = right, left ^ (mix64(right ^ key[outside]) & low)
-        item[outside] = left << half | right
-        outside = item >= size_B
-    return item.astype(np.int64)
+    keys_RB = np.stack(
+        [mix64(nonce.astype(np.uint64) ^ np.uint64(derive_seed(seed, "order", r))) for r in range(_ROUNDS)]
+    )
+    half, limit = _half_bits(size), np.asarray(size, np.uint64)
+    found, rows, walking = np.empty(item.shape, np.uint64), np.arange(len(item)), item.astype(np.uint64)
+    while len(rows):
+        walking = _feistel(walking, half, keys_RB)
+        found[rows] = walking
+        # Most have arrived. The last few take most of the calls, so a call must cost as little as it can.
+        outside = np.flatnonzero(walking >= limit)
+        rows, walking, keys_RB = rows[outside], walking[outside], keys_RB[:, outside]
+        half, limit = (each[outside] if each.ndim else each for each in (half, limit))
+    return found.astype(np.int64)
+
+
+def _feistel(item: np.ndarray, half: np.ndarray, keys_RB: np.ndarray) -> np.ndarray:
+    """Permutes the numbers of twice ``half`` bits."""
+    low = (np.uint64(1) << half) - np.uint64(1)
+    left, right = item >> half, item & low
+    for key in keys_RB:
+        mixed = mix64(right ^ key)
+        mixed &= low
+        mixed ^= left
+        left, right = right, mixed
+    left = left << half
+    left |= right
+    return left
 
 
 def _half_bits(size: np.ndarray | np.int64) -> np.ndarray:
@@ -100,6 +118,18 @@ class ShardOrder:
                 self._memo.clear()
             self._memo[epoch, seed] = found
         return found
+
+
+def block_order(size: int) -> ShardOrder | None:
+    """The order of the ``size`` items of a store; None, which shuffles all of them together, up to half a million.
+
+    In a larger store blocks of 512 neighbours come in random order, and the items of 128 blocks at a time are shuffled
+    together. So what the system reads beside an item is wanted soon: a store that does not fit into memory is read at
+    the speed of a small one. The order depends on nothing but the size and the seed.
+    """
+    if size <= _SHUFFLED_WHOLE:
+        return None
+    return ShardOrder(np.append(np.arange(_NEIGHBOURS, size, _NEIGHBOURS), size), _TOGETHER)
 
 
 def choose(count: np.ndarray, item: np.ndarray, epoch: np.ndarray, seed: int) -> np.ndarray:

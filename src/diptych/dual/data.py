@@ -256,8 +256,8 @@ def cached_states(
 ) -> tuple[States, int]:
     """The states of the captioned images of ``source``, computed as far as the folder ``cache`` does not have them.
 
-    ``enough`` is asked after each block of items, with the number of items so far, whether to leave it at that. Also
-    returns the number of items that have states: all of ``captions``, or as many as were enough.
+    ``enough`` is called after each block of items with the number of items so far; where it is True, no more are
+    computed. Also returns the number of items that have states: all of ``captions``, or as many as were enough.
 
     An interrupted computation goes on where it stopped. Raises UserError when too many images cannot be read; the
     others of them are recorded in ``skipped`` and left out.
@@ -380,7 +380,7 @@ def _write_images(
         arrays = {}
         if len(found):
             states_BSF = image_states(encoder, channels_first(pixels), found, *drawn, config)
-            arrays = {"states": states_BSF, "rows": block.start + np.searchsorted(some, found)}
+            arrays = {"states": states_BSF, "rows": block.start + np.flatnonzero(np.isin(some, found))}
         writer.append(arrays, done=block.stop)
 
 

@@ -17,9 +17,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diptych.data.audit import Fit
+from diptych.data.audit import Fit, fits_of
 from diptych.data.class_texts import are_codes, name_classes, read_names
-from diptych.data.pixels import ReadableImages, SkippedItems
+from diptych.data.engine import LOCAL, Engine, Rows
+from diptych.data.pixels import (
+    ReadableImages,
+    SkippedItems,
+    channels_first,
+    paired_items,
+    read_block,
+)
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
@@ -330,29 +337,54 @@ def pair_fits(
     source: Source,
     *,
     skipped: SkippedItems,
+    engine: Engine = LOCAL,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Fit]:
-    """How far the cosine of each image and caption lies above those of the image with all captions, and of the caption
-    with all images, in standard deviations; the sum of both.
+    """How well each caption fits its image: the cosine of the pair in standard deviations above the cosines of the
+    image with all captions, plus the same above the cosines of the caption with all images.
 
-    Captions of the source's readable images; raises UserError for a source without images or captions.
+    Captions of the source's readable images; raises UserError for a source without images or captions. The ``reopen``
+    of another engine than the local gives the encoder and the source.
     """
     if not source.has_captions:
         raise UserError(f"{source.name}: has no captions that could fit")
-    images = embed_source(encoder, source, skipped=skipped, advance=advance)
-    pairs = embed_pairs(encoder, images)
+    found = engine.gather(
+        "fits",
+        _pair_vectors,
+        (encoder, source),
+        paired_items(source),
+        source=source,
+        network=encoder,
+        rows=_ROWS,
+        skipped=skipped,
+        advance=advance,
+    )
+    images_ID, texts_TD = torch.from_numpy(found["images"]), torch.from_numpy(found["texts"])
+    own_T = torch.from_numpy(np.repeat(np.arange(len(images_ID)), found["counts"]))
     means, sds = [], []
-    for rows, others in ((pairs.images_ID, pairs.texts_TD), (pairs.texts_TD, pairs.images_ID)):
+    for rows, others in ((images_ID, texts_TD), (texts_TD, images_ID)):
         # Mean and variance of the products of a row with all others, from the others' mean and second moments.
         mean_D, second_DD = others.mean(0), others.T @ others / len(others)
         mean_R = rows @ mean_D
         means.append(mean_R)
         sds.append(((rows @ second_DD * rows).sum(1) - mean_R**2).clamp_min(1e-12).sqrt())
-    own_T = pairs.image_of_T
-    cosine_T = (pairs.images_ID[own_T] * pairs.texts_TD).sum(1)
+    cosine_T = (images_ID[own_T] * texts_TD).sum(1)
     fit_T = (cosine_T - means[0][own_T]) / sds[0][own_T] + (cosine_T - means[1]) / sds[1]
-    places = [(int(item), number) for item in images.items_I for number in range(len(source.captions(int(item))))]
-    return [Fit(item, number, fit) for (item, number), fit in zip(places, fit_T.tolist(), strict=True)]
+    return fits_of(found["items"], found["counts"], fit_T.numpy())
+
+
+def _pair_vectors(tools: tuple[DualEncoder, Source], items: np.ndarray) -> Rows:
+    """Embeddings of images and of all their captions."""
+    encoder, source = tools
+    pixels, items, skipped = read_block(source, items, size=encoder.image_size)
+    if not len(items):
+        return Rows(skipped=skipped)
+    captions = [source.captions(int(item)) for item in items]
+    images_BD = encoder.embed_images(channels_first(pixels)).float()
+    texts_BD = encoder.embed_texts([text for texts in captions for text in texts])
+    counts = np.array([len(texts) for texts in captions], np.int64)
+    arrays = {"items": items, "counts": counts, "images": images_BD.cpu().numpy(), "texts": texts_BD.cpu().numpy()}
+    return Rows(arrays=arrays, skipped=skipped)
 
 
 def looked_at(

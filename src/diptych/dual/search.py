@@ -6,12 +6,12 @@ Shapes: Q queries, N stored vectors, D width, K hits of a query, B rows of a bat
 block that are in the cache or classes, H and W pixels, S side of an image.
 """
 
-import sys
+import os
+import shutil
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,23 +19,23 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from diptych.data.class_texts import read_names
-from diptych.data.pixels import SkippedItems, channels_first, decode_files, read_images
+from diptych.data.engine import LOCAL, Engine, Rows
+from diptych.data.pixels import SkippedItems, channels_first, decode_files, read_block
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import decode
 from diptych.data.sources.text import clean, read_text
-from diptych.data.store import ResumableArrayWriter, VectorStore, check_free, finish_vectors
+from diptych.data.store import ResumableArrayWriter, VectorStore, check_free, finish_vectors, write_parquet
 from diptych.dual.metrics import ENSEMBLE, class_embeddings
 from diptych.dual.model import DualEncoder, open_dual
 from diptych.errors import UserError
-from diptych.io import weights_digest
+from diptych.io import replace_folder, weights_digest
 from diptych.nn.inference import Device, Prediction, top_predictions
 from diptych.report.sheet import contact_sheet
+from diptych.report.terminal import ProgressLine
 
 Side = Literal["images", "texts"]
 Method = Literal["exact", "approximate"]
@@ -51,6 +51,17 @@ PROBES = 32
 _SAMPLE = 64
 """Number of vectors for each cell from which the centres of the cells are learnt."""
 _INDEX = "index.faiss"
+"""File, in the folder of a store, of an index of whole vectors."""
+_CODES = "ivfpq"
+"""Folder, in that of a store, of the parts of an index of short codes."""
+_FEWEST = 10_000
+"""Number of vectors that 256 codes for each part of a vector are learnt from without guesswork."""
+_SAMPLE_BYTES = 256 * 2**20
+"""Bytes of the sample from which an index of codes is learnt."""
+_PART = 4_000_000
+"""Number of vectors whose codes are in memory at once while an index is built."""
+_RANKED = 20
+"""Number of vectors, for each that is wanted, that are compared as they are after they were found by their codes."""
 _ROWS = 256
 """Number of items of a source that are embedded between two points to which an interrupted `embed` returns."""
 _THUMBNAIL = 160
@@ -118,26 +129,56 @@ def _as_tensor(array: np.ndarray) -> Tensor:
 
 
 def nearest_approximate(queries_QD: Float[Tensor, "Q D"], store: VectorStore, *, k: int, probes: int = PROBES) -> Hits:
-    """As :func:`nearest`, for more vectors than one wants to wait for, by an inverted file of faiss.
+    """As :func:`nearest`, for so many vectors that exact search is too slow, by an inverted file of faiss.
 
     The vectors are sorted into about sqrt(N) cells, and a query visits the ``probes`` cells with the nearest centres.
     The scores are those of exact search (up to fp16), but a neighbour in a cell that is not visited is missed. A query
     whose cells hold fewer than ``k`` vectors gets item -1 for the rest.
 
-    The first call builds the index and leaves it in the store's folder. This takes about half a minute for each million
-    vectors on two cores, and memory for all of them in fp16. Raises UserError where faiss is not installed.
+    The index is the one that :func:`build_ivfpq` left in the store's folder: the best by their codes are then compared
+    by their vectors. Else the first call builds one there of the whole vectors. This takes about half a minute for
+    each million vectors on two cores, and memory for all of them in fp16. Raises UserError where faiss is not
+    installed.
     """
-    faiss = _import_faiss()
+    faiss = import_faiss()
+    queries = np.ascontiguousarray(queries_QD.cpu().float().numpy())
+    k = min(k, len(store))
+    if (store.folder / _CODES).is_dir():
+        return _nearest_by_codes(faiss, queries, store, k=k, probes=probes)
     file = store.folder / _INDEX
     if not file.exists():
         _build(faiss, store, file)
+    scores_QK, items_QK = _open_index(faiss, file, probes).search(queries, k)
+    return Hits(scores_QK=torch.from_numpy(scores_QK), items_QK=torch.from_numpy(items_QK))
+
+
+def _open_index(faiss: Any, file: Path, probes: int) -> Any:
     try:
         index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
     except RuntimeError as error:
-        raise UserError(f"{file}: not a readable index: delete it and the next search builds it anew") from error
+        mend = "and the next search builds it anew" if file.name == _INDEX else f"{file.parent} and embed again"
+        raise UserError(f"{file}: not a readable index: delete it {mend}") from error
     index.nprobe = probes
-    scores_QK, items_QK = index.search(np.ascontiguousarray(queries_QD.cpu().float().numpy()), min(k, len(store)))
-    return Hits(scores_QK=torch.from_numpy(scores_QK), items_QK=torch.from_numpy(items_QK))
+    return index
+
+
+def _nearest_by_codes(faiss: Any, queries_QD: np.ndarray, store: VectorStore, *, k: int, probes: int) -> Hits:
+    """The best by their codes in each part of the index, compared as they are."""
+    near_QR = np.empty((len(queries_QD), 0), np.int64)
+    scores_QR = np.empty(near_QR.shape, np.float32)
+    for file in sorted((store.folder / _CODES).iterdir()):
+        scores, rows = _open_index(faiss, file, probes).search(queries_QD, min(_RANKED * k, len(store)))
+        scores_QR, near_QR = np.concatenate([scores_QR, scores], 1), np.concatenate([near_QR, rows], 1)
+        best = np.argsort(-scores_QR, axis=1, kind="stable")[:, : scores.shape[1]]
+        scores_QR, near_QR = np.take_along_axis(scores_QR, best, 1), np.take_along_axis(near_QR, best, 1)
+    scores_QK = torch.full((len(queries_QD), k), -torch.inf)
+    items_QK = torch.full(scores_QK.shape, -1)
+    for row, near_R in enumerate(near_QR):
+        held = np.sort(near_R[near_R >= 0])  # in the order in which they lie on disk
+        found = nearest(torch.from_numpy(queries_QD[row : row + 1]), store.vectors[held], k=k)
+        count = found.items_QK.shape[1]
+        scores_QK[row, :count], items_QK[row, :count] = found.scores_QK[0], torch.from_numpy(held)[found.items_QK[0]]
+    return Hits(scores_QK=scores_QK, items_QK=items_QK)
 
 
 def _build(faiss: Any, store: VectorStore, file: Path) -> None:
@@ -146,18 +187,59 @@ def _build(faiss: Any, store: VectorStore, file: Path) -> None:
     index = faiss.index_factory(width, f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
     step = max(1, count // (_SAMPLE * cells))
     index.train(store.vectors[::step].astype(np.float32))
-    for start in range(0, count, BLOCK):
-        index.add(store.vectors[start : start + BLOCK].astype(np.float32))
-    partial = file.with_name(f".{file.name}.partial")
-    faiss.write_index(index, str(partial))
-    partial.rename(file)
+    _add(index, store.vectors, range(count))
+    fresh = file.with_name(f".{file.name}.partial")
+    faiss.write_index(index, str(fresh))
+    fresh.rename(file)
 
 
-def _import_faiss() -> Any:
+def _add(index: Any, vectors_ND: np.ndarray, rows: range) -> None:
+    for start in range(rows.start, rows.stop, BLOCK):
+        end = min(start + BLOCK, rows.stop)
+        index.add_with_ids(vectors_ND[start:end].astype(np.float32), np.arange(start, end))
+
+
+def build_ivfpq(store: VectorStore, *, advance: Callable[[int, int], None] = lambda done, total: None) -> Path:
+    """Build an index for :func:`nearest_approximate` in the folder of the store: an inverted file of short codes.
+
+    A vector takes an eighth of a byte for each of its numbers (product quantization; Jegou et al., "Product
+    Quantization for Nearest Neighbor Search", 2011) and eight bytes for its row. Memory holds the sample from which
+    cells and codes are learnt (256 MB at most) and the codes of four million vectors, however many there are; the rest
+    is on disk, and stays there when it is searched. Raises UserError for fewer than 10,000 vectors and where faiss is
+    not installed.
+    """
+    faiss = import_faiss()
+    count, width = store.vectors.shape
+    if count < _FEWEST:
+        raise UserError(
+            f"{store.folder}: {count:,} embeddings, too few to learn an ivfpq index from ({_FEWEST:,}); "
+            "leave --index away: exact search is fast"
+        )
+    sample = min(count, max(_FEWEST, min(_SAMPLE * round(count**0.5), _SAMPLE_BYTES // (4 * width))))
+    cells = min(round(count**0.5), sample // _SAMPLE)
+    codes = max(size for size in range(1, max(1, width // 8) + 1) if width % size == 0)
+    index = faiss.index_factory(width, f"IVF{cells},PQ{codes}", faiss.METRIC_INNER_PRODUCT)
+    index.do_polysemous_training = False  # an order of the codes that is not used here, and most of the time
+    index.train(store.vectors[np.linspace(0, count - 1, sample).astype(np.int64)].astype(np.float32))
+    folder, fresh = store.folder / _CODES, store.folder / f".{_CODES}.partial"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    for number, start in enumerate(range(0, count, _PART)):
+        rows = range(start, min(start + _PART, count))
+        _add(index, store.vectors, rows)
+        faiss.write_index(index, str(fresh / f"{number:05d}.faiss"))
+        index.reset()
+        advance(rows.stop, count)
+    replace_folder(fresh, folder)
+    return folder
+
+
+def import_faiss() -> Any:
+    """faiss. Raises UserError where it is not installed."""
     try:
         import faiss
     except ImportError as error:
-        raise UserError(f"approximate search needs faiss ({error}): pip install 'diptych[ann]'") from error
+        raise UserError(f"an index needs faiss ({error}): pip install 'diptych[ann]'") from error
     return faiss
 
 
@@ -176,7 +258,14 @@ class SearchResult:
     """Number of the item in the source."""
 
 
-def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, device: Device) -> tuple[VectorStore, int]:
+def open_with_source(run: Path, spec: str, device: Device) -> tuple[DualEncoder, Source]:
+    """A dual encoder, and a source for it to go through."""
+    return open_dual(run, device=device), open_finite(spec, Columns())
+
+
+def embed_run(
+    run: Path, spec: str, *, side: Side, out: Path, workers: int, device: Device, engine: Engine = LOCAL
+) -> tuple[VectorStore, int]:
     """Embed all images or all texts of the source ``spec`` into the store ``out``, in half precision.
 
     An interrupted call goes on where it stopped. Returns the store and the number of unreadable images, which are left
@@ -184,35 +273,52 @@ def embed_run(run: Path, spec: str, *, side: Side, out: Path, workers: int, devi
     unreadable.
     """
     check_free(out)
-    source = open_finite(spec, Columns())
+    opened = partial(open_with_source, run, spec, device)
+    encoder, source = opened()
     if not (source.has_images if side == "images" else source.has_captions):
         raise UserError(f"{source.name}: has no {side} to embed")
-    encoder = open_dual(run, device=device)
     manifest = {"side": side, "source": spec, "run": str(run), "model": weights_digest(encoder)}
     writer = ResumableArrayWriter(out, manifest | {"rows": len(source)})
     skipped = SkippedItems(reasons=writer.skipped)
-    shown = track(
-        range(writer.done, len(source), _ROWS),
-        f"Embedding {side}",
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
+    replace(engine, reopen=opened).write(
+        writer,
+        partial(_embed_block, side=side, workers=workers),
+        (encoder, source),
+        np.arange(len(source)),
+        rows=_ROWS,
+        skipped=skipped,
+        advance=ProgressLine(f"embedding {side}"),
     )
-    with ThreadPoolExecutor(max(1, workers)) as threads:
-        for start in shown:
-            items = np.arange(start, min(start + _ROWS, len(source)))
-            if side == "images":
-                pixels, items = read_images(source, items, size=encoder.image_size, skipped=skipped, threads=threads)
-                skipped.check(len(source))
-                keys = [source.key(int(item)) for item in items]
-                rows_BD = encoder.embed_images(channels_first(pixels)) if keys else None
-            else:
-                captions = [(text, item) for item in items for text in source.captions(int(item))]
-                keys, items = [text for text, _ in captions], np.array([item for _, item in captions])
-                rows_BD = encoder.embed_texts(keys) if keys else None
-            arrays = {} if rows_BD is None else {"vectors": rows_BD.half().cpu().numpy(), "items": items}
-            writer.append(arrays, keys=keys, done=start + _ROWS)
     return finish_vectors(writer, manifest), len(skipped)
+
+
+def embed_into_parquet(out: Path, **arguments: Any) -> tuple[int, int]:
+    """As :func:`embed_run`, into a table for a vector database, `out.parquet`. Returns the numbers of rows and skipped.
+
+    The store is made beside it in a hidden folder, and what is skipped is listed in `out.skipped.jsonl`.
+    """
+    folder = out.with_name(f".{out.name}.vectors")
+    store, skipped = embed_run(out=folder, **arguments)
+    write_parquet(store, out)
+    if skipped:
+        os.replace(folder / "skipped.jsonl", out.with_suffix(".skipped.jsonl"))
+    shutil.rmtree(folder)
+    return len(store), skipped
+
+
+def _embed_block(tools: tuple[DualEncoder, Source], items: np.ndarray, *, side: Side, workers: int) -> Rows:
+    encoder, source = tools
+    skipped: dict[str, str] = {}
+    if side == "images":
+        pixels, items, skipped = read_block(source, items, size=encoder.image_size, workers=workers)
+        keys = [source.key(int(item)) for item in items]
+        rows_BD = encoder.embed_images(channels_first(pixels)) if keys else None
+    else:
+        captions = [(text, item) for item in items for text in source.captions(int(item))]
+        keys, items = [text for text, _ in captions], np.array([item for _, item in captions])
+        rows_BD = encoder.embed_texts(keys) if keys else None
+    arrays = {} if rows_BD is None else {"vectors": rows_BD.half().cpu().numpy(), "items": items}
+    return Rows(arrays=arrays, keys=keys, skipped=skipped)
 
 
 class Index:
@@ -230,9 +336,11 @@ class Index:
             raise UserError(f"{store}: made by another model ({made_by}): diptych embed {run} SRC --out NEW")
 
     def search(
-        self, query: str | Path | UInt8[np.ndarray, "S S 3"], *, top: int, method: Method = "exact"
+        self, query: str | Path | UInt8[np.ndarray, "S S 3"], *, top: int, method: Method | None = None
     ) -> list[SearchResult]:
         """The ``top`` items of the store nearest to a text, to the image at a path or to pixels, best first.
+
+        Without a ``method`` it is approximate where :func:`build_ivfpq` left an index, else exact.
 
         Raises UserError for an empty text, an unreadable image, and a ``top`` below 1.
         """
@@ -246,6 +354,8 @@ class Index:
             query_1D = self.encoder.embed_texts([clean(query)])
         else:
             raise UserError("an empty text finds nothing: say what to look for")
+        if method is None:
+            method = "approximate" if (self.store.folder / _CODES).is_dir() else "exact"
         if method == "exact":
             found = nearest(query_1D, self.store.vectors, k=top)
         else:
@@ -301,8 +411,7 @@ class ZeroShotClassifier:
     def open(cls, run: Path, *, classes: Path, templates: Path | None, device: Device) -> "ZeroShotClassifier":
         """The dual encoder of ``run``, with a file of the name of a class on each line, and one of templates if wanted.
 
-        A name that stands there twice counts once.
-        Raises UserError for a file that cannot be read.
+        A name that occurs twice counts once. Raises UserError for a file that cannot be read.
         """
         names = list(dict.fromkeys(read_names(classes)))
         prompts = read_templates(templates) if templates else ENSEMBLE

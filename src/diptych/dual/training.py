@@ -68,6 +68,7 @@ class DualRun:
     """A dual encoder trained on pairs. Each family of recipes has a subclass, which sets the kind of objective."""
 
     kind: ClassVar[Kind] = "dual"
+    slow_field: ClassVar[str | None] = None
 
     data: PairsData
     """The captioned images to learn from and to validate on."""
@@ -90,7 +91,7 @@ class DualRun:
     def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> TrainResult:
         """Train, and leave ``out/model``, a plain CLIP folder, and the validation retrieval in ``metrics.jsonl``.
 
-        Raises UserError for data without images or captions, and for settings that cannot be meant.
+        Raises UserError for data without images or captions, and for invalid settings.
         """
         join_processes(self.train.device)
         source = open_finite(self.data.pairs, self.data.columns)

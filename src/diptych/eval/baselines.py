@@ -13,10 +13,12 @@ Shapes: B images, T training images, S pixels a side, F width of the features, N
 C classes.
 """
 
+import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +29,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from diptych.data.audit import Fit
-from diptych.data.pixels import SkippedItems, captioned_items, image_batches
+from diptych.data.audit import Fit, fits_of
+from diptych.data.engine import LOCAL, Engine, Rows
+from diptych.data.pixels import SkippedItems, captioned_items, channels_first, image_batches, read_block
 from diptych.data.sources import Source
 from diptych.data.splits import Subset
-from diptych.encoders import ImageEncoder, open_image_encoder, open_text_encoder
+from diptych.encoders import ImageEncoder, PooledTextEncoder, open_image_encoder, open_text_encoder
 from diptych.errors import UserError, first_line
 from diptych.eval.captions import tokenize
 from diptych.eval.probe import Linear, caption_fits, select_linear
@@ -43,6 +46,8 @@ from diptych.run_folder import BASELINES, write_json
 
 NEAREST = 30
 """Number of training images whose captions are looked at. CIDEr-D on Flickr8k's dev images rises up to about here."""
+_NGRAMS = 4
+"""Longest sequence of tokens that is compared, as in CIDEr."""
 _MOST = 3000
 """Number of training images that are looked at, a random part of larger data: baselines take seconds."""
 _SIZE = 64
@@ -62,7 +67,7 @@ class Baseline:
     scores: dict[str, float]
     """Scores on the same items, under the names of the run's own."""
     kind: Literal["baseline", "without unpaired data"] = "baseline"
-    """A baseline takes seconds; "without unpaired data" is the same run, trained without what it is to profit from."""
+    """A baseline takes seconds to fit; "without unpaired data" is the same run, trained on its pairs alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,8 +235,9 @@ class CaptionPool:
         for of_image in ngrams:
             images_with.update(set().union(*of_image))
         # One more image than there are, so that a single image has vectors too.
-        weight = {gram: math.log((len(texts) + 1) / count) for gram, count in images_with.items()}
-        self._vectors = [[_unit_by_length(grams, weight) for grams in of_image] for of_image in ngrams]
+        self._rarest = math.log(len(texts) + 1)
+        self._weight = {gram: self._rarest - math.log(count) for gram, count in images_with.items()}
+        self._vectors = [[self._unit_by_length(grams) for grams in of_image] for of_image in ngrams]
 
     def consensus(self, images: Iterable[int]) -> str:
         """The caption of one of ``images`` that is most like their other captions in the mean; of equals the first."""
@@ -248,20 +254,60 @@ class CaptionPool:
         image, number = max(candidates, key=likeness)
         return self.texts[image][number]
 
+    def likeness(self, texts: Iterable[str], images: Sequence[int]) -> list[float]:
+        """How like the captions of ``images`` each text is: the mean cosine, from 0 to 1. Each image counts alike."""
+        mean: dict[tuple[str, ...], float] = defaultdict(float)
+        for image in images:
+            share = 1 / (len(images) * len(self._vectors[image]) * _NGRAMS)
+            for vector in self._vectors[image]:
+                for gram, value in vector.items():
+                    mean[gram] += share * value
+        vectors = (self._unit_by_length(_ngrams(text)) for text in texts)
+        return [sum(value * mean.get(gram, 0.0) for gram, value in vector.items()) for vector in vectors]
+
+    def _unit_by_length(self, grams: Mapping[tuple[str, ...], int]) -> dict[tuple[str, ...], float]:
+        """TF-IDF values, those of the n-grams of each length n scaled to length one, as in CIDEr."""
+        values = {gram: count * self._weight.get(gram, self._rarest) for gram, count in grams.items()}
+        lengths = range(1, _NGRAMS + 1)
+        norms = [math.sqrt(sum(v * v for gram, v in values.items() if len(gram) == n)) for n in lengths]
+        return {gram: value / (norms[len(gram) - 1] or 1.0) for gram, value in values.items()}
+
 
 def _ngrams(text: str) -> Counter[tuple[str, ...]]:
     """How often each sequence of one to four tokens occurs."""
     words = tokenize(text).split()
-    return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+    return Counter(tuple(words[i : i + n]) for n in range(1, _NGRAMS + 1) for i in range(len(words) - n + 1))
 
 
-def _unit_by_length(
-    grams: Mapping[tuple[str, ...], int], weight: Mapping[tuple[str, ...], float]
-) -> dict[tuple[str, ...], float]:
-    """TF-IDF values, those of the n-grams of each length n scaled to length one, as in CIDEr."""
-    values = {gram: count * weight[gram] for gram, count in grams.items()}
-    squares = [math.sqrt(sum(v * v for gram, v in values.items() if len(gram) == n)) for n in range(1, 5)]
-    return {gram: value / (squares[len(gram) - 1] or 1.0) for gram, value in values.items()}
+class NearCaptions:
+    """The captions of some images, and the features by which the images nearest to another one are found."""
+
+    def __init__(self, texts: Sequence[Sequence[str]], features_TF: Float[np.ndarray, "T F"]) -> None:
+        """``texts``: the captions of each image, at least one."""
+        self.texts, self.features_TF = texts, features_TF
+
+    @cached_property
+    def _pool(self) -> CaptionPool:
+        return CaptionPool(self.texts)
+
+    def likeness(self, features_BF: Float[np.ndarray, "B F"], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """How like the captions of the 30 nearest images the texts of each image are (:meth:`CaptionPool.likeness`)."""
+        near_BK = nearest(features_BF, self.features_TF.astype(np.float32), count=NEAREST)
+        return [self._pool.likeness(of_image, near) for of_image, near in zip(texts, near_BK.tolist(), strict=True)]
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write ``captions.json`` and ``features.npy``, in half precision."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "captions.json", self.texts)
+        np.save(folder / "features.npy", self.features_TF.astype(np.float16))
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "NearCaptions":
+        """Raises UserError where a file is missing or damaged."""
+        try:
+            return cls(json.loads((folder / "captions.json").read_text()), np.load(folder / "features.npy"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: cannot be read ({first_line(error)})") from error
 
 
 # Retrieval
@@ -315,29 +361,60 @@ def chance_of_recall(right_Q: Int[Tensor, "Q"], *, targets: int, k: int) -> floa
 
 
 def encoder_fits(
-    source: Source, image_encoder: str, text_encoder: str, *, skipped: SkippedItems, device: Device = "auto"
+    source: Source,
+    image_encoder: str,
+    text_encoder: str,
+    *,
+    skipped: SkippedItems,
+    device: Device = "auto",
+    engine: Engine = LOCAL,
 ) -> list[Fit]:
     """:func:`~diptych.eval.probe.caption_fits` of the captions of ``source``, by two pretrained encoders by name.
 
     Captions of readable images; raises UserError for an encoder that cannot be opened and for fewer than two captioned
-    images.
+    images. The ``reopen`` of another engine than the local is :func:`open_encoders` and gives the source besides.
     """
     captioned = captioned_items(source)
     if len(captioned) < 2:
         raise UserError(f"{source.name}: {len(captioned)} captioned images, too few to compare captions with images")
-    images = open_image_encoder(image_encoder).to(pick_device(device))
-    texts = open_text_encoder(text_encoder).to(pick_device(device))
-    items, x_IX = encoded(images, Subset(source, captioned), skipped=skipped, advance=ProgressLine("encoding images"))
-    places = [(row, number) for row, item in enumerate(items) for number in range(len(source.captions(int(item))))]
-    captions = [source.captions(int(items[row]))[number] for row, number in places]
-    parts, advance = [], ProgressLine("encoding captions")
-    order = sorted(range(len(captions)), key=lambda place: len(captions[place]))  # little padding
-    for start in range(0, len(order), _ROWS):
-        parts.append(texts([captions[place] for place in order[start : start + _ROWS]]).cpu())
-        advance(min(start + _ROWS, len(order)), len(order))
-    y_TY = torch.cat(parts)[torch.tensor(order).argsort()]
-    fit_T = caption_fits(torch.from_numpy(x_IX), y_TY, torch.tensor([row for row, _ in places]))
-    return [Fit(int(items[row]), number, fit) for (row, number), fit in zip(places, fit_T.tolist(), strict=True)]
+    images, texts = open_encoders(image_encoder, text_encoder, device)
+    found = engine.gather(
+        "fits",
+        _pair_features,
+        (images, texts, source),
+        captioned,
+        source=source,
+        network=torch.nn.ModuleList([images, texts]),
+        rows=_ROWS,
+        skipped=skipped,
+        advance=ProgressLine("encoding pairs"),
+    )
+    own_T = np.repeat(np.arange(len(found["items"])), found["counts"])
+    fit_T = caption_fits(torch.from_numpy(found["x"]), torch.from_numpy(found["y"]), torch.from_numpy(own_T))
+    return fits_of(found["items"], found["counts"], fit_T.numpy())
+
+
+def open_encoders(image_encoder: str, text_encoder: str, device: Device) -> tuple[ImageEncoder, PooledTextEncoder]:
+    """Pretrained encoders of images and texts, by name, on a device."""
+    images, texts = open_image_encoder(image_encoder), open_text_encoder(text_encoder)
+    return images.to(pick_device(device)), texts.to(pick_device(device))
+
+
+def _pair_features(tools: tuple[ImageEncoder, PooledTextEncoder, Source], items: np.ndarray) -> Rows:
+    """Features of images and of all their captions."""
+    images, texts, source = tools
+    pixels, items, skipped = read_block(source, items, size=images.image_size)
+    if not len(items):
+        return Rows(skipped=skipped)
+    captions = [source.captions(int(item)) for item in items]
+    with eval_mode(images):
+        x_IX = images(channels_first(pixels).to(next(images.parameters()).device)).float().cpu().numpy()
+    told = [text for some in captions for text in some]
+    order = sorted(range(len(told)), key=lambda place: len(told[place]))  # little padding
+    y_TY = np.empty((len(told), texts.width), np.float32)
+    y_TY[order] = texts([told[place] for place in order]).cpu().numpy()
+    counts = np.array([len(some) for some in captions], np.int64)
+    return Rows(arrays={"items": items, "counts": counts, "x": x_IX, "y": y_TY}, skipped=skipped)
 
 
 # Features

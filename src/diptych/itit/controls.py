@@ -155,10 +155,11 @@ def train_stopped(alone: ItitRun, inputs: TrainingInputs, out: Path, test: Scene
     """Train with dropout on nine tenths of the pairs; keep the network with the lowest loss on the other tenth."""
     run = replace(alone, model=replace(alone.model, dropout=0.1))
     pairs = inputs.encoded.pairs
-    kept = np.arange(len(pairs.items)) % _HELD_OUT != 0
-    training = replace(inputs, encoded=replace(inputs.encoded, pairs=Subset(pairs.source, pairs.items[kept])))
+    items = np.asarray(pairs.items)
+    kept = np.arange(len(items)) % _HELD_OUT != 0
+    training = replace(inputs, encoded=replace(inputs.encoded, pairs=Subset(pairs.source, items[kept])))
     assert isinstance(pairs.source, Store)
-    held = pairs.source.pairs(pairs.items[~kept], seed=0)
+    held = pairs.source.pairs(items[~kept], seed=0)
     rows = np.arange(held.size)
     stopping = _EarlyStopping(held.take(rows, np.zeros_like(rows)), out)
     if not (out / "model").is_dir():
@@ -168,7 +169,8 @@ def train_stopped(alone: ItitRun, inputs: TrainingInputs, out: Path, test: Scene
 
 @dataclass(frozen=True, slots=True)
 class _EarlyStopping:
-    """Keeps the best network of a run. What it knows of earlier steps stands in metrics.jsonl, so it may be resumed."""
+    """Keeps the best network of a run. It reads the losses of earlier steps from metrics.jsonl, so a run may be
+    resumed."""
 
     held: PairExamples
     out: Path
@@ -204,14 +206,14 @@ class _EarlyStopping:
 def regression_on_pixels(run: ItitRun, test: ScenesSource) -> SceneScore:
     """Captions of ``test`` by logistic regression on the raw pixels of the captioned images.
 
-    For each quarter one classifier says the shape, or that there is nothing, and another one the colour. The three
-    quarters that are least likely empty are told. The l2 penalty is the one of `_L2` that does best on a fifth of the
-    pairs.
+    For each quarter one classifier says the shape, or that there is nothing, and another one the colour. The caption
+    names the three quarters that are least likely to be empty. The l2 penalty is the one of `_L2` that does best on a
+    fifth of the pairs.
     """
     data = open_data(run.data).pairs
     source, items = data.source, np.arange(test.count)
     assert isinstance(source, ScenesSource)
-    train_BP, test_BP = (_pixels(each, which) for each, which in ((source, data.items), (test, items)))
+    train_BP, test_BP = (_pixels(each, which) for each, which in ((source, np.asarray(data.items)), (test, items)))
     known = source.scenes(data.items)
     names = {"shape": ["", *SHAPES], "colour": ["", *COLOURS]}
     read = {

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from diptych.data.check import Part, check_parts
 from diptych.data.sources import Source, open_finite, require_pairs
 from diptych.data.sources.columns import Columns
@@ -120,7 +118,7 @@ def _unpaired(
     source = _open(spec, data)
     if not (source.has_images if side == "images" else source.has_captions):
         raise UserError(f"{spec}: it is given as --data.{side} but has no {side}")
-    return Subset(source, np.arange(len(source)))
+    return Subset(source, range(len(source)))
 
 
 def _open(spec: str, data: DataConfig) -> Source | Store:
@@ -157,7 +155,7 @@ def encode_subset(
         made_by, wanted = store.manifest["made_by"], origin(subset.source, tokenizers, subset.items)
         differing = [name for name, value in made_by.items() if value != wanted[name]]  # old stores know fewer names
         if not differing:
-            return Subset(store, np.arange(len(store)))
+            return Subset(store, range(len(store)))
         if differing == ["content"]:
             raise UserError(
                 f"{out}: encoded from {subset.source.name} before its captions or images were changed: "
@@ -177,4 +175,4 @@ def encode_subset(
         max_skipped_share=data.max_skipped_share,
         advance=advance,
     )
-    return Subset(store, np.arange(len(store)))
+    return Subset(store, range(len(store)))

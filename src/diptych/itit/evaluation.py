@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,17 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from diptych.data.audit import Fit
+from diptych.data.audit import Fit, fits_of
 from diptych.data.batch import ImageTokenExamples
-from diptych.data.pixels import SkippedItems, channels_first, image_batches, read_captioned
+from diptych.data.engine import LOCAL, Engine, Rows
+from diptych.data.pixels import (
+    SkippedItems,
+    channels_first,
+    image_batches,
+    paired_items,
+    read_block,
+    read_captioned,
+)
 from diptych.data.scenes import Scene, ScenesSource
 from diptych.data.sources import Source
 from diptych.data.sources.columns import Columns
@@ -242,7 +250,7 @@ def drift(
     *,
     seed: int = 0,
 ) -> dict[str, float]:
-    """How much better round trips do than their first halves: what both directions agree on although it is not so.
+    """How much better round trips score than their first halves. Above 0, both directions agree on something untrue.
 
     ``text_drift`` is the share of texts that are right again after text -> image -> text, less the share of images that
     are right; ``image_drift`` the share of images that are right after image -> text -> image, less the share of texts.
@@ -316,40 +324,73 @@ def _caption_loss(diptych: Diptych, prefix_BPD: Tensor, ids_BL: Tensor) -> Tenso
     return token_loss(logits_BLV, ids_BL, ids_BL != PAD, label_smoothing=0.0)
 
 
-@torch.no_grad()
 def pair_fits(
     diptych: Diptych,
     source: Source,
     *,
     skipped: SkippedItems,
     others: int = 4,
+    engine: Engine = LOCAL,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Fit]:
     """How much better each caption is explained by its image than by ``others`` other images, in nats a token.
 
-    Captions of the source's readable images; raises UserError for a source without images or captions.
+    Captions of the source's readable images; raises UserError for a source without images or captions. The ``reopen``
+    of another engine than the local gives the run and the source.
     """
-    items, pixels = read_captioned(source, limit=None, size=diptych.image_size, skipped=skipped)
-    images = diptych.encode(pixels)
-    pairs = [(row, number) for row, item in enumerate(items) for number in range(len(source.captions(item)))]
-    texts = [source.captions(items[row])[number] for row, number in pairs]
-    ids_PL = diptych.text_encoder.tokenize(texts, length=diptych.model.config.max_text_len)[0]
+    tools = diptych, source
+    networks = [each for each in (diptych.tokenizer, diptych.image_encoder, diptych.model) if each is not None]
+    about: dict[str, Any] = {"source": source, "network": torch.nn.ModuleList(networks), "rows": _ROWS}
+    images = engine.gather("tokens", _encode_images, tools, paired_items(source), skipped=skipped, **about)
+    items = images.pop("items")
+    counts = np.array([len(source.captions(int(item))) for item in items], np.int64)
+    row_P = np.repeat(np.arange(len(items)), counts)
+    number_P = np.concatenate([np.arange(count) for count in counts])
     # Offsets of an image's own captions would compare it with itself; the images of distant rows are others.
     offsets = [0, *(1 + len(items) * k // (others + 1) for k in range(min(others, len(items) - 1)))]
-    nats_KP = torch.zeros(len(offsets), len(pairs))
-    for start in range(0, len(pairs), _ROWS):
-        rows = torch.tensor([row for row, _ in pairs[start : start + _ROWS]])
-        ids_BL = ids_PL[start : start + _ROWS].to(diptych.device)
-        for k, offset in enumerate(offsets):
-            some = images[(rows + offset) % len(items)].to(diptych.device)
-            prefix_BPD = diptych.model.caption_prefix(some.tokens_BN, some.image_features_BG)
-            logits_BLV = diptych.model.text_logits(prefix_BPD, shift_right(ids_BL))
-            nats_BL = F.cross_entropy(logits_BLV.float().transpose(1, 2), ids_BL, reduction="none")
-            valid_BL = ids_BL != PAD
-            nats_KP[k, start : start + _ROWS] = ((nats_BL * valid_BL).sum(1) / valid_BL.sum(1)).cpu()
-        advance(min(start + _ROWS, len(pairs)), len(pairs))
-    gain_P = nats_KP[1:].mean(0) - nats_KP[0]
-    return [Fit(items[row], number, float(gain)) for (row, number), gain in zip(pairs, gain_P, strict=True)]
+
+    def sent(pairs: np.ndarray) -> _PairsAndImages:
+        rows = [(row_P[pairs] + offset) % len(items) for offset in offsets]
+        texts = [source.captions(int(items[row_P[pair]]))[number_P[pair]] for pair in pairs]
+        return texts, [{name: array[some] for name, array in images.items()} for some in rows]
+
+    pairs, none = np.arange(len(row_P)), SkippedItems()
+    nats_PK = engine.gather("nats", _nats, tools, pairs, skipped=none, sent=sent, advance=advance, **about)["nats"]
+    return fits_of(items, counts, nats_PK[:, 1:].mean(1) - nats_PK[:, 0])
+
+
+_PairsAndImages = tuple[list[str], list[dict[str, np.ndarray]]]
+"""Captions, and as many images for each of them: the fields of `ImageTokenExamples`, first those of its own image."""
+
+
+def _encode_images(tools: tuple[Diptych, Source], items: np.ndarray) -> Rows:
+    diptych, source = tools
+    pixels, items, skipped = read_block(source, items, size=diptych.image_size)
+    if not len(items):
+        return Rows(skipped=skipped)
+    found = diptych.encode(pixels)
+    arrays = {"items": items, "tokens_BN": found.tokens_BN.cpu().numpy()}
+    if found.image_features_BG is not None:
+        arrays["image_features_BG"] = found.image_features_BG.cpu().numpy()
+    return Rows(arrays=arrays, skipped=skipped)
+
+
+@torch.no_grad()
+def _nats(tools: tuple[Diptych, Source], pairs: _PairsAndImages) -> Rows:
+    """Nats a token of each caption, given each of its images."""
+    diptych, _ = tools
+    texts, images = pairs
+    ids_BL = diptych.text_encoder.tokenize(texts, length=diptych.model.config.max_text_len)[0].to(diptych.device)
+    valid_BL = ids_BL != PAD
+    nats = []
+    for fields in images:
+        some = ImageTokenExamples(**{name: torch.from_numpy(array) for name, array in fields.items()})
+        some = some.to(diptych.device)
+        prefix_BPD = diptych.model.caption_prefix(some.tokens_BN, some.image_features_BG)
+        logits_BLV = diptych.model.text_logits(prefix_BPD, shift_right(ids_BL))
+        nats_BL = F.cross_entropy(logits_BLV.float().transpose(1, 2), ids_BL, reduction="none")
+        nats.append(((nats_BL * valid_BL).sum(1) / valid_BL.sum(1)).cpu().numpy())
+    return Rows(arrays={"nats": np.stack(nats, 1)})
 
 
 @torch.no_grad()

@@ -23,14 +23,14 @@ from diptych.data.store import DataTokenizers, Store
 from diptych.data.streams import BatchSampler
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
-from diptych.eval.baselines import Baseline, Comparison
+from diptych.eval.baselines import Baseline, Comparison, NearCaptions, sampled
 from diptych.io import load_network
 from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open_data, open_valid
 from diptych.itit.evaluation import ALONE, PAIRS_ONLY, ScoredImages, compare
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ITIT, ItitConfig, mean_of_text
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, TeacherHead
-from diptych.itit.pipeline import TEACHER, Diptych, data_tokenizers
+from diptych.itit.pipeline import NEAR_CAPTIONS, TEACHER, Diptych, data_tokenizers
 from diptych.itit.report import Samples
 from diptych.nn.inference import eval_mode, pick_device
 from diptych.report.html import closing_line, outcome, validation_scores, write_run_report
@@ -108,6 +108,15 @@ class TrainingInputs:
         assert features_XG is not None
         return features_XG.repeat_interleave(len(taken), 0), torch.stack(of_texts, dim=1).flatten(0, 1)
 
+    def near_captions(self) -> NearCaptions:
+        """The captions of captioned images, at most 3,000 of them, with the features of their images."""
+        store = _store(self.encoded.pairs)
+        pairs, captions = np.asarray(self.encoded.pairs.items), store.captions
+        items = sampled(pairs[captions.counts[pairs] > 0])
+        ids = [store.arrays["ids"][captions.rows(np.array([item]))] for item in items]
+        texts = [self.text_encoder.detokenize(torch.from_numpy(ids_BL.astype(np.int64))) for ids_BL in ids]
+        return NearCaptions(texts, store.arrays["image_features"][items])
+
     def teacher_features(self, *, images: int) -> Float[Tensor, "X T"]:
         """The teacher's features of the first ``images`` captioned images."""
         stream = _store(self.encoded.pairs).images(self.encoded.pairs.items)
@@ -130,6 +139,7 @@ class ItitRun:
     """`diptych fit itit-*`: a network that captions images and generates images from texts."""
 
     kind: ClassVar[Kind] = "itit"
+    slow_field: ClassVar[str | None] = "cycle_start_step"
 
     data: DataConfig
     """Sources of the pairs, the unpaired images and the unpaired texts, and how they are split."""
@@ -334,7 +344,7 @@ class ItitRun:
         """The settings with which a network learns most in a few hundred steps.
 
         Those of `itit-tiny`: initial weights by fan-in, embeddings that learn faster, twice the learning rate. After
-        150 steps of itit-small on 600 pairs captions are words in place of one `a` (docs/log.md).
+        150 steps of itit-small on 600 pairs captions consist of words instead of a single `a` (docs/log.md).
         """
         scale = max(4.0, self.objective.embedding_lr_scale)
         return replace(
@@ -517,6 +527,11 @@ class ItitRun:
                 head = TeacherHead(inputs.teacher_features(images=_IMAGES_FITTED), width=model.config.width)
             return ItitObjective(model, inputs.text_encoder, self.objective, teacher_head=head)
 
+    @property
+    def _has_consensus(self) -> bool:
+        """Whether captions are ranked by near captions as well, which needs images with features."""
+        return self.image_encoder is not None and bool(self.generation.text.consensus)
+
     def diptych(self, objective: ItitObjective, inputs: TrainingInputs) -> Diptych:
         """The network in training as a pipeline, which captions and generates with its present weights."""
         return Diptych(
@@ -524,6 +539,7 @@ class ItitRun:
             inputs.text_encoder,
             objective.model,
             image_encoder=inputs.image_encoder,
+            near_captions=inputs.near_captions() if self._has_consensus else None,
             image_generation=self.generation.image,
             text_generation=self.generation.text,
             device=pick_device(self.train.device),
@@ -567,6 +583,8 @@ class ItitRun:
             best.load_into(objective)
         with result.eval_mode(objective) if best is None else nullcontext():
             if is_main_process():
+                if self._has_consensus:
+                    save_model(inputs.near_captions(), out / NEAR_CAPTIONS)
                 save_model(objective.model, out / "model")
         return result
 

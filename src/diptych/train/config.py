@@ -88,7 +88,7 @@ class TrainConfig:
     """Whether to show no progress; warnings are still printed."""
 
     def check(self) -> None:
-        """Raise UserError for a value that cannot be meant."""
+        """Raise UserError for an invalid value."""
         for name in ("steps", "batch_size", "grad_accum_steps", "checkpoint_every", "keep_checkpoints", "eval_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for name in ("log_every", "max_bad_steps"):
@@ -131,7 +131,7 @@ class OptimConfig:
     """Learning rate at the end of the cosine, as a share of the peak."""
 
     def check(self) -> None:
-        """Raise UserError for a value that cannot be meant."""
+        """Raise UserError for an invalid value."""
         _require(self.lr > 0, "optim.lr", self.lr, "more than 0")
         _require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "in [0, 1)")
         _require(self.eps >= 0, "optim.eps", self.eps, "0 or more")
@@ -159,8 +159,8 @@ FILES = "the files of the data"
 def check_same(now: Mapping[str, Any], then: Mapping[str, Any], *, where: object) -> None:
     """Refuse to resume with a setting that would change the losses.
 
-    ``now`` and ``then`` are results of :func:`describe`, read back from JSON. Settings that only one side knows (added
-    or removed by another release) are ignored, except inside a value of ``identity``.
+    ``now`` and ``then`` are results of :func:`describe`, read back from JSON. Settings that only one side has (added or
+    removed by another release) are ignored, except inside a value of ``identity``.
 
     Raises:
         UserError: names every setting that differs.

@@ -35,11 +35,11 @@ Measured: TypeAlias = float | int | Image.Image
 
 
 _MORE = 1.03
-"""How much longer a whole run must take than its training for both to be told."""
+"""Factor by which a whole run must take longer than its training for both estimates to be printed."""
 _BETWEEN = 10.0
 """Seconds between two validations that are printed."""
 _WORTH_TELLING = 30.0
-"""Seconds of a run that are worth an estimate."""
+"""Shortest rest of a run, in seconds, for which an estimate is printed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ def train(
     ended the training.
 
     Raises:
-        UserError: settings that cannot be, that differ from the run's, or that do not train (losses that are not
+        UserError: settings that are invalid, that differ from the run's, or that do not train (losses that are not
             finite); a full disk; another process died.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
@@ -310,7 +310,7 @@ class _Run:
     """Step after which this invocation began."""
 
     def restore(self) -> tuple[TrainProgress, list[str]]:
-        """Continue from the newest undamaged checkpoint, if any; return its progress, and messages for the user."""
+        """Resume from the newest undamaged checkpoint, if any; return its progress, and messages for the user."""
         found, messages = checkpoint.newest(self.folder)
         if found is None:
             return TrainProgress(), messages

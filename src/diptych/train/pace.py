@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast, runtime_checkable
 
 from diptych.data.streams import BatchFn, BatchSampler
 from diptych.errors import UserError
@@ -167,6 +167,8 @@ class Stage(Protocol):
 
     train: TrainConfig
     optim: OptimConfig
+    slow_field: ClassVar[str | None]
+    """Field of ``objective`` that holds the first of the slow steps, as a number of steps; None where there is none."""
 
     @property
     def slow_from(self) -> int:
@@ -367,10 +369,6 @@ def in_epochs(stage: S, make: Callable[[S], tuple[Objective, BatchFn]]) -> S:
     return replace(stage, train=replace(stage.train, steps=steps))  # type: ignore[type-var]
 
 
-_STARTS = ("cycle_start_step", "aux_start_step")
-"""Fields of objectives that hold the first of the slow steps."""
-
-
 def shortened(stage: S, *, steps: int, batch_size: int | None = None, start: int | None = None) -> S:
     """``stage`` with another number of steps and rows. What counts in steps is scaled with them.
 
@@ -393,11 +391,11 @@ def shortened(stage: S, *, steps: int, batch_size: int | None = None, start: int
     warmup = scaled(stage.optim.warmup_steps) if stage.optim.warmup_steps else 0
     optim = replace(stage.optim, warmup_steps=warmup, lr=stage.optim.lr)
     changes: dict[str, Any] = {"train": train, "optim": optim}
-    objective: Any = getattr(stage, "objective", None)
-    for name in _STARTS:
-        if getattr(objective, name, 0):
-            first = scaled(getattr(objective, name)) if start is None else start
-            changes["objective"] = replace(objective, **{name: min(first, steps - 1)})
+    if stage.slow_field is not None:
+        objective: Any = cast(Any, stage).objective
+        if was := getattr(objective, stage.slow_field):
+            first = scaled(was) if start is None else start
+            changes["objective"] = replace(objective, **{stage.slow_field: min(first, steps - 1)})
     return replace(stage, **changes)  # type: ignore[type-var]
 
 
@@ -421,8 +419,7 @@ def _affordable_steps(stage: Stage, step: _StepSeconds, *, seconds: float, most:
     """
     steps = min(int(seconds / step.mean(stage)), most)
     start = round(stage.slow_from * steps / stage.train.steps)
-    objective: Any = getattr(stage, "objective", None)
-    if start < stage.slow_from and any(getattr(objective, name, 0) for name in _STARTS):
+    if start < stage.slow_from and stage.slow_field is not None:
         start = max(start, min(stage.slow_from, int(0.9 * seconds / step.fast)))
         steps = start + int((seconds - start * step.fast) / step.slow)
     return max(2, min(steps, most)), start

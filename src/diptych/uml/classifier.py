@@ -37,7 +37,7 @@ SAME_FEATURES = "the same features"
 _ADVICE = "another --objective.aux-weight (0 leaves the texts out), --optim.lr or --head.features"
 
 
-class ScoredImages:
+class ScoredLabelledImages:
     """The readable images of classes that a classifier is scored on, in training and afterwards alike."""
 
     def __init__(
@@ -106,7 +106,7 @@ def histograms_of(labelled: Labelled, items: np.ndarray) -> tuple[Tensor, Tensor
 def compare_classifier(
     baselines: ClassBaselines, features: Mapping[str, tuple[Tensor, Tensor]], *, source: str, notes: list[str]
 ) -> Comparison:
-    """The baselines on ``features`` of the images that a classifier is scored on, ahead of its own scores."""
+    """The baselines of a classifier, scored on ``features`` of the images that it will be scored on."""
     scored = baselines.scored(features, lambda logits_NC, labels_N: score_logits(logits_NC, labels_N).table())
     return Comparison(source=source, select="accuracy", baselines=scored, advice=_ADVICE, notes=notes)
 
@@ -168,7 +168,7 @@ def evaluate_classifier_run(
     labelled = Labelled.of(source, classifier.classes)
     skipped = SkippedItems(max_skipped_share=max_skipped_share)
     every, size = np.arange(len(source)), classifier.encoder.image_size
-    images = ScoredImages(labelled, every, size=size, skipped=skipped, workers=workers, cache_mb=0)
+    images = ScoredLabelledImages(labelled, every, size=size, skipped=skipped, workers=workers, cache_mb=0)
     with eval_mode(classifier.encoder), eval_mode(classifier.head):
         vectors_ND, labels_N = images.features(classifier.encoder, classifier.device)
         found = score_classifier(classifier.head, vectors_ND, labels_N, modality=IMAGE)
@@ -195,7 +195,7 @@ def evaluate_classifier_run(
 
 
 def _compare(run: Path, labelled: Labelled, features: tuple[Tensor, Tensor], *, device: str) -> Comparison:
-    """The baselines that the run was trained beside, on all images of ``labelled`` and their ``features``."""
+    """The baselines that were fitted with the run, scored on all images of ``labelled`` and their ``features``."""
     if not (run / CLASS_BASELINES).is_file():
         why = "No baselines: the run was trained by an older Diptych, which fitted none."
         return Comparison(source=labelled.source.name, select="accuracy", baselines=[], advice="", notes=[why])

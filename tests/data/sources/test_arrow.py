@@ -263,6 +263,12 @@ def test_other_columns_of_images_and_joined_labels_are_named(tmp_path):
     ]
 
 
+def test_columns_beside_paths_are_named_too(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(0))
+    source = open_source(write(tmp_path / "t.parquet", image=["0.png"], caption=["c"], y=[3], url=["http://x.org/0"]))
+    assert source.notes == ["columns not used: y"]
+
+
 def test_rows_that_img2dataset_could_not_download_are_left_out(tmp_path):
     path = write(
         tmp_path / "00000.parquet",

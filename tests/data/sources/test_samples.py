@@ -9,7 +9,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from diptych.data.sources import open_source, samples
+from diptych.data.sources import open_source
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.samples import IMAGE, JSON, TEXT, group
 from diptych.errors import UserError
@@ -194,7 +194,7 @@ def test_masks_are_no_images_of_their_own(tmp_path, kind, names, masks):
     shown = (
         f"{len(masks)} image{'s' * (len(masks) > 1)} not used, as masks or copies of others: {', '.join(sorted(masks))}"
     )
-    assert [note for note in source.notes if "mask" in note and "class" not in note] == ([shown] if masks else [])
+    assert [note for note in source.notes if "mask" in note and "not used" in note] == ([shown] if masks else [])
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
@@ -226,18 +226,71 @@ def test_side_cars_that_say_nothing_are_named(tmp_path, kind):
     files = {"a.png": None, "a.json": {"shapes": [], "version": "5"}, "b.png": None, "b.txt": " \n"}
     source = open_source(write(tmp_path, kind, files))
     assert source.notes == [
+        "columns not used: version",
         ".json without captions and labels: their fields are shapes, version",
         "1 text of 2 that were looked at is empty",
     ]
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_images_of_one_content_are_named(tmp_path, kind, monkeypatch):
-    spec = write(tmp_path, kind, dict.fromkeys(["a.png", "b.png"]) | {"a_0.png": "same", "a_1.png": "same"})
-    note = "1 image the same as another: a_1.png = a_0.png; diptych audit lists what to keep"
-    assert [each.replace("a_1 = a_0", "a_1.png = a_0.png") for each in open_source(spec).notes] == [note]
-    monkeypatch.setattr(samples, "_COMPARED_BYTES", 5)
-    assert open_source(spec).notes == []
+def test_images_are_compared_by_their_size_and_their_middle(tmp_path, kind):
+    source = open_source(write(tmp_path, kind, {"a.png": None, "b.png": "x" * 99 + "y" * 99, "empty.png": ""}))
+    a, b, empty = (source.block(i) for i in range(3))
+    assert (b, empty) == ((198, b"y" * 64), (0, b""))
+    assert a[0] == len(png("a.png"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize(
+    ("names", "doubt"),
+    [
+        (["A/1.png", "A/2.png", "B/1.png", "B/2.png"], "A and B are taken for classes, though they hold files of the"),
+        (["HR/1.png", "LR/1x4.png"], "HR and LR are taken for classes, though they are called like views or dates"),
+        (["2021-05/1.png", "2022-06/2.png"], "2021-05 and 2022-06 are taken for classes, though they are called like"),
+        (["v1/a.png", "v2/b.png"], "v1 and v2 are taken for classes, though they are numbered alike"),
+        (["cat/1.png", "cat/2.png", "dog/1.png"], None),
+        (["n01440764/a.png", "n01443537/b.png"], None),
+        (["0/a.png", "1/b.png"], None),
+    ],
+)
+def test_folders_that_may_be_no_classes_are_named(tmp_path, kind, names, doubt):
+    notes = open_source(write(tmp_path, kind, dict.fromkeys(names))).notes
+    assert [note.startswith(f"folders such as {doubt}") for note in notes] == [True] * bool(doubt)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("text", ["['a dog', 'one dog']", '["a dog", "one dog"]', '[\n{"raw": "a dog"},\n"one dog"]'])
+def test_a_text_that_writes_a_list_out_is_read_as_the_list(tmp_path, kind, text):
+    source = open_source(write(tmp_path, kind, {"a.png": None, "a.txt": text, "b.png": None, "b.txt": "['a cat']"}))
+    assert [source.captions(i) for i in range(2)] == [["a dog", "one dog"], ["a cat"]]
+    assert source.notes == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a {} dog\nNegative prompt: blurry\nSteps: 20, Sampler: a", "'Negative prompt:', 'Steps: 20, Sampler:'"),
+        ("title: {}\ncaption: a {} dog\n", "'title:', 'caption:'"),
+        ("a {} dog\na dog that is {}\n", None),
+    ],
+)
+def test_lines_that_are_fields_are_named(tmp_path, kind, text, shown):
+    files = {f"{c}.png": None for c in ("red", "blue")} | {f"{c}.txt": text.format(c, c) for c in ("red", "blue")}
+    notes = open_source(write(tmp_path, kind, files)).notes
+    assert notes == ([f"lines that begin alike in every text are captions too: {shown}"] if shown else [])
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_images_called_like_captioned_ones_are_named(tmp_path, kind):
+    source = open_source(write(tmp_path, kind, {"a.png": None, "a.txt": "x", "more/a.png": None, "b.png": None}))
+    shown = "more/a.png" if kind == "folder" else "more/a"
+    assert f"1 image without a text called like one that has it: {shown}" in source.notes
+
+
+def test_a_text_called_caption_goes_before_others():
+    names = ["s0.jpg", "s0.tags.txt", "s0.caption.txt", "s1.jpg", "s1.tags.txt", "s1.caption.txt"]
+    assert [slots[TEXT] for slots in group(names, Columns(), source="t").slots] == [2, 5]
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diptych.data.sources import open_source
-from diptych.data.sources.columns import Columns
+from diptych.data.sources.columns import Columns, notes_on_labels
 from diptych.errors import UserError
 
 
@@ -543,6 +543,7 @@ def test_tables_of_splits_and_of_other_columns_are_named(photos):
     write_csv(photos / "train.csv", [("image", "caption"), ("photos/0.png", "c")])
     write_csv(photos / "test.csv", [("image", "comment"), ("photos/1.png", "d")])
     assert open_source(str(photos / "*.csv")).notes == [
+        "columns not used: comment",
         "files of the splits test, train are used together",
         "no captions in test.csv: there is no column caption",
     ]
@@ -555,7 +556,9 @@ def test_tables_of_splits_and_of_other_columns_are_named(photos):
         ({"is_train": 1}, "columns not used: is_train (splits)"),
         ({"fine_label": 3, "coarseLabel": 1}, "columns not used: fine_label (labels), coarseLabel (labels)"),
         ({"mask_path": "photos/1.png"}, "columns not used: mask_path (images)"),
-        ({"url": "https://a.org/0.png", "width": 8, "author": "Jane Doe"}, None),
+        ({"y": 1, "zh_text": "狗", "empty": ""}, "columns not used: y, zh_text"),
+        ({f"c{i}": i for i in range(10)}, "columns not used: c0, c1, c2, c3, c4, c5, c6, c7 and 2 more"),
+        ({"url": "https://a.org/0.png", "width": 8, "annotationID": 3, "file_size": 9}, None),
     ],
 )
 def test_columns_that_may_matter_are_named(photos, extra, note):
@@ -611,6 +614,18 @@ def test_numbers_in_a_column_of_ids_are_names_of_images(photos):
             "1 label of None taken for missing; a class needs a name of its own",
         ),
         (
+            [{"image": f"photos/{i}.png", "label": label} for i, label in enumerate(["cat dog", "cat", "dog"])],
+            "labels such as 'cat dog' are classes of their own: an image has one label",
+        ),
+        (
+            [{"image": "photos/0.png", "text": "TRUE"}, {"image": "photos/1.png", "text": "FALSE"}],
+            "no captions: column 'text' holds 'TRUE', which is no text",
+        ),
+        (
+            [{"image": "photos/0.png", "id": "a", "talk": [{"from": "gpt"}]}],
+            "no captions: none of the columns id, talk is called like captions",
+        ),
+        (
             [{"image_id": 900, "caption": "c"}],
             "no images: column 'image_id' holds '900', which is no path of an image file",
         ),
@@ -619,6 +634,26 @@ def test_numbers_in_a_column_of_ids_are_names_of_images(photos):
 def test_cells_that_are_not_what_they_seem_are_named(photos, rows, note):
     source = table(photos, "t.jsonl", rows)
     assert source.notes == [note.format(source.name)]
+
+
+def test_labels_of_several_words_are_several_labels_where_they_share_most_words():
+    assert notes_on_labels(["haze low", "clear low", "haze wet", "clear wet", "low wet"])
+    assert notes_on_labels(["cat, dog", "bird, fish", "cat, fish"])
+    assert not notes_on_labels(["polar bear", "brown bear", "polar fox", "bear"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        (["Cat", "cat"], "classes that differ in spelling alone: 'Cat' and 'cat'"),
+        (["01", "1", "2"], "classes that differ in spelling alone: '01' and '1'"),
+        (["0.25", "3", "3"], "numbers such as 0.25 are taken for classes, each a class of its own"),
+        ([f"photo {i}" for i in range(8)], "each of 8 labels, such as 'photo 0', is that of one image"),
+        (["a", "b"] * 4, None),
+    ],
+)
+def test_labels_that_may_be_no_classes_are_named(labels, note):
+    assert notes_on_labels(labels) == ([note] if note else [])
 
 
 def test_paths_and_texts_in_one_cell_are_refused(photos):

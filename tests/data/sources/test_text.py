@@ -124,6 +124,11 @@ def test_tables_of_images_are_no_texts(tmp_path, line):
         ("image,caption\na.jpg,a dog\nb.jpg,a cat\n", "rename it to .csv$"),
         ("a.jpg,a dog\nb.jpg,a cat\n", "rename it to .csv, with the first line 'image,caption'$"),
         ("a.jpg 0\nb.jpg 1\n", "save it as .csv, with commas between its columns"),
+        ('[\n "a dog",\n "a cat"\n]\n', "holds JSON, a document of 5 lines; let its name end in .json"),
+        (
+            "<a>\n<text>a dog</text>\n<text>a cat</text>\n<text>b</text>\n</a>\n",
+            r"holds XML \('<text>a cat</text>'\); write",
+        ),
     ],
 )
 def test_other_tables_are_no_texts(tmp_path, content, message):
@@ -142,7 +147,9 @@ def test_what_may_be_no_text_is_named(tmp_path):
         "2 texts such as nan or null taken for missing",
     ]
     path.write_text("1. a dog\n2. a cat\n")
-    assert TextSource([path], name="t").notes == [f"the numbers in front of the lines of {path} are parts of its texts"]
+    assert TextSource([path], name="t").notes == ["the numbers in front of the texts, such as 1, are parts of them"]
+    path.write_text("a dog,0.5\na cat,1\na bird,.7\n")
+    assert TextSource([path], name="t").notes == ["the numbers behind the texts, such as 0.5, are parts of them"]
 
 
 @pytest.mark.parametrize(
@@ -158,8 +165,53 @@ def test_what_may_be_no_text_is_named(tmp_path):
         ),
         (["<start> a dog", "<start> a cat"], ["'<start>', which begins every text, is a part of it"]),
         (["startseq a dog", "startseq two"], ["'startseq', which begins every text, is a part of it"]),
+        (["a dog <end>", "a cat <end>"], ["'<end>', which ends every text, is a part of it"]),
+        (["sks dog, red", "sks dog, blue"], ["'sks dog,', which begins every text, is a part of it"]),
+        (['"a dog"', '"a ""big"" cat"'], ["the quotes around every text are parts of it"]),
+        (
+            ["'a dog',", "'a cat',"],
+            ["',', which ends every text, is a part of it", "the quotes around every text are parts of it"],
+        ),
+        (["0 dogs run", "1 dog runs", "0 cats"], ["the numbers in front of the texts, such as 0, are parts of them"]),
+        (["val_001 dogs", "val_002 cats"], ["the numbers in front of the texts, such as val_001, are parts of them"]),
+        (["an image"] * 8, ["all 8 texts that were looked at are 'an image'"]),
+        (["an image"] * 7, []),
+        (["1girl, solo", "1girl, red"], ["'1girl,', which begins every text, is a part of it"]),
+        (["2 dogs run.", "2 cats run."], []),
+        (["a dog 1", "a dog 2"], []),
+        (["a **big** dog", "a cat"], ["markup is kept in 1 of 2 texts that were looked at, as '**big**'"]),
+        (["a dog <lora:x:0.8>", "a cat"], ["markup is kept in 1 of 2 texts that were looked at, as '<lora:x:0.8>'"]),
+        (["pie/1", "ribs/2"], ["each text is one word, as of a list of names: 'pie/1'"]),
+        (["pie", "ribs"], []),
+        (["T-shirt in red", "T-shirt in blue"], []),
+        (["a dog, red", "a dog, red"], []),
         (["a dog", "a cat", "it's \u00c3 la carte, na\u00efve"], []),
     ],
 )
 def test_mangled_letters_and_marks_are_named(texts, notes):
     assert notes_on_texts(texts) == notes
+
+
+def test_lines_without_letters_are_named(tmp_path):
+    (tmp_path / "t.txt").write_text("1\n00:00:01,000 --> 00:00:02,000\na dog\n\n2\n犬\n")
+    (note,) = TextSource([tmp_path / "t.txt"], name="t").notes
+    assert note == "texts without a letter: 3 of 5 that were looked at, as '1'"
+
+
+def test_lines_of_paragraphs_are_named(tmp_path):
+    (tmp_path / "t.txt").write_text("It was the best of times, the\nage of wisdom.\n\nThere was a king\nwith a jaw.\n")
+    (note,) = TextSource([tmp_path / "t.txt"], name="t").notes
+    assert note == f"lines of {tmp_path}/t.txt seem to go on in the next ones, but each is a text of its own"
+    (tmp_path / "t.txt").write_text("A dog runs.\nA cat sits\n\nTwo birds fly\nA cow.\n")
+    assert TextSource([tmp_path / "t.txt"], name="t").notes == []
+
+
+def test_remarks_in_a_file_are_named(tmp_path):
+    (tmp_path / "t.txt").write_text("# of 2024\na dog\na cat\n#2 of all\na bird\n")
+    (note,) = TextSource([tmp_path / "t.txt"], name="t").notes
+    assert note.startswith(f"lines of {tmp_path}/t.txt that begin with # are texts: 2 such as '# of 2024'; remove")
+
+
+def test_the_marks_of_flickr30k_entities_are_left_out():
+    marked = "[/EN#1/people Two men] near [/EN#2/bodyparts/other their heads] ."
+    assert clean(marked) == "Two men near their heads ."

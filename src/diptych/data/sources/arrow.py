@@ -22,8 +22,8 @@ from diptych.data.sources.columns import (
     captions_of,
     find_columns,
     is_missing,
-    joined_labels,
     label_of,
+    notes_on_labels,
 )
 from diptych.data.sources.decode import ImageLimits, decode
 from diptych.data.sources.table import (
@@ -159,7 +159,9 @@ def _from_dataset(
             row[found.label] = _class_name(data.features[found.label], row[found.label])
         wanted = Columns(image=found.image, caption=",".join(found.captions) or None, label=found.label)
         of = [tables.of(row) for row in range(len(rows))]
-        return from_rows(rows, tables=of, name=name, columns=wanted, split=split, limits=limits)
+        source = from_rows(rows, tables=of, name=name, columns=wanted, split=split, limits=limits)
+        source.notes[:] = dict.fromkeys([*found.notes, *source.notes])
+        return source
     rows, whole = np.arange(len(data)), data
     values = data[found.split][:] if found.split else [None] * len(data)
     if split is not None:
@@ -208,7 +210,11 @@ def _null_notes(data: Any, found: Found, rows: np.ndarray) -> list[str]:
     labels = _column(data, found.label).take(pyarrow.array(rows)).to_pylist() if found.label else []
     no_labels = [value for value in labels if not is_missing(value) and label_of(value) is None]
     notes = [f"{counted(nulls, 'caption')} such as nan or null taken for missing"] if nulls else []
-    return notes + unlabelled_notes(no_labels) + joined_labels(value for value in labels if isinstance(value, str))
+    return (
+        notes
+        + unlabelled_notes(no_labels)
+        + notes_on_labels([label for value in labels if (label := label_of(value)) is not None])
+    )
 
 
 def _same_images(column: Any, rows: np.ndarray, tables: Tables) -> list[list[int]]:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -47,13 +48,26 @@ _SPLIT_LIKE = re.compile(r"(is[_ ]?)?(train|training|test|testing|val|valid|vali
 _LABEL_LIKE = re.compile(
     r"(^|[_ -]|(?<=[a-z])(?=[A-Z]))(labels?|class|categor(y|ies)|target|species|breed)(?![a-z])", re.I
 )
+_ABOUT = re.compile(
+    r"(^|.*[_ .-])(ids?|idx|index|no|key|uuid|uid|urls?|uri|link|width|height|size|sha\d*|md5|hash|checksum|status"
+    r"|error_message|exif|licen[cs]es?|mime_?type|format|bbox|tokens|tokenized)|(img|image|cocoid|sent)ids?|cocoid|url_\w+"
+    r"|column \d+|unnamed: \d+|__index_level_\d+__|(original|tokens?)_\w+",
+    re.IGNORECASE,
+)
+"""Names of columns that number items, or tell of their files. Nobody expects them to be read."""
 _WRITTEN = re.compile(r"""\s*(\[|\{\s*["']|\(\s*["']|array\(|b["'])""")
 _ENTITY = re.compile(r"&#?\w+;")
 _LIST_NAMES = frozenset({"nan", "None", "null", "array", "dtype", "object"})
+_YES_NO = frozenset({"true", "false", "yes", "no", "y", "n", "t", "f"})
 _GRAMMAR = frozenset({"a", "an", "the", "of", "is", "are", "in", "on", "at", "and", "with", ".", ",", "<eos>", "</s>"})
 """Words by which a list is seen to be a text that was split into words, and no list of captions of one word."""
-_SEPARATORS = ("|", ";", "\n", "<sep>", "[SEP]")
+_SPLITS, _TOLD = 20, 8
+"""Largest number of splits that a column without a usual name may divide a table in, and of unused columns named."""
+_SEPARATORS = ("|", ";", "\n", "\\n", " / ", " # ", "<br>", "<sep>", "[SEP]")
 """What people put between the captions in a cell."""
+_FRACTION = re.compile(r"-?\d*\.\d+(e-?\d+)?")
+_OWN = 7
+"""Largest number of items for which it is not strange that each has a class of its own."""
 _WHOLE = re.compile(r"^(-?\d+)\.0$")
 _INNER = ("raw", "caption", "text", "sentence", "captions", "texts", "sentences")
 """Where a list of captions holds records instead of strings, the fields that may carry the text."""
@@ -117,9 +131,7 @@ def find_columns(table: Table, *, wanted: Columns, source: str) -> Found:
     strange = [
         f"no images: column {name!r} holds {str(values[0])[:60]!r}, which is no path of an image file"
         for name, values in table.items()
-        if wanted.image is None
-        and name not in found.captions
-        and ((usual(name, IMAGE_NAMES | {"image_id", "img_id"}) and values) or _all(values, _names_images))
+        if wanted.image is None and name not in found.captions and _could_be_image(name, values)
     ]
     for name in found.captions:
         cells = [value for value in table[name] if isinstance(value, str)]
@@ -140,10 +152,16 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
         words = [name for name in known if not all(str(value).strip("-0123456789.") == "" for value in table[name])]
         label = _one(words if len(words) == 1 else known, "label", table, source)
     split = next((name for name in table if usual(name, SPLIT_NAMES)), None) or next(
-        (name for name, values in table.items() if _all(values, _is_split_cell) and len(set(values)) > 1), None
+        (
+            name
+            for name, values in table.items()
+            if name != image and _all(values, _is_split_cell) and 1 < len(set(values)) <= _SPLITS
+        ),
+        None,
     )
     embedded = image is not None and _embedded(image, table[image])
     notes = []
+    unlike: list[str] = []  # columns that other notes name
     if wanted.caption is None and captions and not any(map(_is_caption_name, captions)):
         if captions[0].count(" ") > 1:
             raise UserError(
@@ -155,10 +173,12 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
         for name in named:
             what = f"holds {str(table[name][0])[:60]!r}, which is no text" if table[name] else "is empty"
             notes.append(f"no captions: column {name!r} {what}")
+            unlike.append(name)
         other = LABEL_NAMES | IMAGE_NAMES | SPLIT_NAMES | FOLDER_NAMES | CAPTION_NAMES
         texts = [name for name, values in table.items() if _could_be_captions(values) and not usual(name, other)]
-        texts = [name for name in texts if name not in (label, split) and not _LABEL_LIKE.search(name)]
+        texts = [name for name in texts if name not in (image, label, split) and not _LABEL_LIKE.search(name)]
         if texts and (image is not None or wanted.image == ""):
+            unlike += texts
             notes.append(f"no captions: none of the columns {_listed(texts)} is called like captions")
     for name in captions:
         if _all(table[name], _is_text_file):
@@ -180,6 +200,7 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
             if name not in (image, *captions, split) and _all(values, _is_flag) and len(set(values)) > 1
         ]
         if len(flags) > 1 and wanted.label is None:
+            unlike += flags
             notes.append(
                 f"no labels: columns of marks such as {', '.join(flags[:3])} are not read; write a column label"
             )
@@ -195,8 +216,14 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
         left += [(name, "labels") for name, values in rest.items() if values and _LABEL_LIKE.search(name)]
     if captions and wanted.caption is None:
         left += [(name, "sentences") for name, values in rest.items() if _holds_sentences(values)]
-    if left:
-        notes.append("columns not used: " + ", ".join(f"{name} ({what})" for name, what in dict(left).items()))
+    told = {name: f"{name} ({what})" for name, what in left}
+    unlike += [name for name in rest if wanted.caption == "" and usual(name, CAPTION_NAMES)]
+    unlike += [name for name, values in rest.items() if image is None and _could_be_image(name, values)]
+    others = [name for name, values in rest.items() if values and not _ABOUT.fullmatch(_snake(name))]
+    told |= {name: name for name in others if name not in told and name not in unlike}
+    if told:
+        more = f" and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+        notes.append("columns not used: " + ", ".join([*told.values()][:_TOLD]) + more)
     return Found(
         image=image,
         captions=captions,
@@ -206,6 +233,15 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
         embedded=embedded,
         notes=tuple(notes),
     )
+
+
+def _snake(name: str) -> str:
+    """`ImageID` as `Image_ID`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip())
+
+
+def _could_be_image(name: str, values: Sequence[Any]) -> bool:
+    return bool(usual(name, IMAGE_NAMES | {"image_id", "img_id"}) and values) or _all(values, _names_images)
 
 
 def _names_images(value: Any) -> bool:
@@ -260,12 +296,32 @@ def label_of(value: Any) -> str | None:
     return _WHOLE.sub(r"\1", str(value).strip()) or None
 
 
-def joined_labels(labels: Iterable[str]) -> list[str]:
-    """A note on labels that seem to be several in one, such as `cat|dog` where there is `cat` too."""
+def notes_on_labels(labels: Sequence[str]) -> list[str]:
+    """What is strange about the labels of all items: several in one, such as `cat|dog` or `cat dog` where there is
+    `cat` too, two spellings of one, fractions, and as many as there are items."""
     known = set(labels)
+    notes = []
     parts = {label: {part.strip() for part in re.split(r"[|;,]", label)} for label in known}
-    joined = sorted(label for label, each in parts.items() if len(each) > 1 and not each.isdisjoint(known))
-    return [f"labels such as {joined[0]!r} are classes of their own: an image has one label"] if joined else []
+    often = Counter(part for each in parts.values() for part in each)
+    joined = sorted(label for label, each in parts.items() if len(each) > 1 and any(often[part] > 1 for part in each))
+    words = {label: set(label.split()) for label in known if " " in label}
+    joined += sorted(label for label, each in words.items() if each <= known)
+    if len(set().union(*words.values())) < len(words):  # `haze primary`, `clear primary`, `clear water` ...
+        joined += sorted(words)
+    if joined:
+        notes.append(f"labels such as {joined[0]!r} are classes of their own: an image has one label")
+    spellings: dict[str, list[str]] = {}
+    for label in sorted(known):
+        plain = " ".join(label.casefold().split())
+        spellings.setdefault(plain.lstrip("0") if plain.isdecimal() else plain, []).append(label)
+    if several := [" and ".join(map(repr, each)) for each in spellings.values() if len(each) > 1]:
+        more = f" and {len(several) - 3:,} more" if len(several) > 3 else ""
+        notes.append(f"classes that differ in spelling alone: {', '.join(several[:3])}{more}")
+    if fractions := sorted(filter(_FRACTION.fullmatch, known)):
+        notes.append(f"numbers such as {fractions[0]} are taken for classes, each a class of its own")
+    elif len(labels) == len(known) > _OWN:
+        notes.append(f"each of {len(known):,} labels, such as {labels[0]!r}, is that of one image")
+    return notes
 
 
 def captions_of(value: Any) -> list[str]:
@@ -278,8 +334,8 @@ def captions_of(value: Any) -> list[str]:
     if isinstance(value, bytes):
         return captions_of(value.decode("utf-8", "replace"))
     if isinstance(value, str):
-        if _WRITTEN.match(value) and (written := _written(value.strip())) is not None:
-            return captions_of(written)
+        if (written := written_captions(value)) is not None:
+            return written
         text = clean(value)
         return [text] if text and not says_missing(text) else []
     if isinstance(value, Mapping):
@@ -291,6 +347,11 @@ def captions_of(value: Any) -> list[str]:
             return captions_of(" ".join(value))
         return [text for item in value for text in captions_of(item)]
     return [] if is_missing(value) or isinstance(value, bool) else [str(value)]
+
+
+def written_captions(text: str) -> list[str] | None:
+    """The captions of a list or record that ``text`` writes out; None where it is a text like any other."""
+    return captions_of(written) if _WRITTEN.match(text) and (written := _written(text.strip())) is not None else None
 
 
 def _is_words(value: Any) -> bool:
@@ -395,13 +456,22 @@ def _find_captions(table: Table, wanted: str | None, image: str | None, source: 
     if numbered and len(known) < 2:
         return (*known, *numbered)
     other = CAPTION_NAMES | IMAGE_NAMES | LABEL_NAMES | SPLIT_NAMES
-    prose = [name for name in texts if not usual(name, other) and any(" " in text for text in captions_of(table[name]))]
+    prose = [name for name in texts if not usual(name, other) and _has_blanks(table[name])]
     found = _one(known or prose, "caption", table, source)
     return (found,) if found is not None else ()
 
 
+def _has_blanks(values: Sequence[Any]) -> bool:
+    return any(" " in text for value in values for text in captions_of(value))
+
+
 def _holds_texts(name: str, values: Sequence[Any]) -> bool:
-    """Whether all values are texts, or some are and the name says so, unless half are something else by their form."""
+    """Whether all values are texts, or some are and the name says so, unless half are something else by their form.
+
+    Where all say yes or no, they are none.
+    """
+    if _all(values, lambda value: str(value).strip().lower() in _YES_NO):
+        return False
     if _all(values, _is_text):
         return True
     paths = sum(is_image_path(value) or is_address(value) for value in values)

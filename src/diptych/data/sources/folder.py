@@ -21,6 +21,7 @@ from diptych.data.sources.samples import (
 from diptych.data.sources.table import (
     TableSource,
     counted,
+    file_block,
     from_rows,
     sample_columns,
     some,
@@ -182,11 +183,8 @@ class FolderSource(SampleSource):
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
-    def _size(self, member: int) -> int:
-        try:
-            return os.stat(self._root / self._files[member]).st_size
-        except OSError:
-            return 0
+    def block(self, i: int) -> tuple[int, bytes]:
+        return file_block(self.file(i))
 
     def _place(self, i: int, kind: int) -> str:
         return str(self._root / self._files[self._slots[i, kind]])

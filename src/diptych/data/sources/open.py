@@ -92,6 +92,14 @@ class HasFiles(Protocol):
 
 
 @runtime_checkable
+class HasBlocks(Source, HasFiles, Protocol):
+    """A source whose image files can be compared before they are read whole."""
+
+    def block(self, i: int) -> tuple[int, bytes]:
+        """Bytes of the image file of item ``i``, 0 where it should not be compared, and a few of them."""
+
+
+@runtime_checkable
 class HasShards(Protocol):
     """A source of several files that are read one after another with less effort than in turn."""
 
@@ -244,6 +252,13 @@ class KeptFiles(KeptSource):
         return self.source.file(self.items[i])
 
 
+class KeptBlocks(KeptFiles):
+    """The same of a source whose image files can be compared."""
+
+    def block(self, i: int) -> tuple[int, bytes]:
+        return self.source.block(self.items[i])
+
+
 def kept(source: Source, file: Path) -> KeptSource:
     """What `keep.jsonl` of `diptych audit` leaves of a source: a line {"key": ..., "captions": [...]} for each item.
 
@@ -256,7 +271,8 @@ def kept(source: Source, file: Path) -> KeptSource:
             raise UserError(f"{file}: row {number}: {source.name} has no item {row.get('key')!r}: audit it again")
         items.append(item)
         captions.append(captions_of(row["captions"]) if "captions" in row else source.captions(item))
-    return (KeptFiles if isinstance(source, HasFiles) else KeptSource)(source, items, captions, file)
+    kind = KeptBlocks if isinstance(source, HasBlocks) else KeptFiles if isinstance(source, HasFiles) else KeptSource
+    return kind(source, items, captions, file)
 
 
 def _open_hub(spec: Spec, *, columns: Columns, split: str | None, limits: ImageLimits) -> Source:

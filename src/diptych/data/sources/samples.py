@@ -36,12 +36,14 @@ from diptych.data.sources.columns import (
     is_missing,
     is_split,
     label_of,
+    notes_on_labels,
     usual,
+    written_captions,
 )
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
 from diptych.data.sources.rows import SUFFIXES as TABLES
 from diptych.data.sources.table import counted, sample_columns, select_split, some, split_notes, unlabelled_notes
-from diptych.data.sources.text import clean, decode_text, notes_on_texts, says_missing
+from diptych.data.sources.text import clean, decode_text, notes_on_lines, notes_on_texts, says_missing
 from diptych.errors import UserError
 
 IMAGE, TEXT, JSON, CLASS = range(4)
@@ -68,15 +70,36 @@ _MASKS = re.compile(
 """Folders of masks."""
 _COPY_END = re.compile(r"([ ._-](\d+x\d+|scaled|thumb(nail)?)|@\d+(\.\d+)?x)$", re.IGNORECASE)
 """What the name of a copy in another size has behind the name of its image, as WordPress and others write it."""
-_COPIES = re.compile(r"(.*[ _-])?(thumb(nail)?s?|previews?)", re.IGNORECASE)
+_COPIES = re.compile(r"(.*[ _-])?(thumb(nail)?s?|previews?|resized?|compressed|small|\d+px|\d+x\d+)", re.IGNORECASE)
 """Folders of smaller copies."""
 _LOSSLESS = frozenset({".png", ".gif", ".bmp", ".tif", ".tiff"})
 _SAMPLE = 64
 """Number of samples whose texts and json are read when a source is opened."""
+_DIGITS = re.compile(r"\d+$")
+_DATE = re.compile(r"(19|20)\d\d([ ._-]?\d\d?)*")
+_VIEWS = frozenset(
+    {
+        "a",
+        "b",
+        "left",
+        "right",
+        "input",
+        "output",
+        "target",
+        "source",
+        "before",
+        "after",
+        "hr",
+        "lr",
+        "high",
+        "low",
+        "gt",
+    }
+    | {"rgb", "ir", "nir", "thermal", "depth", "photo", "sketch", "image", "condition", "original", "edited"}
+)
+"""Folders that hold one thing in several forms, and no classes."""
 _PLAIN = frozenset({"image", "images", "img", "imgs", "jpegimages"})
 """Folders that are no class, wherever they are."""
-_COMPARED, _COMPARED_BYTES = 5000, 2**25
-"""Number of images whose sizes are compared when a source is opened, and bytes that are read of those of equal size."""
 _MANY = 100_000
 """Largest number of .json files that are read in search of captions when a source is opened."""
 
@@ -151,7 +174,7 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
             found.unused.append(number)
 
     # All of the first two rules before any of the third: `a.old.txt` must not take the place of `a.txt`.
-    left = []
+    left: list[tuple[int, int]] = []
     for number, kind in sidecars:
         stem = os.path.splitext(_normal(names[number]))[0]
         if owners := by_stem.get(stem) or by_name.get(stem):
@@ -167,7 +190,8 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
         rest = _after_key(names[number])
         return not rest or (_WORD.fullmatch(rest) is not None and (few or len(keys_of[rest]) > 1))
 
-    for number, kind in left:
+    # Of `a.tags.txt` and `a.caption.txt` the second is the text.
+    for number, kind in sorted(left, key=lambda each: not usual(_after_key(names[each[0]]), CAPTION_NAMES)):
         owners = by_key.get(_first_dot(_normal(names[number])))
         if owners and is_extension(number) and all(is_extension(images[owner]) for owner in owners):
             give(number, kind, owners)
@@ -313,7 +337,25 @@ def folder_labels(names: Sequence[str], shards: frozenset[str] = frozenset()) ->
     if len(set(labels)) < 2:
         return [None] * len(labels), []
     nested = next(((name, path[0]) for name, path in zip(names, paths, strict=True) if len(path) > 1), None)
-    return labels, [f"classes are the outermost folders, such as {nested[1]!r} for {nested[0]}"] if nested else []
+    notes = [f"classes are the outermost folders, such as {nested[1]!r} for {nested[0]}"] if nested else []
+    return labels, notes + _doubts([name for name, label in zip(names, labels, strict=True) if label], labels)
+
+
+def _doubts(names: Sequence[str], labels: Sequence[str | None]) -> list[str]:
+    """A note where folders that are taken for classes may be something else: two views, such as `A` and `B`, or
+    numbered videos."""
+    inside: dict[str, set[str]] = defaultdict(set)
+    for name, label in zip(names, filter(None, labels), strict=True):
+        inside[label].add(os.path.splitext(name)[0].partition(f"{label}/")[2])
+    first, *others = inside or [""]
+    why = ""
+    if len(inside[first]) > 1 and all(inside[other] == inside[first] for other in others):
+        why = "though they hold files of the same names"
+    elif len(stems := {_DIGITS.sub("", label) for label in inside}) == 1 and not stems & {"", "n"}:  # codes are classes
+        why = "though they are numbered alike"
+    elif all(label.lower() in _VIEWS or _DATE.fullmatch(label) for label in inside):
+        why = "though they are called like views or dates"
+    return [f"folders such as {first} and {others[0]} are taken for classes, {why}"] if why and others else []
 
 
 def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[str]]:
@@ -373,6 +415,7 @@ class SampleSource(ABC):
         """``slots`` [N, 4] are as in `Groups`; ``labels`` and ``splits`` are what the folders of the samples say."""
         self.name, self.notes = name, notes
         self._limits, self._keys, self._slots, self._labels = limits, keys, slots, labels
+        self.notes += notes_on_labels([label for label in labels if label is not None])
         self._drop_boxes()
         self._by_text = columns.caption is None or texts_named
         self._found = self._fields(columns)
@@ -383,11 +426,25 @@ class SampleSource(ABC):
         self.has_images = self._any(IMAGE)
         self.has_captions = self._any(TEXT) or bool(self._found and self._found.captions)
         self._take_split(split, splits)
-        self.notes += self._notes_on_side_cars() + self._notes_on_twins()
+        self.notes += self._notes_on_side_cars() + self._notes_on_names()
+
+    def _notes_on_names(self) -> list[str]:
+        """A note on images without side-cars that are called like others, which have some: they may be copies."""
+        having = np.any(self._slots[:, TEXT:] >= 0, axis=1)
+        if having.all() or not having.any():
+            return []
+        stems = [os.path.splitext(os.path.basename(key))[0] for key in self._keys]
+        known = {stem for stem, has_some in zip(stems, having, strict=True) if has_some}
+        found = [self._keys[i] for i in np.flatnonzero(~having) if stems[i] in known]
+        return (
+            [f"{counted(len(found), 'image')} without a text called like one that has it: {some(found, len(found))}"]
+            if found
+            else []
+        )
 
     @abstractmethod
-    def _size(self, member: int) -> int:
-        """The number of bytes of a file; 0 where its content should not be compared with others."""
+    def block(self, i: int) -> tuple[int, bytes]:
+        """As `HasBlocks.block`."""
 
     @abstractmethod
     def _read(self, member: int) -> bytes:
@@ -436,6 +493,7 @@ class SampleSource(ABC):
         both, other, nulls, blank = 0, [], 0, 0
         no_labels: list[Any] = []
         texts: list[str] = []
+        lines: list[list[str]] = []
         for i in chosen:
             try:
                 fields, text = self._json(i), self._text(i)
@@ -443,7 +501,9 @@ class SampleSource(ABC):
             except UserError:  # it is raised where the item is used
                 continue
             nulls += sum(map(says_missing, text.split("\n")))
-            texts += [line for line in map(clean, text.split("\n")) if line]
+            written = written_captions(text)
+            lines.append([line for line in map(clean, text.split("\n")) if line] if written is None else written)
+            texts += lines[-1]
             blank += bool(self._slots[i, TEXT] >= 0) and not text.strip()
             if self._found:
                 nulls += sum(says_missing(fields.get(name)) for name in self._found.captions)
@@ -465,34 +525,9 @@ class SampleSource(ABC):
             )
         if nulls:
             notes.append(f"{counted(nulls, 'caption')} such as nan or null {of} taken for missing")
-        notes += notes_on_texts(texts)
+        notes += notes_on_texts(texts) + notes_on_lines(lines)
         notes += [f"{note} ({of})" for note in unlabelled_notes(no_labels)]
         return notes
-
-    def _notes_on_twins(self) -> list[str]:
-        """A note on images that are the same file. In a table they would be one item. Of many some are compared."""
-        chosen = range(0, len(self) if self.has_images else 0, max(1, len(self) // _COMPARED))
-        by_size: dict[int, list[int]] = defaultdict(list)
-        for i in chosen:
-            by_size[self._size(int(self._slots[i, IMAGE]))].append(i)
-        first: dict[bytes, int] = {}
-        twins = []
-        several = [(size, i) for size, items in by_size.items() if len(items) > 1 and size > 0 for i in items]
-        left = _COMPARED_BYTES
-        for size, i in several:
-            if (left := left - size) < 0:
-                break
-            try:
-                twin = first.setdefault(self._read(int(self._slots[i, IMAGE])), i)
-            except UserError:  # it is named where it is used
-                continue
-            if twin != i:
-                twins.append(f"{self._keys[i]} = {self._keys[twin]}")
-        if not twins:
-            return []
-        of = f" (of {len(chosen):,} compared)" if len(chosen) < len(self) or left < 0 else ""
-        told = f"{counted(len(twins), 'image')} the same as another{of}: {some(twins, len(twins))}"
-        return [f"{told}; diptych audit lists what to keep"]
 
     def _take_split(self, split: str | None, folders: Sequence[str | None]) -> None:
         field = self._found.split if self._found else None
@@ -548,6 +583,8 @@ class SampleSource(ABC):
         """
         if self._slots[i, TEXT] >= 0:
             content = self._text(i)
+            if (written := written_captions(content)) is not None:
+                return written
             lines = [text for line in content.split("\n") if (text := clean(line)) and not says_missing(text)]
             if len(lines) > 1 and self._slots[i, JSON] >= 0:
                 whole = clean(content)

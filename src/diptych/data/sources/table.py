@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 import unicodedata
 import zlib
 from collections import Counter
@@ -23,8 +24,8 @@ from diptych.data.sources.columns import (
     is_address,
     is_missing,
     is_split,
-    joined_labels,
     label_of,
+    notes_on_labels,
     plain_name,
 )
 from diptych.data.sources.decode import SUFFIXES as IMAGE_SUFFIXES
@@ -36,6 +37,8 @@ from diptych.errors import UserError
 
 __all__ = ["SUFFIXES", "TableSource", "from_rows", "open_tables"]
 
+BLOCK = 64
+"""Bytes from the middle of an image file by which it is first compared with others of its size."""
 SAMPLE = 256
 """Values of a column, spread over the table, that decide what it holds."""
 _BESIDE = frozenset({"annotations", "annotation", "captions", "labels", "metadata", "splits"})
@@ -282,6 +285,19 @@ def some(names: Iterable[str], count: int) -> str:
     return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
 
 
+def file_block(path: Path) -> tuple[int, bytes]:
+    """As `HasBlocks.block`, of a file."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            return 0, b""
+        with open(path, "rb", buffering=0) as file:
+            file.seek(status.st_size // 2)
+            return status.st_size, file.read(BLOCK)
+    except OSError:  # it is named where it is used
+        return 0, b""
+
+
 class ImagePaths:
     """Finds the file that a table means by a path. Each folder is listed once."""
 
@@ -487,7 +503,7 @@ class TableSource:
             self.notes.append(
                 f"{counted(len(strange), 'cell')} of captions without a text, such as {str(strange[0])[:60]}"
             )
-        self.notes += unlabelled_notes(no_labels) + joined_labels(label for label in self._labels if label)
+        self.notes += unlabelled_notes(no_labels) + notes_on_labels([label for label in self._labels if label])
         if other_labels:
             self.notes.append(
                 f"{counted(len(other_labels), 'image')} with two labels, of which the first is used: "
@@ -534,6 +550,9 @@ class TableSource:
 
     def file(self, i: int) -> Path:
         return Path(self._keys[i])
+
+    def block(self, i: int) -> tuple[int, bytes]:
+        return file_block(self.file(i))
 
     def image(self, i: int, size: int) -> np.ndarray:
         if not self.has_images:

@@ -32,6 +32,8 @@ _TAG = re.compile(
 """Tags of HTML. Others in angle brackets, such as <person> and <unk>, are words of data sets."""
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
 """Characters without width that part or join nothing: marks where a line may break, and byte order marks."""
+_ENTITY_MARK = re.compile(r"\[/EN#\S+ ([^\]]*)\]")
+"""`[/EN#12/people A man]`, as Flickr30k Entities marks words."""
 _ENTITY = re.compile(r"&(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
 NULLS = frozenset(
     {"nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "undefined", "\\N", "-", "--", "?", "."}
@@ -48,11 +50,23 @@ _NO_TEXTS = {
 }
 """How files begin that are no text, in small letters."""
 _HEADERS = frozenset({"caption", "captions", "text", "texts", "sentence", "description", "prompt"})
-_NUMBERED = re.compile(r"(\d+)[.):]?\s+\S")
+_NUMBER_FIRST = re.compile(r"^(\w*\d)([.):]?)\s+\S")
+_NUMBER_LAST = re.compile(r"(?:\s|[,;]\s*)(\d*\.\d+|(?<=[,;])\d+)()$")
+_MANY, _SAMPLE = 7, 10_000
+"""Number of texts which may all be the same, and of the lines of a file that are compared with one another."""
 _MANGLED = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00c2[\u00a0-\u00bf]|\u00e2\u20ac.")
 """UTF-8 that was read as Windows-1252, and characters that were lost."""
-_MARK = re.compile(r"\S*[^\w\s'\"]\S*(?=\s)|startseq\b")
-"""A first word that is no word, such as `<start>` or `caption:`."""
+_BEGIN = re.compile(r"startseq\b|.*(?:[^\w\s'\"-]|-(?=\s))")
+_END = re.compile(r"[^\w\s'\".!?-].*$|\bendseq$")
+"""Where every text begins or ends alike, up to and from a character of no word, as in `<start>` or `caption:`."""
+_MARKUP = re.compile(
+    r"\]\(https?:|\[/?(?:b|i|u|url|img|quote)\]|\*\*\S[^*]*\*\*|\[\[[^\]]+\]\]|\{\{[^}]+\}\}|<lora:[^>]*>|\(\S+:\d\.\d+\)"
+)
+"""Marks of Markdown, BBCode, wikis and prompts."""
+_NAME = re.compile(r"\S*(?:[/_]|\d{3})\S*", re.ASCII)
+_LETTER = re.compile(r"[^\W\d_]")
+_QUOTED = re.compile(r"""(["'`]).*\1,?""")
+_XML = re.compile(r"<(?P<tag>[^\s<>]+)[^<>]*>.*</(?P=tag)>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ROW = re.compile(r"""["']?(?P<image>[^,;|\t"']+?)["']?(?P<delimiter>\s*[,;|\t]|\s+|$)""")
 
@@ -66,6 +80,8 @@ def clean(text: str) -> str:
     for _ in range(2):
         if "&" in text and ";" in text:
             text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
+    if "[/EN#" in text:
+        text = _ENTITY_MARK.sub(r"\1", text)
     if "<" in text and ">" in text:
         text = _TAG.sub(lambda tag: " " if tag["block"] else "", text)
     if "\\" in text and not _BACKSLASH.search(text):
@@ -143,6 +159,13 @@ def _refuse_table(path: Path, lines: Sequence[str]) -> None:
         )
     if sample and all(map(_is_json, sample)):
         raise UserError(f"{path}: holds JSON ({sample[0][:60]!r}), a document in each line; let its name end in .jsonl")
+    whole = "\n".join(lines).strip()
+    if whole[:1] + whole[-1:] in ("[]", "{}") and _is_json(whole):
+        raise UserError(f"{path}: holds JSON, a document of {len(lines):,} lines; let its name end in .json")
+    if 2 * sum(_XML.fullmatch(clean(line)) is not None for line in sample) > len(sample):
+        raise UserError(
+            f"{path}: holds XML ({sample[len(sample) // 2].strip()[:60]!r}); write its texts alone, one a line"
+        )
     rows = [row for line in sample if (row := begins_with_image(line))]
     if 2 * len(rows) > len(sample):
         delimiter = rows[0]["delimiter"].strip(" ")
@@ -169,27 +192,81 @@ def begins_with_image(line: str) -> re.Match[str] | None:
 
 
 def notes_on_texts(texts: Sequence[str]) -> list[str]:
-    """What is strange about several texts of one source: letters of a wrong encoding, and marks that begin all."""
+    """What is strange about several texts of one source: letters of a wrong encoding, and what all have in common."""
     notes = []
     if mangled := [found[0] for text in texts if (found := _MANGLED.search(text))]:
         notes.append(
             f"{len(mangled):,} of {len(texts):,} texts that were looked at hold {mangled[0]!r}, as of a wrong encoding"
         )
-    marks = {found[0] if (found := _MARK.match(text)) else "" for text in texts}
-    if len(texts) > 1 and len(marks) == 1 and (shared := marks.pop()):
-        notes.append(f"{shared!r}, which begins every text, is a part of it")
+    if marked := [found[0] for text in texts if (found := _MARKUP.search(text))]:
+        notes.append(f"markup is kept in {len(marked):,} of {len(texts):,} texts that were looked at, as {marked[0]!r}")
+    if all(map(_NAME.fullmatch, texts[:1] and texts)) and len(texts) > 1:
+        notes.append(f"each text is one word, as of a list of names: {texts[0][:60]!r}")
+    if bare := [text for text in texts if not _LETTER.search(text)]:
+        notes.append(
+            f"texts without a letter: {len(bare):,} of {len(texts):,} that were looked at, as {bare[0][:60]!r}"
+        )
+    if len(set(texts)) < 2:
+        return (
+            [*notes, f"all {len(texts):,} texts that were looked at are {texts[0][:60]!r}"] if texts[_MANY:] else notes
+        )
+    first, last = _common_start(texts), _common_start([text[::-1] for text in texts])[::-1]
+    for where, mark in (("begins", _BEGIN.match(first)), ("ends", _END.search(last))):
+        if mark:
+            notes.append(f"{mark[0]!r}, which {where} every text, is a part of it")
+    if all(map(_QUOTED.fullmatch, texts)):
+        notes.append("the quotes around every text are parts of it")
+    for where, number in (("in front of", _NUMBER_FIRST), ("behind", _NUMBER_LAST)):
+        numbers = [found for text in texts if (found := number.search(text))]
+        counts = {found[1] for found in numbers}  # `2 dogs`, `2 cats` are no numbering
+        if len(numbers) == len(texts) and ("0" in counts or len(counts) == len(texts) or all(n[2] for n in numbers)):
+            notes.append(f"the numbers {where} the texts, such as {numbers[0][1]}, are parts of them")
     return notes
+
+
+def notes_on_lines(texts: Sequence[Sequence[str]]) -> list[str]:
+    """A note on lines of several texts that begin alike, as fields do: each is a caption of its own."""
+    fields = []
+    for number in range(max(map(len, texts), default=0)):
+        lines = [text[number] for text in texts if 1 < len(text) > number]
+        if len(lines) > 1 and (mark := _BEGIN.match(_common_start(lines))):
+            fields.append(repr(mark[0][:30]))
+    return [f"lines that begin alike in every text are captions too: {', '.join(fields[:3])}"] if fields else []
+
+
+def _seems_wrapped(lines: Sequence[str]) -> bool:
+    """Whether many lines go on in the next one, as in paragraphs of a fixed width."""
+    pairs = [(a.strip(), b.strip()) for a, b in zip(["", *lines], lines, strict=False) if b.strip()]
+    starts = [b for a, b in pairs if not a]
+    inside = [(a[-1].isalnum() and b[0].islower()) or a[-1] == "," for a, b in pairs if a]
+    return (
+        len(starts) > 1 and 5 * sum(b[0].isupper() for b in starts) >= 4 * len(starts) and 3 * sum(inside) > len(inside)
+    )
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)
+    return first[: next((i for i, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1), len(first))]
 
 
 def _text_notes(path: Path, lines: Sequence[str]) -> list[str]:
     """What of the first lines may be meant for something else than a text."""
-    sample = [line.strip() for line in lines[:50] if line.strip()]
+    sample = [
+        text for line in lines[:: max(1, len(lines) // _SAMPLE)] if (text := line.strip()) and not says_missing(text)
+    ]
     notes = notes_on_texts(sample)
-    if len(sample) > 1 and sample[0].lower() in _HEADERS:
+    if len(sample) > 1 and not _HEADERS.isdisjoint(
+        cell.strip("\"' ") for cell in re.split(r"[,;|]", sample[0].lower())
+    ):
         notes.append(f"the first line of {path} is the text {sample[0]!r}; remove it if it names a column")
-    numbers = [number[1] for line in sample if (number := _NUMBERED.match(line))]
-    if len(sample) > 1 and len(numbers) == len(sample) == len(set(numbers)):  # 1 2 3, not 2 2 2
-        notes.append(f"the numbers in front of the lines of {path} are parts of its texts")
+    if _seems_wrapped(lines[:_SAMPLE]):
+        notes.append(f"lines of {path} seem to go on in the next ones, but each is a text of its own")
+    remarks = [line for line in lines if line.lstrip().startswith("#")]
+    if 0 < 2 * len(remarks) < len(lines):
+        notes.append(
+            f"lines of {path} that begin with # are texts: {len(remarks):,} such as {remarks[0].strip()[:60]!r}; "
+            "remove them if they are remarks"
+        )
     return notes
 
 

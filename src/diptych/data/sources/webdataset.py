@@ -17,6 +17,7 @@ from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import SUFFIXES, ImageLimits
 from diptych.data.sources.remote import RemoteFile, index_all
 from diptych.data.sources.samples import (
+    IMAGE,
     Groups,
     SampleSource,
     folder_labels,
@@ -24,7 +25,7 @@ from diptych.data.sources.samples import (
     group_texts,
     unused_notes,
 )
-from diptych.data.sources.table import counted, file_split_notes, split_of
+from diptych.data.sources.table import BLOCK, counted, file_split_notes, split_of
 from diptych.errors import UserError
 
 _BLOCK = 512
@@ -122,9 +123,12 @@ class WebDatasetSource(SampleSource):
         """Number of the tar of each item, int64 [N], never falling."""
         return self._places[self._slots.max(1), 0]
 
-    def _size(self, member: int) -> int:
-        shard, _, size = self._places[member].tolist()
-        return 0 if isinstance(self._paths[shard], RemoteFile) else size  # content is not fetched to be compared
+    def block(self, i: int) -> tuple[int, bytes]:
+        shard, offset, size = self._places[self._slots[i, IMAGE]].tolist()
+        path = self._paths[shard]
+        if isinstance(path, RemoteFile):  # nothing is fetched to be compared
+            return 0, b""
+        return size, read(path, offset + size // 2, min(BLOCK, size - size // 2))
 
     def _read(self, member: int) -> bytes:
         shard, offset, size = self._places[member].tolist()
