@@ -258,8 +258,8 @@ def cached_states(
     """The states of the captioned images of ``source``, computed as far as the folder ``cache`` does not have them.
 
     ``enough`` is called after each block of items with the number of items so far; where it is True, no more are
-    computed. Also returns the number of items that have states: all of ``captions``, or as many as were enough. ``title`` stands before the
-    progress.
+    computed. ``title`` stands before the progress. Also returns the number of items that have states: all of
+    ``captions``, or as many as were enough.
 
     An interrupted computation goes on where it stopped. Raises UserError when too many images cannot be read; the
     others of them are recorded in ``skipped`` and left out.
