@@ -111,11 +111,11 @@ class TrainingInputs:
     def near_captions(self) -> NearCaptions:
         """The captions of captioned images, at most 3,000 of them, with the features of their images."""
         store = _store(self.encoded.pairs)
-        of_item = {item: range(*store.starts[item : item + 2]) for item in self.encoded.pairs.items.tolist()}
-        items = sampled(np.array([item for item, captions in of_item.items() if captions]))
-        ids, features_XG = store.arrays["ids"], store.arrays["image_features"][items]
-        captions = (torch.from_numpy(ids[of_item[item]].astype(np.int64)) for item in items.tolist())
-        return NearCaptions([self.text_encoder.detokenize(ids_BL) for ids_BL in captions], features_XG)
+        pairs, captions = np.asarray(self.encoded.pairs.items), store.captions
+        items = sampled(pairs[captions.counts[pairs] > 0])
+        ids = [store.arrays["ids"][captions.rows(np.array([item]))] for item in items]
+        texts = [self.text_encoder.detokenize(torch.from_numpy(ids_BL.astype(np.int64))) for ids_BL in ids]
+        return NearCaptions(texts, store.arrays["image_features"][items])
 
     def teacher_features(self, *, images: int) -> Float[Tensor, "X T"]:
         """The teacher's features of the first ``images`` captioned images."""
