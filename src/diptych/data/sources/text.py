@@ -170,8 +170,8 @@ def _refuse_table(path: Path, lines: Sequence[str]) -> None:
         )
     if sample and all(map(is_json, sample)):
         raise UserError(f"{path}: holds JSON ({sample[0][:60]!r}), a document in each line; let its name end in .jsonl")
-    whole = "\n".join(lines).strip()
-    if whole[:1] + whole[-1:] in ("[]", "{}") and is_json(whole):
+    ends = [next((line.strip() for line in order if line.strip()), "") for order in (lines, reversed(lines))]
+    if ends[0][:1] + ends[1][-1:] in ("[]", "{}") and is_json("\n".join(lines)):  # joined only if it looks like it
         raise UserError(f"{path}: holds JSON, a document of {len(lines):,} lines; let its name end in .json")
     if 2 * sum(_XML.fullmatch(clean(line)) is not None for line in sample) > len(sample):
         raise UserError(
