@@ -38,8 +38,8 @@ def ray_by_value() -> Iterator[Callable[[ModuleType], None]]:
 
     The workers cannot import tests by their names.
     """
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}  # as the engine does
     ray = pytest.importorskip("ray")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield ray.cloudpickle.register_pickle_by_value
     ray.shutdown()

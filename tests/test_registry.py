@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import fields, is_dataclass, replace
 
@@ -11,6 +12,7 @@ from diptych.registry import RECIPES
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.recipes import tokenizer_paper, tokenizer_small, tokenizer_tiny
 from diptych.tokenizers.training import TextEncoderRun
+from diptych.train.config import TrainConfig
 
 ITIT_RECIPES = [name for name in RECIPES if name.startswith("itit-")]
 
@@ -58,6 +60,53 @@ def test_the_networks_are_as_large_as_the_papers(name, millions):
     assert parameters(network) == pytest.approx(millions * 1e6, rel=0.015)
 
 
+@pytest.mark.parametrize("name", ["itit-medium", "itit-medium-256", "vqgan-medium", "vqgan-medium-256"])
+def test_the_networks_for_one_gpu_are_as_large_as_their_docstrings_say(name):
+    """ITIT with the text features and pieces of a T5 of size base."""
+    run = RECIPES[name]()
+    with torch.device("meta"):
+        network = tokenizer = ImageTokenizer.from_config(
+            run.tokenizer_stage.model if isinstance(run, ItitRun) else run.stage.model
+        )
+        if isinstance(run, ItitRun):
+            sizes = {"image_tokens": tokenizer.tokens, "codebook_size": tokenizer.codebook_size, "text_features": 768}
+            network = ITIT(replace(run.model, **sizes))
+    assert tokenizer.tokens == 256
+    assert f"{tokenizer.image_size} pixels" in (RECIPES[name].__doc__ or "")
+    assert f"{parameters(network) / 1e6:.0f}M parameters" in (RECIPES[name].__doc__ or "")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["itit-medium", "itit-medium-256", "vqgan-medium", "vqgan-medium-256"])
+def test_the_recipes_for_one_gpu_run(name, text_encoder, tmp_path):
+    """Two steps of two rows on the CPU: one before the cycles, or the discriminator, and one with them."""
+    run = RECIPES[name]()
+    stage = run if isinstance(run, ItitRun) else run.stage
+    stage.train = TrainConfig(
+        steps=2, batch_size=2, eval_every=2, checkpoint_every=2, workers=0, tensorboard=False, device="cpu"
+    )
+    stage.optim = replace(stage.optim, warmup_steps=1)
+    if isinstance(run, ItitRun):
+        run.data.pairs, run.data.max_pairs = "scenes:?count=12", 4
+        run.objective.cycle_start_step = 1
+        run.model.max_text_len = 8
+        run.generation.image.steps = 2
+        run.generation.text.beams = 1
+        ImageTokenizer.from_config(run.tokenizer_stage.model, seed=0).save_pretrained(tmp_path / "tokenizer")
+        text_encoder.save_pretrained(tmp_path / "text_encoder")
+        run.tokenizer, run.text_encoder = str(tmp_path / "tokenizer"), str(tmp_path / "text_encoder")
+    else:
+        run.images = "scenes:?count=8"
+        stage.objective.adversarial_start = 0.5
+        stage.objective.codebook.start = 0.5
+    run.fit(tmp_path / "run", recipe=name)
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
+
+
 @pytest.mark.parametrize("name", ITIT_RECIPES)
 def test_networks_build_for_the_tokenizers_that_are_trained_first(name):
     run = RECIPES[name]()
@@ -68,7 +117,7 @@ def test_networks_build_for_the_tokenizers_that_are_trained_first(name):
     assert network.image_bias.shape == (tokenizer.codebook_size,)
 
 
-@pytest.mark.parametrize("name", ["vqgan-tiny", "vqgan-small", "vqgan-paper"])
+@pytest.mark.parametrize("name", ["vqgan-tiny", "vqgan-small", "vqgan-medium", "vqgan-medium-256", "vqgan-paper"])
 def test_tokenizers_are_as_their_docstring_says(name):
     stage = RECIPES[name]().stage
     with torch.device("meta"):

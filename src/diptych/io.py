@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the weights of networks: their identity, and reading them back."""
+"""Files that are written whole or not at all; digests of weights, and loading them."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ Network = TypeVar("Network")
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write ``data`` to ``path`` at once: a reader, or a kill at any moment, finds the old file or the new one."""
+    """Write ``data`` to ``path`` atomically: there is the old file or the new one, also after a kill at any moment."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -50,9 +50,9 @@ def replace_folder(fresh: Path, target: Path) -> None:
 
 @contextmanager
 def without_progress_bars(name: str | os.PathLike[str] = ".") -> Iterator[None]:
-    """Inside, transformers shows no progress: loading and saving three small files needs no bars of their own.
+    """A context without the progress bars of transformers, which loading and saving three small files does not need.
 
-    It keeps them where ``name``, what is loaded, is no folder: a download takes its time.
+    The bars stay where ``name``, which is loaded, is no folder, because a download takes time.
     """
     from transformers.utils import logging  # for this alone, nobody must wait for it when the module is imported
 

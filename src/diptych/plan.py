@@ -245,7 +245,7 @@ def _exchange_seconds(size: int, devices: int, hardware: Hardware, *, sharded: b
 def _memory(run: ItitRun, work: Work, *, devices: int, rows: int, on_cpu: bool) -> dict[str, dict[str, float]]:
     """Bytes on each device; ``rows`` are those of a micro-batch."""
     config = run.train
-    copies = 1 + (config.ema is not None) + (run.objective.teacher == "ema")
+    copies = 1 + (config.ema is not None) + (run.objective.cycle_network == "ema")
     whole = {
         "weights": 4.0 * copies * work.parameters,
         "text encoder": 4.0 * work.frozen,

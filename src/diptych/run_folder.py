@@ -54,13 +54,17 @@ class Run(Protocol):
         """
 
 
-def write_config(out: Path, *, recipe: str, run: Run) -> None:
-    """Writes ``config.json``: kind of run, recipe, all fields, library versions and, in a git checkout, the commit."""
+def write_config(out: Path, *, recipe: str, run: Run, data: str = "") -> None:
+    """Writes ``config.json``: kind of run, recipe, all fields, library versions and, in a git checkout, the commit.
+
+    ``data`` is what `check_parts` told of the data; the counts that it begins with are written down.
+    """
     out.mkdir(parents=True, exist_ok=True)
     content = {
         "recipe": recipe,
         "kind": run.kind,
         "run": asdict(run),
+        "data": data.partition(";")[0],
         "versions": {name: version(name) for name in _LIBRARIES},
         "commit": _commit(),
     }

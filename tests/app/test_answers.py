@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diptych.app import answers
-from diptych.app.answers import AT_ONCE, SIDE, Drawing, open_given, read_images
+from diptych.app.answers import AT_ONCE, SIDE, MarkedImage, open_given, read_images
 from diptych.app.decisions import Offer
 from diptych.data.audit import Finding
 from diptych.data.sources import open_source
@@ -16,7 +16,7 @@ from diptych.dual.search import Index, embed_run
 from diptych.errors import UserError
 from diptych.itit.pipeline import Caption, Diptych
 
-ITIT = ["Caption", "Draw", "Cycle"]
+ITIT = ["Caption", "Imagine", "Cycle"]
 
 
 def test_tabs_are_those_of_the_runs(itit_run, dual_run, photos, tmp_path):
@@ -162,32 +162,30 @@ def test_a_running_run_is_shown_from_its_folder(itit_run):
     assert answers.training(itit_run).count("<img") == 2
 
 
-# Draw
+# Imagine
 
 
 def test_what_is_hidden_is_pale_and_the_end_is_the_image(diptych):
-    steps = [Drawing(step=step) for step in diptych.imagine_steps("a red ring")]
-    assert all(drawing.shown().shape == (SIDE, SIDE, 3) for drawing in steps)
+    steps = [MarkedImage(step=step) for step in diptych.imagine_steps("a red ring")]
+    assert all(image.shown().shape == (SIDE, SIDE, 3) for image in steps)
     assert np.array_equal(steps[-1].shown()[:: SIDE // 32, :: SIDE // 32], steps[-1].step.image)
     assert np.abs(steps[0].shown().astype(int) - (226, 230, 236)).max() <= 0.2 * 236 + 1
 
 
 def test_two_clicks_mark_a_part_and_a_third_begins_anew(diptych):
-    drawing = Drawing.of(diptych, np.zeros((32, 32, 3), np.uint8))
+    image = MarkedImage.of(diptych, np.zeros((32, 32, 3), np.uint8))
     side = diptych.token_side
     cell = SIDE // side
-    assert not drawing.marked.any()
-    first = drawing.touched(3 * cell + 1, cell + 1)
+    assert not image.marked.any()
+    first = image.touched(3 * cell + 1, cell + 1)
     assert first.marked.nonzero().tolist() == [[1, 3]]
     both = first.touched(2 * cell, 0)
     assert both.marked.nonzero().tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
-    changed = (both.shown() != drawing.shown()).any(-1)
+    changed = (both.shown() != image.shown()).any(-1)
     assert changed[: 2 * cell, 2 * cell : 4 * cell].all()
     assert changed.sum() == 4 * cell**2
     assert both.touched(SIDE, SIDE).marked.nonzero().tolist() == [[side - 1, side - 1]]
-    assert torch.equal(
-        drawing.step.tokens, diptych.encode(np.zeros((1, 32, 32, 3), np.uint8)).tokens_BN.view(side, side)
-    )
+    assert torch.equal(image.step.tokens, diptych.encode(np.zeros((1, 32, 32, 3), np.uint8)).tokens_BN.view(side, side))
 
 
 def test_an_offer_tells_the_confidence_of_its_first_caption():

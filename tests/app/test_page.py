@@ -110,7 +110,7 @@ def test_every_tab_answers(itit_run, dual_run, photos, bomb, tmp_path, serve, br
     visit = Visit(browser, serve(*runs)[1])
     page = visit.page
     tabs = [tab.inner_text() for tab in page.get_by_role("tab").all()]
-    assert tabs == ["Caption", "Draw", "Cycle", "Label", "Search", "Classify", "Audit", "Train"]
+    assert tabs == ["Caption", "Imagine", "Cycle", "Label", "Search", "Classify", "Audit", "Train"]
 
     visit.tab("Caption")
     visit.send(photos / "0.png", photos / "1.png")
@@ -122,21 +122,21 @@ def test_every_tab_answers(itit_run, dual_run, photos, bomb, tmp_path, serve, br
     assert "over the limit of 50,000,000 pixels" in visit.shown("#captions .note")
     visit.shot("bomb")
 
-    visit.tab("Draw")
+    visit.tab("Imagine")
     page.get_by_label("Text", exact=True).fill("a red ring")
-    visit.press("Draw")
+    visit.press("Imagine")
     image = page.locator(".tabitem:visible img[src*='/file=']").first
     image.wait_for()
     visit.until(lambda: page.locator(".tabitem:visible .progress-text, .tabitem:visible .eta-bar").count() == 0)
     page.wait_for_timeout(1000)
-    visit.shot("draw")
+    visit.shot("imagine")
     for x, y in ((0.1, 0.3), (0.6, 0.9)):
         box, before = image.bounding_box(), image.get_attribute("src")
         page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
         visit.until(lambda before=before: image.get_attribute("src") != before)
     visit.shot("marked")
     before = image.get_attribute("src")
-    visit.press("Draw the marked part anew")
+    visit.press("Generate the marked part anew")
     visit.until(lambda: image.get_attribute("src") != before)
 
     visit.tab("Cycle")

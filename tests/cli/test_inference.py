@@ -456,7 +456,7 @@ def test_a_run_of_another_kind(call, mistaken, run, dual_run, photo, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_export(call, mistaken, dual_run, run, tmp_path):
+def test_export(call, mistaken, dual_run, run, tmp_path, monkeypatch):
     out = tmp_path / "open_clip"
     assert call("export", dual_run, "--out", out) == (
         0,
@@ -465,7 +465,22 @@ def test_export(call, mistaken, dual_run, run, tmp_path):
     )
     assert {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"} <= {f.name for f in out.iterdir()}
     mistaken(call("export", run, "--out", tmp_path / "no"), "holds no dual encoder")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    mistaken(call("export", dual_run, "--out", tmp_path / "no", "--format", "onnx"), "pip install 'diptych[onnx]'")
     assert not (tmp_path / "no").exists()
+
+
+def test_push(call, mistaken, dual_run, run, tmp_path, monkeypatch):
+    status, out, err = call("push", dual_run, "--dry-run", "--license", "mit")
+    assert (status, err) == (0, "")
+    assert "\nlicense: mit\n" in out
+    assert 'DualEncoder.from_pretrained("USER/NAME")' in out
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    mistaken(call("push", dual_run), "no repository given")
+    mistaken(call("push", dual_run, "user/x"), "not logged in")
+    mistaken(call("push", tmp_path / "none", "user/x"), "no run folder")
+    (run / "model").rename(run / "gone")
+    mistaken(call("push", run, "user/x"), "no finished run")
 
 
 # Captions of a whole data set

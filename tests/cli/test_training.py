@@ -41,6 +41,22 @@ def test_an_unknown_recipe_and_empty_lists(call, mistaken):
 
 
 @pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--train.epochs", 3, "--minutes", 2], "--train.epochs and --minutes both say"),
+        (["--train.epochs", 3, "--train.steps", 5], "--train.epochs and --train.steps both say"),
+        (
+            ["--tokenizer-stage.train.epochs", 3, "--tokenizer-stage.train.steps", 5],
+            "--tokenizer-stage.train.epochs and --tokenizer-stage.train.steps both say",
+        ),
+    ],
+)
+def test_one_length_for_each_stage(call, mistaken, tmp_path, given, told):
+    mistaken(call("fit", "itit-tiny", "--out", tmp_path / "x", "--data.pairs", "scenes:", *given), told)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("given", "now"),
     [
         (["--objective.cycles-from", "3"], "--objective.cycles-from is now --objective.cycle-start-step"),

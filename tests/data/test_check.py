@@ -188,11 +188,12 @@ def test_repeated_captions_frames_and_long_texts_are_told(tmp_path):
     frames = [Image.new("L", (4, 4), grey) for grey in (0, 99)]
     frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
     Image.new("L", (4, 4), 7).save(tmp_path / "one.png")
-    (tmp_path / "one.txt").write_text("a dog\na dog\n" + "word " * 100)
+    (tmp_path / "one.txt").write_text("a dog\na dog\none\nIMG_2.JPG\nhttps://a.org/x\n" + "word " * 100)
     found = check_source(open_source(str(tmp_path)))
     assert (found.repeated_captions, list(found.several_frames)) == (1, ["pages.tif"])
     lines = found.lines()
     assert "             1 caption that their item has already" in lines
+    assert "             3 captions that name a file or an address" in lines
     assert "  frames     1 image used by the first alone: pages.tif" in lines
     assert max(map(len, lines)) < 200
     told = check_parts([Part("image", open_source(str(tmp_path)), range(2))], max_skipped_share=0.01)

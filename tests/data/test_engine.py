@@ -1,4 +1,5 @@
 import os
+import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,12 @@ def test_what_is_missing_for_ray_is_told(monkeypatch):
     with pytest.raises(UserError, match=r"--ray-address here:1: goes with --engine ray"):
         Engine(address="here:1").check()
     LOCAL.check()
+    monkeypatch.setitem(sys.modules, "ray", object())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"--ray-address {address}: nothing answers there"):
+            Engine(name="ray", address=address).check()
 
 
 @pytest.fixture

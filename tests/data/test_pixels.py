@@ -166,7 +166,7 @@ def test_first_images_that_cannot_be_had():
         read_first_images(Ramps(3), limit=0, size=SIZE, skipped=SkippedItems())
     with pytest.raises(UserError, match="no image to score"):
         read_first_images(Ramps(3), limit=None, size=SIZE, skipped=SkippedItems(), wanted=lambda item: False)
-    with pytest.raises(UserError, match="scores need images and captions"):
+    with pytest.raises(UserError, match="pairs need images and captions"):
         read_captioned(Ramps(3), limit=None, size=SIZE, skipped=SkippedItems())
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from small_towers import encoder_of
+from transformers import AutoProcessor, AutoTokenizer
 
-from diptych.dual.export import CONFIG, WEIGHTS, save_open_clip
+from diptych.dual.export import CONFIG, IMAGE_TOWER, SCALE, TEXT_TOWER, WEIGHTS, save_onnx, save_open_clip
 from diptych.encoders.text import cleaned
 from diptych.errors import UserError
 
@@ -127,6 +128,45 @@ def test_an_activation_of_one_tower_alone_is_refused(encoder, tmp_path):
     with pytest.raises(UserError, match="gelu, quick_gelu"):
         save_open_clip(encoder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ONNX
+
+
+@pytest.fixture
+def runtime():
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    return pytest.importorskip("onnxruntime")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["new", "pretrained"])
+def test_onnx_gives_the_same_embeddings(kind, encoder, towers, runtime, tmp_path):
+    encoder = encoder if kind == "new" else encoder_of(towers)
+    assert save_onnx(encoder, tmp_path / "out") < 1e-5
+    assert not list(tmp_path.glob(".*"))
+    texts = [*TEXTS, "a dog"]
+    images = torch.randint(256, (4, 3, encoder.image_size, encoder.image_size), dtype=torch.uint8)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    pixels = processor(images=list(images), return_tensors="np")["pixel_values"]
+    tokens = processor(text=texts, padding=True, truncation=True, return_tensors="np")
+    found = {}
+    for file, given in ((IMAGE_TOWER, {"pixel_values": pixels}), (TEXT_TOWER, tokens)):
+        session = runtime.InferenceSession(tmp_path / "out" / file)
+        names = [each.name for each in session.get_inputs()]
+        (found[file],) = session.run(None, {name: given[name] for name in names})
+    torch.testing.assert_close(torch.from_numpy(found[IMAGE_TOWER]), encoder.embed_images(images), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(found[TEXT_TOWER]), encoder.embed_texts(texts), atol=1e-4, rtol=0)
+    assert json.loads((tmp_path / "out" / SCALE).read_text())["scale"] == encoder.scale.item()
+
+
+@pytest.mark.slow
+def test_onnx_that_differs_is_not_written(encoder, runtime, tmp_path, monkeypatch):
+    monkeypatch.setattr("diptych.dual.export.LARGEST_DIFFERENCE", 0.0)
+    with pytest.raises(UserError, match="differ from those of torch"):
+        save_onnx(encoder, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def norm(x, state, name):

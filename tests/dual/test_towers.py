@@ -28,7 +28,7 @@ from transformers import (
 
 from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source
-from diptych.dual import data
+from diptych.dual import data as dual_data
 from diptych.dual.data import CaptionIds
 from diptych.dual.evaluation import evaluate_dual_run
 from diptych.dual.export import save_open_clip
@@ -312,7 +312,7 @@ def test_chunks_change_no_loss(towers, done, tmp_path):
 def clock(monkeypatch):
     """A budget of 24 seconds, of which each block of four images takes one."""
     monkeypatch.setattr("diptych.dual.data._ITEMS", 4)
-    plain, blocks = data.text_states, []
+    plain, blocks = dual_data.text_states, []
 
     def text_states(*arguments):
         blocks.append(1)

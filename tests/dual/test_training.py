@@ -18,6 +18,7 @@ from diptych.errors import UserError
 from diptych.registry import RECIPES
 from diptych.run_folder import kind_of, read_config
 from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.pace import Budget
 
 FAMILIES = ("ito", "clip", "siglip", "slip")
 NAMES = [name for name in RECIPES if name.split("-")[0] in FAMILIES and not name.endswith("-frozen")]
@@ -83,6 +84,7 @@ def test_a_run_leaves_a_plain_clip_folder_and_measures_retrieval(done):
     assert 0 <= scores[-1]["valid/image_to_text/r10"] <= 1
     assert kind_of(done) == "dual"
     assert read_config(done)["run"]["objective"]["fusion_weight"] == 2.0
+    assert "pairs (" in read_config(done)["data"]
 
 
 @pytest.fixture
@@ -156,6 +158,25 @@ def test_chunks_change_no_loss_and_may_change_on_resume(done, tmp_path):
     chunked.objective.chunk, chunked.objective.lean = 3, False
     chunked.fit(tmp_path, recipe="ito-tiny")
     assert losses(tmp_path) == pytest.approx(losses(done), rel=1e-4)
+
+
+def test_epochs_count_passes_over_the_pairs_and_resume_bit_for_bit(done, tmp_path):
+    """24 pairs in batches of 8: an epoch has three steps."""
+
+    def epochs(count: float):
+        run = small_run(steps=1)
+        run.train.epochs = count
+        return run.fit(tmp_path, recipe="ito-tiny")
+
+    assert epochs(1).step == 3
+    assert read_config(tmp_path)["run"]["train"]["steps"] == 3
+    assert epochs(1.25).step == 4
+    assert losses(tmp_path) == losses(done)
+    assert [line["epoch"] for line in lines(tmp_path) if "loss" in line] == [0.3333, 0.6667, 1.0, 1.3333]
+    run = small_run()
+    run.train.epochs = 1
+    with pytest.raises(UserError, match=r"--minutes and train\.epochs both say"):
+        run.fit(tmp_path / "other", recipe="ito-tiny", budget=Budget(5))
 
 
 def test_edited_captions_and_images_are_noticed(scored, tmp_path):

@@ -15,13 +15,14 @@ from diptych.eval.baselines import (
     CaptionPool,
     ClassBaselines,
     Comparison,
+    NearCaptions,
     caption_baselines,
     chance_of_recall,
     histograms,
     image_histograms,
-    lent_embeddings,
     most_frequent,
     nearest,
+    neighbour_word_embeddings,
 )
 from diptych.report.html import write_run_report
 from diptych.run_folder import write_config
@@ -110,6 +111,30 @@ def test_the_consensus_caption_is_the_one_most_like_the_others():
     assert vector[("red", "ring")] == 1.0
 
 
+def test_likeness_is_the_mean_cosine_of_ngrams():
+    pool = CaptionPool([["red ring"], ["a blue cross", "a cross"], ["red ring"]])
+    same, other, unknown = pool.likeness(["red ring", "a cross", "bread"], [0, 2])
+    assert same == pytest.approx(0.5)  # there are no n-grams of three or four tokens
+    assert other == unknown == 0
+    half = pool.likeness(["red ring"], [0, 1])[0]
+    assert half == pytest.approx(0.25)
+    # Of two images the one with two captions counts as much as the one with one.
+    [cross] = pool.likeness(["a cross"], [1])
+    assert pool.likeness(["a cross"], [0, 1]) == [pytest.approx(cross / 2)]
+
+
+def test_near_captions_are_those_of_the_nearest_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("diptych.eval.baselines.NEAREST", 1)
+    features = np.eye(3, 4, dtype=np.float32)
+    near = NearCaptions([["red ring"], ["blue cross"], ["green square"]], features)
+    near.save_pretrained(tmp_path / "near")
+    again = NearCaptions.from_pretrained(tmp_path / "near")
+    for each in (near, again):
+        texts = [["blue cross", "red ring"], ["green square", "blue cross"]]
+        likeness = each.likeness(features[[1, 1]], texts)
+        assert likeness == [[pytest.approx(0.5), 0], [0, pytest.approx(0.5)]]
+
+
 @pytest.fixture
 def photos(tmp_path):
     """Three red and three green images with their captions."""
@@ -183,7 +208,7 @@ def test_images_have_the_words_of_their_nearest(photos, monkeypatch):
     source = open_source(str(photos))
     pairs, test = Subset(source, np.array([0, 2, 3, 5])), Subset(source, np.array([1, 4]))
     texts = ["green grass", "a red wall", "unknown words"]
-    ((name, (images_BV, texts_NV)),) = lent_embeddings(pairs, test, texts).items()
+    ((name, (images_BV, texts_NV)),) = neighbour_word_embeddings(pairs, test, texts).items()
     assert name == "captions of the 2 nearest by colour and gradient histograms"
     assert (images_BV @ texts_NV.T).argmax(1).tolist() == [0, 1]
     np.testing.assert_allclose(images_BV.norm(dim=1), 1, rtol=1e-6)

@@ -121,7 +121,7 @@ def test_endless_scenes_are_cut_at_a_thousand():
 def test_sources_and_limits_that_cannot_be_scored(diptych, folder, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text("bread\n")
-    with pytest.raises(UserError, match="scores need images and captions"):
+    with pytest.raises(UserError, match="pairs need images and captions"):
         evaluate(diptych, open_source(str(tmp_path / "texts/a.txt")), GREEDY)
     with pytest.raises(UserError, match="a limit of 0 images"):
         evaluate(diptych, SCENES, EvaluateConfig(limit=0))

@@ -160,19 +160,19 @@ def test_the_frozen_text_encoder_is_not_in_the_checkpoint(model, text_encoder):
     assert not [name for name in state if "text_encoder" in name]
 
 
-def test_an_averaged_teacher_synthesises_and_never_learns(model, text_encoder, batch):
-    taught = objective(model, text_encoder, teacher="ema", teacher_decay=0.5)
-    taught.start_step(0)
-    taught.train()(batch, 0).total.backward()
-    assert all(p.grad is None for p in taught.teacher.parameters())
+def test_an_averaged_network_generates_and_never_learns(model, text_encoder, batch):
+    averaging = objective(model, text_encoder, cycle_network="ema", cycle_network_decay=0.5)
+    averaging.start_step(0)
+    averaging.train()(batch, 0).total.backward()
+    assert all(p.grad is None for p in averaging.averaged.parameters())
     with torch.no_grad():
         model.image_bias += 1.0
-    before = taught.teacher.image_bias.clone()
-    taught.start_step(1)
-    taught(batch, 1)
-    taught(batch, 1)  # a second micro-batch of the same step
-    torch.testing.assert_close(taught.teacher.image_bias, (before + model.image_bias) / 2)
-    assert [name for name in taught.state_dict() if name.startswith("teacher.")]
+    before = averaging.averaged.image_bias.clone()
+    averaging.start_step(1)
+    averaging(batch, 1)
+    averaging(batch, 1)  # a second micro-batch of the same step
+    torch.testing.assert_close(averaging.averaged.image_bias, (before + model.image_bias) / 2)
+    assert [name for name in averaging.state_dict() if name.startswith("averaged.")]
 
 
 def test_it_can_over_fit_one_batch(model, text_encoder, batch):

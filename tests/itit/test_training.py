@@ -18,7 +18,7 @@ from diptych.encoders import ScratchConfig, scratch_encoder
 from diptych.errors import UserError
 from diptych.io import load_network
 from diptych.itit import training
-from diptych.itit.data import DataConfig
+from diptych.itit.data import DataConfig, open_data
 from diptych.itit.evaluation import ALONE, EvaluateConfig, evaluate, evaluate_run
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ITIT, ItitConfig
@@ -111,6 +111,7 @@ def test_a_run_folder_is_complete(done):
     assert not list(done.rglob(".*"))
     config = json.loads((done / "config.json").read_text())
     assert config["recipe"] == "itit-tiny"
+    assert config["data"].startswith("10 pairs (")
     assert config["run"]["data"]["max_pairs"] == 10
     assert config["run"]["generation"]["text"]["beams"] == 2
     assert {"diptych", "torch"} <= config["versions"].keys()
@@ -493,6 +494,29 @@ def test_captions_that_agree_with_the_features_come_first(tmp_path, image_encode
         features_BG = images.image_features_BG[row].expand(len(found), -1)
         agreement = reader.agreement(features_BG, diptych.text_encoder.features(ids_BL, valid_BL), valid_BL)
         assert (agreement.diff() <= 1e-3).all()
+
+
+def test_captions_like_those_of_near_images_come_first(tmp_path, image_encoder):
+    out, run = tmp_path / "run", replace(tiny_run(steps=2), image_encoder=image_encoder)
+    run.generation.text = replace(run.generation.text, beams=4, consensus=1000.0)
+    run.fit(out, recipe="tiny")
+    pairs = open_data(run.data).pairs
+    diptych = Diptych.from_pretrained(out)
+    near = diptych.near_captions
+    assert near.texts == [pairs.source.captions(int(item)) for item in pairs.items]
+    images = diptych.encode(VALID.images(range(6), 32))
+    ranked = diptych.candidates_encoded(images, count=4)
+    assert [found[0] for found in ranked] == diptych.caption_encoded(images)
+    features_BG = images.image_features_BG.numpy()
+    for each in near.likeness(features_BG, [[one.text for one in found] for found in ranked]):
+        assert each == sorted(each, reverse=True)
+    diptych.text_generation = replace(diptych.text_generation, consensus=0.0)
+    by_score = diptych.candidates_encoded(images, count=4)
+    assert [{one.text for one in found} for found in by_score] == [{one.text for one in found} for found in ranked]
+    assert by_score != ranked
+    (out / "near_captions" / "captions.json").unlink()
+    with pytest.raises(UserError, match="near_captions: cannot be read"):
+        Diptych.from_pretrained(out)
 
 
 # A frozen teacher of the encoder

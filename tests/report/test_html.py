@@ -10,18 +10,18 @@ import pytest
 from diptych.report.figures import Panel, curves
 from diptych.report.html import (
     Captioned,
-    Comparison,
     Example,
     Facts,
     Figures,
+    ReportTable,
     Section,
+    SideBySide,
     Strip,
-    Table,
     Text,
     _curves,
     closing_line,
     outcome,
-    told,
+    score_line,
     write_report,
     write_run_report,
 )
@@ -69,9 +69,9 @@ def page(tmp_path):
         Text(f"{EVIL}\n\nsecond `code`"),
         Text(EVIL, kind="code"),
         Text(EVIL, kind="note"),
-        Table(head=["model", EVIL], rows=[[EVIL, 1.0], ["b", None]], caption=EVIL, best={EVIL: "low"}),
+        ReportTable(head=["model", EVIL], rows=[[EVIL, 1.0], ["b", None]], caption=EVIL, best={EVIL: "low"}),
         Facts(items={EVIL: EVIL, "n": 12345}, size="large"),
-        Comparison([Example(EVIL, [captioned, Captioned(image=LARGE), Captioned(caption=EVIL)])]),
+        SideBySide([Example(EVIL, [captioned, Captioned(image=LARGE), Captioned(caption=EVIL)])]),
         Strip([EVIL, IMAGE, EVIL]),
         Figures(images=[*svg, png(contact_sheet([IMAGE]))], caption=EVIL),
     ]
@@ -110,7 +110,7 @@ def test_images_are_lossless_when_tiny_and_small_when_large(page):
 
 
 def test_table_marks_the_best_and_aligns_numbers():
-    table = Table(
+    table = ReportTable(
         head=["model", "high", "low", "words"],
         rows=[["a", 0.25, 3, "x"], ["b", 0.5, 12000, "y"], ["c", None, 3, "z"]],
         best={"high": "high", "low": "low"},
@@ -124,7 +124,7 @@ def test_table_marks_the_best_and_aligns_numbers():
 
 def test_a_row_of_another_length_is_refused():
     with pytest.raises(ValueError, match="2 cells"):
-        Table(head=["a", "b"], rows=[["x"]]).render()
+        ReportTable(head=["a", "b"], rows=[["x"]]).render()
 
 
 @pytest.fixture
@@ -172,9 +172,9 @@ def test_the_last_line_has_score_report_and_next_command(run):
 
 def test_scores_in_one_line():
     numbers = {"valid/rouge_l": 0.2, "valid/cider": 12.0, "valid/mean_r1": 0.05, "lr": 1.0}
-    assert told(numbers) == "cider 12, mean_r1 5.0 %"
-    assert told(numbers, best="rouge_l") == "rouge_l 20.0 %, cider 12, mean_r1 5.0 %"
-    assert told({"lr": 1.0}) == ""
+    assert score_line(numbers) == "cider 12, mean_r1 5.0 %"
+    assert score_line(numbers, best="rouge_l") == "rouge_l 20.0 %, cider 12, mean_r1 5.0 %"
+    assert score_line({"lr": 1.0}) == ""
 
 
 def test_measures_stand_among_the_curves_of_training():

@@ -11,6 +11,7 @@ from diptych.tokenizers.evaluation import (
     evaluate_text_encoder,
     evaluate_tokenizer,
     psnr_of_each,
+    word_probe,
 )
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 
@@ -97,6 +98,20 @@ def test_padding_is_no_direction(text_encoder, scene_texts):
 
 
 def test_a_warning_for_features_that_hardly_vary():
-    told = [str(TextEncoderScore(texts=9, effective_rank=rank, width=256)) for rank in (20.4, 2.2)]
-    assert told[0] == "features vary in 20.4 of 256 directions"
-    assert told[1].startswith("features vary in 2.2 of 256 directions: too few")
+    others = {"texts": 9, "width": 256, "pooled_rank": 5.0, "words": 0.25}
+    told = [str(TextEncoderScore(effective_rank=rank, **others)) for rank in (20.4, 2.2)]
+    line = "directions, and those of whole texts in 5.0; they tell 25% of the words"
+    assert told[0] == f"features vary in 20.4 of 256 {line}"
+    assert told[1].startswith(f"features vary in 2.2 of 256 {line}: too few")
+
+
+def test_the_words_of_texts_are_told_by_features_that_hold_them():
+    texts = [f"a {colour} {thing}" for colour in ("red", "blue", "green") for thing in ("dog", "cat", "car")] * 20
+    words = ("red", "blue", "dog", "cat")
+    holding = torch.tensor([[float(word in text) for word in words] for text in texts])
+    assert word_probe(holding, texts) > 0.99  # "green" and "car" follow from the others
+    colours = word_probe(holding[:, :2], texts)
+    assert 0.4 < colours < 0.6
+    noise = torch.randn(len(texts), 4, generator=torch.Generator().manual_seed(0))
+    assert word_probe(noise, texts) < 0.1
+    assert word_probe(noise[:3], ["one", "two", "three"]) == 0.0

@@ -90,7 +90,7 @@ def uml_ssl() -> UmlSsl:
 
 MAKE: dict[str, Callable[[], Objective]] = {
     "itit": itit,
-    "itit-teacher": partial(itit, teacher="ema", teacher_decay=0.5),
+    "itit-averaged": partial(itit, cycle_network="ema", cycle_network_decay=0.5),
     "vqgan": vqgan,
     "text-encoder": spans,
     "uml": uml,

@@ -112,6 +112,13 @@ def test_a_line_at_once_and_every_ten_seconds_with_the_rates_of_this_invocation(
     assert capsys.readouterr().err == "toy: step 150/300  2 steps/s  16 rows/s  loss 1  0:01:15 left\n"
 
 
+def test_the_epoch_is_shown_where_it_is_known(clock, capsys):
+    display = ProgressDisplay("toy", start=0, quiet=False, epoch_steps=40.0)
+    clock.now += 1
+    display.update(10, 300, rows=8, loss=1.0)
+    assert capsys.readouterr().err == "toy: step 10/300  epoch 0.25  10 steps/s  8 rows/s  loss 1\n"
+
+
 def test_quiet_says_only_what_must_be_known(clock, capsys):
     display = ProgressDisplay("toy", start=0, quiet=True)
     clock.now += 100

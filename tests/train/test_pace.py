@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from diptych.data.batch import Batch
+from diptych.data.streams import BatchSampler, Stream
 from diptych.errors import UserError
 from diptych.rng import StepRNG
 from diptych.train import pace as module
@@ -40,6 +42,7 @@ class Starts:
 
 @dataclass(kw_only=True, slots=True)
 class ToyStage:
+    slow_field: ClassVar[str | None] = "cycle_start_step"
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100, batch_size=32, workers=0, quiet=True))
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(warmup_steps=10))
     objective: Starts = field(default_factory=Starts)
@@ -103,6 +106,25 @@ def test_what_counts_in_steps_keeps_its_share():
     assert (found.optim.warmup_steps, found.objective.cycle_start_step) == (5, 5)
     assert shortened(stage, steps=2).objective.cycle_start_step == 1
     assert stage.train.steps == 100
+
+
+def test_epochs_become_steps(clock, tmp_path):
+    def make(stage):
+        stream = Stream(size=100, take=lambda index, epoch: None)
+        sizes = {"pairs": 2, "texts": 1}
+        sampler = BatchSampler(dict.fromkeys(sizes, stream), multiples=sizes, batch_size=stage.train.batch_size, seed=0)
+        return Toy(clock, stage.train.batch_size, stage.slow_from), sampler
+
+    def fitted(epochs: float) -> ToyStage:
+        stage = ToyStage()
+        stage.train = replace(stage.train, epochs=epochs, batch_size=5, eval_every=50)
+        return RunPlan([COST]).fit_stage("toy", stage, tmp_path, make)[0]
+
+    few, many = fitted(5), fitted(12.05)  # ten steps an epoch, as each row takes two pairs
+    assert (few.train.steps, few.train.eval_every, few.optim.warmup_steps, few.slow_from) == (50, 25, 5, 5)
+    assert (many.train.steps, many.train.eval_every, many.optim.warmup_steps, many.slow_from) == (121, 50, 10, 10)
+    with pytest.raises(UserError, match=r"train.epochs is -1; it must be None or more than 0"):
+        fitted(-1)
 
 
 def test_a_stage_gets_its_part_of_the_time(clock, tmp_path):

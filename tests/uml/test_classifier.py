@@ -6,7 +6,7 @@ from torch import nn
 
 from diptych.data.pixels import SkippedItems
 from diptych.encoders import ImageEncoder
-from diptych.uml.classifier import ScoredImages
+from diptych.uml.classifier import ScoredLabelledImages
 
 
 class MeanColour(ImageEncoder):
@@ -22,7 +22,7 @@ def test_features_come_with_their_labels_and_without_gradients(labelled_images, 
     monkeypatch.setattr("diptych.uml.classifier._ROWS", 2)  # in two pieces
     for cache_mb in (0, 1):
         skipped = SkippedItems(max_skipped_share=0.5)
-        scored = ScoredImages(
+        scored = ScoredLabelledImages(
             labelled_images, np.array([2, 3, 0, 1]), size=4, skipped=skipped, workers=1, cache_mb=cache_mb
         )
         for _ in range(2):  # the last image cannot be read, and no other is counted in its place

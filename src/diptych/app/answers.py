@@ -1,5 +1,5 @@
 """The runs that the page is made for, and what it answers with them: HTML, in which all text is escaped and images are
-data URIs, and the images of its Draw tab.
+data URIs, and the images of its Imagine tab.
 
 Shapes: R rows of the grid of an image's tokens.
 """
@@ -35,9 +35,9 @@ from diptych.report.sheet import scale
 from diptych.run_folder import PARTS, Kind, kind_of
 from diptych.uml.classifier import Classifier
 
-Tab = Literal["Caption", "Draw", "Cycle", "Label", "Search", "Classify", "Audit", "Train"]
+Tab = Literal["Caption", "Imagine", "Cycle", "Label", "Search", "Classify", "Audit", "Train"]
 LIMITS = ImageLimits(max_pixels=50_000_000)
-"""Of images that users send: fewer pixels than of a source, as several are decoded at once."""
+"""Limits on the images that users send: fewer pixels than in a source, because several images are decoded at once."""
 AT_ONCE = 64
 """Largest number of images in one request."""
 Key = TypeVar("Key", bound=Hashable)
@@ -96,7 +96,7 @@ class Given:
 
     runs: Sequence[GivenRun]
     indexes: Mapping[str, Index]
-    """What Search looks through, by the names of the folders."""
+    """The indexes that Search looks through, by the names of their folders."""
     labels: Labels | None = None
     ranking: Ranking | None = None
 
@@ -110,7 +110,7 @@ class Given:
         itit, dual = bool(self.networks("itit")), bool(self.networks("dual"))
         wanted: dict[Tab, bool] = {
             "Caption": itit,
-            "Draw": itit,
+            "Imagine": itit,
             "Cycle": itit,
             "Label": itit and self.labels is not None,
             "Search": bool(self.indexes),
@@ -188,7 +188,7 @@ def together(
     """Answers to requests, of which those with the same key are answered together.
 
     ``size`` says in pixels which images a key takes, and ``answer`` gives an answer to each of its images. A request
-    that cannot be answered is told why, and costs no other request.
+    that cannot be answered gets the reason, and the others are answered.
     """
     answers = [""] * len(requests)
     images: dict[Key, list[np.ndarray]] = defaultdict(list)
@@ -247,7 +247,7 @@ def _classified(image: np.ndarray, guesses: Sequence[Prediction]) -> str:
 
 
 def hits(index: Index, text: str, files: Files, *, top: int) -> str:
-    """What an index holds that is nearest to a text or to an image. Raises UserError unless one of them is given."""
+    """The items of an index that are nearest to a text or to an image. Raises UserError unless one of them is given."""
     query: str | np.ndarray = text
     if files:
         if text.strip():
@@ -328,7 +328,7 @@ def _scored(text: str, score: str, *, share: float | None = None) -> str:
     return f'<span{bar}>{escape(text)}</span><span class="score">{score}</span>'
 
 
-# The Draw tab
+# The Imagine tab
 
 SIDE = 512
 """Side in pixels at which images are shown."""
@@ -337,7 +337,7 @@ _HIDDEN, _MARKED = (226, 230, 236), (59, 130, 246)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawing:
+class MarkedImage:
     """An image with its tokens, and the cells of their grid at the corners of the marked part."""
 
     step: ImagineStep
@@ -345,14 +345,14 @@ class Drawing:
     """None, one or two (row, column)."""
 
     @classmethod
-    def of(cls, diptych: Diptych, image: np.ndarray) -> "Drawing":
-        """The drawing of a square image: what its tokens say of it."""
+    def of(cls, diptych: Diptych, image: np.ndarray) -> "MarkedImage":
+        """A square image as its tokens give it, with no part marked."""
         tokens_BN = diptych.encode(image[None]).tokens_BN
         seen = diptych.tokenizer.decode(tokens_BN)[0].permute(1, 2, 0).cpu().numpy()
         tokens = tokens_BN[0].view(diptych.token_side, -1).cpu()
         return cls(step=ImagineStep(image=seen, tokens=tokens, hidden=torch.zeros_like(tokens, dtype=torch.bool)))
 
-    def touched(self, x: int, y: int) -> "Drawing":
+    def touched(self, x: int, y: int) -> "MarkedImage":
         """After a click on the shown image: a first corner, the second one, or a new first one."""
         side, shown = len(self.step.tokens), len(self.shown())
         cell = (min(y * side // shown, side - 1), min(x * side // shown, side - 1))

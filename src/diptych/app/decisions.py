@@ -1,4 +1,5 @@
-"""The Label tab: which images are offered, most useful first, and where the decisions on their captions go.
+"""The Label tab: which images are offered, most useful first, and where the decisions on their captions go. The Audit
+tab: pairs that fit worst first, and what users decide on them.
 
 Decisions are rows of a jsonl with one row for each image, which is a source: `file_name`, `caption` (empty for a
 rejected one), `decision` and `proposed`. Each is on disk before the next image is shown. A file is replaced whole, so
@@ -22,9 +23,8 @@ import torch
 
 from diptych.data.audit import Finding, Fit, audit, write_keep
 from diptych.data.caption_file import path_in_table
-from diptych.data.pixels import SkippedItems
+from diptych.data.pixels import SkippedItems, read_image
 from diptych.data.sources import Source
-from diptych.data.sources.decode import UnreadableImage
 from diptych.data.sources.open import HasFiles
 from diptych.data.sources.text import clean
 from diptych.data.suggest import choose
@@ -194,20 +194,19 @@ class Offers:
             self._ready = [*(each for each in self._ready if each.item != offer.item), offer]
 
     def release(self, user: str) -> None:
-        """Let others have what a user held, who has closed the page."""
+        """Offer the image of a user who has closed the page to others."""
         with self._lock:
             self._held.pop(user, None)
 
     @torch.no_grad()
     def _prepare(self) -> None:
         some, self._waiting = self._waiting[:_POOL], self._waiting[_POOL:]
-        items, images = [], []
+        items, images, skipped = [], [], SkippedItems(max_skipped_share=1.0)
         for item in some:
-            try:
-                images.append(self.labels.source.image(item, self.diptych.image_size))
+            image = read_image(self.labels.source, item, size=self.diptych.image_size, skipped=skipped)
+            if image is not None:
                 items.append(item)
-            except UnreadableImage:
-                continue
+                images.append(image)
         if not items:
             return
         encoded = self.diptych.encode(np.stack(images))
@@ -242,8 +241,8 @@ def label_confidence(run: Path, diptych: Diptych) -> Confidence | None:
 
 # The Audit tab
 
-Advance = Callable[[str, int, int], None]
-"""Called with what is done, and the number of items that are done and of all."""
+TellProgress = Callable[[str, int, int], None]
+"""Called with a description of the work, the number of finished items and the number of all items."""
 
 
 class Ranking:
@@ -262,7 +261,7 @@ class Ranking:
         """The findings on which a user can decide: captions, and images that are themselves at fault."""
         return [found for found in self.findings if found.caption or not found.kept or found.decided is not None]
 
-    def rank(self, network: Diptych | DualEncoder, *, worst: float, advance: Advance) -> None:
+    def rank(self, network: Diptych | DualEncoder, *, worst: float, advance: TellProgress) -> None:
         """Look at all pairs anew. The ``worst`` share of captions is dropped unless a user keeps it."""
         skipped = SkippedItems(max_skipped_share=1.0)
         pair_fits: Callable[..., list[Fit]] = dual_pair_fits if isinstance(network, DualEncoder) else itit_pair_fits

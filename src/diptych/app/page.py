@@ -1,7 +1,7 @@
 """The page itself: its tabs, what they ask, and which functions answer. Needs gradio.
 
-What is asked of networks waits in one queue for each kind of them (`concurrency_id`), and the page shows the place in
-it. Text of users and of networks is shown as HTML of `answers.py`, which escapes it, or as the value of a text box.
+Requests to networks wait in one queue for each kind of network (`concurrency_id`), and the page shows their place in
+it. Text from users and from networks is shown as HTML by `answers.py`, which escapes it, or as the value of a text box.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ import numpy as np
 from fastapi import FastAPI
 
 from diptych.app import answers
-from diptych.app.answers import Drawing, Given, Tab, read_images
+from diptych.app.answers import Given, MarkedImage, Tab, read_images
 from diptych.app.decisions import Offer, Offers, label_confidence
 from diptych.app.serve import MAX_FILE_MB, WAITING
 from diptych.errors import UserError
@@ -26,7 +26,7 @@ from diptych.errors import UserError
 _BATCH = 16
 """Largest number of requests that a network answers together."""
 _LONGEST = 1000
-"""Letters of a text."""
+"""Largest number of letters of a text."""
 _AUDITED = 6
 """Pairs of the Audit tab on one sheet."""
 _SECONDS = 5.0
@@ -48,7 +48,7 @@ def build(given: Given) -> gr.Blocks:
 
 
 def mount(app: FastAPI, page: gr.Blocks) -> FastAPI:
-    """``app`` with the page at its root: nothing is sent from other folders, and nothing is asked of other machines."""
+    """``app`` with the page at its root: it serves no other folder and asks no other machine for anything."""
     theme = gr.themes.Default(
         primary_hue="blue",
         font=[gr.themes.Font(name) for name in _FONTS],
@@ -154,43 +154,43 @@ def _caption(given: Given, *_: object) -> None:
     )
 
 
-def _draw(given: Given, *_: object) -> None:
+def _imagine(given: Given, *_: object) -> None:
     found = given.networks("itit")
     usual = next(iter(found.values())).image_generation
 
-    def draw(
-        name: str, text: str, seed: int, guidance: float, steps: int, drawing: Drawing | None
-    ) -> Iterator[tuple[Any, Drawing]]:
-        """With a drawing, only its marked part is drawn."""
+    def imagine(
+        name: str, text: str, seed: int, guidance: float, steps: int, current: MarkedImage | None
+    ) -> Iterator[tuple[Any, MarkedImage]]:
+        """With an image, only its marked part is generated anew."""
         with _mistakes_told():
-            known = None if drawing is None else (drawing.step.tokens, drawing.marked)
+            known = None if current is None else (current.step.tokens, current.marked)
             config = replace(found[name].image_generation, guidance=guidance, steps=int(steps))
             for step in found[name].imagine_steps(text, seed=int(seed or 0), config=config, known=known):
-                drawing = Drawing(step=step)
-                yield drawing.shown(), drawing
+                current = MarkedImage(step=step)
+                yield current.shown(), current
 
-    def draw_all(name: str, text: str, seed: int, guidance: float, steps: int) -> Iterator[tuple[Any, Drawing]]:
-        yield from draw(name, text, seed, guidance, steps, None)
+    def imagine_all(name: str, text: str, seed: int, guidance: float, steps: int) -> Iterator[tuple[Any, MarkedImage]]:
+        yield from imagine(name, text, seed, guidance, steps, None)
 
-    def draw_anew(
-        name: str, text: str, seed: int, guidance: float, steps: int, drawing: Drawing | None
-    ) -> Iterator[tuple[Any, Drawing]]:
+    def imagine_anew(
+        name: str, text: str, seed: int, guidance: float, steps: int, current: MarkedImage | None
+    ) -> Iterator[tuple[Any, MarkedImage]]:
         with _mistakes_told():
-            if drawing is None or not drawing.corners:
-                raise UserError("nothing is marked: click on two corners of the part to draw anew")
-        yield from draw(name, text, seed, guidance, steps, drawing)
+            if current is None or not current.corners:
+                raise UserError("nothing is marked: click on two corners of the part to generate anew")
+        yield from imagine(name, text, seed, guidance, steps, current)
 
-    def touch(drawing: Drawing | None, event: gr.SelectData) -> tuple[Any, Drawing | None]:
-        if drawing is None:
+    def touch(current: MarkedImage | None, event: gr.SelectData) -> tuple[Any, MarkedImage | None]:
+        if current is None:
             return None, None
-        drawing = drawing.touched(int(event.index[0]), int(event.index[1]))
-        return drawing.shown(), drawing
+        current = current.touched(int(event.index[0]), int(event.index[1]))
+        return current.shown(), current
 
-    def begin(name: str, file: str | None) -> tuple[Any, Drawing]:
+    def begin(name: str, file: str | None) -> tuple[Any, MarkedImage]:
         with _mistakes_told():
             [image] = read_images(_one(file), found[name].image_size)
-        drawing = Drawing.of(found[name], image)
-        return drawing.shown(), drawing
+        current = MarkedImage.of(found[name], image)
+        return current.shown(), current
 
     with gr.Row():
         with gr.Column(scale=2):
@@ -199,20 +199,20 @@ def _draw(given: Given, *_: object) -> None:
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
             guidance = gr.Slider(0, 10, value=usual.guidance, step=0.1, label="Guidance")
             steps = gr.Slider(1, 64, value=usual.steps, step=1, label="Steps")
-            button = gr.Button("Draw", variant="primary")
-            anew = gr.Button("Draw the marked part anew")
+            button = gr.Button("Imagine", variant="primary")
+            anew = gr.Button("Generate the marked part anew")
             start = gr.UploadButton("Start from an image of yours", file_types=["image"], type="filepath")
         with gr.Column(scale=3):
             image = gr.Image(
                 label="Click on two corners to mark a part", format="png", interactive=False, buttons=["download"]
             )
-    drawing = gr.State(None)
-    inputs, outputs = [run, text, seed, guidance, steps], [image, drawing]
+    current = gr.State(None)
+    inputs, outputs = [run, text, seed, guidance, steps], [image, current]
     asked = {"concurrency_id": "itit", "show_progress_on": button}
-    gr.on([button.click, text.submit], draw_all, inputs, outputs, api_name="draw", **asked)
-    anew.click(draw_anew, [*inputs, drawing], outputs, api_name=False, **asked)
+    gr.on([button.click, text.submit], imagine_all, inputs, outputs, api_name="imagine", **asked)
+    anew.click(imagine_anew, [*inputs, current], outputs, api_name=False, **asked)
     start.upload(begin, [run, start], outputs, api_name=False, concurrency_id="itit")
-    image.select(touch, drawing, outputs, api_name=False, concurrency_limit=None, show_progress="hidden")
+    image.select(touch, current, outputs, api_name=False, concurrency_limit=None, show_progress="hidden")
 
 
 def _cycle(given: Given, *_: object) -> None:
@@ -294,7 +294,7 @@ def _classify(given: Given, *_: object) -> None:
 
 @dataclass
 class _Desk:
-    """What one user of the Label tab has before him, and what he had."""
+    """The image that one user of the Label tab has now, and the earlier ones."""
 
     offer: Offer | None = None
     earlier: list[Offer] = field(default_factory=list)
@@ -459,7 +459,7 @@ def _train(given: Given, opened: gr.Tab, _: object) -> None:
 
 _TABS: dict[Tab, Callable[[Given, gr.Tab, gr.Blocks], None]] = {
     "Caption": _caption,
-    "Draw": _draw,
+    "Imagine": _imagine,
     "Cycle": _cycle,
     "Label": _label,
     "Search": _search,

@@ -1,7 +1,8 @@
 """Serving the page: who may open it, and how much may be sent to it.
 
-On a loopback address everyone on the machine may open the page, but no web site that points a name of its own at this
-machine. On every other address a token is needed, which comes once in the address of the page and then in a cookie.
+On a loopback address everyone on the machine may open the page. A request under any other host name is refused, because
+a web site could point a name of its own at this machine (DNS rebinding). On every other address a token is needed,
+which comes once in the address of the page and then in a cookie.
 """
 
 import hmac
@@ -45,7 +46,7 @@ def is_loopback(host: str) -> bool:
 
 
 def token_for(host: str, token: str | None) -> str | None:
-    """The token that opens the page: the given one, a new one where the network can reach ``host``, else none.
+    """The token that opens the page: the given one, a new one where other machines can reach ``host``, else none.
 
     Raises UserError for a token that can be guessed.
     """

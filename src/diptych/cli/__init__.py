@@ -17,6 +17,7 @@ from diptych.cli.inference import (
     embed,
     export,
     imagine,
+    push,
     search,
 )
 from diptych.cli.training import demo, encode, features, fit, fit_for_help, plan, plan_for_help, recipes
@@ -43,6 +44,7 @@ COMMANDS = {
     "classify": classify,
     "app": app,
     "export": export,
+    "push": push,
     "evaluate": evaluate,
     "sweep": sweep,
 }

@@ -217,13 +217,13 @@ def suggest(
     if not opened.has_images:
         raise UserError(f"{source}: has no images to caption")
     known = opened if captioned is None else open_finite(captioned, Columns())
-    bare, done = _some_items(opened, pool, captions=False), _some_items(known, pool, captions=True)
-    if not len(bare.items):
+    uncaptioned, done = _some_items(opened, pool, captions=False), _some_items(known, pool, captions=True)
+    if not len(uncaptioned.items):
         raise UserError(f"{source}: every image has a caption already")
     if not len(done.items):
         print("no image has a caption: --captioned SRC names those that have", file=sys.stderr)
     images, captioned_MF = _look_at(
-        bare, done, run=run, features=features, max_skipped_share=max_skipped_share, device=device
+        uncaptioned, done, run=run, features=features, max_skipped_share=max_skipped_share, device=device
     )
     found = choose(opened, images, captioned_MF, count=count)
     if out is None:
@@ -232,7 +232,7 @@ def suggest(
         return
     sheet = write_suggestions(opened, found, out)
     joined = "&" if "?" in source else "?"
-    print(f"{len(found):,} of {len(bare.items):,} images without a caption in {out}, to be seen on {sheet}")
+    print(f"{len(found):,} of {len(uncaptioned.items):,} images without a caption in {out}, to be seen on {sheet}")
     print(f"with captions written into it, a source: '{source}{joined}keep={out}'")
 
 
@@ -251,7 +251,7 @@ def _some_items(source: "Source", most: int, *, captions: bool) -> "Subset[Sourc
 
 
 def _look_at(
-    bare: "Subset[Source]",
+    uncaptioned: "Subset[Source]",
     done: "Subset[Source]",
     *,
     run: Path | None,
@@ -273,7 +273,7 @@ def _look_at(
         from diptych.itit.evaluation import looked_at as itit_looked_at
 
         diptych = open_itit(run, device)
-        seen = itit_looked_at(diptych, bare, skipped=skipped, advance=ProgressLine("captioning"))
+        seen = itit_looked_at(diptych, uncaptioned, skipped=skipped, advance=ProgressLine("captioning"))
         known = itit_looked_at(diptych, done, drafts=False, skipped=skipped_known) if len(done.items) else None
     elif run is not None:
         from diptych.dual.evaluation import looked_at
@@ -281,13 +281,18 @@ def _look_at(
 
         encoder = open_dual(run, device=device)
         texts = [text for item in done.items for text in done.source.captions(int(item))]
-        seen = looked_at(encoder, bare, texts, skipped=skipped, advance=ProgressLine("embedding images"))
+        seen = looked_at(encoder, uncaptioned, texts, skipped=skipped, advance=ProgressLine("embedding images"))
         known = looked_at(encoder, done, (), skipped=skipped_known) if len(done.items) else None
     if run is None or features is not None:
         from diptych.eval.baselines import image_features
 
-        items, bare_NF = image_features(bare if seen is None else replace(bare, items=seen.items_N), features, device)
-        seen = LookedAt(items_N=items, features_NF=bare_NF) if seen is None else replace(seen, features_NF=bare_NF)
+        left = uncaptioned if seen is None else replace(uncaptioned, items=seen.items_N)
+        items_N, features_NF = image_features(left, features, device)
+        seen = (
+            LookedAt(items_N=items_N, features_NF=features_NF)
+            if seen is None
+            else replace(seen, features_NF=features_NF)
+        )
         known = (
             LookedAt(items_N=np.asarray(done.items), features_NF=image_features(done, features, device)[1])
             if len(done.items)

@@ -77,8 +77,8 @@ def evaluate(
     at_least_one("--steps", steps)
     at_least_one("--cycles", cycles)
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
-    drawn = {name: value for name, value in given.items() if value is not None}
-    if kind != "itit" and (protocol or cycles or drawn):
+    generation = {name: value for name, value in given.items() if value is not None}
+    if kind != "itit" and (protocol or cycles or generation):
         flags = "--protocol, --cycles, --steps, --guidance and --temperature"
         raise UserError(f"{run}: {flags} are for runs of an itit recipe")
     if against and not cycles:
@@ -122,10 +122,10 @@ def evaluate(
         from diptych.itit.evaluation import EvaluateConfig, evaluate_run
 
         config = EvaluateConfig(limit=limit, beams=beams, seed=seed, max_skipped_share=max_skipped_share)
-        if drawn:
+        if generation:
             from diptych.itit.pipeline import generation_of
 
-            config.image_generation = replace(generation_of(run)[0], **drawn)
+            config.image_generation = replace(generation_of(run)[0], **generation)
         if protocol is not None:
             from diptych.itit.protocols import evaluate_protocol
 
@@ -157,8 +157,8 @@ def sweep(
 ) -> None:
     """Score an ITIT run over a grid of settings: temperature and guidance of images, beams and length of captions.
 
-    Images are scored by the Frechet distance, captions by CIDEr-D, in a table and a figure of each. The source is to be
-    validation data. A command that was stopped goes on where it was when it is repeated.
+    Images are scored by the Frechet distance, captions by CIDEr-D, in a table and a figure of each. Give validation
+    data as the source. A command that was stopped goes on where it was when it is repeated.
 
     Args:
         run: Run folder of an itit recipe.

@@ -1,6 +1,6 @@
 """The images that a command is given: files one by one, and sources with all their images.
 
-What cannot be read is told on stderr, and the others go on.
+An image that cannot be read is reported on stderr, and the others are used.
 
 Shapes: B images, S pixels of a side.
 """
@@ -47,7 +47,7 @@ class FoundImages:
 def find_images(places: Sequence[str]) -> FoundImages:
     """All images of ``places``, in order: image files, globs of them, and sources of any kind.
 
-    A place that does not exist or has no images is a line among the mistakes, so that it costs no other place.
+    A place that does not exist or has no images becomes a line among the mistakes, and the other places are searched.
     """
     images: list[NamedImage] = []
     mistakes: list[str] = []

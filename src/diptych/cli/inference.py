@@ -57,9 +57,9 @@ def caption(
 ) -> None:
     """Caption images: one line for each, or a file of captions for a whole data set.
 
-    The line is the caption alone for one image file, else FILE: CAPTION. An image that cannot be read is told on
-    stderr; the others are captioned, and the exit status is 1. With --out, images that have captions are left out,
-    and a command that was stopped goes on where it was when it is repeated.
+    The line is the caption alone for one image file, else FILE: CAPTION. An image that cannot be read is reported on
+    stderr; the others are captioned, and the exit status is 1. With --out, images that have captions are left out, and
+    a command that was stopped goes on where it was when it is repeated.
 
     Args:
         run: Run folder of an itit recipe.
@@ -72,10 +72,10 @@ def caption(
         shard: With --out, the part of the images to caption, such as 0/4 for the first of four processes or machines.
             Each writes a file of its own, NAME-00000-of-00004, and a glob of them is one source.
         calibrate: Captioned images that the run has not learned from, or `data.valid` for those it was scored on in
-            training. What scores are worth on them is written into RUN/confidence; from then on --json, --out and the
-            page tell the confidence of each caption. No other images need be given.
+            training. How good captions of each score are is written into RUN/confidence; from then on --json, --out and
+            the page give a confidence for each caption. No other images need be given.
         beams: Number of beams of the search; 1 is greedy. Default: the setting of the run.
-        candidates: Number of different captions of each image that --json and --out tell, the best first.
+        candidates: Number of different captions of each image in what --json and --out give, the best first.
         best_of: Number of captions of the beam search that are ranked anew, by how probable they make the image.
             Default: they are ranked by the beam search.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
@@ -178,7 +178,7 @@ def _calibrate(run: Path, spec: str, *, beams: int | None, ranked: dict[str, Any
 
     found = calibrate(open_itit(run, device), source, beams=beams, advance=ProgressLine("calibrating"), **ranked)
     where = found.save(run)
-    print(f"{found.told()}; written to {where}", file=sys.stderr)
+    print(f"{found.summary()}; written to {where}", file=sys.stderr)
 
 
 def _confidence(run: Path, diptych: "Diptych", *, beams: int | None, ranked: dict[str, Any]) -> "Confidence | None":
@@ -585,20 +585,62 @@ def _classified(
         yield names, classifier.predictions(channels_first(pixels), top=top)
 
 
-def export(run: RunArg, *, out: Path) -> None:
-    """Export a dual encoder as a folder that open_clip reads. (RUN/model is one that transformers reads.)
+def export(run: RunArg, *, out: Path, format: Literal["open_clip", "onnx"] = "open_clip") -> None:
+    """Export a dual encoder for open_clip, or its towers as ONNX. (RUN/model is what transformers reads.)
 
     Args:
         run: Run folder of a dual encoder.
         out: Folder for the exported model. Files of the same names are replaced.
+        format: `open_clip` writes a folder that open_clip reads; CLIP alone, without pretrained towers. `onnx` writes
+            image_encoder.onnx and text_encoder.onnx for any number of rows and any length of texts, and compares them
+            with torch where onnxruntime is installed; needs the extra `onnx`.
     """
     check_finished(run, "dual")
 
-    from diptych.dual.export import save_open_clip
+    from diptych.dual.export import IMAGE_TOWER, TEXT_TOWER, save_onnx, save_open_clip
     from diptych.dual.model import open_dual
 
+    if format == "onnx":
+        difference = save_onnx(open_dual(run, device="cpu"), out)
+        print(f"{out / IMAGE_TOWER}: pixel_values -> image_embeds")
+        print(f"{out / TEXT_TOWER}: input_ids, attention_mask -> text_embeds")
+        told = "not compared with torch: pip install onnxruntime"
+        print(told if difference is None else f"largest difference from torch, in onnxruntime: {difference:.1e}")
+        return
     save_open_clip(open_dual(run, device="cpu"), out)
     print(f'open_clip.create_model_and_transforms("local-dir:{out}")')
+
+
+def push(
+    run: RunArg,
+    repo: Annotated[Positional[str | None], tyro.conf.arg(metavar="USER/NAME")] = None,
+    *,
+    license: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Upload a finished run to the Hugging Face Hub with a model card, in one commit.
+
+    The card holds the counts of the data, the settings, and the scores beside baselines and controls, as far as the run
+    folder has them. No addresses of data are uploaded, and no checkpoints. `from_pretrained("USER/NAME")` of the
+    pipelines loads what was uploaded.
+
+    Args:
+        run: Run folder of an itit, clip, siglip, slip, ito, uml-probe or uml-finetune recipe.
+        repo: Repository, which is made if it is not there.
+        license: License in the card, by its name on the hub, such as `apache-2.0`. Default: none is named.
+        private: Make the repository private, if it is made now.
+        dry_run: Print the card and upload nothing.
+    """
+    from diptych.hub import card
+    from diptych.hub import push as push_run
+
+    if dry_run:
+        print(card(run, repo_id=repo or "USER/NAME", license=license))
+        return
+    if repo is None:
+        raise UserError(f"no repository given: diptych push {run} USER/NAME, or --dry-run to see the card")
+    print(push_run(run, repo, private=private, license=license))
 
 
 # The page: runs of any kind
@@ -618,9 +660,9 @@ def app(
 ) -> None:
     """Serve a local page to caption, generate, search, classify and label images with runs. Needs the extra `app`.
 
-    The page has the tabs for which it is given something: Caption, Draw and Cycle for an ITIT run; Classify for a dual
-    encoder or a classifier; Search for a dual encoder with --index; Label for an ITIT run with --data; Audit for an
-    ITIT run or a dual encoder with --data; Train for every run that has logged something, also while it trains.
+    The page has the tabs for which it is given something: Caption, Imagine and Cycle for an ITIT run; Classify for
+    a dual encoder or a classifier; Search for a dual encoder with --index; Label for an ITIT run with --data; Audit for
+    an ITIT run or a dual encoder with --data; Train for every run that has logged something, also while it trains.
 
     Args:
         runs: Run folders.

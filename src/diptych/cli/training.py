@@ -35,6 +35,8 @@ RENAMED_FLAGS = {
     "objective.hide-for-image": "objective.image-masking",
     "objective.hide-for-text": "objective.text-masking",
     "objective.draw": "objective.image-generation",
+    "objective.teacher": "objective.cycle-network",
+    "objective.teacher-decay": "objective.cycle-network-decay",
     "generation.draw": "generation.image",
     "generation.write": "generation.text",
     "train.accumulate": "train.grad-accum-steps",
@@ -200,12 +202,13 @@ def fit(arguments: list[str]) -> None:
     rest = ["--help" if argument == "--help-all" else argument for argument in rest]
     rest = settings_as_flags(settings, but_not=rest) + rest
     given = _parse_fit(type(recipe), recipe, rest, prog=f"diptych fit {name}", about=RECIPES[name].__doc__)
+    asked = _changed(_plain(given.run), _plain(recipe))
+    _check_length(asked, minutes=given.minutes)
     budget = None
     if given.minutes is not None:
         from diptych.train.pace import Budget
 
         budget = Budget(given.minutes, began=time.monotonic() - time.process_time())  # the imports took their time
-    asked = _changed(_plain(given.run), _plain(recipe))
     try:
         given.run.fit(given.out, recipe=name, budget=budget)
     except UserError:  # what was asked for may not fit the run that is there
@@ -214,6 +217,18 @@ def fit(arguments: list[str]) -> None:
         write_settings(given.out, name, asked)
         raise
     write_settings(given.out, name, asked)
+
+
+def _check_length(asked: Mapping[str, Any], *, minutes: float | None, path: str = "") -> None:
+    """Raise UserError where more than one of minutes, epochs and steps is asked for, in any stage."""
+    for name, value in asked.items():
+        if isinstance(value, Mapping):
+            _check_length(value, minutes=minutes, path=f"{path}{name.replace('_', '-')}.")
+    if asked.get("epochs") is None:
+        return
+    other = "--minutes" if minutes is not None else f"--{path}steps" if "steps" in asked else None
+    if other is not None:
+        raise UserError(f"--{path}epochs and {other} both say how long to train: leave one of them away")
 
 
 def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:

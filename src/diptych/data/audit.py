@@ -1,6 +1,6 @@
 """What is wrong with a data set: pairs that do not fit, images and captions that are there twice, odd sizes.
 
-How well a caption fits its image is said by a run, in the slices of the learners; the rest needs no run. The findings
+A run says how well a caption fits its image (`pair_fits` of `itit/` and `dual/`); the rest needs no run. The findings
 become a table, a sheet of the worst pairs, and a list of what to keep, which `?keep=` makes a source of.
 
 Shapes: N images, B bits of a print, P pairs.
@@ -20,9 +20,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from diptych.data.check import open_images
 from diptych.data.engine import LOCAL, Engine, Rows
-from diptych.data.pixels import SkippedItems
+from diptych.data.pixels import SkippedItems, read_image
 from diptych.data.sources import Source
-from diptych.data.sources.decode import UnreadableImage
 from diptych.io import write_bytes
 from diptych.report.sheet import contact_sheet, save_png
 
@@ -36,7 +35,7 @@ _BITS = 10
 _COLOUR = 10.0
 """Largest mean difference of their averages, on the scale from 0 to 255."""
 _ROWS = 2048
-"""Rows of the comparison of all images with all at once."""
+"""Number of images that are compared with all others at a time."""
 _LONGEST = 60
 """Words beyond which a caption is called long: text encoders cut captions at 64 tokens or 77."""
 _WIDE = 3.0
@@ -47,7 +46,7 @@ _HAS_OPTIONS = re.compile(r"\?\w+=")
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How well a caption fits its image, on a scale of which only the order is used: less is worse."""
+    """How well a caption fits its image. Only the order of the values matters; a smaller value is worse."""
 
     item: int
     caption: int
@@ -92,10 +91,10 @@ def audit(
     engine: Engine = LOCAL,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Finding]:
-    """The findings on every pair and every bare image of ``source``, those that fit worst first.
+    """The findings on every pair and every image without a caption of ``source``, those that fit worst first.
 
-    Pairs in the ``worst`` share of ``fits`` are to be looked at; near duplicates are compared by their centre squares.
-    The ``reopen`` of another engine than the local gives the source.
+    Pairs in the ``worst`` share of ``fits`` are marked for a look; near duplicates are compared by their centre
+    squares. The ``reopen`` of another engine than the local gives the source.
     """
     items = np.arange(len(source))
     images = {}
@@ -143,8 +142,8 @@ def audit(
 def near_duplicates(pixels: Sequence[UInt8[np.ndarray, "S S 3"] | None]) -> dict[int, int]:
     """For each image that is the same as an earlier one, or nearly so, the number of the earliest such image.
 
-    Images that were compressed again, resized or mirrored count as the same. Compared are the signs of the brightness
-    differences between neighbouring cells of an 8 x 8 average, and then the colours of the cells.
+    Images that were compressed again, resized or mirrored count as the same. The comparison takes the signs of the
+    brightness differences between neighbouring cells of an 8 x 8 average, and then the colours of the cells.
     """
     readable = np.array([image is not None for image in pixels], bool)
     cells = [np.zeros(_CELLS, np.float32) if image is None else _cells(image) for image in pixels]
@@ -233,13 +232,12 @@ def write_audit(source: Source, findings: Sequence[Finding], out: Path, *, spec:
     write_bytes(out / "audit.parquet", buffer.getvalue())
     write_keep(findings, out / "keep.jsonl")
     if worst := [found for found in findings if found.fit is not None and found.reasons][:_ON_SHEET]:
+        skipped = SkippedItems(max_skipped_share=1.0)
         images, captions = [], []
         for found in worst:
-            try:
-                images.append(source.image(found.item, 160))
-            except UnreadableImage:
-                continue
-            captions.append(found.caption)
+            if (image := read_image(source, found.item, size=160, skipped=skipped)) is not None:
+                images.append(image)
+                captions.append(found.caption)
         save_png(out / "worst.png", contact_sheet(images, captions=captions, title=f"{source.name}: what fits worst"))
     return _told(findings, source, out, spec)
 

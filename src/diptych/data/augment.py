@@ -86,8 +86,8 @@ def _on(view_B3SS: Tensor, chosen_B: Tensor, drawn: Tensor, change, config: View
     """The views, of which the chosen rows are changed in place."""
     rows = chosen_B.nonzero()[:, 0]
     if len(rows):
-        there = rows.to(view_B3SS.device, non_blocking=True)
-        changed = change(view_B3SS[there], drawn[rows].to(view_B3SS.device, non_blocking=True), config)
+        there = rows.to(view_B3SS.device)
+        changed = change(view_B3SS[there], drawn[rows].to(view_B3SS.device), config)
         view_B3SS[there] = changed
     return view_B3SS
 

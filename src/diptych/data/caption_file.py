@@ -1,6 +1,6 @@
 """Captions of a whole data set on disk: written as they are made, and whole under their name when all are there.
 
-A killed command leaves `.NAME.partial` beside the file, from which its repetition goes on.
+A killed command leaves `.NAME.partial` beside the file, and the same command continues from it.
 """
 
 import csv
@@ -21,9 +21,9 @@ from diptych.io import write_bytes
 
 FORMATS = (".csv", ".jsonl", ".parquet", ".json", ".tar")
 _WITH_IMAGES = (".images.parquet", ".tar")
-"""Ends of the names of files that hold the images themselves."""
+"""Endings of the names of files that hold the images themselves."""
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
-"""Suffixes of formats of images that are not called by them."""
+"""Suffixes of the image formats that are not named like their suffix."""
 _IN_A_GROUP = 100
 """Number of images in a row group of parquet: what a reader holds at once."""
 ImageFiles = Mapping[str, Callable[[], Path | bytes]]
@@ -46,7 +46,7 @@ class MadeCaption:
 
 
 class CaptionFile:
-    """A table of captions that is in the making: csv, jsonl, parquet, COCO's json, or tasks of Label Studio.
+    """A table of captions that is being written: csv, jsonl, parquet, COCO's json, or tasks of Label Studio.
 
     Also, with the images in it, parquet (`.images.parquet`) or a tar in the layout of img2dataset.
     """
@@ -88,7 +88,7 @@ class CaptionFile:
     def finish(self, order: Sequence[str], *, confidence: Callable[[float], float] | None = None) -> None:
         """Write the file, its rows in the given order of images, and remove what it was made from.
 
-        ``confidence`` is that of a score.
+        ``confidence`` maps a score to its confidence.
         """
         rows = [self.made[name] for name in dict.fromkeys(order) if name in self.made]
         if confidence is not None:
@@ -133,7 +133,7 @@ def name_of_shard(out: Path, number: int, count: int) -> Path:
 
 
 def holds_images(out: Path) -> bool:
-    """Whether the file that is called so holds the images themselves."""
+    """Whether a file of this name holds the images themselves."""
     return out.name.lower().endswith(_WITH_IMAGES)
 
 
@@ -157,7 +157,7 @@ class Sidecars:
                 write_bytes(text, (each.caption + "\n").encode())
 
     def finish(self, order: Sequence[str], *, confidence: Callable[[float], float] | None = None) -> None:
-        """Nothing: every text was whole when it was written."""
+        """Does nothing, because every text was written whole."""
 
 
 def path_in_table(file: str, out: Path) -> str:
@@ -179,7 +179,7 @@ _COLUMNS = ["file_name", "caption", "score"]
 
 
 def _record(row: MadeCaption, out: Path) -> dict[str, Any]:
-    """A row of a table. All rows of a file have a confidence, or none has; so it is with candidates."""
+    """A row of a table. Either all rows of a file have a confidence, or none has. The same holds for candidates."""
     record = dict(zip(_COLUMNS, (path_in_table(row.file, out), row.caption, row.score), strict=True))
     record |= {"confidence": row.confidence} if row.confidence is not None else {}
     return record | ({"candidates": row.candidates} if row.candidates else {})

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from diptych.data.sources.columns import notes_on_labels
-from diptych.data.sources.decode import UnreadableImage, header
+from diptych.data.sources.columns import is_address, notes_on_labels
+from diptych.data.sources.decode import UnreadableImage, header, is_image_path
 from diptych.data.sources.open import (
     HasBlocks,
     HasFiles,
@@ -48,6 +48,8 @@ class SourceCheck:
     """Number of captions that belong to several items."""
     repeated_captions: int
     """Number of captions that their item has already."""
+    named_captions: int
+    """Number of captions that are an address or the name of a file, as shops and cameras write them."""
     lengths: Sequence[int]
     """Number of words of each caption."""
     labels: Counter[str]
@@ -81,6 +83,8 @@ class SourceCheck:
                 told.append(("", f"{counted(self.shared_captions, 'caption')} in the same words at several items"))
             if self.repeated_captions:
                 told.append(("", f"{counted(self.repeated_captions, 'caption')} that their item has already"))
+            if self.named_captions:
+                told.append(("", f"{counted(self.named_captions, 'caption')} that name a file or an address"))
         else:
             told.append(("captions", "none"))
         if self.opened:
@@ -138,6 +142,7 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
         captions=[len(captions) for captions in texts],
         shared_captions=sum(count > 1 for count in owners.values()),
         repeated_captions=sum(len(captions) - len(set(captions)) for captions in texts),
+        named_captions=sum(_is_name(text, source.key(i)) for i, captions in enumerate(texts) for text in captions),
         lengths=[len(text.split()) for captions in texts for text in captions],
         labels=labels,
         opened=len(chosen),
@@ -152,6 +157,10 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
         ),
         samples=[(source.key(i), next(iter(texts[i]), "")) for i in _spread(len(source), 3)],
     )
+
+
+def _is_name(text: str, key: str) -> bool:
+    return is_image_path(text) or is_address(text) or text == os.path.splitext(os.path.basename(key))[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +258,7 @@ class OpenedImage:
     size: tuple[int, int] | None = None
     """Width and height in pixels as stored; None too where the source has no files."""
     digest: bytes | None = None
-    """Of its file, else of its pixels."""
+    """Digest of its file, or of its pixels where the source has no files."""
     frames: int = 1
     """Number of frames of an animation, or of pages."""
 
@@ -284,7 +293,7 @@ def _spread(total: int, count: int) -> list[int]:
 
 
 _WHOLE = 256 * 2**20
-"""Largest number of bytes of all files together that are read whole; of larger ones, blocks."""
+"""Total size in bytes up to which files are read whole; of more, only blocks are read."""
 _BLOCK, _BLOCKS = 2**16, 16
 """Bytes of a block, and number of blocks of a file."""
 

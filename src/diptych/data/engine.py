@@ -5,7 +5,9 @@ has the same bytes, whichever engine worked, and a command that was stopped goes
 """
 
 import hashlib
+import logging
 import os
+import socket
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +26,8 @@ if TYPE_CHECKING:  # torch takes a second to import, and mistakes in a command a
     from diptych.data.pixels import SkippedItems
     from diptych.data.sources import Source
     from diptych.data.store import ResumableArrayWriter
+
+logger = logging.getLogger(__name__)
 
 EngineName = Literal["local", "ray"]
 _AHEAD = 2
@@ -64,10 +68,20 @@ class Engine:
     keep: Path | None = None
     """Folder in which :meth:`gather` keeps finished blocks, for a command that is stopped and repeated."""
 
+    @property
+    def cluster(self) -> str:
+        return self.address or os.environ.get("RAY_ADDRESS") or "local"
+
     def check(self) -> None:
-        """Raise UserError where Ray is wanted and not installed, and for an address without it."""
+        """Raise UserError where Ray is wanted and not installed or not there, and for an address without it."""
         if self.name == "ray":
             _import_ray()
+            host, _, port = self.cluster.removeprefix("ray://").rpartition(":")
+            if port.isdecimal():  # Ray itself would try for many minutes
+                try:
+                    socket.create_connection((host, int(port)), timeout=10).close()
+                except OSError as error:
+                    raise UserError(f"--ray-address {self.cluster}: nothing answers there ({error})") from error
         elif self.address is not None:
             raise UserError(f"--ray-address {self.address}: goes with --engine ray")
 
@@ -196,6 +210,7 @@ def _opened(reopen: Callable[[], Any], work: Callable[[Any, Any], Any]) -> Calla
 
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell its makers about each cluster
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # and print twenty lines on stdout when a worker dies
     try:
         import ray
     except ImportError as error:
@@ -210,7 +225,7 @@ def _map_on_ray(make: Callable[[], Callable[[Any], Any]], blocks: Iterable[Any],
     if following is None:
         return
     ray = _import_ray()
-    started = _connect(ray, engine.address)
+    started = _connect(ray, engine.cluster)
     pool = _Pool(ray, make, device=engine.device)
     found: dict[int, Any] = {}
     told = 0
@@ -279,21 +294,29 @@ class _Pool:
                 self._replace(worker, number, error)
                 continue
             self._deaths.pop(number, None)
-            self._idle.extend([worker] * (_AHEAD if number is None else 1))
+            self._rest(worker, _AHEAD if number is None else 1)
             self._spread()
             if number is not None:
                 del self.unfinished[number]
                 return number, result
 
+    def _rest(self, worker: Any, blocks: int) -> None:
+        """A worker can take so many blocks more. Those that have none come first."""
+        has_none = all(each != worker for each, _ in self._running.values())
+        self._idle.extend([worker] * (blocks - has_none))
+        self._idle.extendleft([worker] * has_none)
+
     def _replace(self, worker: Any, number: int | None, error: Exception) -> None:
         """Another worker in the place of a dead one, and its block to whoever is free next."""
         self._deaths[number] += 1
         if self._deaths[number] >= _DEATHS:
-            where = "when they began" if number is None else "at the same block of items, as for lack of memory"
-            raise UserError(f"{_DEATHS} workers of Ray died {where}: {first_line(error)}") from error
+            last = str(error).strip().splitlines()[-1]  # of a traceback, such as that Diptych is not installed there
+            where = f"when they began: {last}" if number is None else f"at the same block of items: {first_line(error)}"
+            raise UserError(f"{_DEATHS} workers of Ray died {where}") from error
         if number is not None:
             self._waiting.appendleft(number)
         if worker in self._living:
+            logger.warning("a worker of Ray died, and another one takes its place: %s", first_line(error))
             self._living.remove(worker)
             self._idle = deque(each for each in self._idle if each != worker)
             self._ray.kill(worker)
@@ -305,14 +328,16 @@ class _Pool:
             self._ray.kill(worker)
 
 
-def _connect(ray: Any, address: str | None) -> bool:
+def _connect(ray: Any, address: str) -> bool:
     """Join the cluster at ``address``, or start one. Whether it is to be left again."""
     if ray.is_initialized():
         return False
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
     try:
         ray.init(address, log_to_driver=False, logging_level="warning", **(own if address == "local" else {}))
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--ray-address {address}: no Ray cluster to be reached there ({first_line(error)})") from error
+    except (OSError, RuntimeError, ValueError) as error:  # a ConnectionError is an OSError
+        raise UserError(
+            f"--ray-address {address}: no Ray cluster lets us in there ({first_line(error)}); "
+            "a cluster with a token needs RAY_AUTH_MODE=token and the token here too"
+        ) from error
     return True

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diptych.data.batch import ImageExamples
 from diptych.data.scenes import ENDLESS, ScenesSource
-from diptych.data.sources import Source
+from diptych.data.sources import Source, require_pairs
 from diptych.data.sources.decode import UnreadableImage, decode
 from diptych.data.sources.open import HasShards
 from diptych.data.splits import Subset, at
@@ -200,12 +200,6 @@ def read_first_images(
     return items, np.concatenate(pixels)
 
 
-def check_has_pairs(source: Source) -> None:
-    """Raise UserError for a source without images or without captions."""
-    if not (source.has_images and source.has_captions):
-        raise UserError(f"{source.name}: scores need images and captions, and it does not have both")
-
-
 def captioned_items(source: Source) -> Int[np.ndarray, "N"]:
     """Numbers of the items that have a caption, ascending."""
     return np.array([item for item in range(len(source)) if source.captions(item)], dtype=np.int64)
@@ -213,7 +207,7 @@ def captioned_items(source: Source) -> Int[np.ndarray, "N"]:
 
 def paired_items(source: Source) -> Int[np.ndarray, "N"]:
     """As :func:`captioned_items`. Raises UserError for a source without images and where none has a caption."""
-    check_has_pairs(source)
+    require_pairs(source, source.name)
     items = captioned_items(source)
     if not len(items):
         raise UserError(f"{source.name}: none of its images has a caption")
@@ -224,7 +218,7 @@ def read_captioned(
     source: Source, *, limit: int | None, size: int, skipped: SkippedItems
 ) -> tuple[list[int], UInt8[np.ndarray, "B S S 3"]]:
     """The first ``limit`` readable items that have a caption, and their pixels. Raises as `read_first_images`."""
-    check_has_pairs(source)
+    require_pairs(source, source.name)
     return read_first_images(
         source, limit=limit, size=size, skipped=skipped, wanted=lambda item: bool(source.captions(item))
     )

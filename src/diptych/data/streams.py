@@ -180,6 +180,12 @@ class BatchSampler:
         self.streams, self.multiples = streams, multiples
         self.batch_size, self.seed = batch_size, seed
 
+    @property
+    def epoch_steps(self) -> float:
+        """Number of steps of an epoch: of one pass over the stream that the objective names first."""
+        name, multiple = next(iter(self.multiples.items()))
+        return self.streams[name].size / (multiple * self.batch_size)
+
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The rows of process ``rank`` of ``world``. Raises UserError where the processes cannot share the batch."""
         if self.batch_size % world:

@@ -1,6 +1,6 @@
 """Which images to caption next: uncertain ones that stand for many others and are unlike those captioned already.
 
-How uncertain a run is of an image, and the features of images, are found in the slices of the learners.
+How uncertain a run is of an image, and the features of images, come from `looked_at` of `itit/` and `dual/`.
 
 Shapes: N images without a caption, M images with one, F width of the features, B images of a block.
 """
@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from diptych.data.pixels import SkippedItems, read_image
 from diptych.data.sources import Source
-from diptych.data.sources.decode import UnreadableImage
 from diptych.errors import UserError
 from diptych.io import write_bytes
 from diptych.report.sheet import contact_sheet, save_png
 
 SHARE, TIMES = 0.2, 5
-"""Suggested are only images of this share, the most uncertain ones, or of so many times the count if that is more."""
+"""Only the most uncertain images are suggested: this share of all, or this many times the count if that is more."""
 _ROWS = 512
 _ON_SHEET = 60
 
@@ -180,13 +180,12 @@ def write_suggestions(source: Source, found: Sequence[Suggestion], out: Path) ->
     else:
         lines = [json.dumps({**row, "captions": []}, ensure_ascii=False) + "\n" for row in rows]
         write_bytes(out, "".join(lines).encode())
+    skipped = SkippedItems(max_skipped_share=1.0)
     images, captions = [], []
     for number, each in enumerate(found[:_ON_SHEET], start=1):
-        try:
-            images.append(source.image(each.item, 160))
-        except UnreadableImage:
-            continue
-        captions.append(f"{number} {each.draft or Path(each.key).name}")
+        if (image := read_image(source, each.item, size=160, skipped=skipped)) is not None:
+            images.append(image)
+            captions.append(f"{number} {each.draft or Path(each.key).name}")
     title = f"{source.name}: what to caption next"
     return save_png(out.with_suffix(".png"), contact_sheet(images, captions=captions, title=title))
 

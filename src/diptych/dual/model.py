@@ -28,6 +28,7 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
 from diptych.encoders.text import cleaned
 from diptych.errors import UserError, first_line
+from diptych.hub import OnHub
 from diptych.io import without_progress_bars
 from diptych.nn.inference import Device, eval_mode, pick_device
 from diptych.nn.transformer import attention, rounded
@@ -134,7 +135,7 @@ class Temperature:
         self.logit_scale.clamp_(max=torch.tensor(LARGEST_SCALE).log().item())
 
 
-class DualEncoder(nn.Module, Temperature):
+class DualEncoder(nn.Module, Temperature, OnHub):
     """CLIP's two towers, its tokenizer and its preparation of pixels."""
 
     learned_images = True
@@ -299,12 +300,13 @@ class DualEncoder(nn.Module, Temperature):
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], *, device: Device = "cpu") -> "DualEncoder":
-        """Load a CLIP or two towers from a folder, without any use of the network, a run folder, or by a hub name.
+        """Load a CLIP or two towers from a folder, which needs no internet, a run folder, or by a hub name.
 
         Raises UserError when ``name`` holds neither, and for a run that is not finished or of another kind.
         """
         from diptych.dual.towers import TowersEncoder  # a subclass
 
+        folder = Path(name)
         name = finished_part(name, "dual", "model")
         where: dict[str, Any] = {"local_files_only": Path(name).is_dir()}
         kinds: dict[str, tuple[Any, type[DualEncoder]]] = {
@@ -319,11 +321,13 @@ class DualEncoder(nn.Module, Temperature):
             with without_progress_bars(name):
                 clip = kind.from_pretrained(name, dtype=torch.float32, **where)
                 processor = transformers.AutoProcessor.from_pretrained(name, **where)
-            return ours(clip, processor).to(pick_device(device))
+            loaded = ours(clip, processor).to(pick_device(device))
         except Exception as error:  # transformers, safetensors and json each raise their own kinds for a broken file
             raise UserError(
                 f"dual encoder {name}: {first_line(error)}; give the folder or hub name of a CLIP"
             ) from error
+        loaded.run_folder = folder if Path(name) != folder else None  # a CLIP that was not trained here has no run
+        return loaded
 
     @without_progress_bars()
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

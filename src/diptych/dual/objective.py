@@ -59,7 +59,7 @@ class PairsConfig:
     def build(self, model: Trained) -> "PairsObjective[Any]":
         """The objective with these settings, on ``model``. New weights come from torch's global generator.
 
-        Raises UserError for a value that cannot be meant.
+        Raises UserError for an invalid value.
         """
         raise NotImplementedError
 
@@ -77,7 +77,7 @@ class PairsConfig:
         return {name: value for name, value in asdict(self).items() if name not in self.MEMORY_ONLY}
 
     def check(self) -> None:
-        """Raise UserError for a value that cannot be meant."""
+        """Raise UserError for an invalid value."""
         for name, value in (("views", self.views), ("captions", self.captions), ("chunk", self.chunk)):
             if value is not None and value < 1:
                 raise UserError(f"objective.{name} is {value}; it must be at least 1")
@@ -204,7 +204,8 @@ class SlipConfig(PairsConfig):
     """``views`` and ``augment`` are for CLIP's part of the loss."""
 
     strong: ViewConfig = field(default_factory=ViewConfig)
-    """The random changes that make SimCLR's two views. The defaults are ITO's, so that both methods see alike."""
+    """The random changes that make SimCLR's two views. The defaults are ITO's, so that both methods see images of the
+    same kind."""
     simclr_weight: float = 1.0
     """Weight of SimCLR's loss."""
     temperature: float = 0.1

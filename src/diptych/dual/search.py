@@ -129,7 +129,7 @@ def _as_tensor(array: np.ndarray) -> Tensor:
 
 
 def nearest_approximate(queries_QD: Float[Tensor, "Q D"], store: VectorStore, *, k: int, probes: int = PROBES) -> Hits:
-    """As :func:`nearest`, for more vectors than one wants to wait for, by an inverted file of faiss.
+    """As :func:`nearest`, for so many vectors that exact search is too slow, by an inverted file of faiss.
 
     The vectors are sorted into about sqrt(N) cells, and a query visits the ``probes`` cells with the nearest centres.
     The scores are those of exact search (up to fp16), but a neighbour in a cell that is not visited is missed. A query
@@ -411,8 +411,7 @@ class ZeroShotClassifier:
     def open(cls, run: Path, *, classes: Path, templates: Path | None, device: Device) -> "ZeroShotClassifier":
         """The dual encoder of ``run``, with a file of the name of a class on each line, and one of templates if wanted.
 
-        A name that stands there twice counts once.
-        Raises UserError for a file that cannot be read.
+        A name that occurs twice counts once. Raises UserError for a file that cannot be read.
         """
         names = list(dict.fromkeys(read_names(classes)))
         prompts = read_templates(templates) if templates else ENSEMBLE

@@ -68,6 +68,7 @@ class DualRun:
     """A dual encoder trained on pairs. Each family of recipes has a subclass, which sets the kind of objective."""
 
     kind: ClassVar[Kind] = "dual"
+    slow_field: ClassVar[str | None] = None
 
     data: PairsData
     """The captioned images to learn from and to validate on."""
@@ -90,7 +91,7 @@ class DualRun:
     def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> TrainResult:
         """Train, and leave ``out/model``, a plain CLIP folder, and the validation retrieval in ``metrics.jsonl``.
 
-        Raises UserError for data without images or captions, and for settings that cannot be meant.
+        Raises UserError for data without images or captions, and for invalid settings.
         """
         join_processes(self.train.device)
         source = open_finite(self.data.pairs, self.data.columns)
@@ -134,7 +135,7 @@ class DualRun:
             recipe, affordable, out, lambda run: make(run, copy.deepcopy(model)), evaluation_seconds=seconds
         )
         hooks = run._hooks(model, out, best)
-        write_config(out, recipe=recipe, run=run)
+        write_config(out, recipe=recipe, run=run, data=told)
         objective, batches = make(run, model)
         identity = {
             "model": model.clip.config.to_diff_dict() | model.training_settings(),
@@ -297,6 +298,7 @@ class DualRun:
     ) -> States:
         """The states to learn from: of all items, or of as many as a budget has time for beside the training."""
         enough, budget = self._enough(model, captions, plan), plan.budget
+        some = ", as many as the budget has time for" if budget is not None else ""
         with main_process_first():
             states, items = cached_states(
                 model,
@@ -306,6 +308,7 @@ class DualRun:
                 cache=self.data.cache or out / "features",
                 skipped=skipped,
                 enough=enough,
+                title=f"computing the features of images and captions{some}",
             )
         if budget is not None:
             budget.decision("images", lambda: items)

@@ -1,10 +1,10 @@
 """What a run must beat: baselines that take seconds, beside its own scores and computed by the same code.
 
-    caption_baselines   the most frequent caption, and the consensus caption of all pairs and of the nearest images
-    lent_embeddings     images as the words in the captions of the nearest images, for retrieval
-    encoder_fits        how well captions fit their images, by two pretrained encoders
-    ClassBaselines      chance, the most frequent class, and logistic regression
-    Comparison          a run beside its baselines, and the sentence that a report begins with
+    caption_baselines          the most frequent caption, and the consensus of all pairs and of the nearest images
+    neighbour_word_embeddings  images as the words in the captions of the nearest images, for retrieval
+    encoder_fits               how well captions fit their images, by two pretrained encoders
+    ClassBaselines             chance, the most frequent class, and logistic regression
+    Comparison                 a run beside its baselines, and the sentence that a report begins with
 
 Consensus captions are those of Devlin et al., "Exploring Nearest Neighbor Approaches for Image Captioning" (2015).
 Departure: captions are compared by the cosine of their TF-IDF vectors of n-grams, which are those of CIDEr.
@@ -13,10 +13,12 @@ Shapes: B images, T training images, S pixels a side, F width of the features, N
 C classes.
 """
 
+import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +46,8 @@ from diptych.run_folder import BASELINES, write_json
 
 NEAREST = 30
 """Number of training images whose captions are looked at. CIDEr-D on Flickr8k's dev images rises up to about here."""
+_NGRAMS = 4
+"""Longest sequence of tokens that is compared, as in CIDEr."""
 _MOST = 3000
 """Number of training images that are looked at, a random part of larger data: baselines take seconds."""
 _SIZE = 64
@@ -63,7 +67,7 @@ class Baseline:
     scores: dict[str, float]
     """Scores on the same items, under the names of the run's own."""
     kind: Literal["baseline", "without unpaired data"] = "baseline"
-    """A baseline takes seconds; "without unpaired data" is the same run, trained without what it is to profit from."""
+    """A baseline takes seconds to fit; "without unpaired data" is the same run, trained on its pairs alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,8 +235,9 @@ class CaptionPool:
         for of_image in ngrams:
             images_with.update(set().union(*of_image))
         # One more image than there are, so that a single image has vectors too.
-        weight = {gram: math.log((len(texts) + 1) / count) for gram, count in images_with.items()}
-        self._vectors = [[_unit_by_length(grams, weight) for grams in of_image] for of_image in ngrams]
+        self._rarest = math.log(len(texts) + 1)
+        self._weight = {gram: self._rarest - math.log(count) for gram, count in images_with.items()}
+        self._vectors = [[self._unit_by_length(grams) for grams in of_image] for of_image in ngrams]
 
     def consensus(self, images: Iterable[int]) -> str:
         """The caption of one of ``images`` that is most like their other captions in the mean; of equals the first."""
@@ -249,26 +254,66 @@ class CaptionPool:
         image, number = max(candidates, key=likeness)
         return self.texts[image][number]
 
+    def likeness(self, texts: Iterable[str], images: Sequence[int]) -> list[float]:
+        """How like the captions of ``images`` each text is: the mean cosine, from 0 to 1. Each image counts alike."""
+        mean: dict[tuple[str, ...], float] = defaultdict(float)
+        for image in images:
+            share = 1 / (len(images) * len(self._vectors[image]) * _NGRAMS)
+            for vector in self._vectors[image]:
+                for gram, value in vector.items():
+                    mean[gram] += share * value
+        vectors = (self._unit_by_length(_ngrams(text)) for text in texts)
+        return [sum(value * mean.get(gram, 0.0) for gram, value in vector.items()) for vector in vectors]
+
+    def _unit_by_length(self, grams: Mapping[tuple[str, ...], int]) -> dict[tuple[str, ...], float]:
+        """TF-IDF values, those of the n-grams of each length n scaled to length one, as in CIDEr."""
+        values = {gram: count * self._weight.get(gram, self._rarest) for gram, count in grams.items()}
+        lengths = range(1, _NGRAMS + 1)
+        norms = [math.sqrt(sum(v * v for gram, v in values.items() if len(gram) == n)) for n in lengths]
+        return {gram: value / (norms[len(gram) - 1] or 1.0) for gram, value in values.items()}
+
 
 def _ngrams(text: str) -> Counter[tuple[str, ...]]:
     """How often each sequence of one to four tokens occurs."""
     words = tokenize(text).split()
-    return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+    return Counter(tuple(words[i : i + n]) for n in range(1, _NGRAMS + 1) for i in range(len(words) - n + 1))
 
 
-def _unit_by_length(
-    grams: Mapping[tuple[str, ...], int], weight: Mapping[tuple[str, ...], float]
-) -> dict[tuple[str, ...], float]:
-    """TF-IDF values, those of the n-grams of each length n scaled to length one, as in CIDEr."""
-    values = {gram: count * weight[gram] for gram, count in grams.items()}
-    squares = [math.sqrt(sum(v * v for gram, v in values.items() if len(gram) == n)) for n in range(1, 5)]
-    return {gram: value / (squares[len(gram) - 1] or 1.0) for gram, value in values.items()}
+class NearCaptions:
+    """The captions of some images, and the features by which the images nearest to another one are found."""
+
+    def __init__(self, texts: Sequence[Sequence[str]], features_TF: Float[np.ndarray, "T F"]) -> None:
+        """``texts``: the captions of each image, at least one."""
+        self.texts, self.features_TF = texts, features_TF
+
+    @cached_property
+    def _pool(self) -> CaptionPool:
+        return CaptionPool(self.texts)
+
+    def likeness(self, features_BF: Float[np.ndarray, "B F"], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """How like the captions of the 30 nearest images the texts of each image are (:meth:`CaptionPool.likeness`)."""
+        near_BK = nearest(features_BF, self.features_TF.astype(np.float32), count=NEAREST)
+        return [self._pool.likeness(of_image, near) for of_image, near in zip(texts, near_BK.tolist(), strict=True)]
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write ``captions.json`` and ``features.npy``, in half precision."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "captions.json", self.texts)
+        np.save(folder / "features.npy", self.features_TF.astype(np.float16))
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "NearCaptions":
+        """Raises UserError where a file is missing or damaged."""
+        try:
+            return cls(json.loads((folder / "captions.json").read_text()), np.load(folder / "features.npy"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: cannot be read ({first_line(error)})") from error
 
 
 # Retrieval
 
 
-def lent_embeddings(
+def neighbour_word_embeddings(
     pairs: Subset[Source],
     test: Subset[Source],
     texts: Sequence[str],

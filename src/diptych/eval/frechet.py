@@ -3,10 +3,10 @@
     d^2 = |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)
 
 where mu and C are mean and covariance of the features of either set (Dowson and Landau 1982; Heusel et al. 2017).
-It is called FID only where the features are those of FID's Inception network, told by the checksum of its weights.
-Distances are comparable only for the same feature extractor, the same number of images and the same treatment of the
-images: JPEG against PNG alone moved a published FID from 11.18 to 13.74. Of the feature extractors below, only one that
-is asked for by a hub name uses the network.
+It is called FID only where the features are those of FID's Inception network, which is recognized by the checksum of
+its weights. Distances are comparable only for the same feature extractor, the same number of images and the same
+treatment of the images: JPEG against PNG alone moved a published FID from 11.18 to 13.74. Of the feature extractors
+below, only one that is given by a hub name uses the internet.
 
 Shapes: B batch, C channels, H and W height and width, D width of the features.
 """
@@ -215,7 +215,7 @@ class RandomFeatures(nn.Module):
 class HubExtractor(nn.Module):
     """Pooled features of any vision model of `transformers`, from a folder or by hub name.
 
-    A folder is read without the network. The images are resized to the model's square input, not cropped again.
+    A folder is read without the internet. The images are resized to the model's square input, not cropped again.
     """
 
     def __init__(self, path_or_name: str | Path) -> None:

@@ -172,9 +172,9 @@ def caption_fits(
     """How well each text fits its image, by what all *other* images say of the relation between both.
 
     A ridge regression from images to texts predicts a text for each image, and one from texts to images an image for
-    each text, always without that image and its texts. So a wrong pair cannot be known by heart. The cosine of the
-    prediction is compared with those of the nearest others on both sides, and the two directions are added in standard
-    deviations. `image_of_T` is the row of each text's image.
+    each text, always without that image and its texts. So no prediction has seen the pair that it judges. The cosine of
+    the prediction is compared with those of the nearest others on both sides, and the two directions are added in
+    standard deviations. `image_of_T` is the row of each text's image.
 
     Left out in closed form: W without pair i is W - G^-1 x_i (y_i - x_i W) / (1 - x_i G^-1 x_i), where G = X'X + l I
     (Allen, "The relationship between variable selection and data augmentation and a method for prediction", 1974). The

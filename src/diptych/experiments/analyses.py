@@ -316,7 +316,7 @@ def corrupted(
 def accuracies(
     classify: Classify, tests: Mapping[str, Labelled], *, size: int, items: np.ndarray | None = None, workers: int = 2
 ) -> dict[str, np.floating | np.ndarray]:
-    """Share of the images of each test set that are classified rightly: a number, or [M] for M classifiers.
+    """Share of the images of each test set that are classified correctly: a number, or [M] for M classifiers.
 
     Args:
         classify: The classifier, or several; they number classes as every test set does.

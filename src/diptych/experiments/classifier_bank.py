@@ -52,7 +52,7 @@ class TrainedMember:
     score: Score
     """The validation at the selected step."""
     right_N: np.ndarray
-    """Whether each test image is classified rightly with the selected weights."""
+    """Whether each test image is classified correctly with the selected weights."""
 
 
 class ClassifierBank:
@@ -116,7 +116,7 @@ class ClassifierBank:
         """Train each classifier for its number of ``steps``, on the schedule of all steps; nothing is selected.
 
         The numbers are multiples of ``train.eval_every``, or all steps. Returns whether each of the images ``test`` is
-        classified rightly, [N] for each classifier.
+        classified correctly, [N] for each classifier.
         """
         right: dict[int, np.ndarray] = {}
         every = self.train.eval_every

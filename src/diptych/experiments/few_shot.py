@@ -3,7 +3,7 @@
     few_shot                       train the grid; settings are chosen on validation images, never on test images
     regression                     logistic regression on the same features, a further control
     gain, spread, table            what the results say: gains with standard errors, means over seeds
-    show, accuracy_figure, as_json print it, draw it, store it
+    show, accuracy_figure, as_json print it, plot it, store it
 
 The published tables compare UML with a baseline of fewer parameters, and an independent reproduction found no gain over
 lambda = 0. Every result here is therefore shown beside all ``CONTROLS``, whose classifiers have the same parameters.
@@ -106,13 +106,13 @@ class FewShotResult:
     shots: int
     seed: int
     accuracy: float
-    """Share of the test images that are classified rightly."""
+    """Share of the test images that are classified correctly."""
     valid_accuracy: float
-    """Share of the validation images that are classified rightly."""
+    """Share of the validation images that are classified correctly."""
     chosen: dict[str, Any]
     """The chosen settings, and the selected step."""
     refit_accuracy: float | None = None
-    """Share of the test images that are classified rightly after the refit, if one was asked for."""
+    """Share of the test images that are classified correctly after the refit, if one was asked for."""
 
 
 def few_shot(

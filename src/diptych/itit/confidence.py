@@ -135,14 +135,15 @@ class Calibration:
 
     @property
     def halves(self) -> tuple[float, float]:
-        """Quality of the surer and of the less sure half of the captions: a map that knows nothing has them equal."""
+        """Quality of the surer and of the less sure half of the captions: they are equal for a map that says
+        nothing."""
         sure, unsure = self.bins[len(self.bins) // 2 :], self.bins[: len(self.bins) // 2]
         first, second = (
             np.average([b.found for b in some], weights=[b.count for b in some]) for some in (sure, unsure)
         )
         return float(first), float(second)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The result in a line."""
         sure, unsure = self.halves
         return (

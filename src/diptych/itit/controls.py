@@ -169,7 +169,8 @@ def train_stopped(alone: ItitRun, inputs: TrainingInputs, out: Path, test: Scene
 
 @dataclass(frozen=True, slots=True)
 class _EarlyStopping:
-    """Keeps the best network of a run. What it knows of earlier steps stands in metrics.jsonl, so it may be resumed."""
+    """Keeps the best network of a run. It reads the losses of earlier steps from metrics.jsonl, so a run may be
+    resumed."""
 
     held: PairExamples
     out: Path
@@ -205,9 +206,9 @@ class _EarlyStopping:
 def regression_on_pixels(run: ItitRun, test: ScenesSource) -> SceneScore:
     """Captions of ``test`` by logistic regression on the raw pixels of the captioned images.
 
-    For each quarter one classifier says the shape, or that there is nothing, and another one the colour. The three
-    quarters that are least likely empty are told. The l2 penalty is the one of `_L2` that does best on a fifth of the
-    pairs.
+    For each quarter one classifier says the shape, or that there is nothing, and another one the colour. The caption
+    names the three quarters that are least likely to be empty. The l2 penalty is the one of `_L2` that does best on a
+    fifth of the pairs.
     """
     data = open_data(run.data).pairs
     source, items = data.source, np.arange(test.count)

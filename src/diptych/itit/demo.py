@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table as ConsoleTable
+from rich.table import Table
 
 from diptych.data.batch import Batch, ImageTokenExamples, PairExamples, TextExamples
 from diptych.data.pixels import channels_first
@@ -31,13 +31,13 @@ from diptych.itit.training import ItitRun, TrainingInputs
 from diptych.report.figures import Panel, curves, read_metrics
 from diptych.report.html import (
     Captioned,
-    Comparison,
     Example,
     Facts,
     Figures,
+    ReportTable,
     Section,
+    SideBySide,
     Strip,
-    Table,
     Text,
     write_report,
 )
@@ -232,7 +232,7 @@ def _score(folder: Path, title: str, test: ScenesSource) -> ScoredRun:
 
 def _print_table(runs: list[ScoredRun], regression: float) -> None:
     head = ("", "captions exact", "images exact", "CIDEr", "steps", "seconds")
-    table = ConsoleTable(*head, title="on held-out scenes")
+    table = Table(*head, title="on held-out scenes")
     for each in runs:
         m = each.metrics
         accuracies = [f"{m['caption_accuracy']:.3f}", f"{m['image_accuracy']:.3f}"]
@@ -259,9 +259,9 @@ def write_demo_report(out: Path, runs: list[ScoredRun], *, metrics: dict[str, An
     alone, itit = (each.metrics for each in both)
     lead = (
         f"From {pairs} captioned images a network captions {alone['caption_accuracy']:.0%} of new scenes without a "
-        f"mistake and draws {alone['image_accuracy']:.0%}; given {unpaired:,} images without captions and {unpaired:,} "
-        f"texts without images as well, the same network captions {itit['caption_accuracy']:.0%} and draws "
-        f"{itit['image_accuracy']:.0%}."
+        f"mistake and generates {alone['image_accuracy']:.0%}; given {unpaired:,} images without captions and "
+        f"{unpaired:,} texts without images as well, the same network captions {itit['caption_accuracy']:.0%} and "
+        f"generates {itit['image_accuracy']:.0%}."
     )
     return write_report(out / "report.html", sections, title="Diptych: demo", lead=lead)
 
@@ -283,13 +283,15 @@ def _learned(runs: list[ScoredRun], metrics: dict[str, Any]) -> list[Any]:
         "images recognized after the tokenizer alone": metrics["tokenizer"]["image_accuracy"],
         "images to learn from": metrics["world"]["images"],
         "different grids of tokens among them": metrics["world"]["distinct_grids"],
-        "different scenes in the world that they are drawn from": metrics["world"]["distinct_scenes"],
+        "different scenes in the world that they come from": metrics["world"]["distinct_scenes"],
         "seconds in all": metrics["seconds"],
     }
     digits = {"CIDEr": 0, "steps": 0, "seconds": 0}
     return [
-        Table(head=head, rows=rows, digits=digits, best=dict.fromkeys(head[1:4], "high"), caption=about),
-        Table(head=["right", *_ATTRIBUTES], rows=attribute_rows, caption="Share of things with each attribute right."),
+        ReportTable(head=head, rows=rows, digits=digits, best=dict.fromkeys(head[1:4], "high"), caption=about),
+        ReportTable(
+            head=["right", *_ATTRIBUTES], rows=attribute_rows, caption="Share of things with each attribute right."
+        ),
         Facts(items=facts),
     ]
 
@@ -299,7 +301,7 @@ def _mean_share(metrics: dict[str, Any], side: str, attribute: str) -> float:
     return sum(metrics[f"{side}_{attribute}_{number}"] for number in (1, 2, 3)) / 3
 
 
-def _one_scene(both: list[ScoredRun]) -> Comparison:
+def _one_scene(both: list[ScoredRun]) -> SideBySide:
     """A scene and its caption; what each network makes of either."""
     scenes = both[0].evaluation
     cells = [Captioned(image=scenes.real_BSS3[0], caption=scenes.references[0][0], label="scene")]
@@ -307,20 +309,20 @@ def _one_scene(both: list[ScoredRun]) -> Comparison:
         found = each.evaluation
         assert found.generated_BSS3 is not None
         cells.append(Captioned(image=found.generated_BSS3[0], caption=found.captions[0], label=each.title))
-    return Comparison([Example("its image generated from the caption, its caption generated from the image", cells)])
+    return SideBySide([Example("its image generated from the caption, its caption generated from the image", cells)])
 
 
-def _captions(both: list[ScoredRun]) -> Comparison:
+def _captions(both: list[ScoredRun]) -> SideBySide:
     scenes = both[0].evaluation
     examples = []
     for row in range(min(_SHOWN, len(scenes.keys))):
         scene = Captioned(image=scenes.real_BSS3[row], label="scene")
         captions = [Captioned(caption=each.evaluation.captions[row], label=each.title) for each in both]
         examples.append(Example(scenes.references[row][0], [scene, *captions]))
-    return Comparison(examples)
+    return SideBySide(examples)
 
 
-def _images(both: list[ScoredRun]) -> Comparison:
+def _images(both: list[ScoredRun]) -> SideBySide:
     scenes = both[0].evaluation
     generated = [(each.evaluation.generated_BSS3, each.title) for each in both]
     examples = []
@@ -328,7 +330,7 @@ def _images(both: list[ScoredRun]) -> Comparison:
         scene = Captioned(image=scenes.real_BSS3[row], label="scene")
         images = [Captioned(image=pixels[row], label=title) for pixels, title in generated if pixels is not None]
         examples.append(Example(scenes.references[row][0], [scene, *images]))
-    return Comparison(examples)
+    return SideBySide(examples)
 
 
 def _cycle(run: ScoredRun) -> list[Any]:

@@ -250,7 +250,7 @@ def drift(
     *,
     seed: int = 0,
 ) -> dict[str, float]:
-    """How much better round trips do than their first halves: what both directions agree on although it is not so.
+    """How much better round trips score than their first halves. Above 0, both directions agree on something untrue.
 
     ``text_drift`` is the share of texts that are right again after text -> image -> text, less the share of images that
     are right; ``image_drift`` the share of images that are right after image -> text -> image, less the share of texts.

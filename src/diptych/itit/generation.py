@@ -52,6 +52,14 @@ class TextGenerationConfig:
     agreement: float = 0.0
     """Weight of the agreement of a caption with the image's features, beside its score, in the choice among what the
     beam search ends with (:meth:`ImageFeatures.agreement`). It needs a network that reads captions from features."""
+    consensus: float = 0.0
+    """Weight of the likeness of a caption to those of the captioned images with the nearest features, in the same
+    choice (:class:`diptych.eval.baselines.NearCaptions`). It needs such a network too."""
+
+    @property
+    def ranks(self) -> bool:
+        """Whether what a beam search ends with is ranked anew."""
+        return self.beams > 1 and bool(self.agreement or self.consensus)
 
 
 @torch.no_grad()

@@ -384,11 +384,21 @@ SIZES: dict[str, ItitConfig] = {
         text_decoder_depth=2,
         text_decoder_heads=4,
     ),
+    "medium": ItitConfig(
+        width=512,
+        depth=8,
+        heads=8,
+        image_decoder_depth=6,
+        text_decoder_width=512,
+        text_decoder_depth=4,
+        text_decoder_heads=8,
+    ),
     "base": ItitConfig(),
     "large": ItitConfig(width=1024, depth=24, heads=16),
     "huge": ItitConfig(width=1280, depth=32, heads=16),
 }
-"""Sizes by name. Base, large and huge are the paper's; tiny and small are for two CPU cores or one small GPU."""
+"""Sizes by name. Base, large and huge are the paper's; medium is for one GPU of 24 GB, tiny and small
+for two CPU cores or one small GPU."""
 
 
 @dataclass(kw_only=True, slots=True)

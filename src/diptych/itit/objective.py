@@ -87,10 +87,10 @@ class ItitObjectiveConfig:
     )
     """Generation of images for unpaired texts in T2I2T. It takes fewer steps than the paper's and no guidance; see
     docs/results.md for the effect."""
-    teacher: Literal["self", "ema"] = "self"
+    cycle_network: Literal["self", "ema"] = "self"
     """Network that generates inside the cycles: the one in training (the paper) or its moving average (DoraCycle)."""
-    teacher_decay: float = 0.999
-    """Decay of the teacher's moving average, per step."""
+    cycle_network_decay: float = 0.999
+    """Decay of that moving average, per step."""
     embedding_lr_scale: float = 1.0
     """Factor on the learning rate of the embeddings of image tokens and words. A row of them learns only in steps that
     show its token, so in a short run they lag behind the other weights."""
@@ -103,9 +103,10 @@ _ONE_BEAM = TextGenerationConfig(beams=1)
 
 
 class TeacherHead(nn.Module):
-    """From the mean of the encoder's output to the features of a pretrained vision model; dropped after training.
+    """The head of REPA: from the mean of the encoder's output to the features of a frozen vision model, the teacher.
 
-    The features are centred and scaled by those of the captioned images: raw ones point nearly the same way for all.
+    It is dropped after training. The features are centred and scaled by those of the captioned images: raw ones point
+    nearly the same way for all.
     """
 
     mean_T: Tensor
@@ -151,7 +152,7 @@ class ItitObjective(Objective):
             self.streams["images"] = 1
         if config.texts != "off" or config.weights.t2t:
             self.streams["texts"] = 1
-        self.teacher = copy.deepcopy(model).requires_grad_(False) if config.teacher == "ema" else None
+        self.averaged = copy.deepcopy(model).requires_grad_(False) if config.cycle_network == "ema" else None
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The weighted sum of the losses that are on at this step, and each of them unweighted."""
@@ -222,7 +223,7 @@ class ItitObjective(Objective):
             noise = self.config.image_feature_noise
             guessed_BG = reader.of_texts(features_BLF, texts.valid_BL, noise=noise, rng=rng)
             return self._text_loss(reader(guessed_BG), texts.ids_BL, texts.valid_BL)
-        network = self.teacher or self.model
+        network = self.averaged or self.model
         with eval_mode(network):
             pseudo_BN = generate_image_tokens(
                 network, features_BLF, texts.valid_BL, self.config.image_generation, rng=rng
@@ -280,7 +281,7 @@ class ItitObjective(Objective):
         nothing; this share is the first number to fall.
         """
         tokens_BN = images.tokens_BN
-        network, banned_V = self.teacher or self.model, self.text_encoder.banned_V
+        network, banned_V = self.averaged or self.model, self.text_encoder.banned_V
         # How many tokens are generated depends on the images: each process has its own number of calls.
         with eval_mode(network), gathered(network.text_decoder):
             pseudo_BL, _ = generate_text(
@@ -389,12 +390,12 @@ class ItitObjective(Objective):
 
     @torch.no_grad()
     def start_step(self, step: int) -> None:
-        """Move the teacher towards the network; at the first step with cycles, make it a copy."""
-        if self.teacher is None or step < self.config.cycle_start_step:
+        """Move the averaged network towards the one in training; at the first step with cycles, make it a copy."""
+        if self.averaged is None or step < self.config.cycle_start_step:
             return
         first = step == self.config.cycle_start_step
-        ours, theirs = ([local_part(p) for p in each.parameters()] for each in (self.model, self.teacher))
-        torch._foreach_lerp_(theirs, ours, 1.0 if first else 1 - self.config.teacher_decay)
+        ours, theirs = ([local_part(p) for p in each.parameters()] for each in (self.model, self.averaged))
+        torch._foreach_lerp_(theirs, ours, 1.0 if first else 1 - self.config.cycle_network_decay)
 
     # What the training loop asks for
 

@@ -27,6 +27,8 @@ from diptych.data.sources import Source, open_source
 from diptych.data.store import DataTokenizers
 from diptych.encoders.image import ImageEncoder, open_image_encoder, resize, resize_pixels
 from diptych.errors import UserError
+from diptych.eval.baselines import NearCaptions
+from diptych.hub import OnHub, local_folder
 from diptych.io import load_network, weights_digest
 from diptych.itit.generation import (
     ImageGenerationConfig,
@@ -46,6 +48,8 @@ from diptych.tokenizers.text_tokenizer import PAD, TextTokenizer
 Advance = Callable[[int, int], None]
 """Called with the number of rows that are done and that of all."""
 
+NEAR_CAPTIONS = "near_captions"
+"""Folder of a run with the captions that others are compared with, see :class:`NearCaptions`."""
 TEACHER = Path("stages") / "teacher"
 """Folder of a run with the vision model that teaches its encoder."""
 _ROWS = 64
@@ -90,7 +94,7 @@ class ImagineStep:
     """bool [R R]: the tokens that are still hidden."""
 
 
-class Diptych:
+class Diptych(OnHub):
     """Captions images and generates images, with an image tokenizer, a frozen text encoder and an ITIT network.
 
     >>> diptych = Diptych.from_pretrained("runs/demo/itit")
@@ -106,6 +110,7 @@ class Diptych:
         *,
         text_tokenizer: TextTokenizer | None = None,
         image_encoder: ImageEncoder | None = None,
+        near_captions: NearCaptions | None = None,
         image_generation: ImageGenerationConfig | None = None,
         text_generation: TextGenerationConfig | None = None,
         device: str | torch.device = "cpu",
@@ -114,12 +119,14 @@ class Diptych:
         """``text_encoder`` may be a function that loads it: captions need only its ``text_tokenizer``, given then.
 
         ``image_encoder`` is needed by a network that reads captions from its features, and by no other.
+        ``near_captions`` are needed where the settings of text generation ask for a consensus with them.
         """
         self.precision: Precision = precision
         self.device = torch.device(device)
         self.tokenizer = tokenizer.to(self.device).eval()
         self.model = model.to(self.device).eval()
         self.image_encoder = image_encoder if image_encoder is None else image_encoder.to(self.device).eval()
+        self.near_captions = near_captions
         self._text_encoder = text_encoder
         self._told: set[str] = set()  # unknown words, each named once
         self.text_tokenizer = text_tokenizer or self.text_encoder
@@ -131,10 +138,11 @@ class Diptych:
 
     @classmethod
     def from_pretrained(cls, run: str | Path, *, device: Device = "auto", precision: Precision = "auto") -> "Diptych":
-        """Load a run folder. Nothing outside it is read.
+        """Load a run folder, of which nothing outside is read, or what :meth:`push_to_hub` uploaded.
 
         Args:
-            run: folder with ``tokenizer/``, ``text_encoder/``, ``model/`` and, if it has one, ``image_encoder/``.
+            run: folder with ``tokenizer/``, ``text_encoder/``, ``model/`` and, if it has one, ``image_encoder/``; or
+                the name of a repository of the hub, such as ``user/name``, where there is no such folder.
             device: ``auto`` takes CUDA, then MPS, then the CPU.
             precision: precision of the ITIT network. ``auto`` is bf16 where the device multiplies it, else fp32, as in
                 training. The tokenizer and the text encoder always compute in fp32.
@@ -142,20 +150,23 @@ class Diptych:
         Raises:
             UserError: the folder is no finished run, or a file in it is damaged.
         """
-        run = Path(run)
+        run = local_folder(run)
         check_finished(run, "itit")
         image_generation, text_generation = generation_of(run)
-        return cls(
+        loaded = cls(
             ImageTokenizer.from_pretrained(run / "tokenizer"),
             lambda: TextEncoder.from_pretrained(run / "text_encoder"),
             load_network(ITIT, run / "model"),
             text_tokenizer=TextTokenizer.from_pretrained(run / "text_encoder"),
             image_encoder=image_encoder_of(run),
+            near_captions=NearCaptions.from_pretrained(run / NEAR_CAPTIONS) if text_generation.consensus else None,
             image_generation=image_generation,
             text_generation=text_generation,
             device=pick_device(device),
             precision=precision,
         )
+        loaded.run_folder = run
+        return loaded
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -185,7 +196,7 @@ class Diptych:
     ) -> list[Caption]:
         """One caption with its score for each encoded image. ``advance`` is called with the rows done and all."""
         config = self.text_generation if beams is None else replace(self.text_generation, beams=beams)
-        if config.agreement and config.beams > 1:
+        if config.ranks:
             several = self.candidates_encoded(images, count=1, beams=config.beams, advance=advance)
             return [each[0] for each in several]
         length = self.model.config.max_text_len
@@ -234,8 +245,9 @@ class Diptych:
         """Up to ``count`` different captions for each encoded image, the best first.
 
         They are what a beam search ends with, of as many beams at least, ranked by their score and, if the run's
-        settings say so, their agreement with the image's features. With ``best_of``, so many of them are ranked by
-        log p(image | caption) instead: all image tokens are hidden, and each is predicted from the caption alone.
+        settings say so, by how well they fit the image's features and near captions. With ``best_of``, so many of them
+        are ranked by log p(image | caption) instead: all image tokens are hidden, and each is predicted from the
+        caption alone.
         """
         config = replace(self.text_generation, beams=max(2, count, best_of or 0, beams or self.text_generation.beams))
         length = self.model.config.max_text_len
@@ -248,11 +260,12 @@ class Diptych:
                     self.model, piece, config, banned_V=self._banned_V, length=length, candidates=True
                 )
             assert score_BW is not None
+            texts_BW = [self.text_tokenizer.detokenize(ids_WL) for ids_WL in ids_BWL]
             worth_BW = score_BW.cpu()
-            if config.agreement and not best_of:
-                worth_BW = worth_BW + config.agreement * self._agreement(piece, ids_BWL)
+            if config.ranks and not best_of:
+                worth_BW = worth_BW + self._fit(piece, ids_BWL, texts_BW, config)
             for row, ids_WL in enumerate(ids_BWL):
-                texts, scores = self.text_tokenizer.detokenize(ids_WL), score_BW[row].tolist()
+                texts, scores = texts_BW[row], score_BW[row].tolist()
                 first = {text: place for place, text in reversed(list(enumerate(texts)))}  # of equal texts the first
                 places = [place for place in sorted(first.values()) if scores[place] > -math.inf]
                 made = [Caption(text=texts[place], score=scores[place]) for place in places]
@@ -268,16 +281,31 @@ class Diptych:
                 advance(len(found), len(images))
         return found
 
-    def _agreement(self, images: ImageTokenExamples, ids_BWL: Int[Tensor, "B W L"]) -> Float[Tensor, "B W"]:
-        """The agreement of texts with the features of their image; zero where the network reads none."""
-        reader = self.model.image_features
+    def _fit(
+        self,
+        images: ImageTokenExamples,
+        ids_BWL: Int[Tensor, "B W L"],
+        texts_BW: Sequence[Sequence[str]],
+        config: TextGenerationConfig,
+    ) -> Float[Tensor, "B W"]:
+        """What ranks texts beside their scores: agreement with the image's features and consensus with near captions.
+
+        Zero where the network reads no features.
+        """
+        reader, fit_BW = self.model.image_features, torch.zeros(ids_BWL.shape[:2])
         if reader is None:
-            return torch.zeros(ids_BWL.shape[:2])
+            return fit_BW
         assert images.image_features_BG is not None
-        ids_XL = ids_BWL.flatten(0, 1)
-        text_XLF = self.text_encoder.features(ids_XL, ids_XL != PAD).float()
-        features_XG = images.image_features_BG.repeat_interleave(ids_BWL.shape[1], 0)
-        return reader.agreement(features_XG, text_XLF, ids_XL != PAD).view(ids_BWL.shape[:2]).cpu()
+        if config.agreement:
+            ids_XL = ids_BWL.flatten(0, 1)
+            text_XLF = self.text_encoder.features(ids_XL, ids_XL != PAD).float()
+            features_XG = images.image_features_BG.repeat_interleave(ids_BWL.shape[1], 0)
+            agreement_X = reader.agreement(features_XG, text_XLF, ids_XL != PAD)
+            fit_BW = fit_BW + config.agreement * agreement_X.view_as(fit_BW).cpu()
+        if config.consensus and self.near_captions is not None:
+            likeness_BW = self.near_captions.likeness(images.image_features_BG.float().cpu().numpy(), texts_BW)
+            fit_BW = fit_BW + config.consensus * torch.tensor(likeness_BW)
+        return fit_BW
 
     def image_nats(self, tokens_BN: Int[Tensor, "B N"], ids_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B"]:
         """Nats a token of images, given captions; every image token is hidden, and none enters the encoder."""
@@ -382,7 +410,7 @@ class Diptych:
         """The image of a text as it appears: before the first and after each round of parallel decoding.
 
         The last step is the image of :meth:`imagine`. ``known`` are the tokens of an image in their grid, and which of
-        them are drawn anew; the others stay. Pixels of the others may change a little, as the decoder looks at all
+        them are generated anew; the others stay. Pixels of the others may change a little, as the decoder looks at all
         tokens. Raises UserError for an empty text.
         """
         if not text.strip():

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from diptych.data.pixels import SkippedItems, captioned_items, channels_first, check_has_pairs, image_batches
+from diptych.data.pixels import SkippedItems, captioned_items, channels_first, image_batches
 from diptych.data.scenes import ScenesSource
-from diptych.data.sources import Source
+from diptych.data.sources import Source, require_pairs
 from diptych.data.sources.open import first_scenes
 from diptych.encoders.image import resize_pixels
 from diptych.errors import UserError
@@ -109,7 +109,8 @@ def coco_karpathy(
         "references": f"{sum(counts):,}, {min(counts)} to {max(counts)} of an image, all of them used",
         "captions": f"beam search, {beams} beams, length power {text.length_power:g}, "
         f"at most {diptych.model.config.max_text_len} tokens"
-        + (f", chosen with weight {text.agreement:g} on agreement with the image" if text.agreement else ""),
+        + (f", chosen with weight {text.agreement:g} on agreement with the image" if text.agreement else "")
+        + (f" and {text.consensus:g} on likeness to captions of the nearest pairs" if text.consensus else ""),
         "scores": "CIDEr-D x 100, BLEU-1 to BLEU-4 and ROUGE-L of pycocoevalcap, on tokens as PTBTokenizer makes them",
         "meteor": _METEOR,
         "departures": departures,
@@ -155,11 +156,11 @@ def coco_fid30k(
     made: FeatureStatistics | None = None
     for pixels_B3SS, some in image_batches(source, items, size=size, skipped=skipped, rows=_ROWS):
         texts = [(found := source.captions(int(item)))[int(chosen[int(item)] * len(found))] for item in some]
-        drawn = diptych.imagine_pixels(texts, seed=derive_seed(config.seed, int(some[0])), config=settings)
-        drawn_B3SS = torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
-        pixels_B3SS = resize_pixels(pixels_B3SS, drawn_B3SS.shape[-1])
+        generated = diptych.imagine_pixels(texts, seed=derive_seed(config.seed, int(some[0])), config=settings)
+        generated_B3SS = torch.from_numpy(generated).permute(0, 3, 1, 2).contiguous()
+        pixels_B3SS = resize_pixels(pixels_B3SS, generated_B3SS.shape[-1])
         real = _added(real, extractor(pixels_B3SS.to(diptych.device)))
-        made = _added(made, extractor(drawn_B3SS.to(diptych.device)))
+        made = _added(made, extractor(generated_B3SS.to(diptych.device)))
         done += len(some)
         advance(done, wanted)
     assert real is not None
@@ -200,7 +201,7 @@ def described(settings: ImageGenerationConfig) -> str:
 
 def _captioned(source: Source) -> np.ndarray:
     """Numbers of the items with a caption. Raises UserError where there are none, or no images."""
-    check_has_pairs(source)
+    require_pairs(source, source.name)
     items = captioned_items(source)
     if not len(items):
         raise UserError(f"{source.name}: no image has a caption")
@@ -215,7 +216,7 @@ _SPLITS = re.compile(r"(?<![a-z])(train|restval|val|valid|validation|dev|test)(?
 
 
 def split_named_in(spec: str) -> str | None:
-    """The split that the text which names a source says: its option `split`, else a word in the name of the file."""
+    """The split that the spec of a source names: its option `split`, else a word in the name of the file."""
     if option := re.search(r"[?&]split=([^&]+)", spec):
         return option[1]
     found = _SPLITS.findall(Path(spec.partition("?")[0]).name.lower())
@@ -235,7 +236,7 @@ def evaluate_protocol(
 ) -> None:
     """Score a run by ``protocol``; print scores and what was done, and write both into ``out/metrics.json``.
 
-    ``spec`` names ``source``: a split that is not the protocol's is told.
+    ``spec`` names ``source``: a split that is not the protocol's is reported.
     """
     diptych = Diptych.from_pretrained(run, device=device)
     _ = diptych.text_encoder  # what is wrong with it is told before the work
@@ -312,18 +313,18 @@ def cycle_scores(
 
     told = [each[0] for each in texts]
     for number, record in enumerate(records):
-        drawn = diptych.imagine_pixels(told, seed=seed + number)
-        score_images("from_text", record, drawn)
-        told = [caption.text for caption in diptych.caption_encoded(diptych.encode(drawn))]
+        generated = diptych.imagine_pixels(told, seed=seed + number)
+        score_images("from_text", record, generated)
+        told = [caption.text for caption in diptych.caption_encoded(diptych.encode(generated))]
         score_texts("from_text", record, told)
         advance(number + 1, 2 * rounds)
     encoded = images.encoded
     for number, record in enumerate(records):
         told = [caption.text for caption in diptych.caption_encoded(encoded)]
         score_texts("from_image", record, told)
-        drawn = diptych.imagine_pixels(told, seed=seed + number)
-        score_images("from_image", record, drawn)
-        encoded = diptych.encode(drawn)
+        generated = diptych.imagine_pixels(told, seed=seed + number)
+        score_images("from_image", record, generated)
+        encoded = diptych.encode(generated)
         advance(rounds + number + 1, 2 * rounds)
     return records
 

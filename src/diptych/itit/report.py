@@ -13,8 +13,7 @@ from diptych.data.store import Store
 from diptych.itit.data import DataConfig, DataSplit
 from diptych.itit.evaluation import EvaluateConfig, ScoredImages, evaluate
 from diptych.itit.pipeline import Diptych
-from diptych.report.html import Captioned, Example, Section, Strip, Text
-from diptych.report.html import Comparison as ComparisonBlock
+from diptych.report.html import Captioned, Example, Section, SideBySide, Strip, Text
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.train.distributed import is_main_process
 from diptych.train.logging import Measured
@@ -98,7 +97,7 @@ class Samples:
         about = (
             "Each image under its own caption, with the image generated from that caption and the caption generated "
         )
-        return [Text(about + "from the image."), ComparisonBlock(examples)]
+        return [Text(about + "from the image."), SideBySide(examples)]
 
     def _cycle(self) -> list[Any]:
         steps = self.diptych.cycle(text=self.texts[0], rounds=3)

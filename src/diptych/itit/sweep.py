@@ -1,7 +1,7 @@
 """`diptych sweep`: the scores of a run over a grid of settings of its generation, to choose them by.
 
 ITIT's paper chooses temperature and guidance for each model. Images are scored by their Frechet distance, captions by
-CIDEr-D. The settings are to be chosen on validation data: scores of a test set on which they were chosen are too good.
+CIDEr-D. Choose the settings on validation data: scores on a test set by which they were chosen are too good.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,12 +33,12 @@ from diptych.report.terminal import ProgressLine, meaning_of
 from diptych.run_folder import write_json
 
 CELLS = "cells.jsonl"
-"""File of the scores, a line for each setting, which a repeated command goes on with."""
+"""File of the scores, a line for each setting. A repeated command continues from it."""
 
 _CAPTION_SCORES = ("cider", "bleu_4", "rouge_l", "mean_length")
 
-Side = Literal["images", "captions"]
-Cell = dict[str, Any]
+ScoredCell = dict[str, Any]
+"""The settings of one cell of the grid, and its scores once it has been scored."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,12 +60,12 @@ class SweepConfig:
     seed: int = 0
     """Seed of the generated images."""
 
-    def images(self) -> list[Cell]:
+    def images(self) -> list[ScoredCell]:
         """The settings of images."""
         grid = product(self.temperature, self.guidance)
         return [{"side": "images", "temperature": float(t), "guidance": float(g)} for t, g in grid]
 
-    def captions(self) -> list[Cell]:
+    def captions(self) -> list[ScoredCell]:
         """The settings of captions."""
         grid = product(self.beams, self.length_power)
         return [{"side": "captions", "beams": int(b), "length_power": float(p)} for b, p in grid]
@@ -80,7 +80,7 @@ def sweep_run(
     features: str | None,
     out: Path,
     device: Device,
-) -> list[Cell]:
+) -> list[ScoredCell]:
     """Score a run at each setting; print tables, and write ``cells.jsonl``, ``sweep.json`` and figures into ``out``.
 
     A repeated command goes on where it stopped, and takes new settings in. Raises UserError where ``out`` holds a sweep
@@ -113,14 +113,14 @@ def sweep_run(
     pixels_B3SS = resize_pixels(channels_first(images.pixels_BSS3), diptych.tokenizer.image_size)
     real = feature_statistics(extractor, pixels_B3SS.to(diptych.device)) if config.images() else None
 
-    def score(cell: Cell) -> dict[str, float]:
+    def score(cell: ScoredCell) -> dict[str, float]:
         if cell["side"] == "images":
             assert real is not None
             settings = replace(
                 diptych.image_generation, steps=steps, guidance=cell["guidance"], temperature=cell["temperature"]
             )
-            drawn = diptych.imagine_pixels([texts[0] for texts in references], seed=config.seed, config=settings)
-            made = feature_statistics(extractor, channels_first(np.asarray(drawn)).to(diptych.device))
+            generated = diptych.imagine_pixels([texts[0] for texts in references], seed=config.seed, config=settings)
+            made = feature_statistics(extractor, channels_first(np.asarray(generated)).to(diptych.device))
             return {name: frechet_distance(real, made).value}
         own = diptych.text_generation
         diptych.text_generation = replace(own, length_power=cell["length_power"])
@@ -136,7 +136,7 @@ def sweep_run(
     return cells
 
 
-def _begun(out: Path, made_by: dict[str, Any]) -> list[Cell]:
+def _begun(out: Path, made_by: dict[str, Any]) -> list[ScoredCell]:
     """The cells that an earlier call has scored in ``out``; writes down what the sweep is of."""
     file = out / "sweep.json"
     if file.is_file():
@@ -151,8 +151,8 @@ def _begun(out: Path, made_by: dict[str, Any]) -> list[Cell]:
 
 
 def _score_all(
-    grid: Sequence[Cell], done: list[Cell], score: Callable[[Cell], dict[str, float]], out: Path
-) -> list[Cell]:
+    grid: Sequence[ScoredCell], done: list[ScoredCell], score: Callable[[ScoredCell], dict[str, float]], out: Path
+) -> list[ScoredCell]:
     """Every cell of the grid with its scores. After each the file of cells is written anew."""
     known = {_key(cell): cell for cell in done}
     progress = ProgressLine("settings")
@@ -166,15 +166,15 @@ def _score_all(
     return [{**known[_key(cell)], **cell} for cell in grid]
 
 
-def _key(cell: Cell) -> str:
-    """The settings that matter: greedy decoding knows no length penalty."""
+def _key(cell: ScoredCell) -> str:
+    """The settings that matter: greedy decoding has no length penalty."""
     settings = {**cell, "length_power": None} if cell.get("beams") == 1 else cell
     return json.dumps([settings.get(name) for name in ("side", "temperature", "guidance", "beams", "length_power")])
 
 
-def _tell(out: Path, cells: Sequence[Cell], name: str, made_by: dict[str, Any], *, title: str) -> None:
+def _tell(out: Path, cells: Sequence[ScoredCell], name: str, made_by: dict[str, Any], *, title: str) -> None:
     """A table and a figure for each side, and the best settings."""
-    best: dict[str, Cell] = {}
+    best: dict[str, ScoredCell] = {}
     console = Console(highlight=False)
     for side, across, along, score in (
         ("images", "temperature", "guidance", name),

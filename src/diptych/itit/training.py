@@ -23,14 +23,14 @@ from diptych.data.store import DataTokenizers, Store
 from diptych.data.streams import BatchSampler
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
-from diptych.eval.baselines import Baseline, Comparison
+from diptych.eval.baselines import Baseline, Comparison, NearCaptions, sampled
 from diptych.io import load_network
 from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open_data, open_valid
 from diptych.itit.evaluation import ALONE, PAIRS_ONLY, ScoredImages, compare
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ITIT, ItitConfig, mean_of_text
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, TeacherHead
-from diptych.itit.pipeline import TEACHER, Diptych, data_tokenizers
+from diptych.itit.pipeline import NEAR_CAPTIONS, TEACHER, Diptych, data_tokenizers
 from diptych.itit.report import Samples
 from diptych.nn.inference import eval_mode, pick_device
 from diptych.report.html import closing_line, outcome, validation_scores, write_run_report
@@ -85,6 +85,8 @@ class TrainingInputs:
     text_encoder: TextEncoder
     encoded: DataSplit
     image_encoder: ImageEncoder | None = None
+    told: str = ""
+    """How much data there is, as `check_parts` tells it."""
 
     def text_features(self, *, texts: int) -> Float[Tensor, "M F"]:
         """Frozen features of the tokens of the first ``texts`` texts, padding left out."""
@@ -105,6 +107,15 @@ class TrainingInputs:
         features_XG = taken[0].image_features_BG
         assert features_XG is not None
         return features_XG.repeat_interleave(len(taken), 0), torch.stack(of_texts, dim=1).flatten(0, 1)
+
+    def near_captions(self) -> NearCaptions:
+        """The captions of captioned images, at most 3,000 of them, with the features of their images."""
+        store = _store(self.encoded.pairs)
+        pairs, captions = np.asarray(self.encoded.pairs.items), store.captions
+        items = sampled(pairs[captions.counts[pairs] > 0])
+        ids = [store.arrays["ids"][captions.rows(np.array([item]))] for item in items]
+        texts = [self.text_encoder.detokenize(torch.from_numpy(ids_BL.astype(np.int64))) for ids_BL in ids]
+        return NearCaptions(texts, store.arrays["image_features"][items])
 
     def teacher_features(self, *, images: int) -> Float[Tensor, "X T"]:
         """The teacher's features of the first ``images`` captioned images."""
@@ -128,6 +139,7 @@ class ItitRun:
     """`diptych fit itit-*`: a network that captions images and generates images from texts."""
 
     kind: ClassVar[Kind] = "itit"
+    slow_field: ClassVar[str | None] = "cycle_start_step"
 
     data: DataConfig
     """Sources of the pairs, the unpaired images and the unpaired texts, and how they are split."""
@@ -194,7 +206,7 @@ class ItitRun:
         run, pace = plan.fit_stage(NETWORK, self, out, lambda run: run.ready(inputs), evaluation_seconds=seconds)
         if plan.budget is not None and run.train.steps < _FEW_STEPS:
             run = run.hurried()
-        write_config(out, recipe=recipe, run=run)
+        write_config(out, recipe=recipe, run=run, data=inputs.told)
         objective = run.build(inputs)
         samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, out / "samples", images=images)
         best = BestWeights(out / "best", patience=self.patience) if self.data.valid else None
@@ -293,7 +305,8 @@ class ItitRun:
         """The same run without unpaired data."""
         weights = replace(self.objective.weights, t2t=0.0, unpaired_i2i=0.0)
         objective = replace(self.objective, texts="off", images="off", weights=weights)
-        return replace(self, objective=objective, compare="nothing")
+        train = replace(self.train, epochs=None)  # the steps are there, and a control trains for a time
+        return replace(self, objective=objective, compare="nothing", train=train)
 
     def _parts(self) -> tuple[str, ...]:
         """Folders of what is frozen in a run."""
@@ -331,7 +344,7 @@ class ItitRun:
         """The settings with which a network learns most in a few hundred steps.
 
         Those of `itit-tiny`: initial weights by fan-in, embeddings that learn faster, twice the learning rate. After
-        150 steps of itit-small on 600 pairs captions are words in place of one `a` (docs/log.md).
+        150 steps of itit-small on 600 pairs captions consist of words instead of a single `a` (docs/log.md).
         """
         scale = max(4.0, self.objective.embedding_lr_scale)
         return replace(
@@ -407,7 +420,7 @@ class ItitRun:
         tokenizer = self._tokenizer(data, out, plan)
         text_encoder = given or self._text_encoder(data, out, plan)
         encoded = self._encode(data, tokenizer, text_encoder, image_encoder, teacher, out, plan)
-        return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder)
+        return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder, told)
 
     def _tokenizer(self, data: DataSplit, out: Path, plan: RunPlan) -> ImageTokenizer:
         """The image tokenizer in ``out``; if there is none yet, the given one is copied there or one is trained."""
@@ -514,6 +527,11 @@ class ItitRun:
                 head = TeacherHead(inputs.teacher_features(images=_IMAGES_FITTED), width=model.config.width)
             return ItitObjective(model, inputs.text_encoder, self.objective, teacher_head=head)
 
+    @property
+    def _has_consensus(self) -> bool:
+        """Whether captions are ranked by near captions as well, which needs images with features."""
+        return self.image_encoder is not None and bool(self.generation.text.consensus)
+
     def diptych(self, objective: ItitObjective, inputs: TrainingInputs) -> Diptych:
         """The network in training as a pipeline, which captions and generates with its present weights."""
         return Diptych(
@@ -521,6 +539,7 @@ class ItitRun:
             inputs.text_encoder,
             objective.model,
             image_encoder=inputs.image_encoder,
+            near_captions=inputs.near_captions() if self._has_consensus else None,
             image_generation=self.generation.image,
             text_generation=self.generation.text,
             device=pick_device(self.train.device),
@@ -564,6 +583,8 @@ class ItitRun:
             best.load_into(objective)
         with result.eval_mode(objective) if best is None else nullcontext():
             if is_main_process():
+                if self._has_consensus:
+                    save_model(inputs.near_captions(), out / NEAR_CAPTIONS)
                 save_model(objective.model, out / "model")
         return result
 

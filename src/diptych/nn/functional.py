@@ -1,4 +1,4 @@
-"""What objectives compute with, of no learner's own: cross-entropy over tokens, functions whose gradient is not that of
+"""Functions that the objectives of all learners use: cross-entropy over tokens, functions whose gradient is not that of
 their value, and the rows of all processes as one tensor, for losses that compare rows.
 
 Shapes: ... any leading axes, T positions of image or text tokens, V entries of a table (codes or words), D width,

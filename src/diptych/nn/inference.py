@@ -1,4 +1,4 @@
-"""Where a network computes, how it computes when it does not learn, and the classes it finds most probable.
+"""Devices, the dtype policy of training and inference, evaluation mode, packed weights, the most probable classes.
 
 Shapes: B images, C classes.
 """
@@ -63,7 +63,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Inside, this process has the weights of ``module`` whole, also where they are spread over processes (FSDP2).
+    """A context in which this process has all weights of ``module``, also where FSDP2 spreads them over processes.
 
     For code that does not call the parts of ``module`` as modules, or not equally often on each process: a call gathers
     the weights of a part, and all processes have to take part in that.

@@ -1,4 +1,4 @@
-"""Curves, of a run's learning from ``metrics.jsonl`` and others, and how far predictions can be trusted, as SVG.
+"""Figures as SVG: curves of ``metrics.jsonl`` and of other records, and reliability diagrams.
 
 The ink of the SVG is ``currentColor`` and its rules are ``var(--rule)``, so that a page can set both for a dark
 background. A viewer that knows neither shows black ink and grey rules.

@@ -36,7 +36,7 @@ MAX_SIDE = 512
 LIGHT = "color: #1d2129; --rule: #dfe3e8"
 DARK = "color: #e4e7ec; --rule: #323843"
 Value = str | int | float | None
-_NO_CURVE = frozenset({"step", "seconds", "evaluation_seconds", "lr", "skipped"})
+_NO_CURVE = frozenset({"step", "epoch", "seconds", "evaluation_seconds", "lr", "skipped"})
 _SHEETS = 2
 """Number of the newest sheets of samples that are shown."""
 _NEXT: dict[Kind, str] = {
@@ -51,7 +51,7 @@ _NEXT: dict[Kind, str] = {
 
 
 @runtime_checkable
-class Block(Protocol):
+class ReportBlock(Protocol):
     """A part of a section."""
 
     def render(self) -> str:
@@ -91,7 +91,7 @@ class Section:
     """A heading, which the top of the page links to, and the blocks under it."""
 
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[ReportBlock]
 
     def render(self, anchor: str) -> str:
         """Its HTML, with ``anchor`` as its id."""
@@ -134,7 +134,7 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
+class ReportTable:
     """The first cell of a row names it. Columns of numbers are aligned to the right."""
 
     head: Sequence[str]
@@ -219,7 +219,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class SideBySide:
     """Cards that show the results of several models for the same text or image, side by side."""
 
     examples: Sequence[Example]
@@ -256,7 +256,7 @@ class Figures:
         return f'<figure><div class="figures">{images}</div>{caption}</figure>'
 
 
-def _rendered(blocks: Sequence[Block]) -> str:
+def _rendered(blocks: Sequence[ReportBlock]) -> str:
     return "".join(block.render() for block in blocks)
 
 
@@ -327,7 +327,7 @@ def dark_ready(svg: bytes) -> bytes:
 def write_run_report(run: Path, *, samples: Sequence[Section] = (), state: str = "") -> Path:
     """Write ``run/report.html``. Without ``samples``, the newest sheets in ``run/samples`` are shown.
 
-    ``state`` says in the first line how far the run is. Before it stands how the run does beside its baselines.
+    The report begins with a comparison of the run with its baselines; ``state`` follows, which says how far the run is.
     """
     config = read_config(run)
     recipe = str(config.get("recipe", run.name))
@@ -359,7 +359,7 @@ def _beside(run: Path) -> tuple[str, list[Section]]:
     blocks: list[Any] = [Text(" ".join([about, *found["notes"]]))]
     if found["rows"]:
         best = {name: "high" if meaning_of(name).better == "higher" else "low" for name in found["head"]}
-        blocks.append(Table(head=["", *found["head"]], rows=found["rows"], best=best))  # type: ignore[arg-type]
+        blocks.append(ReportTable(head=["", *found["head"]], rows=found["rows"], best=best))  # type: ignore[arg-type]
     return found["verdict"], [Section("Beside its baselines", blocks)]
 
 
@@ -374,7 +374,7 @@ def outcome(run: Path, *, step: int | None = None, select: str = "", source: str
     records = read_metrics(run / "metrics.jsonl")
     scored = [record for record in records if record.get("step") == step and "loss" not in record]
     if scored:
-        return f"best after step {step:,}, {told(scored[-1], best=select)} on {source}"
+        return f"best after step {step:,}, {score_line(scored[-1], best=select)} on {source}"
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     return f"loss {losses[-1]:.3g}, nothing was scored" if losses else ""
 
@@ -385,7 +385,7 @@ def validation_scores(run: Path, step: int) -> dict[str, float]:
     return {n.removeprefix("valid/"): value for n, value in records[-1].items() if n.startswith("valid/")}
 
 
-def told(numbers: Mapping[str, Any], *, best: str = "") -> str:
+def score_line(numbers: Mapping[str, Any], *, best: str = "") -> str:
     """The scores of a validation in one line, those of headline first; ``best`` is the name that selects weights."""
     scores = {name.removeprefix("valid/"): value for name, value in numbers.items() if name.startswith("valid/")}
     chosen = [name for name in (best, *HEADLINES) if name in scores]

@@ -1,4 +1,5 @@
-"""What a command prints: tables of scores on stdout, with which way each is better, and its progress on stderr."""
+"""What a command prints: tables of scores on stdout, with the direction in which each is better, and progress on
+stderr."""
 
 import math
 import re

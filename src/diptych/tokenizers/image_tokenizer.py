@@ -257,7 +257,7 @@ def _find_folder(name: str | Path) -> Path:
     """The folder of the VQModel: ``name`` or its ``vqvae``. A hub name is downloaded unless it has been before."""
     if Path(name).is_dir():
         for folder in (Path(name), Path(name) / "vqvae"):
-            if read_config(folder):
+            if _read_config(folder):
                 return folder
     else:
         import huggingface_hub
@@ -267,7 +267,7 @@ def _find_folder(name: str | Path) -> Path:
                 files = [huggingface_hub.hf_hub_download(str(name), each, subfolder=part) for each in (CONFIG, WEIGHTS)]
             except (OSError, ValueError, RuntimeError):  # no such name, no such file, no network
                 continue
-            if read_config(Path(files[0]).parent):
+            if _read_config(Path(files[0]).parent):
                 return Path(files[0]).parent
     raise UserError(f"{name}: no diffusers VQModel here; give a folder or hub name with a config.json of one")
 
@@ -305,7 +305,7 @@ class VQNetwork(nn.Module):
     def from_folder(cls, folder: Path) -> "VQNetwork":
         """Read a folder of diffusers. Raises UserError for one that is damaged, or whose two files do not fit."""
         try:
-            network = cls(**read_config(folder))
+            network = cls(**_read_config(folder))
             weights = {_present_name(name): value for name, value in load_file(folder / WEIGHTS).items()}
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
@@ -336,7 +336,7 @@ class VQNetwork(nn.Module):
                 os.replace(Path(scratch) / name, folder / name)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     """The settings of the VQModel in a folder, without what begins with an underscore; {} if there is none."""
     try:
         config = json.loads((folder / CONFIG).read_text())

@@ -25,7 +25,7 @@ from diptych.data.splits import Subset
 from diptych.data.streams import BatchSampler, Stream
 from diptych.errors import UserError
 from diptych.eval.frechet import RandomFeatures
-from diptych.report.html import Section, Table, Text, closing_line, write_run_report
+from diptych.report.html import ReportTable, Section, Text, closing_line, write_run_report
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.run_folder import Kind, write_config, write_json
 from diptych.tokenizers.evaluation import evaluate_text_encoder, evaluate_tokenizer, nearest_texts
@@ -53,6 +53,7 @@ _SCORED = 512
 class TokenizerStage:
     """How an image tokenizer is trained, wherever its images come from."""
 
+    slow_field: ClassVar[str | None] = None
     model: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
     """Size and shape of the network."""
     objective: VQGANConfig = field(default_factory=VQGANConfig)
@@ -167,7 +168,7 @@ class TokenizerRun:
     columns: Columns = field(default_factory=Columns)
     """Names of the source's columns where they cannot be guessed."""
     stage: TokenizerStage = field(default_factory=TokenizerStage)
-    """How the tokenizer is trained."""
+    """Training of the image tokenizer."""
 
     def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> None:
         """Leaves ``out/tokenizer``, a plain diffusers folder. Raises UserError for a source without images."""
@@ -191,6 +192,7 @@ class TokenizerRun:
 class TextEncoderStage:
     """How a text encoder is trained, wherever its texts come from."""
 
+    slow_field: ClassVar[str | None] = None
     model: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """Size and shape of the network, and its span corruption."""
     max_text_len: int = 64
@@ -267,7 +269,7 @@ class TextEncoderRun:
     columns: Columns = field(default_factory=Columns)
     """Names of the source's columns where they cannot be guessed."""
     stage: TextEncoderStage = field(default_factory=TextEncoderStage)
-    """How the text encoder is trained."""
+    """Training of the text encoder."""
 
     def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> None:
         """Leaves ``out/text_encoder``, a plain transformers folder with its tokenizer.
@@ -289,7 +291,7 @@ class TextEncoderRun:
         if is_main_process():
             some = list(islice((text for i in range(len(source)) for text in source.captions(i)), _SCORED))
             neighbours = nearest_texts(encoder, some, length=self.stage.max_text_len, shown=_SHOWN)
-            table = Table(head=["text", "nearest other text", "cosine"], rows=neighbours)
+            table = ReportTable(head=["text", "nearest other text", "cosine"], rows=neighbours)
             write_run_report(out, samples=[Section("Samples", [Text(_NEIGHBOURS), table])])
             score = json.loads((out / "text_encoder.json").read_text())
             told = f"features vary in {score['effective_rank']:.1f} of {score['width']} directions"

@@ -189,7 +189,7 @@ class VQGANConfig:
     """Weights of the losses of a VQGAN, its discriminator and its codebook."""
 
     squared_weight: float = 0.0
-    """Weight λ_s of the squared error. Small flat images need it: the absolute error alone is content with the
+    """Weight λ_s of the squared error. Small flat images need it: the absolute error alone is small for a plain
     background, which is their median colour."""
     perceptual: str | None = None
     """Vision model that gives the perceptual distance: a folder, hub name or package such as
@@ -365,10 +365,10 @@ def edge_distance(
 class PerceptualNetwork(nn.Module):
     """Squared distance of the features that a frozen vision model has of two images, averaged over some of its layers.
 
-    The features of a place have unit length over the channels, as in LPIPS. Compared are the last layer of every
-    resolution or, of a model with one resolution such as a ViT, four layers at equal distances. Images are
-    scaled and normalized as the model was trained to see them. A convolutional network gets them as large as they are,
-    a model with tokens (ViT, Swin) in the size that it was trained for. Batch norms are folded into the convolutions.
+    The features of a place have unit length over the channels, as in LPIPS. The comparison takes the last layer of
+    every resolution or, of a model with one resolution such as a ViT, four layers at equal distances. Images are scaled
+    and normalized as the model was trained to see them. A convolutional network gets them as large as they are, a model
+    with tokens (ViT, Swin) in the size that it was trained for. Batch norms are folded into the convolutions.
     """
 
     mean: Tensor

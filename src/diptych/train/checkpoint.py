@@ -71,7 +71,7 @@ class Ema:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside, the objective has the averaged weights; afterwards its own again."""
+        """A context in which the objective has the averaged weights; afterwards it has its own again."""
         live, shadow = list(self._live.values()), list(self.weights.values())
         own = [weight.clone() for weight in live]
         with torch.no_grad():
@@ -122,8 +122,9 @@ class Checkpoint:
 class TrainState:
     """The tensors of a run: weights, moving average, moments of the optimizer.
 
-    Saved are the trained parameters, the buffers, and frozen parameters that were written to since the start (an
-    objective may keep a teacher); a frozen text encoder of gigabytes is not. Moments are stored by parameter name.
+    A checkpoint has the trained parameters, the buffers, and the frozen parameters that were written to since the start
+    (an objective may average its network), but not a frozen text encoder of gigabytes. Moments are stored by parameter
+    name.
     """
 
     def __init__(self, placed: Replica, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:

@@ -11,7 +11,16 @@ MAY_CHANGE = {
     # Settings that a resume may change. `steps` moves the end of the cosine; `grad_accum_steps`, `device` and `compile`
     # change the rounding of sums, and a resume on other hardware wants to set them, as it does `parallel` and
     # `shard_group`. No loss depends on the others.
-    "train": {"steps", "grad_accum_steps", "device", "compile", "checkpoint_every", "keep_checkpoints", "eval_every"}
+    "train": {
+        "steps",
+        "epochs",
+        "grad_accum_steps",
+        "device",
+        "compile",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "eval_every",
+    }
     | {"log_every", "workers", "max_seconds", "max_bad_steps", "tensorboard", "quiet"}
     | {"parallel", "shard_group", "checkpoint_activations"},
     "optim": set[str](),
@@ -23,7 +32,12 @@ class TrainConfig:
     """Settings of the training loop."""
 
     steps: int = 10_000
-    """Number of optimizer updates in the whole run. It may be raised when a run is resumed."""
+    """Number of optimizer updates in the whole run. It may be raised when a run is resumed. `train.epochs` counts
+    passes over the data instead."""
+    epochs: float | None = None
+    """Number of passes over the data, in the place of `steps`: over the pairs (ITIT, dual encoders), of which an ITIT
+    step takes two for each row of its batch; the labelled images or target features (UML); the images or texts. Where
+    it makes fewer steps than the recipe has, warm-up, intervals and starts keep their shares. None: `steps` decides."""
     batch_size: int = 64
     """Number of rows per step, over all processes and micro-batches. An objective may take several rows of a stream
     for each of them."""
@@ -74,7 +88,7 @@ class TrainConfig:
     """Whether to show no progress; warnings are still printed."""
 
     def check(self) -> None:
-        """Raise UserError for a value that cannot be meant."""
+        """Raise UserError for an invalid value."""
         for name in ("steps", "batch_size", "grad_accum_steps", "checkpoint_every", "keep_checkpoints", "eval_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for name in ("log_every", "max_bad_steps"):
@@ -87,6 +101,7 @@ class TrainConfig:
             "None or 1 or more",
         )
         _require(self.ema is None or 0 <= self.ema < 1, "train.ema", self.ema, "None or in [0, 1)")
+        _require(self.epochs is None or self.epochs > 0, "train.epochs", self.epochs, "None or more than 0")
         seconds = self.max_seconds
         _require(seconds is None or seconds > 0, "train.max_seconds", seconds, "None or more than 0")
 
@@ -116,7 +131,7 @@ class OptimConfig:
     """Learning rate at the end of the cosine, as a share of the peak."""
 
     def check(self) -> None:
-        """Raise UserError for a value that cannot be meant."""
+        """Raise UserError for an invalid value."""
         _require(self.lr > 0, "optim.lr", self.lr, "more than 0")
         _require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "in [0, 1)")
         _require(self.eps >= 0, "optim.eps", self.eps, "0 or more")
@@ -144,8 +159,8 @@ FILES = "the files of the data"
 def check_same(now: Mapping[str, Any], then: Mapping[str, Any], *, where: object) -> None:
     """Refuse to resume with a setting that would change the losses.
 
-    ``now`` and ``then`` are results of :func:`describe`, read back from JSON. Settings that only one side knows (added
-    or removed by another release) are ignored, except inside a value of ``identity``.
+    ``now`` and ``then`` are results of :func:`describe`, read back from JSON. Settings that only one side has (added or
+    removed by another release) are ignored, except inside a value of ``identity``.
 
     Raises:
         UserError: names every setting that differs.

@@ -25,7 +25,7 @@ from diptych.errors import UserError
 from diptych.nn.functional import local_part
 from diptych.nn.inference import Device, Precision, autocast, pick_device
 from diptych.train.objective import Objective
-from diptych.train.optim import WHOLE_MOMENTS, Part
+from diptych.train.optim import WHOLE_MOMENTS, ParameterShard
 
 
 class Devices:
@@ -102,7 +102,7 @@ class Devices:
 class Replica:
     """An objective whose weights each process has whole, and its gradient averaged over processes."""
 
-    parts: Mapping[Tensor, Part] = {}
+    parts: Mapping[Tensor, ParameterShard] = {}
     """Of which parameters this process has a part only: none."""
 
     def __init__(self, objective: Objective, accelerator: Accelerator) -> None:
@@ -149,8 +149,8 @@ class Shards(Replica):
     """A copy of an objective whose weights, gradients and moments are spread over processes (FSDP2 of torch).
 
     Each process has some rows of each parameter. The rows of a block are gathered before it is used and dropped
-    afterwards; those of all that is in no block stay from the beginning of a step to its end. Kept whole are scalars
-    and what the forward pass writes to. The caller's objective is empty, but for the time of an evaluation and after
+    afterwards; those of all that is in no block stay from the beginning of a step to its end. Scalars and what the
+    forward pass writes to are kept whole. The caller's objective is empty, but for the time of an evaluation and after
     the training, when :meth:`fill` gives it whole weights. So no other code meets a part of a weight.
 
     With ``group`` smaller than the number of processes, each ``group`` of them has a whole copy (hybrid sharding).
@@ -187,7 +187,7 @@ class Shards(Replica):
             if name not in self._whole_names:
                 local = nn.Parameter(local_part(parameter.detach()), parameter.requires_grad)
                 self.parameters[name] = local
-                self.parts[local] = Part(parameter.shape, self._total)
+                self.parts[local] = ParameterShard(parameter.shape, self._total)
         self.empty()
         return module
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from diptych.errors import UserError
-from diptych.report.html import told
+from diptych.report.html import score_line
 from diptych.report.terminal import clock, in_words
 from diptych.train.checkpoint import TrainProgress
 from diptych.train.config import TrainConfig
@@ -35,11 +35,11 @@ Measured: TypeAlias = float | int | Image.Image
 
 
 _MORE = 1.03
-"""How much longer a whole run must take than its training for both to be told."""
+"""Factor by which a whole run must take longer than its training for both estimates to be printed."""
 _BETWEEN = 10.0
 """Seconds between two validations that are printed."""
 _WORTH_TELLING = 30.0
-"""Seconds of a run that are worth an estimate."""
+"""Shortest rest of a run, in seconds, for which an estimate is printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,21 @@ class RunLogger:
     """
 
     def __init__(
-        self, out: Path, *, title: str, start: TrainProgress, train: TrainConfig, pace: Pace, is_main: bool
+        self,
+        out: Path,
+        *,
+        title: str,
+        start: TrainProgress,
+        train: TrainConfig,
+        pace: Pace,
+        is_main: bool,
+        epoch_steps: float | None = None,
     ) -> None:
-        """``start`` is where the run continues. Raises UserError if ``out`` cannot be written to."""
-        self._train, self._pace, self._told = train, pace, -math.inf
+        """``start`` is where the run continues, ``epoch_steps`` the number of steps of an epoch, if it is known.
+
+        Raises UserError if ``out`` cannot be written to.
+        """
+        self._train, self._pace, self._told, self._epoch_steps = train, pace, -math.inf, epoch_steps
         self.bad_steps = start.bad_steps
         """Updates in a row that were skipped, up to the last step that was read."""
         self._max_bad_steps = train.max_bad_steps
@@ -71,7 +82,7 @@ class RunLogger:
         self._metrics, self._display = None, None
         if is_main:
             self._metrics = MetricsLogger(out, start=start.step, tensorboard=train.tensorboard, every=train.log_every)
-            self._display = ProgressDisplay(title, start=start.step, quiet=train.quiet)
+            self._display = ProgressDisplay(title, start=start.step, quiet=train.quiet, epoch_steps=epoch_steps)
 
     def __enter__(self) -> Self:
         return self
@@ -118,6 +129,8 @@ class RunLogger:
             loss, *others, norm = islice(numbers, len(names) + 2)
             line = {"loss": loss} | dict(zip(names, others, strict=True))
             line |= {"lr": each.result.lr, "grad_norm": norm, "seconds": round(each.progress.seconds, 3)}
+            if self._epoch_steps:
+                line["epoch"] = round(step / self._epoch_steps, 4)
             good = math.isfinite(loss + norm)
             if self._metrics:
                 self._metrics.write(step, line if good else line | {"skipped": True})
@@ -137,7 +150,8 @@ class RunLogger:
             return
         if everything > _WORTH_TELLING:
             more = f"; all: {in_words(everything)} left" if everything > _MORE * stage else ""
-            self._display.say(f"{self._train.steps:,} steps, {in_words(stage)} left{more}")
+            epochs = f" ({self._train.steps / self._epoch_steps:.3g} epochs)" if self._epoch_steps else ""
+            self._display.say(f"{self._train.steps:,} steps{epochs}, {in_words(stage)} left{more}")
 
     def evaluation(self, progress: TrainProgress, numbers: Mapping[str, Measured], *, seconds: float) -> None:
         """Write one line for all evaluations after a step, so that metrics.jsonl has all of them or none.
@@ -150,7 +164,7 @@ class RunLogger:
             self._metrics.flush()
         now = time.monotonic()
         due = now - self._told >= _BETWEEN or progress.step == self._train.steps
-        if self._display and due and not self._train.quiet and (scores := told(numbers)):
+        if self._display and due and not self._train.quiet and (scores := score_line(numbers)):
             self._told = now
             self._display.say(f"step {progress.step:,}: validation {scores} ({in_words(seconds)})")
 
@@ -269,8 +283,8 @@ class ProgressDisplay:
     A terminal gets a bar; elsewhere there is a line for the first step and one every ten seconds.
     """
 
-    def __init__(self, title: str, *, start: int, quiet: bool) -> None:
-        self.title, self.start, self.quiet = title, start, quiet
+    def __init__(self, title: str, *, start: int, quiet: bool, epoch_steps: float | None = None) -> None:
+        self.title, self.start, self.quiet, self.epoch_steps = title, start, quiet, epoch_steps
         self._began = time.monotonic()
         self._shown = -math.inf
         self._rows = 0
@@ -321,6 +335,8 @@ class ProgressDisplay:
         seconds = max(time.monotonic() - self._began, 1e-9)
         stage, everything = left
         note = f"{(step - self.start) / seconds:.3g} steps/s  {self._rows / seconds:.3g} rows/s  loss {loss:.4g}"
+        if self.epoch_steps:
+            note = f"epoch {step / self.epoch_steps:.3g}  {note}"
         if stage is not None:
             note += f"  {clock(stage)} left"
         if stage is not None and everything is not None and everything > _MORE * stage:

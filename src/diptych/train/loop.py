@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from diptych.data.batch import count_rows
-from diptych.data.streams import BatchFn, prefetch
+from diptych.data.streams import BatchFn, BatchSampler, prefetch
 from diptych.errors import Interrupted, SignalWatch, UserError
 from diptych.nn.inference import eval_mode
 from diptych.train import checkpoint
@@ -110,7 +110,7 @@ def train(
     ended the training.
 
     Raises:
-        UserError: settings that cannot be, that differ from the run's, or that do not train (losses that are not
+        UserError: settings that are invalid, that differ from the run's, or that do not train (losses that are not
             finite); a full disk; another process died.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
@@ -134,8 +134,17 @@ def train(
     progress, messages = run.restore()
     run.pace.begin(progress.step, progress.seconds, train)
     run = replace(run, first_step=progress.step)
+    epoch_steps = batches.epoch_steps if isinstance(batches, BatchSampler) else None
     with (
-        RunLogger(out, title=title, start=progress, train=train, pace=run.pace, is_main=devices.is_main) as logger,
+        RunLogger(
+            out,
+            title=title,
+            start=progress,
+            train=train,
+            pace=run.pace,
+            is_main=devices.is_main,
+            epoch_steps=epoch_steps,
+        ) as logger,
         SignalWatch() as signals,
     ):
         for message in messages:
@@ -301,7 +310,7 @@ class _Run:
     """Step after which this invocation began."""
 
     def restore(self) -> tuple[TrainProgress, list[str]]:
-        """Continue from the newest undamaged checkpoint, if any; return its progress, and messages for the user."""
+        """Resume from the newest undamaged checkpoint, if any; return its progress, and messages for the user."""
         found, messages = checkpoint.newest(self.folder)
         if found is None:
             return TrainProgress(), messages

@@ -1,7 +1,7 @@
 """Optimizers, learning-rate schedules, and the clipping of gradients.
 
 Both optimizers honour an attribute ``found_inf`` (a 0-d tensor): where it is 1, a step leaves weights and moments as
-they were. The loop can so skip a bad update without waiting for the device to say that it was bad.
+they were. So the loop can skip a bad update without waiting for the device to report it.
 
 Shapes: R rows, C columns of a parameter seen as a matrix (its first dimension by all others).
 """
@@ -20,7 +20,10 @@ from diptych.train.objective import Objective
 
 
 def learning_rate(step: int, config: OptimConfig, *, steps: int) -> float:
-    """The learning rate of the update that ends step ``step`` (from 0) of ``steps``."""
+    """The learning rate of the update that ends step ``step`` (from 0) of ``steps``.
+
+    It rises linearly over the warm-up, then follows ``config.schedule``: constant, or a cosine down to ``final_lr``.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -52,7 +55,7 @@ WHOLE_MOMENTS = frozenset({"step", "column_square"})
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ParameterShard:
     """What a process has of a parameter of which each process has some rows."""
 
     shape: torch.Size
@@ -62,7 +65,7 @@ class Part:
 
 
 def make_optimizer(
-    groups: list[dict[str, Any]], config: OptimConfig, *, parts: Mapping[Tensor, Part] | None = None
+    groups: list[dict[str, Any]], config: OptimConfig, *, parts: Mapping[Tensor, ParameterShard] | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer over groups of parameters. Its learning rate is set anew by the loop at each step. ``parts`` says
     which of the parameters are the part that this process has of one that is spread over several."""
@@ -73,7 +76,7 @@ def make_optimizer(
 
 
 def clip_gradient(
-    parameters: list[nn.Parameter], limit: float | None, *, parts: Mapping[Tensor, Part] | None = None
+    parameters: list[nn.Parameter], limit: float | None, *, parts: Mapping[Tensor, ParameterShard] | None = None
 ) -> Tensor:
     """Scale all gradients so that their common norm is at most ``limit``; return the norm before (0-d, fp32).
 
@@ -122,7 +125,7 @@ class Adafactor(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         clip_rms: float = 1.0,
         eps: float = 1e-30,
-        parts: Mapping[Tensor, Part] | None = None,
+        parts: Mapping[Tensor, ParameterShard] | None = None,
     ) -> None:
         self._parts = parts or {}
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "clip_rms": clip_rms, "eps": eps}
@@ -175,7 +178,9 @@ def _initial_state(parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _inverse_root(state: dict[str, Tensor], gradient: Tensor, *, beta2: float, eps: float, part: Part | None) -> Tensor:
+def _inverse_root(
+    state: dict[str, Tensor], gradient: Tensor, *, beta2: float, eps: float, part: ParameterShard | None
+) -> Tensor:
     """Advance the second moment and return 1 / sqrt(V), of the gradient's shape."""
 
     def over_rows(x: Tensor) -> Tensor:

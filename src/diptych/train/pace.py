@@ -9,14 +9,15 @@ follows those of the interrupted one.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast, runtime_checkable
 
-from diptych.data.streams import BatchFn
+from diptych.data.streams import BatchFn, BatchSampler
 from diptych.errors import UserError
 from diptych.io import write_bytes
 from diptych.train.config import OptimConfig, TrainConfig
@@ -166,6 +167,8 @@ class Stage(Protocol):
 
     train: TrainConfig
     optim: OptimConfig
+    slow_field: ClassVar[str | None]
+    """Field of ``objective`` that holds the first of the slow steps, as a number of steps; None where there is none."""
 
     @property
     def slow_from(self) -> int:
@@ -331,6 +334,11 @@ class RunPlan:
         """The stage as it is to be trained in ``folder``, and its pace. See :meth:`Budget.fit_stage`."""
         (cost,) = (cost for cost in self.costs if cost.name == name)
         seconds = None
+        if stage.train.epochs is not None:
+            stage.train.check()
+            if self.budget is not None:
+                raise UserError("--minutes and train.epochs both say how long to train: leave one of them away")
+            stage = in_epochs(stage, make)
         if self.budget is not None:
             stage, seconds = self.budget.fit_stage(
                 stage, cost, later=self.later(name), make=make, most=most, evaluation_seconds=evaluation_seconds
@@ -347,8 +355,18 @@ class RunPlan:
         )
 
 
-_STARTS = ("cycle_start_step", "aux_start_step")
-"""Fields of objectives that hold the first of the slow steps."""
+def in_epochs(stage: S, make: Callable[[S], tuple[Objective, BatchFn]]) -> S:
+    """``stage`` with the number of steps that ``train.epochs`` passes over the data of ``make`` take, rounded up.
+
+    If these are fewer than before, what counts in steps keeps its share, as in :func:`shortened`.
+    """
+    _, batches = make(stage)
+    assert isinstance(batches, BatchSampler)
+    assert stage.train.epochs is not None
+    steps = math.ceil(stage.train.epochs * batches.epoch_steps)
+    if steps < stage.train.steps:
+        return shortened(stage, steps=steps)
+    return replace(stage, train=replace(stage.train, steps=steps))  # type: ignore[type-var]
 
 
 def shortened(stage: S, *, steps: int, batch_size: int | None = None, start: int | None = None) -> S:
@@ -373,11 +391,11 @@ def shortened(stage: S, *, steps: int, batch_size: int | None = None, start: int
     warmup = scaled(stage.optim.warmup_steps) if stage.optim.warmup_steps else 0
     optim = replace(stage.optim, warmup_steps=warmup, lr=stage.optim.lr)
     changes: dict[str, Any] = {"train": train, "optim": optim}
-    objective: Any = getattr(stage, "objective", None)
-    for name in _STARTS:
-        if getattr(objective, name, 0):
-            first = scaled(getattr(objective, name)) if start is None else start
-            changes["objective"] = replace(objective, **{name: min(first, steps - 1)})
+    if stage.slow_field is not None:
+        objective: Any = cast(Any, stage).objective
+        if was := getattr(objective, stage.slow_field):
+            first = scaled(was) if start is None else start
+            changes["objective"] = replace(objective, **{stage.slow_field: min(first, steps - 1)})
     return replace(stage, **changes)  # type: ignore[type-var]
 
 
@@ -401,8 +419,7 @@ def _affordable_steps(stage: Stage, step: _StepSeconds, *, seconds: float, most:
     """
     steps = min(int(seconds / step.mean(stage)), most)
     start = round(stage.slow_from * steps / stage.train.steps)
-    objective: Any = getattr(stage, "objective", None)
-    if start < stage.slow_from and any(getattr(objective, name, 0) for name in _STARTS):
+    if start < stage.slow_from and stage.slow_field is not None:
         start = max(start, min(stage.slow_from, int(0.9 * seconds / step.fast)))
         steps = start + int((seconds - start * step.fast) / step.slow)
     return max(2, min(steps, most)), start

@@ -23,6 +23,7 @@ from diptych.data.splits import Labelled, Subset
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
 from diptych.eval.baselines import HISTOGRAMS, ClassBaselines, Comparison, image_histograms
+from diptych.hub import OnHub, local_folder
 from diptych.io import load_network
 from diptych.nn.inference import Device, Prediction, eval_mode, pick_device, top_predictions
 from diptych.report.terminal import print_comparison, print_metrics
@@ -36,7 +37,7 @@ SAME_FEATURES = "the same features"
 _ADVICE = "another --objective.aux-weight (0 leaves the texts out), --optim.lr or --head.features"
 
 
-class ScoredImages:
+class ScoredLabelledImages:
     """The readable images of classes that a classifier is scored on, in training and afterwards alike."""
 
     def __init__(
@@ -105,12 +106,12 @@ def histograms_of(labelled: Labelled, items: np.ndarray) -> tuple[Tensor, Tensor
 def compare_classifier(
     baselines: ClassBaselines, features: Mapping[str, tuple[Tensor, Tensor]], *, source: str, notes: list[str]
 ) -> Comparison:
-    """The baselines on ``features`` of the images that a classifier is scored on, ahead of its own scores."""
+    """The baselines of a classifier, scored on ``features`` of the images that it will be scored on."""
     scored = baselines.scored(features, lambda logits_NC, labels_N: score_logits(logits_NC, labels_N).table())
     return Comparison(source=source, select="accuracy", baselines=scored, advice=_ADVICE, notes=notes)
 
 
-class Classifier:
+class Classifier(OnHub):
     """The image encoder and the head of a run, on one device and in evaluation mode."""
 
     def __init__(self, encoder: ImageEncoder, head: SharedHead, classes: Sequence[str], *, device: str) -> None:
@@ -119,16 +120,20 @@ class Classifier:
 
     @classmethod
     def from_pretrained(cls, run: str | Path, *, device: Device = "auto") -> "Classifier":
-        """The classifier of a run folder. Raises UserError for a run of another kind or one that is not finished, and
-        if a file is missing."""
-        run = Path(run)
+        """The classifier of a run folder, or of a repository of the hub such as ``user/name``.
+
+        Raises UserError for a run of another kind or one that is not finished, and if a file is missing.
+        """
+        run = local_folder(run)
         check_finished(run, "classifier")
         try:
             classes = json.loads((run / "classes.json").read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{run}: no finished classifier ({error}): train it to its end") from error
         head = load_network(SharedHead, run / "head")
-        return cls(open_image_encoder(run / "encoder"), head, classes, device=pick_device(device))
+        loaded = cls(open_image_encoder(run / "encoder"), head, classes, device=pick_device(device))
+        loaded.run_folder = run
+        return loaded
 
     def probabilities(self, pixels_B3SS: Tensor) -> Tensor:
         """Probability of each class [B C] for pixels from 0 to 255."""
@@ -163,7 +168,7 @@ def evaluate_classifier_run(
     labelled = Labelled.of(source, classifier.classes)
     skipped = SkippedItems(max_skipped_share=max_skipped_share)
     every, size = np.arange(len(source)), classifier.encoder.image_size
-    images = ScoredImages(labelled, every, size=size, skipped=skipped, workers=workers, cache_mb=0)
+    images = ScoredLabelledImages(labelled, every, size=size, skipped=skipped, workers=workers, cache_mb=0)
     with eval_mode(classifier.encoder), eval_mode(classifier.head):
         vectors_ND, labels_N = images.features(classifier.encoder, classifier.device)
         found = score_classifier(classifier.head, vectors_ND, labels_N, modality=IMAGE)
@@ -190,7 +195,7 @@ def evaluate_classifier_run(
 
 
 def _compare(run: Path, labelled: Labelled, features: tuple[Tensor, Tensor], *, device: str) -> Comparison:
-    """The baselines that the run was trained beside, on all images of ``labelled`` and their ``features``."""
+    """The baselines that were fitted with the run, scored on all images of ``labelled`` and their ``features``."""
     if not (run / CLASS_BASELINES).is_file():
         why = "No baselines: the run was trained by an older Diptych, which fitted none."
         return Comparison(source=labelled.source.name, select="accuracy", baselines=[], advice="", notes=[why])

@@ -188,6 +188,7 @@ class UmlSslRun:
     """Self-supervised UML, as `diptych fit uml-ssl` trains it: an encoder of one modality's features, without pairs."""
 
     kind: ClassVar[Kind] = "feature encoder"
+    slow_field: ClassVar[str | None] = "aux_start_step"
 
     target: str
     """Folder of the target's store: the features of which a better representation is learned."""

@@ -46,7 +46,13 @@ from diptych.train.distributed import is_main_process, join_processes, main_proc
 from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.pace import Budget, RunPlan, StageCost
-from diptych.uml.classifier import SAME_FEATURES, ScoredImages, compare_classifier, histograms_of, score_classifier
+from diptych.uml.classifier import (
+    SAME_FEATURES,
+    ScoredLabelledImages,
+    compare_classifier,
+    histograms_of,
+    score_classifier,
+)
 from diptych.uml.data import (
     IMAGE,
     TEXT,
@@ -119,6 +125,7 @@ class UmlRun:
     """Supervised UML, as `diptych fit uml-probe` and `diptych fit uml-finetune` train it."""
 
     kind: ClassVar[Kind] = "classifier"
+    slow_field: ClassVar[str | None] = None
 
     data: UmlData
     """Images and texts to learn from."""
@@ -181,7 +188,7 @@ class UmlRun:
 
         # Trial steps change a tuned encoder. More steps than the recipe's are of no use, as patience ends the run.
         run, pace = plan.fit_stage(recipe, self, out, lambda run: make(run, copy.deepcopy(encoder)), most=1.0)
-        write_config(out, recipe=recipe, run=run)
+        write_config(out, recipe=recipe, run=run, data=told)
         objective, batches = make(run, encoder)
 
         def report(state: str) -> None:
@@ -212,7 +219,7 @@ class UmlRun:
         self,
         parts: Parts,
         images: LabelledFeatures | LabelledImages,
-        valid: LabelledFeatures | ScoredImages,
+        valid: LabelledFeatures | ScoredLabelledImages,
         *,
         out: Path,
     ) -> Comparison:
@@ -285,7 +292,7 @@ class UmlRun:
 
     def _images(
         self, parts: Parts, encoder: ImageEncoder, *, cache: Path, skipped: SkippedItems, skipped_valid: SkippedItems
-    ) -> tuple[LabelledFeatures | LabelledImages, LabelledFeatures | ScoredImages]:
+    ) -> tuple[LabelledFeatures | LabelledImages, LabelledFeatures | ScoredLabelledImages]:
         """Images to learn from and images to select on."""
         data, size = self.data, encoder.image_size
 
@@ -300,7 +307,7 @@ class UmlRun:
         if self.train_encoder == "frozen":
             return features(labelled, parts.train, skipped), features(valid, parts.valid, skipped_valid)
         options: dict[str, Any] = {"size": size, "cache_mb": data.cache_mb}
-        scored = ScoredImages(valid, parts.valid, skipped=skipped_valid, workers=data.workers, **options)
+        scored = ScoredLabelledImages(valid, parts.valid, skipped=skipped_valid, workers=data.workers, **options)
         return LabelledImages(labelled, parts.train, skipped=skipped, **options), scored
 
     def _split(self, labelled: Labelled, share: float) -> Parts:
@@ -392,13 +399,15 @@ def start_head(
     return head
 
 
-def _validation(valid: LabelledFeatures | ScoredImages, best: BestWeights) -> Callable[..., dict[str, Measured]]:
+def _validation(
+    valid: LabelledFeatures | ScoredLabelledImages, best: BestWeights
+) -> Callable[..., dict[str, Measured]]:
     """A hook's function: the scores on the images to select on, as of `diptych evaluate`, also offered to ``best``."""
 
     def run(step: int, objective: nn.Module) -> dict[str, Measured]:
         assert isinstance(objective, UmlObjective)
         device = objective.head.head.weight.device
-        if isinstance(valid, ScoredImages):
+        if isinstance(valid, ScoredLabelledImages):
             assert objective.encoder is not None
             vectors_ND, labels_N = valid.features(objective.encoder, device)
         else:

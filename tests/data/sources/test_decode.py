@@ -212,9 +212,9 @@ def test_a_fourth_channel_that_is_no_opacity_is_left_out():
     assert (decode(half, 6)[~np.eye(6, dtype=bool)] == 255).all()
 
 
-@pytest.mark.parametrize("most", [1023, 4095, 255])
-def test_10_and_12_bits_in_16_are_refused(most):
-    """They would be nearly black."""
+@pytest.mark.parametrize("most", [1023, 4095, 16383, 255])
+def test_10_to_14_bits_in_16_are_refused(most):
+    """They would be too dark."""
     values = np.linspace(0, most, 16).astype(np.uint16)[None].repeat(16, 0)
     deep = Image.fromarray(values)
     rows = b"".join(b"\0" + row.astype(">u2").repeat(3).tobytes() for row in values)
@@ -224,10 +224,10 @@ def test_10_and_12_bits_in_16_are_refused(most):
         encoded(deep, "TIFF"),
         *([png(16, 16, bits=16, kind=2, rows=rows)] * (most > 255)),
     ):
-        with pytest.raises(UnreadableImage, match="of 65535, as data of 10 or 12 bits has; which value is white"):
+        with pytest.raises(UnreadableImage, match="of 65535, as data of 10 to 14 bits has; which value is white"):
             decode(given, 4)
     assert (decode(encoded(Image.fromarray(values * 0)), 4) == 0).all()
-    assert decode(encoded(Image.fromarray(values + 4096)), 4).max() > 10
+    assert decode(encoded(Image.fromarray(values + 16384)), 4).max() > 10
 
 
 def test_floats_that_overshoot_a_little_are_read():

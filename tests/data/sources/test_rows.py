@@ -127,3 +127,9 @@ def test_documents_by_class(tmp_path):
 
 def test_capitals_in_the_suffix_of_packed_files(tmp_path):
     assert rows_of(tmp_path, "t.csv.GZ", gzip.compress(b"image,caption\na.jpg,a dog\nb.jpg,a cat\n")) == A_B
+
+
+def test_captions_in_cocos_list_of_images(tmp_path):
+    images = [{"id": 1, "file_name": "a.jpg", "caption": "a dog"}]
+    (tmp_path / "t.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    assert read_rows(tmp_path / "t.json") == images

@@ -194,7 +194,7 @@ def test_masks_are_no_images_of_their_own(tmp_path, kind, names, masks):
     shown = (
         f"{len(masks)} image{'s' * (len(masks) > 1)} not used, as masks or copies of others: {', '.join(sorted(masks))}"
     )
-    assert [note for note in source.notes if "mask" in note and "class" not in note] == ([shown] if masks else [])
+    assert [note for note in source.notes if "mask" in note and "not used" in note] == ([shown] if masks else [])
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
@@ -264,6 +264,63 @@ def test_a_text_that_writes_a_list_out_is_read_as_the_list(tmp_path, kind, text)
     source = open_source(write(tmp_path, kind, {"a.png": None, "a.txt": text, "b.png": None, "b.txt": "['a cat']"}))
     assert [source.captions(i) for i in range(2)] == [["a dog", "one dog"], ["a cat"]]
     assert source.notes == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a {} dog\nNegative prompt: blurry\nSteps: 20, Sampler: a", "'Negative prompt:', 'Steps: 20, Sampler:'"),
+        ("title: {}\ncaption: a {} dog\n", "'title:', 'caption:'"),
+        ("a {} dog\na dog that is {}\n", None),
+    ],
+)
+def test_lines_that_are_fields_are_named(tmp_path, kind, text, shown):
+    files = {f"{c}.png": None for c in ("red", "blue")} | {f"{c}.txt": text.format(c, c) for c in ("red", "blue")}
+    notes = open_source(write(tmp_path, kind, files)).notes
+    assert notes == ([f"lines that begin alike in every text are captions too: {shown}"] if shown else [])
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_images_called_like_captioned_ones_are_named(tmp_path, kind):
+    source = open_source(write(tmp_path, kind, {"a.png": None, "a.txt": "x", "more/a.png": None, "b.png": None}))
+    shown = "more/a.png" if kind == "folder" else "more/a"
+    assert f"1 image without a text called like one that has it: {shown}" in source.notes
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_two_labels_of_one_image_are_named(tmp_path, kind):
+    files = {"cat/a.png": None, "cat/a.json": {"label": "dog"}, "dog/b.png": None, "dog/b.cls": "dog"}
+    source = open_source(write(tmp_path, kind, files))
+    shown = source.key(0)
+    assert source.notes == [
+        f"1 image of 2 that were looked at with two labels, the first of its own file: {shown} (dog, cat)"
+    ]
+    assert source.label(0) == "dog"
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_class_that_is_json_is_none(tmp_path, kind):
+    source = open_source(write(tmp_path, kind, {"a.png": None, "a.cls": '{"id": 3}', "b.png": None, "b.cls": "[1, 2]"}))
+    assert [source.label(i) for i in range(2)] == [None, None]
+    assert source.notes[0].startswith('2 labels of {"id": 3} taken for missing')
+
+
+def test_members_of_any_path_are_read(tmp_path):
+    names = {"../up.png": None, "../up.txt": "one", "/abs/a.png": None, "/abs/a.txt": "two", "b/a.png": None}
+    source = open_source(write(tmp_path, "tar", names))
+    assert [source.captions(i) for i in range(3)] == [["one"], ["two"], []]
+    assert [source.label(i) for i in range(3)] == [None, "abs", "b"]
+
+
+@pytest.mark.parametrize("end", ["_depth", "_normal", "_canny", "-openpose", "_mask"])
+def test_what_is_computed_from_an_image_is_no_image(end):
+    assert group(["a.jpg", f"a{end}.png", f"b{end}.png"], Columns(), source="t").masks == [1]
+
+
+def test_a_text_called_caption_goes_before_others():
+    names = ["s0.jpg", "s0.tags.txt", "s0.caption.txt", "s1.jpg", "s1.tags.txt", "s1.caption.txt"]
+    assert [slots[TEXT] for slots in group(names, Columns(), source="t").slots] == [2, 5]
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])

@@ -147,7 +147,9 @@ def test_what_may_be_no_text_is_named(tmp_path):
         "2 texts such as nan or null taken for missing",
     ]
     path.write_text("1. a dog\n2. a cat\n")
-    assert TextSource([path], name="t").notes == ["the numbers in front of the texts are parts of them"]
+    assert TextSource([path], name="t").notes == ["the numbers in front of the texts, such as 1, are parts of them"]
+    path.write_text("a dog,0.5\na cat,1\na bird,.7\n")
+    assert TextSource([path], name="t").notes == ["the numbers behind the texts, such as 0.5, are parts of them"]
 
 
 @pytest.mark.parametrize(
@@ -170,8 +172,31 @@ def test_what_may_be_no_text_is_named(tmp_path):
             ["'a dog',", "'a cat',"],
             ["',', which ends every text, is a part of it", "the quotes around every text are parts of it"],
         ),
-        (["0 dogs run", "1 dog runs", "0 cats"], ["the numbers in front of the texts are parts of them"]),
+        (["0 dogs run", "1 dog runs", "0 cats"], ["the numbers in front of the texts, such as 0, are parts of them"]),
+        (["val_001 dogs", "val_002 cats"], ["the numbers in front of the texts, such as val_001, are parts of them"]),
+        (["an image"] * 8, ["all 8 texts that were looked at are 'an image'"]),
+        (["an image"] * 7, []),
+        (["1girl, solo", "1girl, red"], ["'1girl,', which begins every text, is a part of it"]),
         (["2 dogs run.", "2 cats run."], []),
+        (
+            ["A dog in the pa...", "A cat", "A cow"],
+            ["1 of 3 texts that were looked at end in dots, as 'A dog in the pa...'"],
+        ),
+        (
+            ["I'm sorry, I can't", "a cat"],
+            ["1 of 2 texts that were looked at may be messages, as \"I'm sorry, I can't\""],
+        ),
+        (["Error code: 429", "a cat"], ["1 of 2 texts that were looked at may be messages, as 'Error code: 429'"]),
+        (['{"title": "a"}', "a cat"], ["markup is kept in 1 of 2 texts that were looked at, as '{\"title\":'"]),
+        (
+            ["2024-01-01 a dog", "2024-01-01 a cat"],
+            ["the numbers in front of the texts, such as 2024, are parts of them"],
+        ),
+        (["a dog 1", "a dog 2"], []),
+        (["a **big** dog", "a cat"], ["markup is kept in 1 of 2 texts that were looked at, as '**big**'"]),
+        (["a dog <lora:x:0.8>", "a cat"], ["markup is kept in 1 of 2 texts that were looked at, as '<lora:x:0.8>'"]),
+        (["pie/1", "ribs/2"], ["each text is one word, as of a list of names: 'pie/1'"]),
+        (["pie", "ribs"], []),
         (["T-shirt in red", "T-shirt in blue"], []),
         (["a dog, red", "a dog, red"], []),
         (["a dog", "a cat", "it's \u00c3 la carte, na\u00efve"], []),
@@ -184,7 +209,26 @@ def test_mangled_letters_and_marks_are_named(texts, notes):
 def test_lines_without_letters_are_named(tmp_path):
     (tmp_path / "t.txt").write_text("1\n00:00:01,000 --> 00:00:02,000\na dog\n\n2\n犬\n")
     (note,) = TextSource([tmp_path / "t.txt"], name="t").notes
-    assert note == f"lines of {tmp_path}/t.txt without a letter are texts: 3 such as '1'"
+    assert note == "texts without a letter: 3 of 5 that were looked at, as '1'"
+
+
+def test_marks_between_texts_are_named(tmp_path):
+    (tmp_path / "t.txt").write_text("a dog ||| ein Hund\na cat ||| eine Katze\n")
+    assert TextSource([tmp_path / "t.txt"], name="t").notes == [
+        f"'|' parts no texts: a line of {tmp_path}/t.txt is one text"
+    ]
+
+
+def test_colours_of_the_terminal_are_left_out():
+    assert clean("\x1b[31ma dog\x1b[0m") == "a dog"
+
+
+def test_lines_of_paragraphs_are_named(tmp_path):
+    (tmp_path / "t.txt").write_text("It was the best of times, the\nage of wisdom.\n\nThere was a king\nwith a jaw.\n")
+    (note,) = TextSource([tmp_path / "t.txt"], name="t").notes
+    assert note == f"lines of {tmp_path}/t.txt seem to go on in the next ones, but each is a text of its own"
+    (tmp_path / "t.txt").write_text("A dog runs.\nA cat sits\n\nTwo birds fly\nA cow.\n")
+    assert TextSource([tmp_path / "t.txt"], name="t").notes == []
 
 
 def test_remarks_in_a_file_are_named(tmp_path):

@@ -52,8 +52,8 @@ _FAINT = 16
 """Floats over 1 whose largest is below this may be of either scale, to 1 or to 255."""
 _OVERSHOOT = 0.02
 """How far filters that sharpen or resize carry floats from 0 to 1 beyond both ends."""
-_TWELVE_BITS = 4096
-"""Values of 16 bits that stay below this are those of a sensor or a scanner with 10 or 12 bits."""
+_FOURTEEN_BITS = 16384
+"""Values of 16 bits that stay below this are those of a sensor or a scanner with 10 to 14 bits."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -276,9 +276,9 @@ def _is_alpha_unused(image: Image.Image, tags: Mapping[int, Any]) -> bool:
 
 
 def _refuse_twelve_bits(most: float) -> None:
-    """Raise UnreadableImage where the largest value of an image of 16 bits is one of 12 bits, and not 0."""
-    if 0 < most < _TWELVE_BITS:
-        raise UnreadableImage(f"holds values up to {most:.0f} of 65535, as data of 10 or 12 bits has; {_MEND}")
+    """Raise UnreadableImage where the largest value of an image of 16 bits is one of 14 bits, and not 0."""
+    if 0 < most < _FOURTEEN_BITS:
+        raise UnreadableImage(f"holds values up to {most:.0f} of 65535, as data of 10 to 14 bits has; {_MEND}")
 
 
 def _centre_square(image: Image.Image) -> Image.Image:

@@ -205,9 +205,12 @@ def _read_json(text: str, path: Path, notes: list[str]) -> list[dict[str, Any]]:
         raise UserError(f"{path}: is not JSON ({error})") from None
     if isinstance(document, dict):
         lists = {name: value for name, value in document.items() if _is_rows(value)}
-        if "images" in lists and ("annotations" in document or "licenses" in document):
+        said = any(usual(name, CAPTION_NAMES) for name in lists.get("images", [{}])[0])
+        if "images" in lists and not document.get("annotations") and said:
+            document = lists["images"]
+        elif "images" in lists and ("annotations" in document or "licenses" in document):
             return _join_coco(lists["images"], document.get("annotations") or [], path, notes)
-        if lists and all(map(is_split, document)):
+        elif lists and all(map(is_split, document)):
             document = [{"split": name, **row} for name, rows in lists.items() for row in rows]
         elif len(lists) == len(document) > 1 and all(
             any(map(is_image_path, rows[0].values())) for rows in lists.values()

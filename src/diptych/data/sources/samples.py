@@ -36,13 +36,14 @@ from diptych.data.sources.columns import (
     is_missing,
     is_split,
     label_of,
+    notes_on_labels,
     usual,
     written_captions,
 )
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
 from diptych.data.sources.rows import SUFFIXES as TABLES
 from diptych.data.sources.table import counted, sample_columns, select_split, some, split_notes, unlabelled_notes
-from diptych.data.sources.text import clean, decode_text, notes_on_texts, says_missing
+from diptych.data.sources.text import clean, decode_text, notes_on_lines, notes_on_texts, says_missing
 from diptych.errors import UserError
 
 IMAGE, TEXT, JSON, CLASS = range(4)
@@ -56,7 +57,8 @@ _BOXES = re.compile(r"(\s*\d+(\s+-?[\d.]+){4,}\s*)+")
 """Lines of a class and a box, as detectors have them."""
 _SHARD = re.compile(r"(images?|img|part|chunk|batch|data|shard|split)[-_]?\d+", re.IGNORECASE)
 _MASK_END = re.compile(
-    r"[ ._-]+(masks?|seg|segmentation|segmap|segmask|trimap|matte|gt|depth|labelids|instanceids)([ ._-]?\d+)?$",
+    r"[ ._-]+(masks?|seg|segmentation|segmap|segmask|trimap|matte|gt|depth|normals?|canny|edges|lineart|(?:open)?pose"
+    r"|labelids|instanceids)([ ._-]?\d+)?$",
     re.IGNORECASE,
 )
 """What the name of a mask has behind the name of its image."""
@@ -69,7 +71,7 @@ _MASKS = re.compile(
 """Folders of masks."""
 _COPY_END = re.compile(r"([ ._-](\d+x\d+|scaled|thumb(nail)?)|@\d+(\.\d+)?x)$", re.IGNORECASE)
 """What the name of a copy in another size has behind the name of its image, as WordPress and others write it."""
-_COPIES = re.compile(r"(.*[ _-])?(thumb(nail)?s?|previews?)", re.IGNORECASE)
+_COPIES = re.compile(r"(.*[ _-])?(thumb(nail)?s?|previews?|resized?|compressed|small|\d+px|\d+x\d+)", re.IGNORECASE)
 """Folders of smaller copies."""
 _LOSSLESS = frozenset({".png", ".gif", ".bmp", ".tif", ".tiff"})
 _SAMPLE = 64
@@ -97,7 +99,7 @@ _VIEWS = frozenset(
     | {"rgb", "ir", "nir", "thermal", "depth", "photo", "sketch", "image", "condition", "original", "edited"}
 )
 """Folders that hold one thing in several forms, and no classes."""
-_PLAIN = frozenset({"image", "images", "img", "imgs", "jpegimages"})
+_PLAIN = frozenset({"..", "image", "images", "img", "imgs", "jpegimages"})
 """Folders that are no class, wherever they are."""
 _MANY = 100_000
 """Largest number of .json files that are read in search of captions when a source is opened."""
@@ -173,7 +175,7 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
             found.unused.append(number)
 
     # All of the first two rules before any of the third: `a.old.txt` must not take the place of `a.txt`.
-    left = []
+    left: list[tuple[int, int]] = []
     for number, kind in sidecars:
         stem = os.path.splitext(_normal(names[number]))[0]
         if owners := by_stem.get(stem) or by_name.get(stem):
@@ -189,7 +191,8 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
         rest = _after_key(names[number])
         return not rest or (_WORD.fullmatch(rest) is not None and (few or len(keys_of[rest]) > 1))
 
-    for number, kind in left:
+    # Of `a.tags.txt` and `a.caption.txt` the second is the text.
+    for number, kind in sorted(left, key=lambda each: not usual(_after_key(names[each[0]]), CAPTION_NAMES)):
         owners = by_key.get(_first_dot(_normal(names[number])))
         if owners and is_extension(number) and all(is_extension(images[owner]) for owner in owners):
             give(number, kind, owners)
@@ -312,7 +315,7 @@ def _after_key(name: str) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a file, or a folder that it is in, is hidden or made by a system for itself."""
-    return any(part.startswith(".") or part.lower() in _SYSTEM for part in name.split("/"))
+    return any((part.startswith(".") and part != "..") or part.lower() in _SYSTEM for part in name.split("/"))
 
 
 def _keys(names: list[str], by_stem: dict[str, list[int]], by_key: dict[str, list[int]]) -> list[str]:
@@ -360,7 +363,7 @@ def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[st
     """The folders of each file that may be classes, without those that hold all files."""
     paths = []
     for name in names:
-        folders = name.split("/")[:-1]
+        folders = name.lstrip("/").split("/")[:-1]
         known = ["/".join(folders[: i + 1]) in shards for i in range(len(folders))]
         paths.append(
             [
@@ -413,6 +416,7 @@ class SampleSource(ABC):
         """``slots`` [N, 4] are as in `Groups`; ``labels`` and ``splits`` are what the folders of the samples say."""
         self.name, self.notes = name, notes
         self._limits, self._keys, self._slots, self._labels = limits, keys, slots, labels
+        self.notes += notes_on_labels([label for label in labels if label is not None])
         self._drop_boxes()
         self._by_text = columns.caption is None or texts_named
         self._found = self._fields(columns)
@@ -423,7 +427,21 @@ class SampleSource(ABC):
         self.has_images = self._any(IMAGE)
         self.has_captions = self._any(TEXT) or bool(self._found and self._found.captions)
         self._take_split(split, splits)
-        self.notes += self._notes_on_side_cars()
+        self.notes += self._notes_on_side_cars() + self._notes_on_names()
+
+    def _notes_on_names(self) -> list[str]:
+        """A note on images without side-cars that are called like others, which have some: they may be copies."""
+        having = np.any(self._slots[:, TEXT:] >= 0, axis=1)
+        if having.all() or not having.any():
+            return []
+        stems = [os.path.splitext(os.path.basename(key))[0] for key in self._keys]
+        known = {stem for stem, has_some in zip(stems, having, strict=True) if has_some}
+        found = [self._keys[i] for i in np.flatnonzero(~having) if stems[i] in known]
+        return (
+            [f"{counted(len(found), 'image')} without a text called like one that has it: {some(found, len(found))}"]
+            if found
+            else []
+        )
 
     @abstractmethod
     def block(self, i: int) -> tuple[int, bytes]:
@@ -475,7 +493,10 @@ class SampleSource(ABC):
         chosen = [int(i) for i in having[:: max(1, len(having) // _SAMPLE)]]
         both, other, nulls, blank = 0, [], 0, 0
         no_labels: list[Any] = []
+        two_labels: list[str] = []
+        folders = set(self._labels)
         texts: list[str] = []
+        lines: list[list[str]] = []
         for i in chosen:
             try:
                 fields, text = self._json(i), self._text(i)
@@ -484,13 +505,16 @@ class SampleSource(ABC):
                 continue
             nulls += sum(map(says_missing, text.split("\n")))
             written = written_captions(text)
-            texts += [line for line in map(clean, text.split("\n")) if line] if written is None else written
+            lines.append([line for line in map(clean, text.split("\n")) if line] if written is None else written)
+            texts += lines[-1]
             blank += bool(self._slots[i, TEXT] >= 0) and not text.strip()
             if self._found:
                 nulls += sum(says_missing(fields.get(name)) for name in self._found.captions)
                 label = label or fields.get(self._found.label or "", "")
             if not is_missing(label) and label_of(label) is None:
                 no_labels.append(label)
+            elif not is_missing(label) and label_of(label) != self._labels[i] and label_of(label) in folders:
+                two_labels.append(f"{self._keys[i]} ({label_of(label)}, {self._labels[i]})")
             said = {name: captions_of(value) for name, value in fields.items() if usual(name, CAPTION_NAMES)}
             if self._by_text and text.strip() and any(said.values()):
                 both += 1
@@ -506,8 +530,13 @@ class SampleSource(ABC):
             )
         if nulls:
             notes.append(f"{counted(nulls, 'caption')} such as nan or null {of} taken for missing")
-        notes += notes_on_texts(texts)
+        notes += notes_on_texts(texts) + notes_on_lines(lines)
         notes += [f"{note} ({of})" for note in unlabelled_notes(no_labels)]
+        if two_labels:
+            shown = some(two_labels, len(two_labels))
+            notes.append(
+                f"{counted(len(two_labels), 'image')} {of} with two labels, the first of its own file: {shown}"
+            )
         return notes
 
     def _take_split(self, split: str | None, folders: Sequence[str | None]) -> None:

@@ -17,6 +17,8 @@ from diptych.data.sources.decode import is_image_path
 from diptych.errors import UserError
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]+")
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")
+"""A colour of the terminal."""
 _ESCAPE = re.compile(r"(?<!\\)\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))")
 """A character as JSON and Python write it in ASCII. Tables that hold pieces of JSON hold it as six characters."""
 _WRITTEN_OUT = re.compile(r"""(?<![:\\])\\(?:[nrt]|(["'/]))""")
@@ -49,13 +51,30 @@ _NO_TEXTS = {
     b"\x1f\x8b": "is packed with gzip; let its name end in .gz",
 }
 """How files begin that are no text, in small letters."""
+SEPARATORS = ("|", ";", " / ", " # ", " -> ", " => ", "\u2192", "<sep>", "[SEP]")
+"""What people put between several texts in one."""
 _HEADERS = frozenset({"caption", "captions", "text", "texts", "sentence", "description", "prompt"})
-_NUMBERED = re.compile(r"(\d+)([.):]?)\s+\S")
+_NUMBER_FIRST = re.compile(r"^(\d+(?=[-/:]\d)|\w*\d)((?:[-/:]\d+)+|[.):]?)\s+\S")
+_NUMBER_LAST = re.compile(r"(?:\s|[,;]\s*)(\d*\.\d+|(?<=[,;])\d+)()$")
+_MANY, _SAMPLE = 7, 10_000
+"""Number of texts which may all be the same, and of the lines of a file that are compared with one another."""
 _MANGLED = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00c2[\u00a0-\u00bf]|\u00e2\u20ac.")
 """UTF-8 that was read as Windows-1252, and characters that were lost."""
 _BEGIN = re.compile(r"startseq\b|.*(?:[^\w\s'\"-]|-(?=\s))")
 _END = re.compile(r"[^\w\s'\".!?-].*$|\bendseq$")
 """Where every text begins or ends alike, up to and from a character of no word, as in `<start>` or `caption:`."""
+_MARKUP = re.compile(
+    r"\]\(https?:|\[/?(?:b|i|u|url|img|quote)\]|\*\*\S[^*]*\*\*|\[\[[^\]]+\]\]|\{\{[^}]+\}\}|```|^\{\s*\"\w+\":|<lora:[^>]*>|\(\S+:\d\.\d+\)"
+)
+"""Marks of Markdown, BBCode, wikis and prompts."""
+_MESSAGE = re.compile(
+    r"(?:i'm|i am|we are|we're)? ?(?:sorry|unable to)\b|i (?:cannot|can't|can not) |as an ai\b|traceback\b"
+    r"|(?:api |http |internal )?(?:server )?error\b|request timed out|rate limit"
+    r"|no (?:caption|description|text|title)s?\b",
+    re.IGNORECASE,
+)
+"""How messages of programs that write captions begin."""
+_NAME = re.compile(r"\S*(?:[/_]|\d{3})\S*", re.ASCII)
 _LETTER = re.compile(r"[^\W\d_]")
 _QUOTED = re.compile(r"""(["'`]).*\1,?""")
 _XML = re.compile(r"<(?P<tag>[^\s<>]+)[^<>]*>.*</(?P=tag)>")
@@ -82,7 +101,7 @@ def clean(text: str) -> str:
         text = _ESCAPE.sub(_unescaped, text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if text.isprintable() and "  " not in text:  # nearly every caption, and ten times quicker
         return text.strip()
-    text = _CONTROL.sub(" ", text.translate(_INVISIBLE))
+    text = _CONTROL.sub(" ", _COLOUR.sub("", text).translate(_INVISIBLE))
     return " ".join(_SURROGATE.sub("\ufffd", text).split())
 
 
@@ -149,10 +168,10 @@ def _refuse_table(path: Path, lines: Sequence[str]) -> None:
         raise UserError(
             f"{path}: is a list of web addresses ({addresses[0][:60]!r}), not of texts; download them first"
         )
-    if sample and all(map(_is_json, sample)):
+    if sample and all(map(is_json, sample)):
         raise UserError(f"{path}: holds JSON ({sample[0][:60]!r}), a document in each line; let its name end in .jsonl")
     whole = "\n".join(lines).strip()
-    if whole[:1] + whole[-1:] in ("[]", "{}") and _is_json(whole):
+    if whole[:1] + whole[-1:] in ("[]", "{}") and is_json(whole):
         raise UserError(f"{path}: holds JSON, a document of {len(lines):,} lines; let its name end in .json")
     if 2 * sum(_XML.fullmatch(clean(line)) is not None for line in sample) > len(sample):
         raise UserError(
@@ -190,19 +209,54 @@ def notes_on_texts(texts: Sequence[str]) -> list[str]:
         notes.append(
             f"{len(mangled):,} of {len(texts):,} texts that were looked at hold {mangled[0]!r}, as of a wrong encoding"
         )
+    if marked := [found[0] for text in texts if (found := _MARKUP.search(text))]:
+        notes.append(f"markup is kept in {len(marked):,} of {len(texts):,} texts that were looked at, as {marked[0]!r}")
+    if said := [text for text in texts if _MESSAGE.match(text)]:
+        notes.append(f"{len(said):,} of {len(texts):,} texts that were looked at may be messages, as {said[0][:60]!r}")
+    if 5 * len(cut := [text for text in texts if text.endswith(("...", "\u2026"))]) > len(texts):
+        notes.append(f"{len(cut):,} of {len(texts):,} texts that were looked at end in dots, as {cut[0][-30:]!r}")
+    if all(map(_NAME.fullmatch, texts[:1] and texts)) and len(texts) > 1:
+        notes.append(f"each text is one word, as of a list of names: {texts[0][:60]!r}")
+    if bare := [text for text in texts if not _LETTER.search(text)]:
+        notes.append(
+            f"texts without a letter: {len(bare):,} of {len(texts):,} that were looked at, as {bare[0][:60]!r}"
+        )
     if len(set(texts)) < 2:
-        return notes
+        return (
+            [*notes, f"all {len(texts):,} texts that were looked at are {texts[0][:60]!r}"] if texts[_MANY:] else notes
+        )
     first, last = _common_start(texts), _common_start([text[::-1] for text in texts])[::-1]
     for where, mark in (("begins", _BEGIN.match(first)), ("ends", _END.search(last))):
         if mark:
             notes.append(f"{mark[0]!r}, which {where} every text, is a part of it")
     if all(map(_QUOTED.fullmatch, texts)):
         notes.append("the quotes around every text are parts of it")
-    if not notes and len(numbers := list(filter(None, map(_NUMBERED.match, texts)))) == len(texts):
-        counts = {number[1] for number in numbers}  # `2 dogs`, `2 cats` are no numbering
-        if "0" in counts or len(counts) == len(texts) or all(number[2] for number in numbers):
-            notes.append("the numbers in front of the texts are parts of them")
+    for where, number in (("in front of", _NUMBER_FIRST), ("behind", _NUMBER_LAST)):
+        numbers = [found for text in texts if (found := number.search(text))]
+        counts = {found[1] for found in numbers}  # `2 dogs`, `2 cats` are no numbering
+        if len(numbers) == len(texts) and ("0" in counts or len(counts) == len(texts) or all(n[2] for n in numbers)):
+            notes.append(f"the numbers {where} the texts, such as {numbers[0][1]}, are parts of them")
     return notes
+
+
+def notes_on_lines(texts: Sequence[Sequence[str]]) -> list[str]:
+    """A note on lines of several texts that begin alike, as fields do: each is a caption of its own."""
+    fields = []
+    for number in range(max(map(len, texts), default=0)):
+        lines = [text[number] for text in texts if 1 < len(text) > number]
+        if len(lines) > 1 and (mark := _BEGIN.match(_common_start(lines))):
+            fields.append(repr(mark[0][:30]))
+    return [f"lines that begin alike in every text are captions too: {', '.join(fields[:3])}"] if fields else []
+
+
+def _seems_wrapped(lines: Sequence[str]) -> bool:
+    """Whether many lines go on in the next one, as in paragraphs of a fixed width."""
+    pairs = [(a.strip(), b.strip()) for a, b in zip(["", *lines], lines, strict=False) if b.strip()]
+    starts = [b for a, b in pairs if not a]
+    inside = [(a[-1].isalnum() and b[0].islower()) or a[-1] == "," for a, b in pairs if a]
+    return (
+        len(starts) > 1 and 5 * sum(b[0].isupper() for b in starts) >= 4 * len(starts) and 3 * sum(inside) > len(inside)
+    )
 
 
 def _common_start(texts: Sequence[str]) -> str:
@@ -212,25 +266,30 @@ def _common_start(texts: Sequence[str]) -> str:
 
 def _text_notes(path: Path, lines: Sequence[str]) -> list[str]:
     """What of the first lines may be meant for something else than a text."""
-    sample = [line.strip() for line in lines[:50] if line.strip()]
+    sample = [
+        text for line in lines[:: max(1, len(lines) // _SAMPLE)] if (text := line.strip()) and not says_missing(text)
+    ]
     notes = notes_on_texts(sample)
     if len(sample) > 1 and not _HEADERS.isdisjoint(
         cell.strip("\"' ") for cell in re.split(r"[,;|]", sample[0].lower())
     ):
         notes.append(f"the first line of {path} is the text {sample[0]!r}; remove it if it names a column")
+    for mark in SEPARATORS:
+        if len(sample) > 1 and 10 * sum(mark in text for text in sample) >= 9 * len(sample):
+            notes.append(f"{mark!r} parts no texts: a line of {path} is one text")
+            break
+    if _seems_wrapped(lines[:_SAMPLE]):
+        notes.append(f"lines of {path} seem to go on in the next ones, but each is a text of its own")
     remarks = [line for line in lines if line.lstrip().startswith("#")]
     if 0 < 2 * len(remarks) < len(lines):
         notes.append(
             f"lines of {path} that begin with # are texts: {len(remarks):,} such as {remarks[0].strip()[:60]!r}; "
             "remove them if they are remarks"
         )
-    strange = [line.strip() for line in lines if line.strip() and not _LETTER.search(line) and not says_missing(line)]
-    if strange:
-        notes.append(f"lines of {path} without a letter are texts: {len(strange):,} such as {strange[0][:60]!r}")
     return notes
 
 
-def _is_json(line: str) -> bool:
+def is_json(line: str) -> bool:
     """Whether a line is an object or a list of JSON."""
     if line.strip()[:1] not in ("{", "["):
         return False
