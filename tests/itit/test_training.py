@@ -12,9 +12,12 @@ from safetensors.numpy import load_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from diptych.data.scenes import ScenesSource
+from diptych.data.splits import Subset
+from diptych.data.store import DataTokenizers
 from diptych.encoders import ScratchConfig, scratch_encoder
 from diptych.errors import UserError
 from diptych.io import load_network
+from diptych.itit import training
 from diptych.itit.data import DataConfig, open_data
 from diptych.itit.evaluation import ALONE, EvaluateConfig, evaluate, evaluate_run
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
@@ -583,3 +586,26 @@ def test_captions_are_fine_tuned_from_the_weights_of_a_run(done, tmp_path, capsy
 def test_fine_tuning_needs_a_finished_run(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         replace(itit_finetune_caption(), init=str(tmp_path), data=tiny_run().data).fit(tmp_path / "out", recipe="x")
+
+
+def test_the_time_to_encode_counts_every_network_that_reads_an_image(monkeypatch):
+    clock, shown = [0.0], []
+
+    def network(name, cost):
+        def run(inputs):
+            shown.append((name, len(inputs)))
+            clock[0] += cost
+
+        return run
+
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    tokenizers = DataTokenizers(
+        image_size=32,
+        tokenize_images=network("tokens", 1.0),
+        image_features=network("features", 2.0),
+        teacher_size=16,
+        teacher_features=network("teacher", 4.0),
+    )
+    some = Subset(ScenesSource(count=96), range(96))
+    assert training._seconds_to_encode(some, tokenizers, "images") == pytest.approx(7.0 * 96 / 48)
+    assert shown == [("tokens", 48), ("features", 48), ("teacher", 48)]

@@ -634,8 +634,13 @@ def _seconds_to_encode(subset: Subset, tokenizers: DataTokenizers, name: str) ->
     source, items = subset.source, subset.items[:: max(1, len(subset.items) // _TRIED)][:_TRIED]
     began = time.monotonic()
     if name != "texts" and tokenizers.tokenize_images is not None:
-        pixels = np.stack([source.image(int(item), tokenizers.image_size) for item in items])
-        tokenizers.tokenize_images(channels_first(pixels))
+        pixels_B3SS = channels_first(np.stack([source.image(int(item), tokenizers.image_size) for item in items]))
+        tokenizers.tokenize_images(pixels_B3SS)
+        if tokenizers.image_features is not None:
+            tokenizers.image_features(pixels_B3SS)
+        if tokenizers.teacher_features is not None:
+            pixels = np.stack([source.image(int(item), tokenizers.teacher_size) for item in items])
+            tokenizers.teacher_features(channels_first(pixels))
     if name != "images" and tokenizers.tokenize_texts is not None:
         ids_BL = tokenizers.tokenize_texts([text for item in items for text in source.captions(int(item))])
         if tokenizers.text_features is not None:
