@@ -1,11 +1,11 @@
 """Speed beside others: ITIT against networks of its kind that do the same work, and against itself without a saving.
 
-    python benchmarks/peers.py [--only draw caption ...] [--scale base] [--batches 1 4 16] [--precision bf16]
+    python benchmarks/peers.py [--only generate caption ...] [--scale base] [--batches 1 4 16] [--precision bf16]
                                [--device cuda --compile] [--json FILE]
 
 | part | ours | peer |
 |---|---|---|
-| draw | guided parallel decoding of 256 tokens | `diffusers.UVit2DModel` with as many parameters, its scheduler |
+| generate | guided parallel decoding of 256 tokens | `diffusers.UVit2DModel` with as many parameters, its scheduler |
 | caption | 20 tokens from image tokens, greedily and with 4 beams | GIT's `generate` from pixels (`transformers`) |
 | step | gradient of the losses on pairs | the same network, all image tokens in the encoder |
 | cycle | gradient with cycles, T2I2T and I2T2I apart and together | no cycles: 1 / ratio times as fast |
@@ -48,7 +48,7 @@ from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.text_tokenizer import EOS, train_tokenizer
 
-BARS = {"draw": 1.6, "caption, 4 beams": 4.0, "caption, greedy": 1.5, "step": 1.6, "cycle, full": 1 / 2.3}
+BARS = {"generate": 1.6, "caption, 4 beams": 4.0, "caption, greedy": 1.5, "step": 1.6, "cycle, full": 1 / 2.3}
 """Smallest ratios that are asked for; a key is the beginning of a name."""
 CAPTION_LENGTH, TEXT_LENGTH = 20, 16
 Run = Callable[[], Any]
@@ -140,7 +140,7 @@ class Bench:
 # Generation
 
 
-def draw(bench: Bench) -> Iterator[Comparison]:
+def generate(bench: Bench) -> Iterator[Comparison]:
     """Guidance 2 of ours is what diffusers calls 3; the peer takes both branches in one batch, as its pipeline does."""
     from diffusers import AmusedScheduler
 
@@ -170,7 +170,9 @@ def draw(bench: Bench) -> Iterator[Comparison]:
         features = torch.randn(rows, TEXT_LENGTH, 768, device=bench.device)
         valid = torch.ones(rows, TEXT_LENGTH, dtype=torch.bool, device=bench.device)
         both = torch.randn(2 * rows, TEXT_LENGTH, 768, device=bench.device, dtype=unet.dtype)
-        yield Comparison(f"draw, batch {rows}", lambda f=features, v=valid: ours(f, v), lambda b=both: peer(b, b[:, 0]))
+        yield Comparison(
+            f"generate, batch {rows}", lambda f=features, v=valid: ours(f, v), lambda b=both: peer(b, b[:, 0])
+        )
 
 
 def uvit(width: int, *, parameters: int) -> Any:
@@ -186,9 +188,7 @@ def uvit(width: int, *, parameters: int) -> Any:
     with torch.device("meta"):
         counts = {layers: sum(p.numel() for p in build(layers).parameters()) for layers in range(1, 25)}
     layers = min(counts, key=lambda layers: abs(counts[layers] - parameters))
-    print(
-        f"draw: ITIT has {parameters / 1e6:.1f}M parameters, UVit2DModel {counts[layers] / 1e6:.1f}M ({layers} layers)"
-    )
+    print(f"generate: {parameters / 1e6:.1f}M parameters, UVit2DModel {counts[layers] / 1e6:.1f}M ({layers} layers)")
     return build(layers)
 
 
@@ -295,8 +295,8 @@ def cycle(bench: Bench) -> Iterator[Comparison]:
     rows = bench.options.batches[-1]
 
     def run(texts: Any, images: Any, rounds: int) -> Run:
-        drawing = replace(ItitObjectiveConfig().image_generation, steps=rounds)
-        config = ItitObjectiveConfig(texts=texts, images=images, cycle_start_step=0, image_generation=drawing)
+        generation = replace(ItitObjectiveConfig().image_generation, steps=rounds)
+        config = ItitObjectiveConfig(texts=texts, images=images, cycle_start_step=0, image_generation=generation)
         return gradient(bench, ItitObjective(model, text_encoder, config).to(bench.device), rows)
 
     without = run("off", "off", 1)
@@ -343,8 +343,13 @@ def attention_bf16(bench: Bench) -> Iterator[Comparison]:
 
 
 PARTS = {
-    "draw": draw, "caption": caption, "step": step, "cycle": cycle, "encode": encode, "attention": attention_bf16,
-}  # fmt: skip
+    "generate": generate,
+    "caption": caption,
+    "step": step,
+    "cycle": cycle,
+    "encode": encode,
+    "attention": attention_bf16,
+}
 
 
 def verdict(findings: list[Finding]) -> bool:
@@ -363,7 +368,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
     parser.add_argument("--scale", choices=("base", "small"), default="base")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of parallel decoding in `draw`; the paper has 24")
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="rounds of parallel decoding in `generate`; the paper has 24"
+    )
     parser.add_argument("--synthesis", nargs="+", type=int, default=[8], help="rounds inside T2I2T")
     parser.add_argument("--git-pixels", type=int, default=224, help="side of GIT's images; 256 has as many positions")
     parser.add_argument("--device", default="cpu")

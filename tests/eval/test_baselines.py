@@ -20,9 +20,9 @@ from diptych.eval.baselines import (
     chance_of_recall,
     histograms,
     image_histograms,
-    lent_embeddings,
     most_frequent,
     nearest,
+    neighbour_word_embeddings,
 )
 from diptych.report.html import write_run_report
 from diptych.run_folder import write_config
@@ -208,7 +208,7 @@ def test_images_have_the_words_of_their_nearest(photos, monkeypatch):
     source = open_source(str(photos))
     pairs, test = Subset(source, np.array([0, 2, 3, 5])), Subset(source, np.array([1, 4]))
     texts = ["green grass", "a red wall", "unknown words"]
-    ((name, (images_BV, texts_NV)),) = lent_embeddings(pairs, test, texts).items()
+    ((name, (images_BV, texts_NV)),) = neighbour_word_embeddings(pairs, test, texts).items()
     assert name == "captions of the 2 nearest by colour and gradient histograms"
     assert (images_BV @ texts_NV.T).argmax(1).tolist() == [0, 1]
     np.testing.assert_allclose(images_BV.norm(dim=1), 1, rtol=1e-6)

@@ -21,7 +21,7 @@ from diptych.report.html import (
     _curves,
     closing_line,
     outcome,
-    told,
+    score_line,
     write_report,
     write_run_report,
 )
@@ -172,9 +172,9 @@ def test_the_last_line_has_score_report_and_next_command(run):
 
 def test_scores_in_one_line():
     numbers = {"valid/rouge_l": 0.2, "valid/cider": 12.0, "valid/mean_r1": 0.05, "lr": 1.0}
-    assert told(numbers) == "cider 12, mean_r1 5.0 %"
-    assert told(numbers, best="rouge_l") == "rouge_l 20.0 %, cider 12, mean_r1 5.0 %"
-    assert told({"lr": 1.0}) == ""
+    assert score_line(numbers) == "cider 12, mean_r1 5.0 %"
+    assert score_line(numbers, best="rouge_l") == "rouge_l 20.0 %, cider 12, mean_r1 5.0 %"
+    assert score_line({"lr": 1.0}) == ""
 
 
 def test_measures_stand_among_the_curves_of_training():

@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from diptych.errors import UserError
-from diptych.tokenizers.text_tokenizer import TextTokenizer, relaid, train_tokenizer
+from diptych.tokenizers.text_tokenizer import TextTokenizer, train_tokenizer, with_t5_ids
 
 SCENES = [
     f"a {size} {colour} {shape} {side} a {other} star."
@@ -109,7 +109,7 @@ def test_a_limited_vocabulary_cuts_its_texts_as_before() -> None:
     backend = train_tokenizer(texts, vocab_size=250, sentinels=8).backend_tokenizer
     backend.add_tokens(["<chip>", "<never>"])
     some = [*texts[:20], f"{texts[0]} <chip>"]
-    limited = relaid(backend, some)
+    limited = with_t5_ids(backend, some)
     for text in some:
         assert limited.encode(text).tokens == backend.encode(text, add_special_tokens=False).tokens
     tokens = ["<pad>", "</s>", "<unk>", "<never>", "<extra_id_0>"]
@@ -117,4 +117,4 @@ def test_a_limited_vocabulary_cuts_its_texts_as_before() -> None:
     assert limited.get_vocab_size() < backend.get_vocab_size() - 10
     tokenizer = TextTokenizer(limited, vocab_rows=limited.get_vocab_size())
     assert tokenizer.detokenize(tokenizer.tokenize(some[:20], length=120)[0]) == some[:20]
-    assert relaid(backend).get_vocab_size() == backend.get_vocab_size() - 8, "all but the sentinels"
+    assert with_t5_ids(backend).get_vocab_size() == backend.get_vocab_size() - 8, "all but the sentinels"

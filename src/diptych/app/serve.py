@@ -46,7 +46,7 @@ def is_loopback(host: str) -> bool:
 
 
 def token_for(host: str, token: str | None) -> str | None:
-    """The token that opens the page: the given one, a new one where the network can reach ``host``, else none.
+    """The token that opens the page: the given one, a new one where other machines can reach ``host``, else none.
 
     Raises UserError for a token that can be guessed.
     """

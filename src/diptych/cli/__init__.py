@@ -20,7 +20,7 @@ from diptych.cli.inference import (
     push,
     search,
 )
-from diptych.cli.training import demo, encode, features, fit, fit_for_help, recipes
+from diptych.cli.training import demo, encode, features, fit, fit_for_help, plan, plan_for_help, recipes
 from diptych.errors import Interrupted, UserError
 
 _ABOUT = (
@@ -62,8 +62,10 @@ def main() -> None:
     try:
         if arguments[:1] == ["fit"]:
             fit(arguments[1:])
+        elif arguments[:1] == ["plan"]:
+            plan(arguments[1:])
         else:
-            subcommands: dict[str, Any] = {**COMMANDS, "fit": fit_for_help}
+            subcommands: dict[str, Any] = {**COMMANDS, "fit": fit_for_help, "plan": plan_for_help}
             tyro.extras.subcommand_cli_from_dict(
                 subcommands, prog="diptych", description=_ABOUT, args=arguments or ["--help"], sort_subcommands=False
             )

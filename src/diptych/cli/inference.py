@@ -178,7 +178,7 @@ def _calibrate(run: Path, spec: str, *, beams: int | None, ranked: dict[str, Any
 
     found = calibrate(open_itit(run, device), source, beams=beams, advance=ProgressLine("calibrating"), **ranked)
     where = found.save(run)
-    print(f"{found.told()}; written to {where}", file=sys.stderr)
+    print(f"{found.summary()}; written to {where}", file=sys.stderr)
 
 
 def _confidence(run: Path, diptych: "Diptych", *, beams: int | None, ranked: dict[str, Any]) -> "Confidence | None":

@@ -12,7 +12,7 @@ import shutil
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -359,6 +359,89 @@ def fit_for_help(
         config: YAML file of fields, as `config.yaml` of a run folder; a flag counts more. It may name the recipe.
         out: Folder of the run; an interrupted run continues there.
     """
+
+
+@dataclass(frozen=True, slots=True)
+class PlanArguments:
+    """The arguments of `diptych plan` that are no fields of the recipe."""
+
+    recipe: str
+    devices: tuple[int, ...]
+    device: str
+    utilization: float
+    images: int
+    text_features: Literal["computed", "cached"]
+    json: Path | None
+
+
+def plan_for_help(
+    recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIPE")],
+    *,
+    devices: tuple[int, ...] = (1,),
+    device: Literal["h100", "h200", "a100", "rtx4090", "cpu"] = "h100",
+    utilization: float = 0.4,
+    images: int = 10_000_000,
+    text_features: Literal["computed", "cached"] = "computed",
+    json: Path | None = None,
+) -> PlanArguments:
+    """Say on paper what a recipe takes on given devices: operations, memory, time, and what limits it first.
+
+    Every field of the recipe is an option, as with `diptych fit`. Nothing is read or downloaded.
+
+    Args:
+        recipe: Name of a recipe; `diptych recipes` lists them.
+        devices: Number of devices, eight in each machine; several numbers give a plan for each.
+        device: Kind of device; cpu measures the peak of this machine.
+        utilization: Share of the peak of a device that is reached.
+        images: Number of different images in the data, each of which is encoded once.
+        text_features: Whether the frozen text encoder computes in each step, or its features are read from disk.
+        json: File for all numbers.
+    """
+    return PlanArguments(recipe, devices, device, utilization, images, text_features, json)
+
+
+def plan(arguments: list[str]) -> None:
+    """`diptych plan RECIPE [any field]`: the options depend on the recipe, so they are parsed here."""
+    given, rest = tyro.cli(plan_for_help, prog="diptych plan", args=arguments or ["--help"], return_unknown_args=True)
+
+    from diptych.plan import plan as on_paper
+    from diptych.registry import RECIPES
+
+    if given.recipe not in RECIPES:
+        raise UserError(f"no recipe {given.recipe!r}: choose {', '.join(RECIPES)}")
+    recipe = RECIPES[given.recipe]()
+    _fill_missing(recipe)
+    run = _parse_fit(
+        type(recipe), recipe, ["--out", "plan", *rest], prog=f"diptych plan {given.recipe}", about=None
+    ).run
+    work, found = None, []
+    for devices in given.devices:
+        found.append(
+            on_paper(
+                run,
+                recipe=given.recipe,
+                device=given.device,
+                devices=devices,
+                utilization=given.utilization,
+                images=given.images,
+                text_features=given.text_features,
+                work=work,
+            )
+        )
+        work = found[-1].work
+        print("\n".join(found[-1].lines()))
+    if given.json is not None:
+        write_bytes(given.json, (json.dumps([asdict(each) for each in found], indent=1) + "\n").encode())
+
+
+def _fill_missing(run: Any) -> None:
+    """Give an empty name to each source that a run needs and a plan does not."""
+    for field in fields(run):
+        value = getattr(run, field.name)
+        if is_dataclass(value):
+            _fill_missing(value)
+        elif value is MISSING:
+            setattr(run, field.name, "")
 
 
 FIRST: dict[Kind, tuple[str, ...]] = {

@@ -253,11 +253,13 @@ def cached_states(
     cache: Path,
     skipped: SkippedItems,
     enough: Callable[[int], bool] = lambda items: False,
+    title: str = "computing the features of images and captions",
 ) -> tuple[States, int]:
     """The states of the captioned images of ``source``, computed as far as the folder ``cache`` does not have them.
 
     ``enough`` is called after each block of items with the number of items so far; where it is True, no more are
-    computed. Also returns the number of items that have states: all of ``captions``, or as many as were enough.
+    computed. ``title`` stands before the progress. Also returns the number of items that have states: all of
+    ``captions``, or as many as were enough.
 
     An interrupted computation goes on where it stopped. Raises UserError when too many images cannot be read; the
     others of them are recorded in ``skipped`` and left out.
@@ -275,7 +277,7 @@ def cached_states(
     made_by = shared | {"weights": weights_digest(encoder.clip.text_model), "first": _digest(captions.first)}
     texts = _cached(cache, "texts", made_by | {"ids": _digest(captions.ids, captions.starts)}, **kept)
     done, total = 0, len(captions.items)
-    advance = ProgressLine("computing the features of images and captions")
+    advance = ProgressLine(title)
     with ThreadPoolExecutor(_THREADS) as threads, eval_mode(encoder):
         while done < total and not (done and enough(done)):
             block = range(done, min(done + _ITEMS, total))

@@ -46,7 +46,7 @@ from diptych.dual.model import DualEncoder, open_dual
 from diptych.encoders import open_image_encoder
 from diptych.encoders.text import cleaned
 from diptych.errors import UserError, first_line
-from diptych.eval.baselines import Baseline, Comparison, chance_of_recall, lent_embeddings
+from diptych.eval.baselines import Baseline, Comparison, chance_of_recall, neighbour_word_embeddings
 from diptych.eval.probe import linear_probe
 from diptych.io import write_bytes
 from diptych.nn.inference import Device, eval_mode, pick_device
@@ -182,7 +182,7 @@ def compare_retrieval(
     try:
         data = read_config(run)["run"]["data"]
         known = open_finite(data["pairs"], Columns(**data["columns"]))
-        found = lent_embeddings(
+        found = neighbour_word_embeddings(
             Subset(known, np.arange(len(known))),
             Subset(images.source, np.array(items)),
             texts,

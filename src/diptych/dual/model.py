@@ -300,7 +300,7 @@ class DualEncoder(nn.Module, Temperature, OnHub):
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], *, device: Device = "cpu") -> "DualEncoder":
-        """Load a CLIP or two towers from a folder, without any use of the network, a run folder, or by a hub name.
+        """Load a CLIP or two towers from a folder, which needs no internet, a run folder, or by a hub name.
 
         Raises UserError when ``name`` holds neither, and for a run that is not finished or of another kind.
         """

@@ -298,6 +298,7 @@ class DualRun:
     ) -> States:
         """The states to learn from: of all items, or of as many as a budget has time for beside the training."""
         enough, budget = self._enough(model, captions, plan), plan.budget
+        some = ", as many as the budget has time for" if budget is not None else ""
         with main_process_first():
             states, items = cached_states(
                 model,
@@ -307,6 +308,7 @@ class DualRun:
                 cache=self.data.cache or out / "features",
                 skipped=skipped,
                 enough=enough,
+                title=f"computing the features of images and captions{some}",
             )
         if budget is not None:
             budget.decision("images", lambda: items)

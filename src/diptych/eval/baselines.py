@@ -1,10 +1,10 @@
 """What a run must beat: baselines that take seconds, beside its own scores and computed by the same code.
 
-    caption_baselines   the most frequent caption, and the consensus caption of all pairs and of the nearest images
-    lent_embeddings     images as the words in the captions of the nearest images, for retrieval
-    encoder_fits        how well captions fit their images, by two pretrained encoders
-    ClassBaselines      chance, the most frequent class, and logistic regression
-    Comparison          a run beside its baselines, and the sentence that a report begins with
+    caption_baselines          the most frequent caption, and the consensus of all pairs and of the nearest images
+    neighbour_word_embeddings  images as the words in the captions of the nearest images, for retrieval
+    encoder_fits               how well captions fit their images, by two pretrained encoders
+    ClassBaselines             chance, the most frequent class, and logistic regression
+    Comparison                 a run beside its baselines, and the sentence that a report begins with
 
 Consensus captions are those of Devlin et al., "Exploring Nearest Neighbor Approaches for Image Captioning" (2015).
 Departure: captions are compared by the cosine of their TF-IDF vectors of n-grams, which are those of CIDEr.
@@ -313,7 +313,7 @@ class NearCaptions:
 # Retrieval
 
 
-def lent_embeddings(
+def neighbour_word_embeddings(
     pairs: Subset[Source],
     test: Subset[Source],
     texts: Sequence[str],

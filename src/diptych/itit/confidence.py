@@ -143,7 +143,7 @@ class Calibration:
         )
         return float(first), float(second)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The result in a line."""
         sure, unsure = self.halves
         return (

@@ -228,6 +228,12 @@ class ItitObjective(Objective):
             pseudo_BN = generate_image_tokens(
                 network, features_BLF, texts.valid_BL, self.config.image_generation, rng=rng
             )
+        return self.caption_loss_of_generated(pseudo_BN, texts, features_BLF, rng)
+
+    def caption_loss_of_generated(
+        self, pseudo_BN: Int[Tensor, "B N"], texts: TextExamples, features_BLF: Float[Tensor, "B L F"], rng: StepRNG
+    ) -> Float[Tensor, ""]:
+        """L_T2I2T, equation (3), from the generated images I' on."""
         if self.config.texts == "full":
             first = self._sample_masking(self.config.image_masking, texts, rng, "t2i2t/first")
             image_BND = self._predict_image(pseudo_BN, first, features_BLF, texts.valid_BL, rng)
@@ -282,7 +288,14 @@ class ItitObjective(Objective):
                 network, images, _ONE_BEAM, banned_V=banned_V, length=self.model.config.max_text_len, pack=False
             )
         pseudo_BL = pseudo_BL[:, : int((pseudo_BL != PAD).sum(1).max())]
-        valid_BL = pseudo_BL != PAD
+        distinct = torch.tensor(len(pseudo_BL.unique(dim=0)) / len(pseudo_BL), device=tokens_BN.device)
+        return self.image_loss_of_generated(pseudo_BL, images, rng), distinct
+
+    def image_loss_of_generated(
+        self, pseudo_BL: Int[Tensor, "B L"], images: ImageTokenExamples, rng: StepRNG
+    ) -> Float[Tensor, ""]:
+        """L_I2T2I, equation (4), from the generated texts T' on."""
+        tokens_BN, valid_BL = images.tokens_BN, pseudo_BL != PAD
         if self.config.images == "full":
             first = self._sample_masking(self.config.text_masking, images, rng, "i2t2i/first")
             embedded_BLE = self._predict_text(images, first, pseudo_BL)
@@ -291,8 +304,7 @@ class ItitObjective(Objective):
             features_BLF = self.text_encoder.features(pseudo_BL, valid_BL)
         second = self._sample_masking(self.config.image_masking, images, rng, "i2t2i/second")
         encoded = self._encode(self.model.embed_image(tokens_BN), second, features_BLF, valid_BL)
-        loss = self._image_loss(encoded, tokens_BN, second)
-        return loss, torch.tensor(len(pseudo_BL.unique(dim=0)) / len(pseudo_BL), device=loss.device)
+        return self._image_loss(encoded, tokens_BN, second)
 
     def _predict_text(
         self, images: ImageTokenExamples, masking: Masking, pseudo_BL: Int[Tensor, "B L"]

@@ -374,7 +374,7 @@ def outcome(run: Path, *, step: int | None = None, select: str = "", source: str
     records = read_metrics(run / "metrics.jsonl")
     scored = [record for record in records if record.get("step") == step and "loss" not in record]
     if scored:
-        return f"best after step {step:,}, {told(scored[-1], best=select)} on {source}"
+        return f"best after step {step:,}, {score_line(scored[-1], best=select)} on {source}"
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     return f"loss {losses[-1]:.3g}, nothing was scored" if losses else ""
 
@@ -385,7 +385,7 @@ def validation_scores(run: Path, step: int) -> dict[str, float]:
     return {n.removeprefix("valid/"): value for n, value in records[-1].items() if n.startswith("valid/")}
 
 
-def told(numbers: Mapping[str, Any], *, best: str = "") -> str:
+def score_line(numbers: Mapping[str, Any], *, best: str = "") -> str:
     """The scores of a validation in one line, those of headline first; ``best`` is the name that selects weights."""
     scores = {name.removeprefix("valid/"): value for name, value in numbers.items() if name.startswith("valid/")}
     chosen = [name for name in (best, *HEADLINES) if name in scores]

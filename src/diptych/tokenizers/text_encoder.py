@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diptych.errors import UserError, first_line
 from diptych.io import replace_folder, without_progress_bars
-from diptych.tokenizers.text_tokenizer import CONTROLS, EOS, PIECES, TextTokenizer, relaid
+from diptych.tokenizers.text_tokenizer import CONTROLS, EOS, PIECES, TextTokenizer, with_t5_ids
 
 if TYPE_CHECKING:  # T5 of transformers takes seconds to import; its tokenizer alone needs none of it
     import transformers
@@ -116,7 +116,7 @@ class TextEncoder(nn.Module, TextTokenizer):
     def from_pretrained(
         name: str | os.PathLike[str], *, texts: Iterable[str] | None = None, dtype: torch.dtype | None = None
     ) -> "TextEncoder":
-        """From a `transformers` folder (nothing touches the network), a run folder, a hub name or a package.
+        """From a `transformers` folder (which needs no internet), a run folder, a hub name or a package.
 
         Args:
             name: what to load. Of a T5, CLIP or other model of several parts only the text encoder is read.
@@ -203,7 +203,7 @@ class _AdaptedTextEncoder(TextEncoder):
             if opened.network.config.is_encoder_decoder:
                 raise UserError(f"the encoder of a {opened.network.config.model_type} model cannot be saved alone")
             kept = Path(name) / PIECES
-            pieces = Tokenizer.from_file(str(kept)) if kept.is_file() else relaid(backend, texts)
+            pieces = Tokenizer.from_file(str(kept)) if kept.is_file() else with_t5_ids(backend, texts)
             return cls(opened.network, opened.tokenizer, pieces)
         except Exception as error:  # tokenizers and the models raise errors of all kinds
             raise UserError(f"{name}: cannot be used as a text encoder: {first_line(error)}") from error

@@ -44,7 +44,7 @@ _UNUSED = 1
 """Count given to a piece that the best segmentation never uses, mostly a letter, so that it stays possible."""
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 PIECES = "pieces.json"
-"""File beside the `tokenizer.json` of a text encoder that is no T5, with the tokenizer that :func:`relaid` made."""
+"""File beside the `tokenizer.json` of a text encoder that is no T5: the tokenizer that :func:`with_t5_ids` made."""
 _AT_ONCE = 1000
 """Number of texts tokenized at once."""
 _WRITTEN_TOGETHER = (
@@ -59,8 +59,8 @@ _WRITTEN_TOGETHER = (
 class TextTokenizer:
     """Texts to ids and back. It needs a `tokenizer.json` alone: neither the encoder's weights nor transformers.
 
-    Raises UserError for a tokenizer without T5's first ids (:func:`relaid` gives them to any other), or with more ids
-    than ``vocab_rows``, the rows of the embedding.
+    Raises UserError for a tokenizer without T5's first ids (:func:`with_t5_ids` gives them to any other), or with more
+    ids than ``vocab_rows``, the rows of the embedding.
     """
 
     def __init__(self, backend: Tokenizer, *, vocab_rows: int):
@@ -144,7 +144,7 @@ class TextTokenizer:
 # Tokenizers of other models
 
 
-def relaid(backend: Tokenizer, texts: Iterable[str] | None = None) -> Tokenizer:
+def with_t5_ids(backend: Tokenizer, texts: Iterable[str] | None = None) -> Tokenizer:
     """The tokenizer with T5's first ids, without its own special tokens, and with the pieces that ``texts`` need alone.
 
     These are the pieces that it cuts the texts into, and what a new word in the letters of the texts is spelt with. The

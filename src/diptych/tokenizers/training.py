@@ -168,7 +168,7 @@ class TokenizerRun:
     columns: Columns = field(default_factory=Columns)
     """Names of the source's columns where they cannot be guessed."""
     stage: TokenizerStage = field(default_factory=TokenizerStage)
-    """How the tokenizer is trained."""
+    """Training of the image tokenizer."""
 
     def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> None:
         """Leaves ``out/tokenizer``, a plain diffusers folder. Raises UserError for a source without images."""
@@ -269,7 +269,7 @@ class TextEncoderRun:
     columns: Columns = field(default_factory=Columns)
     """Names of the source's columns where they cannot be guessed."""
     stage: TextEncoderStage = field(default_factory=TextEncoderStage)
-    """How the text encoder is trained."""
+    """Training of the text encoder."""
 
     def fit(self, out: Path, *, recipe: str, budget: Budget | None = None) -> None:
         """Leaves ``out/text_encoder``, a plain transformers folder with its tokenizer.

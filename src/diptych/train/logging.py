@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from diptych.errors import UserError
-from diptych.report.html import told
+from diptych.report.html import score_line
 from diptych.report.terminal import clock, in_words
 from diptych.train.checkpoint import TrainProgress
 from diptych.train.config import TrainConfig
@@ -164,7 +164,7 @@ class RunLogger:
             self._metrics.flush()
         now = time.monotonic()
         due = now - self._told >= _BETWEEN or progress.step == self._train.steps
-        if self._display and due and not self._train.quiet and (scores := told(numbers)):
+        if self._display and due and not self._train.quiet and (scores := score_line(numbers)):
             self._told = now
             self._display.say(f"step {progress.step:,}: validation {scores} ({in_words(seconds)})")
 

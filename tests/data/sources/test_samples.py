@@ -288,6 +288,36 @@ def test_images_called_like_captioned_ones_are_named(tmp_path, kind):
     assert f"1 image without a text called like one that has it: {shown}" in source.notes
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_two_labels_of_one_image_are_named(tmp_path, kind):
+    files = {"cat/a.png": None, "cat/a.json": {"label": "dog"}, "dog/b.png": None, "dog/b.cls": "dog"}
+    source = open_source(write(tmp_path, kind, files))
+    shown = source.key(0)
+    assert source.notes == [
+        f"1 image of 2 that were looked at with two labels, the first of its own file: {shown} (dog, cat)"
+    ]
+    assert source.label(0) == "dog"
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_class_that_is_json_is_none(tmp_path, kind):
+    source = open_source(write(tmp_path, kind, {"a.png": None, "a.cls": '{"id": 3}', "b.png": None, "b.cls": "[1, 2]"}))
+    assert [source.label(i) for i in range(2)] == [None, None]
+    assert source.notes[0].startswith('2 labels of {"id": 3} taken for missing')
+
+
+def test_members_of_any_path_are_read(tmp_path):
+    names = {"../up.png": None, "../up.txt": "one", "/abs/a.png": None, "/abs/a.txt": "two", "b/a.png": None}
+    source = open_source(write(tmp_path, "tar", names))
+    assert [source.captions(i) for i in range(3)] == [["one"], ["two"], []]
+    assert [source.label(i) for i in range(3)] == [None, "abs", "b"]
+
+
+@pytest.mark.parametrize("end", ["_depth", "_normal", "_canny", "-openpose", "_mask"])
+def test_what_is_computed_from_an_image_is_no_image(end):
+    assert group(["a.jpg", f"a{end}.png", f"b{end}.png"], Columns(), source="t").masks == [1]
+
+
 def test_a_text_called_caption_goes_before_others():
     names = ["s0.jpg", "s0.tags.txt", "s0.caption.txt", "s1.jpg", "s1.tags.txt", "s1.caption.txt"]
     assert [slots[TEXT] for slots in group(names, Columns(), source="t").slots] == [2, 5]

@@ -649,6 +649,9 @@ def test_labels_of_several_words_are_several_labels_where_they_share_most_words(
         (["01", "1", "2"], "classes that differ in spelling alone: '01' and '1'"),
         (["0.25", "3", "3"], "numbers such as 0.25 are taken for classes, each a class of its own"),
         ([f"photo {i}" for i in range(8)], "each of 8 labels, such as 'photo 0', is that of one image"),
+        (["unknown", "a"], "'unknown' is taken for a class"),
+        (["a"] * 8, "all 8 labels are 'a'"),
+        (["cat:0.8", "dog:0.75"], "numbers such as cat:0.8 are taken for classes, each a class of its own"),
         (["a", "b"] * 4, None),
     ],
 )

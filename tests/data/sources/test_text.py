@@ -178,6 +178,20 @@ def test_what_may_be_no_text_is_named(tmp_path):
         (["an image"] * 7, []),
         (["1girl, solo", "1girl, red"], ["'1girl,', which begins every text, is a part of it"]),
         (["2 dogs run.", "2 cats run."], []),
+        (
+            ["A dog in the pa...", "A cat", "A cow"],
+            ["1 of 3 texts that were looked at end in dots, as 'A dog in the pa...'"],
+        ),
+        (
+            ["I'm sorry, I can't", "a cat"],
+            ["1 of 2 texts that were looked at may be messages, as \"I'm sorry, I can't\""],
+        ),
+        (["Error code: 429", "a cat"], ["1 of 2 texts that were looked at may be messages, as 'Error code: 429'"]),
+        (['{"title": "a"}', "a cat"], ["markup is kept in 1 of 2 texts that were looked at, as '{\"title\":'"]),
+        (
+            ["2024-01-01 a dog", "2024-01-01 a cat"],
+            ["the numbers in front of the texts, such as 2024, are parts of them"],
+        ),
         (["a dog 1", "a dog 2"], []),
         (["a **big** dog", "a cat"], ["markup is kept in 1 of 2 texts that were looked at, as '**big**'"]),
         (["a dog <lora:x:0.8>", "a cat"], ["markup is kept in 1 of 2 texts that were looked at, as '<lora:x:0.8>'"]),
@@ -196,6 +210,17 @@ def test_lines_without_letters_are_named(tmp_path):
     (tmp_path / "t.txt").write_text("1\n00:00:01,000 --> 00:00:02,000\na dog\n\n2\n犬\n")
     (note,) = TextSource([tmp_path / "t.txt"], name="t").notes
     assert note == "texts without a letter: 3 of 5 that were looked at, as '1'"
+
+
+def test_marks_between_texts_are_named(tmp_path):
+    (tmp_path / "t.txt").write_text("a dog ||| ein Hund\na cat ||| eine Katze\n")
+    assert TextSource([tmp_path / "t.txt"], name="t").notes == [
+        f"'|' parts no texts: a line of {tmp_path}/t.txt is one text"
+    ]
+
+
+def test_colours_of_the_terminal_are_left_out():
+    assert clean("\x1b[31ma dog\x1b[0m") == "a dog"
 
 
 def test_lines_of_paragraphs_are_named(tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from diptych.data.sources.decode import is_image_path
-from diptych.data.sources.text import begins_with_image, clean, notes_on_texts, says_missing
+from diptych.data.sources.text import SEPARATORS, begins_with_image, clean, is_json, notes_on_texts, says_missing
 from diptych.errors import UserError
 
 Role = Literal["image", "caption", "label"]
@@ -49,7 +49,7 @@ _LABEL_LIKE = re.compile(
     r"(^|[_ -]|(?<=[a-z])(?=[A-Z]))(labels?|class|categor(y|ies)|target|species|breed)(?![a-z])", re.I
 )
 _ABOUT = re.compile(
-    r"(^|.*[_ .-])(ids?|idx|index|no|key|uuid|uid|urls?|uri|link|width|height|size|sha\d*|md5|hash|checksum|status"
+    r"(^|.*[_ .-])(ids?|idx|index|no|key|uuid|uid|urls?|uri|link|width|height|size|sha\d*|md5|hash|checksum"
     r"|error_message|exif|licen[cs]es?|mime_?type|format|bbox|tokens|tokenized)|(img|image|cocoid|sent)ids?|cocoid|url_\w+"
     r"|column \d+|unnamed: \d+|__index_level_\d+__|(original|tokens?)_\w+",
     re.IGNORECASE,
@@ -63,9 +63,10 @@ _GRAMMAR = frozenset({"a", "an", "the", "of", "is", "are", "in", "on", "at", "an
 """Words by which a list is seen to be a text that was split into words, and no list of captions of one word."""
 _SPLITS, _TOLD = 20, 8
 """Largest number of splits that a column without a usual name may divide a table in, and of unused columns named."""
-_SEPARATORS = ("|", ";", "\n", "\\n", " / ", " # ", "<br>", "<sep>", "[SEP]")
-"""What people put between the captions in a cell."""
-_FRACTION = re.compile(r"-?\d*\.\d+(e-?\d+)?")
+_FRACTION = re.compile(r"\d*\.\d+(e-?\d+)?$")
+_NO_CLASS = frozenset(
+    {"unlabeled", "unlabelled", "unknown", "unclear", "unsure", "undefined", "ignore", "skip", "todo", "tbd"}
+)
 _OWN = 7
 """Largest number of items for which it is not strange that each has a class of its own."""
 _WHOLE = re.compile(r"^(-?\d+)\.0$")
@@ -189,7 +190,7 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
         notes += notes_on_texts([text for value in table[name] for text in captions_of(value)])
         written = [value for value in table[name] if isinstance(value, str) and not _WRITTEN.match(value)]
         cells = [_ENTITY.sub("", value).strip() for value in written]
-        for mark in _SEPARATORS:
+        for mark in ("\n", "\\n", "<br>", *SEPARATORS):
             if len(cells) > 1 and 10 * sum(mark in cell for cell in cells) >= 9 * len(cells):
                 notes.append(f"{mark!r} in the cells of {name!r} parts no captions: a cell is one caption")
                 break
@@ -219,7 +220,13 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
     told = {name: f"{name} ({what})" for name, what in left}
     unlike += [name for name in rest if wanted.caption == "" and usual(name, CAPTION_NAMES)]
     unlike += [name for name, values in rest.items() if image is None and _could_be_image(name, values)]
-    others = [name for name, values in rest.items() if values and not _ABOUT.fullmatch(_snake(name))]
+    others = [
+        name
+        for name, values in rest.items()
+        if not _ABOUT.fullmatch(_snake(name))
+        and not (name == "status" and "success" in values)  # as img2dataset writes; the failed rows are told elsewhere
+        and (len(values) == 1 or len(set(map(str, values))) > 1)
+    ]
     told |= {name: name for name in others if name not in told and name not in unlike}
     if told:
         more = f" and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
@@ -291,7 +298,7 @@ def label_of(value: Any) -> str | None:
     """
     if is_unlabelled(value) or is_missing(value) or says_missing(value) or isinstance(value, list | tuple | Mapping):
         return None
-    if isinstance(value, str) and _WRITTEN.match(value) and isinstance(_written(value.strip()), list | dict):
+    if isinstance(value, str) and (is_json(value) or (_WRITTEN.match(value) and _written(value.strip()) is not None)):
         return None
     return _WHOLE.sub(r"\1", str(value).strip()) or None
 
@@ -317,7 +324,11 @@ def notes_on_labels(labels: Sequence[str]) -> list[str]:
     if several := [" and ".join(map(repr, each)) for each in spellings.values() if len(each) > 1]:
         more = f" and {len(several) - 3:,} more" if len(several) > 3 else ""
         notes.append(f"classes that differ in spelling alone: {', '.join(several[:3])}{more}")
-    if fractions := sorted(filter(_FRACTION.fullmatch, known)):
+    if unnamed := sorted(label for label in known if label.casefold() in _NO_CLASS):
+        notes.append(f"{unnamed[0]!r} is taken for a class")
+    if len(labels) > _OWN and len(known) == 1:
+        notes.append(f"all {len(labels):,} labels are {labels[0]!r}")
+    if fractions := sorted(filter(_FRACTION.search, known)):
         notes.append(f"numbers such as {fractions[0]} are taken for classes, each a class of its own")
     elif len(labels) == len(known) > _OWN:
         notes.append(f"each of {len(known):,} labels, such as {labels[0]!r}, is that of one image")

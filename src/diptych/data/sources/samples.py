@@ -57,7 +57,8 @@ _BOXES = re.compile(r"(\s*\d+(\s+-?[\d.]+){4,}\s*)+")
 """Lines of a class and a box, as detectors have them."""
 _SHARD = re.compile(r"(images?|img|part|chunk|batch|data|shard|split)[-_]?\d+", re.IGNORECASE)
 _MASK_END = re.compile(
-    r"[ ._-]+(masks?|seg|segmentation|segmap|segmask|trimap|matte|gt|depth|labelids|instanceids)([ ._-]?\d+)?$",
+    r"[ ._-]+(masks?|seg|segmentation|segmap|segmask|trimap|matte|gt|depth|normals?|canny|edges|lineart|(?:open)?pose"
+    r"|labelids|instanceids)([ ._-]?\d+)?$",
     re.IGNORECASE,
 )
 """What the name of a mask has behind the name of its image."""
@@ -98,7 +99,7 @@ _VIEWS = frozenset(
     | {"rgb", "ir", "nir", "thermal", "depth", "photo", "sketch", "image", "condition", "original", "edited"}
 )
 """Folders that hold one thing in several forms, and no classes."""
-_PLAIN = frozenset({"image", "images", "img", "imgs", "jpegimages"})
+_PLAIN = frozenset({"..", "image", "images", "img", "imgs", "jpegimages"})
 """Folders that are no class, wherever they are."""
 _MANY = 100_000
 """Largest number of .json files that are read in search of captions when a source is opened."""
@@ -314,7 +315,7 @@ def _after_key(name: str) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a file, or a folder that it is in, is hidden or made by a system for itself."""
-    return any(part.startswith(".") or part.lower() in _SYSTEM for part in name.split("/"))
+    return any((part.startswith(".") and part != "..") or part.lower() in _SYSTEM for part in name.split("/"))
 
 
 def _keys(names: list[str], by_stem: dict[str, list[int]], by_key: dict[str, list[int]]) -> list[str]:
@@ -362,7 +363,7 @@ def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[st
     """The folders of each file that may be classes, without those that hold all files."""
     paths = []
     for name in names:
-        folders = name.split("/")[:-1]
+        folders = name.lstrip("/").split("/")[:-1]
         known = ["/".join(folders[: i + 1]) in shards for i in range(len(folders))]
         paths.append(
             [
@@ -492,6 +493,8 @@ class SampleSource(ABC):
         chosen = [int(i) for i in having[:: max(1, len(having) // _SAMPLE)]]
         both, other, nulls, blank = 0, [], 0, 0
         no_labels: list[Any] = []
+        two_labels: list[str] = []
+        folders = set(self._labels)
         texts: list[str] = []
         lines: list[list[str]] = []
         for i in chosen:
@@ -510,6 +513,8 @@ class SampleSource(ABC):
                 label = label or fields.get(self._found.label or "", "")
             if not is_missing(label) and label_of(label) is None:
                 no_labels.append(label)
+            elif not is_missing(label) and label_of(label) != self._labels[i] and label_of(label) in folders:
+                two_labels.append(f"{self._keys[i]} ({label_of(label)}, {self._labels[i]})")
             said = {name: captions_of(value) for name, value in fields.items() if usual(name, CAPTION_NAMES)}
             if self._by_text and text.strip() and any(said.values()):
                 both += 1
@@ -527,6 +532,11 @@ class SampleSource(ABC):
             notes.append(f"{counted(nulls, 'caption')} such as nan or null {of} taken for missing")
         notes += notes_on_texts(texts) + notes_on_lines(lines)
         notes += [f"{note} ({of})" for note in unlabelled_notes(no_labels)]
+        if two_labels:
+            shown = some(two_labels, len(two_labels))
+            notes.append(
+                f"{counted(len(two_labels), 'image')} {of} with two labels, the first of its own file: {shown}"
+            )
         return notes
 
     def _take_split(self, split: str | None, folders: Sequence[str | None]) -> None:

@@ -17,6 +17,8 @@ from diptych.data.sources.decode import is_image_path
 from diptych.errors import UserError
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]+")
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")
+"""A colour of the terminal."""
 _ESCAPE = re.compile(r"(?<!\\)\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))")
 """A character as JSON and Python write it in ASCII. Tables that hold pieces of JSON hold it as six characters."""
 _WRITTEN_OUT = re.compile(r"""(?<![:\\])\\(?:[nrt]|(["'/]))""")
@@ -49,8 +51,10 @@ _NO_TEXTS = {
     b"\x1f\x8b": "is packed with gzip; let its name end in .gz",
 }
 """How files begin that are no text, in small letters."""
+SEPARATORS = ("|", ";", " / ", " # ", " -> ", " => ", "\u2192", "<sep>", "[SEP]")
+"""What people put between several texts in one."""
 _HEADERS = frozenset({"caption", "captions", "text", "texts", "sentence", "description", "prompt"})
-_NUMBER_FIRST = re.compile(r"^(\w*\d)([.):]?)\s+\S")
+_NUMBER_FIRST = re.compile(r"^(\d+(?=[-/:]\d)|\w*\d)((?:[-/:]\d+)+|[.):]?)\s+\S")
 _NUMBER_LAST = re.compile(r"(?:\s|[,;]\s*)(\d*\.\d+|(?<=[,;])\d+)()$")
 _MANY, _SAMPLE = 7, 10_000
 """Number of texts which may all be the same, and of the lines of a file that are compared with one another."""
@@ -60,9 +64,16 @@ _BEGIN = re.compile(r"startseq\b|.*(?:[^\w\s'\"-]|-(?=\s))")
 _END = re.compile(r"[^\w\s'\".!?-].*$|\bendseq$")
 """Where every text begins or ends alike, up to and from a character of no word, as in `<start>` or `caption:`."""
 _MARKUP = re.compile(
-    r"\]\(https?:|\[/?(?:b|i|u|url|img|quote)\]|\*\*\S[^*]*\*\*|\[\[[^\]]+\]\]|\{\{[^}]+\}\}|<lora:[^>]*>|\(\S+:\d\.\d+\)"
+    r"\]\(https?:|\[/?(?:b|i|u|url|img|quote)\]|\*\*\S[^*]*\*\*|\[\[[^\]]+\]\]|\{\{[^}]+\}\}|```|^\{\s*\"\w+\":|<lora:[^>]*>|\(\S+:\d\.\d+\)"
 )
 """Marks of Markdown, BBCode, wikis and prompts."""
+_MESSAGE = re.compile(
+    r"(?:i'm|i am|we are|we're)? ?(?:sorry|unable to)\b|i (?:cannot|can't|can not) |as an ai\b|traceback\b"
+    r"|(?:api |http |internal )?(?:server )?error\b|request timed out|rate limit"
+    r"|no (?:caption|description|text|title)s?\b",
+    re.IGNORECASE,
+)
+"""How messages of programs that write captions begin."""
 _NAME = re.compile(r"\S*(?:[/_]|\d{3})\S*", re.ASCII)
 _LETTER = re.compile(r"[^\W\d_]")
 _QUOTED = re.compile(r"""(["'`]).*\1,?""")
@@ -90,7 +101,7 @@ def clean(text: str) -> str:
         text = _ESCAPE.sub(_unescaped, text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if text.isprintable() and "  " not in text:  # nearly every caption, and ten times quicker
         return text.strip()
-    text = _CONTROL.sub(" ", text.translate(_INVISIBLE))
+    text = _CONTROL.sub(" ", _COLOUR.sub("", text).translate(_INVISIBLE))
     return " ".join(_SURROGATE.sub("\ufffd", text).split())
 
 
@@ -157,10 +168,10 @@ def _refuse_table(path: Path, lines: Sequence[str]) -> None:
         raise UserError(
             f"{path}: is a list of web addresses ({addresses[0][:60]!r}), not of texts; download them first"
         )
-    if sample and all(map(_is_json, sample)):
+    if sample and all(map(is_json, sample)):
         raise UserError(f"{path}: holds JSON ({sample[0][:60]!r}), a document in each line; let its name end in .jsonl")
     whole = "\n".join(lines).strip()
-    if whole[:1] + whole[-1:] in ("[]", "{}") and _is_json(whole):
+    if whole[:1] + whole[-1:] in ("[]", "{}") and is_json(whole):
         raise UserError(f"{path}: holds JSON, a document of {len(lines):,} lines; let its name end in .json")
     if 2 * sum(_XML.fullmatch(clean(line)) is not None for line in sample) > len(sample):
         raise UserError(
@@ -200,6 +211,10 @@ def notes_on_texts(texts: Sequence[str]) -> list[str]:
         )
     if marked := [found[0] for text in texts if (found := _MARKUP.search(text))]:
         notes.append(f"markup is kept in {len(marked):,} of {len(texts):,} texts that were looked at, as {marked[0]!r}")
+    if said := [text for text in texts if _MESSAGE.match(text)]:
+        notes.append(f"{len(said):,} of {len(texts):,} texts that were looked at may be messages, as {said[0][:60]!r}")
+    if 5 * len(cut := [text for text in texts if text.endswith(("...", "\u2026"))]) > len(texts):
+        notes.append(f"{len(cut):,} of {len(texts):,} texts that were looked at end in dots, as {cut[0][-30:]!r}")
     if all(map(_NAME.fullmatch, texts[:1] and texts)) and len(texts) > 1:
         notes.append(f"each text is one word, as of a list of names: {texts[0][:60]!r}")
     if bare := [text for text in texts if not _LETTER.search(text)]:
@@ -259,6 +274,10 @@ def _text_notes(path: Path, lines: Sequence[str]) -> list[str]:
         cell.strip("\"' ") for cell in re.split(r"[,;|]", sample[0].lower())
     ):
         notes.append(f"the first line of {path} is the text {sample[0]!r}; remove it if it names a column")
+    for mark in SEPARATORS:
+        if len(sample) > 1 and 10 * sum(mark in text for text in sample) >= 9 * len(sample):
+            notes.append(f"{mark!r} parts no texts: a line of {path} is one text")
+            break
     if _seems_wrapped(lines[:_SAMPLE]):
         notes.append(f"lines of {path} seem to go on in the next ones, but each is a text of its own")
     remarks = [line for line in lines if line.lstrip().startswith("#")]
@@ -270,7 +289,7 @@ def _text_notes(path: Path, lines: Sequence[str]) -> list[str]:
     return notes
 
 
-def _is_json(line: str) -> bool:
+def is_json(line: str) -> bool:
     """Whether a line is an object or a list of JSON."""
     if line.strip()[:1] not in ("{", "["):
         return False
