@@ -18,7 +18,6 @@ from diptych.errors import UserError
 from diptych.registry import RECIPES
 from diptych.run_folder import kind_of, read_config
 from diptych.train.config import OptimConfig, TrainConfig
-from diptych.train.pace import Budget
 
 FAMILIES = ("ito", "clip", "siglip", "slip")
 NAMES = [name for name in RECIPES if name.split("-")[0] in FAMILIES and not name.endswith("-frozen")]
@@ -173,10 +172,6 @@ def test_epochs_count_passes_over_the_pairs_and_resume_bit_for_bit(done, tmp_pat
     assert epochs(1.25).step == 4
     assert losses(tmp_path) == losses(done)
     assert [line["epoch"] for line in lines(tmp_path) if "loss" in line] == [0.3333, 0.6667, 1.0, 1.3333]
-    run = small_run()
-    run.train.epochs = 1
-    with pytest.raises(UserError, match=r"--minutes and train\.epochs both say"):
-        run.fit(tmp_path / "other", recipe="ito-tiny", budget=Budget(5))
 
 
 def test_edited_captions_and_images_are_noticed(scored, tmp_path):

@@ -125,6 +125,11 @@ def test_epochs_become_steps(clock, tmp_path):
     assert (many.train.steps, many.train.eval_every, many.optim.warmup_steps, many.slow_from) == (121, 50, 10, 10)
     with pytest.raises(UserError, match=r"train.epochs is -1; it must be None or more than 0"):
         fitted(-1)
+    both = ToyStage()
+    both.train = replace(both.train, epochs=1)
+    budget = Budget.of_run(tmp_path, Budget(1.0, began=clock.now))
+    with pytest.raises(UserError, match=r"--minutes and train\.epochs both say"):
+        RunPlan([COST], budget=budget).fit_stage("toy", both, tmp_path, make)
 
 
 def test_a_stage_gets_its_part_of_the_time(clock, tmp_path):

@@ -129,10 +129,8 @@ def itit_medium() -> ItitRun:
 
     Command: diptych fit itit-medium --data.pairs 'pairs-{000..049}.tar' --data.images 'images-{000..199}.tar'
              --data.texts texts.txt.gz --text-encoder google/t5-v1_1-base --out runs/medium
-    Cost: 144 GFLOP a row and step before the cycles, counted. 100,000 steps of 64 rows are 4 hours without cycles if
-          the GPU reaches 65 TFLOPS, 40 % of an RTX 4090's 165 in bf16, and 13 hours with them if a step with cycles
-          costs 3.6 times as much, as one of itit-small does. Not measured, nor is the memory: --train.grad-accum-steps
-          8 takes less.
+    Cost: 28 TFLOP a step with cycles and 9 before them, and 7 GB of memory, by `diptych plan itit-medium`. 100,000 steps
+          are 11 hours if the GPU reaches 65 TFLOPS, 40 % of an RTX 4090's 165 in bf16. Not measured.
     """
     return ItitRun(
         data=DataConfig(pairs=tyro.MISSING, workers=8),

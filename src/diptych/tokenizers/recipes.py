@@ -65,8 +65,10 @@ def text_encoder_tiny() -> TextEncoderRun:
 
 
 def text_encoder_small() -> TextEncoderRun:
-    """Text encoder for captions of natural images. Its features collapse on 30,000 captions of photos (docs/log.md):
-    they vary in 2 of 256 directions. For photos take a pretrained one (docs/tokenizers.md).
+    """Text encoder for captions of natural images.
+
+    On 30,000 captions of photos its features collapse: they vary in 2 of 256 directions (docs/log.md). For photos take
+    a pretrained one (docs/tokenizers.md).
 
     Command: diptych fit text-encoder-small --texts captions.txt --out runs/text
     Cost: ten minutes on one core of a Xeon with AMX.
