@@ -129,8 +129,8 @@ def itit_medium() -> ItitRun:
 
     Command: diptych fit itit-medium --data.pairs 'pairs-{000..049}.tar' --data.images 'images-{000..199}.tar'
              --data.texts texts.txt.gz --text-encoder google/t5-v1_1-base --out runs/medium
-    Cost: 28 TFLOP a step with cycles and 9 before them, and 7 GB of memory, by `diptych plan itit-medium`. 100,000 steps
-          are 11 hours if the GPU reaches 65 TFLOPS, 40 % of an RTX 4090's 165 in bf16. Not measured.
+    Cost: 28 TFLOP a step with cycles and 9 before them, and 7 GB of memory, by `diptych plan itit-medium`. 100,000
+          steps are 11 hours if the GPU reaches 65 TFLOPS, 40 % of an RTX 4090's 165 in bf16. Not measured.
     """
     return ItitRun(
         data=DataConfig(pairs=tyro.MISSING, workers=8),
