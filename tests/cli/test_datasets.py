@@ -137,9 +137,9 @@ def test_ray_writes_the_same_bytes_though_a_worker_dies(call, run, dual_run, ray
         ("caption", run, "photos", "--all", "--beams", 1, "--out", "captions.csv"),
         ("embed", dual_run, "photos", "--out", "images"),
         ("embed", dual_run, "photos", "--texts", "--out", "texts.parquet"),
-        ("audit", "photos", "--run", dual_run, "--out", "dual"),
-        ("audit", "photos", "--run", run, "--out", "itit"),
-        ("audit", "photos", *frozen, "--out", "frozen"),
+        ("audit", "photos", "--run", dual_run, "--out", "by-dual"),
+        ("audit", "photos", "--run", run, "--out", "by-itit"),
+        ("audit", "photos", *frozen, "--out", "by-encoders"),
     ):
         out = tmp_path / command[-1]
         local = call(*command)
