@@ -517,11 +517,11 @@ class ItitRun:
             model = self.model.build(inputs.tokenizer, inputs.text_encoder, inputs.image_encoder)
             if self.init is not None:
                 model.load_state_dict(load_network(ITIT, Path(self.init) / "model").state_dict())
-                return ItitObjective(model, inputs.text_encoder, self.objective)
-            if model.image_features is not None:
-                model.image_features.fit(*inputs.image_and_text_features(images=_IMAGES_FITTED))
-            if model.config.whiten_text:
-                model.fit_whitening(inputs.text_features(texts=_WHITENED))
+            else:
+                if model.image_features is not None:
+                    model.image_features.fit(*inputs.image_and_text_features(images=_IMAGES_FITTED))
+                if model.config.whiten_text:
+                    model.fit_whitening(inputs.text_features(texts=_WHITENED))
             head = None
             if self.teacher is not None:
                 head = TeacherHead(inputs.teacher_features(images=_IMAGES_FITTED), width=model.config.width)
