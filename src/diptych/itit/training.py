@@ -29,7 +29,7 @@ from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open
 from diptych.itit.evaluation import ALONE, PAIRS_ONLY, ScoredImages, compare
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ITIT, ItitConfig, mean_of_text
-from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, TeacherHead
+from diptych.itit.objective import AlignmentHead, ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import NEAR_CAPTIONS, TEACHER, Diptych, data_tokenizers
 from diptych.itit.report import Samples
 from diptych.nn.inference import eval_mode, pick_device
@@ -524,7 +524,7 @@ class ItitRun:
                     model.fit_whitening(inputs.text_features(texts=_WHITENED))
             head = None
             if self.teacher is not None:
-                head = TeacherHead(inputs.teacher_features(images=_IMAGES_FITTED), width=model.config.width)
+                head = AlignmentHead(inputs.teacher_features(images=_IMAGES_FITTED), width=model.config.width)
             return ItitObjective(model, inputs.text_encoder, self.objective, teacher_head=head)
 
     @property
