@@ -213,7 +213,7 @@ class ItitRun:
         hook = Hook(
             every=run.train.eval_every,
             run=partial(self._validate, samples, best),
-            over=best.is_over if best is not None else None,
+            stop_early=best.is_over if best is not None else None,
         )
         result = run.train_on(inputs, objective, out, hooks=[hook], pace=pace, best=best, report=report)
         if result.finished and comparison is not None:
@@ -328,7 +328,7 @@ class ItitRun:
             shutil.copytree(out / part, folder / part, dirs_exist_ok=True)
         objective, best = run.build(inputs), BestWeights(folder / "best", patience=run.patience)
         samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, folder / "samples", images=images)
-        hook = Hook(every=run.train.eval_every, run=partial(run._validate, samples, best), over=best.is_over)
+        hook = Hook(every=run.train.eval_every, run=partial(run._validate, samples, best), stop_early=best.is_over)
         run.train_on(inputs, objective, folder, hooks=[hook], title=ALONE, pace=pace, best=best)
         return [Baseline(name=ALONE, scores=_scores_of_best(folder, best), kind="without unpaired data")]
 
