@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diptych.data.batch import ImageTokenExamples, PairExamples, TextExamples
 from diptych.errors import UserError
 from diptych.itit.model import ITIT
-from diptych.itit.objective import ItitObjective, TeacherHead
+from diptych.itit.objective import AlignmentHead, ItitObjective
 from diptych.itit.training import ItitRun
 from diptych.nn.inference import multiplies_bf16
 from diptych.rng import StepRNG
@@ -332,7 +332,7 @@ def objective_on_paper(run: ItitRun) -> tuple[ItitObjective, ImageTokenizer]:
         )
         head = None
         if run.teacher is not None:
-            head = TeacherHead(torch.zeros(2, _ENCODER_WIDTH), width=config.width)
+            head = AlignmentHead(torch.zeros(2, _ENCODER_WIDTH), width=config.width)
         objective = ItitObjective(ITIT(config), text_encoder, run.objective, teacher_head=head)
     objective.train()
     return objective, tokenizer
@@ -422,12 +422,12 @@ def _losses(objective: ItitObjective, *, encoder_counts: bool) -> Iterator[tuple
         yield "texts", lambda: objective.t2i2t_loss(texts, rng)
     elif config.texts != "off":
         yield "texts", lambda: _generate_images(objective, texts)
-        yield "texts", lambda: objective.caption_loss_of_generated(tokens_BN, texts, features_BLF, rng)
+        yield "texts", lambda: objective.t2i2t_loss_from_images(tokens_BN, texts, features_BLF, rng)
     if weights.unpaired_i2i:
         yield "images", lambda: objective.unpaired_i2i_loss(images, rng)
     if config.images != "off":
         yield "images", lambda: _generate_texts(objective, images)
-        yield "images", lambda: objective.image_loss_of_generated(ids_BL, images, rng)
+        yield "images", lambda: objective.i2t2i_loss_from_texts(ids_BL, images, rng)
 
 
 @torch.no_grad()

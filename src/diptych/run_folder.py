@@ -1,4 +1,25 @@
-"""The run folder: the settings a run was made with, and its parts."""
+"""The run folder: the settings a run was made with, and its parts.
+
+Who writes what, with the parts of an ITIT run; :data:`PARTS` has those of the other kinds. For what the files hold see
+"The run folder" in docs/data.md::
+
+    RUN/
+        config.json                    write_config, here
+        config.yaml                    cli/training.py
+        tokenizer/, text_encoder/      itit/training.py, from tokenizers/
+        image_encoder/                 itit/training.py, from encoders/image.py
+        encoded/                       data/store.py
+        stages/                        tokenizers/training.py: checkpoints and metrics of the stages before
+        checkpoints/, best/            train/checkpoint.py
+        metrics.jsonl, tensorboard/    train/logging.py
+        samples/                       itit/report.py
+        budget.json, pace.json         train/pace.py
+        model/, near_captions/         itit/training.py, at the end
+        baselines.json                 eval/baselines.py
+        report.html                    report/html.py
+        evaluation/                    itit/evaluation.py and protocols.py, by `diptych evaluate`
+        confidence/                    itit/confidence.py, by `diptych caption --calibrate`
+"""
 
 import json
 import os

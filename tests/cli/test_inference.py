@@ -17,9 +17,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from diptych.cli.images import find_images
 from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source
 from diptych.data.sources.decode import decode
+from diptych.data.sources.rows import TABLE_SUFFIXES
 from diptych.data.store import VectorStore
 from diptych.dual.search import Index, nearest
 from diptych.run_folder import write_config
@@ -165,6 +167,15 @@ def test_a_run_that_is_not_there_or_damaged(call, run, photo, tmp_path, command,
                 mistaken(call(*arguments(run)), run / part)
             weights.write_bytes(whole)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("suffix", TABLE_SUFFIXES)
+def test_a_table_of_any_format_is_a_source_and_no_image(tmp_path, suffix):
+    table = tmp_path / f"t{suffix}"
+    table.write_bytes(b"")
+    found = find_images([str(table)])
+    assert not found.images
+    assert str(table) in found.mistakes[0]
 
 
 def test_all_images_of_sources_are_captioned(call, run, photo, tmp_path, mistaken):

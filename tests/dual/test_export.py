@@ -14,7 +14,7 @@ from small_towers import encoder_of
 from transformers import AutoProcessor, AutoTokenizer
 
 from diptych.dual.export import CONFIG, IMAGE_TOWER, SCALE, TEXT_TOWER, WEIGHTS, save_onnx, save_open_clip
-from diptych.encoders.text import cleaned
+from diptych.encoders.text import clean_for_clip
 from diptych.errors import UserError
 
 TEXTS = ["a dog runs over the green grass", "two children", "grass " * 40]
@@ -115,7 +115,7 @@ def test_hard_texts_are_embedded_alike(encoder, folder):
     assert raw[4] == raw[8] == encoder.ids(["a red circle"])[0]
     assert raw[6] == raw[7]
     plain = ["".join(map(chr, row)) for row in torch.randint(32, 127, (200, 20)).tolist()]
-    assert [cleaned(text) for text in plain] == [as_open_clip(text) for text in plain]
+    assert [clean_for_clip(text) for text in plain] == [as_open_clip(text) for text in plain]
 
 
 def test_every_weight_is_there_once(encoder, folder):

@@ -189,7 +189,7 @@ def test_frozen_towers_stay_in_evaluation_mode(towers):
     encoder = encoder_of(towers).train()
     assert encoder.training
     assert not any(part.training for part in encoder.clip.vision_model.modules())
-    encoder.freeze("text")
+    encoder.set_trainable("text")
     trained = {name.split(".")[1] for name, weight in encoder.named_parameters() if weight.requires_grad}
     assert trained == {"text_model", "visual_projection", "text_projection", "logit_scale"}
     assert encoder.clip.text_model.training
@@ -225,7 +225,7 @@ def test_features_that_are_remembered_are_the_same(towers, tmp_path, monkeypatch
     fresh = encoder.embed_images(pixels()), encoder.embed_texts(TEXTS)
     encoder.remember(tmp_path)
     encoder.embed_images(pixels()), encoder.embed_texts(TEXTS)
-    encoder.keep()
+    encoder.save_cache()
 
     def fail(*arguments, **options):
         raise AssertionError("computed again")

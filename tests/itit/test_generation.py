@@ -15,7 +15,7 @@ from diptych.itit.generation import (
     generate_text,
     greedy,
     guided,
-    parallel_decode,
+    parallel_decoding,
     sample_tokens,
 )
 from diptych.rng import StepRNG
@@ -33,9 +33,9 @@ def fixed_logits(canvas):
 def decode(logits=fixed_logits, tokens=None, hidden=None, steps=6, temperature=4.0, seed=0, **options):
     tokens = torch.full((B, N), 2) if tokens is None else tokens
     hidden = torch.ones(B, N, dtype=torch.bool) if hidden is None else hidden
-    return parallel_decode(
-        logits, tokens, hidden, steps=steps, temperature=temperature, rng=StepRNG(seed, 0), **options
-    )
+    rng = StepRNG(seed, 0)
+    *_, canvas = parallel_decoding(logits, tokens, hidden, steps=steps, temperature=temperature, rng=rng, **options)
+    return canvas.tokens_BN
 
 
 def test_known_tokens_never_change_whatever_the_temperature():
@@ -102,10 +102,12 @@ def test_seeded():
 def test_two_processes_generate_what_one_generates():
     whole = decode()
     tokens, hidden = torch.full((B // 2, N), 2), torch.ones(B // 2, N, dtype=torch.bool)
-    parts = [
-        parallel_decode(fixed_logits, tokens, hidden, steps=6, temperature=4.0, rng=StepRNG(0, 0, rank, 2))
-        for rank in (0, 1)
-    ]
+    parts = []
+    for rank in (0, 1):
+        *_, canvas = parallel_decoding(
+            fixed_logits, tokens, hidden, steps=6, temperature=4.0, rng=StepRNG(0, 0, rank, 2)
+        )
+        parts.append(canvas.tokens_BN)
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -195,7 +197,7 @@ def test_beam_search_with_enough_beams_is_brute_force(power, seed):
     assert tuple(ids[0, 0].tolist()) == best + (PAD,) * (L - len(best))
     assert found[0, 0].item() == pytest.approx(score(decoding.table, best, power), abs=1e-5)
     ids, found = beam_search(
-        Markov(beams, seed), 1, beams=beams, length=L, banned_V=NONE_BANNED, length_power=power, settled=5
+        Markov(beams, seed), 1, beams=beams, length=L, banned_V=NONE_BANNED, length_power=power, exact_top=5
     )
     order = sorted(texts, key=lambda text: score(decoding.table, text, power), reverse=True)
     assert [tuple(row) for row in ids[0, :5].tolist()] == [text + (PAD,) * (L - len(text)) for text in order[:5]]

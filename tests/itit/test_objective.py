@@ -13,7 +13,7 @@ import torch
 from diptych.itit import objective as module
 from diptych.itit.generation import ImageGenerationConfig
 from diptych.itit.model import ITIT, Masking, MaskingConfig, sample_masking, shift_right
-from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, LossWeights, TeacherHead
+from diptych.itit.objective import AlignmentHead, ItitObjective, ItitObjectiveConfig, LossWeights
 from diptych.nn.functional import token_loss
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
@@ -386,7 +386,7 @@ def taught(model, batch, width=7):
     """A head that the features of a teacher, random ones of ``width``, decide, and a batch that has them."""
     features_XT = torch.randn(12, width, generator=torch.Generator().manual_seed(3)) * 5 + 2
     torch.manual_seed(4)
-    head = TeacherHead(features_XT[:8], width=model.config.width)
+    head = AlignmentHead(features_XT[:8], width=model.config.width)
     streams = dict(batch.streams)
     streams["pairs"] = replace(batch["pairs"], teacher_features_BT=features_XT[:8])
     streams["images"] = replace(batch["images"], teacher_features_BT=features_XT[8:])

@@ -583,6 +583,14 @@ def test_captions_are_fine_tuned_from_the_weights_of_a_run(done, tmp_path, capsy
         assert value.equal(before.state_dict()[name])
 
 
+def test_a_run_that_begins_with_the_weights_of_another_may_have_a_teacher(done, tmp_path, image_encoder):
+    run = replace(tiny_run(), init=str(done), teacher=image_encoder).with_parts_of(done)
+    objective = run.build(run.prepare(tmp_path / "tuned"))
+    assert objective.teacher_head is not None
+    before = load_network(ITIT, done / "model").state_dict()
+    assert all(value.equal(before[name]) for name, value in objective.model.state_dict().items())
+
+
 def test_fine_tuning_needs_a_finished_run(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         replace(itit_finetune_caption(), init=str(tmp_path), data=tiny_run().data).fit(tmp_path / "out", recipe="x")

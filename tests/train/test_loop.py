@@ -268,7 +268,7 @@ def test_a_hook_ends_the_run_when_no_step_can_change_it(tmp_path):
     enough = 6
 
     def fit():
-        hooks = [Hook(every=3, run=lambda step, objective: {"score": 1.0}, over=lambda step: step >= enough)]
+        hooks = [Hook(every=3, run=lambda step, objective: {"score": 1.0}, stop_early=lambda step: step >= enough)]
         return train(Toy(), toy_batches, out=tmp_path, train=config(), optim=optim(), hooks=hooks)
 
     for _ in range(2):

@@ -19,6 +19,7 @@ from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import SUFFIXES, UnreadableImage, decode
 from diptych.data.sources.open import HasFiles, Source, Spec, find_files, open_finite
 from diptych.data.sources.remote import is_remote
+from diptych.data.sources.rows import TABLE_SUFFIXES
 from diptych.errors import UserError
 
 
@@ -94,7 +95,7 @@ def _has_caption(source: Source, item: int) -> bool:
 def _image_files(place: str) -> list[Path]:
     """The files of a path or a glob, if all of them are images by their names, or one is a file of an unknown kind."""
     if os.path.isfile(place):
-        known = place.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".parquet", ".tar", ".txt", ".gz", ".tgz"))
+        known = place.lower().endswith((*TABLE_SUFFIXES, ".tar", ".txt", ".gz", ".tgz"))
         return [] if known else [Path(place)]
     files = find_files(Spec.parse(place).place)
     return files if all(file.suffix.lower() in SUFFIXES and file.is_file() for file in files) else []

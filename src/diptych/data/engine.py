@@ -1,7 +1,7 @@
 """Work on the items of a data set, block by block: in this process, or by the workers of a Ray cluster.
 
-A result comes once for each block and in the order of the blocks, whoever made it. So what is written from the results
-has the same bytes, whichever engine worked, and a command that was stopped goes on where it was with either.
+A result comes once for each block and in the order of the blocks, whichever worker made it. So what is written from
+the results has the same bytes with either engine, and a command that was stopped goes on where it was with either.
 """
 
 import hashlib
@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 EngineName = Literal["local", "ray"]
 _AHEAD = 2
-"""Number of blocks that a worker holds: the next one waits there while it works on one."""
+"""Blocks queued at a worker, the running one included."""
 _WINDOW = 4
-"""Blocks for each worker that are given out before the oldest of them is finished: finished ones wait in memory."""
+"""Blocks in flight or waiting to be yielded, per worker; bounds memory."""
 _DIGESTED = 2**20
 """Numbers of items that are digested at once."""
 _DEATHS = 3
-"""Number of workers that may die at a block before it is held to be the reason."""
+"""Worker deaths on one block after which the block is blamed."""
 _OBJECT_STORE = 512 * 2**20
 """Bytes of shared memory for blocks and results of a cluster that is started here; Ray puts more on disk."""
 
@@ -64,7 +64,7 @@ class Engine:
     device: str = "auto"
     """What the workers compute on. Unless it is the CPU, each has a GPU of its own where the cluster has any."""
     reopen: Callable[[], Any] | None = None
-    """What a worker of Ray opens its tools with. It is pickled: a function of a module, by `functools.partial`."""
+    """Picklable function that opens `tools` in a Ray worker; use `functools.partial` of a module-level function."""
     keep: Path | None = None
     """Folder in which :meth:`gather` keeps finished blocks, for a command that is stopped and repeated."""
 
@@ -105,10 +105,10 @@ class Engine:
         *,
         rows: int,
         skipped: "SkippedItems",
-        sent: Callable[[np.ndarray], Any] = lambda block: block,
+        payload: Callable[[np.ndarray], Any] = lambda block: block,
         advance: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Append the rows of all ``items`` that the writer has not had to its arrays, so many items a block.
+        """Append the rows of all ``items`` that the writer has not had to its arrays, ``rows`` items per block.
 
         Args:
             writer: What is written; its ``done`` counts the items.
@@ -117,12 +117,12 @@ class Engine:
             items: Numbers of the items.
             rows: Number of items of a block.
             skipped: Where items that were left out are counted. Raises UserError when they are too many.
-            sent: What of a block of ``items`` the work is given.
+            payload: What ``work`` receives for a block of item numbers.
             advance: Called after each block with the numbers of items done and of items in all.
         """
         skipped.reasons.update(writer.skipped)
         starts = range(writer.done, len(items), rows)
-        blocks = (sent(np.asarray(items[start : start + rows])) for start in starts)
+        blocks = (payload(np.asarray(items[start : start + rows])) for start in starts)
         for start, found in zip(starts, self.map(work, tools, blocks), strict=True):
             for reasons in (skipped.reasons, writer.skipped):
                 reasons.update(found.skipped)
@@ -142,7 +142,7 @@ class Engine:
         network: "torch.nn.Module | None" = None,
         rows: int,
         skipped: "SkippedItems",
-        sent: Callable[[np.ndarray], Any] = lambda block: block,
+        payload: Callable[[np.ndarray], Any] = lambda block: block,
         advance: Callable[[int, int], None] = lambda done, total: None,
     ) -> dict[str, np.ndarray]:
         """The arrays of all ``items`` in memory, as :meth:`write` makes them.
@@ -155,7 +155,7 @@ class Engine:
         with tempfile.TemporaryDirectory() as spare:
             made_by = None if self.keep is None else _identity(items, source, network, rows)
             writer = ResumableArrayWriter((self.keep or Path(spare)) / name, made_by)
-            self.write(writer, work, tools, items, rows=rows, skipped=skipped, sent=sent, advance=advance)
+            self.write(writer, work, tools, items, rows=rows, skipped=skipped, payload=payload, advance=advance)
             return writer.read()
 
 
@@ -221,25 +221,25 @@ def _import_ray() -> Any:
 def _map_on_ray(make: Callable[[], Callable[[Any], Any]], blocks: Iterable[Any], *, engine: Engine) -> Iterator[Any]:
     """What the function that ``make`` returns in a worker gives for each block, in their order."""
     numbered = iter(enumerate(blocks))
-    following = next(numbered, None)
-    if following is None:
+    upcoming = next(numbered, None)
+    if upcoming is None:
         return
     ray = _import_ray()
     started = _connect(ray, engine.cluster)
     pool = _Pool(ray, make, device=engine.device)
     found: dict[int, Any] = {}
-    told = 0
+    next_number = 0
     try:
-        while following is not None or pool.unfinished:
-            while following is not None and len(pool.unfinished) + len(found) < _WINDOW * pool.size:
-                pool.give(*following)
-                following = next(numbered, None)
+        while upcoming is not None or pool.unfinished:
+            while upcoming is not None and len(pool.unfinished) + len(found) < _WINDOW * pool.size:
+                pool.give(*upcoming)
+                upcoming = next(numbered, None)
             if pool.unfinished:
                 number, result = pool.take()
                 found[number] = result
-            while told in found:
-                yield found.pop(told)
-                told += 1
+            while next_number in found:
+                yield found.pop(next_number)
+                next_number += 1
     finally:
         pool.end()
         if started:
@@ -263,9 +263,9 @@ class _Pool:
         self._kind = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Worker)
         self.size = gpus or max(1, int(resources.get("CPU", 1)))
         for _ in range(self.size):
-            self._begin()
+            self._start_worker()
 
-    def _begin(self) -> None:
+    def _start_worker(self) -> None:
         """Another worker. It takes blocks when it has begun, which is when the cluster has room for it."""
         worker = self._kind.remote(self._make, os.getcwd())
         self._living.append(worker)
@@ -274,9 +274,9 @@ class _Pool:
     def give(self, number: int, block: Any) -> None:
         self.unfinished[number] = block
         self._waiting.append(number)
-        self._spread()
+        self._dispatch()
 
-    def _spread(self) -> None:
+    def _dispatch(self) -> None:
         while self._waiting and self._idle:
             number, worker = self._waiting.popleft(), self._idle.popleft()
             self._running[worker.run.remote(self.unfinished[number])] = worker, number
@@ -295,7 +295,7 @@ class _Pool:
                 continue
             self._deaths.pop(number, None)
             self._rest(worker, _AHEAD if number is None else 1)
-            self._spread()
+            self._dispatch()
             if number is not None:
                 del self.unfinished[number]
                 return number, result
@@ -320,8 +320,8 @@ class _Pool:
             self._living.remove(worker)
             self._idle = deque(each for each in self._idle if each != worker)
             self._ray.kill(worker)
-            self._begin()
-        self._spread()
+            self._start_worker()
+        self._dispatch()
 
     def end(self) -> None:
         for worker in self._living:
@@ -329,7 +329,10 @@ class _Pool:
 
 
 def _connect(ray: Any, address: str) -> bool:
-    """Join the cluster at ``address``, or start one. Whether it is to be left again."""
+    """Join the cluster at ``address``, or start one.
+
+    Returns True if this call connected, so that the caller must shut down.
+    """
     if ray.is_initialized():
         return False
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}

@@ -44,7 +44,7 @@ from diptych.dual.metrics import (
 )
 from diptych.dual.model import DualEncoder, open_dual
 from diptych.encoders import open_image_encoder
-from diptych.encoders.text import cleaned
+from diptych.encoders.text import clean_for_clip
 from diptych.errors import UserError, first_line
 from diptych.eval.baselines import Baseline, Comparison, chance_of_recall, neighbour_word_embeddings
 from diptych.eval.probe import linear_probe
@@ -323,7 +323,7 @@ def embed_pairs(encoder: DualEncoder, images: EmbeddedImages) -> EmbeddedPairs:
     device = images.embedding_ID.device
     texts = [text for texts in captions for text in texts]
     number: dict[str, int] = {}
-    wording = [number.setdefault(cleaned(text).casefold(), len(number)) for text in texts]
+    wording = [number.setdefault(clean_for_clip(text).casefold(), len(number)) for text in texts]
     return EmbeddedPairs(
         images_ID=images.embedding_ID[torch.tensor(captioned, device=device)],
         texts_TD=encoder.embed_texts(texts),

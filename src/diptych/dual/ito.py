@@ -1,8 +1,8 @@
-"""ITO: several views of an image are aligned with its captions, and, in training alone, fused with them.
+"""ITO: Liu et al., 2026, "ITO: Images and Texts as One via Synergizing Multiple Alignment and Training-Time Fusion".
 
-The fusion makes one vector of the tokens of an image and of its caption. To add a loss term, write it as a pure
-function of embeddings in `dual/objective.py`, add it in :meth:`ItoObjective.forward`, and give its weight a field of
-:class:`ItoConfig`.
+Image views and captions are aligned by InfoNCE; during training a small transformer also fuses each view with a
+caption. To add a loss term, write it as a pure function of embeddings in `dual/objective.py`, add it in
+:meth:`ItoObjective.forward`, and give its weight a field of :class:`ItoConfig`.
 
 Shapes: B rows, b rows of a chunk, V image views, M captions, S image tokens (CLS first), L text tokens, T = S + L,
 D width, H heads, E width of one head.
@@ -18,12 +18,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from diptych.data.augment import ViewConfig
-from diptych.data.batch import Batch, CaptionedImageExamples
+from diptych.data.batch import Batch, CaptionedImageExamples, CaptionedStateExamples
 from diptych.dual.model import TowerOutput
 from diptych.dual.objective import (
+    Learner,
     PairsConfig,
     PairsObjective,
-    Trained,
     Views,
     in_chunks,
     multi_view_info_nce,
@@ -88,7 +88,9 @@ def first_position(block: Block, x_BTD: Tensor, attend_B11T: Tensor) -> Tensor:
     """Position 0 of ``block(x_BTD, attend=...)``, at a small part of its cost.
 
     One query per head needs no keys and values: q (x W_k)' = (q W_k') x' and sum_t a_t (x_t W_v) = (sum_t a_t x_t) W_v,
-    so the weights of keys and values are multiplied with one vector per head instead of all T tokens. (The bias of the
+    so the weights of keys and values are multiplied with one vector per head instead of all T tokens. Here x are the
+    normed tokens, q the query of position 0, W_k and W_v the weights of keys and values, ' is transposition and a_t the
+    weight of attention to token t. (The bias of the
     keys adds the same to all scores of a query, which softmax ignores; the bias of the values is added as it is, since
     the weights of attention sum to 1.)
     """
@@ -148,14 +150,14 @@ class ItoConfig(PairsConfig):
     def keeps_tokens(self) -> bool:
         return bool(self.fusion_weight)
 
-    def build(self, model: Trained) -> "ItoObjective":
+    def build(self, model: Learner) -> "ItoObjective":
         return ItoObjective(model, self)
 
 
 class ItoObjective(PairsObjective[ItoConfig]):
-    """L = L_align + lambda L_fusion."""
+    """L = L_align + lambda L_fusion, the InfoNCE of views and captions and the NT-Xent of fused views."""
 
-    def __init__(self, model: Trained, config: ItoConfig) -> None:
+    def __init__(self, model: Learner, config: ItoConfig) -> None:
         """The weights of the fusion come from torch's global generator.
 
         Raises UserError where the fusion has no two views to compare, or towers whose widths differ.
@@ -174,7 +176,7 @@ class ItoObjective(PairsObjective[ItoConfig]):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         c = self.config
-        pairs: CaptionedImageExamples = batch["pairs"]
+        pairs: CaptionedImageExamples | CaptionedStateExamples = batch["pairs"]
         self.model.clamp_scale()
         views = Views(batch, c.augment, views=c.views, size=self.model.image_size, name="view")
         fusing = self.fusion is not None
@@ -196,13 +198,14 @@ class ItoObjective(PairsObjective[ItoConfig]):
         return Losses(align + c.fusion_weight * fusion, terms | {"fusion": fusion}, measures)
 
     def _fuse(self, images: list[TowerOutput], texts: list[TowerOutput], valid: list[Tensor]) -> Tensor:
-        """S_v of every view, [V b D]. View v is fused with caption v; fewer captions than views are used in turn."""
+        """The fused vector of every view, [V b D]. View v is fused with caption v; where there are fewer captions than
+        views, they are repeated cyclically."""
         assert self.fusion is not None
         positions_LD = self.model.text_positions(valid[0].shape[1])
-        in_turn = cycle(zip(texts, valid, strict=True))
+        repeated = cycle(zip(texts, valid, strict=True))
         return torch.stack(
             [
                 self.fusion(image.tokens_BSD, text.tokens_BSD, valid_BL, positions_LD)
-                for image, (text, valid_BL) in zip(images, in_turn, strict=False)
+                for image, (text, valid_BL) in zip(images, repeated, strict=False)
             ]
         )

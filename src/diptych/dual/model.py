@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
-from diptych.encoders.text import cleaned
+from diptych.encoders.text import clean_for_clip
 from diptych.errors import UserError, first_line
 from diptych.hub import OnHub
 from diptych.io import without_progress_bars
@@ -256,7 +256,7 @@ class DualEncoder(nn.Module, Temperature, OnHub):
 
     def _tokenizer_output(self, texts: str | Sequence[str], **options: Any) -> Any:
         return self.tokenizer(
-            [cleaned(text) for text in ([texts] if isinstance(texts, str) else texts)],
+            [clean_for_clip(text) for text in ([texts] if isinstance(texts, str) else texts)],
             truncation=True,
             max_length=self.max_text_len,
             split_special_tokens=True,
@@ -463,7 +463,7 @@ def train_clip_tokenizer(texts: Iterable[str], *, vocab_size: int, length: int) 
         end_of_word_suffix=_WORD_END,
         show_progress=False,
     )
-    learner.train_from_iterator(map(cleaned, texts), trainer)
+    learner.train_from_iterator(map(clean_for_clip, texts), trainer)
     merges: list[Any] = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     if not merges:
         raise UserError("the texts for the tokenizer are empty or never repeat themselves: give more of them")

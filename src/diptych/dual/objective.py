@@ -34,7 +34,7 @@ from diptych.nn.functional import gather_rows
 from diptych.nn.transformer import init_weights
 from diptych.train.objective import Losses, Objective
 
-Trained = DualEncoder | Heads
+Learner = DualEncoder | Heads
 """What learns: a dual encoder, or the heads alone of one whose towers are frozen."""
 
 
@@ -56,7 +56,7 @@ class PairsConfig:
     backward pass, which gives the gradient of the whole batch in the memory of a chunk, for a third more time
     (GradCache)."""
 
-    def build(self, model: Trained) -> "PairsObjective[Any]":
+    def build(self, model: Learner) -> "PairsObjective[Any]":
         """The objective with these settings, on ``model``. New weights come from torch's global generator.
 
         Raises UserError for an invalid value.
@@ -91,7 +91,7 @@ class PairsObjective(Objective, Generic[Config]):
 
     couples_rows = True
 
-    def __init__(self, model: Trained, config: Config) -> None:
+    def __init__(self, model: Learner, config: Config) -> None:
         super().__init__()
         config.check()
         self.streams = {"pairs": 1}
@@ -163,14 +163,14 @@ class ClipConfig(PairsConfig):
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """Contrastive loss: softmax is CLIP's, sigmoid is SigLIP's."""
 
-    def build(self, model: Trained) -> "ClipObjective":
+    def build(self, model: Learner) -> "ClipObjective":
         return ClipObjective(model, self)
 
 
 class ClipObjective(PairsObjective[ClipConfig]):
     """L = mean of the loss over all pairs of an image view and a caption."""
 
-    def __init__(self, model: Trained, config: ClipConfig) -> None:
+    def __init__(self, model: Learner, config: ClipConfig) -> None:
         super().__init__(model, config)
         if config.loss == "sigmoid":
             # SigLIP starts at scale 10 and bias -10, as nearly all combinations of an image and a text do not match.
@@ -179,7 +179,7 @@ class ClipObjective(PairsObjective[ClipConfig]):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         c = self.config
-        pairs: CaptionedImageExamples = batch["pairs"]
+        pairs: CaptionedImageExamples | CaptionedStateExamples = batch["pairs"]
         self.model.clamp_scale()
         views = Views(batch, c.augment, views=c.views, size=self.model.image_size, name="view")
 
@@ -218,7 +218,7 @@ class SlipConfig(PairsConfig):
     def view_configs(self) -> list[ViewConfig]:
         return [self.augment] * self.views + [self.strong] * 2
 
-    def build(self, model: Trained) -> "SlipObjective":
+    def build(self, model: Learner) -> "SlipObjective":
         return SlipObjective(model, self)
 
 
@@ -231,7 +231,7 @@ class SlipObjective(PairsObjective[SlipConfig]):
     over processes and chunks.
     """
 
-    def __init__(self, model: Trained, config: SlipConfig) -> None:
+    def __init__(self, model: Learner, config: SlipConfig) -> None:
         """The weights of the projector come from torch's global generator."""
         super().__init__(model, config)
         widths = (model.image_tower_width if model.learned_images else model.width, config.hidden, config.hidden)
@@ -243,7 +243,7 @@ class SlipObjective(PairsObjective[SlipConfig]):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         c, size = self.config, self.model.image_size
-        pairs: CaptionedImageExamples = batch["pairs"]
+        pairs: CaptionedImageExamples | CaptionedStateExamples = batch["pairs"]
         self.model.clamp_scale()
         weak = Views(batch, c.augment, views=c.views, size=size, name="view")
         strong = Views(batch, c.strong, views=2, size=size, name="strong", first=c.views)

@@ -60,7 +60,7 @@ class TowersEncoder(DualEncoder, _Projected):
         self._folded = FoldedCopy()
         self._averaging = [_averaging_layer(clip.text_model)]  # in a list, as it is a part of clip already
         self._known: dict[str, Tensor] | None = None
-        self.freeze("heads")
+        self.set_trainable("heads")
 
     @classmethod
     def from_towers(cls, image: str, text: str, *, width: int, max_text_len: int, seed: int) -> "TowersEncoder":
@@ -101,7 +101,7 @@ class TowersEncoder(DualEncoder, _Projected):
 
     # Training
 
-    def freeze(self, tune: Tune, *, dropout: float = 0.0) -> None:
+    def set_trainable(self, tune: Tune, *, dropout: float = 0.0) -> None:
         """Train the heads and, with `text` or `all`, the text tower or both; the rest is frozen from now on."""
         self.tune, self.dropout = tune, dropout
         self.learned_images = tune == "all"
@@ -138,14 +138,14 @@ class TowersEncoder(DualEncoder, _Projected):
         """From now on keep the pooled features of every batch that frozen towers see outside of training.
 
         So a validation that sees the same batches again and again computes them once. They are those of that very
-        batch, to the last bit. ``folder`` has those that an earlier call of :meth:`keep` wrote for these towers.
+        batch, to the last bit. ``folder`` has those that an earlier call of :meth:`save_cache` wrote for these towers.
         """
         digest = weights_digest(self.clip.vision_model), weights_digest(self.clip.text_model)
         self._kept_in = folder / f"validation-{'-'.join(digest)}.safetensors"
         self._known = load_file(self._kept_in) if self._kept_in.is_file() else {}
         self._known = {key: value.to(self.mean_311.device) for key, value in self._known.items()}
 
-    def keep(self) -> None:
+    def save_cache(self) -> None:
         """Write what is remembered for other runs and for this one when it is resumed."""
         assert self._known is not None
         write_bytes(self._kept_in, save({key: value.cpu().contiguous() for key, value in self._known.items()}))

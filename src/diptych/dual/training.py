@@ -244,7 +244,7 @@ class DualRun:
                 raise UserError("--model.tune and --model.dropout are for pretrained towers: give --model.image-tower")
             model = DualEncoder.from_config(config, self._tokenizer(source, out), seed=self.train.seed)
         if isinstance(model, TowersEncoder):
-            model.freeze(config.tune, dropout=config.dropout)
+            model.set_trainable(config.tune, dropout=config.dropout)
         return model.to(device)
 
     def _remember_validation(self, model: TowersEncoder, out: Path) -> float:
@@ -254,7 +254,7 @@ class DualRun:
             return 0.0
         measure = measure_retrieval(model, self._valid_images(model, out))
         measure(0, model)
-        model.keep()
+        model.save_cache()
         began = time.monotonic()
         measure(0, model)
         return time.monotonic() - began
@@ -389,7 +389,7 @@ class DualRun:
             best.offer(Score(step=step, value=value), objective)
             return found
 
-        return [Hook(every=self.train.eval_every, run=run, over=best.is_over)]
+        return [Hook(every=self.train.eval_every, run=run, stop_early=best.is_over)]
 
     def _objective(self, model: DualEncoder) -> Objective:
         with torch.random.fork_rng(devices=[]):

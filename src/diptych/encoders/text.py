@@ -36,11 +36,12 @@ _ROWS = 256
 """Texts encoded at once."""
 
 
-def cleaned(text: str) -> str:
+def clean_for_clip(text: str) -> str:
     """The text as CLIP and all dual encoders read it, cleaned as CLIP and open_clip do it before their tokenizers.
 
-    Mangled encodings are mended; curly quotes, ligatures and letters of full width become plain ones and HTML's
-    entities the characters that they stand for; runs of white space become one space.
+    Captions have been through :func:`diptych.data.sources.text.clean` before, for every learner. Here mangled encodings
+    are mended; curly quotes, ligatures and letters of full width become plain ones and HTML's entities the characters
+    that they stand for; runs of white space become one space.
     """
     if not (text.isascii() and text.isprintable() and "&" not in text):  # what ftfy would leave alone
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -142,7 +143,7 @@ class PooledTextEncoder(nn.Module):
     def _run(self, texts: Sequence[str]) -> tuple[Any, Tensor]:
         """The network's output and the valid tokens [B L]. Raises UserError for a text without tokens."""
         encoded = self.tokenizer(
-            [cleaned(text) for text in texts] if self.projected else list(texts),
+            [clean_for_clip(text) for text in texts] if self.projected else list(texts),
             padding=True,
             truncation=True,
             max_length=self.length,

@@ -188,14 +188,14 @@ class _EarlyStopping:
                 save_model(objective.model, self.best)
             return {"held_out_loss": loss}
 
-        return Hook(every=_STOP_EVERY, run=run, over=self._over)
+        return Hook(every=_STOP_EVERY, run=run, stop_early=self._stop_early)
 
     def _before(self, step: int) -> dict[int, float]:
         """Loss by step, of the evaluations before this one."""
         records = read_metrics(self.out / "metrics.jsonl")
         return {r["step"]: r["held_out_loss"] for r in records if "held_out_loss" in r and r["step"] < step}
 
-    def _over(self, step: int) -> bool:
+    def _stop_early(self, step: int) -> bool:
         losses = self._before(step + 1)
         return step - min(losses, key=losses.__getitem__) >= _PATIENCE * _STOP_EVERY
 

@@ -349,13 +349,14 @@ def pair_fits(
     # Offsets of an image's own captions would compare it with itself; the images of distant rows are others.
     offsets = [0, *(1 + len(items) * k // (others + 1) for k in range(min(others, len(items) - 1)))]
 
-    def sent(pairs: np.ndarray) -> _PairsAndImages:
+    def payload(pairs: np.ndarray) -> _PairsAndImages:
         rows = [(row_P[pairs] + offset) % len(items) for offset in offsets]
         texts = [source.captions(int(items[row_P[pair]]))[number_P[pair]] for pair in pairs]
         return texts, [{name: array[some] for name, array in images.items()} for some in rows]
 
     pairs, none = np.arange(len(row_P)), SkippedItems()
-    nats_PK = engine.gather("nats", _nats, tools, pairs, skipped=none, sent=sent, advance=advance, **about)["nats"]
+    found = engine.gather("nats", _nats, tools, pairs, skipped=none, payload=payload, advance=advance, **about)
+    nats_PK = found["nats"]
     return fits_of(items, counts, nats_PK[:, 1:].mean(1) - nats_PK[:, 0])
 
 

@@ -32,13 +32,13 @@ class ImageGenerationConfig:
     guidance: float = 2.0
     """Strength of guidance, lambda of l_g = (1 + lambda) l_c - lambda l_u; 0 switches it off and halves the cost."""
     guidance_ramp: bool = False
-    """Linear rise of guidance from 0 over the rounds, as in Muse, instead of a constant one."""
+    """Raise guidance linearly from 0 over the rounds (Muse)."""
     temperature: float = 32.0
     """Factor t on the Gumbel noise of the confidence, which decides the order in which tokens are revealed."""
     token_temperature: float = 1.0
     """Temperature of the distribution that tokens are sampled from; 0 takes the likeliest token."""
     drop: bool = True
-    """Omission of hidden tokens from the encoder, as in training; without it all tokens enter, which is slower."""
+    """Leave hidden tokens out of the encoder, as in training; False is slower."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,15 +50,15 @@ class TextGenerationConfig:
     length_power: float = 0.6
     """Power of GIT's length penalty ((5 + length) / 6); larger values favour longer texts."""
     agreement: float = 0.0
-    """Weight of the agreement of a caption with the image's features, beside its score, in the choice among what the
-    beam search ends with (:meth:`ImageFeatures.agreement`). It needs a network that reads captions from features."""
+    """Weight of the agreement of a caption with the image's features, beside its score, when the finished beams are
+    re-ranked (:meth:`ImageFeatures.agreement`). It needs a network that reads captions from features."""
     consensus: float = 0.0
-    """Weight of the likeness of a caption to those of the captioned images with the nearest features, in the same
-    choice (:class:`diptych.eval.baselines.NearCaptions`). It needs such a network too."""
+    """Weight of the likeness of a caption to those of the captioned images with the nearest features, when the
+    finished beams are re-ranked (:class:`diptych.eval.baselines.NearCaptions`). It needs such a network too."""
 
     @property
-    def ranks(self) -> bool:
-        """Whether what a beam search ends with is ranked anew."""
+    def reranks(self) -> bool:
+        """Whether finished beams are re-ranked."""
         return self.beams > 1 and bool(self.agreement or self.consensus)
 
 
@@ -106,7 +106,7 @@ def image_canvases(
         encoded = model.encode(image, hidden_BN=canvas.hidden_BN, keep_BK=keep, features_BLF=features, valid_BL=valid)
         return model.image_logits(encoded, canvas.hidden_BN)
 
-    yield from decoded_canvases(
+    yield from parallel_decoding(
         guided(
             lambda canvas: logits(canvas, features_BLF, valid_BL),
             lambda canvas: logits(canvas, None, None),
@@ -151,7 +151,7 @@ def generate_text(
         length=length,
         banned_V=banned_V,
         length_power=config.length_power,
-        settled=config.beams if candidates else 1,
+        exact_top=config.beams if candidates else 1,
     )
     return (ids_BWL, score_BW) if candidates else (ids_BWL[:, 0], score_BW[:, 0])
 
@@ -191,45 +191,7 @@ def guided(conditional: Logits, unconditional: Logits, *, guidance: float, ramp:
     return logits
 
 
-def parallel_decode(
-    logits: Logits,
-    tokens_BN: Int[Tensor, "B N"],
-    hidden_BN: Bool[Tensor, "B N"],
-    *,
-    steps: int,
-    temperature: float,
-    token_temperature: float = 1.0,
-    rng: StepRNG,
-) -> Int[Tensor, "B N"]:
-    """Fill the hidden positions in ``steps`` rounds, the most confident first. Known tokens never change.
-
-    In round s each hidden token is sampled; its confidence is log p(sampled) + t (1 - s/S) Gumbel. The
-    floor(n cos(pi/2 (s+1)/S)) least confident of a row's n hidden tokens stay hidden.
-
-    Departure: every round reveals at least one token of a row, so short grids finish early instead of idling.
-
-    Args:
-        steps: S, the number of rounds.
-        temperature: t, the factor on the noise. It is not multiplied into itself from round to round.
-        token_temperature: divides the logits that tokens are sampled from; 0 takes the likeliest.
-
-    Raises:
-        UserError: less than one round.
-    """
-    for canvas in decoded_canvases(  # noqa: B007
-        logits,
-        tokens_BN,
-        hidden_BN,
-        steps=steps,
-        temperature=temperature,
-        token_temperature=token_temperature,
-        rng=rng,
-    ):
-        pass
-    return canvas.tokens_BN
-
-
-def decoded_canvases(
+def parallel_decoding(
     logits: Logits,
     tokens_BN: Int[Tensor, "B N"],
     hidden_BN: Bool[Tensor, "B N"],
@@ -239,9 +201,27 @@ def decoded_canvases(
     token_temperature: float = 1.0,
     rng: StepRNG,
 ) -> Iterator[Canvas]:
-    """As :func:`parallel_decode`: the canvas that it begins with, and the one after each round.
+    """Fill the hidden positions in ``steps`` rounds, the most confident first. Known tokens never change.
 
-    The positions that are still hidden hold what was sampled last.
+    Yields the canvas that it begins with, and the one after each round: the last one is the image. Positions that are
+    still hidden hold what was sampled last.
+
+    In round s each hidden token is sampled; its confidence is log p(sampled) + t (1 - s/S) Gumbel. The
+    floor(n cos(pi/2 (s+1)/S)) least confident of a row's n hidden tokens stay hidden.
+
+    Departure: every round reveals at least one token of a row, so short grids finish early instead of idling.
+
+    Args:
+        logits: Gives the logits of a canvas.
+        tokens_BN: The tokens to begin with.
+        hidden_BN: Which positions are to be filled.
+        steps: S, the number of rounds.
+        temperature: t, the factor on the noise. It is not multiplied into itself from round to round.
+        token_temperature: Divides the logits that tokens are sampled from; 0 takes the likeliest.
+        rng: Where the random numbers come from.
+
+    Raises:
+        UserError: Less than one round.
     """
     if steps < 1:
         raise UserError(f"{steps} decoding steps: at least one is needed")
@@ -318,8 +298,8 @@ class Decoding(Protocol):
         ...
 
 
-def _leave(going_B: Tensor) -> Tensor | None:
-    """Which images go on; None while too few have ended to be worth a copy of the cache."""
+def _worth_compacting(going_B: Tensor) -> Tensor | None:
+    """Indices of unfinished images once at least a quarter have finished, else None."""
     going_X = going_B.nonzero()[:, 0]
     return going_X if len(going_X) <= 0.75 * len(going_B) else None
 
@@ -338,7 +318,7 @@ def greedy(decoding: Decoding, rows: int, *, length: int, banned_V: Bool[Tensor,
         going_X = going_X & (newest_X != EOS)
         if not going_X.any():
             break
-        if (kept := _leave(going_X)) is not None:
+        if (kept := _worth_compacting(going_X)) is not None:
             decoding.keep(kept)
             open_X, newest_X, going_X = open_X[kept], newest_X[kept], going_X[kept]
     return ids_BL
@@ -352,7 +332,7 @@ def beam_search(
     length: int,
     banned_V: Bool[Tensor, "V"],
     length_power: float = 0.6,
-    settled: int = 1,
+    exact_top: int = 1,
 ) -> tuple[Int[Tensor, "B W L"], Float[Tensor, "B W"]]:
     """The texts with the best log p / ((5 + length) / 6) ** length_power of each row, best first, and these scores.
 
@@ -364,8 +344,8 @@ def beam_search(
         beams: hypotheses of a row that are continued at each position.
         length: most tokens of a text, `</s>` included. A text that is cut there ends in `</s>` too.
         banned_V: ids that no text may contain.
-        settled: how many of the best texts are those of the full search, which ends when no beam can better them. The
-            texts behind them may be worse or missing, with a score of minus infinity.
+        exact_top: The search goes on until no open beam can enter the best `exact_top`; entries below may be worse, or
+            missing with score -inf.
 
     Raises:
         UserError: less than one beam.
@@ -405,10 +385,10 @@ def beam_search(
         decoding.reorder((first_row_X1 + parent_XW).flatten())
         # log p only falls, and no later length divides by more than the last one does.
         reachable_XW = alive_XW / ((5 + length) / 6) ** length_power
-        going_X = reachable_XW.amax(1) >= best_XW[:, settled - 1]
+        going_X = reachable_XW.amax(1) >= best_XW[:, exact_top - 1]
         if not going_X.any():
             break
-        if (kept := _leave(going_X)) is not None:
+        if (kept := _worth_compacting(going_X)) is not None:
             decoding.keep(kept)
             open_X, ids_XWL, token_XW, alive_XW = open_X[kept], ids_XWL[kept], token_XW[kept], alive_XW[kept]
             best_ids_XWL, best_XW = best_ids_XWL[kept], best_XW[kept]

@@ -54,8 +54,7 @@ class LossWeights:
     unpaired_i2i: float = 0.0
     """Weight of masked modelling on unpaired images, beside their cycle or, with images off, in its place (Table 2)."""
     teacher: float = 0.5
-    """Weight of the alignment with the features of a pretrained vision model. It matters only to a run with
-    `--teacher`."""
+    """Weight of the alignment with the features of a pretrained vision model. Unused without `--teacher`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,8 +79,8 @@ class ItitObjectiveConfig:
     gumbel: float = 1.0
     """Factor on the Gumbel noise in the straight-through estimate of T2I2T; 0 is a plain softmax."""
     image_feature_noise: float = 0.3
-    """Share of a random pair's residual in the image features that T2I2T guesses from a text. It matters only to a
-    network that reads captions from image features."""
+    """Scale of the noise (residual of a random training pair) added to the image features predicted from a text in
+    T2I2T. Unused without an image encoder."""
     image_generation: ImageGenerationConfig = field(
         default_factory=lambda: ImageGenerationConfig(steps=8, guidance=0.0, temperature=4.0)
     )
@@ -102,11 +101,11 @@ _ONE_BEAM = TextGenerationConfig(beams=1)
 """Settings of the greedy generation of texts in I2T2I."""
 
 
-class TeacherHead(nn.Module):
-    """The head of REPA: from the mean of the encoder's output to the features of a frozen vision model, the teacher.
+class AlignmentHead(nn.Module):
+    """REPA's projection head: predicts features of a frozen vision model (the teacher) from the mean encoder output.
 
-    It is dropped after training. The features are centred and scaled by those of the captioned images: raw ones point
-    nearly the same way for all.
+    The teacher is not here: its features come with the batch. The head is dropped after training. Features are
+    standardized with the statistics of the captioned images, since raw ones have nearly the same direction.
     """
 
     mean_T: Tensor
@@ -129,10 +128,10 @@ class TeacherHead(nn.Module):
 class ItitObjective(Objective):
     """L = L_T2I + L_I2T + L_I2I on pairs, + L_T2I2T on unpaired texts, + L_I2T2I on unpaired images.
 
-    With a :class:`TeacherHead`, + L_teacher on the images of both.
+    With an :class:`AlignmentHead`, + L_teacher on the images of both.
     """
 
-    may_skip_parameters = True  # a step, or a weight of 0, may leave out losses that train some layers alone
+    may_skip_parameters = True  # before the cycles start, or at weight 0, some layers get no gradient
 
     def __init__(
         self,
@@ -140,7 +139,7 @@ class ItitObjective(Objective):
         text_encoder: TextEncoder,
         config: ItitObjectiveConfig,
         *,
-        teacher_head: TeacherHead | None = None,
+        teacher_head: AlignmentHead | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -159,7 +158,7 @@ class ItitObjective(Objective):
         config, rng = self.config, batch.rng
         measures: dict[str, Tensor] = {}
         pairs: PairExamples = batch["pairs"]
-        for_image, for_text = pairs[0::2], pairs[1::2]  # so any even run of rows holds as many of each
+        for_image, for_text = pairs[0::2], pairs[1::2]  # interleaved, so that each micro-batch gets both halves
         losses = {"t2i": self.t2i_loss(for_image, rng)} if config.weights.t2i else {}
         losses |= self.i2t_and_i2i_losses(for_text, rng)
         if config.weights.t2t:
@@ -177,7 +176,7 @@ class ItitObjective(Objective):
                 losses["i2t2i"], measures["i2t2i/distinct_captions"] = self.i2t2i_loss(batch["images"], rng)
         weighted = [getattr(config.weights, name) * loss for name, loss in losses.items()]
         total = torch.stack(weighted).sum()
-        return Losses(total, {name: value.detach() for name, value in losses.items()}, measures)
+        return Losses(total, losses, measures)
 
     # Captioned images
 
@@ -194,7 +193,8 @@ class ItitObjective(Objective):
         L_I2T = - E sum over l of log p(t_l | I_M, t_0 .. t_{l-1}), equation (1).
 
         L_I2I = - E sum over hidden k of log p(i_k | I_M), equation (2) with the empty text. It trains the
-        unconditional branch of classifier-free guidance. A weight of 0 leaves out its pass, a fifth of a step.
+        unconditional branch of classifier-free guidance. At weight 0, its pass of the image decoder is left out; with
+        an image encoder, which gives I2T its prefix, so is the pass of the encoder.
         """
         reader = self.model.image_features
         prefix_BPD = None if reader is None else reader(pairs.image_features_BG)
@@ -202,7 +202,7 @@ class ItitObjective(Objective):
         if prefix_BPD is None or self.config.weights.i2i:
             masking = self._sample_masking(self.config.text_masking, pairs, rng, "i2t")
             encoded = self._encode(self.model.embed_image(pairs.tokens_BN), masking)
-            prefix_BPD = self._scaled(encoded) if prefix_BPD is None else prefix_BPD
+            prefix_BPD = self._text_decoder_input(encoded) if prefix_BPD is None else prefix_BPD
             if self.config.weights.i2i:
                 i2i = {"i2i": self._image_loss(encoded, pairs.tokens_BN, masking)}
         return {"i2t": self._text_loss(prefix_BPD, pairs.ids_BL, pairs.valid_BL)} | i2i
@@ -216,31 +216,33 @@ class ItitObjective(Objective):
         with gradient, which gives ~I; the half cycle leaves this out and takes I' for ~I. Finally, part of ~I is
         hidden, and the rest is captioned.
 
-        A network that reads captions from image features needs no ~I but its features, which it guesses from T.
+        With an image encoder, no image is generated: its features are predicted from T by ridge regression. Half and
+        full cycle then do not differ.
         """
         features_BLF = self._text_features(texts)
         if (reader := self.model.image_features) is not None:
             noise = self.config.image_feature_noise
-            guessed_BG = reader.of_texts(features_BLF, texts.valid_BL, noise=noise, rng=rng)
-            return self._text_loss(reader(guessed_BG), texts.ids_BL, texts.valid_BL)
+            predicted_BG = reader.of_texts(features_BLF, texts.valid_BL, noise=noise, rng=rng)
+            return self._text_loss(reader(predicted_BG), texts.ids_BL, texts.valid_BL)
         network = self.averaged or self.model
         with eval_mode(network):
             pseudo_BN = generate_image_tokens(
                 network, features_BLF, texts.valid_BL, self.config.image_generation, rng=rng
             )
-        return self.caption_loss_of_generated(pseudo_BN, texts, features_BLF, rng)
+        return self.t2i2t_loss_from_images(pseudo_BN, texts, features_BLF, rng)
 
-    def caption_loss_of_generated(
+    def t2i2t_loss_from_images(
         self, pseudo_BN: Int[Tensor, "B N"], texts: TextExamples, features_BLF: Float[Tensor, "B L F"], rng: StepRNG
     ) -> Float[Tensor, ""]:
-        """L_T2I2T, equation (3), from the generated images I' on."""
+        """L_T2I2T, equation (3), from the generated images I' on; separate so that `plan.py` can count it without
+        generating."""
         if self.config.texts == "full":
             first = self._sample_masking(self.config.image_masking, texts, rng, "t2i2t/first")
             image_BND = self._predict_image(pseudo_BN, first, features_BLF, texts.valid_BL, rng)
         else:
             image_BND = self.model.embed_image(pseudo_BN)
         second = self._sample_masking(self.config.text_masking, texts, rng, "t2i2t/second")
-        prefix_BKD = self._scaled(self._encode(image_BND, second))
+        prefix_BKD = self._text_decoder_input(self._encode(image_BND, second))
         return self._text_loss(prefix_BKD, texts.ids_BL, texts.valid_BL)
 
     def _predict_image(
@@ -282,19 +284,20 @@ class ItitObjective(Objective):
         """
         tokens_BN = images.tokens_BN
         network, banned_V = self.averaged or self.model, self.text_encoder.banned_V
-        # How many tokens are generated depends on the images: each process has its own number of calls.
+        # The number of decoding steps differs between processes, so FSDP must gather the weights beforehand.
         with eval_mode(network), gathered(network.text_decoder):
             pseudo_BL, _ = generate_text(
                 network, images, _ONE_BEAM, banned_V=banned_V, length=self.model.config.max_text_len, pack=False
             )
         pseudo_BL = pseudo_BL[:, : int((pseudo_BL != PAD).sum(1).max())]
         distinct = torch.tensor(len(pseudo_BL.unique(dim=0)) / len(pseudo_BL), device=tokens_BN.device)
-        return self.image_loss_of_generated(pseudo_BL, images, rng), distinct
+        return self.i2t2i_loss_from_texts(pseudo_BL, images, rng), distinct
 
-    def image_loss_of_generated(
+    def i2t2i_loss_from_texts(
         self, pseudo_BL: Int[Tensor, "B L"], images: ImageTokenExamples, rng: StepRNG
     ) -> Float[Tensor, ""]:
-        """L_I2T2I, equation (4), from the generated texts T' on."""
+        """L_I2T2I, equation (4), from the generated texts T' on; separate so that `plan.py` can count it without
+        generating."""
         tokens_BN, valid_BL = images.tokens_BN, pseudo_BL != PAD
         if self.config.images == "full":
             first = self._sample_masking(self.config.text_masking, images, rng, "i2t2i/first")
@@ -358,7 +361,7 @@ class ItitObjective(Objective):
         logits_BLV = self.model.text_logits(prefix_BPD, shift_right(ids_BL))
         return token_loss(logits_BLV, ids_BL, valid_BL, label_smoothing=self.config.label_smoothing)
 
-    def _scaled(self, encoded: Encoded) -> Float[Tensor, "B K D"]:
+    def _text_decoder_input(self, encoded: Encoded) -> Float[Tensor, "B K D"]:
         """What the text decoder reads of the encoder: z <- 0.1 z + sg(0.9 z), with ``encoder_grad_scale`` for 0.1."""
         return scale_gradient(encoded.image_BKD, self.config.encoder_grad_scale)
 
@@ -394,8 +397,8 @@ class ItitObjective(Objective):
         if self.averaged is None or step < self.config.cycle_start_step:
             return
         first = step == self.config.cycle_start_step
-        ours, theirs = ([local_part(p) for p in each.parameters()] for each in (self.model, self.averaged))
-        torch._foreach_lerp_(theirs, ours, 1.0 if first else 1 - self.config.cycle_network_decay)
+        current, averaged = ([local_part(p) for p in each.parameters()] for each in (self.model, self.averaged))
+        torch._foreach_lerp_(averaged, current, 1.0 if first else 1 - self.config.cycle_network_decay)
 
     # What the training loop asks for
 

@@ -196,7 +196,7 @@ class Diptych(OnHub):
     ) -> list[Caption]:
         """One caption with its score for each encoded image. ``advance`` is called with the rows done and all."""
         config = self.text_generation if beams is None else replace(self.text_generation, beams=beams)
-        if config.ranks:
+        if config.reranks:
             several = self.candidates_encoded(images, count=1, beams=config.beams, advance=advance)
             return [each[0] for each in several]
         length = self.model.config.max_text_len
@@ -262,7 +262,7 @@ class Diptych(OnHub):
             assert score_BW is not None
             texts_BW = [self.text_tokenizer.detokenize(ids_WL) for ids_WL in ids_BWL]
             worth_BW = score_BW.cpu()
-            if config.ranks and not best_of:
+            if config.reranks and not best_of:
                 worth_BW = worth_BW + self._fit(piece, ids_BWL, texts_BW, config)
             for row, ids_WL in enumerate(ids_BWL):
                 texts, scores = texts_BW[row], score_BW[row].tolist()

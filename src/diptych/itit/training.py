@@ -29,7 +29,7 @@ from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open
 from diptych.itit.evaluation import ALONE, PAIRS_ONLY, ScoredImages, compare
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ITIT, ItitConfig, mean_of_text
-from diptych.itit.objective import ItitObjective, ItitObjectiveConfig, TeacherHead
+from diptych.itit.objective import AlignmentHead, ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import NEAR_CAPTIONS, TEACHER, Diptych, data_tokenizers
 from diptych.itit.report import Samples
 from diptych.nn.inference import eval_mode, pick_device
@@ -213,7 +213,7 @@ class ItitRun:
         hook = Hook(
             every=run.train.eval_every,
             run=partial(self._validate, samples, best),
-            over=best.is_over if best is not None else None,
+            stop_early=best.is_over if best is not None else None,
         )
         result = run.train_on(inputs, objective, out, hooks=[hook], pace=pace, best=best, report=report)
         if result.finished and comparison is not None:
@@ -328,7 +328,7 @@ class ItitRun:
             shutil.copytree(out / part, folder / part, dirs_exist_ok=True)
         objective, best = run.build(inputs), BestWeights(folder / "best", patience=run.patience)
         samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, folder / "samples", images=images)
-        hook = Hook(every=run.train.eval_every, run=partial(run._validate, samples, best), over=best.is_over)
+        hook = Hook(every=run.train.eval_every, run=partial(run._validate, samples, best), stop_early=best.is_over)
         run.train_on(inputs, objective, folder, hooks=[hook], title=ALONE, pace=pace, best=best)
         return [Baseline(name=ALONE, scores=_scores_of_best(folder, best), kind="without unpaired data")]
 
@@ -517,14 +517,14 @@ class ItitRun:
             model = self.model.build(inputs.tokenizer, inputs.text_encoder, inputs.image_encoder)
             if self.init is not None:
                 model.load_state_dict(load_network(ITIT, Path(self.init) / "model").state_dict())
-                return ItitObjective(model, inputs.text_encoder, self.objective)
-            if model.image_features is not None:
-                model.image_features.fit(*inputs.image_and_text_features(images=_IMAGES_FITTED))
-            if model.config.whiten_text:
-                model.fit_whitening(inputs.text_features(texts=_WHITENED))
+            else:
+                if model.image_features is not None:
+                    model.image_features.fit(*inputs.image_and_text_features(images=_IMAGES_FITTED))
+                if model.config.whiten_text:
+                    model.fit_whitening(inputs.text_features(texts=_WHITENED))
             head = None
             if self.teacher is not None:
-                head = TeacherHead(inputs.teacher_features(images=_IMAGES_FITTED), width=model.config.width)
+                head = AlignmentHead(inputs.teacher_features(images=_IMAGES_FITTED), width=model.config.width)
             return ItitObjective(model, inputs.text_encoder, self.objective, teacher_head=head)
 
     @property

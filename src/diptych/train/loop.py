@@ -57,7 +57,7 @@ class Hook:
     """(finished steps, objective) to numbers for metrics.jsonl and images for TensorBoard. The objective is unwrapped,
     in evaluation mode and, if the run keeps a moving average, has the averaged weights. Called on the main process
     only, without gradients."""
-    over: Callable[[int], bool] | None = None
+    stop_early: Callable[[int], bool] | None = None
     """(finished steps) to whether further steps cannot change the result of the run, which then ends as finished; None
     never ends it. Called on the main process only, after ``run`` and again when the run is resumed."""
 
@@ -116,7 +116,7 @@ def train(
     """
     train.check()
     optim.check()
-    train = replace(train)  # a budget corrects its number of steps
+    train = replace(train)  # a copy, whose number of steps a budget may change
     devices = Devices(device=train.device, precision=train.precision)
     _check_rows(train, objective, world=devices.world)
     update = TrainStep(objective, train=train, optim=optim, devices=devices)
@@ -197,7 +197,7 @@ def _loop(
     signals: SignalWatch,
 ) -> tuple[TrainProgress, StopReason]:
     """Train from ``progress`` on until there is a reason to stop; return how far it came, and the reason."""
-    if run.make_up_hooks(progress, logger):
+    if run.run_missed_hooks(progress, logger):
         return progress, StopReason.NOTHING_LEFT
     clock = _Clock(before=progress.seconds)
     stop: StopReason | None = None if progress.step < run.train.steps else StopReason.FINISHED
@@ -259,7 +259,8 @@ def _steps(
             logger.step(progress, result, rows=count_rows(batch) * devices.world)
             changed = run.pace.after_step(progress.step, train)
 
-            # On a CPU the numbers are there; from a GPU they are read now and then, and only then do processes agree.
+            # Reading a loss from a GPU waits for it, so losses are read, and stop reasons exchanged, only every
+            # `log_every` steps.
             reading = not devices.waits or run.is_due(train.log_every, after=progress.step)
             reason = run.reason_to_stop(progress, seconds, signals) if reading or devices.world == 1 else None
             due = [hook for hook in run.hooks if run.is_due(hook.every, after=progress.step)]
@@ -270,10 +271,10 @@ def _steps(
             # The checkpoint comes first: a resume then makes up for an evaluation that was killed.
             if saving:
                 run.save(progress, logger)
-            nothing_left = False
+            stops_early = False
             if due and not (reason and reason.is_signal):
-                nothing_left = run.evaluate(due, progress, logger)
-            if nothing_left:
+                stops_early = run.evaluate(due, progress, logger)
+            if stops_early:
                 reason = StopReason.NOTHING_LEFT
                 if not saving:
                     run.save(progress, logger)
@@ -361,17 +362,17 @@ class _Run:
         agreed = self.devices.agree(reason or 0)
         return StopReason(agreed) if agreed else None
 
-    def make_up_hooks(self, progress: TrainProgress, logger: RunLogger) -> bool:
-        """Make up for an evaluation that was killed after its checkpoint; return whether the run is over."""
+    def run_missed_hooks(self, progress: TrainProgress, logger: RunLogger) -> bool:
+        """Run the hooks of an evaluation that was killed after its checkpoint; return whether a hook stops early."""
         if progress.step == 0:
             return False
         if self.devices.agree(int(not logger.evaluated)):
             due = [hook for hook in self.hooks if self.is_due(hook.every, after=progress.step)]
             return bool(due) and self.evaluate(due, progress, logger)
-        return self._is_over(self.hooks, progress)
+        return self._stops_early(self.hooks, progress)
 
     def evaluate(self, hooks: Sequence[Hook], progress: TrainProgress, logger: RunLogger) -> bool:
-        """Call ``hooks`` on the main process while the others wait; return whether one says that the run is over."""
+        """Call ``hooks`` on the main process while the others wait; return whether one of them stops early."""
         began = time.monotonic()
         with self.state.as_evaluated(keep=self.devices.is_main):
             if self.devices.is_main:
@@ -380,9 +381,10 @@ class _Run:
                     for hook in hooks:
                         numbers |= hook.run(progress.step, self.objective)
                 logger.evaluation(progress, numbers, seconds=time.monotonic() - began)
-        return self._is_over(hooks, progress)
+        return self._stops_early(hooks, progress)
 
-    def _is_over(self, hooks: Sequence[Hook], progress: TrainProgress) -> bool:
-        """The answer of the main process, on all of them."""
-        over = self.devices.is_main and any(hook.over(progress.step) for hook in hooks if hook.over is not None)
-        return bool(self.devices.agree(int(over)))
+    def _stops_early(self, hooks: Sequence[Hook], progress: TrainProgress) -> bool:
+        """Whether one of ``hooks`` stops early: the answer of the main process, on all of them."""
+        asked = [hook.stop_early for hook in hooks if hook.stop_early is not None]
+        stops = self.devices.is_main and any(stop_early(progress.step) for stop_early in asked)
+        return bool(self.devices.agree(int(stops)))

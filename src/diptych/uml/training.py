@@ -195,7 +195,7 @@ class UmlRun:
             write_run_report(out, state=state)
 
         best = BestWeights(out / "best", patience=self.patience)
-        hook = Hook(every=run.train.eval_every, run=_validation(valid, best), over=best.is_over)
+        hook = Hook(every=run.train.eval_every, run=_validation(valid, best), stop_early=best.is_over)
         result = train(
             objective,
             batches,

@@ -8,8 +8,7 @@ import numpy as np
 
 from diptych.data.sources.columns import IMAGE_NAMES, Columns, find_image, usual
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
-from diptych.data.sources.rows import SUFFIXES as TABLES
-from diptych.data.sources.rows import read_rows
+from diptych.data.sources.rows import TABLE_SUFFIXES, read_rows
 from diptych.data.sources.samples import (
     TEXT_SUFFIXES,
     SampleSource,
@@ -31,8 +30,7 @@ from diptych.data.sources.table import (
 )
 from diptych.errors import UserError
 
-_TABLES = (*sorted(TABLES), ".parquet")
-_OTHER_KINDS = (".tar", *_TABLES)
+_OTHER_KINDS = (".tar", *TABLE_SUFFIXES)
 
 
 def open_folder(
@@ -55,7 +53,8 @@ def _metadata(root: Path, files: list[str]) -> list[str]:
     found: dict[str, str] = {}
     for file in files:
         stem, _, suffix = PurePosixPath(file).name.lower().removesuffix(".gz").partition(".")
-        if stem == "metadata" and f".{suffix}" in _TABLES and not (suffix == "json" and not _is_table(root / file)):
+        is_table = f".{suffix}" in TABLE_SUFFIXES
+        if stem == "metadata" and is_table and (suffix != "json" or _is_table(root / file)):
             found.setdefault(os.path.dirname(file), file)
     return list(found.values())
 
@@ -145,7 +144,7 @@ def _open_metadata(
 
 
 def _is_caption_file(file: str) -> bool:
-    return os.path.splitext(file)[1].lower() in (*TEXT_SUFFIXES, *_TABLES)
+    return os.path.splitext(file)[1].lower() in (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
 
 
 class FolderSource(SampleSource):

@@ -29,8 +29,7 @@ from jaxtyping import UInt8
 from diptych.data.sources.columns import Columns, captions_of
 from diptych.data.sources.decode import SUFFIXES, ImageLimits
 from diptych.data.sources.remote import RemoteFile, find_remote, is_remote
-from diptych.data.sources.rows import SUFFIXES as TABLES
-from diptych.data.sources.rows import read_rows
+from diptych.data.sources.rows import TABLE_SUFFIXES, read_rows
 from diptych.data.sources.table import open_tables, unknown_split
 from diptych.errors import UserError
 
@@ -328,12 +327,12 @@ def _kind(path: Path | RemoteFile) -> str:
         return "folder"
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz")).suffix
-    if suffix in TABLES:
+    if name.endswith((".tar", ".parquet")):
+        return name.rpartition(".")[2]
+    if suffix in TABLE_SUFFIXES and suffix != ".parquet":  # which may not end in .gz
         return "table"
     if suffix == ".txt":
         return "text"
-    if name.endswith((".tar", ".parquet")):
-        return name.rpartition(".")[2]
     if name.endswith((".tar.gz", ".tgz")):
         raise UserError(f"{path}: a compressed tar allows no random access; gunzip it first")
     if suffix in SUFFIXES:

@@ -13,13 +13,16 @@ from diptych.data.sources.decode import is_image_path
 from diptych.data.sources.text import read_text
 from diptych.errors import UserError
 
-SUFFIXES = frozenset({".csv", ".tsv", ".json", ".jsonl", ".ndjson"})
+TABLE_SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv", ".parquet")
+"""Suffixes of the files that :func:`read_rows` reads."""
 _DELIMITERS = ",\t;|"
 _NO_CAPTION = ("is_rejected", "is_precanned")
 
 
 def read_rows(path: Path, *, notes: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a csv, tsv, json, jsonl or parquet file. All but parquet may end in .gz.
+    """The rows of a table file; all but parquet may end in .gz.
+
+    A file of none of the :data:`TABLE_SUFFIXES`, such as a list of items to keep, is read as JSON lines.
 
     What is left out is named in a line that is added to ``notes``. Raises UserError for a file that is damaged or has
     no rows.

@@ -41,7 +41,7 @@ from diptych.data.sources.columns import (
     written_captions,
 )
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
-from diptych.data.sources.rows import SUFFIXES as TABLES
+from diptych.data.sources.rows import TABLE_SUFFIXES
 from diptych.data.sources.table import counted, sample_columns, select_split, some, split_notes, unlabelled_notes
 from diptych.data.sources.text import clean, decode_text, notes_on_lines, notes_on_texts, says_missing
 from diptych.errors import UserError
@@ -390,7 +390,7 @@ def unused_notes(lone: Sequence[str], unused: Sequence[str], masks: Sequence[str
     if texts:
         notes.append(f"{counted(len(texts), 'text')} without an image of that name not used: {some(texts, len(texts))}")
     if others:
-        table = any(os.path.splitext(name)[1].lower() in (*TABLES, ".parquet") for name in others)
+        table = any(os.path.splitext(name)[1].lower() in TABLE_SUFFIXES for name in others)
         hint = "; a table of captions is a source of its own" if table else ""
         notes.append(f"{counted(len(others), 'other file')} not used: {some(others, len(others))}{hint}")
     return notes

@@ -31,11 +31,11 @@ from diptych.data.sources.columns import (
 from diptych.data.sources.decode import SUFFIXES as IMAGE_SUFFIXES
 from diptych.data.sources.decode import ImageLimits, decode, is_image_path, without_number
 from diptych.data.sources.remote import RemoteFile, is_remote
-from diptych.data.sources.rows import SUFFIXES, read_rows
+from diptych.data.sources.rows import read_rows
 from diptych.data.sources.text import says_missing
 from diptych.errors import UserError
 
-__all__ = ["SUFFIXES", "TableSource", "from_rows", "open_tables"]
+__all__ = ["TableSource", "from_rows", "open_tables"]
 
 BLOCK = 64
 """Bytes from the middle of an image file by which it is first compared with others of its size."""

@@ -87,6 +87,9 @@ def clean(text: str) -> str:
 
     Half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD. Characters that are written out, as
     `\\u00e9`, `\\n` or `&quot;` (or `&amp;quot;`), are read as the character. HTML's tags are left out.
+
+    This is done to every caption that a source gives; :func:`diptych.encoders.text.clean_for_clip` is what dual
+    encoders do on top.
     """
     for _ in range(2):
         if "&" in text and ";" in text:
