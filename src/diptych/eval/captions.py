@@ -257,7 +257,7 @@ _APOSTROPHE = rf"""(?i:[dl]'{L}{{2,}} | o'{L}{{2,}} | {L}+[aeiouy]'[aeiou]{L}* |
 _CLIPPED = rf"\b(?:(?:ol|dunkin|somethin)'(?!{L}) | [dlj]'(?!{L}) | y'(?=all))"
 # Atomic groups: without them "a.b-a.b-a.b-..." would take exponential time.
 _ATOM = rf"(?>{_APOSTROPHE} | {_ACRONYM} | {L}{W}*(?:[.!?]{L}{W}*)+ | {W}+(?:_{W}+)*)"
-_CHAIN = rf"(?:{_ABBREVIATION}(?=-{W}) | {_ATOM})(?:-{_ATOM})*+"
+_CHAIN = rf"(?:{_ABBREVIATION}(?=-{W}) | {_ATOM})(?>(?:-{_ATOM})*)"
 
 _RULES = {
     "plain": rf"{L}+(?=\ |$)",  # by far the commonest case, first for speed; no later rule would take it otherwise
