@@ -387,9 +387,9 @@ def evaluate_cycles(
     names = [name for name in next(iter(found.values()))[0] if name != "round"]
     console = Console(highlight=False)
     for run_name, records in found.items():
-        table = Table("round", *names)
-        for record in records:
-            table.add_row(str(record["round"]), *(f"{record[name]:.3g}" for name in names))
+        table = Table("score", *(f"round {record['round']}" for record in records))
+        for name in names:
+            table.add_row(name, *(f"{record[name]:.3g}" for record in records))
         title = f"cycles of {run_name} on {counts[run_name]:,} images of {source.name}"
         console.print(title, style="bold", markup=False, soft_wrap=True)
         console.print(table)
