@@ -16,6 +16,10 @@ import pytest
 from PIL import Image
 
 from diptych.dual.search import embed_run
+from diptych.encoders import ScratchConfig, scratch_encoder
+from diptych.train.config import TrainConfig
+from diptych.uml.recipes import uml_probe
+from diptych.uml.training import UmlData
 
 pytestmark = pytest.mark.browser
 BAD = "<script>alert(1)</script> ${7*7} {{value}}"
@@ -174,6 +178,35 @@ def test_every_tab_answers(itit_run, dual_run, photos, bomb, tmp_path, serve, br
         file.write(json.dumps({"step": 30, "loss": 5.0, "seconds": 1.0}) + "\n")
     visit.until(lambda: page.locator("#training img").first.get_attribute("src") != curves)
     visit.shot("train")
+    assert visit.elsewhere == []
+    assert visit.wrong == []
+
+
+@pytest.mark.timeout(300)
+def test_a_classifier_names_the_classes_that_it_learned(itit_run, photos, tmp_path, serve, browser):
+    for number, image in enumerate(sorted(photos.iterdir()) * 3):
+        folder = tmp_path / "images" / ("ring", "<b>square")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder / f"{number}.png")
+    run = uml_probe()
+    (tmp_path / "texts").mkdir()
+    for name in ("ring", "<b>square"):
+        (tmp_path / "texts" / f"{name}.txt").write_text("a red ring\n")
+    run.data = UmlData(images=str(tmp_path / "images"), texts=str(tmp_path / "texts"), valid_share=0.25)
+    scratch = ScratchConfig(image_size=16, patch=4, width=24, depth=1, heads=2)
+    scratch_encoder(scratch, seed=0).save_pretrained(tmp_path / "encoder")
+    run.encoder, run.text_encoder = str(tmp_path / "encoder"), str(itit_run)
+    run.train = TrainConfig(
+        steps=2, batch_size=4, eval_every=2, checkpoint_every=2, workers=0, quiet=True, device="cpu", tensorboard=False
+    )
+    run.fit(tmp_path / "run", recipe="uml-probe")
+    visit = Visit(browser, serve(tmp_path / "run")[1])
+    visit.tab("Classify")
+    visit.send(photos / "0.png")
+    found = visit.shown("#classes .found")
+    assert "ring" in found
+    assert "<b>square" in found
+    visit.shot("classifier")
     assert visit.elsewhere == []
     assert visit.wrong == []
 

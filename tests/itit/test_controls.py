@@ -49,7 +49,7 @@ def test_stopping_waits_for_five_evaluations_without_a_lower_loss(tmp_path, loss
     ids_BL = torch.ones(1, 3, dtype=torch.long)
     held = PairExamples(tokens_BN=ids_BL, ids_BL=ids_BL, valid_BL=ids_BL > 0)
     stopping = controls._EarlyStopping(held, tmp_path)
-    assert stopping._over(every * len(losses)) == over
+    assert stopping._stop_early(every * len(losses)) == over
 
 
 def test_a_control_that_stopped_early_is_not_waited_for(tmp_path, monkeypatch):
