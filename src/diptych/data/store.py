@@ -131,19 +131,14 @@ class ResumableArrayWriter:
             self.state["done"] = done
             _write_json(self.folder / "progress.json", self.state)
 
-    def readable(self) -> Path:
-        """The hidden folder, whose arrays can be read as far as they have come."""
-        for name, array in self.arrays.items():
-            with (self.folder / f"{name}.npy").open("r+b") as file:
-                file.write(_header(array))
-        return self.folder
-
     def finish(self, manifest: str, content: Any, opened: Callable[[Path], Opened]) -> Opened:
         """Write ``content`` as JSON to the file ``manifest``, give the folder its name and return ``opened(out)``.
 
         ``opened`` is first tried on the hidden folder, so that a folder that cannot be opened replaces nothing.
         """
-        self.readable()
+        for name, array in self.arrays.items():
+            with (self.folder / f"{name}.npy").open("r+b") as file:
+                file.write(_header(array))
         if self.skipped:
             SkippedItems(reasons=self.skipped).write(self.folder / "skipped.jsonl")
         _write_json(self.folder / manifest, content)
@@ -159,6 +154,12 @@ class ResumableArrayWriter:
             file, begin = self.folder / f"{name}.npy", len(_header(array))
             found[name] = np.fromfile(file, array["dtype"], offset=begin).reshape(array["shape"])
         return found
+
+    def map(self, name: str) -> np.ndarray:
+        """An array so far, mapped into memory. The header in its file may tell of fewer rows."""
+        array = self.arrays[name]
+        file, shape = self.folder / f"{name}.npy", tuple(array["shape"])
+        return np.memmap(file, array["dtype"], "r", offset=len(_header(array)), shape=shape)
 
     def discard(self) -> None:
         """Remove the hidden folder."""

@@ -321,8 +321,9 @@ class _Cached:
 
     def map(self, name: str) -> np.ndarray:
         """An array, mapped into memory; rows of an `np.memmap` itself are slower to take."""
-        folder = self._folder if self.writer is None else self.writer.readable()
-        return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+        if self.writer is not None:
+            return np.asarray(self.writer.map(name))
+        return np.asarray(np.load(self._folder / f"{name}.npy", mmap_mode="r"))
 
 
 def _cached(cache: Path, kind: str, made_by: dict[str, Any], *, keep_tokens: bool) -> _Cached:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -77,7 +77,7 @@ _IMAGES_FITTED, _CAPTIONS_FITTED = 3000, 5
 """Number of captioned images that decide which image features belong to a text, and of captions of each."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TrainingInputs:
     """The frozen tokenizer and text encoder of a run, and its data encoded with both."""
 
@@ -108,6 +108,7 @@ class TrainingInputs:
         assert features_XG is not None
         return features_XG.repeat_interleave(len(taken), 0), torch.stack(of_texts, dim=1).flatten(0, 1)
 
+    @cached_property
     def near_captions(self) -> NearCaptions:
         """The captions of captioned images, at most 3,000 of them, with the features of their images."""
         store = _store(self.encoded.pairs)
@@ -539,7 +540,7 @@ class ItitRun:
             inputs.text_encoder,
             objective.model,
             image_encoder=inputs.image_encoder,
-            near_captions=inputs.near_captions() if self._has_consensus else None,
+            near_captions=inputs.near_captions if self._has_consensus else None,
             image_generation=self.generation.image,
             text_generation=self.generation.text,
             device=pick_device(self.train.device),
@@ -584,7 +585,7 @@ class ItitRun:
         with result.eval_mode(objective) if best is None else nullcontext():
             if is_main_process():
                 if self._has_consensus:
-                    save_model(inputs.near_captions(), out / NEAR_CAPTIONS)
+                    save_model(inputs.near_captions, out / NEAR_CAPTIONS)
                 save_model(objective.model, out / "model")
         return result
 
