@@ -79,24 +79,8 @@ _SAMPLE = 64
 _DIGITS = re.compile(r"\d+$")
 _DATE = re.compile(r"(19|20)\d\d([ ._-]?\d\d?)*")
 _VIEWS = frozenset(
-    {
-        "a",
-        "b",
-        "left",
-        "right",
-        "input",
-        "output",
-        "target",
-        "source",
-        "before",
-        "after",
-        "hr",
-        "lr",
-        "high",
-        "low",
-        "gt",
-    }
-    | {"rgb", "ir", "nir", "thermal", "depth", "photo", "sketch", "image", "condition", "original", "edited"}
+    {"a", "b", "left", "right", "input", "output", "target", "source", "before", "after", "original", "edited"}
+    | {"hr", "lr", "high", "low", "gt", "rgb", "ir", "nir", "thermal", "depth", "photo", "sketch", "image", "condition"}
 )
 """Folders that hold one thing in several forms, and no classes."""
 _PLAIN = frozenset({"..", "image", "images", "img", "imgs", "jpegimages"})
