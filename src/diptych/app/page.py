@@ -5,7 +5,7 @@ it. Text from users and from networks is shown as HTML by `answers.py`, which es
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from html import escape
@@ -18,10 +18,11 @@ import numpy as np
 from fastapi import FastAPI
 
 from diptych.app import answers
-from diptych.app.answers import Given, MarkedImage, Tab, read_images
+from diptych.app.answers import Given, Imagining, MarkedImage, Tab, read_images
 from diptych.app.decisions import Offer, Offers, label_confidence
 from diptych.app.serve import MAX_FILE_MB, WAITING
 from diptych.errors import UserError
+from diptych.itit.pipeline import ImagineRequest
 
 _BATCH = 16
 """Largest number of requests that a network answers together."""
@@ -156,25 +157,28 @@ def _caption(given: Given, *_: object) -> None:
 
 def _imagine(given: Given, *_: object) -> None:
     found = given.networks("itit")
+    images = {name: Imagining(network, most=_BATCH) for name, network in found.items()}
     usual = next(iter(found.values())).image_generation
 
     def imagine(
         name: str, text: str, seed: int, guidance: float, steps: int, current: MarkedImage | None
-    ) -> Iterator[tuple[Any, MarkedImage]]:
+    ) -> Iterator[tuple[Any, Any]]:
         """With an image, only its marked part is generated anew."""
-        with _mistakes_told():
-            known = None if current is None else (current.step.tokens, current.marked)
-            config = replace(found[name].image_generation, guidance=guidance, steps=int(steps))
-            for step in found[name].imagine_steps(text, seed=int(seed or 0), config=config, known=known):
-                current = MarkedImage(step=step)
-                yield current.shown(), current
+        known = None if current is None else (current.step.tokens, current.marked)
+        request = ImagineRequest(text=text, seed=int(seed or 0), known=known)
+        config = replace(found[name].image_generation, guidance=guidance, steps=int(steps))
+        with _mistakes_told(), closing(images[name].steps(request, config)) as made:
+            for step in made:
+                # Gradio notices between two answers that a user has left, so those who wait get an empty one.
+                current = None if step is None else MarkedImage(step=step)
+                yield (gr.skip(), gr.skip()) if current is None else (current.shown(), current)
 
-    def imagine_all(name: str, text: str, seed: int, guidance: float, steps: int) -> Iterator[tuple[Any, MarkedImage]]:
+    def imagine_all(name: str, text: str, seed: int, guidance: float, steps: int) -> Iterator[tuple[Any, Any]]:
         yield from imagine(name, text, seed, guidance, steps, None)
 
     def imagine_anew(
         name: str, text: str, seed: int, guidance: float, steps: int, current: MarkedImage | None
-    ) -> Iterator[tuple[Any, MarkedImage]]:
+    ) -> Iterator[tuple[Any, Any]]:
         with _mistakes_told():
             if current is None or not current.corners:
                 raise UserError("nothing is marked: click on two corners of the part to generate anew")
@@ -208,7 +212,7 @@ def _imagine(given: Given, *_: object) -> None:
             )
     current = gr.State(None)
     inputs, outputs = [run, text, seed, guidance, steps], [image, current]
-    asked = {"concurrency_id": "itit", "show_progress_on": button}
+    asked = {"concurrency_id": "imagine", "concurrency_limit": _BATCH, "show_progress_on": button}
     gr.on([button.click, text.submit], imagine_all, inputs, outputs, api_name="imagine", **asked)
     anew.click(imagine_anew, [*inputs, current], outputs, api_name=False, **asked)
     start.upload(begin, [run, start], outputs, api_name=False, concurrency_id="itit")
