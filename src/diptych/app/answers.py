@@ -425,7 +425,7 @@ class Imagining:
         Raises UserError for an empty text. Whoever closes this iterator is forgotten.
         """
         if not request.text.strip():
-            raise UserError("no text to imagine")
+            raise UserError("no text: say what the image is to show")
         wanted = _Wanted(request, config)
         with self._lock:
             self._waiting.append(wanted)
