@@ -37,7 +37,7 @@ from diptych.itit.generation import (
     generate_text,
     image_canvases,
 )
-from diptych.itit.model import ITIT
+from diptych.itit.model import ITIT, Masking
 from diptych.nn.inference import Device, Precision, autocast, pick_device
 from diptych.rng import RowRNG, derive_seed
 from diptych.run_folder import check_finished, read_config
@@ -313,10 +313,9 @@ class Diptych(OnHub):
         hidden_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
         encoded = self.model.encode(
             self.model.embed_image(tokens_BN),
-            hidden_BN=hidden_BN,
-            keep_BK=tokens_BN[:, :0],
-            features_BLF=self.text_encoder.features(ids_BL, valid_BL),
-            valid_BL=valid_BL,
+            Masking(hidden_BN, keep_BK=tokens_BN[:, :0]),
+            self.text_encoder.features(ids_BL, valid_BL),
+            valid_BL,
         )
         logits_BNC = self.model.image_logits(encoded, hidden_BN)
         return cross_entropy(logits_BNC.float().transpose(1, 2), tokens_BN, reduction="none").mean(1)
