@@ -7,11 +7,11 @@ from typing import Any
 
 import tyro
 
+from diptych.cli.captions import caption
 from diptych.cli.datasets import audit, check, suggest
 from diptych.cli.evaluation import evaluate, sweep
 from diptych.cli.inference import (
     app,
-    caption,
     classify,
     cycle,
     embed,
