@@ -80,30 +80,32 @@ def caption(
     """Caption images: one line for each, or a file of captions for a whole data set.
 
     The line is the caption alone for one image file, else FILE: CAPTION. An image that cannot be read is reported on
-    stderr; the others are captioned, and the exit status is 1. With --out, images that have captions are left out, and
-    a command that was stopped goes on where it was when it is repeated.
+    stderr, the others are captioned, and the exit status is 1. With --out, images that have captions are left out, and
+    an interrupted command continues when it is repeated.
 
     Args:
         run: Run folder of an itit recipe.
         images: Image files, and sources with all their images: a folder, a table, tars, scenes:.
-        json: Print one JSON object a line, with file, caption and score.
-        out: File for the captions and their scores, which does not exist yet: .csv, .jsonl, .parquet, .json as COCO
-            writes it, or .tasks.json for Label Studio; with the images in it .images.parquet for `datasets`, or .tar
-            for WebDataset. `sidecars` writes a text beside each image file, where there is none.
-        all: With --out, also caption images that have captions already. Texts beside images are never replaced.
+        json: Output as one JSON object per line, with file, caption and score.
+        out: New file for the captions and their scores. Its ending is the format: .csv, .jsonl, .parquet, .json as
+            COCO has it, .tasks.json for Label Studio; with the images in it, .images.parquet for `datasets` or .tar
+            for WebDataset. `sidecars` stands for a text beside each image file that has none.
+        all: With --out FILE, new captions also for images that have captions. Texts beside images are never replaced.
         shard: With --out, the part of the images to caption, such as 0/4 for the first of four processes or machines.
-            Each writes a file of its own, NAME-00000-of-00004, and a glob of them is one source.
-        calibrate: Captioned images that the run has not learned from, or `data.valid` for those it was scored on in
-            training. How good captions of each score are is written into RUN/confidence; from then on --json, --out and
-            the page give a confidence for each caption. No other images need be given.
+            Each writes a file of its own, NAME-00000-of-00004, and a glob of these files is one source.
+        calibrate: Source of captioned images that the run has not learned from, to find out how good captions of each
+            score are; or `data.valid`, those that the run was scored on in training. The result is written to
+            RUN/confidence, and from then on --json, --out and the page give a confidence for each caption. No other
+            images need be given.
         beams: Number of beams of the search; 1 is greedy. Default: the setting of the run.
-        candidates: Number of different captions of each image in what --json and --out give, the best first.
-        best_of: Number of captions of the beam search that are ranked anew, by how probable they make the image.
-            Default: they are ranked by the beam search.
+        candidates: Number of different captions of each image in the output of --json and --out, the best first.
+        best_of: Number of captions of the beam search that are ranked again, by how probable they make the image.
+            Default: no second ranking.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
-        engine: With --out, who captions: this process, or the workers of a Ray cluster (extra `ray`). The file is the
-            same.
-        ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
+        engine: With --out, where captions are computed: in this process, or by the workers of a Ray cluster (extra
+            `ray`). The file is the same.
+        ray_address: Address of the Ray cluster. Default: RAY_ADDRESS of the environment, else a cluster that is
+            started on this machine.
     """
     if not images and calibrate is None:
         raise UserError("no image given: diptych caption RUN IMAGE...")
