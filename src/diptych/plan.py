@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.data.batch import ImageTokenExamples, PairExamples, TextExamples
 from diptych.errors import UserError
-from diptych.itit.model import ITIT
+from diptych.itit.model import ITIT, Masking
 from diptych.itit.objective import AlignmentHead, ItitObjective
 from diptych.itit.training import ItitRun
 from diptych.nn.inference import multiplies_bf16
@@ -443,13 +443,7 @@ def _generate_images(objective: ItitObjective, texts: TextExamples) -> None:
         keep_BK = tokens_BN[:, : positions // 2] if half else None
         for features in (texts.features_BLF, None) if config.guidance else (texts.features_BLF,):
             valid = None if features is None else texts.valid_BL
-            encoded = model.encode(
-                model.embed_image(tokens_BN),
-                hidden_BN=hidden_BN,
-                keep_BK=keep_BK,
-                features_BLF=features,
-                valid_BL=valid,
-            )
+            encoded = model.encode(model.embed_image(tokens_BN), Masking(hidden_BN, keep_BK), features, valid)
             model.image_logits(encoded, hidden_BN)
 
 

@@ -317,9 +317,9 @@ def test_guidance_goes_through_a_pass_without_text(model, text, monkeypatch):
     seen = []
     encode = model.encode
 
-    def watched(*args, **options):
-        seen.append(options["features_BLF"] is None)
-        return encode(*args, **options)
+    def watched(image_BND, masking, features_BLF, valid_BL):
+        seen.append(features_BLF is None)
+        return encode(image_BND, masking, features_BLF, valid_BL)
 
     monkeypatch.setattr(model, "encode", watched)
     plain = generated(model, text)
@@ -342,12 +342,13 @@ def test_known_tokens_stay(model, text, tokens_BN):
 def test_the_encoder_gets_every_visible_token_and_half_at_most(model, text, monkeypatch, tokens_BN):
     encode, kept = model.encode, []
 
-    def watched(image_BND, *, hidden_BN, keep_BK, **options):
+    def watched(image_BND, masking, *text):
+        hidden_BN, keep_BK = masking.hidden_BN, masking.keep_BK
         if keep_BK is not None:
             visible = (~hidden_BN).sum(1)
             assert torch.equal((~hidden_BN).gather(1, keep_BK).sum(1), visible)
         kept.append(None if keep_BK is None else keep_BK.shape[1])
-        return encode(image_BND, hidden_BN=hidden_BN, keep_BK=keep_BK, **options)
+        return encode(image_BND, masking, *text)
 
     monkeypatch.setattr(model, "encode", watched)
     generated(model, text, steps=6)

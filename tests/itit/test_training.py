@@ -12,12 +12,9 @@ from safetensors.numpy import load_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from diptych.data.scenes import ScenesSource
-from diptych.data.splits import Subset
-from diptych.data.store import DataTokenizers
 from diptych.encoders import ScratchConfig, scratch_encoder
 from diptych.errors import UserError
 from diptych.io import load_network
-from diptych.itit import training
 from diptych.itit.data import DataConfig, open_data
 from diptych.itit.evaluation import ALONE, EvaluateConfig, evaluate, evaluate_run
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
@@ -603,26 +600,3 @@ def test_a_run_that_begins_with_the_weights_of_another_may_have_a_teacher(done, 
 def test_fine_tuning_needs_a_finished_run(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         replace(itit_finetune_caption(), init=str(tmp_path), data=tiny_run().data).fit(tmp_path / "out", recipe="x")
-
-
-def test_the_time_to_encode_counts_every_network_that_reads_an_image(monkeypatch):
-    clock, shown = [0.0], []
-
-    def network(name, cost):
-        def run(inputs):
-            shown.append((name, len(inputs)))
-            clock[0] += cost
-
-        return run
-
-    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
-    tokenizers = DataTokenizers(
-        image_size=32,
-        tokenize_images=network("tokens", 1.0),
-        image_features=network("features", 2.0),
-        teacher_size=16,
-        teacher_features=network("teacher", 4.0),
-    )
-    some = Subset(ScenesSource(count=96), range(96))
-    assert training._seconds_to_encode(some, tokenizers, "images") == pytest.approx(7.0 * 96 / 48)
-    assert shown == [("tokens", 48), ("features", 48), ("teacher", 48)]

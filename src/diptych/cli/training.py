@@ -122,7 +122,7 @@ def encode(
 
     open_source(source)  # what is wrong with it is told before the libraries are loaded
     from diptych.data.store import encode as encode_source
-    from diptych.itit.pipeline import open_to_encode
+    from diptych.itit.data import open_to_encode
 
     opened = partial(open_to_encode, source, run, features=features)
     found, tokenizers = opened()
@@ -165,8 +165,9 @@ _COSTS = (
     "N minutes.\n"
 )
 _MINUTES = (
-    "Minutes for the whole run. Steps, warm-up, starts and intervals of every stage are set so that it ends in time on "
-    "this machine, and batches are made smaller where it is short. Default: the recipe's steps, however long they take."
+    "Number of minutes for the whole run. The steps, the warm-up, the starts and the intervals of every stage are set "
+    "so that the run ends in time on this machine; if the time is short, batches are made smaller. Default: the "
+    "recipe's steps, however long they take."
 )
 _OUT = "Folder of the run; an interrupted run continues there."
 

@@ -214,7 +214,7 @@ def describe_world(run: ItitRun, inputs: TrainingInputs) -> dict[str, int]:
     scenes = ScenesSource.from_spec(run.data.pairs)
     sources = [subset.source for subset in (inputs.encoded.pairs, inputs.encoded.images)]
     stores = {source.folder: source for source in sources if isinstance(source, Store)}  # one, if all are pairs
-    grids = np.concatenate([np.asarray(store.array("tokens")) for store in stores.values()])
+    grids = np.concatenate([store.arrays["tokens"] for store in stores.values()])
     return {
         "distinct_scenes": len(set(scenes.scenes(np.arange(len(scenes))))),
         "images": len(grids),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diptych.data.batch import ImageTokenExamples
 from diptych.errors import UserError
-from diptych.itit.model import ITIT
+from diptych.itit.model import ITIT, Masking
 from diptych.rng import StepRNG
 from diptych.tokenizers.text_tokenizer import EOS, PAD
 
@@ -104,7 +104,7 @@ def image_canvases(
     def logits(canvas: Canvas, features: Tensor | None, valid: Tensor | None) -> Tensor:
         keep = _visible_first(canvas) if config.drop else None
         image = model.embed_image(canvas.tokens_BN)
-        encoded = model.encode(image, hidden_BN=canvas.hidden_BN, keep_BK=keep, features_BLF=features, valid_BL=valid)
+        encoded = model.encode(image, Masking(canvas.hidden_BN, keep), features, valid)
         return model.image_logits(encoded, canvas.hidden_BN)
 
     yield from parallel_decoding(

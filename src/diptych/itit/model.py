@@ -109,6 +109,17 @@ class ItitConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Masking:
+    """The hidden tokens of each row, and those that enter the encoder."""
+
+    hidden_BN: Bool[Tensor, "B N"]
+    """True where a token is to be predicted."""
+    keep_BK: Int[Tensor, "B K"] | None = None
+    """Positions that enter the encoder, all visible ones among them; the rest is dropped to save computation. None: all
+    positions enter."""
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """Output of the encoder for an image and a text."""
 
@@ -200,24 +211,22 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
     def encode(
         self,
         image_BND: Float[Tensor, "B N D"],
-        *,
-        hidden_BN: Bool[Tensor, "B N"] | None = None,
-        keep_BK: Int[Tensor, "B K"] | None = None,
+        masking: Masking | None = None,
         features_BLF: Float[Tensor, "B L F"] | None = None,
         valid_BL: Bool[Tensor, "B L"] | None = None,
     ) -> Encoded:
         """Encode the embedded tokens that are not hidden, together with a text or with the learned null text.
 
         Args:
-            hidden_BN: positions to be predicted: their embedding is replaced by a learned vector. None: all visible.
-            keep_BK: positions that enter the encoder. It must hold every visible one; the rest are dropped to save
-                computation. None: all enter.
+            masking: what is hidden: a learned vector stands for its embedding. None: all tokens are visible.
             features_BLF: frozen features of the text; None stands for the empty text.
             valid_BL: True for text positions that are no padding; needed with ``features_BLF``.
         """
         rows, positions = image_BND.shape[:2]
-        if hidden_BN is not None:
-            image_BND = torch.where(hidden_BN[..., None], self.image_hidden.to(image_BND.dtype), image_BND)
+        keep_BK = None
+        if masking is not None:
+            hidden_BN1, keep_BK = masking.hidden_BN[..., None], masking.keep_BK
+            image_BND = torch.where(hidden_BN1, self.image_hidden.to(image_BND.dtype), image_BND)
         image = image_BND + self.image_position.weight
         if keep_BK is None:
             keep_BK = torch.arange(positions, device=image.device).expand(rows, -1)
@@ -415,22 +424,13 @@ class MaskingConfig:
     """Standard deviation of the normal distribution before the cut, as a share."""
 
 
-@dataclass(frozen=True, slots=True)
-class Masking:
-    """The hidden tokens of each row, and those that enter the encoder."""
-
-    hidden_BN: Bool[Tensor, "B N"]
-    """True where a token is to be predicted."""
-    keep_BK: Int[Tensor, "B K"]
-    """Positions that enter the encoder: all visible ones, and hidden ones up to K = N - floor(low N)."""
-
-
 def sample_masking(
     config: MaskingConfig, rows: int, positions: int, *, rng: StepRNG, name: str, device: torch.device
 ) -> Masking:
     """Sample a share for every row, and hide that share of its tokens at random.
 
-    Each row has one random order of its tokens: the first ones are visible, and the last ones do not enter the encoder.
+    Each row has one random order of its tokens: the first ones are visible, and the last floor(low N) do not enter the
+    encoder.
     So dropped tokens are always hidden, and batches stay rectangular whatever the shares. Raises UserError for shares
     that are no range within 0 and 1.
     """

@@ -1,6 +1,6 @@
 """A finished ITIT run as one object that captions images and generates images from texts.
 
-Also here: the tokenizers of a run, which prepare its data, and its encoder as an image encoder for other learners.
+Also here: its encoder as an image encoder for other learners.
 
 Shapes: B rows, S pixels a side of a square image, H and W pixels, N image tokens, R rows of their grid, L text tokens,
 D encoder width.
@@ -23,13 +23,12 @@ from torch.nn.functional import cross_entropy
 
 from diptych.data.batch import ImageTokenExamples
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
-from diptych.data.sources import Source, open_source
-from diptych.data.store import DataTokenizers
-from diptych.encoders.image import ImageEncoder, open_image_encoder, resize, resize_pixels
+from diptych.encoders.image import ImageEncoder, resize
 from diptych.errors import UserError
 from diptych.eval.baselines import NearCaptions
 from diptych.hub import OnHub, local_folder
-from diptych.io import load_network, weights_digest
+from diptych.io import load_network
+from diptych.itit.data import image_encoder_of, image_encoders, read_size
 from diptych.itit.generation import (
     ImageGenerationConfig,
     TextGenerationConfig,
@@ -37,7 +36,7 @@ from diptych.itit.generation import (
     generate_text,
     image_canvases,
 )
-from diptych.itit.model import ITIT
+from diptych.itit.model import ITIT, Masking
 from diptych.nn.inference import Device, Precision, autocast, pick_device
 from diptych.rng import RowRNG, derive_seed
 from diptych.run_folder import check_finished, read_config
@@ -50,8 +49,6 @@ Advance = Callable[[int, int], None]
 
 NEAR_CAPTIONS = "near_captions"
 """Folder of a run with the captions that others are compared with, see :class:`NearCaptions`."""
-TEACHER = Path("stages") / "teacher"
-"""Folder of a run with the vision model that teaches its encoder."""
 _ROWS = 64
 """Number of rows generated at once."""
 
@@ -313,10 +310,9 @@ class Diptych(OnHub):
         hidden_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
         encoded = self.model.encode(
             self.model.embed_image(tokens_BN),
-            hidden_BN=hidden_BN,
-            keep_BK=tokens_BN[:, :0],
-            features_BLF=self.text_encoder.features(ids_BL, valid_BL),
-            valid_BL=valid_BL,
+            Masking(hidden_BN, keep_BK=tokens_BN[:, :0]),
+            self.text_encoder.features(ids_BL, valid_BL),
+            valid_BL,
         )
         logits_BNC = self.model.image_logits(encoded, hidden_BN)
         return cross_entropy(logits_BNC.float().transpose(1, 2), tokens_BN, reduction="none").mean(1)
@@ -498,115 +494,6 @@ def generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfi
         return ImageGenerationConfig(**found["image"]), TextGenerationConfig(**found["text"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{run}/config.json: cannot be used ({error}): copy it again") from error
-
-
-def image_encoder_of(run: Path) -> ImageEncoder | None:
-    """The pretrained image encoder in a run folder; None where the run has none."""
-    folder = run / "image_encoder"
-    return open_image_encoder(folder) if folder.is_dir() else None
-
-
-def teacher_of(run: Path) -> ImageEncoder | None:
-    """The vision model that teaches the encoder of a run, which only training reads; None where the run has none."""
-    folder = run / TEACHER
-    return open_image_encoder(folder) if folder.is_dir() else None
-
-
-def read_size(tokenizer: ImageTokenizer, image_encoder: ImageEncoder | None) -> int:
-    """Side in pixels of images from which both the tokens and the features can be computed."""
-    return max(tokenizer.image_size, 0 if image_encoder is None else image_encoder.image_size)
-
-
-def image_encoders(
-    tokenizer: ImageTokenizer, image_encoder: ImageEncoder | None
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
-    """Functions from uint8 pixels [B 3 S S] of any size to image tokens [B N], and to image features [B G] if any."""
-    device = tokenizer.codebook.device
-
-    def tokens(pixels_B3SS: Tensor) -> Tensor:
-        return tokenizer.encode(resize_pixels(pixels_B3SS.to(device), tokenizer.image_size))
-
-    @torch.no_grad()
-    def features(pixels_B3SS: Tensor) -> Tensor:
-        assert image_encoder is not None
-        return image_encoder(pixels_B3SS.to(device)).float()
-
-    return tokens, features if image_encoder is not None else None
-
-
-def data_tokenizers(
-    tokenizer: ImageTokenizer,
-    text_encoder: TextEncoder,
-    *,
-    length: int,
-    features: bool = False,
-    image_encoder: ImageEncoder | None = None,
-    teacher: ImageEncoder | None = None,
-) -> DataTokenizers:
-    """Both tokenizers as the encoding of data needs them; with ``features``, the text encoder's features too.
-
-    With ``image_encoder`` and ``teacher`` their features too. Texts are cut to ``length`` tokens.
-    """
-    device = text_encoder.embedding.weight.device
-
-    def to_features(ids_BL: Tensor) -> Tensor:
-        pieces = [text_encoder.features(piece, piece != PAD) for piece in ids_BL.to(device).split(256)]
-        return torch.cat(pieces)
-
-    tokenize_images, image_features = image_encoders(tokenizer, image_encoder)
-    _, teacher_features = image_encoders(tokenizer, teacher)
-    return DataTokenizers(
-        image_size=read_size(tokenizer, image_encoder),
-        tokenize_images=tokenize_images,
-        image_features=image_features,
-        teacher_size=0 if teacher is None else teacher.image_size,
-        teacher_features=teacher_features,
-        tokenize_texts=lambda texts: text_encoder.tokenize(texts, length=length)[0],
-        text_features=to_features if features else None,
-        fingerprint="-".join(
-            [
-                weights_digest(tokenizer),
-                weights_digest(text_encoder),
-                text_encoder.feature_kind,
-                str(length),
-                *([] if image_encoder is None else [weights_digest(image_encoder)]),
-                *([] if teacher is None else [f"teacher:{weights_digest(teacher)}"]),
-                str(features),
-            ]
-        ),
-    )
-
-
-def run_data_tokenizers(run: Path, *, features: bool) -> DataTokenizers:
-    """The data tokenizers of a run, finished or not. Raises UserError for a folder that is no ITIT run."""
-    for part in ("tokenizer", "text_encoder"):
-        if not (run / part).is_dir():
-            raise UserError(f"{run}: has no {part}/: give a run of an itit recipe")
-    device = pick_device("auto")
-    tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(device)
-    text_encoder = TextEncoder.from_pretrained(run / "text_encoder").to(device)
-    model = read_config(run)["run"]["model"]
-    text_encoder.feature_kind = model["text_input"]
-    image_encoder, teacher = image_encoder_of(run), teacher_of(run)
-    return data_tokenizers(
-        tokenizer,
-        text_encoder,
-        length=model["max_text_len"],
-        features=features,
-        image_encoder=image_encoder if image_encoder is None else image_encoder.to(device),
-        teacher=teacher if teacher is None else teacher.to(device),
-    )
-
-
-def open_to_encode(spec: str, run: Path, *, features: bool) -> tuple[Source, DataTokenizers]:
-    """A source, and what a run encodes of it. Raises UserError as :func:`run_data_tokenizers` and `open_source`."""
-    source = open_source(spec)
-    both = run_data_tokenizers(run, features=features)
-    return source, replace(
-        both,
-        tokenize_images=both.tokenize_images if source.has_images else None,
-        tokenize_texts=both.tokenize_texts if source.has_captions else None,
-    )
 
 
 class ItitImageEncoder(ImageEncoder):
