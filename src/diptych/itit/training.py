@@ -294,9 +294,8 @@ class ItitRun:
 
     def check(self) -> None:
         """Raise UserError for combinations of fields that no stage would notice early."""
-        unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
         start, steps = self.objective.cycle_start_step, self.train.steps
-        if unpaired and start >= steps:
+        if self._has_cycles and start >= steps:
             raise UserError(
                 f"--objective.cycle-start-step {start} is not before --train.steps {steps}, "
                 "so unpaired data would never be used: lower it, or switch --objective.texts and .images off"
@@ -304,8 +303,8 @@ class ItitRun:
 
         if self.teacher is not None and not self.objective.weights.teacher:
             raise UserError("--teacher teaches nothing: --objective.weights.teacher is 0; raise it, or leave both away")
-        if self.compare == "pairs-only" and not (unpaired and self.data.valid):
-            lacks = "--data.valid to compare on" if unpaired else "unpaired data, so it is the pairs alone itself"
+        if self.compare == "pairs-only" and not (self._has_cycles and self.data.valid):
+            lacks = "--data.valid to compare on" if self._has_cycles else "unpaired data, so it is that control"
             raise UserError(f"--compare pairs-only: the run has no {lacks}")
 
     def _baselines(self) -> Comparison | None:
@@ -384,13 +383,12 @@ class ItitRun:
                 step_cost=_TEXT_ENCODER_COST,
             ),
         ]
-        unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
         network = StageCost(
             name=NETWORK,
             steps=self.train.steps,
             step_cost=_PAIRS_COST,
             slow_from=self.slow_from,
-            slow_cost=_CYCLES_COST if unpaired else None,
+            slow_cost=_CYCLES_COST if self._has_cycles else None,
         )
         training = sum(stage.all for stage in (*stages, network))
         return [*stages, StageCost(name=ENCODING, steps=1, step_cost=_ENCODING_SHARE * training), network]
@@ -398,8 +396,12 @@ class ItitRun:
     @property
     def slow_from(self) -> int:
         """First step with cycles."""
-        unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
-        return self.objective.cycle_start_step if unpaired else 0
+        return self.objective.cycle_start_step if self._has_cycles else 0
+
+    @property
+    def _has_cycles(self) -> bool:
+        """Whether the network learns from unpaired data in cycles."""
+        return (self.objective.texts, self.objective.images) != ("off", "off")
 
     def _check_run_folder(self, out: Path) -> None:
         """Raise UserError if ``out`` holds a run of another kind, or a tokenizer or text encoder of other settings.
