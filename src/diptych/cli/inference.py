@@ -359,8 +359,8 @@ def export(run: RunArg, *, out: Path, format: Literal["open_clip", "onnx"] = "op
         difference = save_onnx(open_dual(run, device="cpu"), out)
         print(f"{out / IMAGE_TOWER}: pixel_values -> image_embeds")
         print(f"{out / TEXT_TOWER}: input_ids, attention_mask -> text_embeds")
-        told = "not compared with torch: pip install onnxruntime"
-        print(told if difference is None else f"largest difference from torch, in onnxruntime: {difference:.1e}")
+        comparison = "not compared with torch: pip install onnxruntime"
+        print(comparison if difference is None else f"largest difference from torch, in onnxruntime: {difference:.1e}")
         return
     save_open_clip(open_dual(run, device="cpu"), out)
     print(f'open_clip.create_model_and_transforms("local-dir:{out}")')

@@ -96,9 +96,9 @@ class DualRun:
         join_processes(self.train.device)
         source = open_finite(self.data.pairs, self.data.columns)
         require_pairs(source, self.data.pairs)
-        told = check_parts([Part("pair", source, range(len(source)))], max_skipped_share=self.data.max_skipped_share)
+        summary = check_parts([Part("pair", source, range(len(source)))], max_skipped_share=self.data.max_skipped_share)
         if is_main_process():
-            print(told, flush=True)
+            print(summary, flush=True)
         self._fit_batch(source)
 
         def report(state: str) -> None:
@@ -135,7 +135,7 @@ class DualRun:
             recipe, affordable, out, lambda run: make(run, copy.deepcopy(model)), evaluation_seconds=seconds
         )
         hooks = run._hooks(model, out, best)
-        write_config(out, recipe=recipe, run=run, data=told)
+        write_config(out, recipe=recipe, run=run, data=summary)
         objective, batches = make(run, model)
         identity = {
             "model": model.clip.config.to_diff_dict() | model.training_settings(),
@@ -361,7 +361,7 @@ class DualRun:
         return replace(self, data=replace(self.data, valid_images=images)), each * images
 
     def _valid_images(self, model: DualEncoder, out: Path) -> ReadableImages:
-        """The images of `--data.valid`; what cannot be read is told now, not at the first evaluation."""
+        """The images of `--data.valid`; what cannot be read is reported now, not at the first evaluation."""
         assert self.data.valid is not None
         source = open_source(self.data.valid, columns=self.data.columns)
         require_pairs(source, self.data.valid)

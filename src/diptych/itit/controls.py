@@ -224,10 +224,10 @@ def regression_on_pixels(run: ItitRun, test: ScenesSource) -> SceneScore:
     captions = []
     for row in range(test.count):
         empty = {place: float(sum(read[place, kind][row, 0] for kind in names)) for place in PLACES}
-        told = [place for place in PLACES if place in sorted(PLACES, key=empty.__getitem__)[: test.level]]
+        named = [place for place in PLACES if place in sorted(PLACES, key=empty.__getitem__)[: test.level]]
         values = {key: names[key[1]][1 + int(read[key][row, 1:].argmax())] for key in read}
-        things = tuple(Thing(values[place, "shape"], values[place, "colour"]) for place in told)
-        captions.append(caption(Scene(things, tuple(told))))
+        things = tuple(Thing(values[place, "shape"], values[place, "colour"]) for place in named)
+        captions.append(caption(Scene(things, tuple(named))))
     return caption_accuracy(captions, test.scenes(items))
 
 

@@ -92,8 +92,8 @@ class TrainingInputs:
     text_encoder: TextEncoder
     encoded: DataSplit
     image_encoder: ImageEncoder | None = None
-    told: str = ""
-    """How much data there is, as `check_parts` tells it."""
+    data_summary: str = ""
+    """How much data there is, in the words of `check_parts`."""
 
     def text_features(self, *, texts: int) -> Float[Tensor, "M F"]:
         """Frozen features of the tokens of the first ``texts`` texts, padding left out."""
@@ -213,14 +213,14 @@ class ItitRun:
         run, pace = plan.fit_stage(NETWORK, run, out, lambda run: run.ready(inputs), evaluation_seconds=seconds)
         if plan.budget is not None and run.train.steps < _FEW_STEPS:
             run = run.hurried()
-        write_config(out, recipe=recipe, run=run, data=inputs.told)
+        write_config(out, recipe=recipe, run=run, data=inputs.data_summary)
         trained = run._train_with_validation(inputs, out, pace=pace, images=images, report=report)
         result = trained.result
         if result.finished and comparison is not None:
             alone = run._train_pairs_only(inputs, out, seconds=result.seconds, images=trained.samples.images)
             comparison = replace(comparison, baselines=comparison.baselines + alone, scores=trained.scores(out))
         if result.finished and is_main_process():
-            run._tell_result(out, trained, comparison)
+            run._report_result(out, trained, comparison)
         return result
 
     def _train_with_validation(
@@ -248,7 +248,7 @@ class ItitRun:
         result = self.train_on(inputs, objective, out, hooks=[hook], title=title, pace=pace, best=best, report=report)
         return _Trained(result=result, objective=objective, samples=samples, best=best)
 
-    def _tell_result(self, out: Path, trained: "_Trained", comparison: Comparison | None) -> None:
+    def _report_result(self, out: Path, trained: "_Trained", comparison: Comparison | None) -> None:
         """Write the report of a finished run and its comparison; print both in short."""
         objective, best = trained.objective, trained.best
         if comparison is not None:
@@ -429,17 +429,17 @@ class ItitRun:
         join_processes(self.train.device)
         plan = plan or RunPlan(self.costs())
         data = open_data(self.data)
-        told = data.check(open_valid(self.data), max_skipped_share=self.data.max_skipped_share)
+        data_summary = data.check(open_valid(self.data), max_skipped_share=self.data.max_skipped_share)
         if is_main_process():
-            print(told, flush=True)
-        # Those that are given are opened first: what is wrong with them is told before anything is trained.
+            print(data_summary, flush=True)
+        # Parts that are given are opened first, so that their faults are reported before anything is trained.
         image_encoder = _copied_encoder(self.image_encoder, out / "image_encoder")
         teacher = _copied_encoder(self.teacher, out / TEACHER)
         given = None if self.text_encoder is None else self._text_encoder(data, out, plan)
         tokenizer = self._tokenizer(data, out, plan)
         text_encoder = given or self._text_encoder(data, out, plan)
         encoded = self._encode(data, tokenizer, text_encoder, image_encoder, teacher, out, plan)
-        return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder, told)
+        return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder, data_summary)
 
     def _tokenizer(self, data: DataSplit, out: Path, plan: RunPlan) -> ImageTokenizer:
         """The image tokenizer in ``out``; if there is none yet, the given one is copied there or one is trained."""
