@@ -18,7 +18,7 @@ from diptych.io import load_network
 from diptych.itit.data import DataConfig, open_data
 from diptych.itit.evaluation import ALONE, EvaluateConfig, evaluate, evaluate_run
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.model import ITIT, ItitConfig
+from diptych.itit.model import ITIT, ItitConfig, mean_of_text
 from diptych.itit.objective import ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych
 from diptych.itit.recipes import itit_finetune_caption
@@ -500,7 +500,13 @@ def test_captions_like_those_of_near_images_come_first(tmp_path, image_encoder):
     pairs = open_data(run.data).pairs
     diptych = Diptych.from_pretrained(out)
     near = diptych.near_captions
-    assert near.texts == [pairs.source.captions(int(item)) for item in pairs.items]
+    assert near.captions == [pairs.source.captions(int(item)) for item in pairs.items]
+    texts = open_data(run.data).texts
+    assert near.texts == [text for item in texts.items for text in texts.source.captions(int(item))]
+    ids_BL, valid_BL = diptych.text_encoder.tokenize(near.texts, length=diptych.model.config.max_text_len)
+    means_BF = mean_of_text(diptych.text_encoder.features(ids_BL, valid_BL), valid_BL)
+    expected_BG = diptych.model.image_features.expected(means_BF).numpy()
+    assert np.allclose(near.expected_UF, expected_BG, rtol=2e-3, atol=2e-3)
     images = diptych.encode(VALID.images(range(6), 32))
     ranked = diptych.candidates_encoded(images, count=4)
     assert [found[0] for found in ranked] == diptych.caption_encoded(images)
@@ -511,6 +517,9 @@ def test_captions_like_those_of_near_images_come_first(tmp_path, image_encoder):
     by_score = diptych.candidates_encoded(images, count=4)
     assert [{one.text for one in found} for found in by_score] == [{one.text for one in found} for found in ranked]
     assert by_score != ranked
+    alone = replace(run, objective=replace(run.objective, texts="off"), tokenizer=str(out), text_encoder=str(out))
+    alone.fit(tmp_path / "alone", recipe="tiny")
+    assert not Diptych.from_pretrained(tmp_path / "alone").near_captions.texts  # pairs alone use nothing else
     (out / "near_captions" / "captions.json").unlink()
     with pytest.raises(UserError, match="near_captions: cannot be read"):
         Diptych.from_pretrained(out)

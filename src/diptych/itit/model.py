@@ -501,7 +501,12 @@ class ImageFeatures(nn.Module):
     ) -> Float[Tensor, "B G"]:
         """Features of an image for each text: the regression's, and ``noise`` times the residual of a random pair."""
         row_B = rng.uniform("image_features", len(text_BLF), device=text_BLF.device).mul(_RESIDUALS).long()
-        return self.mean_G + self._predicted(text_BLF, valid_BL) + noise * self.residuals_RG[row_B]
+        return self.expected(mean_of_text(text_BLF, valid_BL)) + noise * self.residuals_RG[row_B]
+
+    @torch.no_grad()
+    def expected(self, text_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B G"]:
+        """Features of an image by the regression, for the mean of the features of each text."""
+        return self.mean_G + (text_BF - self.text_mean_F) @ self.from_text_FG
 
     @torch.no_grad()
     def agreement(
@@ -512,12 +517,8 @@ class ImageFeatures(nn.Module):
         The text decoder tells how usual a caption is for an image, which favours captions that fit many; the regression
         goes the other way, from the caption to the image.
         """
-        seen_BG, told_BG = features_BG - self.mean_G, self._predicted(text_BLF, valid_BL)
+        seen_BG, told_BG = features_BG - self.mean_G, self.expected(mean_of_text(text_BLF, valid_BL)) - self.mean_G
         return F.cosine_similarity(seen_BG * self.scale_G, told_BG * self.scale_G, dim=-1)
-
-    def _predicted(self, text_BLF: Tensor, valid_BL: Tensor) -> Float[Tensor, "B G"]:
-        """The regression's features of texts, less the mean."""
-        return (mean_of_text(text_BLF, valid_BL) - self.text_mean_F) @ self.from_text_FG
 
     @torch.no_grad()
     def fit(self, features_XG: Float[Tensor, "X G"], text_XF: Float[Tensor, "X F"]) -> None:

@@ -116,14 +116,23 @@ class TrainingInputs:
         return features_XG.repeat_interleave(len(taken), 0), torch.stack(of_texts, dim=1).flatten(0, 1)
 
     @cached_property
-    def near_captions(self) -> NearCaptions:
-        """The captions of captioned images, at most 3,000 of them, with the features of their images."""
+    def captions_and_features(self) -> tuple[list[list[str]], Float[np.ndarray, "T G"]]:
+        """The captions of captioned images, at most 3,000 of them, and the features of their images."""
         store = _store(self.encoded.pairs)
         pairs, captions = np.asarray(self.encoded.pairs.items), store.captions
         items = sampled(pairs[captions.counts[pairs] > 0])
         ids = [store.arrays["ids"][captions.rows(np.array([item]))] for item in items]
         texts = [self.text_encoder.detokenize(torch.from_numpy(ids_BL.astype(np.int64))) for ids_BL in ids]
-        return NearCaptions(texts, store.arrays["image_features"][items])
+        return texts, store.arrays["image_features"][items]
+
+    @cached_property
+    def texts_and_features(self) -> tuple[list[str], Float[Tensor, "U F"]]:
+        """The unpaired texts, at most 3,000 of them, and the means of their features."""
+        stream = _store(self.encoded.texts).texts(self.encoded.texts.items)
+        rows = sampled(np.arange(stream.size))
+        examples = stream.take(rows, np.zeros_like(rows))
+        texts = self.text_encoder.detokenize(examples.ids_BL)
+        return texts, mean_of_text(self._features(examples), examples.valid_BL)
 
     def teacher_features(self, *, images: int) -> Float[Tensor, "X T"]:
         """The teacher's features of the first ``images`` captioned images."""
@@ -546,10 +555,20 @@ class ItitRun:
                 head = AlignmentHead(inputs.teacher_features(images=_IMAGES_FITTED), width=model.config.width)
             return ItitObjective(model, inputs.text_encoder, self.objective, teacher_head=head)
 
-    @property
-    def _has_consensus(self) -> bool:
-        """Whether captions are ranked by near captions as well, which needs images with features."""
-        return self.image_encoder is not None and bool(self.generation.text.consensus)
+    def _near_captions(self, model: ITIT, inputs: TrainingInputs) -> NearCaptions | None:
+        """What captions are compared with when they are ranked; None where they are not, or images have no features.
+
+        Unpaired texts are among it if the run learns from them.
+        """
+        reader = model.image_features
+        if reader is None or not self.generation.text.consensus:
+            return None
+        captions, features_TG = inputs.captions_and_features
+        if self.objective.texts == "off" or inputs.encoded.texts is inputs.encoded.pairs:
+            return NearCaptions(captions, features_TG)
+        texts, means_UF = inputs.texts_and_features
+        expected_UG = reader.expected(means_UF.to(reader.mean_G.device)).cpu().numpy()
+        return NearCaptions(captions, features_TG, texts=texts, expected_UF=expected_UG)
 
     def diptych(self, objective: ItitObjective, inputs: TrainingInputs) -> Diptych:
         """The network in training as a pipeline, which captions and generates with its present weights."""
@@ -558,7 +577,7 @@ class ItitRun:
             inputs.text_encoder,
             objective.model,
             image_encoder=inputs.image_encoder,
-            near_captions=inputs.near_captions if self._has_consensus else None,
+            near_captions=self._near_captions(objective.model, inputs),
             image_generation=self.generation.image,
             text_generation=self.generation.text,
             device=pick_device(self.train.device),
@@ -602,8 +621,8 @@ class ItitRun:
             best.load_into(objective)
         with result.eval_mode(objective) if best is None else nullcontext():
             if is_main_process():
-                if self._has_consensus:
-                    save_model(inputs.near_captions, out / NEAR_CAPTIONS)
+                if near := self._near_captions(objective.model, inputs):
+                    save_model(near, out / NEAR_CAPTIONS)
                 save_model(objective.model, out / "model")
         return result
 
