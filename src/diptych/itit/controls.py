@@ -28,10 +28,10 @@ from diptych.errors import Interrupted, UserError
 from diptych.eval.probe import fit_linear
 from diptych.eval.scenes import SceneScore, caption_accuracy
 from diptych.io import replace_folder
-from diptych.itit.data import open_data
+from diptych.itit.data import TrainingInputs, open_data
 from diptych.itit.evaluation import EvaluateConfig, evaluate
 from diptych.itit.objective import ItitObjective
-from diptych.itit.training import ItitRun, TrainingInputs
+from diptych.itit.training import ItitRun
 from diptych.report.figures import read_metrics
 from diptych.rng import StepRNG
 from diptych.run_folder import save_model, write_config

@@ -9,7 +9,7 @@ W beams of an image, X images whose texts have not ended, H hypotheses to choose
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -61,6 +61,16 @@ class TextGenerationConfig:
     def reranks(self) -> bool:
         """Whether finished beams are re-ranked."""
         return self.beams > 1 and bool(self.agreement or self.consensus)
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerationConfig:
+    """How a trained run generates, unless a command says otherwise."""
+
+    image: ImageGenerationConfig = field(default_factory=ImageGenerationConfig)
+    """Settings of the generation of images from texts."""
+    text: TextGenerationConfig = field(default_factory=TextGenerationConfig)
+    """Settings of the generation of texts from images."""
 
 
 @torch.no_grad()

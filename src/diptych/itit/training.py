@@ -7,23 +7,20 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from diptych.data.batch import PairExamples, TextExamples
 from diptych.data.pixels import SkippedItems, read_captioned
 from diptych.data.sources import open_source
-from diptych.data.store import DataTokenizers, Store
+from diptych.data.store import DataTokenizers
 from diptych.data.streams import BatchSampler
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
-from diptych.eval.baselines import Baseline, Comparison, NearCaptions, sampled
+from diptych.eval.baselines import Baseline, Comparison, NearCaptions
 from diptych.io import load_network
 from diptych.itit.data import (
     ENCODING,
@@ -31,16 +28,18 @@ from diptych.itit.data import (
     DataConfig,
     DataSplit,
     Subset,
+    TrainingInputs,
     count_captions,
     data_tokenizers,
     encode_subset,
     open_data,
     open_valid,
+    store_of,
     within_budget,
 )
 from diptych.itit.evaluation import ALONE, PAIRS_ONLY, ScoredImages, compare
-from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.model import ITIT, ItitConfig, mean_of_text
+from diptych.itit.generation import GenerationConfig
+from diptych.itit.model import ITIT, ItitConfig
 from diptych.itit.objective import AlignmentHead, ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import NEAR_CAPTIONS, Diptych
 from diptych.itit.report import Samples
@@ -58,17 +57,6 @@ from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.pace import Budget, Pace, RunPlan, StageCost
 
-
-@dataclass(kw_only=True, slots=True)
-class GenerationConfig:
-    """How a trained run generates, unless a command says otherwise."""
-
-    image: ImageGenerationConfig = field(default_factory=ImageGenerationConfig)
-    """Settings of the generation of images from texts."""
-    text: TextGenerationConfig = field(default_factory=TextGenerationConfig)
-    """Settings of the generation of texts from images."""
-
-
 NETWORK = "ITIT"
 """Name of the last stage in the plan of a run."""
 _TEXT_ENCODER_COST, _PAIRS_COST, _CYCLES_COST, _ENCODING_SHARE = 0.7, 1.4, 5.0, 0.04
@@ -80,75 +68,8 @@ _MOST_PAIRS_ONLY = 8.0
 """Largest number of steps on pairs alone for each step of the run: they cost less than those with cycles."""
 _WHITENED = 2000
 """Number of texts whose features decide the whitening."""
-_IMAGES_FITTED, _CAPTIONS_FITTED = 3000, 5
-"""Number of captioned images that decide which image features belong to a text, and of captions of each."""
-
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    """The frozen tokenizer and text encoder of a run, and its data encoded with both."""
-
-    tokenizer: ImageTokenizer
-    text_encoder: TextEncoder
-    encoded: DataSplit
-    image_encoder: ImageEncoder | None = None
-    data_summary: str = ""
-    """How much data there is, in the words of `check_parts`."""
-
-    def text_features(self, *, texts: int) -> Float[Tensor, "M F"]:
-        """Frozen features of the tokens of the first ``texts`` texts, padding left out."""
-        stream = _store(self.encoded.texts).texts(self.encoded.texts.items)
-        rows = np.arange(min(texts, stream.size))
-        examples = stream.take(rows, np.zeros_like(rows))
-        return self._features(examples)[examples.valid_BL].float()
-
-    def image_and_text_features(self, *, images: int) -> tuple[Float[Tensor, "X G"], Float[Tensor, "X F"]]:
-        """Features of the first ``images`` captioned images, and the means of those of up to five captions of each.
-
-        The captions of an image lie side by side; an image with fewer captions has some of them twice.
-        """
-        stream = _store(self.encoded.pairs).pairs(self.encoded.pairs.items, seed=0)
-        rows = np.arange(min(images, stream.size))
-        taken = [stream.take(rows, np.full_like(rows, epoch)) for epoch in range(_CAPTIONS_FITTED)]
-        of_texts = [mean_of_text(self._features(pairs), pairs.valid_BL) for pairs in taken]
-        features_XG = taken[0].image_features_BG
-        assert features_XG is not None
-        return features_XG.repeat_interleave(len(taken), 0), torch.stack(of_texts, dim=1).flatten(0, 1)
-
-    @cached_property
-    def captions_and_features(self) -> tuple[list[list[str]], Float[np.ndarray, "T G"]]:
-        """The captions of captioned images, at most 3,000 of them, and the features of their images."""
-        store = _store(self.encoded.pairs)
-        pairs, captions = np.asarray(self.encoded.pairs.items), store.captions
-        items = sampled(pairs[captions.counts[pairs] > 0])
-        ids = [store.arrays["ids"][captions.rows(np.array([item]))] for item in items]
-        texts = [self.text_encoder.detokenize(torch.from_numpy(ids_BL.astype(np.int64))) for ids_BL in ids]
-        return texts, store.arrays["image_features"][items]
-
-    @cached_property
-    def texts_and_features(self) -> tuple[list[str], Float[Tensor, "U F"]]:
-        """The unpaired texts, at most 3,000 of them, and the means of their features."""
-        stream = _store(self.encoded.texts).texts(self.encoded.texts.items)
-        rows = sampled(np.arange(stream.size))
-        examples = stream.take(rows, np.zeros_like(rows))
-        texts = self.text_encoder.detokenize(examples.ids_BL)
-        return texts, mean_of_text(self._features(examples), examples.valid_BL)
-
-    def teacher_features(self, *, images: int) -> Float[Tensor, "X T"]:
-        """The teacher's features of the first ``images`` captioned images."""
-        stream = _store(self.encoded.pairs).images(self.encoded.pairs.items)
-        rows = np.arange(min(images, stream.size))
-        features_XT = stream.take(rows, np.zeros_like(rows)).teacher_features_BT
-        assert features_XT is not None
-        return features_XT
-
-    def _features(self, examples: PairExamples | TextExamples) -> Float[Tensor, "B L F"]:
-        """The cached features of the frozen text encoder, on the CPU; without a cache they are computed."""
-        if examples.features_BLF is not None:
-            return examples.features_BLF
-        device = self.text_encoder.embedding.weight.device
-        rows = [examples[start : start + 64].to(device) for start in range(0, len(examples), 64)]
-        return torch.cat([self.text_encoder.features(each.ids_BL, each.valid_BL).cpu() for each in rows])
+_IMAGES_FITTED = 3000
+"""Number of captioned images that decide which image features belong to a text."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -528,9 +449,9 @@ class ItitRun:
         seed, data = self.train.seed, inputs.encoded
         return BatchSampler(
             {
-                "pairs": _store(data.pairs).pairs(data.pairs.items, seed=seed),
-                "images": _store(data.images).images(data.images.items),
-                "texts": _store(data.texts).texts(data.texts.items),
+                "pairs": store_of(data.pairs).pairs(data.pairs.items, seed=seed),
+                "images": store_of(data.images).images(data.images.items),
+                "texts": store_of(data.texts).texts(data.texts.items),
             },
             multiples=objective.streams,
             batch_size=self.train.batch_size,
@@ -602,7 +523,7 @@ class ItitRun:
             "model": asdict(objective.model.config),
             "objective": asdict(self.objective),
             "data": {
-                name: {"count": len(each.items), **_store(each).manifest["made_by"]} for name, each in subsets.items()
+                name: {"count": len(each.items), **store_of(each).manifest["made_by"]} for name, each in subsets.items()
             },
         }
         result = train(
@@ -665,11 +586,6 @@ def _copied_encoder(name: str | None, folder: Path) -> ImageEncoder | None:
     if _is_missing(folder):
         _save_once(open_image_encoder(name), folder)
     return open_image_encoder(folder)
-
-
-def _store(subset: Subset) -> Store:
-    assert isinstance(subset.source, Store)
-    return subset.source
 
 
 def _progress(name: str) -> Callable[[int, int], None]:
