@@ -147,7 +147,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan for the terminal."""
         total = sum(self.operations.values())
-        told = [
+        lines = [
             f"{self.recipe}: batch {self.batch_size:,}, {self.steps:,} steps, on {self.devices} {self.device}",
             f"parameters   {self.parameters / 1e6:,.1f}M trained, {self.frozen_parameters / 1e6:,.1f}M frozen",
             f"a step       {total / 1e12:,.3g} TFLOP: "
@@ -156,11 +156,11 @@ class Plan:
         for parallel, parts in self.memory.items():
             held = ", ".join(f"{name} {value / 1e9:,.3g}" for name, value in parts.items() if name != "all")
             fits = "" if parts["all"] <= self.memory_of_device else f", MORE than {self.memory_of_device / 1e9:,.0f}"
-            told.append(f"memory {parallel:<5} {parts['all'] / 1e9:,.3g} GB a device{fits}: {held}")
-        told += [f"{name:<15}{_time(value)} a step" for name, value in self.seconds.items()]
+            lines.append(f"memory {parallel:<5} {parts['all'] / 1e9:,.3g} GB a device{fits}: {held}")
+        lines += [f"{name:<15}{_time(value)} a step" for name, value in self.seconds.items()]
         rate = 1 / self.step_seconds
         return [
-            *told,
+            *lines,
             f"time           {_time(self.step_seconds)} a step, {rate:,.3g} steps a second, "
             f"{_time(86400 * self.run_days)} for all steps, at {self.utilization:.0%} of the peak",
             f"bottleneck     {self.bottleneck}",

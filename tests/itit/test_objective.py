@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diptych.itit import objective as module
-from diptych.itit.generation import ImageGenerationConfig
+from diptych.itit.generation import GeneratedTexts, ImageGenerationConfig
 from diptych.itit.model import ITIT, Masking, MaskingConfig, sample_masking, shift_right
 from diptych.itit.objective import (
     AlignmentHead,
@@ -247,7 +247,8 @@ def cycles(model, text_encoder, batch, monkeypatch) -> ItitObjective:
     """An objective whose cycles generate the batch's own images and texts, and hide the same positions always."""
     hidden = {"first": [0, 3, 5], "second": [1, 2, 3, 4]}
     monkeypatch.setattr(module, "generate_image_tokens", lambda *_, **options: batch["images"].tokens_BN)
-    monkeypatch.setattr(module, "generate_text", lambda *_, **options: (batch["texts"].ids_BL, None))
+    texts = GeneratedTexts(batch["texts"].ids_BL[:, None], None)
+    monkeypatch.setattr(module, "generate_text", lambda *_, **options: texts)
     monkeypatch.setattr(
         module, "sample_masking", lambda *_, name, **options: masking(model, 4, hidden[name.split("/")[1]])
     )

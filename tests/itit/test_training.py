@@ -17,12 +17,12 @@ from diptych.errors import UserError
 from diptych.io import load_network
 from diptych.itit.data import DataConfig, open_data
 from diptych.itit.evaluation import ALONE, EvaluateConfig, evaluate, evaluate_run
-from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
+from diptych.itit.generation import GenerationConfig, ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ITIT, ItitConfig, mean_of_text
 from diptych.itit.objective import ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych
 from diptych.itit.recipes import itit_finetune_caption
-from diptych.itit.training import GenerationConfig, ItitRun
+from diptych.itit.training import ItitRun
 from diptych.run_folder import write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from diptych.tokenizers.recipes import vqgan_tiny

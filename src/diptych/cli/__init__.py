@@ -23,7 +23,7 @@ from diptych.cli.inference import (
     push,
     search,
 )
-from diptych.cli.training import demo, encode, features, fit, fit_for_help, plan, plan_for_help, recipes
+from diptych.cli.training import PlanArguments, demo, encode, features, fit, fit_for_help, plan, recipes
 from diptych.errors import Interrupted, UserError
 
 _ABOUT = (
@@ -35,7 +35,7 @@ COMMANDS: dict[str, Any] = {
     "demo": demo,
     "recipes": recipes,
     "fit": fit_for_help,
-    "plan": plan_for_help,
+    "plan": PlanArguments,
     "check": check,
     "audit": audit,
     "suggest": suggest,
@@ -55,7 +55,7 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-def _summary(command: Callable[..., None]) -> Callable[[], None]:
+def _summary(command: Callable[..., object]) -> Callable[[], None]:
     """A command without options and with the first line of its description, for the list of commands."""
 
     def summary() -> None: ...
@@ -64,7 +64,7 @@ def _summary(command: Callable[..., None]) -> Callable[[], None]:
     return summary
 
 
-def _with_whole_lines(command: Callable[..., None]) -> Callable[..., None]:
+def _with_whole_lines(command: Callable[..., object]) -> Callable[..., object]:
     """``command`` with the description of each option on one line: its own line breaks would end lines early."""
     command.__doc__ = re.sub(r"\n {5,}", " ", inspect.cleandoc(command.__doc__ or ""))
     return command

@@ -17,7 +17,6 @@ from diptych.cli.inference import (
     RunArg,
     at_least_one,
     engine_of,
-    image_arguments,
     open_itit,
 )
 from diptych.errors import UserError
@@ -134,7 +133,9 @@ def caption(
         _calibrate(run, calibrate, search=search, device=device)
         if not images:
             return
-    given = image_arguments(images)
+    from diptych.cli.images import ImageArguments
+
+    given = ImageArguments(images)
     if part:  # of all images: those that have a caption already may become more while other processes work
         number, count = part
         total = len(given.images)

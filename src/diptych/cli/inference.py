@@ -59,8 +59,10 @@ def imagine(
     if not texts:
         raise UserError("no text given: diptych imagine RUN TEXT... --out DIR")
     check_finished(run, "itit")
+    from diptych.cli.images import check_is_text
+
     for text in texts:
-        _check_is_text(text, instead="`diptych cycle --image FILE` starts from an image")
+        check_is_text(text, instead="`diptych cycle --image FILE` starts from an image")
     at_least_one("--steps", steps)
 
     diptych = open_itit(run, device)
@@ -102,7 +104,9 @@ def cycle(
     check_finished(run, "itit")
     at_least_one("--rounds", rounds)
     if text is not None:
-        _check_is_text(text, instead="give it as --image FILE")
+        from diptych.cli.images import check_is_text
+
+        check_is_text(text, instead="give it as --image FILE")
     if image is not None:
         _check_is_there(image)
 
@@ -121,18 +125,6 @@ def open_itit(run: Path, device: Device) -> "Diptych":
     from diptych.itit.pipeline import Diptych
 
     return Diptych.from_pretrained(run, device=device)
-
-
-def image_arguments(places: tuple[str, ...]) -> "ImageArguments":
-    from diptych.cli.images import ImageArguments
-
-    return ImageArguments(places)
-
-
-def _check_is_text(text: str, *, instead: str) -> None:
-    from diptych.cli.images import check_is_text
-
-    check_is_text(text, instead=instead)
 
 
 def _check_is_there(file: Path) -> None:
@@ -261,7 +253,9 @@ def search(
     if isinstance(query, str):
         if not query.strip():
             raise UserError("an empty text finds nothing: say what to look for")
-        _check_is_text(query, instead="give an image as --image FILE")
+        from diptych.cli.images import check_is_text
+
+        check_is_text(query, instead="give an image as --image FILE")
     else:
         _check_is_there(query)
     if top < 1:
@@ -311,7 +305,9 @@ def classify(
     for file in (classes, templates):
         if file is not None:
             _check_is_there(file)
-    given = image_arguments(images)
+    from diptych.cli.images import ImageArguments
+
+    given = ImageArguments(images)
 
     for names, found in _classified(run, given, classes=classes, templates=templates, top=top, device=device):
         for name, predictions in zip(names, found, strict=True):
@@ -363,8 +359,8 @@ def export(run: RunArg, *, out: Path, format: Literal["open_clip", "onnx"] = "op
         difference = save_onnx(open_dual(run, device="cpu"), out)
         print(f"{out / IMAGE_TOWER}: pixel_values -> image_embeds")
         print(f"{out / TEXT_TOWER}: input_ids, attention_mask -> text_embeds")
-        told = "not compared with torch: pip install onnxruntime"
-        print(told if difference is None else f"largest difference from torch, in onnxruntime: {difference:.1e}")
+        comparison = "not compared with torch: pip install onnxruntime"
+        print(comparison if difference is None else f"largest difference from torch, in onnxruntime: {difference:.1e}")
         return
     save_open_clip(open_dual(run, device="cpu"), out)
     print(f'open_clip.create_model_and_transforms("local-dir:{out}")')

@@ -79,13 +79,7 @@ class Store:
         """
         try:
             manifest = json.loads((folder / STORE_MANIFEST).read_text())
-            version = manifest.get("version", 1)
-            if version == 1 and any(folder.glob("*.bin")):
-                raise UserError(
-                    f"{folder}: was encoded by an earlier version of Diptych, whose .bin files are no longer read: "
-                    "encode it again (in a run folder: delete it first)"
-                )
-            if version != STORE_VERSION:
+            if (version := manifest.get("version", 1)) != STORE_VERSION:
                 raise ValueError(f"its version is {version!r}, not {STORE_VERSION}")
             arrays = {name: _map(folder / f"{name}.npy", array) for name, array in manifest["arrays"].items()}
         except UserError:

@@ -1,15 +1,23 @@
-"""The data of an ITIT run: which items give pairs, unpaired images and unpaired texts, and what encodes them."""
+"""The data of an ITIT run: which items give pairs, unpaired images and unpaired texts, what encodes them, and what the
+network is given of them.
+
+Shapes: M tokens of texts, F width of the frozen text features, X captioned images with a caption each, G width of the
+image features, T width of the teacher's features, U unpaired texts, B rows, L text tokens.
+"""
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from diptych.data.batch import PairExamples, TextExamples
 from diptych.data.check import Part, check_parts
 from diptych.data.pixels import channels_first
 from diptych.data.sources import Source, open_finite, open_source, require_pairs
@@ -18,7 +26,9 @@ from diptych.data.splits import Rest, Subset, hold_back
 from diptych.data.store import DataTokenizers, Store, encode, origin
 from diptych.encoders.image import ImageEncoder, open_image_encoder, resize_pixels
 from diptych.errors import UserError
+from diptych.eval.baselines import sampled
 from diptych.io import weights_digest
+from diptych.itit.model import mean_of_text
 from diptych.nn.inference import pick_device
 from diptych.rng import derive_seed
 from diptych.run_folder import read_config
@@ -31,6 +41,8 @@ ENCODING = "encoding"
 """Name of the encoding in the plan of a run."""
 TEACHER = Path("stages") / "teacher"
 """Folder of a run with the vision model that teaches its encoder."""
+_CAPTIONS_FITTED = 5
+"""Number of captions of an image that decide which image features belong to a text."""
 _LEAST_ENCODED = 256
 """Number of items of each kind that are encoded under any budget."""
 _TRIED = 48
@@ -200,6 +212,79 @@ def encode_subset(
         advance=advance,
     )
     return Subset(store, range(len(store)))
+
+
+def store_of(subset: Subset) -> Store:
+    """The store that an encoded subset lies in."""
+    assert isinstance(subset.source, Store)
+    return subset.source
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """The frozen tokenizer and text encoder of a run, and its data encoded with both."""
+
+    tokenizer: ImageTokenizer
+    text_encoder: TextEncoder
+    encoded: DataSplit
+    image_encoder: ImageEncoder | None = None
+    data_summary: str = ""
+    """How much data there is, in the words of `check_parts`."""
+
+    def text_features(self, *, texts: int) -> Float[Tensor, "M F"]:
+        """Frozen features of the tokens of the first ``texts`` texts, padding left out."""
+        stream = store_of(self.encoded.texts).texts(self.encoded.texts.items)
+        rows = np.arange(min(texts, stream.size))
+        examples = stream.take(rows, np.zeros_like(rows))
+        return self._features(examples)[examples.valid_BL].float()
+
+    def image_and_text_features(self, *, images: int) -> tuple[Float[Tensor, "X G"], Float[Tensor, "X F"]]:
+        """Features of the first ``images`` captioned images, and the means of those of up to five captions of each.
+
+        The captions of an image lie side by side; an image with fewer captions has some of them twice.
+        """
+        stream = store_of(self.encoded.pairs).pairs(self.encoded.pairs.items, seed=0)
+        rows = np.arange(min(images, stream.size))
+        taken = [stream.take(rows, np.full_like(rows, epoch)) for epoch in range(_CAPTIONS_FITTED)]
+        of_texts = [mean_of_text(self._features(pairs), pairs.valid_BL) for pairs in taken]
+        features_XG = taken[0].image_features_BG
+        assert features_XG is not None
+        return features_XG.repeat_interleave(len(taken), 0), torch.stack(of_texts, dim=1).flatten(0, 1)
+
+    @cached_property
+    def captions_and_features(self) -> tuple[list[list[str]], Float[np.ndarray, "X G"]]:
+        """The captions of captioned images, at most 3,000 of them, and the features of their images."""
+        store = store_of(self.encoded.pairs)
+        pairs, captions = np.asarray(self.encoded.pairs.items), store.captions
+        items = sampled(pairs[captions.counts[pairs] > 0])
+        ids = [store.arrays["ids"][captions.rows(np.array([item]))] for item in items]
+        texts = [self.text_encoder.detokenize(torch.from_numpy(ids_BL.astype(np.int64))) for ids_BL in ids]
+        return texts, store.arrays["image_features"][items]
+
+    @cached_property
+    def texts_and_features(self) -> tuple[list[str], Float[Tensor, "U F"]]:
+        """The unpaired texts, at most 3,000 of them, and the means of their features."""
+        stream = store_of(self.encoded.texts).texts(self.encoded.texts.items)
+        rows = sampled(np.arange(stream.size))
+        examples = stream.take(rows, np.zeros_like(rows))
+        texts = self.text_encoder.detokenize(examples.ids_BL)
+        return texts, mean_of_text(self._features(examples), examples.valid_BL)
+
+    def teacher_features(self, *, images: int) -> Float[Tensor, "X T"]:
+        """The teacher's features of the first ``images`` captioned images."""
+        stream = store_of(self.encoded.pairs).images(self.encoded.pairs.items)
+        rows = np.arange(min(images, stream.size))
+        features_XT = stream.take(rows, np.zeros_like(rows)).teacher_features_BT
+        assert features_XT is not None
+        return features_XT
+
+    def _features(self, examples: PairExamples | TextExamples) -> Float[Tensor, "B L F"]:
+        """The cached features of the frozen text encoder, on the CPU; without a cache they are computed."""
+        if examples.features_BLF is not None:
+            return examples.features_BLF
+        device = self.text_encoder.embedding.weight.device
+        rows = [examples[start : start + 64].to(device) for start in range(0, len(examples), 64)]
+        return torch.cat([self.text_encoder.features(each.ids_BL, each.valid_BL).cpu() for each in rows])
 
 
 def within_budget(data: DataSplit, tokenizers: DataTokenizers, plan: RunPlan, *, seed: int) -> DataSplit:

@@ -287,10 +287,11 @@ class ItitObjective(Objective):
         network, banned_V = self.averaged or self.model, self.text_encoder.banned_V
         # The number of decoding steps differs between processes, so FSDP must gather the weights beforehand.
         with eval_mode(network), gathered(network.text_decoder):
-            pseudo_BL, _ = generate_text(
+            generated = generate_text(
                 network, images, _ONE_BEAM, banned_V=banned_V, length=self.model.config.max_text_len, pack=False
             )
-        pseudo_BL = pseudo_BL[:, : int((pseudo_BL != PAD).sum(1).max())]
+        pseudo_BL = generated.ids_BWL[:, 0]
+        pseudo_BL = pseudo_BL[:, : int((pseudo_BL != PAD).sum(1).max())]  # ends where the longest text does
         distinct = torch.tensor(len(pseudo_BL.unique(dim=0)) / len(pseudo_BL), device=tokens_BN.device)
         return self.i2t2i_loss_from_texts(pseudo_BL, images, rng), distinct
 

@@ -125,7 +125,7 @@ class Diptych(OnHub):
         self.image_encoder = image_encoder if image_encoder is None else image_encoder.to(self.device).eval()
         self.near_captions = near_captions
         self._text_encoder = text_encoder
-        self._told: set[str] = set()  # unknown words, each named once
+        self._warned_of: set[str] = set()  # unknown words, each named once
         self.text_tokenizer = text_tokenizer or self.text_encoder
         self._banned_V = torch.zeros(self.text_tokenizer.vocab_rows, dtype=torch.bool)
         self._banned_V[list(self.text_tokenizer.banned_ids)] = True
@@ -181,12 +181,13 @@ class Diptych(OnHub):
 
     def captions(self, images: ImageLike | Sequence[ImageLike], *, beams: int | None = None) -> list[Caption]:
         """As :meth:`caption`, each with its score."""
+        return [found for piece in self._encoded(images) for found in self.caption_encoded(piece, beams=beams)]
+
+    def _encoded(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[ImageTokenExamples]:
+        """The images, read and encoded some at a time."""
         images = one_or_more(images)
-        found: list[Caption] = []
         for start in range(0, len(images), _ROWS):
-            pixels = np.stack([self.read(image) for image in images[start : start + _ROWS]])
-            found += self.caption_encoded(self.encode(pixels), beams=beams)
-        return found
+            yield self.encode(np.stack([self.read(image) for image in images[start : start + _ROWS]]))
 
     def caption_encoded(
         self, images: ImageTokenExamples, *, beams: int | None = None, advance: Advance | None = None
@@ -201,9 +202,9 @@ class Diptych(OnHub):
         for start in range(0, len(images), _ROWS):
             piece = images[start : start + _ROWS].to(self.device)
             with autocast(self.device, self.precision):
-                ids_BL, score_B = generate_text(self.model, piece, config, banned_V=self._banned_V, length=length)
-            scores = [None] * len(piece) if score_B is None else score_B.tolist()
-            texts = self.text_tokenizer.detokenize(ids_BL)
+                made = generate_text(self.model, piece, config, banned_V=self._banned_V, length=length)
+            scores = [None] * len(piece) if made.score_BW is None else made.score_BW[:, 0].tolist()
+            texts = self.text_tokenizer.detokenize(made.ids_BWL[:, 0])
             found += [Caption(text=text, score=score) for text, score in zip(texts, scores, strict=True)]
             if advance:
                 advance(len(found), len(images))
@@ -222,12 +223,10 @@ class Diptych(OnHub):
         With ``best_of`` they are ranked as by :meth:`candidates_encoded`.
         """
         count = count or beams or self.text_generation.beams
-        images = one_or_more(images)
-        found: list[list[Caption]] = []
-        for start in range(0, len(images), _ROWS):
-            pixels = np.stack([self.read(image) for image in images[start : start + _ROWS]])
-            found += self.candidates_encoded(self.encode(pixels), count=count, best_of=best_of, beams=beams)
-        return found
+        several = (
+            self.candidates_encoded(piece, count=count, best_of=best_of, beams=beams) for piece in self._encoded(images)
+        )
+        return [captions for piece in several for captions in piece]
 
     @torch.no_grad()
     def candidates_encoded(
@@ -253,27 +252,27 @@ class Diptych(OnHub):
         for start in range(0, len(images), step):
             piece = images[start : start + step].to(self.device)
             with autocast(self.device, self.precision):
-                ids_BWL, score_BW = generate_text(
-                    self.model, piece, config, banned_V=self._banned_V, length=length, candidates=True
+                made = generate_text(
+                    self.model, piece, config, banned_V=self._banned_V, length=length, count=config.beams
                 )
-            assert score_BW is not None
-            texts_BW = [self.text_tokenizer.detokenize(ids_WL) for ids_WL in ids_BWL]
-            worth_BW = score_BW.cpu()
+            assert made.score_BW is not None
+            texts_BW = [self.text_tokenizer.detokenize(ids_WL) for ids_WL in made.ids_BWL]
+            worth_BW = made.score_BW.cpu()
             if config.reranks and not best_of:
-                worth_BW = worth_BW + self._fit(piece, ids_BWL, texts_BW, config)
-            for row, ids_WL in enumerate(ids_BWL):
-                texts, scores = texts_BW[row], score_BW[row].tolist()
+                worth_BW = worth_BW + self._fit(piece, made.ids_BWL, texts_BW, config)
+            for texts, tokens_N, ids_WL, score_W, worth_W in zip(
+                texts_BW, piece.tokens_BN, made.ids_BWL, made.score_BW, worth_BW, strict=True
+            ):
+                scores = score_W.tolist()
                 first = {text: place for place, text in reversed(list(enumerate(texts)))}  # of equal texts the first
-                places = [place for place in sorted(first.values()) if scores[place] > -math.inf]
-                made = [Caption(text=texts[place], score=scores[place]) for place in places]
-                worth = worth_BW[row, places].tolist()
+                places = [place for place in sorted(first.values()) if scores[place] > -math.inf][:best_of]
+                captions = [Caption(text=texts[place], score=scores[place]) for place in places]
+                worth = worth_W[places]
                 if best_of:
-                    made, places = made[:best_of], places[:best_of]
-                    tokens_WN = piece.tokens_BN[row].expand(len(places), -1)
-                    worth = (-self.image_nats(tokens_WN, ids_WL[places])).tolist()
-                    made = [replace(each, image_score=value) for each, value in zip(made, worth, strict=True)]
-                order = sorted(range(len(made)), key=lambda place: -worth[place])
-                found.append([made[place] for place in order[:count]])
+                    worth = -self.image_nats(tokens_N.expand(len(places), -1), ids_WL[places])
+                    captions = [replace(c, image_score=w) for c, w in zip(captions, worth.tolist(), strict=True)]
+                order = worth.argsort(descending=True, stable=True).tolist()
+                found.append([captions[place] for place in order[:count]])
             if advance:
                 advance(len(found), len(images))
         return found
@@ -381,7 +380,7 @@ class Diptych(OnHub):
         if not texts:
             raise UserError("no text to imagine")
         texts = [texts] if isinstance(texts, str) else texts
-        self._tell_unknown(texts)
+        self._warn_of_unknown_words(texts)
         found = []
         times: Counter[bytes] = Counter()
         for start in range(0, len(texts), _ROWS):
@@ -412,7 +411,7 @@ class Diptych(OnHub):
         if not text.strip():
             raise UserError("no text to imagine")
         given = None if known is None else (known[0].view(1, -1).to(self.device), known[1].view(1, -1).to(self.device))
-        self._tell_unknown([text])
+        self._warn_of_unknown_words([text])
         features_BLF, valid_BL, row_seeds = self._read_texts([text], Counter())
         rng = RowRNG(seed, 0, row_seeds=row_seeds)
         rounds = image_canvases(
@@ -434,9 +433,9 @@ class Diptych(OnHub):
         """Number of rows, and of columns, of the grid of an image's tokens."""
         return math.isqrt(self.tokenizer.tokens)
 
-    def _tell_unknown(self, texts: Sequence[str]) -> None:
-        unknown = [word for word in self.text_tokenizer.unknown_words(texts) if word not in self._told]
-        self._told.update(unknown)
+    def _warn_of_unknown_words(self, texts: Sequence[str]) -> None:
+        unknown = [word for word in self.text_tokenizer.unknown_words(texts) if word not in self._warned_of]
+        self._warned_of.update(unknown)
         if unknown:
             some = ", ".join(repr(word) for word in unknown[:5])
             print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)

@@ -5,10 +5,10 @@ from dataclasses import replace
 import tyro
 
 from diptych.itit.data import DataConfig
-from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
+from diptych.itit.generation import GenerationConfig, ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import SIZES, MaskingConfig
 from diptych.itit.objective import ItitObjectiveConfig, LossWeights
-from diptych.itit.training import GenerationConfig, ItitRun
+from diptych.itit.training import ItitRun
 from diptych.tokenizers.recipes import (
     encoder_small,
     encoder_tiny,

@@ -7,23 +7,20 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from diptych.data.batch import PairExamples, TextExamples
 from diptych.data.pixels import SkippedItems, read_captioned
 from diptych.data.sources import open_source
-from diptych.data.store import DataTokenizers, Store
+from diptych.data.store import DataTokenizers
 from diptych.data.streams import BatchSampler
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
-from diptych.eval.baselines import Baseline, Comparison, NearCaptions, sampled
+from diptych.eval.baselines import Baseline, Comparison, NearCaptions
 from diptych.io import load_network
 from diptych.itit.data import (
     ENCODING,
@@ -31,16 +28,18 @@ from diptych.itit.data import (
     DataConfig,
     DataSplit,
     Subset,
+    TrainingInputs,
     count_captions,
     data_tokenizers,
     encode_subset,
     open_data,
     open_valid,
+    store_of,
     within_budget,
 )
 from diptych.itit.evaluation import ALONE, PAIRS_ONLY, ScoredImages, compare
-from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.model import ITIT, ItitConfig, mean_of_text
+from diptych.itit.generation import GenerationConfig
+from diptych.itit.model import ITIT, ItitConfig
 from diptych.itit.objective import AlignmentHead, ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import NEAR_CAPTIONS, Diptych
 from diptych.itit.report import Samples
@@ -58,17 +57,6 @@ from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.pace import Budget, Pace, RunPlan, StageCost
 
-
-@dataclass(kw_only=True, slots=True)
-class GenerationConfig:
-    """How a trained run generates, unless a command says otherwise."""
-
-    image: ImageGenerationConfig = field(default_factory=ImageGenerationConfig)
-    """Settings of the generation of images from texts."""
-    text: TextGenerationConfig = field(default_factory=TextGenerationConfig)
-    """Settings of the generation of texts from images."""
-
-
 NETWORK = "ITIT"
 """Name of the last stage in the plan of a run."""
 _TEXT_ENCODER_COST, _PAIRS_COST, _CYCLES_COST, _ENCODING_SHARE = 0.7, 1.4, 5.0, 0.04
@@ -80,75 +68,8 @@ _MOST_PAIRS_ONLY = 8.0
 """Largest number of steps on pairs alone for each step of the run: they cost less than those with cycles."""
 _WHITENED = 2000
 """Number of texts whose features decide the whitening."""
-_IMAGES_FITTED, _CAPTIONS_FITTED = 3000, 5
-"""Number of captioned images that decide which image features belong to a text, and of captions of each."""
-
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    """The frozen tokenizer and text encoder of a run, and its data encoded with both."""
-
-    tokenizer: ImageTokenizer
-    text_encoder: TextEncoder
-    encoded: DataSplit
-    image_encoder: ImageEncoder | None = None
-    told: str = ""
-    """How much data there is, as `check_parts` tells it."""
-
-    def text_features(self, *, texts: int) -> Float[Tensor, "M F"]:
-        """Frozen features of the tokens of the first ``texts`` texts, padding left out."""
-        stream = _store(self.encoded.texts).texts(self.encoded.texts.items)
-        rows = np.arange(min(texts, stream.size))
-        examples = stream.take(rows, np.zeros_like(rows))
-        return self._features(examples)[examples.valid_BL].float()
-
-    def image_and_text_features(self, *, images: int) -> tuple[Float[Tensor, "X G"], Float[Tensor, "X F"]]:
-        """Features of the first ``images`` captioned images, and the means of those of up to five captions of each.
-
-        The captions of an image lie side by side; an image with fewer captions has some of them twice.
-        """
-        stream = _store(self.encoded.pairs).pairs(self.encoded.pairs.items, seed=0)
-        rows = np.arange(min(images, stream.size))
-        taken = [stream.take(rows, np.full_like(rows, epoch)) for epoch in range(_CAPTIONS_FITTED)]
-        of_texts = [mean_of_text(self._features(pairs), pairs.valid_BL) for pairs in taken]
-        features_XG = taken[0].image_features_BG
-        assert features_XG is not None
-        return features_XG.repeat_interleave(len(taken), 0), torch.stack(of_texts, dim=1).flatten(0, 1)
-
-    @cached_property
-    def captions_and_features(self) -> tuple[list[list[str]], Float[np.ndarray, "T G"]]:
-        """The captions of captioned images, at most 3,000 of them, and the features of their images."""
-        store = _store(self.encoded.pairs)
-        pairs, captions = np.asarray(self.encoded.pairs.items), store.captions
-        items = sampled(pairs[captions.counts[pairs] > 0])
-        ids = [store.arrays["ids"][captions.rows(np.array([item]))] for item in items]
-        texts = [self.text_encoder.detokenize(torch.from_numpy(ids_BL.astype(np.int64))) for ids_BL in ids]
-        return texts, store.arrays["image_features"][items]
-
-    @cached_property
-    def texts_and_features(self) -> tuple[list[str], Float[Tensor, "U F"]]:
-        """The unpaired texts, at most 3,000 of them, and the means of their features."""
-        stream = _store(self.encoded.texts).texts(self.encoded.texts.items)
-        rows = sampled(np.arange(stream.size))
-        examples = stream.take(rows, np.zeros_like(rows))
-        texts = self.text_encoder.detokenize(examples.ids_BL)
-        return texts, mean_of_text(self._features(examples), examples.valid_BL)
-
-    def teacher_features(self, *, images: int) -> Float[Tensor, "X T"]:
-        """The teacher's features of the first ``images`` captioned images."""
-        stream = _store(self.encoded.pairs).images(self.encoded.pairs.items)
-        rows = np.arange(min(images, stream.size))
-        features_XT = stream.take(rows, np.zeros_like(rows)).teacher_features_BT
-        assert features_XT is not None
-        return features_XT
-
-    def _features(self, examples: PairExamples | TextExamples) -> Float[Tensor, "B L F"]:
-        """The cached features of the frozen text encoder, on the CPU; without a cache they are computed."""
-        if examples.features_BLF is not None:
-            return examples.features_BLF
-        device = self.text_encoder.embedding.weight.device
-        rows = [examples[start : start + 64].to(device) for start in range(0, len(examples), 64)]
-        return torch.cat([self.text_encoder.features(each.ids_BL, each.valid_BL).cpu() for each in rows])
+_IMAGES_FITTED = 3000
+"""Number of captioned images that decide which image features belong to a text."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -222,14 +143,14 @@ class ItitRun:
         run, pace = plan.fit_stage(NETWORK, run, out, lambda run: run.ready(inputs), evaluation_seconds=seconds)
         if plan.budget is not None and run.train.steps < _FEW_STEPS:
             run = run.hurried()
-        write_config(out, recipe=recipe, run=run, data=inputs.told)
+        write_config(out, recipe=recipe, run=run, data=inputs.data_summary)
         trained = run._train_with_validation(inputs, out, pace=pace, images=images, report=report)
         result = trained.result
         if result.finished and comparison is not None:
             alone = run._train_pairs_only(inputs, out, seconds=result.seconds, images=trained.samples.images)
             comparison = replace(comparison, baselines=comparison.baselines + alone, scores=trained.scores(out))
         if result.finished and is_main_process():
-            run._tell_result(out, trained, comparison)
+            run._report_result(out, trained, comparison)
         return result
 
     def _train_with_validation(
@@ -257,7 +178,7 @@ class ItitRun:
         result = self.train_on(inputs, objective, out, hooks=[hook], title=title, pace=pace, best=best, report=report)
         return _Trained(result=result, objective=objective, samples=samples, best=best)
 
-    def _tell_result(self, out: Path, trained: "_Trained", comparison: Comparison | None) -> None:
+    def _report_result(self, out: Path, trained: "_Trained", comparison: Comparison | None) -> None:
         """Write the report of a finished run and its comparison; print both in short."""
         objective, best = trained.objective, trained.best
         if comparison is not None:
@@ -303,9 +224,8 @@ class ItitRun:
 
     def check(self) -> None:
         """Raise UserError for combinations of fields that no stage would notice early."""
-        unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
         start, steps = self.objective.cycle_start_step, self.train.steps
-        if unpaired and start >= steps:
+        if self._has_cycles and start >= steps:
             raise UserError(
                 f"--objective.cycle-start-step {start} is not before --train.steps {steps}, "
                 "so unpaired data would never be used: lower it, or switch --objective.texts and .images off"
@@ -313,8 +233,8 @@ class ItitRun:
 
         if self.teacher is not None and not self.objective.weights.teacher:
             raise UserError("--teacher teaches nothing: --objective.weights.teacher is 0; raise it, or leave both away")
-        if self.compare == "pairs-only" and not (unpaired and self.data.valid):
-            lacks = "--data.valid to compare on" if unpaired else "unpaired data, so it is the pairs alone itself"
+        if self.compare == "pairs-only" and not (self._has_cycles and self.data.valid):
+            lacks = "--data.valid to compare on" if self._has_cycles else "unpaired data, so it is that control"
             raise UserError(f"--compare pairs-only: the run has no {lacks}")
 
     def _baselines(self) -> Comparison | None:
@@ -393,13 +313,12 @@ class ItitRun:
                 step_cost=_TEXT_ENCODER_COST,
             ),
         ]
-        unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
         network = StageCost(
             name=NETWORK,
             steps=self.train.steps,
             step_cost=_PAIRS_COST,
             slow_from=self.slow_from,
-            slow_cost=_CYCLES_COST if unpaired else None,
+            slow_cost=_CYCLES_COST if self._has_cycles else None,
         )
         training = sum(stage.all for stage in (*stages, network))
         return [*stages, StageCost(name=ENCODING, steps=1, step_cost=_ENCODING_SHARE * training), network]
@@ -407,8 +326,12 @@ class ItitRun:
     @property
     def slow_from(self) -> int:
         """First step with cycles."""
-        unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
-        return self.objective.cycle_start_step if unpaired else 0
+        return self.objective.cycle_start_step if self._has_cycles else 0
+
+    @property
+    def _has_cycles(self) -> bool:
+        """Whether the network learns from unpaired data in cycles."""
+        return (self.objective.texts, self.objective.images) != ("off", "off")
 
     def _check_run_folder(self, out: Path) -> None:
         """Raise UserError if ``out`` holds a run of another kind, or a tokenizer or text encoder of other settings.
@@ -436,17 +359,17 @@ class ItitRun:
         join_processes(self.train.device)
         plan = plan or RunPlan(self.costs())
         data = open_data(self.data)
-        told = data.check(open_valid(self.data), max_skipped_share=self.data.max_skipped_share)
+        data_summary = data.check(open_valid(self.data), max_skipped_share=self.data.max_skipped_share)
         if is_main_process():
-            print(told, flush=True)
-        # Those that are given are opened first: what is wrong with them is told before anything is trained.
+            print(data_summary, flush=True)
+        # Parts that are given are opened first, so that their faults are reported before anything is trained.
         image_encoder = _copied_encoder(self.image_encoder, out / "image_encoder")
         teacher = _copied_encoder(self.teacher, out / TEACHER)
         given = None if self.text_encoder is None else self._text_encoder(data, out, plan)
         tokenizer = self._tokenizer(data, out, plan)
         text_encoder = given or self._text_encoder(data, out, plan)
         encoded = self._encode(data, tokenizer, text_encoder, image_encoder, teacher, out, plan)
-        return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder, told)
+        return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder, data_summary)
 
     def _tokenizer(self, data: DataSplit, out: Path, plan: RunPlan) -> ImageTokenizer:
         """The image tokenizer in ``out``; if there is none yet, the given one is copied there or one is trained."""
@@ -526,9 +449,9 @@ class ItitRun:
         seed, data = self.train.seed, inputs.encoded
         return BatchSampler(
             {
-                "pairs": _store(data.pairs).pairs(data.pairs.items, seed=seed),
-                "images": _store(data.images).images(data.images.items),
-                "texts": _store(data.texts).texts(data.texts.items),
+                "pairs": store_of(data.pairs).pairs(data.pairs.items, seed=seed),
+                "images": store_of(data.images).images(data.images.items),
+                "texts": store_of(data.texts).texts(data.texts.items),
             },
             multiples=objective.streams,
             batch_size=self.train.batch_size,
@@ -600,7 +523,7 @@ class ItitRun:
             "model": asdict(objective.model.config),
             "objective": asdict(self.objective),
             "data": {
-                name: {"count": len(each.items), **_store(each).manifest["made_by"]} for name, each in subsets.items()
+                name: {"count": len(each.items), **store_of(each).manifest["made_by"]} for name, each in subsets.items()
             },
         }
         result = train(
@@ -663,11 +586,6 @@ def _copied_encoder(name: str | None, folder: Path) -> ImageEncoder | None:
     if _is_missing(folder):
         _save_once(open_image_encoder(name), folder)
     return open_image_encoder(folder)
-
-
-def _store(subset: Subset) -> Store:
-    assert isinstance(subset.source, Store)
-    return subset.source
 
 
 def _progress(name: str) -> Callable[[int, int], None]:
