@@ -312,18 +312,18 @@ def cycle_scores(
         else:
             record[f"{start}/feature_distance"] = feature_distance(images.pixels_BSS3, made, extractor)
 
-    told = [each[0] for each in texts]
+    captions = [each[0] for each in texts]
     for number, record in enumerate(records):
-        generated = diptych.imagine_pixels(told, seed=seed + number)
+        generated = diptych.imagine_pixels(captions, seed=seed + number)
         score_images("from_text", record, generated)
-        told = [caption.text for caption in diptych.caption_encoded(diptych.encode(generated))]
-        score_texts("from_text", record, told)
+        captions = [caption.text for caption in diptych.caption_encoded(diptych.encode(generated))]
+        score_texts("from_text", record, captions)
         advance(number + 1, 2 * rounds)
     encoded = images.encoded
     for number, record in enumerate(records):
-        told = [caption.text for caption in diptych.caption_encoded(encoded)]
-        score_texts("from_image", record, told)
-        generated = diptych.imagine_pixels(told, seed=seed + number)
+        captions = [caption.text for caption in diptych.caption_encoded(encoded)]
+        score_texts("from_image", record, captions)
+        generated = diptych.imagine_pixels(captions, seed=seed + number)
         score_images("from_image", record, generated)
         encoded = diptych.encode(generated)
         advance(rounds + number + 1, 2 * rounds)
@@ -402,6 +402,6 @@ def evaluate_cycles(
         out / "cycles.svg",
         one_figure({short[n] if unique else n: each for n, each in found.items()}, panels=panels, over="round"),
     )
-    told = {"source": spec, "images": counts, "seed": config.seed, "features": extractor.name, "cycles": found}
-    write_json(out / "metrics.json", told)
+    metrics = {"source": spec, "images": counts, "seed": config.seed, "features": extractor.name, "cycles": found}
+    write_json(out / "metrics.json", metrics)
     print(f"written to {out}")
