@@ -30,7 +30,7 @@ from diptych.data.pixels import (
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
-from diptych.data.suggest import LookedAt
+from diptych.data.suggest import AssessedImages
 from diptych.dual.metrics import (
     ENSEMBLE,
     PLAIN,
@@ -387,14 +387,14 @@ def _pair_vectors(tools: tuple[DualEncoder, Source], items: np.ndarray) -> Rows:
     return Rows(arrays=arrays, skipped=skipped)
 
 
-def looked_at(
+def assess_images(
     encoder: DualEncoder,
     images: Subset[Source],
     texts: Sequence[str],
     *,
     skipped: SkippedItems,
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> LookedAt:
+) -> AssessedImages:
     """The image tower's features of the readable ones of ``images``, and how undecided it is among ``texts``: the
     entropy in nats of the softmax over the cosines times the encoder's scale. Without texts it is not known.
     """
@@ -405,7 +405,9 @@ def looked_at(
         texts_TD = encoder.embed_texts(list(dict.fromkeys(texts)))
         logs = [(encoder.scale * some_BD @ texts_TD.T).log_softmax(1) for some_BD in found.embedding_ID.split(_ROWS)]
         entropy_N = torch.cat([-(each.exp() * each).sum(1) for each in logs]).detach().cpu().numpy()
-    return LookedAt(items_N=found.items_I, features_NF=found.state_IW.float().cpu().numpy(), uncertainty_N=entropy_N)
+    return AssessedImages(
+        items_N=found.items_I, features_NF=found.state_IW.float().cpu().numpy(), uncertainty_N=entropy_N
+    )
 
 
 def score_retrieval(pairs: EmbeddedPairs) -> dict[str, float]:
