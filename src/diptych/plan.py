@@ -248,7 +248,7 @@ def _memory(run: ItitRun, work: Work, *, devices: int, rows: int, on_cpu: bool) 
     copies = 1 + (config.ema is not None) + (run.objective.cycle_network == "ema")
     whole = {
         "weights": 4.0 * copies * work.parameters,
-        "text encoder": 4.0 * work.frozen,
+        "text encoder": (4.0 if on_cpu else 2.0) * work.frozen,
         "gradients": 4.0 * work.parameters,
         "moments": 4.0 * work.moments,
     }

@@ -3,6 +3,7 @@
 The cycles are compared with the paper's definition, written out densely.
 """
 
+import copy
 import math
 import sys
 from dataclasses import asdict, replace
@@ -22,6 +23,7 @@ from diptych.itit.objective import (
     straight_through_embedding,
     token_loss,
 )
+from diptych.nn.inference import autocast
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
 
@@ -105,6 +107,27 @@ def test_the_total_is_the_weighted_sum(model, text_encoder, batch):
     expected = sum(getattr(weights, name) * losses.terms[name] for name in asdict(weights) if name in losses.terms)
     assert asdict(weights).keys() - losses.terms.keys() == {"teacher"}  # there is none
     torch.testing.assert_close(losses.total, expected)
+
+
+def test_a_text_encoder_in_bf16_changes_losses_as_little_as_bf16_itself(model, text_encoder, batch):
+    """Also the gradient that goes through it."""
+
+    def step(encoder, precision):
+        model.zero_grad()
+        with autocast(torch.device("cpu"), precision):
+            losses = objective(model, encoder)(batch, 0)
+        losses.total.backward()
+        return losses.terms, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    exact, exact_grad = step(text_encoder, "fp32")
+    mixed, mixed_grad = step(text_encoder, "bf16")
+    terms, grad = step(copy.deepcopy(text_encoder).to(torch.bfloat16), "bf16")
+    assert terms.keys() == exact.keys() >= {"t2i2t", "i2t2i"}
+    for name, loss in terms.items():
+        assert loss.item() == pytest.approx(exact[name].item(), rel=0.01), name
+        assert loss.item() == pytest.approx(mixed[name].item(), rel=0.01), name
+    assert torch.cosine_similarity(grad, exact_grad, dim=0) > 0.99
+    assert torch.cosine_similarity(mixed_grad, exact_grad, dim=0) > 0.99
 
 
 def test_cycles_begin_at_their_step(model, text_encoder, batch):

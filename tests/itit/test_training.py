@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -307,6 +308,17 @@ def test_only_the_seed_decides_the_first_weights(done):
     run.train = replace(run.train, seed=1)
     other = run.build(inputs)
     assert (first.model.word_embedding.weight != other.model.word_embedding.weight).any()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_text_encoder_has_the_precision_of_the_training(done, tmp_path, precision, dtype):
+    shutil.copytree(done, tmp_path / "run")
+    run = tiny_run()
+    run.train = replace(run.train, precision=precision)
+    encoder = run.prepare(tmp_path / "run").text_encoder
+    assert {value.dtype for value in encoder.parameters()} == {dtype}
+    assert contents(tmp_path / "run" / "encoded") == contents(done / "encoded"), "features are stored as before"
+    assert contents(tmp_path / "run" / "text_encoder") == contents(done / "text_encoder")
 
 
 def test_an_earlier_run_lends_its_tokenizers(done, tmp_path):

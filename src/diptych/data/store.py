@@ -105,7 +105,9 @@ class Store:
 
     @cached_property
     def captions(self) -> "CaptionIndex":
-        """Where the captions of each item lie. Reads all counts once."""
+        """Where the captions of each item lie. Reads all counts once. A store of images alone has no such attribute."""
+        if "counts" not in self.arrays:  # what isinstance with a protocol that has captions asks for
+            raise AttributeError("the store was encoded without captions")
         return CaptionIndex(self.arrays["counts"], after_part=self._resident.let_go)
 
     def pairs(self, items: np.ndarray | range, *, seed: int) -> Stream[PairExamples]:

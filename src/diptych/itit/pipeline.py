@@ -30,6 +30,7 @@ from diptych.hub import OnHub, local_folder
 from diptych.io import load_network
 from diptych.itit.data import image_encoder_of, image_encoders, read_size
 from diptych.itit.generation import (
+    Canvas,
     ImageGenerationConfig,
     TextGenerationConfig,
     generate_image_tokens,
@@ -77,6 +78,16 @@ class CycleStep:
         found = self.text if self.image is None else self.image
         assert found is not None
         return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagineRequest:
+    """An image that is wanted."""
+
+    text: str
+    seed: int = 0
+    known: tuple[Int[Tensor, "R R"], Bool[Tensor, "R R"]] | None = None
+    """The tokens of an image in their grid, and which of them are generated anew; the others stay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -404,29 +415,51 @@ class Diptych(OnHub):
     ) -> Iterator[ImagineStep]:
         """The image of a text as it appears: before the first and after each round of parallel decoding.
 
-        The last step is the image of :meth:`imagine`. ``known`` are the tokens of an image in their grid, and which of
-        them are generated anew; the others stay. Pixels of the others may change a little, as the decoder looks at all
-        tokens. Raises UserError for an empty text.
+        The last step is the image of :meth:`imagine`. ``known`` as in :class:`ImagineRequest`. Pixels of what stays may
+        change a little, as the decoder looks at all tokens. Raises UserError for an empty text.
         """
-        if not text.strip():
+        for canvas in self.imagine_together([ImagineRequest(text=text, seed=seed, known=known)], config=config):
+            yield self.imagine_step(canvas, 0)
+
+    def imagine_together(
+        self, requests: Sequence[ImagineRequest], *, config: ImageGenerationConfig | None = None
+    ) -> Iterator[Canvas]:
+        """The canvas of several images before the first and after each round, as :meth:`imagine_steps` of each alone.
+
+        That holds where the same number of tokens is hidden in each. Raises UserError for an empty text.
+        """
+        if not all(request.text.strip() for request in requests):
             raise UserError("no text to imagine")
-        given = None if known is None else (known[0].view(1, -1).to(self.device), known[1].view(1, -1).to(self.device))
-        self._warn_of_unknown_words([text])
-        features_BLF, valid_BL, row_seeds = self._read_texts([text], Counter())
-        rng = RowRNG(seed, 0, row_seeds=row_seeds)
+        texts = [request.text for request in requests]
+        self._warn_of_unknown_words(texts)
+        features_BLF, valid_BL, row_seeds = self._read_texts(texts)
+        blank = torch.zeros(self.token_side, self.token_side, dtype=torch.long)
+        known = [request.known or (blank, torch.ones_like(blank, dtype=torch.bool)) for request in requests]
+        tokens_BN, hidden_BN = (
+            torch.stack([grid.flatten().to(self.device) for grid in grids]) for grids in zip(*known, strict=True)
+        )
         rounds = image_canvases(
-            self.model, features_BLF, valid_BL, config or self.image_generation, rng=rng, known=given
+            self.model,
+            features_BLF,
+            valid_BL,
+            config or self.image_generation,
+            rng=RowRNG(0, 0, row_seeds=row_seeds, seeds=tuple(request.seed for request in requests)),
+            known=(tokens_BN, hidden_BN),
         )
         while True:
             with autocast(self.device, self.precision):  # not around `yield`: the caller would compute in it too
                 canvas = next(rounds, None)
             if canvas is None:
                 return
-            yield ImagineStep(
-                image=self.tokenizer.decode(canvas.tokens_BN)[0].permute(1, 2, 0).cpu().numpy(),
-                tokens=canvas.tokens_BN[0].view(self.token_side, -1).cpu(),
-                hidden=canvas.hidden_BN[0].view(self.token_side, -1).cpu(),
-            )
+            yield canvas
+
+    def imagine_step(self, canvas: Canvas, row: int) -> ImagineStep:
+        """One image of a canvas."""
+        return ImagineStep(
+            image=self.tokenizer.decode(canvas.tokens_BN[row : row + 1])[0].permute(1, 2, 0).cpu().numpy(),
+            tokens=canvas.tokens_BN[row].view(self.token_side, -1).cpu(),
+            hidden=canvas.hidden_BN[row].view(self.token_side, -1).cpu(),
+        )
 
     @property
     def token_side(self) -> int:
@@ -440,17 +473,21 @@ class Diptych(OnHub):
             some = ", ".join(repr(word) for word in unknown[:5])
             print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)
 
-    def _read_texts(self, texts: Sequence[str], times: Counter[bytes]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    def _read_texts(
+        self, texts: Sequence[str], times: Counter[bytes] | None = None
+    ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Features [B L F] of texts, which of their tokens are valid [B L], and a seed for each.
 
-        ``times`` counts how often each text has been there, so that each of its images has a seed of its own.
+        ``times`` counts how often each text has been there, so that each of its images has a seed of its own. Without
+        it each text has the seed that it has alone.
         """
         ids_BL, valid_BL = self.text_encoder.tokenize(list(texts), length=self.model.config.max_text_len)
         row_seeds = []
         for row in ids_BL.numpy():
             key = row.tobytes()
-            row_seeds.append(derive_seed(key.hex(), times[key]))
-            times[key] += 1
+            row_seeds.append(derive_seed(key.hex(), 0 if times is None else times[key]))
+            if times is not None:
+                times[key] += 1
         ids_BL, valid_BL = ids_BL.to(self.device), valid_BL.to(self.device)
         return self.text_encoder.features(ids_BL, valid_BL), valid_BL, tuple(row_seeds)
 

@@ -43,7 +43,7 @@ from diptych.itit.model import ITIT, ItitConfig
 from diptych.itit.objective import AlignmentHead, ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import NEAR_CAPTIONS, Diptych
 from diptych.itit.report import Samples
-from diptych.nn.inference import eval_mode, pick_device
+from diptych.nn.inference import computes_bf16, eval_mode, pick_device
 from diptych.report.html import closing_line, outcome, validation_scores, write_run_report
 from diptych.report.terminal import meaning_of, print_comparison
 from diptych.run_folder import Kind, check_finished, kind_of, part_of, read_config, save_model, write_config
@@ -369,6 +369,8 @@ class ItitRun:
         tokenizer = self._tokenizer(data, out, plan)
         text_encoder = given or self._text_encoder(data, out, plan)
         encoded = self._encode(data, tokenizer, text_encoder, image_encoder, teacher, out, plan)
+        if computes_bf16(torch.device(pick_device(self.train.device)), self.train.precision):
+            text_encoder.to(torch.bfloat16)  # after the encoding: what is stored does not depend on the precision
         return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder, data_summary)
 
     def _tokenizer(self, data: DataSplit, out: Path, plan: RunPlan) -> ImageTokenizer:

@@ -43,10 +43,17 @@ def multiplies_bf16(device: torch.device) -> bool:
     return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
+def computes_bf16(device: torch.device, precision: Precision) -> bool:
+    """Whether networks compute in bf16; ``auto`` does so where the device multiplies it."""
+    return precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """The dtype policy of all networks: weights are fp32; under bf16, operations that torch lists as safe use bf16."""
-    bf16 = precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    """The dtype policy of all networks: weights are fp32; under bf16, operations that torch lists as safe use bf16.
+
+    The frozen text encoder of a training in bf16 is the exception: its weights are in bf16.
+    """
+    return torch.autocast(device.type, torch.bfloat16) if computes_bf16(device, precision) else nullcontext()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from diptych.data.streams import BatchFn, BatchSampler, prefetch
 from diptych.errors import Interrupted, SignalWatch, UserError
 from diptych.nn.inference import eval_mode
 from diptych.train import checkpoint
-from diptych.train.checkpoint import Ema, TrainProgress, TrainState
+from diptych.train.checkpoint import Ema, ShardWriter, TrainProgress, TrainState
 from diptych.train.config import OptimConfig, TrainConfig, check_same, describe
 from diptych.train.distributed import Devices
 from diptych.train.logging import Measured, RunLogger
@@ -130,6 +130,7 @@ def train(
         settings=json.loads(json.dumps(describe(train, optim, identity or {}))),
         pace=pace or Pace(cost=StageCost(name=title, steps=train.steps)),
         report=_Report(report if devices.is_main else None),
+        shards=ShardWriter(devices),
     )
     progress, messages = run.restore()
     run.pace.begin(progress.step, progress.seconds, train)
@@ -151,6 +152,7 @@ def train(
             logger.say(message)
         try:
             progress, stop = _loop(run, update, batches, logger=logger, signals=signals)
+            run.shards.finish()
         except RuntimeError as error:
             if not devices.lost_another(error):
                 raise
@@ -291,6 +293,7 @@ class _Run:
     """What a resume is compared with, as JSON values."""
     pace: Pace
     report: _Report
+    shards: ShardWriter
     start: TrainProgress = field(default_factory=TrainProgress)
     """What this invocation began with."""
 
@@ -308,27 +311,24 @@ class _Run:
         return progress, [*messages, f"continuing after step {progress.step}"]
 
     def save(self, progress: TrainProgress, logger: RunLogger) -> None:
-        """Write a checkpoint, after the lines of metrics.jsonl that it counts on. All processes wait for it."""
-        write_shards = self._write_shards if self.state.placed.parts else None
+        """Write a checkpoint, after the lines of metrics.jsonl that it counts on.
+
+        All processes wait for it, except for a sharded one, which is written while the training goes on.
+        """
         if self.devices.is_main:
             logger.flush(to_disk=True)
             progress = replace(progress, bad_steps=logger.bad_steps)
-            checkpoint.save(
-                self.folder,
-                step=progress.step,
-                tensors={} if write_shards else self.state.tensors(),
-                state={"progress": asdict(progress), "settings": self.settings},
-                keep=self.train.keep_checkpoints,
-                write_shards=write_shards,
-            )
-        elif write_shards:
-            write_shards(checkpoint.draft_of(self.folder, progress.step))
-        self.devices.wait()
-
-    def _write_shards(self, folder: Path) -> None:
-        """Write what this process has of the weights and moments, once the main process has made ``folder``."""
-        self.devices.wait()
-        checkpoint.write_shards(self.state.spread(), folder)
+        named: dict[str, Any] = {
+            "step": progress.step,
+            "state": {"progress": asdict(progress), "settings": self.settings},
+            "keep": self.train.keep_checkpoints,
+        }
+        if self.state.placed.parts:
+            self.shards.save(self.folder, tensors=self.state.spread(), **named)
+        else:
+            if self.devices.is_main:
+                checkpoint.save(self.folder, tensors=self.state.tensors(), **named)
+            self.devices.wait()
 
     def is_due(self, every: int, *, after: int) -> bool:
         """Whether something that happens every so many steps, and after the last, happens after step ``after``."""
