@@ -1,4 +1,5 @@
-"""Devices, the dtype policy of training and inference, evaluation mode, packed weights, the most probable classes.
+"""Devices, the dtype policy of training and inference, evaluation mode, weights that are spread over processes, packed
+weights, the most probable classes.
 
 Shapes: B images, C classes.
 """
@@ -83,6 +84,11 @@ def gathered(module: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             part.reshard()
+
+
+def local_part(tensor: Any) -> Tensor:
+    """What this process has of ``tensor``: all of it, but of a tensor of torch.distributed its rows."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Derived(Generic[T]):

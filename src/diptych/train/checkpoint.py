@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diptych.errors import UserError
-from diptych.nn.functional import local_part
+from diptych.nn.inference import local_part
 from diptych.run_folder import write_json
 from diptych.train.distributed import Devices, Layout, Replica
 

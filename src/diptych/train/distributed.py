@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diptych.errors import UserError
-from diptych.nn.functional import local_part
-from diptych.nn.inference import Device, Precision, autocast, pick_device
+from diptych.nn.inference import Device, Precision, autocast, local_part, pick_device
 from diptych.train.objective import Objective
 from diptych.train.optim import WHOLE_MOMENTS, ParameterShard
 
