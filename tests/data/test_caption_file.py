@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -29,7 +30,7 @@ def test_coco(tmp_path):
     file.finish(["k1", "k2"])
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["images"] == [{"id": 1, "file_name": "k1"}, {"id": 2, "file_name": "k2"}]
-    assert found["annotations"][1] == {"id": 2, "image_id": 2, "caption": "a cat", "score": None}
+    assert found["annotations"][1] == {"id": 2, "image_id": 2, "caption": "a cat", "log_probability": None}
 
 
 @pytest.fixture
@@ -44,6 +45,15 @@ def write(out):
     names = [str(out.parent / name) for name in ("a.png", "b.png")]
     file.add([MadeCaption(file=name, caption=f"a dog, {name[-5]}", score=-0.5) for name in names])
     file.finish(names)
+
+
+def test_label_studio_takes_the_tasks(photos):
+    interface = pytest.importorskip("label_studio_sdk.label_interface")
+    write(photos / "c.tasks.json")
+    shown = '<View><Image name="image" value="$image"/><TextArea name="caption" toName="image"/></View>'
+    for task in json.loads((photos / "c.tasks.json").read_text()):
+        assert interface.LabelInterface(shown).validate_task({"data": task["data"]})
+        assert all(interface.LabelInterface(shown).validate_prediction(each) for each in task["predictions"])
 
 
 def test_label_studio(photos):
@@ -186,9 +196,31 @@ def test_pycocotools_reads_coco(two_kinds, capsys):
     coco.info()
     assert "captions by diptych" in capsys.readouterr().out
     image = coco.loadImgs(2)[0]
-    assert (image["file_name"], image["width"], image["height"]) == ("b.jpg", 10, 12)  # which FiftyOne needs too
-    assert [each["caption"] for each in coco.loadAnns(coco.getAnnIds(imgIds=[2]))] == ["a dog, b"]
+    assert (image["file_name"], image["width"], image["height"]) == ("b.jpg", 10, 12)
+    [found] = coco.loadAnns(coco.getAnnIds(imgIds=[2]))
+    assert found["caption"] == "a dog, b"
+    # What the format of FiftyOne's COCODetectionDataset demands beside `image_id`.
+    assert coco.loadCats(found["category_id"]) == [{"id": 1, "name": "image"}]
+    assert (found["bbox"], found["area"], found["iscrowd"]) == ([0, 0, 10, 12], 120, 0)
     check_own_source(two_kinds / "c.json")
+
+
+def test_fiftyone_reads_coco_and_csv(two_kinds):
+    """Its importers, without the database that its data sets lie in."""
+    coco, table = (pytest.importorskip(f"fiftyone.utils.{name}") for name in ("coco", "csv"))
+    write_with_images(two_kinds / "c.json")
+    write_with_images(two_kinds / "c.csv")
+    where = {"data_path": str(two_kinds)}
+    boxes = coco.COCODetectionDatasetImporter(labels_path=str(two_kinds / "c.json"), **where)
+    rows = table.CSVDatasetImporter(labels_path=str(two_kinds / "c.csv"), media_field="file_name", **where)
+    boxes.setup()
+    rows.setup()
+    read = [(Path(path).name, labels["detections"].detections[0]) for path, _, labels in boxes]
+    assert [(name, box.caption, box.bounding_box) for name, box in read] == [
+        ("a.png", "a dog, a", [0, 0, 1, 1]),
+        ("b.jpg", "a dog, b", [0, 0, 1, 1]),
+    ]
+    assert [(Path(row.filepath).name, row.caption) for row in rows] == [("a.png", "a dog, a"), ("b.jpg", "a dog, b")]
 
 
 def test_images_inside_other_files_are_handed_on(two_kinds):

@@ -256,18 +256,28 @@ def _tar(rows: Sequence[MadeCaption], out: Path, file: IO[bytes], find: _FindIma
 
 
 def _coco(rows: Sequence[MadeCaption], out: Path, file: IO[bytes], find: _FindImage) -> None:
-    """Captions as COCO has them, with the sides of the images, which FiftyOne and others need."""
+    """Captions as COCO has them, with the sides of the images.
+
+    FiftyOne reads boxes of COCO alone, and what stands beside them, so each caption has a box around the whole image.
+    Its `score` is the confidence, as readers of COCO take it for a probability.
+    """
     images, annotations = [], []
     for number, row in enumerate(rows, start=1):
         record = _record(row, out)
         about = {"id": number, "file_name": record.pop("file_name")}
+        record["log_probability"] = record.pop("score")
+        if "confidence" in record:
+            record["score"] = record.pop("confidence")
         if (found := find(row.file)) is not None:
             with Image.open(io.BytesIO(found) if isinstance(found, bytes) else found) as opened:
-                about |= {"width": opened.width, "height": opened.height}
+                width, height = opened.size
+            about |= {"width": width, "height": height}
+            record |= {"category_id": 1, "bbox": [0, 0, width, height], "area": width * height, "iscrowd": 0}
         images.append(about)
         annotations.append({"id": number, "image_id": number, **record})
     info = {"description": "captions by diptych"}
     whole = {"info": info, "licenses": [], "images": images, "annotations": annotations}
+    whole["categories"] = [{"id": 1, "name": "image"}]
     file.write(json.dumps(whole, ensure_ascii=False).encode())
 
 
