@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from diptych.data.check import Part, check_parts
+from diptych.data.check import VALIDATION, Part, check_parts
 from diptych.data.sources import Source, open_finite, require_pairs
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Rest, Subset, hold_back
@@ -61,7 +61,7 @@ class DataSplit:
         if self.texts is not self.pairs:
             parts.append(Part("unpaired text", self.texts.source, self.texts.items))
         if valid is not None:
-            parts.append(Part("validation image", valid, range(len(valid))))
+            parts.append(Part(VALIDATION, valid, range(len(valid))))
         return check_parts(parts, max_skipped_share=max_skipped_share)
 
     def raw_images(self) -> list[Subset[Source]]:

@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from diptych.data.batch import ImageTokenExamples
+from diptych.data.check import note_on_lengths
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
 from diptych.data.sources import Source, open_source
 from diptych.data.store import DataTokenizers
 from diptych.encoders.image import ImageEncoder, open_image_encoder, resize, resize_pixels
+from diptych.encoders.text import text_list
 from diptych.errors import UserError
 from diptych.eval.baselines import NearCaptions
 from diptych.hub import OnHub, local_folder
@@ -54,6 +56,8 @@ TEACHER = Path("stages") / "teacher"
 """Folder of a run with the vision model that teaches its encoder."""
 _ROWS = 64
 """Number of rows generated at once."""
+_told: set[str] = set()
+"""Unknown words, each named once in a process; empty once it was said that texts are cut off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +132,6 @@ class Diptych(OnHub):
         self.image_encoder = image_encoder if image_encoder is None else image_encoder.to(self.device).eval()
         self.near_captions = near_captions
         self._text_encoder = text_encoder
-        self._told: set[str] = set()  # unknown words, each named once
         self.text_tokenizer = text_tokenizer or self.text_encoder
         self._banned_V = torch.zeros(self.text_tokenizer.vocab_rows, dtype=torch.bool)
         self._banned_V[list(self.text_tokenizer.banned_ids)] = True
@@ -382,10 +385,8 @@ class Diptych(OnHub):
         advance: Advance | None = None,
     ) -> Int[Tensor, "B N"]:
         """The image tokens that :meth:`imagine_pixels` decodes."""
-        if not texts:
-            raise UserError("no text to imagine")
-        texts = [texts] if isinstance(texts, str) else texts
-        self._tell_unknown(texts)
+        texts = text_list(texts)
+        self._tell_of_texts(texts)
         found = []
         times: Counter[bytes] = Counter()
         for start in range(0, len(texts), _ROWS):
@@ -416,7 +417,7 @@ class Diptych(OnHub):
         if not text.strip():
             raise UserError("no text to imagine")
         given = None if known is None else (known[0].view(1, -1).to(self.device), known[1].view(1, -1).to(self.device))
-        self._tell_unknown([text])
+        self._tell_of_texts([text])
         features_BLF, valid_BL, row_seeds = self._read_texts([text], Counter())
         rng = RowRNG(seed, 0, row_seeds=row_seeds)
         rounds = image_canvases(
@@ -438,12 +439,18 @@ class Diptych(OnHub):
         """Number of rows, and of columns, of the grid of an image's tokens."""
         return math.isqrt(self.tokenizer.tokens)
 
-    def _tell_unknown(self, texts: Sequence[str]) -> None:
-        unknown = [word for word in self.text_tokenizer.unknown_words(texts) if word not in self._told]
-        self._told.update(unknown)
+    def _tell_of_texts(self, texts: Sequence[str]) -> None:
+        """Name unknown letters, each word once, and once that texts are cut off."""
+        unknown = [word for word in self.text_tokenizer.unknown_words(texts) if word not in _told]
+        _told.update(unknown)
         if unknown:
             some = ", ".join(repr(word) for word in unknown[:5])
             print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)
+        length = self.model.config.max_text_len
+        valid_BL = self.text_encoder.tokenize(list(texts), length=length)[1]
+        if "" not in _told and (note := note_on_lengths(valid_BL.sum(1).numpy(), length)):
+            _told.add("")  # no word
+            print(note, file=sys.stderr)
 
     def _read_texts(self, texts: Sequence[str], times: Counter[bytes]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Features [B L F] of texts, which of their tokens are valid [B L], and a seed for each.

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diptych.data.batch import PairExamples, TextExamples
+from diptych.data.check import note_on_lengths
 from diptych.data.pixels import SkippedItems, channels_first, read_captioned
 from diptych.data.sources import open_source
 from diptych.data.store import DataTokenizers, Store
@@ -71,6 +72,8 @@ _TRIED = 48
 """Number of items whose encoding is timed."""
 _MOST_PAIRS_ONLY = 8.0
 """Largest number of steps on pairs alone for each step of the run: they cost less than those with cycles."""
+_LOOKED_AT = 10_000
+"""Number of texts whose length is looked at, spread over all."""
 _WHITENED = 2000
 """Number of texts whose features decide the whitening."""
 _IMAGES_FITTED, _CAPTIONS_FITTED = 3000, 5
@@ -487,6 +490,11 @@ class ItitRun:
         if data.texts is not data.pairs:
             of_texts = replace(with_features, tokenize_images=None, image_features=None, teacher_features=None)
             texts = encode(data.texts, "texts", of_texts)
+        for subset in (pairs,) if texts is pairs else (pairs, texts):
+            ids = _store(subset).arrays["ids"]
+            note = note_on_lengths((ids[:: max(1, len(ids) // _LOOKED_AT)] != 0).sum(1), length)
+            if note and is_main_process():
+                print(f"{note}; raise --model.max-text-len", file=sys.stderr, flush=True)
         return DataSplit(pairs=pairs, images=images, texts=texts)
 
     # The network and its training

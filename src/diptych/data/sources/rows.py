@@ -119,9 +119,11 @@ def _read_cells(text: str, path: Path, delimiter: str, quoting: Literal[0, 3]) -
             if start == 2:
                 _refuse_title(header, cells, path)
             if cells and len(cells) != len(header):
+                mend = "put quotes around cells that hold the delimiter"
+                if len(cells) < len(header):
+                    mend = f"write the {delimiter!r} that is missing there, or leave the row out"
                 raise UserError(
-                    f"{path}: the row at line {start} has {len(cells)} cells and the header {len(header)}; "
-                    "put quotes around cells that hold the delimiter"
+                    f"{path}: the row at line {start} has {len(cells)} cells and the header {len(header)}; {mend}"
                 )
             if cells:
                 _refuse_swallowed(cells, delimiter, f"{path}: the row at line {start}")
