@@ -181,6 +181,7 @@ def test_folders_that_are_classes(tmp_path, kind, names, labels):
         (["images/a.jpg", "images/b.jpg", "thumbs/a.jpg", "thumbs/b.jpg"], ["thumbs/a.jpg", "thumbs/b.jpg"]),
         (["masks/0.png", "hats/0.png", "gloves/0.png"], []),
         (["bank_mask.png", "carnival_mask.png"], []),
+        (["a.png", "a-masklabel.png", "a-condlabel.png"], ["a-masklabel.png", "a-condlabel.png"]),
     ],
 )
 def test_masks_are_no_images_of_their_own(tmp_path, kind, names, masks):

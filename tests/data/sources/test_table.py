@@ -442,9 +442,11 @@ def test_paths_of_texts_are_no_captions(photos):
 
 
 def test_a_title_above_the_header_is_refused(photos):
-    (photos / "t.csv").write_text("My photos,\nimage,caption\nphotos/0.png,a dog\n")
-    with pytest.raises(UserError, match=r"the second line names the columns \(image, caption\); remove the first line"):
-        open_source(str(photos / "t.csv"))
+    for blank in ("", "\n"):
+        (photos / "t.csv").write_text(f"My photos,\n{blank}image,caption\nphotos/0.png,a dog\n")
+        message = r"the second line names the columns \(image, caption\); remove what is above"
+        with pytest.raises(UserError, match=message):
+            open_source(str(photos / "t.csv"))
 
 
 def test_a_split_in_two_spellings_is_one(photos):

@@ -57,8 +57,8 @@ _BOXES = re.compile(r"(\s*\d+(\s+-?[\d.]+){4,}\s*)+")
 """Lines of a class and a box, as detectors have them."""
 _SHARD = re.compile(r"(images?|img|part|chunk|batch|data|shard|split)[-_]?\d+", re.IGNORECASE)
 _MASK_END = re.compile(
-    r"[ ._-]+(masks?|seg|segmentation|segmap|segmask|trimap|matte|gt|depth|normals?|canny|edges|lineart|(?:open)?pose"
-    r"|labelids|instanceids)([ ._-]?\d+)?$",
+    r"[ ._-]+(masks?|masklabel|condlabel|seg|segmentation|segmap|segmask|trimap|matte|gt|depth|normals?|canny|edges"
+    r"|lineart|(?:open)?pose|labelids|instanceids)([ ._-]?\d+)?$",
     re.IGNORECASE,
 )
 """What the name of a mask has behind the name of its image."""
