@@ -31,11 +31,11 @@ from diptych.data.scenes import ScenesSource
 from diptych.data.splits import Subset, hold_back
 from diptych.data.store import Store
 from diptych.itit.controls import regression_on_pixels
-from diptych.itit.data import DataConfig, DataSplit
+from diptych.itit.data import DataConfig, DataSplit, TrainingInputs
 from diptych.itit.demo import STAGES, UNPAIRED, demo_recipe
 from diptych.itit.evaluation import EvaluateConfig, evaluate
 from diptych.itit.objective import LossWeights
-from diptych.itit.training import ItitRun, TrainingInputs
+from diptych.itit.training import ItitRun
 from diptych.report.figures import Panel, curves
 from diptych.rng import derive_seed
 from diptych.run_folder import write_json

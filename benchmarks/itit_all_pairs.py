@@ -22,11 +22,11 @@ import torch
 
 from diptych.data.scenes import ScenesSource
 from diptych.eval.scenes import image_accuracy
-from diptych.itit.data import DataConfig
+from diptych.itit.data import DataConfig, TrainingInputs
 from diptych.itit.demo import describe_world, reconstruction_accuracy
 from diptych.itit.evaluation import EvaluateConfig, evaluate
 from diptych.itit.recipes import itit_tiny
-from diptych.itit.training import ItitRun, TrainingInputs
+from diptych.itit.training import ItitRun
 from diptych.run_folder import write_json
 
 IMAGES, TIMED_STEPS = 36_000, 25

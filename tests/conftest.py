@@ -1,5 +1,6 @@
 """The smallest complete Diptych: a tokenizer, a text encoder and a network, with random weights; and a dual encoder."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import ITIT, ItitConfig
 from diptych.itit.pipeline import Diptych
 from diptych.itit.recipes import itit_tiny
+from diptych.report.figures import one_figure, points
 from diptych.rng import StepRNG
 from diptych.run_folder import write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -25,11 +27,41 @@ from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.text_tokenizer import train_tokenizer
 
 
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the 300,000 objects of the imported libraries at each of its rounds."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Give each of several test processes one thread: more would wait for one another."""
     if hasattr(config, "workerinput"):
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
         torch.set_num_threads(1)
+
+
+_drawn: dict[str, bytes] = {}
+
+
+@pytest.fixture(autouse=True)
+def draw_each_panel_once(request, monkeypatch) -> None:
+    """In each process, curves with the same panels are drawn for the first run that has them; later runs get these.
+
+    To draw a dozen figures takes longer than the few steps that most tests train. Every panel of every kind of run is
+    still drawn, and the tests of the report draw all of theirs.
+    """
+    if "report" in request.path.parts:
+        return
+
+    def once(runs, *, panels, over, smooth=0.0):
+        lines = [[points(run, key, over)[0] for key in panel.keys] for panel in panels for run in runs.values()]
+        marked = [[(len(x) > 0, len(x) < 25) for x in each] for each in lines]  # few points have markers
+        asked = repr((panels, over, smooth, marked))
+        if asked not in _drawn:
+            _drawn[asked] = one_figure(runs, panels=panels, over=over, smooth=smooth)
+        return _drawn[asked]
+
+    monkeypatch.setattr("diptych.report.figures.one_figure", once)
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,9 @@ def test_rows_with_seeds_of_their_own_ignore_the_others():
     expected = hashed_uniform(key, 0, 10).view(5, 2)
     assert torch.equal(RowRNG(3, 0, row_seeds=(7, 8, 9)).uniform("g", 3, 5, 2)[1], expected)
     assert not torch.equal(RowRNG(4, 0, row_seeds=(7,)).uniform("g", 1, 5, 2)[0], whole[0])
+    both = RowRNG(0, 0, row_seeds=(7, 8), seeds=(4, 3)).uniform("g", 2, 5, 2)
+    assert torch.equal(both[0], RowRNG(4, 0, row_seeds=(7,)).uniform("g", 1, 5, 2)[0])
+    assert torch.equal(both[1], expected)
 
 
 def test_gumbel_is_standard_and_finite():

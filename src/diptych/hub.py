@@ -285,8 +285,8 @@ def _data(run: Path, config: Mapping[str, Any]) -> str:
         budget = json.loads((run / "budget.json").read_text())
         decided = budget["decisions"]
         fitted = decided.get("encoding") or {"images": decided.get("images")}
-        told = ", ".join(f"{count:,} {name}" for name, count in fitted.items() if isinstance(count, int))
-        lines.append(f"Trained under a budget of {budget['minutes']:g} minutes" + (f" on {told}." if told else "."))
+        counts = ", ".join(f"{count:,} {name}" for name, count in fitted.items() if isinstance(count, int))
+        lines.append(f"Trained under a budget of {budget['minutes']:g} minutes" + (f" on {counts}." if counts else "."))
     lines.append("")
     lines += _table(["for", "source"], [[name, f"`{source}`"] for name, source in _sources(config).items()])
     return "\n".join(lines)
@@ -334,8 +334,8 @@ def _scored(scores: list[_Scores]) -> str:
     for each in scores:
         rows = []
         for name in each.names:
-            told = (row.get(name) for row in each.rows.values())
-            cells = ["" if value is None else meaning_of(name).written(value) for value in told]
+            values = (row.get(name) for row in each.rows.values())
+            cells = ["" if value is None else meaning_of(name).written(value) for value in values]
             rows.append([name, meaning_of(name).better, *cells])
         blocks.append("\n".join([f"{each.title}:", "", *_table(["score", "better", *each.rows], rows)]))
         if each.verdict:

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.data.batch import ImageTokenExamples, PairExamples, TextExamples
 from diptych.errors import UserError
-from diptych.itit.model import ITIT
+from diptych.itit.model import ITIT, Masking
 from diptych.itit.objective import AlignmentHead, ItitObjective
 from diptych.itit.training import ItitRun
 from diptych.nn.inference import multiplies_bf16
@@ -147,7 +147,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan for the terminal."""
         total = sum(self.operations.values())
-        told = [
+        lines = [
             f"{self.recipe}: batch {self.batch_size:,}, {self.steps:,} steps, on {self.devices} {self.device}",
             f"parameters   {self.parameters / 1e6:,.1f}M trained, {self.frozen_parameters / 1e6:,.1f}M frozen",
             f"a step       {total / 1e12:,.3g} TFLOP: "
@@ -156,11 +156,11 @@ class Plan:
         for parallel, parts in self.memory.items():
             held = ", ".join(f"{name} {value / 1e9:,.3g}" for name, value in parts.items() if name != "all")
             fits = "" if parts["all"] <= self.memory_of_device else f", MORE than {self.memory_of_device / 1e9:,.0f}"
-            told.append(f"memory {parallel:<5} {parts['all'] / 1e9:,.3g} GB a device{fits}: {held}")
-        told += [f"{name:<15}{_time(value)} a step" for name, value in self.seconds.items()]
+            lines.append(f"memory {parallel:<5} {parts['all'] / 1e9:,.3g} GB a device{fits}: {held}")
+        lines += [f"{name:<15}{_time(value)} a step" for name, value in self.seconds.items()]
         rate = 1 / self.step_seconds
         return [
-            *told,
+            *lines,
             f"time           {_time(self.step_seconds)} a step, {rate:,.3g} steps a second, "
             f"{_time(86400 * self.run_days)} for all steps, at {self.utilization:.0%} of the peak",
             f"bottleneck     {self.bottleneck}",
@@ -248,7 +248,7 @@ def _memory(run: ItitRun, work: Work, *, devices: int, rows: int, on_cpu: bool) 
     copies = 1 + (config.ema is not None) + (run.objective.cycle_network == "ema")
     whole = {
         "weights": 4.0 * copies * work.parameters,
-        "text encoder": 4.0 * work.frozen,
+        "text encoder": (4.0 if on_cpu else 2.0) * work.frozen,
         "gradients": 4.0 * work.parameters,
         "moments": 4.0 * work.moments,
     }
@@ -443,13 +443,7 @@ def _generate_images(objective: ItitObjective, texts: TextExamples) -> None:
         keep_BK = tokens_BN[:, : positions // 2] if half else None
         for features in (texts.features_BLF, None) if config.guidance else (texts.features_BLF,):
             valid = None if features is None else texts.valid_BL
-            encoded = model.encode(
-                model.embed_image(tokens_BN),
-                hidden_BN=hidden_BN,
-                keep_BK=keep_BK,
-                features_BLF=features,
-                valid_BL=valid,
-            )
+            encoded = model.encode(model.embed_image(tokens_BN), Masking(hidden_BN, keep_BK), features, valid)
             model.image_logits(encoded, hidden_BN)
 
 

@@ -70,11 +70,14 @@ class RowRNG(StepRNG):
     """Random numbers of rows that have seeds of their own: those of a row do not depend on the other rows."""
 
     row_seeds: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+    """Where given, what each row has in the place of ``seed``."""
 
     def uniform(self, name: str, rows: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
         """As :meth:`StepRNG.uniform`; ``rows`` must be the number of seeds."""
         assert rows == len(self.row_seeds)
-        keys_R = torch.tensor([derive_seed(self.seed, self.step, name, each) for each in self.row_seeds], device=device)
+        seeds = zip(self.seeds or (self.seed,) * rows, self.row_seeds, strict=True)
+        keys_R = torch.tensor([derive_seed(seed, self.step, name, each) for seed, each in seeds], device=device)
         count_C = torch.arange(1, prod(shape) + 1, device=device).mul_(_signed(GOLDEN))
         return (_hash(count_C + keys_R[:, None]) * 2.0**-24).view(rows, *shape)
 

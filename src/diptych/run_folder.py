@@ -78,7 +78,7 @@ class Run(Protocol):
 def write_config(out: Path, *, recipe: str, run: Run, data: str = "") -> None:
     """Writes ``config.json``: kind of run, recipe, all fields, library versions and, in a git checkout, the commit.
 
-    ``data`` is what `check_parts` told of the data; the counts that it begins with are written down.
+    ``data`` is what `check_parts` returned; the counts that it begins with are written down.
     """
     out.mkdir(parents=True, exist_ok=True)
     content = {

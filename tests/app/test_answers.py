@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from diptych.app import answers
-from diptych.app.answers import AT_ONCE, SIDE, MarkedImage, open_given, read_images
+from diptych.app.answers import AT_ONCE, SIDE, Imagining, MarkedImage, open_given, read_images
 from diptych.app.decisions import Offer
 from diptych.data.audit import Finding
 from diptych.data.sources import open_source
 from diptych.dual.search import Index, embed_run
 from diptych.errors import UserError
-from diptych.itit.pipeline import Caption, Diptych
+from diptych.itit.pipeline import Caption, Diptych, ImagineRequest
 
 ITIT = ["Caption", "Imagine", "Cycle"]
 
@@ -170,6 +170,106 @@ def test_what_is_hidden_is_pale_and_the_end_is_the_image(diptych):
     assert all(image.shown().shape == (SIDE, SIDE, 3) for image in steps)
     assert np.array_equal(steps[-1].shown()[:: SIDE // 32, :: SIDE // 32], steps[-1].step.image)
     assert np.abs(steps[0].shown().astype(int) - (226, 230, 236)).max() <= 0.2 * 236 + 1
+
+
+def last(steps):
+    return [step for step in steps if step is not None][-1]
+
+
+def together(imagining, requests, config):
+    """All steps of requests that wait behind another image."""
+    blocking = imagining.steps(ImagineRequest(text="a blue cross"), replace(config, steps=60))
+    assert next(blocking) is not None
+    open_ = {number: imagining.steps(request, config) for number, request in enumerate(requests)}
+    seen = {number: [next(steps)] for number, steps in open_.items()}
+    assert all(steps == [None] for steps in seen.values())
+    assert last(blocking).hidden.sum() == 0
+    while open_:
+        for number, steps in list(open_.items()):
+            try:
+                seen[number].append(next(steps))
+            except StopIteration:
+                del open_[number]
+    return [[step for step in steps if step is not None] for steps in seen.values()]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many images were generated together, each time."""
+    calls = []
+    monkeypatch.setattr(answers, "_PAUSE", 0.0)
+    generate = Diptych.imagine_together
+
+    def counted(self, requests, **more):
+        calls.append(len(requests))
+        return generate(self, requests, **more)
+
+    monkeypatch.setattr(Diptych, "imagine_together", counted)
+    return calls
+
+
+def test_images_that_wait_are_generated_together_and_come_out_as_alone(diptych, calls):
+    config = diptych.image_generation
+    requests = [ImagineRequest(text=text, seed=seed) for text, seed in (("a ring", 1), ("a dog", 2), ("a dog", 3))]
+    seen = together(Imagining(diptych, most=16), requests, config)
+    assert calls == [1, 3]
+    for request, steps in zip(requests, seen, strict=True):
+        alone = list(diptych.imagine_steps(request.text, seed=request.seed))
+        assert len(steps) == len(alone)
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(steps, alone, strict=True))
+        assert np.array_equal(steps[-1].image, alone[-1].image)
+    assert not torch.equal(seen[1][-1].tokens, seen[2][-1].tokens)
+
+
+def test_marked_parts_of_one_size_are_generated_together(diptych, calls):
+    [*_, image] = diptych.imagine_steps("a ring", seed=5)
+    calls.clear()
+    hidden = [torch.zeros_like(image.tokens, dtype=torch.bool) for _ in range(3)]
+    hidden[0][0, :2], hidden[1][1, 1:3], hidden[2][:2] = True, True, True
+    requests = [ImagineRequest(text="a dog", known=(image.tokens, cells)) for cells in hidden]
+    seen = together(Imagining(diptych, most=16), requests, diptych.image_generation)
+    assert calls == [1, 2, 1]
+    for request, steps in zip(requests, seen, strict=True):
+        [*_, alone] = diptych.imagine_steps("a dog", known=request.known)
+        assert torch.equal(steps[-1].tokens, alone.tokens)
+        assert torch.equal(alone.tokens[~request.known[1]], image.tokens[~request.known[1]])
+
+
+def test_users_who_left_are_forgotten(diptych, calls):
+    imagining, config = Imagining(diptych, most=2), diptych.image_generation
+    first, *others = [imagining.steps(ImagineRequest(text="a dog", seed=seed), config) for seed in range(5)]
+    next(first)
+    for each in others:
+        assert next(each) is None
+    others[0].close()
+    first.close()  # nobody looks at what is generated
+    assert next(others[1]) is not None
+    assert calls == [1, 2]
+    assert torch.equal(last(others[2]).tokens, last(diptych.imagine_steps("a dog", seed=3)).tokens)
+    others[1].close()
+    others[3].close()
+    assert next(imagining.steps(ImagineRequest(text="a cat"), config)) is not None
+
+
+def test_many_users_see_fewer_rounds_and_all_see_the_image(diptych, calls):
+    requests = [ImagineRequest(text="a dog", seed=seed) for seed in range(8)]
+    seen = together(Imagining(diptych, most=8), requests, replace(diptych.image_generation, steps=6))
+    assert all(steps[-1].hidden.sum() == 0 for steps in seen)
+    assert all(2 <= len(steps) < 6 for steps in seen)
+
+
+def test_what_goes_wrong_is_told_to_all_and_the_next_are_answered(diptych, calls):
+    imagining, config = Imagining(diptych, most=16), diptych.image_generation
+    blocking = imagining.steps(ImagineRequest(text="a cat"), config)
+    wrong = [imagining.steps(ImagineRequest(text="a dog"), replace(config, steps=0)) for _ in range(2)]
+    assert [next(steps) is None for steps in (blocking, *wrong)] == [False, True, True]
+    blocking.close()
+    for steps in wrong:
+        with pytest.raises(UserError, match="at least one is needed"):
+            next(steps)
+    with pytest.raises(UserError, match="no text"):
+        next(imagining.steps(ImagineRequest(text=" "), config))
+    assert last(imagining.steps(ImagineRequest(text="a dog"), config)).hidden.sum() == 0
 
 
 def test_two_clicks_mark_a_part_and_a_third_begins_anew(diptych):

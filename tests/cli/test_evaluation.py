@@ -78,6 +78,7 @@ def test_protocols_cycles_and_sweeps(call, run, dual_run, tmp_path, mistaken):
     status, out, err = call("evaluate", run, "--data", TEST, "--protocol", "coco-fid30k", "--steps", 1)
     assert (status, err) == (0, "")
     assert "1 steps, guidance 0" in out
+    assert f"source: {TEST}\n  split: test\n" in out
     assert "DEPARTS: 8 images, not 30,000" in out
     assert f"DEPARTS: {TEST} names the split test: the protocol has captions of the training split" in out
     status, out, err = call("evaluate", run, "--data", "scenes:?count=3", "--cycles", 1, "--out", tmp_path / "cycles")

@@ -42,6 +42,15 @@ def test_no_arguments_give_the_commands(call):
     for command in ("demo", "recipes", "fit", "encode", "caption", "imagine", "cycle", "evaluate"):
         assert command in out
     assert "\n\n\n" not in out
+    assert len(out.splitlines()) < 2 * len(cli.COMMANDS) + 16  # a line or two for each
+
+
+def test_the_description_of_an_option_fills_its_lines(call):
+    _, out, _ = call("caption", "--help")
+    lines = [line.strip(" │") for line in out.splitlines()]
+    assert "--no-json" not in out
+    begin = next(index for index, line in enumerate(lines) if line.startswith("New file for the captions"))
+    assert min(map(len, lines[begin : begin + 2])) > 80
 
 
 @pytest.mark.parametrize(

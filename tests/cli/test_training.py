@@ -124,7 +124,7 @@ def test_encode(call, run, tmp_path, features):
     assert (status, out) == (0, f"12 items in {tmp_path}/store\n")
     store = Store.open(tmp_path / "store")
     assert (len(store), store.has_images, store.has_captions) == (12, True, True)
-    assert (store.array("features") is None) != features
+    assert ("features" not in store.arrays) != features
 
 
 def test_encode_one_side(call, run, photo, tmp_path):

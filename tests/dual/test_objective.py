@@ -15,6 +15,7 @@ from diptych.data.batch import CaptionedImageExamples
 from diptych.dual.model import TowerOutput
 from diptych.dual.objective import (
     Views,
+    gather_rows,
     info_nce,
     multi_view_info_nce,
     multi_view_nt_xent,
@@ -56,6 +57,11 @@ def test_two_processes_are_one(name, chunk, alone, two_processes):
     """Values and gradients, the scale's too, with and without chunks."""
     for process in two_processes:
         assert_same(process[name, chunk], alone[name])
+
+
+def test_one_process_gets_its_own_rows_back():
+    rows = torch.randn(2, 3, 4)
+    assert gather_rows(rows) is rows
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -135,6 +135,24 @@ def test_near_captions_are_those_of_the_nearest_images(tmp_path, monkeypatch):
         assert likeness == [[pytest.approx(0.5), 0], [0, pytest.approx(0.5)]]
 
 
+def test_unpaired_texts_are_near_captions_too(tmp_path, monkeypatch):
+    """Their likeness is added; of texts as many are near as of images, or a thirtieth of them."""
+    monkeypatch.setattr("diptych.eval.baselines.NEAREST", 2)
+    features = np.eye(3, 4, dtype=np.float32)
+    texts = ["blue cross", "blue cross", "green square", "green square", "yellow ring", "yellow ring"]
+    expected = features[[1, 1, 2, 2, 0, 0]]
+    captions = [["red ring"], ["red ring"], ["red ring"]]
+    near = NearCaptions(captions, features, texts=texts, expected_UF=expected)
+    near.save_pretrained(tmp_path / "near")
+    again = NearCaptions.from_pretrained(tmp_path / "near")
+    for each in (near, again):
+        [likeness] = each.likeness(features[[1]], [["blue cross", "green square", "red ring"]])
+        [alone] = NearCaptions(captions, features).likeness(features[[1]], [["blue cross", "green square", "red ring"]])
+        # Three texts are near, the two that fit and one of another kind.
+        assert likeness[0] - alone[0] == pytest.approx(2 / 3 * 0.5)
+        assert likeness[2] == pytest.approx(alone[2])
+
+
 @pytest.fixture
 def photos(tmp_path):
     """Three red and three green images with their captions."""

@@ -9,6 +9,7 @@ from PIL import Image
 from diptych.data.scenes import ScenesSource
 from diptych.data.store import DataTokenizers, Store, encode
 from diptych.errors import UserError
+from diptych.itit import data as module
 from diptych.itit.data import DataConfig, Subset, encode_subset, open_data
 
 PAIRS = DataConfig(pairs="scenes:?count=21", max_pairs=6)
@@ -143,7 +144,7 @@ def test_parts_are_encoded_once(tmp_path):
     expected = [ScenesSource(count=21).key(int(item)) for item in part.items]
     assert (tmp_path / "out/keys.txt").read_text().split() == expected
     second = encode_subset(part, tmp_path / "out", tokenizers(tokenize_images=never), data=PAIRS)
-    np.testing.assert_array_equal(second.source.array("tokens"), first.source.array("tokens"))
+    np.testing.assert_array_equal(second.source.arrays["tokens"], first.source.arrays["tokens"])
     third = encode_subset(part, tmp_path / "out", tokenizers("c-d-24-False"), data=PAIRS)
     assert third.source.manifest["made_by"]["tokenizers"] == "c-d-24-False"
 
@@ -172,3 +173,26 @@ def test_a_run_is_not_continued_with_other_data(tmp_path, changes):
     other = open_data(replace(PAIRS, **changes)).pairs
     with pytest.raises(UserError, match="encoded from other items"):
         encode_subset(other, tmp_path / "out", tokenizers(), data=PAIRS)
+
+
+def test_the_time_to_encode_counts_every_network_that_reads_an_image(monkeypatch):
+    clock, shown = [0.0], []
+
+    def network(name, cost):
+        def run(inputs):
+            shown.append((name, len(inputs)))
+            clock[0] += cost
+
+        return run
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    tokenizers = DataTokenizers(
+        image_size=32,
+        tokenize_images=network("tokens", 1.0),
+        image_features=network("features", 2.0),
+        teacher_size=16,
+        teacher_features=network("teacher", 4.0),
+    )
+    some = Subset(ScenesSource(count=96), range(96))
+    assert module._seconds_to_encode(some, tokenizers, "images") == pytest.approx(7.0 * 96 / 48)
+    assert shown == [("tokens", 48), ("features", 48), ("teacher", 48)]

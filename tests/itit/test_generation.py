@@ -191,16 +191,16 @@ def score(table, ids, power):
 def test_beam_search_with_enough_beams_is_brute_force(power, seed):
     beams = V**L
     decoding = Markov(beams, seed)
-    ids, found = beam_search(decoding, 1, beams=beams, length=L, banned_V=NONE_BANNED, length_power=power)
+    found = beam_search(decoding, 1, beams=beams, length=L, banned_V=NONE_BANNED, length_power=power)
     texts = [(*body, EOS) for n in range(L) for body in product([t for t in range(V) if t != EOS], repeat=n)]
     best = max(texts, key=lambda text: score(decoding.table, text, power))
-    assert tuple(ids[0, 0].tolist()) == best + (PAD,) * (L - len(best))
-    assert found[0, 0].item() == pytest.approx(score(decoding.table, best, power), abs=1e-5)
-    ids, found = beam_search(
-        Markov(beams, seed), 1, beams=beams, length=L, banned_V=NONE_BANNED, length_power=power, exact_top=5
+    assert tuple(found.ids_BWL[0, 0].tolist()) == best + (PAD,) * (L - len(best))
+    assert found.score_BW[0, 0].item() == pytest.approx(score(decoding.table, best, power), abs=1e-5)
+    found = beam_search(
+        Markov(beams, seed), 1, beams=beams, length=L, banned_V=NONE_BANNED, length_power=power, count=5
     )
     order = sorted(texts, key=lambda text: score(decoding.table, text, power), reverse=True)
-    assert [tuple(row) for row in ids[0, :5].tolist()] == [text + (PAD,) * (L - len(text)) for text in order[:5]]
+    assert [tuple(row) for row in found.ids_BWL[0].tolist()] == [text + (PAD,) * (L - len(text)) for text in order[:5]]
 
 
 class Unequal(Markov):
@@ -222,8 +222,8 @@ def test_rows_of_a_batch_do_not_mix_and_leave_when_they_end(beams):
         decoding = Unequal(starts, beams)
         if beams == 1:
             return greedy(decoding, len(starts), length=6, banned_V=NONE_BANNED), decoding
-        ids, _ = beam_search(decoding, len(starts), beams=beams, length=6, banned_V=NONE_BANNED)
-        return ids[:, 0], decoding
+        found = beam_search(decoding, len(starts), beams=beams, length=6, banned_V=NONE_BANNED)
+        return found.ids_BWL[:, 0], decoding
 
     together, decoding = texts(list(range(12)))
     assert torch.equal(together, torch.cat([texts([start])[0] for start in range(12)]))
@@ -252,8 +252,8 @@ def test_banned_ids_never_appear_and_every_text_ends(beams):
         if beams == 1:
             ids = greedy(Markov(2, seed, images=2), 2, length=L, banned_V=banned)
         else:
-            ids, _ = beam_search(Markov(2 * beams, seed, images=2), 2, beams=beams, length=L, banned_V=banned)
-            ids = ids[:, 0]
+            found = beam_search(Markov(2 * beams, seed, images=2), 2, beams=beams, length=L, banned_V=banned)
+            ids = found.ids_BWL[:, 0]
         assert not (ids == 2).any()
         assert (ids == EOS).sum(1).eq(1).all()
 
@@ -317,9 +317,9 @@ def test_guidance_goes_through_a_pass_without_text(model, text, monkeypatch):
     seen = []
     encode = model.encode
 
-    def watched(*args, **options):
-        seen.append(options["features_BLF"] is None)
-        return encode(*args, **options)
+    def watched(image_BND, masking, features_BLF, valid_BL):
+        seen.append(features_BLF is None)
+        return encode(image_BND, masking, features_BLF, valid_BL)
 
     monkeypatch.setattr(model, "encode", watched)
     plain = generated(model, text)
@@ -342,12 +342,13 @@ def test_known_tokens_stay(model, text, tokens_BN):
 def test_the_encoder_gets_every_visible_token_and_half_at_most(model, text, monkeypatch, tokens_BN):
     encode, kept = model.encode, []
 
-    def watched(image_BND, *, hidden_BN, keep_BK, **options):
+    def watched(image_BND, masking, *text):
+        hidden_BN, keep_BK = masking.hidden_BN, masking.keep_BK
         if keep_BK is not None:
             visible = (~hidden_BN).sum(1)
             assert torch.equal((~hidden_BN).gather(1, keep_BK).sum(1), visible)
         kept.append(None if keep_BK is None else keep_BK.shape[1])
-        return encode(image_BND, hidden_BN=hidden_BN, keep_BK=keep_BK, **options)
+        return encode(image_BND, masking, *text)
 
     monkeypatch.setattr(model, "encode", watched)
     generated(model, text, steps=6)
@@ -360,20 +361,20 @@ def test_the_encoder_gets_every_visible_token_and_half_at_most(model, text, monk
 
 
 def test_one_beam_is_greedy_and_has_no_score(model, tokens_BN, banned_V):
-    ids_BL, score_B = generate_text(
+    found = generate_text(
         model, ImageTokenExamples(tokens_BN=tokens_BN), TextGenerationConfig(beams=1), banned_V=banned_V, length=10
     )
-    assert ids_BL.shape == (3, 10)
-    assert score_B is None
+    assert found.ids_BWL.shape == (3, 1, 10)
+    assert found.score_BW is None
 
 
 def test_beams_find_at_least_as_good_a_text(model, tokens_BN, banned_V):
     """Scored by the decoder itself, uncached: log p / ((5 + length) / 6) ** power."""
     config = TextGenerationConfig(beams=5, length_power=0.6)
-    ids_BL, score_B = generate_text(model, ImageTokenExamples(tokens_BN=tokens_BN), config, banned_V=banned_V, length=8)
-    greedy_BL, _ = generate_text(
-        model, ImageTokenExamples(tokens_BN=tokens_BN), TextGenerationConfig(beams=1), banned_V=banned_V, length=8
-    )
+    found = generate_text(model, ImageTokenExamples(tokens_BN=tokens_BN), config, banned_V=banned_V, length=8)
+    ids_BL, score_B = found.ids_BWL[:, 0], found.score_BW[:, 0]
+    one = TextGenerationConfig(beams=1)
+    greedy = generate_text(model, ImageTokenExamples(tokens_BN=tokens_BN), one, banned_V=banned_V, length=8)
 
     def score(ids_BL):
         prefix = model.encode(model.embed_image(tokens_BN)).image_BKD
@@ -384,15 +385,15 @@ def test_beams_find_at_least_as_good_a_text(model, tokens_BN, banned_V):
 
     with torch.no_grad():
         torch.testing.assert_close(score_B, score(ids_BL), rtol=1e-4, atol=1e-4)
-        assert (score_B >= score(greedy_BL) - 1e-4).all()
+        assert (score_B >= score(greedy.ids_BWL[:, 0]) - 1e-4).all()
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_banned_ids_are_never_generated_and_every_text_ends(model, tokens_BN, banned_V, beams):
-    ids_BL, _ = generate_text(
+    found = generate_text(
         model, ImageTokenExamples(tokens_BN=tokens_BN), TextGenerationConfig(beams=beams), banned_V=banned_V, length=6
     )
-    for row in ids_BL.tolist():
+    for row in found.ids_BWL[:, 0].tolist():
         end = row.index(1)
         assert not any(banned_V[i] for i in row[:end])
         assert not any(row[end + 1 :])

@@ -12,6 +12,7 @@ from diptych.itit.model import (
     SIZES,
     ImageFeatures,
     ItitConfig,
+    Masking,
     MaskingConfig,
     mean_of_text,
     sample_masking,
@@ -47,7 +48,7 @@ def test_hidden_tokens_do_not_reach_the_output(model, tokens):
     hidden[:, 5:] = True
     other = tokens.clone()
     other[:, 5:] = (other[:, 5:] + 1) % model.config.codebook_size
-    one, two = (model.encode(model.embed_image(t), hidden_BN=hidden) for t in (tokens, other))
+    one, two = (model.encode(model.embed_image(t), Masking(hidden)) for t in (tokens, other))
     torch.testing.assert_close(one.image_BKD, two.image_BKD)
     torch.testing.assert_close(model.image_logits(one, hidden), model.image_logits(two, hidden))
 
@@ -58,8 +59,8 @@ def test_dropped_positions_come_back_in_the_decoder(model, tokens):
     hidden[:, [1, 6, 9]] = False
     keep = torch.tensor([1, 6, 9, 0, 2]).expand(3, -1)
     image = model.embed_image(tokens)
-    one = model.image_logits(model.encode(image, hidden_BN=hidden, keep_BK=keep), hidden)
-    two = model.image_logits(model.encode(image, hidden_BN=hidden, keep_BK=keep.flip(1)), hidden)
+    one = model.image_logits(model.encode(image, Masking(hidden, keep)), hidden)
+    two = model.image_logits(model.encode(image, Masking(hidden, keep.flip(1))), hidden)
     assert one.shape == (3, 16, model.config.codebook_size)
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
@@ -71,7 +72,7 @@ def test_text_padding_changes_nothing(model, tokens):
     hidden = torch.ones_like(tokens, dtype=torch.bool)
     logits = [
         model.image_logits(
-            model.encode(model.embed_image(tokens), hidden_BN=hidden, features_BLF=f[:, :n], valid_BL=valid[:, :n]),
+            model.encode(model.embed_image(tokens), Masking(hidden), features_BLF=f[:, :n], valid_BL=valid[:, :n]),
             hidden,
         )
         for f, n in ((features, 6), (moved, 6))
@@ -83,9 +84,9 @@ def test_text_steers_the_image_and_the_null_text_is_another_one(model, tokens):
     features, valid = text(model)
     hidden = torch.ones_like(tokens, dtype=torch.bool)
     image = model.embed_image(tokens)
-    one = model.image_logits(model.encode(image, hidden_BN=hidden, features_BLF=features, valid_BL=valid), hidden)
-    two = model.image_logits(model.encode(image, hidden_BN=hidden, features_BLF=-features, valid_BL=valid), hidden)
-    null = model.image_logits(model.encode(image, hidden_BN=hidden), hidden)
+    one = model.image_logits(model.encode(image, Masking(hidden), features_BLF=features, valid_BL=valid), hidden)
+    two = model.image_logits(model.encode(image, Masking(hidden), features_BLF=-features, valid_BL=valid), hidden)
+    null = model.image_logits(model.encode(image, Masking(hidden)), hidden)
     assert (one - two).abs().max() > 1e-5
     assert (one - null).abs().max() > 1e-5
 

@@ -3,6 +3,8 @@
 The cycles are compared with the paper's definition, written out densely.
 """
 
+import copy
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,10 +13,17 @@ import pytest
 import torch
 
 from diptych.itit import objective as module
-from diptych.itit.generation import ImageGenerationConfig
+from diptych.itit.generation import GeneratedTexts, ImageGenerationConfig
 from diptych.itit.model import ITIT, Masking, MaskingConfig, sample_masking, shift_right
-from diptych.itit.objective import AlignmentHead, ItitObjective, ItitObjectiveConfig, LossWeights
-from diptych.nn.functional import token_loss
+from diptych.itit.objective import (
+    AlignmentHead,
+    ItitObjective,
+    ItitObjectiveConfig,
+    LossWeights,
+    straight_through_embedding,
+    token_loss,
+)
+from diptych.nn.inference import autocast
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
 
@@ -98,6 +107,27 @@ def test_the_total_is_the_weighted_sum(model, text_encoder, batch):
     expected = sum(getattr(weights, name) * losses.terms[name] for name in asdict(weights) if name in losses.terms)
     assert asdict(weights).keys() - losses.terms.keys() == {"teacher"}  # there is none
     torch.testing.assert_close(losses.total, expected)
+
+
+def test_a_text_encoder_in_bf16_changes_losses_as_little_as_bf16_itself(model, text_encoder, batch):
+    """Also the gradient that goes through it."""
+
+    def step(encoder, precision):
+        model.zero_grad()
+        with autocast(torch.device("cpu"), precision):
+            losses = objective(model, encoder)(batch, 0)
+        losses.total.backward()
+        return losses.terms, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    exact, exact_grad = step(text_encoder, "fp32")
+    mixed, mixed_grad = step(text_encoder, "bf16")
+    terms, grad = step(copy.deepcopy(text_encoder).to(torch.bfloat16), "bf16")
+    assert terms.keys() == exact.keys() >= {"t2i2t", "i2t2i"}
+    for name, loss in terms.items():
+        assert loss.item() == pytest.approx(exact[name].item(), rel=0.01), name
+        assert loss.item() == pytest.approx(mixed[name].item(), rel=0.01), name
+    assert torch.cosine_similarity(grad, exact_grad, dim=0) > 0.99
+    assert torch.cosine_similarity(mixed_grad, exact_grad, dim=0) > 0.99
 
 
 def test_cycles_begin_at_their_step(model, text_encoder, batch):
@@ -240,7 +270,8 @@ def cycles(model, text_encoder, batch, monkeypatch) -> ItitObjective:
     """An objective whose cycles generate the batch's own images and texts, and hide the same positions always."""
     hidden = {"first": [0, 3, 5], "second": [1, 2, 3, 4]}
     monkeypatch.setattr(module, "generate_image_tokens", lambda *_, **options: batch["images"].tokens_BN)
-    monkeypatch.setattr(module, "generate_text", lambda *_, **options: (batch["texts"].ids_BL, None))
+    texts = GeneratedTexts(batch["texts"].ids_BL[:, None], None)
+    monkeypatch.setattr(module, "generate_text", lambda *_, **options: texts)
     monkeypatch.setattr(
         module, "sample_masking", lambda *_, name, **options: masking(model, 4, hidden[name.split("/")[1]])
     )
@@ -255,15 +286,13 @@ def test_t2i2t_equals_the_dense_definition(model, text_encoder, batch, cycles):
     ours = cycles.t2i2t_loss(texts, rng)
 
     with torch.no_grad():
-        encoded = model.encode(
-            model.embed_image(pseudo), hidden_BN=first.hidden_BN, features_BLF=features, valid_BL=texts.valid_BL
-        )
+        encoded = model.encode(model.embed_image(pseudo), first, features_BLF=features, valid_BL=texts.valid_BL)
     logits = model.image_logits(encoded, first.hidden_BN)
     noisy = logits + rng.gumbel("gumbel", *logits.shape)
     pseudo_hot = torch.nn.functional.one_hot(pseudo, model.config.codebook_size).float()
     one_hot = torch.where(first.hidden_BN[..., None], dense_one_hot(noisy), pseudo_hot)
     image = one_hot @ model.token_embedding.weight
-    prefix = model.encode(image, hidden_BN=second.hidden_BN, keep_BK=second.keep_BK).image_BKD
+    prefix = model.encode(image, second).image_BKD
     prefix = 0.1 * prefix + (0.9 * prefix).detach()
     logits = model.text_logits(prefix, shift_right(texts.ids_BL))
     dense = token_loss(logits, texts.ids_BL, texts.valid_BL, label_smoothing=0.1)
@@ -281,14 +310,13 @@ def test_i2t2i_equals_the_dense_definition(model, text_encoder, batch, cycles):
     assert distinct == len(set(map(tuple, pseudo.tolist()))) / 4
 
     with torch.no_grad():
-        prefix = model.encode(model.embed_image(tokens), hidden_BN=first.hidden_BN, keep_BK=first.keep_BK).image_BKD
+        prefix = model.encode(model.embed_image(tokens), first).image_BKD
     logits = model.text_logits(prefix, shift_right(pseudo)).masked_fill(banned, -torch.inf)
     embedded = dense_one_hot(logits) @ text_encoder.embedding.weight
     features = text_encoder.features_from_embeddings(embedded, valid)
     encoded = model.encode(
         model.embed_image(tokens),
-        hidden_BN=second.hidden_BN,
-        keep_BK=second.keep_BK,
+        second,
         features_BLF=features,
         valid_BL=valid,
     )
@@ -301,9 +329,9 @@ def test_what_was_visible_stays(model, batch, cycles, monkeypatch):
     images = []
     encode = model.encode
 
-    def watched(image_BND, **options):
+    def watched(image_BND, *others):
         images.append(image_BND)
-        return encode(image_BND, **options)
+        return encode(image_BND, *others)
 
     monkeypatch.setattr(model, "encode", watched)
     cycles.t2i2t_loss(batch["texts"], StepRNG(0, 0))
@@ -313,7 +341,7 @@ def test_what_was_visible_stays(model, batch, cycles, monkeypatch):
 
 
 def test_a_batch_passes_through_five_files(model, text_encoder, batch):
-    """Those that docs/tour.md names, beside the blocks, the random numbers and the evaluation mode they use."""
+    """Those that docs/tour.md names; below them lie the blocks, the random numbers and the evaluation mode."""
     entered = set()
 
     def note(frame, event, argument):
@@ -328,8 +356,9 @@ def test_a_batch_passes_through_five_files(model, text_encoder, batch):
     finally:
         sys.setprofile(before)
     found = {str(Path(file).relative_to(here)) for file in entered if Path(file).is_relative_to(here)}
-    five = {"data/batch.py", "itit/model.py", "itit/generation.py", "tokenizers/text_encoder.py", "nn/functional.py"}
-    assert found == {"itit/objective.py", *five, "nn/transformer.py", "nn/inference.py", "rng.py"}
+    below = {"nn/transformer.py", "nn/inference.py", "rng.py"}
+    others = {"data/batch.py", "itit/model.py", "itit/generation.py", "tokenizers/text_encoder.py"}
+    assert found == {"itit/objective.py", *others, *below}
 
 
 # Captions read from image features
@@ -411,7 +440,7 @@ def test_the_teacher_loss_is_the_mean_cosine_over_captioned_and_bare_images(mode
             name=f"teacher/{stream}",
             device=tokens_BN.device,
         )
-        encoded = model.encode(model.embed_image(tokens_BN), hidden_BN=shown.hidden_BN, keep_BK=shown.keep_BK)
+        encoded = model.encode(model.embed_image(tokens_BN), shown)
         known = with_features["pairs"].teacher_features_BT
         wanted_BT = (features_BT - known.mean(0)) / known.std(0, correction=0)
         predicted_BT = head.layers(encoded.image_BKD.mean(1))
@@ -464,3 +493,86 @@ def test_the_head_learns_what_the_encoder_tells_of_an_image(model, text_encoder,
         losses.total.backward()
         optimizer.step()
     assert losses.terms["teacher"] < -0.7
+
+
+# Functions of tensors
+
+
+def smoothed(logits, target, counts, label_smoothing):
+    rows = []
+    for b in range(len(target)):
+        losses = []
+        for k in range(target.shape[1]):
+            if counts[b, k]:
+                log_p = logits[b, k].log_softmax(-1)
+                losses.append(-(1 - label_smoothing) * log_p[target[b, k]] - label_smoothing * log_p.mean())
+        rows.append(torch.stack(losses).mean())
+    return torch.stack(rows).mean()
+
+
+def test_token_loss_equals_a_loop():
+    torch.manual_seed(0)
+    logits, target = torch.randn(3, 4, 5), torch.randint(5, (3, 4))
+    counts = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)
+    found = token_loss(logits, target, counts, label_smoothing=0.1)
+    torch.testing.assert_close(found, smoothed(logits, target, counts, 0.1))
+
+
+def test_uniform_logits_cost_log_c():
+    counts = torch.ones(2, 3, dtype=torch.bool)
+    found = token_loss(torch.zeros(2, 3, 7), torch.zeros(2, 3, dtype=torch.long), counts, label_smoothing=0.1)
+    assert found.item() == pytest.approx(math.log(7))
+
+
+def test_what_does_not_count_changes_nothing_and_any_split_of_rows_gives_the_same():
+    torch.manual_seed(0)
+    logits, target = torch.randn(4, 3, 5), torch.randint(5, (4, 3))
+    counts = torch.rand(4, 3) > 0.4
+    counts[:, 0] = True
+    whole = token_loss(logits, target, counts, label_smoothing=0.1)
+    torch.testing.assert_close(token_loss(logits + 9 * ~counts[..., None], target, counts, label_smoothing=0.1), whole)
+    moved = torch.where(counts[..., None], logits, torch.randn(4, 3, 5))
+    torch.testing.assert_close(token_loss(moved, target, counts, label_smoothing=0.1), whole)
+    halves = [token_loss(logits[i::2], target[i::2], counts[i::2], label_smoothing=0.1) for i in (0, 1)]
+    torch.testing.assert_close(sum(halves) / 2, whole)
+
+
+def dense_embedding(logits, table):
+    """The definition: hard + (soft - soft.detach()), times the table."""
+    soft = logits.softmax(-1)
+    hard = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(soft.dtype)
+    return (hard + (soft - soft.detach())) @ table
+
+
+def test_straight_through_embedding_equals_the_dense_product():
+    torch.manual_seed(0)
+    logits, table = torch.randn(2, 5, 7), torch.randn(7, 3)
+    ours = [logits.clone().requires_grad_(), table.clone().requires_grad_()]
+    plain = [logits.clone().requires_grad_(), table.clone().requires_grad_()]
+    weight = torch.randn(2, 5, 3)
+    out, expected = straight_through_embedding(*ours), dense_embedding(*plain)
+    torch.testing.assert_close(out, expected)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(ours[0].grad, plain[0].grad, atol=1e-7, rtol=1e-5)
+    # The dense product's table sees the soft part too; its value is zero, so its gradient is the hard rows alone.
+    torch.testing.assert_close(ours[1].grad, plain[1].grad, atol=1e-6, rtol=1e-5)
+
+
+def test_no_gradient_for_a_frozen_table():
+    logits, table = torch.randn(4, 7, requires_grad=True), torch.randn(7, 3)
+    straight_through_embedding(logits, table).sum().backward()
+    assert logits.grad is not None
+    assert table.grad is None
+
+
+def test_impossible_entries_are_never_taken_and_give_no_nan():
+    logits = torch.randn(4, 7)
+    logits[:, 2] = -torch.inf
+    logits.requires_grad_()
+    table = torch.eye(7)
+    out = straight_through_embedding(logits, table)
+    assert (out[:, 2] == 0).all()
+    (out * torch.randn(4, 7)).sum().backward()
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[:, 2] == 0).all()

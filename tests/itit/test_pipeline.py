@@ -11,8 +11,9 @@ import diptych
 from diptych.data.scenes import ScenesSource
 from diptych.data.store import DataTokenizers
 from diptych.errors import UserError
+from diptych.itit.data import data_tokenizers
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.pipeline import Diptych, data_tokenizers
+from diptych.itit.pipeline import Diptych
 
 IMAGES = ImageGenerationConfig(steps=3, guidance=1.0, temperature=4.0)
 TEXTS = TextGenerationConfig(beams=2)

@@ -148,7 +148,7 @@ def test_the_command_prints_and_writes_what_it_did(save_itit_run, photos, tmp_pa
         told, metrics = capsys.readouterr().out, json.loads((out / "metrics.json").read_text())
         assert metrics["images"] == 5
         assert metrics["protocol"]["name"] == protocol
-        assert f"protocol {protocol}" in told
+        assert f"protocol {protocol}\n  source: {spec}\n  split: named by nothing in the source" in told
         for line in metrics["protocol"]["departures"]:
             assert f"DEPARTS: {line}" in told
     assert len((tmp_path / "k/captions.jsonl").read_text().splitlines()) == 5

@@ -8,24 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from diptych.data.scenes import ScenesSource
-from diptych.data.splits import Subset
-from diptych.data.store import DataTokenizers
 from diptych.encoders import ScratchConfig, scratch_encoder
 from diptych.errors import UserError
 from diptych.io import load_network
-from diptych.itit import training
 from diptych.itit.data import DataConfig, open_data
 from diptych.itit.evaluation import ALONE, EvaluateConfig, evaluate, evaluate_run
-from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.model import ITIT, ItitConfig
+from diptych.itit.generation import GenerationConfig, ImageGenerationConfig, TextGenerationConfig
+from diptych.itit.model import ITIT, ItitConfig, mean_of_text
 from diptych.itit.objective import ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych
 from diptych.itit.recipes import itit_finetune_caption
-from diptych.itit.training import GenerationConfig, ItitRun
+from diptych.itit.training import ItitRun
 from diptych.run_folder import write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from diptych.tokenizers.recipes import vqgan_tiny
@@ -312,6 +310,17 @@ def test_only_the_seed_decides_the_first_weights(done):
     assert (first.model.word_embedding.weight != other.model.word_embedding.weight).any()
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_text_encoder_has_the_precision_of_the_training(done, tmp_path, precision, dtype):
+    shutil.copytree(done, tmp_path / "run")
+    run = tiny_run()
+    run.train = replace(run.train, precision=precision)
+    encoder = run.prepare(tmp_path / "run").text_encoder
+    assert {value.dtype for value in encoder.parameters()} == {dtype}
+    assert contents(tmp_path / "run" / "encoded") == contents(done / "encoded"), "features are stored as before"
+    assert contents(tmp_path / "run" / "text_encoder") == contents(done / "text_encoder")
+
+
 def test_an_earlier_run_lends_its_tokenizers(done, tmp_path):
     run = tiny_run(steps=2)
     run.tokenizer, run.text_encoder = str(done), str(done / "text_encoder")
@@ -503,7 +512,13 @@ def test_captions_like_those_of_near_images_come_first(tmp_path, image_encoder):
     pairs = open_data(run.data).pairs
     diptych = Diptych.from_pretrained(out)
     near = diptych.near_captions
-    assert near.texts == [pairs.source.captions(int(item)) for item in pairs.items]
+    assert near.captions == [pairs.source.captions(int(item)) for item in pairs.items]
+    texts = open_data(run.data).texts
+    assert near.texts == [text for item in texts.items for text in texts.source.captions(int(item))]
+    ids_BL, valid_BL = diptych.text_encoder.tokenize(near.texts, length=diptych.model.config.max_text_len)
+    means_BF = mean_of_text(diptych.text_encoder.features(ids_BL, valid_BL), valid_BL)
+    expected_BG = diptych.model.image_features.expected(means_BF).numpy()
+    assert np.allclose(near.expected_UF, expected_BG, rtol=2e-3, atol=2e-3)
     images = diptych.encode(VALID.images(range(6), 32))
     ranked = diptych.candidates_encoded(images, count=4)
     assert [found[0] for found in ranked] == diptych.caption_encoded(images)
@@ -514,6 +529,9 @@ def test_captions_like_those_of_near_images_come_first(tmp_path, image_encoder):
     by_score = diptych.candidates_encoded(images, count=4)
     assert [{one.text for one in found} for found in by_score] == [{one.text for one in found} for found in ranked]
     assert by_score != ranked
+    alone = replace(run, objective=replace(run.objective, texts="off"), tokenizer=str(out), text_encoder=str(out))
+    alone.fit(tmp_path / "alone", recipe="tiny")
+    assert not Diptych.from_pretrained(tmp_path / "alone").near_captions.texts  # pairs alone use nothing else
     (out / "near_captions" / "captions.json").unlink()
     with pytest.raises(UserError, match="near_captions: cannot be read"):
         Diptych.from_pretrained(out)
@@ -594,26 +612,3 @@ def test_a_run_that_begins_with_the_weights_of_another_may_have_a_teacher(done, 
 def test_fine_tuning_needs_a_finished_run(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         replace(itit_finetune_caption(), init=str(tmp_path), data=tiny_run().data).fit(tmp_path / "out", recipe="x")
-
-
-def test_the_time_to_encode_counts_every_network_that_reads_an_image(monkeypatch):
-    clock, shown = [0.0], []
-
-    def network(name, cost):
-        def run(inputs):
-            shown.append((name, len(inputs)))
-            clock[0] += cost
-
-        return run
-
-    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
-    tokenizers = DataTokenizers(
-        image_size=32,
-        tokenize_images=network("tokens", 1.0),
-        image_features=network("features", 2.0),
-        teacher_size=16,
-        teacher_features=network("teacher", 4.0),
-    )
-    some = Subset(ScenesSource(count=96), range(96))
-    assert training._seconds_to_encode(some, tokenizers, "images") == pytest.approx(7.0 * 96 / 48)
-    assert shown == [("tokens", 48), ("features", 48), ("teacher", 48)]

@@ -10,8 +10,10 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from toy_objective import Toy, config, optim, toy_batches
 
 from diptych.train.loop import Hook, train
@@ -30,16 +32,32 @@ def main() -> None:
     parser.add_argument("--late-from", type=int, default=3, help="step at which the toy's second term starts")
     parser.add_argument("--may-skip-parameters", type=int, help="overrides what the toy says of itself")
     parser.add_argument("--die-at", type=int, help="step at which the second process is killed")
+    parser.add_argument("--write-late", action="store_true", help="shards wait for the step after their checkpoint")
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--settings", type=json.loads, default={}, help="other fields of the training, as JSON")
     options = parser.parse_args()
     hooks: list[Hook] = []
+    begun = [0]
+
+    def write_late(writer: HuggingFaceStorageWriter, plan: Any, planner: Any) -> Any:
+        """Write what belongs to a checkpoint once the next step is being made: the training has not waited."""
+        saved, waited = int(str(writer.path).rpartition("-")[2]), 0.0
+        while begun[0] <= saved < options.steps[-1]:
+            time.sleep(0.01)
+            waited += 0.01
+            assert waited < 60, "the training waits for its checkpoint"
+        return write(writer, plan, planner)
+
+    write = HuggingFaceStorageWriter.write_data
+    if options.write_late:
+        HuggingFaceStorageWriter.write_data = write_late
 
     def on_step(step: int) -> None:
         time.sleep(options.pause)
         if step == options.die_at and os.environ.get("RANK") == "1":
             (options.out / "died").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
+        begun[0] = step + 1
 
     for count in options.steps:
         toy = Toy(late_from=options.late_from)

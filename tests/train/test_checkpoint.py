@@ -1,9 +1,12 @@
+import errno
 import resource
 import subprocess
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from toy_objective import Toy, assert_same, optim, toy_batches, weights_of
 
 from diptych.errors import UserError
@@ -249,3 +252,52 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     assert [score.step for score in again.scores] == [1, 2]
     again.load_into(other := nn.Linear(1, 1))
     assert torch.equal(other.weight, network.weight)
+
+
+@pytest.fixture
+def alone():
+    """This process as the only one of a group."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield Devices(device="cpu", precision="fp32")
+    torch.distributed.destroy_process_group()
+
+
+def test_shards_are_written_while_the_training_goes_on(tmp_path, alone, monkeypatch):
+    may_write, write = threading.Event(), HuggingFaceStorageWriter.write_data
+
+    def write_late(*asked):
+        assert may_write.wait(60)
+        return write(*asked)
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_late)
+    writer = checkpoint.ShardWriter(alone)
+    writer.save(tmp_path, step=1, tensors={"model/w": torch.ones(3)}, state={"loss": 0.5}, keep=2)
+    assert checkpoint.newest(tmp_path) == (None, [])
+    may_write.set()
+    writer.save(tmp_path, step=2, tensors={"model/w": torch.zeros(3)}, state={}, keep=2)
+    assert_same(checkpoint.newest(tmp_path)[0].tensors("model"), {"w": torch.ones(3)})  # the one before is complete
+    writer.save(tmp_path, step=3, tensors={"model/w": torch.zeros(3)}, state={}, keep=2)
+    writer.finish()
+    assert steps_in(tmp_path) == ["step-00000002", "step-00000003"]
+    assert_same(checkpoint.newest(tmp_path)[0].tensors("model"), {"w": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("at", ["write_data", "_sync"])
+def test_what_a_thread_could_not_write_is_told_at_the_next_checkpoint(tmp_path, alone, monkeypatch, at):
+    writer = checkpoint.ShardWriter(alone)
+    writer.save(tmp_path, step=1, tensors={"model/w": torch.ones(3)}, state={}, keep=1)
+    writer.finish()
+
+    def refuse(*asked, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HuggingFaceStorageWriter if at == "write_data" else checkpoint, at, refuse)
+        writer.save(tmp_path, step=2, tensors={"model/w": torch.zeros(3)}, state={}, keep=1)
+        with pytest.raises(UserError, match=r"step-00000002: .* \(No space left on device\); older ones are intact"):
+            writer.save(tmp_path, step=3, tensors={"model/w": torch.zeros(3)}, state={}, keep=1)
+    assert steps_in(tmp_path) == ["step-00000001"]
+    assert_same(checkpoint.newest(tmp_path)[0].tensors("model"), {"w": torch.ones(3)})
+    writer.save(tmp_path, step=3, tensors={"model/w": torch.zeros(3)}, state={}, keep=1)
+    writer.finish()
+    assert checkpoint.newest(tmp_path)[0].step == 3

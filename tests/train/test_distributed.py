@@ -86,14 +86,18 @@ def test_parts_of_the_weights_train_as_the_whole(tmp_path, optimizer):
 
 
 def test_a_process_that_dies_ends_the_job_with_its_reason_and_the_same_command_goes_on(tmp_path):
-    done = launch(tmp_path, 10, "--die-at=6", f"--settings={FSDP}")
+    """Also while a checkpoint is written, which is done while the next steps are made: the one before is the newest."""
+    settings = f"--settings={json.dumps({'parallel': 'fsdp', 'checkpoint_every': 3})}"
+    done = launch(tmp_path, 10, "--die-at=6", "--write-late", settings)
     assert done.returncode != 0
     assert time.time() - float((tmp_path / "died").read_text()) < 60
     assert "Signal 9 (SIGKILL)" in done.stderr
     assert [step for step, _ in losses_of(tmp_path)] == list(range(1, 7))
-    again = launch(tmp_path, 10, f"--settings={FSDP}")
-    assert "continuing after step 4" in again.stdout + again.stderr
-    assert [step for step, _ in losses_of(tmp_path)] == list(range(1, 11))
+    again = launch(tmp_path, 10, "--write-late", settings)
+    assert "continuing after step 3" in again.stdout + again.stderr
+    train(Toy(late_from=3), toy_batches, out=tmp_path / "one", train=config(steps=10), optim=optim())
+    torch.testing.assert_close(losses_of(tmp_path), losses_of(tmp_path / "one"), rtol=1e-5, atol=0)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())][-1] == "step-00000010"
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,11 @@ Shapes: R rows of the grid of an image's tokens.
 """
 
 import os
+import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,7 +30,8 @@ from diptych.data.sources.text import clean
 from diptych.dual.model import DualEncoder
 from diptych.dual.search import Index, SearchResult, ZeroShotClassifier
 from diptych.errors import UserError
-from diptych.itit.pipeline import Caption, Diptych, ImagineStep
+from diptych.itit.generation import Canvas, ImageGenerationConfig
+from diptych.itit.pipeline import Caption, Diptych, ImagineRequest, ImagineStep
 from diptych.nn.inference import Device, Prediction
 from diptych.report.html import Captioned, Strip, image_tag, inline, run_sections
 from diptych.report.sheet import scale
@@ -332,6 +335,10 @@ def _scored(text: str, score: str, *, share: float | None = None) -> str:
 
 SIDE = 512
 """Side in pixels at which images are shown."""
+_SEEN = 4
+"""Number of images of one network for which every round is shown."""
+_PAUSE = 0.2
+"""Seconds between two looks of a user who waits for others."""
 _HIDDEN, _MARKED = (226, 230, 236), (59, 130, 246)
 """Colours that lie over what is hidden, and over what is marked."""
 
@@ -369,8 +376,114 @@ class MarkedImage:
 
     def shown(self) -> UInt8[np.ndarray, "H W 3"]:
         """The image about ``SIDE`` pixels wide: what is hidden is pale, and what is marked is tinted."""
-        image = np.asarray(scale(self.step.image, side=SIDE)).astype(np.float32)
+        image = scale(self.step.image, side=SIDE)
         for cells, colour, weight in ((self.step.hidden, _HIDDEN, 0.8), (self.marked, _MARKED, 0.45)):
-            over = Image.fromarray(cells.numpy()).resize(image.shape[1::-1], Image.Resampling.NEAREST)
-            image = np.where(np.asarray(over)[..., None], (1 - weight) * image + weight * np.array(colour), image)
-        return image.round().astype(np.uint8)
+            if cells.any():
+                over = Image.fromarray(cells.numpy().astype(np.uint8) * round(255 * weight))
+                image.paste(colour, mask=over.resize(image.size, Image.Resampling.NEAREST))
+        return np.asarray(image)
+
+
+@dataclass(slots=True, eq=False)
+class _Wanted:
+    """An image that a user waits for."""
+
+    request: ImagineRequest
+    config: ImageGenerationConfig
+    row: int = 0
+    newest: Canvas | None = None
+    """What the user has not seen yet."""
+    over: bool = False
+    """No other canvas follows."""
+    error: Exception | None = None
+
+    @property
+    def settings(self) -> Hashable:
+        """Images with equal settings come out the same together as alone."""
+        known = self.request.known
+        return *astuple(self.config), None if known is None else int(known[1].sum())
+
+
+class Imagining:
+    """The images that users wait for from one network. Those that wait with equal settings are generated together.
+
+    Whoever wants to see more of an image advances all that are generated with it, so there is no other thread, and
+    generation stops when nobody looks any more. What a user has not fetched when newer rounds are there is left out.
+    """
+
+    def __init__(self, diptych: Diptych, *, most: int) -> None:
+        """At most ``most`` images are generated together."""
+        self.diptych, self.most = diptych, most
+        self._lock = threading.Lock()
+        self._waiting: list[_Wanted] = []
+        self._going: list[_Wanted] = []
+        self._rounds: Iterator[Canvas] | None = None
+
+    def steps(self, request: ImagineRequest, config: ImageGenerationConfig) -> Generator[ImagineStep | None]:
+        """The image as it appears, and None from time to time while others are before it.
+
+        Raises UserError for an empty text. Whoever closes this iterator is forgotten.
+        """
+        if not request.text.strip():
+            raise UserError("no text: say what the image is to show")
+        wanted = _Wanted(request, config)
+        with self._lock:
+            self._waiting.append(wanted)
+        try:
+            while not wanted.over:
+                with self._lock:
+                    step = self._look(wanted)
+                if step is None:
+                    time.sleep(_PAUSE)
+                yield step
+        finally:
+            with self._lock:
+                self._forget(wanted)
+
+    def _look(self, wanted: _Wanted) -> ImagineStep | None:
+        """What is new of an image; whatever is generated goes on if there is nothing."""
+        if wanted.newest is None:
+            # Making an image visible takes about as long as a round of it does, so many users see fewer of them.
+            for _ in range(max(1, len(self._going) // _SEEN)):
+                self._advance()
+        if wanted.error is not None:
+            raise wanted.error
+        canvas, wanted.newest = wanted.newest, None
+        if canvas is None:
+            return None
+        wanted.over = canvas.progress == 1
+        return self.diptych.imagine_step(canvas, wanted.row)
+
+    def _advance(self) -> None:
+        """One round of what is generated, or the first one of what has waited longest and all with its settings."""
+        if self._rounds is None and self._waiting:
+            first = self._waiting[0].settings
+            self._going = [each for each in self._waiting if each.settings == first][: self.most]
+            self._waiting = [each for each in self._waiting if each not in self._going]
+            for row, each in enumerate(self._going):
+                each.row = row
+            requests = [each.request for each in self._going]
+            self._rounds = self.diptych.imagine_together(requests, config=self._going[0].config)
+        if self._rounds is None:
+            return
+        try:
+            canvas = next(self._rounds)
+        except Exception as error:
+            for each in self._going:
+                each.error = error
+            self._stop()
+            return
+        for each in self._going:
+            each.newest = canvas
+        if canvas.progress == 1:
+            self._stop()
+
+    def _forget(self, wanted: _Wanted) -> None:
+        for some in (self._waiting, self._going):
+            if wanted in some:
+                some.remove(wanted)
+        if not self._going:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._going, self._rounds = [], None

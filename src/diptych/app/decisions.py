@@ -6,8 +6,6 @@ rejected one), `decision` and `proposed`. Each is on disk before the next image 
 that a kill at any moment leaves every decision that was confirmed.
 
 Shapes: N images, M images that were offered before, D features.
-
-Also the Audit tab: pairs that fit worst first, and what users say of them.
 """
 
 import json
@@ -39,6 +37,8 @@ from diptych.itit.pipeline import Caption, Diptych
 _POOL = 64
 """Images that are captioned at once and then put in order."""
 _BEAMS = 4
+_SHOWN = 384
+"""Side in pixels at which people see an image; networks may see it far smaller."""
 
 
 class Labels:
@@ -201,12 +201,16 @@ class Offers:
     @torch.no_grad()
     def _prepare(self) -> None:
         some, self._waiting = self._waiting[:_POOL], self._waiting[_POOL:]
-        items, images, skipped = [], [], SkippedItems(max_skipped_share=1.0)
+        items, images, shown, skipped = [], [], [], SkippedItems(max_skipped_share=1.0)
         for item in some:
-            image = read_image(self.labels.source, item, size=self.diptych.image_size, skipped=skipped)
-            if image is not None:
+            image, large = (
+                read_image(self.labels.source, item, size=size, skipped=skipped)
+                for size in (self.diptych.image_size, max(_SHOWN, self.diptych.image_size))
+            )
+            if image is not None and large is not None:
                 items.append(item)
                 images.append(image)
+                shown.append(large)
         if not items:
             return
         encoded = self.diptych.encode(np.stack(images))
@@ -221,7 +225,7 @@ class Offers:
             Offer(
                 item=items[n],
                 name=self.labels.names[items[n]],
-                image=images[n],
+                image=shown[n],
                 candidates=found[n] or nothing,
                 confidence=self._confidence_of(found[n]),
             )

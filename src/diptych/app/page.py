@@ -5,7 +5,7 @@ it. Text from users and from networks is shown as HTML by `answers.py`, which es
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from html import escape
@@ -18,13 +18,16 @@ import numpy as np
 from fastapi import FastAPI
 
 from diptych.app import answers
-from diptych.app.answers import Given, MarkedImage, Tab, read_images
+from diptych.app.answers import Given, Imagining, MarkedImage, Tab, read_images
 from diptych.app.decisions import Offer, Offers, label_confidence
 from diptych.app.serve import MAX_FILE_MB, WAITING
 from diptych.errors import UserError
+from diptych.itit.pipeline import ImagineRequest
 
 _BATCH = 16
 """Largest number of requests that a network answers together."""
+_BEAMS = 16
+"""Largest number of beams."""
 _LONGEST = 1000
 """Largest number of letters of a text."""
 _AUDITED = 6
@@ -90,9 +93,22 @@ def _mistakes_told() -> Iterator[None]:
         raise gr.Error(escape(str(error)), print_exception=False) from None
 
 
+def _or_note(answer: Callable[[], str]) -> str:
+    """An answer in HTML, or in its place what the user can mend."""
+    try:
+        return answer()
+    except UserError as error:
+        return answers.note(str(error))
+
+
+def _hint(html: str) -> gr.HTML:
+    """A line that says how something is read or used."""
+    return gr.HTML(f'<p class="keys">{html}</p>')
+
+
 def _choice(names: Sequence[str], label: str = "Run") -> gr.Dropdown:
     """Which run answers; hidden where there is one."""
-    return gr.Dropdown(list(names), value=names[0], label=label, visible=len(names) > 1)
+    return gr.Dropdown(list(names), value=names[0], label=label, visible=len(names) > 1, min_width=260)
 
 
 def _upload(label: str, *, several: bool = False) -> gr.File:
@@ -133,13 +149,17 @@ def _batched(
 
 def _caption(given: Given, *_: object) -> None:
     found = given.networks("itit")
+    usual = min(next(iter(found.values())).text_generation.beams, _BEAMS)
     answer = _batched(found, lambda network, pixels, beams: answers.captions(network, pixels, beams=int(beams)))
     with gr.Row():
         with gr.Column(scale=2):
             run = _choice(list(found))
             images = _upload("Images", several=True)
-            beams = gr.Slider(1, 16, value=4, step=1, label="Beams", info="More beams: more candidates, more time.")
+            beams = gr.Slider(
+                1, _BEAMS, value=usual, step=1, label="Beams", info="More beams: more candidates, more time."
+            )
             button = gr.Button("Caption", variant="primary")
+            _hint("The likeliest caption comes first. Scores are log-probabilities, made fair for length: at most 0.")
         with gr.Column(scale=3):
             shown = gr.HTML(elem_classes="shown", elem_id="captions")
     gr.on(
@@ -156,25 +176,28 @@ def _caption(given: Given, *_: object) -> None:
 
 def _imagine(given: Given, *_: object) -> None:
     found = given.networks("itit")
+    images = {name: Imagining(network, most=_BATCH) for name, network in found.items()}
     usual = next(iter(found.values())).image_generation
 
     def imagine(
         name: str, text: str, seed: int, guidance: float, steps: int, current: MarkedImage | None
-    ) -> Iterator[tuple[Any, MarkedImage]]:
+    ) -> Iterator[tuple[Any, Any]]:
         """With an image, only its marked part is generated anew."""
-        with _mistakes_told():
-            known = None if current is None else (current.step.tokens, current.marked)
-            config = replace(found[name].image_generation, guidance=guidance, steps=int(steps))
-            for step in found[name].imagine_steps(text, seed=int(seed or 0), config=config, known=known):
-                current = MarkedImage(step=step)
-                yield current.shown(), current
+        known = None if current is None else (current.step.tokens, current.marked)
+        request = ImagineRequest(text=text, seed=int(seed or 0), known=known)
+        config = replace(found[name].image_generation, guidance=guidance, steps=int(steps))
+        with _mistakes_told(), closing(images[name].steps(request, config)) as made:
+            for step in made:
+                # Gradio notices between two answers that a user has left, so those who wait get an empty one.
+                current = None if step is None else MarkedImage(step=step)
+                yield (gr.skip(), gr.skip()) if current is None else (current.shown(), current)
 
-    def imagine_all(name: str, text: str, seed: int, guidance: float, steps: int) -> Iterator[tuple[Any, MarkedImage]]:
+    def imagine_all(name: str, text: str, seed: int, guidance: float, steps: int) -> Iterator[tuple[Any, Any]]:
         yield from imagine(name, text, seed, guidance, steps, None)
 
     def imagine_anew(
         name: str, text: str, seed: int, guidance: float, steps: int, current: MarkedImage | None
-    ) -> Iterator[tuple[Any, MarkedImage]]:
+    ) -> Iterator[tuple[Any, Any]]:
         with _mistakes_told():
             if current is None or not current.corners:
                 raise UserError("nothing is marked: click on two corners of the part to generate anew")
@@ -204,11 +227,12 @@ def _imagine(given: Given, *_: object) -> None:
             start = gr.UploadButton("Start from an image of yours", file_types=["image"], type="filepath")
         with gr.Column(scale=3):
             image = gr.Image(
-                label="Click on two corners to mark a part", format="png", interactive=False, buttons=["download"]
-            )
+                label="Image", show_label=False, format="png", interactive=False, buttons=["download"]
+            )  # its label would lie on the image
+            _hint("Click on two corners of the image to mark a part of it.")
     current = gr.State(None)
     inputs, outputs = [run, text, seed, guidance, steps], [image, current]
-    asked = {"concurrency_id": "itit", "show_progress_on": button}
+    asked = {"concurrency_id": "imagine", "concurrency_limit": _BATCH, "show_progress_on": button}
     gr.on([button.click, text.submit], imagine_all, inputs, outputs, api_name="imagine", **asked)
     anew.click(imagine_anew, [*inputs, current], outputs, api_name=False, **asked)
     start.upload(begin, [run, start], outputs, api_name=False, concurrency_id="itit")
@@ -219,8 +243,7 @@ def _cycle(given: Given, *_: object) -> None:
     found = given.networks("itit")
 
     def answer(name: str, text: str, file: str | None, rounds: int, seed: int) -> str:
-        with _mistakes_told():
-            return answers.cycle(found[name], text, _one(file), rounds=int(rounds), seed=int(seed or 0))
+        return _or_note(lambda: answers.cycle(found[name], text, _one(file), rounds=int(rounds), seed=int(seed or 0)))
 
     with gr.Row():
         with gr.Column():
@@ -244,8 +267,7 @@ def _cycle(given: Given, *_: object) -> None:
 
 def _search(given: Given, *_: object) -> None:
     def answer(name: str, text: str, file: str | None, top: int) -> str:
-        with _mistakes_told():
-            return answers.hits(given.indexes[name], text, _one(file), top=int(top))
+        return _or_note(lambda: answers.hits(given.indexes[name], text, _one(file), top=int(top)))
 
     with gr.Row():
         with gr.Column():
@@ -255,6 +277,7 @@ def _search(given: Given, *_: object) -> None:
         image = _upload("Or image to search for")
     button = gr.Button("Search", variant="primary")
     shown = gr.HTML(elem_classes="shown", elem_id="hits")
+    _hint("The number of a hit is its cosine with what is searched for: 1 is as near as can be.")
     gr.on(
         [button.click, text.submit],
         answer,
@@ -355,11 +378,11 @@ def _label(given: Given, opened: gr.Tab, page: gr.Blocks) -> None:
         skipped = gr.Button("Skip", elem_id="label-skip")
         undone = gr.Button("Undo", elem_id="label-undo")
     counted = gr.HTML(elem_id="label-counts")
-    gr.HTML(
-        '<p class="keys"><kbd>a</kbd> accept, <kbd>e</kbd> edit, then <kbd>Enter</kbd> accepts and <kbd>Esc</kbd> '
+    _hint(
+        "<kbd>a</kbd> accept, <kbd>e</kbd> edit, then <kbd>Enter</kbd> accepts and <kbd>Esc</kbd> "
         "leaves the text, <kbd>1</kbd>–<kbd>4</kbd> take a candidate, <kbd>r</kbd> reject: the image gets no caption, "
         f"<kbd>s</kbd> skip, <kbd>u</kbd> undo. Saved at once to <code>{escape(str(labels.file))}</code>"
-        f"{' and beside the images' if labels.sidecars else ''}.</p>"
+        f"{' and beside the images' if labels.sidecars else ''}."
     )
     desk = gr.State(_Desk())
     outputs = [image, caption, counted, desk]
@@ -422,7 +445,7 @@ def _audit(given: Given, opened: gr.Tab, _: object) -> None:
                 boxes.append(gr.Checkbox(label="Keep", visible=False, elem_id=f"keep-{place}"))
     with gr.Row():
         before, after = gr.Button("Before"), gr.Button("After")
-    gr.HTML(f'<p class="keys">Saved at once; <code>?keep={escape(str(ranking.keep_file))}</code> is what is kept.</p>')
+    _hint(f"Saved at once; <code>?keep={escape(str(ranking.keep_file))}</code> is what is kept.")
     first = gr.State(0)
     outputs = [*cards, *boxes, told, first]
     usual: dict[str, Any] = {"api_name": False, "show_progress": "hidden", "concurrency_limit": None}

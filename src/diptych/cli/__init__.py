@@ -1,17 +1,20 @@
 """The command line: one function for each command, its name, and the exit status of mistakes and interruptions."""
 
+import inspect
 import io
 import os
+import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import tyro
 
+from diptych.cli.captions import caption
 from diptych.cli.datasets import audit, check, suggest
 from diptych.cli.evaluation import evaluate, sweep
 from diptych.cli.inference import (
     app,
-    caption,
     classify,
     cycle,
     embed,
@@ -20,7 +23,7 @@ from diptych.cli.inference import (
     push,
     search,
 )
-from diptych.cli.training import demo, encode, features, fit, fit_for_help, plan, plan_for_help, recipes
+from diptych.cli.training import PlanArguments, demo, encode, features, fit, fit_for_help, plan, recipes
 from diptych.errors import Interrupted, UserError
 
 _ABOUT = (
@@ -28,9 +31,11 @@ _ABOUT = (
     "from few captioned images and many unpaired images and texts."
 )
 
-COMMANDS = {
+COMMANDS: dict[str, Any] = {
     "demo": demo,
     "recipes": recipes,
+    "fit": fit_for_help,
+    "plan": PlanArguments,
     "check": check,
     "audit": audit,
     "suggest": suggest,
@@ -50,6 +55,21 @@ COMMANDS = {
 }
 
 
+def _summary(command: Callable[..., object]) -> Callable[[], None]:
+    """A command without options and with the first line of its description, for the list of commands."""
+
+    def summary() -> None: ...
+
+    summary.__doc__ = (command.__doc__ or "").partition("\n")[0]
+    return summary
+
+
+def _with_whole_lines(command: Callable[..., object]) -> Callable[..., object]:
+    """``command`` with the description of each option on one line: its own line breaks would end lines early."""
+    command.__doc__ = re.sub(r"\n {5,}", " ", inspect.cleandoc(command.__doc__ or ""))
+    return command
+
+
 def main() -> None:
     """Runs the command of ``sys.argv``. A mistake of the user ends in one line on stderr and status 2."""
     arguments = sys.argv[1:]
@@ -65,9 +85,15 @@ def main() -> None:
         elif arguments[:1] == ["plan"]:
             plan(arguments[1:])
         else:
-            subcommands: dict[str, Any] = {**COMMANDS, "fit": fit_for_help, "plan": plan_for_help}
+            arguments = arguments or ["--help"]
+            listed = arguments[0] in ("-h", "--help")
             tyro.extras.subcommand_cli_from_dict(
-                subcommands, prog="diptych", description=_ABOUT, args=arguments or ["--help"], sort_subcommands=False
+                {name: (_summary if listed else _with_whole_lines)(command) for name, command in COMMANDS.items()},
+                prog="diptych",
+                description=_ABOUT,
+                args=arguments,
+                sort_subcommands=False,
+                config=(tyro.conf.FlagCreatePairsOff,),
             )
     except UserError as error:
         print(f"diptych: {error}", file=sys.stderr)

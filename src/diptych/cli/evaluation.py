@@ -38,31 +38,35 @@ def evaluate(
 
     An ITIT run is scored on captioned images by its captions and the images it generates, an image tokenizer by how
     well it reconstructs images, a classifier by its accuracy on labelled images. A dual encoder is scored by retrieval
-    and modality gap on captioned images and by zero-shot classification on labelled ones. The scores of baselines stand
-    beside them; the baselines learn, in seconds, from the data that the run has learned from.
+    and modality gap on captioned images and by zero-shot classification on labelled ones. Baselines are scored beside
+    the run; they learn in seconds from the data that the run has learned from.
 
     Args:
         run: Run folder of any recipe but text-encoder and uml-ssl.
         data: Source of images with captions or labels that the run has not seen.
         limit: Number of images to score, the first of the source. Scores of different subsets are not comparable.
-        protocol: ITIT: protocol of published numbers. coco-karpathy scores captions by 4 beams against all references,
-            coco-fid30k 30,000 images generated from captions drawn by --seed. What was done is printed and written.
-        cycles: ITIT: score so many rounds of cycle generation instead, each against what the cycle began with.
-        against: ITIT: runs whose cycles are scored too and stand in the same figure, e.g. one on the pairs alone.
+            Default: all; of `scenes:` without a count, 1,000.
+        protocol: ITIT: protocol of published numbers. coco-karpathy scores captions by 4 beams against all references;
+            coco-fid30k scores 30,000 images generated from captions that --seed draws. The protocol is printed and
+            written in full.
+        cycles: ITIT: number of rounds of cycle generation to score instead, each against the start of its cycle.
+        against: ITIT: further runs whose cycles are scored and drawn in the same figure, such as one on the pairs
+            alone.
         beams: ITIT: number of beams of the search for captions; 1 is greedy. Default: the setting of the run.
         steps: ITIT: number of steps of parallel decoding of an image. Default: the setting of the run.
         guidance: ITIT: strength of guidance towards the text; 0 is none. Default: the setting of the run.
-        temperature: ITIT: noise in the order in which tokens are chosen. Default: the setting of the run.
+        temperature: ITIT: scale of the noise in the order in which tokens are chosen. Default: the setting of the run.
         seed: ITIT: seed of the generated images.
-        features: ITIT, image tokenizer: features of the Frechet distance, as folder or hub name of a vision model of
-            transformers, or as TorchScript file, or as .pth file of pytorch-fid (extra `fid`). It is called FID only
-            with the weights of FID's Inception. Default: a random network, which needs no download.
+        features: ITIT, image tokenizer: network that gives the features of the Frechet distance: a folder or hub name
+            of a vision model of transformers, a TorchScript file, or a .pth file of pytorch-fid (extra `fid`). The
+            distance is called FID only with the weights of FID's Inception. Default: a random network, which needs no
+            download.
         baseline_encoder: ITIT, dual encoder: pretrained image encoder, by folder, hub name or package, whose features
             also find the nearest images for the baselines. Default: that of an ITIT run, none for a dual encoder.
         train: Dual encoder: source of labelled images to fit a linear probe to.
-        classes: Dual encoder: file with the name of a class a line, for labels that are numbers (they count the lines
-            from 0) or codes (`n01440764 tench`, or the names in the order of the sorted codes).
-        umap: Dual encoder: also write umap.png, a map of the embeddings; needs the extra `umap`.
+        classes: Dual encoder: file with the name of a class per line, for labels that are numbers (of the lines, from
+            0) or codes (`n01440764 tench`, or the names in the order of the sorted codes).
+        umap: Dual encoder: a map of the embeddings, umap.png, beside the scores; needs the extra `umap`.
         max_skipped_share: Largest share of unreadable images that is left out without stopping, 0 to 1.
         out: Folder for metrics.json and the sheet. It must not hold earlier ones. Default: RUN/evaluation, or the first
             of RUN/evaluation-2, RUN/evaluation-3 ... that is free.

@@ -142,7 +142,7 @@ class ImageArguments:
         if not self.images:
             raise UserError("; ".join(found.mistakes))
         for line in found.mistakes:
-            _tell(line)
+            _warn(line)
 
     def batches(self, size: int) -> Iterator[tuple[list[str], np.ndarray]]:
         """Names and pixels [B size size 3] of those that can be read, a few at a time."""
@@ -157,7 +157,7 @@ class ImageArguments:
         self.used += used
         self.left_out += len(mistakes)
         for line in mistakes:
-            _tell(line)
+            _warn(line)
 
     def exit_if_any_was_left_out(self) -> None:
         """Status 1 where some could not be read, and 2 where none could, so that a script notices."""
@@ -165,5 +165,5 @@ class ImageArguments:
             sys.exit(1 if self.used else 2)
 
 
-def _tell(line: str) -> None:
+def _warn(line: str) -> None:
     print(f"diptych: {line}", file=sys.stderr, flush=True)

@@ -122,7 +122,7 @@ def encode(
 
     open_source(source)  # what is wrong with it is told before the libraries are loaded
     from diptych.data.store import encode as encode_source
-    from diptych.itit.pipeline import open_to_encode
+    from diptych.itit.data import open_to_encode
 
     opened = partial(open_to_encode, source, run, features=features)
     found, tokenizers = opened()
@@ -165,8 +165,9 @@ _COSTS = (
     "N minutes.\n"
 )
 _MINUTES = (
-    "Minutes for the whole run. Steps, warm-up, starts and intervals of every stage are set so that it ends in time on "
-    "this machine, and batches are made smaller where it is short. Default: the recipe's steps, however long they take."
+    "Number of minutes for the whole run. The steps, the warm-up, the starts and the intervals of every stage are set "
+    "so that the run ends in time on this machine; if the time is short, batches are made smaller. Default: the "
+    "recipe's steps, however long they take."
 )
 _OUT = "Folder of the run; an interrupted run continues there."
 
@@ -361,48 +362,32 @@ def fit_for_help(
     """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanArguments:
-    """The arguments of `diptych plan` that are no fields of the recipe."""
-
-    recipe: str
-    devices: tuple[int, ...]
-    device: str
-    utilization: float
-    images: int
-    text_features: Literal["computed", "cached"]
-    json: Path | None
-
-
-def plan_for_help(
-    recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIPE")],
-    *,
-    devices: tuple[int, ...] = (1,),
-    device: Literal["h100", "h200", "a100", "rtx4090", "cpu"] = "h100",
-    utilization: float = 0.4,
-    images: int = 10_000_000,
-    text_features: Literal["computed", "cached"] = "computed",
-    json: Path | None = None,
-) -> PlanArguments:
     """Say on paper what a recipe takes on given devices: operations, memory, time, and what limits it first.
 
     Every field of the recipe is an option, as with `diptych fit`. Nothing is read or downloaded.
-
-    Args:
-        recipe: Name of a recipe; `diptych recipes` lists them.
-        devices: Number of devices, eight in each machine; several numbers give a plan for each.
-        device: Kind of device; cpu measures the peak of this machine.
-        utilization: Share of the peak of a device that is reached.
-        images: Number of different images in the data, each of which is encoded once.
-        text_features: Whether the frozen text encoder computes in each step, or its features are read from disk.
-        json: File for all numbers.
     """
-    return PlanArguments(recipe, devices, device, utilization, images, text_features, json)
+
+    recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIPE")]
+    """Name of a recipe; `diptych recipes` lists them."""
+    devices: tuple[int, ...] = (1,)
+    """Number of devices, eight in each machine; several numbers give a plan for each."""
+    device: Literal["h100", "h200", "a100", "rtx4090", "cpu"] = "h100"
+    """Kind of device; cpu measures the peak of this machine."""
+    utilization: float = 0.4
+    """Share of the peak of a device that is reached, 0 to 1."""
+    images: int = 10_000_000
+    """Number of different images in the data, each of which is encoded once."""
+    text_features: Literal["computed", "cached"] = "computed"
+    """Features of the frozen text encoder: computed in each step, or cached on disk."""
+    json: Path | None = None
+    """File for all numbers."""
 
 
 def plan(arguments: list[str]) -> None:
     """`diptych plan RECIPE [any field]`: the options depend on the recipe, so they are parsed here."""
-    given, rest = tyro.cli(plan_for_help, prog="diptych plan", args=arguments or ["--help"], return_unknown_args=True)
+    given, rest = tyro.cli(PlanArguments, prog="diptych plan", args=arguments or ["--help"], return_unknown_args=True)
 
     from diptych.plan import plan as on_paper
     from diptych.registry import RECIPES
@@ -444,84 +429,34 @@ def _fill_missing(run: Any) -> None:
             setattr(run, field.name, "")
 
 
-FIRST: dict[Kind, tuple[str, ...]] = {
-    "itit": (
-        "data.pairs",
-        "data.images",
-        "data.texts",
-        "data.valid",
-        "data.max_pairs",
-        "tokenizer",
-        "text_encoder",
-        "train.steps",
-        "train.batch_size",
-        "optim.lr",
-    ),
-    "dual": (
-        "data.pairs",
-        "data.valid",
-        "start",
-        "model.image_tower",
-        "model.text_tower",
-        "model.tune",
-        "model.image_size",
-        "train.steps",
-        "train.batch_size",
-        "optim.lr",
-    ),
-    "classifier": (
-        "data.images",
-        "data.texts",
-        "data.valid",
-        "data.shots",
-        "encoder",
-        "text_encoder",
-        "objective.aux_weight",
-        "patience",
-        "train.steps",
-        "optim.lr",
-    ),
-    "feature encoder": (
-        "target",
-        "others",
-        "model.width",
-        "model.depth",
-        "train.steps",
-        "train.batch_size",
-        "optim.lr",
-    ),
-    "tokenizer": (
-        "images",
-        "stage.model.image_size",
-        "stage.model.codebook_size",
-        "stage.train.steps",
-        "stage.train.batch_size",
-        "stage.optim.lr",
-    ),
-    "text encoder": (
-        "texts",
-        "stage.model.vocab_size",
-        "stage.max_text_len",
-        "stage.train.steps",
-        "stage.train.batch_size",
-        "stage.optim.lr",
-    ),
+FIRST: dict[Kind, str] = {
+    "itit": "data.pairs data.images data.texts data.valid data.max_pairs tokenizer text_encoder train.steps "
+    "train.batch_size optim.lr",
+    "dual": "data.pairs data.valid start model.image_tower model.text_tower model.tune model.image_size train.steps "
+    "train.batch_size optim.lr",
+    "classifier": "data.images data.texts data.valid data.shots encoder text_encoder objective.aux_weight patience "
+    "train.steps optim.lr",
+    "feature encoder": "target others model.width model.depth train.steps train.batch_size optim.lr",
+    "tokenizer": "images stage.model.image_size stage.model.codebook_size stage.train.steps stage.train.batch_size "
+    "stage.optim.lr",
+    "text encoder": "texts stage.model.vocab_size stage.max_text_len stage.train.steps stage.train.batch_size "
+    "stage.optim.lr",
 }
-"""Fields of each kind of run that are listed by `--help`."""
+"""Fields of each kind of run that `--help` lists, separated by spaces."""
 
 
 def short_help(name: str, run: Run, *, about: str, always: dict[str, str]) -> str:
     """The help of a recipe on a page or two. ``always`` are the options that all recipes have, with their help."""
     width = min(shutil.get_terminal_size().columns, 120)
-    rows = dict(always)
-    for field in FIRST[run.kind]:
+    rows, listed = dict(always), FIRST[run.kind].split()
+    for field in listed:
         text, value = _field(run, field)
         default = " (required)" if value is MISSING else f" (default: {value})" if value not in (None, "") else ""
         rows[f"--{field.replace('_', '-')}"] = text + default
     lines = [f"usage: diptych fit {name} [OPTIONS]", "", textwrap.dedent(f"    {about.strip()}"), ""]
     for flag, text in rows.items():
         lines += [flag, *textwrap.wrap(text, width - 6, initial_indent="      ", subsequent_indent="      ")]
-    rest = _count(run) - len(FIRST[run.kind])
+    rest = _count(run) - len(listed)
     return "\n".join([*lines, "", f"{rest} more options: diptych fit {name} --help-all", ""])
 
 

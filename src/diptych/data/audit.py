@@ -239,7 +239,7 @@ def write_audit(source: Source, findings: Sequence[Finding], out: Path, *, spec:
                 images.append(image)
                 captions.append(found.caption)
         save_png(out / "worst.png", contact_sheet(images, captions=captions, title=f"{source.name}: what fits worst"))
-    return _told(findings, source, out, spec)
+    return _summary(findings, source, out, spec)
 
 
 _NO_IMAGE = {"unreadable image", "image there twice"}
@@ -265,7 +265,7 @@ def write_keep(findings: Sequence[Finding], file: Path) -> None:
     write_bytes(file, "".join(lines).encode())
 
 
-def _told(findings: Sequence[Finding], source: Source, out: Path, spec: str) -> list[str]:
+def _summary(findings: Sequence[Finding], source: Source, out: Path, spec: str) -> list[str]:
     counts: Counter[str] = Counter()
     for found in findings:
         counts.update("odd sides" if reason.startswith("sides of") else reason for reason in found.reasons)

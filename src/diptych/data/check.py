@@ -74,49 +74,49 @@ class SourceCheck:
         """The findings as lines for the terminal."""
         captioned = sum(count > 0 for count in self.captions)
         total = sum(self.captions)
-        told = [("items", f"{self.items:,}")]
+        rows = [("items", f"{self.items:,}")]
         if total:
             each = _range([count for count in self.captions if count])
-            told.append(("captions", f"{total:,} of {counted(captioned, 'item')}, {each} each"))
-            told.append(("words", f"{_range(self.lengths)} of a caption, {np.median(self.lengths):.0f} in the middle"))
+            rows.append(("captions", f"{total:,} of {counted(captioned, 'item')}, {each} each"))
+            rows.append(("words", f"{_range(self.lengths)} of a caption, {np.median(self.lengths):.0f} in the middle"))
             if captioned < self.items:
-                told.append(("", f"{counted(self.items - captioned, 'item')} without a caption"))
+                rows.append(("", f"{counted(self.items - captioned, 'item')} without a caption"))
             if self.shared_captions:
-                told.append(("", f"{counted(self.shared_captions, 'caption')} in the same words at several items"))
+                rows.append(("", f"{counted(self.shared_captions, 'caption')} in the same words at several items"))
             if self.repeated_captions:
-                told.append(("", f"{counted(self.repeated_captions, 'caption')} that their item has already"))
+                rows.append(("", f"{counted(self.repeated_captions, 'caption')} that their item has already"))
             if self.named_captions:
-                told.append(("", f"{counted(self.named_captions, 'caption')} that name a file or an address"))
+                rows.append(("", f"{counted(self.named_captions, 'caption')} that name a file or an address"))
         else:
-            told.append(("captions", "none"))
+            rows.append(("captions", "none"))
         if self.opened:
-            told.append(("images", f"{self.opened:,} opened, {len(self.unreadable):,} of them unreadable"))
+            rows.append(("images", f"{self.opened:,} opened, {len(self.unreadable):,} of them unreadable"))
             if self.sizes:
                 widths, heights = zip(*self.sizes, strict=True)
                 middle = f"{np.median(widths):.0f} x {np.median(heights):.0f} in the middle"
-                told.append(("pixels", f"{_range(widths)} wide, {_range(heights)} high, {middle}"))
+                rows.append(("pixels", f"{_range(widths)} wide, {_range(heights)} high, {middle}"))
             if self.several_frames:
                 shown = some(self.several_frames, len(self.several_frames))
-                told.append(
+                rows.append(
                     ("frames", f"{counted(len(self.several_frames), 'image')} used by the first alone: {shown}")
                 )
             if self.twins:
                 pairs = [f"{a} = {b}" for a, b in self.twins]
-                told.append(("twins", f"{counted(len(pairs), 'image')} the same as another: {some(pairs, len(pairs))}"))
+                rows.append(("twins", f"{counted(len(pairs), 'image')} the same as another: {some(pairs, len(pairs))}"))
         else:
-            told.append(("images", "none"))
+            rows.append(("images", "none"))
         if self.labels:
             classes = [f"{label} {count:,}" for label, count in self.labels.most_common()]
-            told.append(("labels", f"{counted(len(classes), 'class', 'classes')}: {some(classes, len(classes))}"))
+            rows.append(("labels", f"{counted(len(classes), 'class', 'classes')}: {some(classes, len(classes))}"))
             if unlabelled := self.items - self.labels.total():
-                told.append(("", f"{counted(unlabelled, 'item')} without a label"))
-        told += [("unreadable", reason) for reason in self.unreadable[:3]]
-        told += [("note", note) for note in self.notes]
-        told += [
+                rows.append(("", f"{counted(unlabelled, 'item')} without a label"))
+        rows += [("unreadable", reason) for reason in self.unreadable[:3]]
+        rows += [("note", note) for note in self.notes]
+        rows += [
             ("sample", f"{on_one_line(key)}  {text if len(text) < 120 else text[:117] + '...'}".rstrip())
             for key, text in self.samples
         ]
-        return [self.name, *(f"  {head:<10} {text}" for head, text in told)]
+        return [self.name, *(f"  {head:<10} {text}" for head, text in rows)]
 
 
 def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
@@ -180,8 +180,8 @@ class Part:
             texts = sum(len(self.source.captions(int(item))) for item in self.items)
         if "text" in self.what:
             return counted(len(self.items) if texts is None else texts, self.what)
-        told = counted(len(self.items), self.what)
-        return told if self.what != "pair" or texts is None else f"{told} ({counted(texts, 'caption')})"
+        count = counted(len(self.items), self.what)
+        return count if self.what != "pair" or texts is None else f"{count} ({counted(texts, 'caption')})"
 
 
 def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
@@ -216,18 +216,18 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
             )
         tried += len(chosen)
         faults += wrong
-    told = f"; {len(faults)} of {tried} images that were tried cannot be read" if tried else ""
-    told += f", such as {faults[0]}" if faults else ""
-    told += f"; of {several} with several frames the first is used" if several else ""
+    remarks = f"; {len(faults)} of {tried} images that were tried cannot be read" if tried else ""
+    remarks += f", such as {faults[0]}" if faults else ""
+    remarks += f"; of {several} with several frames the first is used" if several else ""
     twins: list[tuple[str, str]] = []
     learned: list[tuple[str, str]] = []
     for one, other in _twins(list(compared.values())):
         (learned if (id(one[0]) in valid) != (id(other[0]) in valid) else twins).append(_named_twins(one, other))
     for found, what in ((learned, "in the validation and in what is learned from"), (twins, "the same as another")):
         if found:
-            told += f"; {counted(len(found), 'image')} of {len(compared):,} that were compared {what}: "
-            told += some([f"{a} = {b}" for a, b in found], len(found))
-    return ", ".join(part.describe() for part in parts) + told
+            remarks += f"; {counted(len(found), 'image')} of {len(compared):,} that were compared {what}: "
+            remarks += some([f"{a} = {b}" for a, b in found], len(found))
+    return ", ".join(part.describe() for part in parts) + remarks
 
 
 def note_on_learned(known: HasSides, items: np.ndarray | range, scored: Source) -> list[str]:
@@ -356,8 +356,8 @@ def content_digest(source: Source) -> str:
     if source.name.startswith(("scenes:", "hub:")):
         return ""
     if is_remote(source.name):
-        told = " ".join(file.identity for file in remote_files(source.name))
-        return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
+        identities = " ".join(file.identity for file in remote_files(source.name))
+        return hashlib.blake2b(identities.encode(), digest_size=8).hexdigest()
     try:
         places = find_files(source.name)
     except UserError:  # a source that was made in Python

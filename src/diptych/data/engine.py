@@ -1,31 +1,37 @@
 """Work on the items of a data set, block by block: in this process, or by the workers of a Ray cluster.
 
+    Engine                     who works on the blocks
+    ResumableArrayWriter       writes the rows of the blocks to arrays on disk
+
 A result comes once for each block and in the order of the blocks, whichever worker made it. So what is written from
 the results has the same bytes with either engine, and a command that was stopped goes on where it was with either.
 """
 
 import hashlib
+import json
 import logging
 import os
+import shutil
 import socket
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from diptych.errors import UserError, first_line
+from diptych.io import replace_folder, write_bytes
 
 if TYPE_CHECKING:  # torch takes a second to import, and mistakes in a command are answered without it
     import torch
 
     from diptych.data.pixels import SkippedItems
     from diptych.data.sources import Source
-    from diptych.data.store import ResumableArrayWriter
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +48,12 @@ _OBJECT_STORE = 512 * 2**20
 """Bytes of shared memory for blocks and results of a cluster that is started here; Ray puts more on disk."""
 
 
+KEYS_ENCODING: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
+"""How keys.txt is read and written."""
+
+Opened = TypeVar("Opened")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """What became of the items of a block."""
@@ -52,6 +64,151 @@ class Rows:
     """A name for each row."""
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Key of each item that was left out -> the reason."""
+
+
+class ResumableArrayWriter:
+    """Writes a folder ``out`` of arrays that grow along their first axis.
+
+    The arrays grow in a hidden folder, which takes the name ``out`` when everything is there. While they grow, its
+    ``progress.json`` holds what an interrupted run needs to go on after its last finished chunk.
+    """
+
+    def __init__(self, out: Path, made_by: Mapping[str, Any] | None) -> None:
+        """Go on with what an interrupted writer left if it was given the same ``made_by``; else begin anew.
+
+        Args:
+            out: Folder to write.
+            made_by: Everything that decides the content, as JSON can hold it. None begins anew in any case.
+        """
+        self.out, self.folder = out, out.with_name(f".{out.name}.partial")
+        self.state: dict[str, Any] = {"made_by": made_by, "arrays": {}, "skipped": {}}
+        self.state |= {"done": 0, "items": 0, "key_bytes": 0}
+        progress = self.folder / "progress.json"
+        if made_by is not None and progress.is_file():
+            found = json.loads(progress.read_text())
+            if found["made_by"] == made_by:
+                self.state = found
+        if self.done == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sizes = dict(self._sizes())
+        for file in self.folder.glob("*.npy"):  # an array may have begun in the chunk that was interrupted
+            if file.name not in sizes:
+                file.unlink()
+        for name, size in sizes.items():
+            os.truncate(self.folder / name, size)
+
+    @property
+    def done(self) -> int:
+        """How far the caller has come, as it last told `append`."""
+        return self.state["done"]
+
+    @property
+    def items(self) -> int:
+        """Number of keys written so far."""
+        return self.state["items"]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Key of each item that was left out -> the reason. The caller fills it."""
+        return self.state["skipped"]
+
+    @property
+    def arrays(self) -> dict[str, dict[str, Any]]:
+        """``shape`` and ``dtype`` of each array so far."""
+        return self.state["arrays"]
+
+    def append(self, arrays: Mapping[str, np.ndarray], *, keys: Iterable[str] = (), done: int | None = None) -> None:
+        """Append rows to each of ``arrays`` and names to the keys.
+
+        ``done`` marks the end of a chunk: an interrupted writer goes on after the last one, with that number.
+        """
+        self._append_keys(keys)
+        for name, array in arrays.items():
+            array = np.ascontiguousarray(array)
+            known = self.arrays.setdefault(name, {"shape": [0, *array.shape[1:]], "dtype": _little_endian(array)})
+            found = ([*array.shape[1:]], _little_endian(array))
+            assert (known["shape"][1:], known["dtype"]) == found, (name, known, array)
+            with (self.folder / f"{name}.npy").open("ab") as file:
+                if file.tell() == 0:
+                    file.write(_header(known))
+                file.write(array.astype(known["dtype"], copy=False).data)
+            known["shape"][0] += len(array)
+        if done is not None:
+            self.state["done"] = done
+            _write_json(self.folder / "progress.json", self.state)
+
+    def finish(self, manifest: str, content: Any, opened: Callable[[Path], Opened]) -> Opened:
+        """Write ``content`` as JSON to the file ``manifest``, give the folder its name and return ``opened(out)``.
+
+        ``opened`` is first tried on the hidden folder, so that a folder that cannot be opened replaces nothing.
+        """
+        for name, array in self.arrays.items():
+            with (self.folder / f"{name}.npy").open("r+b") as file:
+                file.write(_header(array))
+        if self.skipped:
+            from diptych.data.pixels import SkippedItems
+
+            SkippedItems(reasons=self.skipped).write(self.folder / "skipped.jsonl")
+        _write_json(self.folder / manifest, content)
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        opened(self.folder)
+        replace_folder(self.folder, self.out)
+        return opened(self.out)
+
+    def read(self) -> dict[str, np.ndarray]:
+        """The arrays so far, in memory."""
+        found = {}
+        for name, array in self.arrays.items():
+            file, begin = self.folder / f"{name}.npy", len(_header(array))
+            found[name] = np.fromfile(file, array["dtype"], offset=begin).reshape(array["shape"])
+        return found
+
+    def map(self, name: str) -> np.ndarray:
+        """An array so far, mapped into memory. The header in its file may tell of fewer rows."""
+        array = self.arrays[name]
+        file, shape = self.folder / f"{name}.npy", tuple(array["shape"])
+        return np.memmap(file, array["dtype"], "r", offset=len(_header(array)), shape=shape)
+
+    def discard(self) -> None:
+        """Remove the hidden folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _append_keys(self, keys: Iterable[str]) -> None:
+        names = [" ".join(key.splitlines()) for key in keys]
+        lines = "".join(f"{name}\n" for name in names).encode(**KEYS_ENCODING)
+        with (self.folder / "keys.txt").open("ab") as file:
+            file.write(lines)
+        self.state["key_bytes"] += len(lines)
+        self.state["items"] += len(names)
+
+    def _sizes(self) -> Iterator[tuple[str, int]]:
+        """Name of each file that grows, and its bytes at the end of the last finished chunk."""
+        for name, array in self.arrays.items():
+            yield f"{name}.npy", npy_bytes(array)
+        if self.done:
+            yield "keys.txt", self.state["key_bytes"]
+
+
+def _header(array: Mapping[str, Any]) -> bytes:
+    """The header of the ``.npy`` file. NumPy pads it, so that its length stays the same while rows are added."""
+    header = BytesIO()
+    description = {"descr": array["dtype"], "fortran_order": False, "shape": tuple(array["shape"])}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
+
+
+def npy_bytes(array: Mapping[str, Any]) -> int:
+    """Bytes of the ``.npy`` file of an array of this ``shape`` and ``dtype``."""
+    return len(_header(array)) + int(np.prod(array["shape"])) * np.dtype(array["dtype"]).itemsize
+
+
+def _little_endian(array: np.ndarray) -> str:
+    return array.dtype.newbyteorder("<").str
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_bytes(path, json.dumps(value).encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +255,7 @@ class Engine:
 
     def write(
         self,
-        writer: "ResumableArrayWriter",
+        writer: ResumableArrayWriter,
         work: Callable[[Any, Any], Rows],
         tools: Any,
         items: np.ndarray | range,
@@ -150,8 +307,6 @@ class Engine:
         With ``keep``, finished blocks lie there under ``name`` and are not made again for the same items, content of
         the ``source`` and weights of the ``network``.
         """
-        from diptych.data.store import ResumableArrayWriter
-
         with tempfile.TemporaryDirectory() as spare:
             made_by = None if self.keep is None else _identity(items, source, network, rows)
             writer = ResumableArrayWriter((self.keep or Path(spare)) / name, made_by)

@@ -1,8 +1,7 @@
-"""Folders of NumPy arrays on disk, written chunk by chunk and read memory-mapped; and encoding into them.
+"""Folders of NumPy arrays on disk that are read memory-mapped, and encoding into them.
 
     Store, encode              images as tokens and texts as ids, computed ahead of training
     VectorStore, write_vectors feature vectors
-    ResumableArrayWriter       writes the arrays of both
 
 Every array is an ordinary ``NAME.npy``, which `numpy.load` reads too. Beside the arrays lies ``keys.txt`` with a name
 for each item.
@@ -13,12 +12,9 @@ T width of the teacher's features, S pixels of a side.
 
 import json
 import mmap
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,14 +24,13 @@ from torch import Tensor
 
 from diptych.data.batch import ImageTokenExamples, PairExamples, TextExamples
 from diptych.data.check import content_digest
-from diptych.data.engine import LOCAL, Engine, Rows, items_digest
+from diptych.data.engine import KEYS_ENCODING, LOCAL, Engine, ResumableArrayWriter, Rows, items_digest, npy_bytes
 from diptych.data.pixels import SkippedItems, channels_first, read_block
 from diptych.data.sources import Source
 from diptych.data.splits import at
 from diptych.data.streams import Rows as Examples
 from diptych.data.streams import Stream, block_order, choose
 from diptych.errors import UserError
-from diptych.io import replace_folder, write_bytes
 
 STORE_MANIFEST = "store.json"
 STORE_VERSION = 2
@@ -50,155 +45,9 @@ _ROWS = 2**14
 """Items that are looked up at once."""
 _MOST_MAPPED = 400 * 2**20
 """Bytes of mapped files that a process keeps resident; it lets go of them at more."""
-_IN_A_GROUP = 16_384
-"""Number of vectors in a row group of parquet: what a reader holds at once."""
-_KEYS_ENCODING: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
-
-Opened = TypeVar("Opened")
+Taken = TypeVar("Taken")
 _CHUNK = 512
 """Items encoded between two points at which an interrupted run goes on."""
-
-
-class ResumableArrayWriter:
-    """Writes a folder ``out`` of arrays that grow along their first axis.
-
-    The arrays grow in a hidden folder, which takes the name ``out`` when everything is there. While they grow, its
-    ``progress.json`` holds what an interrupted run needs to go on after its last finished chunk.
-    """
-
-    def __init__(self, out: Path, made_by: Mapping[str, Any] | None) -> None:
-        """Go on with what an interrupted writer left if it was given the same ``made_by``; else begin anew.
-
-        Args:
-            out: Folder to write.
-            made_by: Everything that decides the content, as JSON can hold it. None begins anew in any case.
-        """
-        self.out, self.folder = out, out.with_name(f".{out.name}.partial")
-        self.state: dict[str, Any] = {"made_by": made_by, "arrays": {}, "skipped": {}}
-        self.state |= {"done": 0, "items": 0, "key_bytes": 0}
-        progress = self.folder / "progress.json"
-        if made_by is not None and progress.is_file():
-            found = json.loads(progress.read_text())
-            if found["made_by"] == made_by:
-                self.state = found
-        if self.done == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sizes = dict(self._sizes())
-        for file in self.folder.glob("*.npy"):  # an array may have begun in the chunk that was interrupted
-            if file.name not in sizes:
-                file.unlink()
-        for name, size in sizes.items():
-            os.truncate(self.folder / name, size)
-
-    @property
-    def done(self) -> int:
-        """How far the caller has come, as it last told `append`."""
-        return self.state["done"]
-
-    @property
-    def items(self) -> int:
-        """Number of keys written so far."""
-        return self.state["items"]
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        """Key of each item that was left out -> the reason. The caller fills it."""
-        return self.state["skipped"]
-
-    @property
-    def arrays(self) -> dict[str, dict[str, Any]]:
-        """``shape`` and ``dtype`` of each array so far."""
-        return self.state["arrays"]
-
-    def append(self, arrays: Mapping[str, np.ndarray], *, keys: Iterable[str] = (), done: int | None = None) -> None:
-        """Append rows to each of ``arrays`` and names to the keys.
-
-        ``done`` marks the end of a chunk: an interrupted writer goes on after the last one, with that number.
-        """
-        self._append_keys(keys)
-        for name, array in arrays.items():
-            array = np.ascontiguousarray(array)
-            known = self.arrays.setdefault(name, {"shape": [0, *array.shape[1:]], "dtype": _little_endian(array)})
-            found = ([*array.shape[1:]], _little_endian(array))
-            assert (known["shape"][1:], known["dtype"]) == found, (name, known, array)
-            with (self.folder / f"{name}.npy").open("ab") as file:
-                if file.tell() == 0:
-                    file.write(_header(known))
-                file.write(array.astype(known["dtype"], copy=False).data)
-            known["shape"][0] += len(array)
-        if done is not None:
-            self.state["done"] = done
-            _write_json(self.folder / "progress.json", self.state)
-
-    def finish(self, manifest: str, content: Any, opened: Callable[[Path], Opened]) -> Opened:
-        """Write ``content`` as JSON to the file ``manifest``, give the folder its name and return ``opened(out)``.
-
-        ``opened`` is first tried on the hidden folder, so that a folder that cannot be opened replaces nothing.
-        """
-        for name, array in self.arrays.items():
-            with (self.folder / f"{name}.npy").open("r+b") as file:
-                file.write(_header(array))
-        if self.skipped:
-            SkippedItems(reasons=self.skipped).write(self.folder / "skipped.jsonl")
-        _write_json(self.folder / manifest, content)
-        (self.folder / "progress.json").unlink(missing_ok=True)
-        opened(self.folder)
-        replace_folder(self.folder, self.out)
-        return opened(self.out)
-
-    def read(self) -> dict[str, np.ndarray]:
-        """The arrays so far, in memory."""
-        found = {}
-        for name, array in self.arrays.items():
-            file, begin = self.folder / f"{name}.npy", len(_header(array))
-            found[name] = np.fromfile(file, array["dtype"], offset=begin).reshape(array["shape"])
-        return found
-
-    def map(self, name: str) -> np.ndarray:
-        """An array so far, mapped into memory. The header in its file may tell of fewer rows."""
-        array = self.arrays[name]
-        file, shape = self.folder / f"{name}.npy", tuple(array["shape"])
-        return np.memmap(file, array["dtype"], "r", offset=len(_header(array)), shape=shape)
-
-    def discard(self) -> None:
-        """Remove the hidden folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _append_keys(self, keys: Iterable[str]) -> None:
-        names = [" ".join(key.splitlines()) for key in keys]
-        lines = "".join(f"{name}\n" for name in names).encode(**_KEYS_ENCODING)
-        with (self.folder / "keys.txt").open("ab") as file:
-            file.write(lines)
-        self.state["key_bytes"] += len(lines)
-        self.state["items"] += len(names)
-
-    def _sizes(self) -> Iterator[tuple[str, int]]:
-        """Name of each file that grows, and its bytes at the end of the last finished chunk."""
-        for name, array in self.arrays.items():
-            yield f"{name}.npy", _file_bytes(array)
-        if self.done:
-            yield "keys.txt", self.state["key_bytes"]
-
-
-def _header(array: Mapping[str, Any]) -> bytes:
-    """The header of the ``.npy`` file. NumPy pads it, so that its length stays the same while rows are added."""
-    header = BytesIO()
-    description = {"descr": array["dtype"], "fortran_order": False, "shape": tuple(array["shape"])}
-    np.lib.format.write_array_header_1_0(header, description)
-    return header.getvalue()
-
-
-def _file_bytes(array: Mapping[str, Any]) -> int:
-    return len(_header(array)) + int(np.prod(array["shape"])) * np.dtype(array["dtype"]).itemsize
-
-
-def _little_endian(array: np.ndarray) -> str:
-    return array.dtype.newbyteorder("<").str
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_bytes(path, json.dumps(value).encode())
 
 
 @dataclass(frozen=True)
@@ -230,13 +79,7 @@ class Store:
         """
         try:
             manifest = json.loads((folder / STORE_MANIFEST).read_text())
-            version = manifest.get("version", 1)
-            if version == 1 and any(folder.glob("*.bin")):
-                raise UserError(
-                    f"{folder}: was encoded by an earlier version of Diptych, whose .bin files are no longer read: "
-                    "encode it again (in a run folder: delete it first)"
-                )
-            if version != STORE_VERSION:
+            if (version := manifest.get("version", 1)) != STORE_VERSION:
                 raise ValueError(f"its version is {version!r}, not {STORE_VERSION}")
             arrays = {name: _map(folder / f"{name}.npy", array) for name, array in manifest["arrays"].items()}
         except UserError:
@@ -260,13 +103,11 @@ class Store:
     def has_captions(self) -> bool:
         return "ids" in self.arrays
 
-    def array(self, name: str) -> np.ndarray | None:
-        """A memory-mapped array, or None if the store has none of that name."""
-        return self.arrays.get(name)
-
     @cached_property
     def captions(self) -> "CaptionIndex":
-        """Where the captions of each item lie. Reads all counts once."""
+        """Where the captions of each item lie. Reads all counts once. A store of images alone has no such attribute."""
+        if "counts" not in self.arrays:  # what isinstance with a protocol that has captions asks for
+            raise AttributeError("the store was encoded without captions")
         return CaptionIndex(self.arrays["counts"], after_part=self._resident.let_go)
 
     def pairs(self, items: np.ndarray | range, *, seed: int) -> Stream[PairExamples]:
@@ -415,10 +256,10 @@ class _Resident:
         self._maps = [each for each in maps if hasattr(each, "madvise")]
         self._kept = _mapped_bytes()
 
-    def limited(self, take: Callable[[np.ndarray, np.ndarray], Opened]) -> Callable[[np.ndarray, np.ndarray], Opened]:
+    def limited(self, take: Callable[[np.ndarray, np.ndarray], Taken]) -> Callable[[np.ndarray, np.ndarray], Taken]:
         """``take`` with a look at the memory after it."""
 
-        def limited(index: np.ndarray, epoch: np.ndarray) -> Opened:
+        def limited(index: np.ndarray, epoch: np.ndarray) -> Taken:
             found = take(index, epoch)
             self.limit()
             return found
@@ -448,7 +289,7 @@ def _mapped_bytes() -> int:
 
 def _map(path: Path, array: Mapping[str, Any]) -> np.ndarray:
     """The array of a ``.npy`` file, memory-mapped. Raises an error where the file is not what ``array`` says."""
-    expected, found = _file_bytes(array), path.stat().st_size
+    expected, found = npy_bytes(array), path.stat().st_size
     if found != expected:
         raise UserError(f"{path} has {found} bytes, not {expected}: encode it again")
     mapped = np.load(path, mmap_mode="r")
@@ -484,7 +325,7 @@ class VectorStore:
             raise UserError(f"{folder}: no such folder of vectors")
         try:
             manifest = json.loads((folder / VECTORS_MANIFEST).read_text())
-            keys = (folder / "keys.txt").read_text(**_KEYS_ENCODING).split("\n")[:-1]
+            keys = (folder / "keys.txt").read_text(**KEYS_ENCODING).split("\n")[:-1]
             arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
             if "vectors" not in arrays:
                 raise ValueError("it has no vectors.npy")
@@ -548,32 +389,6 @@ def finish_vectors(writer: ResumableArrayWriter, manifest: Mapping[str, Any]) ->
     if not writer.arrays:
         raise UserError(f"{writer.out.name}: nothing to write")
     return writer.finish(VECTORS_MANIFEST, manifest, VectorStore.open)
-
-
-def write_parquet(store: VectorStore, out: Path) -> None:
-    """Write a store as one table, as vector databases take it: `key`, the further arrays, and `vector` in fp32.
-
-    The manifest is in the metadata of the schema, as JSON under `diptych`. The file appears when it is complete.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    width = store.vectors.shape[1]
-    types = {"key": pyarrow.string()}
-    types |= {name: pyarrow.from_numpy_dtype(array.dtype) for name, array in store.further.items()}
-    types["vector"] = pyarrow.list_(pyarrow.float32(), width)
-    schema = pyarrow.schema(types.items(), metadata={"diptych": json.dumps(store.manifest)})
-    fresh = out.with_name(f".{out.name}.fresh")  # one a kill left is written anew
-    with pyarrow.parquet.ParquetWriter(fresh, schema) as writer:
-        for start in range(0, len(store), _IN_A_GROUP):
-            rows = slice(start, start + _IN_A_GROUP)
-            flat = np.asarray(store.vectors[rows], np.float32).reshape(-1)
-            # File names may be bytes that no text holds; a table has no place for them.
-            keys = [key.encode("utf-8", "replace").decode() for key in store.keys[rows]]
-            columns = [pyarrow.array(keys), *(pyarrow.array(array[rows]) for array in store.further.values())]
-            columns.append(pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat), width))
-            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
-    os.replace(fresh, out)
 
 
 def check_free(folder: Path) -> None:

@@ -27,11 +27,11 @@ from torch import Tensor
 from diptych.data.augment import ViewConfig, draw_view, make_view
 from diptych.data.batch import CaptionedImageExamples, CaptionedStateExamples
 from diptych.data.check import content_digest
+from diptych.data.engine import ResumableArrayWriter
 from diptych.data.pixels import CachedImages, SkippedItems, channels_first, read_images, shard_order
 from diptych.data.sources import Source
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
-from diptych.data.store import ResumableArrayWriter
 from diptych.data.streams import Stream, choose
 from diptych.dual.towers import TowersEncoder
 from diptych.errors import UserError

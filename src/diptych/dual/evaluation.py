@@ -148,10 +148,10 @@ def evaluate_dual_run(
         notes += _shared_captions(pairs) + _long_captions(encoder, images)
         if umap:
             map_png = modality_map({run.name: (pairs.images_ID[:_MAPPED], pairs.first_ID[:_MAPPED])})
-    found, told = _score_labels(encoder, images, data=data, train=train, classes=classes)
+    found, label_notes = _score_labels(encoder, images, data=data, train=train, classes=classes)
     metrics |= found
     out.mkdir(parents=True, exist_ok=True)
-    notes += told + skipped.report(out / "skipped.jsonl")
+    notes += label_notes + skipped.report(out / "skipped.jsonl")
     print_metrics(metrics, title=f"{run} on {data}", notes=notes)
     beside = {}
     if comparison is not None:
@@ -236,8 +236,8 @@ def _named(table: dict[str, float]) -> dict[str, float]:
 def _shared_captions(pairs: EmbeddedPairs) -> list[str]:
     if not pairs.shared:
         return []
-    told = f"{pairs.shared} of {len(pairs.texts_TD)} captions are those of another image too"
-    return [f"{told}: a hit on an equal text, or on an image that has it, is right."]
+    shared = f"{pairs.shared} of {len(pairs.texts_TD)} captions are those of another image too"
+    return [f"{shared}: a hit on an equal text, or on an image that has it, is right."]
 
 
 def _long_captions(encoder: DualEncoder, images: EmbeddedImages) -> list[str]:

@@ -25,6 +25,7 @@ from diptych.dual.objective import (
     PairsConfig,
     PairsObjective,
     Views,
+    gather_rows,
     in_chunks,
     multi_view_info_nce,
     multi_view_nt_xent,
@@ -32,7 +33,6 @@ from diptych.dual.objective import (
     unit,
 )
 from diptych.errors import UserError
-from diptych.nn.functional import gather_rows
 from diptych.nn.transformer import Block, init_weights, rounded
 from diptych.train.objective import Losses
 

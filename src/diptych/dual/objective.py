@@ -3,15 +3,16 @@
     info_nce, nt_xent, sigmoid_loss          losses, as pure functions of embeddings
     PairsConfig, PairsObjective              what the settings and the objectives have in common
     Views, unbind_captions, in_chunks        from a batch to embeddings
+    gather_rows                              embeddings of all processes
     ClipObjective, SlipObjective             the objectives
 
-The losses compare all rows of a batch with one another. They take the rows of all processes, which
-`nn/functional.py:gather_rows` gathers, so they do not depend on the number of processes. Similarities and losses are
-fp32, whatever the precision of the towers, and all embeddings are L2-normalized. A tower is given one view at a time,
-so that its activations take no more memory than CLIP's.
+The losses compare all rows of a batch with one another. They take the rows of all processes (:func:`gather_rows`), so
+they do not depend on the number of processes. Similarities and losses are fp32, whatever the precision of the towers,
+and all embeddings are L2-normalized. A tower is given one view at a time, so that its activations take no more memory
+than CLIP's.
 
 Shapes: B rows, b rows of a chunk, V image views of a row, M captions of a row, L text tokens, H and W pixels, S side of
-a view, D width. In SLIP, W is the width of the image tower.
+a view, D width, W processes. In SLIP, W is the width of the image tower.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -30,7 +32,6 @@ from diptych.data.batch import Batch, CaptionedImageExamples, CaptionedStateExam
 from diptych.dual.model import DualEncoder
 from diptych.dual.towers import Heads
 from diptych.errors import UserError
-from diptych.nn.functional import gather_rows
 from diptych.nn.transformer import init_weights
 from diptych.train.objective import Losses, Objective
 
@@ -151,6 +152,24 @@ def in_chunks(encode: Callable[[slice], tuple[Tensor, ...]], *, rows: int, chunk
         return encode(slice(0, rows))
     parts = [checkpoint(encode, slice(start, start + chunk), use_reentrant=False) for start in range(0, rows, chunk)]
     return tuple(torch.cat(part, dim=-2) for part in zip(*parts, strict=True))
+
+
+def gather_rows(local: Float[Tensor, "... B D"]) -> Float[Tensor, "... WB D"]:
+    """Concatenate the rows of all processes, in the order of their ranks, on each of them.
+
+    The gradient is exact if every process computes the same loss from the result and the gradients of the weights are
+    averaged over processes, as DistributedDataParallel does. Every process then holds dL/d(all rows) and sends on the
+    part of its own rows, times W, which the average takes away again; nothing has to be exchanged. Parameters of the
+    loss itself, such as a temperature, are counted once.
+    """
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if world == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(world)]
+    dist.all_gather(parts, local.detach().contiguous())
+    # The value of the rows, with W times their gradient.
+    parts[dist.get_rank()] = world * local + ((1 - world) * local).detach()
+    return torch.cat(parts, dim=-2)
 
 
 # CLIP, SigLIP and SLIP

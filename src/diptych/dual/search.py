@@ -6,6 +6,7 @@ Shapes: Q queries, N stored vectors, D width, K hits of a query, B rows of a bat
 block that are in the cache or classes, H and W pixels, S side of an image.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -24,13 +25,13 @@ from torch import Tensor
 
 from diptych.data.check import note_on_lengths
 from diptych.data.class_texts import read_names
-from diptych.data.engine import LOCAL, Engine, Rows
+from diptych.data.engine import LOCAL, Engine, ResumableArrayWriter, Rows
 from diptych.data.pixels import SkippedItems, channels_first, decode_files, read_block
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import decode
 from diptych.data.sources.text import clean, read_text
-from diptych.data.store import ResumableArrayWriter, VectorStore, check_free, finish_vectors, write_parquet
+from diptych.data.store import VectorStore, check_free, finish_vectors
 from diptych.dual.metrics import ENSEMBLE, class_embeddings
 from diptych.dual.model import DualEncoder, open_dual
 from diptych.errors import UserError
@@ -64,6 +65,8 @@ _PART = 4_000_000
 """Number of vectors whose codes are in memory at once while an index is built."""
 _RANKED = 20
 """Number of vectors, for each that is wanted, that are compared as they are after they were found by their codes."""
+_IN_A_GROUP = 16_384
+"""Number of vectors in a row group of parquet: what a reader holds at once."""
 _ROWS = 256
 """Number of items of a source that are embedded between two points to which an interrupted `embed` returns."""
 _THUMBNAIL = 160
@@ -301,11 +304,37 @@ def embed_into_parquet(out: Path, **arguments: Any) -> tuple[int, int]:
     """
     folder = out.with_name(f".{out.name}.vectors")
     store, skipped = embed_run(out=folder, **arguments)
-    write_parquet(store, out)
+    _write_parquet(store, out)
     if skipped:
         os.replace(folder / "skipped.jsonl", out.with_suffix(".skipped.jsonl"))
     shutil.rmtree(folder)
     return len(store), skipped
+
+
+def _write_parquet(store: VectorStore, out: Path) -> None:
+    """Write a store as one table, as vector databases take it: `key`, the further arrays, and `vector` in fp32.
+
+    The manifest is in the metadata of the schema, as JSON under `diptych`. The file appears when it is complete.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    width = store.vectors.shape[1]
+    types = {"key": pyarrow.string()}
+    types |= {name: pyarrow.from_numpy_dtype(array.dtype) for name, array in store.further.items()}
+    types["vector"] = pyarrow.list_(pyarrow.float32(), width)
+    schema = pyarrow.schema(types.items(), metadata={"diptych": json.dumps(store.manifest)})
+    fresh = out.with_name(f".{out.name}.fresh")  # one a kill left is written anew
+    with pyarrow.parquet.ParquetWriter(fresh, schema) as writer:
+        for start in range(0, len(store), _IN_A_GROUP):
+            rows = slice(start, start + _IN_A_GROUP)
+            flat = np.asarray(store.vectors[rows], np.float32).reshape(-1)
+            # File names may be bytes that no text holds; a table has no place for them.
+            keys = [key.encode("utf-8", "replace").decode() for key in store.keys[rows]]
+            columns = [pyarrow.array(keys), *(pyarrow.array(array[rows]) for array in store.further.values())]
+            columns.append(pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat), width))
+            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+    os.replace(fresh, out)
 
 
 def _embed_block(tools: tuple[DualEncoder, Source], items: np.ndarray, *, side: Side, workers: int) -> Rows:

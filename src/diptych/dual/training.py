@@ -100,9 +100,9 @@ class DualRun:
         if self.data.valid is not None:
             valid = open_finite(self.data.valid, self.data.columns)
             parts.append(Part(VALIDATION, valid, range(min(len(valid), self.data.valid_images))))
-        told = check_parts(parts, max_skipped_share=self.data.max_skipped_share)
+        summary = check_parts(parts, max_skipped_share=self.data.max_skipped_share)
         if is_main_process():
-            print(told, flush=True)
+            print(summary, flush=True)
         self._fit_batch(source)
 
         def report(state: str) -> None:
@@ -141,20 +141,8 @@ class DualRun:
             recipe, affordable, out, lambda run: make(run, copy.deepcopy(model)), evaluation_seconds=seconds
         )
         hooks = run._hooks(model, out, best)
-        write_config(out, recipe=recipe, run=run, data=told)
+        write_config(out, recipe=recipe, run=run, data=summary)
         objective, batches = make(run, model)
-        identity = {
-            "model": model.clip.config.to_diff_dict() | model.training_settings(),
-            "objective": self.objective.identity(),
-            "data": {
-                "pairs": source.name,
-                "captioned_images": batches.streams["pairs"].size,
-                "decode_size": self.data.decode_size,
-            },
-            FILES: content_digest(source),
-        }
-        if self.data.shards_together:
-            identity["shards_together"] = self.data.shards_together
         result = train(
             objective,
             batches,
@@ -163,7 +151,7 @@ class DualRun:
             optim=run.optim,
             hooks=hooks,
             title=recipe,
-            identity=identity,
+            identity=run._identity(model, source, captioned_images=batches.streams["pairs"].size),
             pace=pace,
             report=report,
         )
@@ -177,23 +165,32 @@ class DualRun:
                 model.clamp_scale()
                 save_model(model, out / "model")
         if result.finished and is_main_process():
-            if best is not None:
-                compare_finished(out, model, run._valid_images(model, out))
-            write_run_report(out)
-            print(
-                closing_line(
-                    out,
-                    self.kind,
-                    score=outcome(
-                        out,
-                        step=best.score.step if best and best.score else None,
-                        select="mean_r1",
-                        source=self.data.valid,
-                    ),
-                ),
-                flush=True,
-            )
+            run._report_result(out, model, best)
         return result
+
+    def _identity(self, model: DualEncoder, source: Source, *, captioned_images: int) -> dict[str, Any]:
+        """What decides the losses besides the loop's own fields; a resumed run must have the same."""
+        together = {"shards_together": self.data.shards_together} if self.data.shards_together else {}
+        return {
+            "model": model.clip.config.to_diff_dict() | model.training_settings(),
+            "objective": self.objective.identity(),
+            "data": {
+                "pairs": source.name,
+                "captioned_images": captioned_images,
+                "decode_size": self.data.decode_size,
+            },
+            FILES: content_digest(source),
+            **together,
+        }
+
+    def _report_result(self, out: Path, model: DualEncoder, best: BestWeights | None) -> None:
+        """Write the report of a finished run and, with `--data.valid`, its comparison; print both in short."""
+        if best is not None:
+            compare_finished(out, model, self._valid_images(model, out))
+        write_run_report(out)
+        step = best.score.step if best is not None and best.score is not None else None
+        score = outcome(out, step=step, select="mean_r1", source=self.data.valid)
+        print(closing_line(out, self.kind, score=score), flush=True)
 
     def _fit_batch(self, source: Source) -> None:
         """Lower a batch size above the number of pairs: copies of a pair in a batch would count as wrong partners."""
@@ -367,7 +364,7 @@ class DualRun:
         return replace(self, data=replace(self.data, valid_images=images)), each * images
 
     def _valid_images(self, model: DualEncoder, out: Path) -> ReadableImages:
-        """The images of `--data.valid`; what cannot be read is told now, not at the first evaluation."""
+        """The images of `--data.valid`; what cannot be read is reported now, not at the first evaluation."""
         assert self.data.valid is not None
         source = open_source(self.data.valid, columns=self.data.columns)
         require_pairs(source, self.data.valid)

@@ -280,32 +280,63 @@ def _ngrams(text: str) -> Counter[tuple[str, ...]]:
 
 
 class NearCaptions:
-    """The captions of some images, and the features by which the images nearest to another one are found."""
+    """Captions of some images and unpaired texts, with the features by which those near to another image are found.
 
-    def __init__(self, texts: Sequence[Sequence[str]], features_TF: Float[np.ndarray, "T F"]) -> None:
-        """``texts``: the captions of each image, at least one."""
-        self.texts, self.features_TF = texts, features_TF
+    A caption has the features of its image, an unpaired text those that a regression expects of an image of it
+    (:meth:`diptych.itit.model.ImageFeatures.expected`).
+    """
+
+    def __init__(
+        self,
+        captions: Sequence[Sequence[str]],
+        features_TF: Float[np.ndarray, "T F"],
+        *,
+        texts: Sequence[str] = (),
+        expected_UF: Float[np.ndarray, "U F"] | None = None,
+    ) -> None:
+        """``captions``: those of each image, at least one; ``texts``: unpaired ones, with their expected features."""
+        self.captions, self.features_TF = captions, features_TF
+        self.texts, self.expected_UF = texts, expected_UF
 
     @cached_property
-    def _pool(self) -> CaptionPool:
-        return CaptionPool(self.texts)
+    def _pools(self) -> list[tuple[CaptionPool, np.ndarray, int]]:
+        """Of the captioned images and of the texts, if there are any: what they say, features, how many are near."""
+        found = [(CaptionPool(self.captions), self.features_TF.astype(np.float32), NEAREST)]
+        if self.expected_UF is not None:
+            count = max(NEAREST, len(self.texts) // NEAREST)
+            found.append((CaptionPool([[text] for text in self.texts]), self.expected_UF.astype(np.float32), count))
+        return found
 
     def likeness(self, features_BF: Float[np.ndarray, "B F"], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """How like the captions of the 30 nearest images the texts of each image are (:meth:`CaptionPool.likeness`)."""
-        near_BK = nearest(features_BF, self.features_TF.astype(np.float32), count=NEAREST)
-        return [self._pool.likeness(of_image, near) for of_image, near in zip(texts, near_BK.tolist(), strict=True)]
+        """How like the captions of the 30 nearest images the texts of each image are (:meth:`CaptionPool.likeness`).
+
+        Where there are unpaired texts, their likeness to the nearest thirtieth of those, or the nearest 30, is added.
+        """
+        total_BW = [[0.0] * len(of_image) for of_image in texts]
+        for pool, known_TF, count in self._pools:
+            near_BK = nearest(features_BF, known_TF, count=count).tolist()
+            for row, of_image, near in zip(total_BW, texts, near_BK, strict=True):
+                row[:] = np.add(row, pool.likeness(of_image, near)).tolist()
+        return total_BW
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write ``captions.json`` and ``features.npy``, in half precision."""
+        """Write ``captions.json`` and ``features.npy``, and ``texts.json`` and ``expected.npy`` if there are texts."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "captions.json", self.texts)
+        write_json(folder / "captions.json", self.captions)
         np.save(folder / "features.npy", self.features_TF.astype(np.float16))
+        if self.expected_UF is not None:
+            write_json(folder / "texts.json", self.texts)
+            np.save(folder / "expected.npy", self.expected_UF.astype(np.float16))
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "NearCaptions":
         """Raises UserError where a file is missing or damaged."""
         try:
-            return cls(json.loads((folder / "captions.json").read_text()), np.load(folder / "features.npy"))
+            captions, features_TF = json.loads((folder / "captions.json").read_text()), np.load(folder / "features.npy")
+            if not (folder / "texts.json").exists():
+                return cls(captions, features_TF)
+            texts, expected_UF = json.loads((folder / "texts.json").read_text()), np.load(folder / "expected.npy")
+            return cls(captions, features_TF, texts=texts, expected_UF=expected_UF)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: cannot be read ({first_line(error)})") from error
 

@@ -112,23 +112,14 @@ class ClassifierBank:
         self.kept = kept
         return [self._try(number, kept, scores[number], test, patience) for number in range(len(self.members))]
 
-    def fit_for(self, steps: Sequence[int], test: np.ndarray) -> list[np.ndarray]:
-        """Train each classifier for its number of ``steps``, on the schedule of all steps; nothing is selected.
+    def fit_whole(self, test: np.ndarray) -> list[np.ndarray]:
+        """Train all classifiers for all steps; nothing is selected.
 
-        The numbers are multiples of ``train.eval_every``, or all steps. Returns whether each of the images ``test`` is
-        classified correctly, [N] for each classifier.
+        Returns whether each of the images ``test`` is classified correctly, [N] for each classifier.
         """
-        right: dict[int, np.ndarray] = {}
-        every = self.train.eval_every
-        for begin in range(0, max(steps), every):
-            end = min(begin + every, self.train.steps)
-            self._steps(begin, end)
-            for number, wanted in enumerate(steps):
-                if wanted == end:
-                    logits_NC = self._logits(number, self.weights, test)
-                    right[number] = (logits_NC.argmax(1) == self.image_labels_N[test]).numpy()
-        assert len(right) == len(steps), "a number of steps at which nothing is looked at"
-        return [right[number] for number in range(len(steps))]
+        self._steps(0, self.train.steps)
+        logits = [self._logits(number, self.weights, test) for number in range(len(self.members))]
+        return [(logits_NC.argmax(1) == self.image_labels_N[test]).numpy() for logits_NC in logits]
 
     def head(self, number: int) -> SharedHead:
         """The selected classifier of a member, after :meth:`fit`."""

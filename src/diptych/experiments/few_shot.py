@@ -93,7 +93,8 @@ class FewShotConfig:
     """Number of validations in a row without a better one after which no later weights are selected."""
     after_selection: Literal["keep", "refit"] = "keep"
     """What follows the selection on validation images: `refit` also trains each classifier anew, with the selected
-    settings and number of steps, on the images to learn from and those to select on together."""
+    settings and number of steps, over which the learning rate falls, on the images to learn from and those to select on
+    together."""
     head: SharedHeadConfig = field(default_factory=SharedHeadConfig)
     """Architecture of the classifier; widths and classes follow from the features."""
 
@@ -222,14 +223,19 @@ def _refit(
     *,
     head: SharedHeadConfig,
 ) -> list[FewShotResult]:
-    """The results with the accuracy of classifiers that also learned from the images to select on."""
-    groups: dict[tuple[float, float, int], list[FewShotResult]] = {}
+    """The results with the accuracy of classifiers that also learned from the images to select on.
+
+    The learning rate falls over the selected number of steps. On the schedule of all steps it would still be high where
+    an early one was selected.
+    """
+    groups: dict[tuple[float, float, int, int], list[FewShotResult]] = {}
     for each in results:
         chosen = each.chosen
-        groups.setdefault((chosen["lr"], chosen["weight_decay"], chosen["batch_size"]), []).append(each)
+        same = chosen["lr"], chosen["weight_decay"], chosen["batch_size"], chosen["step"]
+        groups.setdefault(same, []).append(each)
     found = []
-    for (lr, decay, rows), group in groups.items():
-        train, optim = _settings(config, lr=lr, weight_decay=decay, batch_size=rows)
+    for (lr, decay, rows, steps), group in groups.items():
+        train, optim = _settings(replace(config, steps=steps), lr=lr, weight_decay=decay, batch_size=rows)
         members = [
             _member(
                 config,
@@ -243,7 +249,7 @@ def _refit(
             for each in group
         ]
         bank = ClassifierBank(members, images, texts, head=head, train=train, optim=optim)
-        rights = bank.fit_for([each.chosen["step"] for each in group], test)
+        rights = bank.fit_whole(test)
         found += [
             replace(each, refit_accuracy=float(right_N.mean())) for each, right_N in zip(group, rights, strict=True)
         ]

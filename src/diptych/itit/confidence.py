@@ -165,7 +165,7 @@ class Calibration:
             ],
         )
         write_bytes(folder / "reliability.svg", figure)
-        told = {
+        record = {
             "meaning": self.confidence.meaning,
             "captions": self.captions,
             "fitted": self.fitted,
@@ -177,7 +177,7 @@ class Calibration:
             "bins": [asdict(each) for each in self.bins],
             "map": asdict(self.confidence),
         }
-        write_json(folder / "confidence.json", told)
+        write_json(folder / "confidence.json", record)
         return folder
 
 

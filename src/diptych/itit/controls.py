@@ -28,10 +28,10 @@ from diptych.errors import Interrupted, UserError
 from diptych.eval.probe import fit_linear
 from diptych.eval.scenes import SceneScore, caption_accuracy
 from diptych.io import replace_folder
-from diptych.itit.data import open_data
+from diptych.itit.data import TrainingInputs, open_data
 from diptych.itit.evaluation import EvaluateConfig, evaluate
 from diptych.itit.objective import ItitObjective
-from diptych.itit.training import ItitRun, TrainingInputs
+from diptych.itit.training import ItitRun
 from diptych.report.figures import read_metrics
 from diptych.rng import StepRNG
 from diptych.run_folder import save_model, write_config
@@ -224,10 +224,10 @@ def regression_on_pixels(run: ItitRun, test: ScenesSource) -> SceneScore:
     captions = []
     for row in range(test.count):
         empty = {place: float(sum(read[place, kind][row, 0] for kind in names)) for place in PLACES}
-        told = [place for place in PLACES if place in sorted(PLACES, key=empty.__getitem__)[: test.level]]
+        named = [place for place in PLACES if place in sorted(PLACES, key=empty.__getitem__)[: test.level]]
         values = {key: names[key[1]][1 + int(read[key][row, 1:].argmax())] for key in read}
-        things = tuple(Thing(values[place, "shape"], values[place, "colour"]) for place in told)
-        captions.append(caption(Scene(things, tuple(told))))
+        things = tuple(Thing(values[place, "shape"], values[place, "colour"]) for place in named)
+        captions.append(caption(Scene(things, tuple(named))))
     return caption_accuracy(captions, test.scenes(items))
 
 

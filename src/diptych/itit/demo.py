@@ -22,12 +22,12 @@ from diptych.data.scenes import ScenesSource
 from diptych.data.store import Store
 from diptych.eval.scenes import image_accuracy
 from diptych.itit.controls import LONGER, TITLES, controls_beside, half_the_cores, regression_on_pixels, train_watched
-from diptych.itit.data import DataConfig
+from diptych.itit.data import DataConfig, TrainingInputs
 from diptych.itit.evaluation import EvaluateConfig, Evaluation, evaluate
 from diptych.itit.objective import ItitObjective
 from diptych.itit.pipeline import Diptych
 from diptych.itit.recipes import itit_tiny
-from diptych.itit.training import ItitRun, TrainingInputs
+from diptych.itit.training import ItitRun
 from diptych.report.figures import Panel, curves, read_metrics
 from diptych.report.html import (
     Captioned,
@@ -214,7 +214,7 @@ def describe_world(run: ItitRun, inputs: TrainingInputs) -> dict[str, int]:
     scenes = ScenesSource.from_spec(run.data.pairs)
     sources = [subset.source for subset in (inputs.encoded.pairs, inputs.encoded.images)]
     stores = {source.folder: source for source in sources if isinstance(source, Store)}  # one, if all are pairs
-    grids = np.concatenate([np.asarray(store.array("tokens")) for store in stores.values()])
+    grids = np.concatenate([store.arrays["tokens"] for store in stores.values()])
     return {
         "distinct_scenes": len(set(scenes.scenes(np.arange(len(scenes))))),
         "images": len(grids),

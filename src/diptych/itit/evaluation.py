@@ -52,8 +52,8 @@ from diptych.io import write_bytes
 from diptych.itit.data import DataConfig, open_data
 from diptych.itit.generation import ImageGenerationConfig
 from diptych.itit.model import shift_right
+from diptych.itit.objective import token_loss
 from diptych.itit.pipeline import Diptych
-from diptych.nn.functional import token_loss
 from diptych.nn.inference import Device, pick_device
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.report.terminal import ProgressLine, print_comparison, print_metrics

@@ -9,7 +9,7 @@ W beams of an image, X images whose texts have not ended, H hypotheses to choose
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diptych.data.batch import ImageTokenExamples
 from diptych.errors import UserError
-from diptych.itit.model import ITIT
+from diptych.itit.model import ITIT, Masking
 from diptych.rng import StepRNG
 from diptych.tokenizers.text_tokenizer import EOS, PAD
 
@@ -53,13 +53,24 @@ class TextGenerationConfig:
     """Weight of the agreement of a caption with the image's features, beside its score, when the finished beams are
     re-ranked (:meth:`ImageFeatures.agreement`). It needs a network that reads captions from features."""
     consensus: float = 0.0
-    """Weight of the likeness of a caption to those of the captioned images with the nearest features, when the
-    finished beams are re-ranked (:class:`diptych.eval.baselines.NearCaptions`). It needs such a network too."""
+    """Weight of the likeness of a caption to the captions of the images with the nearest features, and to the unpaired
+    texts that fit these features best, when the finished beams are re-ranked
+    (:class:`diptych.eval.baselines.NearCaptions`). It needs such a network too."""
 
     @property
     def reranks(self) -> bool:
         """Whether finished beams are re-ranked."""
         return self.beams > 1 and bool(self.agreement or self.consensus)
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerationConfig:
+    """How a trained run generates, unless a command says otherwise."""
+
+    image: ImageGenerationConfig = field(default_factory=ImageGenerationConfig)
+    """Settings of the generation of images from texts."""
+    text: TextGenerationConfig = field(default_factory=TextGenerationConfig)
+    """Settings of the generation of texts from images."""
 
 
 @torch.no_grad()
@@ -103,7 +114,7 @@ def image_canvases(
     def logits(canvas: Canvas, features: Tensor | None, valid: Tensor | None) -> Tensor:
         keep = _visible_first(canvas) if config.drop else None
         image = model.embed_image(canvas.tokens_BN)
-        encoded = model.encode(image, hidden_BN=canvas.hidden_BN, keep_BK=keep, features_BLF=features, valid_BL=valid)
+        encoded = model.encode(image, Masking(canvas.hidden_BN, keep), features, valid)
         return model.image_logits(encoded, canvas.hidden_BN)
 
     yield from parallel_decoding(
@@ -122,6 +133,16 @@ def image_canvases(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class GeneratedTexts:
+    """W texts of each image, the best first."""
+
+    ids_BWL: Int[Tensor, "B W L"]
+    """They end in `</s>` and are padded with 0."""
+    score_BW: Float[Tensor, "B W"] | None
+    """Length-normalized log-probabilities, by which a beam search orders them; None for greedy decoding."""
+
+
 @torch.no_grad()
 def generate_text(
     model: ITIT,
@@ -130,30 +151,27 @@ def generate_text(
     *,
     banned_V: Bool[Tensor, "V"],
     length: int,
-    candidates: bool = False,
+    count: int = 1,
     pack: bool = True,
-) -> tuple[Int[Tensor, "B ... L"], Float[Tensor, "B ..."] | None]:
-    """Generate a text for each image, read from the whole of it (:meth:`ITIT.caption_prefix`).
+) -> GeneratedTexts:
+    """Generate ``count`` texts for each image, read from the whole of it (:meth:`ITIT.caption_prefix`).
 
-    Returns ids of at most ``length`` tokens, without those of ``banned_V``, and the scores of the beam search (None
-    with one beam). With ``candidates``, all that the search ends with, the best first; this needs two beams.
-    ``pack`` as in :meth:`ITIT.start_text`.
+    ``count`` is at most the number of beams. A text has at most ``length`` tokens and none of ``banned_V``. ``pack`` as
+    in :meth:`ITIT.start_text`.
     """
     prefix_BPD = model.caption_prefix(images.tokens_BN, images.image_features_BG)
-    rows = len(images)
     decoding = model.start_text(prefix_BPD, length=length, beams=config.beams, pack=pack)
     if config.beams == 1:
-        return greedy(decoding, rows, length=length, banned_V=banned_V), None
-    ids_BWL, score_BW = beam_search(
+        return GeneratedTexts(greedy(decoding, len(images), length=length, banned_V=banned_V)[:, None], None)
+    return beam_search(
         decoding,
-        rows,
+        len(images),
         beams=config.beams,
         length=length,
         banned_V=banned_V,
         length_power=config.length_power,
-        exact_top=config.beams if candidates else 1,
+        count=count,
     )
-    return (ids_BWL, score_BW) if candidates else (ids_BWL[:, 0], score_BW[:, 0])
 
 
 # Parallel decoding
@@ -332,9 +350,9 @@ def beam_search(
     length: int,
     banned_V: Bool[Tensor, "V"],
     length_power: float = 0.6,
-    exact_top: int = 1,
-) -> tuple[Int[Tensor, "B W L"], Float[Tensor, "B W"]]:
-    """The texts with the best log p / ((5 + length) / 6) ** length_power of each row, best first, and these scores.
+    count: int = 1,
+) -> GeneratedTexts:
+    """The ``count`` texts of each row with the best score, log p / ((5 + length) / 6) ** length_power.
 
     The length counts `</s>`. GIT's penalty (after Wu et al., 2016) is not what `transformers` calls
     ``length_penalty``. With beams >= V ** L this is exhaustive search.
@@ -344,8 +362,8 @@ def beam_search(
         beams: hypotheses of a row that are continued at each position.
         length: most tokens of a text, `</s>` included. A text that is cut there ends in `</s>` too.
         banned_V: ids that no text may contain.
-        exact_top: The search goes on until no open beam can enter the best `exact_top`; entries below may be worse, or
-            missing with score -inf.
+        count: number of texts of each row, at most ``beams``. The search goes on until no open beam can become one of
+            them. Where there are fewer texts than that, their scores are -inf.
 
     Raises:
         UserError: less than one beam.
@@ -385,7 +403,7 @@ def beam_search(
         decoding.reorder((first_row_X1 + parent_XW).flatten())
         # log p only falls, and no later length divides by more than the last one does.
         reachable_XW = alive_XW / ((5 + length) / 6) ** length_power
-        going_X = reachable_XW.amax(1) >= best_XW[:, exact_top - 1]
+        going_X = reachable_XW.amax(1) >= best_XW[:, count - 1]
         if not going_X.any():
             break
         if (kept := _worth_compacting(going_X)) is not None:
@@ -393,7 +411,7 @@ def beam_search(
             open_X, ids_XWL, token_XW, alive_XW = open_X[kept], ids_XWL[kept], token_XW[kept], alive_XW[kept]
             best_ids_XWL, best_XW = best_ids_XWL[kept], best_XW[kept]
         newest = token_XW.flatten()
-    return result_BWL, score_BW
+    return GeneratedTexts(result_BWL[:, :count], score_BW[:, :count])
 
 
 def _pick(values_BXL: Tensor, index_BW: Tensor) -> Tensor:

@@ -109,6 +109,17 @@ class ItitConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Masking:
+    """The hidden tokens of each row, and those that enter the encoder."""
+
+    hidden_BN: Bool[Tensor, "B N"]
+    """True where a token is to be predicted."""
+    keep_BK: Int[Tensor, "B K"] | None = None
+    """Positions that enter the encoder, all visible ones among them; the rest is dropped to save computation. None: all
+    positions enter."""
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """Output of the encoder for an image and a text."""
 
@@ -200,24 +211,22 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
     def encode(
         self,
         image_BND: Float[Tensor, "B N D"],
-        *,
-        hidden_BN: Bool[Tensor, "B N"] | None = None,
-        keep_BK: Int[Tensor, "B K"] | None = None,
+        masking: Masking | None = None,
         features_BLF: Float[Tensor, "B L F"] | None = None,
         valid_BL: Bool[Tensor, "B L"] | None = None,
     ) -> Encoded:
         """Encode the embedded tokens that are not hidden, together with a text or with the learned null text.
 
         Args:
-            hidden_BN: positions to be predicted: their embedding is replaced by a learned vector. None: all visible.
-            keep_BK: positions that enter the encoder. It must hold every visible one; the rest are dropped to save
-                computation. None: all enter.
+            masking: what is hidden: a learned vector stands for its embedding. None: all tokens are visible.
             features_BLF: frozen features of the text; None stands for the empty text.
             valid_BL: True for text positions that are no padding; needed with ``features_BLF``.
         """
         rows, positions = image_BND.shape[:2]
-        if hidden_BN is not None:
-            image_BND = torch.where(hidden_BN[..., None], self.image_hidden.to(image_BND.dtype), image_BND)
+        keep_BK = None
+        if masking is not None:
+            hidden_BN1, keep_BK = masking.hidden_BN[..., None], masking.keep_BK
+            image_BND = torch.where(hidden_BN1, self.image_hidden.to(image_BND.dtype), image_BND)
         image = image_BND + self.image_position.weight
         if keep_BK is None:
             keep_BK = torch.arange(positions, device=image.device).expand(rows, -1)
@@ -415,22 +424,13 @@ class MaskingConfig:
     """Standard deviation of the normal distribution before the cut, as a share."""
 
 
-@dataclass(frozen=True, slots=True)
-class Masking:
-    """The hidden tokens of each row, and those that enter the encoder."""
-
-    hidden_BN: Bool[Tensor, "B N"]
-    """True where a token is to be predicted."""
-    keep_BK: Int[Tensor, "B K"]
-    """Positions that enter the encoder: all visible ones, and hidden ones up to K = N - floor(low N)."""
-
-
 def sample_masking(
     config: MaskingConfig, rows: int, positions: int, *, rng: StepRNG, name: str, device: torch.device
 ) -> Masking:
     """Sample a share for every row, and hide that share of its tokens at random.
 
-    Each row has one random order of its tokens: the first ones are visible, and the last ones do not enter the encoder.
+    Each row has one random order of its tokens: the first ones are visible, and the last floor(low N) do not enter the
+    encoder.
     So dropped tokens are always hidden, and batches stay rectangular whatever the shares. Raises UserError for shares
     that are no range within 0 and 1.
     """
@@ -501,7 +501,12 @@ class ImageFeatures(nn.Module):
     ) -> Float[Tensor, "B G"]:
         """Features of an image for each text: the regression's, and ``noise`` times the residual of a random pair."""
         row_B = rng.uniform("image_features", len(text_BLF), device=text_BLF.device).mul(_RESIDUALS).long()
-        return self.mean_G + self._predicted(text_BLF, valid_BL) + noise * self.residuals_RG[row_B]
+        return self.expected(mean_of_text(text_BLF, valid_BL)) + noise * self.residuals_RG[row_B]
+
+    @torch.no_grad()
+    def expected(self, text_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B G"]:
+        """Features of an image by the regression, for the mean of the features of each text."""
+        return self.mean_G + (text_BF - self.text_mean_F) @ self.from_text_FG
 
     @torch.no_grad()
     def agreement(
@@ -512,12 +517,8 @@ class ImageFeatures(nn.Module):
         The text decoder tells how usual a caption is for an image, which favours captions that fit many; the regression
         goes the other way, from the caption to the image.
         """
-        seen_BG, told_BG = features_BG - self.mean_G, self._predicted(text_BLF, valid_BL)
+        seen_BG, told_BG = features_BG - self.mean_G, self.expected(mean_of_text(text_BLF, valid_BL)) - self.mean_G
         return F.cosine_similarity(seen_BG * self.scale_G, told_BG * self.scale_G, dim=-1)
-
-    def _predicted(self, text_BLF: Tensor, valid_BL: Tensor) -> Float[Tensor, "B G"]:
-        """The regression's features of texts, less the mean."""
-        return (mean_of_text(text_BLF, valid_BL) - self.text_mean_F) @ self.from_text_FG
 
     @torch.no_grad()
     def fit(self, features_XG: Float[Tensor, "X G"], text_XF: Float[Tensor, "X F"]) -> None:

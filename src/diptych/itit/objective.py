@@ -5,8 +5,10 @@ In the equations I is an image of tokens i_k, T a text of tokens t_l, I_M what i
 predicted: `p(i_k | I_M, ~T)` reads "the probability of image token k, given the visible part of the image and the
 predicted text". Every loss is a mean over a row's tokens, then over rows.
 
-Shapes: B rows, N image tokens, K image tokens that enter the encoder, L text tokens, F width of the frozen text
-features, D encoder width, V vocabulary, T width of a teacher's features, X images.
+Shapes: B rows, N image tokens, K image tokens that enter the encoder, L text tokens, P positions of the text decoder's
+image prefix, F width of the frozen text features, D encoder width, E width of the text encoder's embeddings,
+V vocabulary, C codebook entries (in the functions at the end: entries of any table), S positions of image or text
+tokens, T width of a teacher's features, X images.
 """
 
 import copy
@@ -26,8 +28,7 @@ from diptych.itit.generation import (
     generate_text,
 )
 from diptych.itit.model import ITIT, Encoded, Masking, MaskingConfig, sample_masking, shift_right
-from diptych.nn.functional import local_part, scale_gradient, straight_through_embedding, token_loss
-from diptych.nn.inference import eval_mode, gathered
+from diptych.nn.inference import eval_mode, gathered, local_part
 from diptych.nn.transformer import Block
 from diptych.rng import StepRNG
 from diptych.tokenizers.text_encoder import TextEncoder
@@ -184,7 +185,7 @@ class ItitObjective(Objective):
         """L_T2I = - E sum over hidden k of log p(i_k | I_M, T), equation (2)."""
         masking = self._sample_masking(self.config.image_masking, pairs, rng, "t2i")
         image_BND = self.model.embed_image(pairs.tokens_BN)
-        encoded = self._encode(image_BND, masking, self._text_features(pairs), pairs.valid_BL)
+        encoded = self.model.encode(image_BND, masking, self._text_features(pairs), pairs.valid_BL)
         return self._image_loss(encoded, pairs.tokens_BN, masking)
 
     def i2t_and_i2i_losses(self, pairs: PairExamples, rng: StepRNG) -> dict[str, Float[Tensor, ""]]:
@@ -201,7 +202,7 @@ class ItitObjective(Objective):
         i2i = {}
         if prefix_BPD is None or self.config.weights.i2i:
             masking = self._sample_masking(self.config.text_masking, pairs, rng, "i2t")
-            encoded = self._encode(self.model.embed_image(pairs.tokens_BN), masking)
+            encoded = self.model.encode(self.model.embed_image(pairs.tokens_BN), masking)
             prefix_BPD = self._text_decoder_input(encoded) if prefix_BPD is None else prefix_BPD
             if self.config.weights.i2i:
                 i2i = {"i2i": self._image_loss(encoded, pairs.tokens_BN, masking)}
@@ -242,7 +243,7 @@ class ItitObjective(Objective):
         else:
             image_BND = self.model.embed_image(pseudo_BN)
         second = self._sample_masking(self.config.text_masking, texts, rng, "t2i2t/second")
-        prefix_BKD = self._text_decoder_input(self._encode(image_BND, second))
+        prefix_BKD = self._text_decoder_input(self.model.encode(image_BND, second))
         return self._text_loss(prefix_BKD, texts.ids_BL, texts.valid_BL)
 
     def _predict_image(
@@ -258,7 +259,7 @@ class ItitObjective(Objective):
         The gradient stops after the encoder: with two encoder passes that have gradients, training became unstable.
         """
         with torch.no_grad():
-            encoded = self._encode(self.model.embed_image(pseudo_BN), masking, features_BLF, valid_BL)
+            encoded = self.model.encode(self.model.embed_image(pseudo_BN), masking, features_BLF, valid_BL)
         logits_BNC = self.model.image_logits(encoded.detach(), masking.hidden_BN).float()
         if self.config.gumbel:
             noise_BNC = rng.gumbel("gumbel", *logits_BNC.shape, device=logits_BNC.device)
@@ -286,10 +287,11 @@ class ItitObjective(Objective):
         network, banned_V = self.averaged or self.model, self.text_encoder.banned_V
         # The number of decoding steps differs between processes, so FSDP must gather the weights beforehand.
         with eval_mode(network), gathered(network.text_decoder):
-            pseudo_BL, _ = generate_text(
+            generated = generate_text(
                 network, images, _ONE_BEAM, banned_V=banned_V, length=self.model.config.max_text_len, pack=False
             )
-        pseudo_BL = pseudo_BL[:, : int((pseudo_BL != PAD).sum(1).max())]
+        pseudo_BL = generated.ids_BWL[:, 0]
+        pseudo_BL = pseudo_BL[:, : int((pseudo_BL != PAD).sum(1).max())]  # ends where the longest text does
         distinct = torch.tensor(len(pseudo_BL.unique(dim=0)) / len(pseudo_BL), device=tokens_BN.device)
         return self.i2t2i_loss_from_texts(pseudo_BL, images, rng), distinct
 
@@ -306,7 +308,7 @@ class ItitObjective(Objective):
         else:
             features_BLF = self.text_encoder.features(pseudo_BL, valid_BL)
         second = self._sample_masking(self.config.image_masking, images, rng, "i2t2i/second")
-        encoded = self._encode(self.model.embed_image(tokens_BN), second, features_BLF, valid_BL)
+        encoded = self.model.encode(self.model.embed_image(tokens_BN), second, features_BLF, valid_BL)
         return self._image_loss(encoded, tokens_BN, second)
 
     def _predict_text(
@@ -320,7 +322,7 @@ class ItitObjective(Objective):
             prefix_BPD = reader(images.image_features_BG)
         else:
             with torch.no_grad():
-                encoded = self._encode(self.model.embed_image(images.tokens_BN), masking)
+                encoded = self.model.encode(self.model.embed_image(images.tokens_BN), masking)
             prefix_BPD = encoded.image_BKD
         logits_BLV = self.model.text_logits(prefix_BPD.detach(), shift_right(pseudo_BL)).float()
         logits_BLV = logits_BLV.masked_fill(self.text_encoder.banned_V, -torch.inf)
@@ -329,7 +331,7 @@ class ItitObjective(Objective):
     def unpaired_i2i_loss(self, images: ImageTokenExamples, rng: StepRNG) -> Float[Tensor, ""]:
         """- E sum over hidden k of log p(i_k | I_M): masked modelling without texts (Table 2, rows 6 and 7)."""
         masking = self._sample_masking(self.config.image_masking, images, rng, "unpaired_i2i")
-        encoded = self._encode(self.model.embed_image(images.tokens_BN), masking)
+        encoded = self.model.encode(self.model.embed_image(images.tokens_BN), masking)
         return self._image_loss(encoded, images.tokens_BN, masking)
 
     # All images
@@ -344,7 +346,7 @@ class ItitObjective(Objective):
         assert self.teacher_head is not None
         assert images.teacher_features_BT is not None
         masking = self._sample_masking(self.config.text_masking, images, rng, f"teacher/{name}")
-        encoded = self._encode(self.model.embed_image(images.tokens_BN), masking)
+        encoded = self.model.encode(self.model.embed_image(images.tokens_BN), masking)
         return -self.teacher_head(encoded.image_BKD, images.teacher_features_BT).mean()
 
     # What the losses share
@@ -363,23 +365,8 @@ class ItitObjective(Objective):
 
     def _text_decoder_input(self, encoded: Encoded) -> Float[Tensor, "B K D"]:
         """What the text decoder reads of the encoder: z <- 0.1 z + sg(0.9 z), with ``encoder_grad_scale`` for 0.1."""
-        return scale_gradient(encoded.image_BKD, self.config.encoder_grad_scale)
-
-    def _encode(
-        self,
-        image_BND: Float[Tensor, "B N D"],
-        masking: Masking,
-        features_BLF: Float[Tensor, "B L F"] | None = None,
-        valid_BL: Bool[Tensor, "B L"] | None = None,
-    ) -> Encoded:
-        """The encoder's pass over I_M and a text, or over I_M and the empty text."""
-        return self.model.encode(
-            image_BND,
-            hidden_BN=masking.hidden_BN,
-            keep_BK=masking.keep_BK,
-            features_BLF=features_BLF,
-            valid_BL=valid_BL,
-        )
+        z, share = encoded.image_BKD, self.config.encoder_grad_scale
+        return share * z + ((1 - share) * z).detach()
 
     def _text_features(self, examples: TextExamples | PairExamples) -> Float[Tensor, "B L F"]:
         """The cached features of the frozen text encoder; without a cache they are computed."""
@@ -429,3 +416,63 @@ class ItitObjective(Objective):
         for name in [name for name in state if name.startswith(f"{prefix}text_encoder.")]:
             del state[name]
         return state
+
+
+def token_loss(
+    logits_BSC: Float[Tensor, "B S C"],
+    target_BS: Int[Tensor, "B S"],
+    counts_BS: Bool[Tensor, "B S"],
+    *,
+    label_smoothing: float,
+) -> Float[Tensor, ""]:
+    """- sum over t of log p(target_t | ...), the common part of equations (1) to (4), as a mean.
+
+    The mean is over rows, of each row's mean over the positions that count. So it is the same for any split of the rows
+    over micro-batches or processes. (The paper's equations are sums over tokens in expectation over rows; it does not
+    say how it normalizes.) A row in which nothing counts adds 0.
+
+    Args:
+        logits_BSC: Scores of every token at each position.
+        target_BS: The true tokens.
+        counts_BS: True where the loss is taken: hidden image tokens, or valid text tokens.
+        label_smoothing: Share of the target's probability that is spread over all tokens.
+    """
+    loss_BS = F.cross_entropy(
+        logits_BSC.flatten(0, 1).float(), target_BS.flatten(), reduction="none", label_smoothing=label_smoothing
+    ).view_as(target_BS)
+    weight_BS = counts_BS.to(loss_BS.dtype)
+    return ((loss_BS * weight_BS).sum(1) / weight_BS.sum(1).clamp_min(1)).mean()
+
+
+def straight_through_embedding(logits: Float[Tensor, "... C"], table: Float[Tensor, "C D"]) -> Float[Tensor, "... D"]:
+    """Embed the likeliest entry of each position; the gradient is that of the embedded softmax.
+
+    Equals ``(hard + (soft - soft.detach())) @ table`` with ``soft = softmax(logits)`` and ``hard`` its one-hot argmax,
+    but gathers rows instead of multiplying by a dense one-hot ([64, 256, 8192] in fp32 would take half a gigabyte).
+    Add Gumbel noise to ``logits`` for a straight-through Gumbel-softmax.
+    """
+    return _StraightThroughEmbedding.apply(logits.float(), table)
+
+
+class _StraightThroughEmbedding(torch.autograd.Function):
+    """Forward: rows of the table. Backward: as if they were weighted by the softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, table: Tensor) -> Tensor:
+        best = logits.argmax(-1)
+        ctx.save_for_backward(logits, table, best)
+        return table[best]
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,) = outputs
+        logits, table, best = ctx.saved_tensors
+        grad_logits = grad_table = None
+        if ctx.needs_input_grad[0]:
+            soft = logits.softmax(-1)
+            grad_soft = (grad.to(table.dtype) @ table.T).to(soft.dtype)
+            grad_logits = soft * (grad_soft - (soft * grad_soft).sum(-1, keepdim=True))
+        if ctx.needs_input_grad[1]:
+            flat = grad.reshape(-1, grad.shape[-1]).to(table.dtype)
+            grad_table = torch.zeros_like(table).index_add_(0, best.reshape(-1), flat)
+        return grad_logits, grad_table

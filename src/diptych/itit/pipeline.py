@@ -1,6 +1,6 @@
 """A finished ITIT run as one object that captions images and generates images from texts.
 
-Also here: the tokenizers of a run, which prepare its data, and its encoder as an image encoder for other learners.
+Also here: its encoder as an image encoder for other learners.
 
 Shapes: B rows, S pixels a side of a square image, H and W pixels, N image tokens, R rows of their grid, L text tokens,
 D encoder width.
@@ -24,22 +24,22 @@ from torch.nn.functional import cross_entropy
 from diptych.data.batch import ImageTokenExamples
 from diptych.data.check import note_on_lengths
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
-from diptych.data.sources import Source, open_source
-from diptych.data.store import DataTokenizers
-from diptych.encoders.image import ImageEncoder, open_image_encoder, resize, resize_pixels
+from diptych.encoders.image import ImageEncoder, resize
 from diptych.encoders.text import text_list
 from diptych.errors import UserError
 from diptych.eval.baselines import NearCaptions
 from diptych.hub import OnHub, local_folder
-from diptych.io import load_network, weights_digest
+from diptych.io import load_network
+from diptych.itit.data import image_encoder_of, image_encoders, read_size
 from diptych.itit.generation import (
+    Canvas,
     ImageGenerationConfig,
     TextGenerationConfig,
     generate_image_tokens,
     generate_text,
     image_canvases,
 )
-from diptych.itit.model import ITIT
+from diptych.itit.model import ITIT, Masking
 from diptych.nn.inference import Device, Precision, autocast, pick_device
 from diptych.rng import RowRNG, derive_seed
 from diptych.run_folder import check_finished, read_config
@@ -52,11 +52,9 @@ Advance = Callable[[int, int], None]
 
 NEAR_CAPTIONS = "near_captions"
 """Folder of a run with the captions that others are compared with, see :class:`NearCaptions`."""
-TEACHER = Path("stages") / "teacher"
-"""Folder of a run with the vision model that teaches its encoder."""
 _ROWS = 64
 """Number of rows generated at once."""
-_told: set[str] = set()
+_warned_of: set[str] = set()
 """Unknown words, each named once in a process; empty once it was said that texts are cut off."""
 
 
@@ -84,6 +82,16 @@ class CycleStep:
         found = self.text if self.image is None else self.image
         assert found is not None
         return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagineRequest:
+    """An image that is wanted."""
+
+    text: str
+    seed: int = 0
+    known: tuple[Int[Tensor, "R R"], Bool[Tensor, "R R"]] | None = None
+    """The tokens of an image in their grid, and which of them are generated anew; the others stay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,12 +195,13 @@ class Diptych(OnHub):
 
     def captions(self, images: ImageLike | Sequence[ImageLike], *, beams: int | None = None) -> list[Caption]:
         """As :meth:`caption`, each with its score."""
+        return [found for piece in self._encoded(images) for found in self.caption_encoded(piece, beams=beams)]
+
+    def _encoded(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[ImageTokenExamples]:
+        """The images, read and encoded some at a time."""
         images = one_or_more(images)
-        found: list[Caption] = []
         for start in range(0, len(images), _ROWS):
-            pixels = np.stack([self.read(image) for image in images[start : start + _ROWS]])
-            found += self.caption_encoded(self.encode(pixels), beams=beams)
-        return found
+            yield self.encode(np.stack([self.read(image) for image in images[start : start + _ROWS]]))
 
     def caption_encoded(
         self, images: ImageTokenExamples, *, beams: int | None = None, advance: Advance | None = None
@@ -207,9 +216,9 @@ class Diptych(OnHub):
         for start in range(0, len(images), _ROWS):
             piece = images[start : start + _ROWS].to(self.device)
             with autocast(self.device, self.precision):
-                ids_BL, score_B = generate_text(self.model, piece, config, banned_V=self._banned_V, length=length)
-            scores = [None] * len(piece) if score_B is None else score_B.tolist()
-            texts = self.text_tokenizer.detokenize(ids_BL)
+                made = generate_text(self.model, piece, config, banned_V=self._banned_V, length=length)
+            scores = [None] * len(piece) if made.score_BW is None else made.score_BW[:, 0].tolist()
+            texts = self.text_tokenizer.detokenize(made.ids_BWL[:, 0])
             found += [Caption(text=text, score=score) for text, score in zip(texts, scores, strict=True)]
             if advance:
                 advance(len(found), len(images))
@@ -228,12 +237,10 @@ class Diptych(OnHub):
         With ``best_of`` they are ranked as by :meth:`candidates_encoded`.
         """
         count = count or beams or self.text_generation.beams
-        images = one_or_more(images)
-        found: list[list[Caption]] = []
-        for start in range(0, len(images), _ROWS):
-            pixels = np.stack([self.read(image) for image in images[start : start + _ROWS]])
-            found += self.candidates_encoded(self.encode(pixels), count=count, best_of=best_of, beams=beams)
-        return found
+        several = (
+            self.candidates_encoded(piece, count=count, best_of=best_of, beams=beams) for piece in self._encoded(images)
+        )
+        return [captions for piece in several for captions in piece]
 
     @torch.no_grad()
     def candidates_encoded(
@@ -259,27 +266,27 @@ class Diptych(OnHub):
         for start in range(0, len(images), step):
             piece = images[start : start + step].to(self.device)
             with autocast(self.device, self.precision):
-                ids_BWL, score_BW = generate_text(
-                    self.model, piece, config, banned_V=self._banned_V, length=length, candidates=True
+                made = generate_text(
+                    self.model, piece, config, banned_V=self._banned_V, length=length, count=config.beams
                 )
-            assert score_BW is not None
-            texts_BW = [self.text_tokenizer.detokenize(ids_WL) for ids_WL in ids_BWL]
-            worth_BW = score_BW.cpu()
+            assert made.score_BW is not None
+            texts_BW = [self.text_tokenizer.detokenize(ids_WL) for ids_WL in made.ids_BWL]
+            worth_BW = made.score_BW.cpu()
             if config.reranks and not best_of:
-                worth_BW = worth_BW + self._fit(piece, ids_BWL, texts_BW, config)
-            for row, ids_WL in enumerate(ids_BWL):
-                texts, scores = texts_BW[row], score_BW[row].tolist()
+                worth_BW = worth_BW + self._fit(piece, made.ids_BWL, texts_BW, config)
+            for texts, tokens_N, ids_WL, score_W, worth_W in zip(
+                texts_BW, piece.tokens_BN, made.ids_BWL, made.score_BW, worth_BW, strict=True
+            ):
+                scores = score_W.tolist()
                 first = {text: place for place, text in reversed(list(enumerate(texts)))}  # of equal texts the first
-                places = [place for place in sorted(first.values()) if scores[place] > -math.inf]
-                made = [Caption(text=texts[place], score=scores[place]) for place in places]
-                worth = worth_BW[row, places].tolist()
+                places = [place for place in sorted(first.values()) if scores[place] > -math.inf][:best_of]
+                captions = [Caption(text=texts[place], score=scores[place]) for place in places]
+                worth = worth_W[places]
                 if best_of:
-                    made, places = made[:best_of], places[:best_of]
-                    tokens_WN = piece.tokens_BN[row].expand(len(places), -1)
-                    worth = (-self.image_nats(tokens_WN, ids_WL[places])).tolist()
-                    made = [replace(each, image_score=value) for each, value in zip(made, worth, strict=True)]
-                order = sorted(range(len(made)), key=lambda place: -worth[place])
-                found.append([made[place] for place in order[:count]])
+                    worth = -self.image_nats(tokens_N.expand(len(places), -1), ids_WL[places])
+                    captions = [replace(c, image_score=w) for c, w in zip(captions, worth.tolist(), strict=True)]
+                order = worth.argsort(descending=True, stable=True).tolist()
+                found.append([captions[place] for place in order[:count]])
             if advance:
                 advance(len(found), len(images))
         return found
@@ -316,10 +323,9 @@ class Diptych(OnHub):
         hidden_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
         encoded = self.model.encode(
             self.model.embed_image(tokens_BN),
-            hidden_BN=hidden_BN,
-            keep_BK=tokens_BN[:, :0],
-            features_BLF=self.text_encoder.features(ids_BL, valid_BL),
-            valid_BL=valid_BL,
+            Masking(hidden_BN, keep_BK=tokens_BN[:, :0]),
+            self.text_encoder.features(ids_BL, valid_BL),
+            valid_BL,
         )
         logits_BNC = self.model.image_logits(encoded, hidden_BN)
         return cross_entropy(logits_BNC.float().transpose(1, 2), tokens_BN, reduction="none").mean(1)
@@ -386,7 +392,7 @@ class Diptych(OnHub):
     ) -> Int[Tensor, "B N"]:
         """The image tokens that :meth:`imagine_pixels` decodes."""
         texts = text_list(texts)
-        self._tell_of_texts(texts)
+        self._warn_of_texts(texts)
         found = []
         times: Counter[bytes] = Counter()
         for start in range(0, len(texts), _ROWS):
@@ -410,59 +416,85 @@ class Diptych(OnHub):
     ) -> Iterator[ImagineStep]:
         """The image of a text as it appears: before the first and after each round of parallel decoding.
 
-        The last step is the image of :meth:`imagine`. ``known`` are the tokens of an image in their grid, and which of
-        them are generated anew; the others stay. Pixels of the others may change a little, as the decoder looks at all
-        tokens. Raises UserError for an empty text.
+        The last step is the image of :meth:`imagine`. ``known`` as in :class:`ImagineRequest`. Pixels of what stays may
+        change a little, as the decoder looks at all tokens. Raises UserError for an empty text.
         """
-        if not text.strip():
+        for canvas in self.imagine_together([ImagineRequest(text=text, seed=seed, known=known)], config=config):
+            yield self.imagine_step(canvas, 0)
+
+    def imagine_together(
+        self, requests: Sequence[ImagineRequest], *, config: ImageGenerationConfig | None = None
+    ) -> Iterator[Canvas]:
+        """The canvas of several images before the first and after each round, as :meth:`imagine_steps` of each alone.
+
+        That holds where the same number of tokens is hidden in each. Raises UserError for an empty text.
+        """
+        if not all(request.text.strip() for request in requests):
             raise UserError("no text to imagine")
-        given = None if known is None else (known[0].view(1, -1).to(self.device), known[1].view(1, -1).to(self.device))
-        self._tell_of_texts([text])
-        features_BLF, valid_BL, row_seeds = self._read_texts([text], Counter())
-        rng = RowRNG(seed, 0, row_seeds=row_seeds)
+        texts = [request.text for request in requests]
+        self._warn_of_texts(texts)
+        features_BLF, valid_BL, row_seeds = self._read_texts(texts)
+        blank = torch.zeros(self.token_side, self.token_side, dtype=torch.long)
+        known = [request.known or (blank, torch.ones_like(blank, dtype=torch.bool)) for request in requests]
+        tokens_BN, hidden_BN = (
+            torch.stack([grid.flatten().to(self.device) for grid in grids]) for grids in zip(*known, strict=True)
+        )
         rounds = image_canvases(
-            self.model, features_BLF, valid_BL, config or self.image_generation, rng=rng, known=given
+            self.model,
+            features_BLF,
+            valid_BL,
+            config or self.image_generation,
+            rng=RowRNG(0, 0, row_seeds=row_seeds, seeds=tuple(request.seed for request in requests)),
+            known=(tokens_BN, hidden_BN),
         )
         while True:
             with autocast(self.device, self.precision):  # not around `yield`: the caller would compute in it too
                 canvas = next(rounds, None)
             if canvas is None:
                 return
-            yield ImagineStep(
-                image=self.tokenizer.decode(canvas.tokens_BN)[0].permute(1, 2, 0).cpu().numpy(),
-                tokens=canvas.tokens_BN[0].view(self.token_side, -1).cpu(),
-                hidden=canvas.hidden_BN[0].view(self.token_side, -1).cpu(),
-            )
+            yield canvas
+
+    def imagine_step(self, canvas: Canvas, row: int) -> ImagineStep:
+        """One image of a canvas."""
+        return ImagineStep(
+            image=self.tokenizer.decode(canvas.tokens_BN[row : row + 1])[0].permute(1, 2, 0).cpu().numpy(),
+            tokens=canvas.tokens_BN[row].view(self.token_side, -1).cpu(),
+            hidden=canvas.hidden_BN[row].view(self.token_side, -1).cpu(),
+        )
 
     @property
     def token_side(self) -> int:
         """Number of rows, and of columns, of the grid of an image's tokens."""
         return math.isqrt(self.tokenizer.tokens)
 
-    def _tell_of_texts(self, texts: Sequence[str]) -> None:
-        """Name unknown letters, each word once, and once that texts are cut off."""
-        unknown = [word for word in self.text_tokenizer.unknown_words(texts) if word not in _told]
-        _told.update(unknown)
+    def _warn_of_texts(self, texts: Sequence[str]) -> None:
+        """Name unknown letters, each word once in a process, and say once that texts are cut off."""
+        unknown = [word for word in self.text_tokenizer.unknown_words(texts) if word not in _warned_of]
+        _warned_of.update(unknown)
         if unknown:
             some = ", ".join(repr(word) for word in unknown[:5])
             print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)
         length = self.model.config.max_text_len
         valid_BL = self.text_encoder.tokenize(list(texts), length=length)[1]
-        if "" not in _told and (note := note_on_lengths(valid_BL.sum(1).numpy(), length)):
-            _told.add("")  # no word
+        if "" not in _warned_of and (note := note_on_lengths(valid_BL.sum(1).numpy(), length)):
+            _warned_of.add("")  # no word
             print(note, file=sys.stderr)
 
-    def _read_texts(self, texts: Sequence[str], times: Counter[bytes]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    def _read_texts(
+        self, texts: Sequence[str], times: Counter[bytes] | None = None
+    ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Features [B L F] of texts, which of their tokens are valid [B L], and a seed for each.
 
-        ``times`` counts how often each text has been there, so that each of its images has a seed of its own.
+        ``times`` counts how often each text has been there, so that each of its images has a seed of its own. Without
+        it each text has the seed that it has alone.
         """
         ids_BL, valid_BL = self.text_encoder.tokenize(list(texts), length=self.model.config.max_text_len)
         row_seeds = []
         for row in ids_BL.numpy():
             key = row.tobytes()
-            row_seeds.append(derive_seed(key.hex(), times[key]))
-            times[key] += 1
+            row_seeds.append(derive_seed(key.hex(), 0 if times is None else times[key]))
+            if times is not None:
+                times[key] += 1
         ids_BL, valid_BL = ids_BL.to(self.device), valid_BL.to(self.device)
         return self.text_encoder.features(ids_BL, valid_BL), valid_BL, tuple(row_seeds)
 
@@ -505,115 +537,6 @@ def generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfi
         return ImageGenerationConfig(**found["image"]), TextGenerationConfig(**found["text"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{run}/config.json: cannot be used ({error}): copy it again") from error
-
-
-def image_encoder_of(run: Path) -> ImageEncoder | None:
-    """The pretrained image encoder in a run folder; None where the run has none."""
-    folder = run / "image_encoder"
-    return open_image_encoder(folder) if folder.is_dir() else None
-
-
-def teacher_of(run: Path) -> ImageEncoder | None:
-    """The vision model that teaches the encoder of a run, which only training reads; None where the run has none."""
-    folder = run / TEACHER
-    return open_image_encoder(folder) if folder.is_dir() else None
-
-
-def read_size(tokenizer: ImageTokenizer, image_encoder: ImageEncoder | None) -> int:
-    """Side in pixels of images from which both the tokens and the features can be computed."""
-    return max(tokenizer.image_size, 0 if image_encoder is None else image_encoder.image_size)
-
-
-def image_encoders(
-    tokenizer: ImageTokenizer, image_encoder: ImageEncoder | None
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
-    """Functions from uint8 pixels [B 3 S S] of any size to image tokens [B N], and to image features [B G] if any."""
-    device = tokenizer.codebook.device
-
-    def tokens(pixels_B3SS: Tensor) -> Tensor:
-        return tokenizer.encode(resize_pixels(pixels_B3SS.to(device), tokenizer.image_size))
-
-    @torch.no_grad()
-    def features(pixels_B3SS: Tensor) -> Tensor:
-        assert image_encoder is not None
-        return image_encoder(pixels_B3SS.to(device)).float()
-
-    return tokens, features if image_encoder is not None else None
-
-
-def data_tokenizers(
-    tokenizer: ImageTokenizer,
-    text_encoder: TextEncoder,
-    *,
-    length: int,
-    features: bool = False,
-    image_encoder: ImageEncoder | None = None,
-    teacher: ImageEncoder | None = None,
-) -> DataTokenizers:
-    """Both tokenizers as the encoding of data needs them; with ``features``, the text encoder's features too.
-
-    With ``image_encoder`` and ``teacher`` their features too. Texts are cut to ``length`` tokens.
-    """
-    device = text_encoder.embedding.weight.device
-
-    def to_features(ids_BL: Tensor) -> Tensor:
-        pieces = [text_encoder.features(piece, piece != PAD) for piece in ids_BL.to(device).split(256)]
-        return torch.cat(pieces)
-
-    tokenize_images, image_features = image_encoders(tokenizer, image_encoder)
-    _, teacher_features = image_encoders(tokenizer, teacher)
-    return DataTokenizers(
-        image_size=read_size(tokenizer, image_encoder),
-        tokenize_images=tokenize_images,
-        image_features=image_features,
-        teacher_size=0 if teacher is None else teacher.image_size,
-        teacher_features=teacher_features,
-        tokenize_texts=lambda texts: text_encoder.tokenize(texts, length=length)[0],
-        text_features=to_features if features else None,
-        fingerprint="-".join(
-            [
-                weights_digest(tokenizer),
-                weights_digest(text_encoder),
-                text_encoder.feature_kind,
-                str(length),
-                *([] if image_encoder is None else [weights_digest(image_encoder)]),
-                *([] if teacher is None else [f"teacher:{weights_digest(teacher)}"]),
-                str(features),
-            ]
-        ),
-    )
-
-
-def run_data_tokenizers(run: Path, *, features: bool) -> DataTokenizers:
-    """The data tokenizers of a run, finished or not. Raises UserError for a folder that is no ITIT run."""
-    for part in ("tokenizer", "text_encoder"):
-        if not (run / part).is_dir():
-            raise UserError(f"{run}: has no {part}/: give a run of an itit recipe")
-    device = pick_device("auto")
-    tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer").to(device)
-    text_encoder = TextEncoder.from_pretrained(run / "text_encoder").to(device)
-    model = read_config(run)["run"]["model"]
-    text_encoder.feature_kind = model["text_input"]
-    image_encoder, teacher = image_encoder_of(run), teacher_of(run)
-    return data_tokenizers(
-        tokenizer,
-        text_encoder,
-        length=model["max_text_len"],
-        features=features,
-        image_encoder=image_encoder if image_encoder is None else image_encoder.to(device),
-        teacher=teacher if teacher is None else teacher.to(device),
-    )
-
-
-def open_to_encode(spec: str, run: Path, *, features: bool) -> tuple[Source, DataTokenizers]:
-    """A source, and what a run encodes of it. Raises UserError as :func:`run_data_tokenizers` and `open_source`."""
-    source = open_source(spec)
-    both = run_data_tokenizers(run, features=features)
-    return source, replace(
-        both,
-        tokenize_images=both.tokenize_images if source.has_images else None,
-        tokenize_texts=both.tokenize_texts if source.has_captions else None,
-    )
 
 
 class ItitImageEncoder(ImageEncoder):

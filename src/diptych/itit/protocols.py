@@ -177,7 +177,7 @@ def coco_fid30k(
         f"replacement with seed {config.seed}, and one caption of each",
         "real images": f"those of these captions, their centre square resized to {size} pixels (antialiased bicubic), "
         "never compressed",
-        "generated images": f"{size} pixels, {described(settings)}, never compressed",
+        "generated images": f"{size} pixels, {described(settings)}, seed {config.seed}, never compressed",
         "features": f"{extractor.name}, of width {real.width}" + (", FID's Inception" if name == "fid" else ""),
         "distance": "|mean - mean|^2 + tr(C + C - 2 (C C)^1/2), unbiased covariances, 64-bit",
         "departures": departures,
@@ -249,14 +249,15 @@ def evaluate_protocol(
         extractor = open_extractor(features)
         found = coco_fid30k(diptych, source, config, extractor=extractor, advance=ProgressLine("generating images"))
         fits = split is None or all(part in ("train", "restval") for part in split.split("+"))
+    wanted = "the test split" if protocol == "coco-karpathy" else "captions of the training split"
     if not fits:
-        wanted = "the test split" if protocol == "coco-karpathy" else "captions of the training split"
         found.did["departures"].append(f"{spec} names the split {split}: the protocol has {wanted}")
+    did = {"source": spec, "split": split or f"named by nothing in the source; the protocol has {wanted}", **found.did}
     out.mkdir(parents=True, exist_ok=True)
     notes = found.notes + found.skipped.report(out / "skipped.jsonl")
     print_metrics(found.metrics, title=f"{run} on {source.name}, {protocol}", notes=notes)
-    print_protocol(protocol, found.did)
-    record = {"protocol": {"name": protocol, "run": str(run), "source": spec, **found.did}, "notes": notes}
+    print_protocol(protocol, did)
+    record = {"protocol": {"name": protocol, "run": str(run), **did}, "notes": notes}
     write_json(out / "metrics.json", {**found.metrics, "skipped": len(found.skipped), **record})
     if found.captions:
         write_captions(out / "captions.jsonl", found.keys, found.captions, found.references)
@@ -311,18 +312,18 @@ def cycle_scores(
         else:
             record[f"{start}/feature_distance"] = feature_distance(images.pixels_BSS3, made, extractor)
 
-    told = [each[0] for each in texts]
+    captions = [each[0] for each in texts]
     for number, record in enumerate(records):
-        generated = diptych.imagine_pixels(told, seed=seed + number)
+        generated = diptych.imagine_pixels(captions, seed=seed + number)
         score_images("from_text", record, generated)
-        told = [caption.text for caption in diptych.caption_encoded(diptych.encode(generated))]
-        score_texts("from_text", record, told)
+        captions = [caption.text for caption in diptych.caption_encoded(diptych.encode(generated))]
+        score_texts("from_text", record, captions)
         advance(number + 1, 2 * rounds)
     encoded = images.encoded
     for number, record in enumerate(records):
-        told = [caption.text for caption in diptych.caption_encoded(encoded)]
-        score_texts("from_image", record, told)
-        generated = diptych.imagine_pixels(told, seed=seed + number)
+        captions = [caption.text for caption in diptych.caption_encoded(encoded)]
+        score_texts("from_image", record, captions)
+        generated = diptych.imagine_pixels(captions, seed=seed + number)
         score_images("from_image", record, generated)
         encoded = diptych.encode(generated)
         advance(rounds + number + 1, 2 * rounds)
@@ -401,6 +402,6 @@ def evaluate_cycles(
         out / "cycles.svg",
         one_figure({short[n] if unique else n: each for n, each in found.items()}, panels=panels, over="round"),
     )
-    told = {"source": spec, "images": counts, "seed": config.seed, "features": extractor.name, "cycles": found}
-    write_json(out / "metrics.json", told)
+    metrics = {"source": spec, "images": counts, "seed": config.seed, "features": extractor.name, "cycles": found}
+    write_json(out / "metrics.json", metrics)
     print(f"written to {out}")

@@ -5,10 +5,10 @@ from dataclasses import replace
 import tyro
 
 from diptych.itit.data import DataConfig
-from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
+from diptych.itit.generation import GenerationConfig, ImageGenerationConfig, TextGenerationConfig
 from diptych.itit.model import SIZES, MaskingConfig
 from diptych.itit.objective import ItitObjectiveConfig, LossWeights
-from diptych.itit.training import GenerationConfig, ItitRun
+from diptych.itit.training import ItitRun
 from diptych.tokenizers.recipes import (
     encoder_small,
     encoder_tiny,
@@ -118,7 +118,7 @@ def itit_frozen() -> ItitRun:
         generation=GenerationConfig(
             image=ImageGenerationConfig(steps=16, guidance=2.0, temperature=4.0),
             # CIDEr-D on dev images of Flickr8k rises by a tenth, with any agreement from 8 to 64, and by another 4 %
-            # with any consensus from 60 to 400 (docs/log.md).
+            # with any consensus from 60 to 400, half of it by unpaired texts (docs/log.md).
             text=TextGenerationConfig(beams=16, length_power=1.0, agreement=16.0, consensus=100.0),
         ),
     )

@@ -132,7 +132,7 @@ def sweep_run(
         return {key: scores[key] for key in _CAPTION_SCORES}
 
     cells = _score_all([*config.images(), *config.captions()], done, score, out)
-    _tell(out, cells, name, made_by, title=f"{run} on {len(images.items):,} images of {spec}")
+    _write_and_print(out, cells, name, made_by, title=f"{run} on {len(images.items):,} images of {spec}")
     return cells
 
 
@@ -172,7 +172,7 @@ def _key(cell: ScoredCell) -> str:
     return json.dumps([settings.get(name) for name in ("side", "temperature", "guidance", "beams", "length_power")])
 
 
-def _tell(out: Path, cells: Sequence[ScoredCell], name: str, made_by: dict[str, Any], *, title: str) -> None:
+def _write_and_print(out: Path, cells: Sequence[ScoredCell], name: str, made_by: dict[str, Any], *, title: str) -> None:
     """A table and a figure for each side, and the best settings."""
     best: dict[str, ScoredCell] = {}
     console = Console(highlight=False)

@@ -7,36 +7,46 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from diptych.data.batch import PairExamples, TextExamples
 from diptych.data.check import note_on_lengths
-from diptych.data.pixels import SkippedItems, channels_first, read_captioned
+from diptych.data.pixels import SkippedItems, read_captioned
 from diptych.data.sources import open_source
-from diptych.data.store import DataTokenizers, Store
+from diptych.data.store import DataTokenizers
 from diptych.data.streams import BatchSampler
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
-from diptych.eval.baselines import Baseline, Comparison, NearCaptions, sampled
+from diptych.eval.baselines import Baseline, Comparison, NearCaptions
 from diptych.io import load_network
-from diptych.itit.data import DataConfig, DataSplit, Subset, encode_subset, open_data, open_valid
+from diptych.itit.data import (
+    ENCODING,
+    TEACHER,
+    DataConfig,
+    DataSplit,
+    Subset,
+    TrainingInputs,
+    count_captions,
+    data_tokenizers,
+    encode_subset,
+    open_data,
+    open_valid,
+    store_of,
+    within_budget,
+)
 from diptych.itit.evaluation import ALONE, PAIRS_ONLY, ScoredImages, compare
-from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.model import ITIT, ItitConfig, mean_of_text
+from diptych.itit.generation import GenerationConfig
+from diptych.itit.model import ITIT, ItitConfig
 from diptych.itit.objective import AlignmentHead, ItitObjective, ItitObjectiveConfig
-from diptych.itit.pipeline import NEAR_CAPTIONS, TEACHER, Diptych, data_tokenizers
+from diptych.itit.pipeline import NEAR_CAPTIONS, Diptych
 from diptych.itit.report import Samples
-from diptych.nn.inference import eval_mode, pick_device
+from diptych.nn.inference import computes_bf16, eval_mode, pick_device
 from diptych.report.html import closing_line, outcome, validation_scores, write_run_report
 from diptych.report.terminal import meaning_of, print_comparison
-from diptych.rng import derive_seed
 from diptych.run_folder import Kind, check_finished, kind_of, part_of, read_config, save_model, write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
@@ -48,94 +58,21 @@ from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
 from diptych.train.pace import Budget, Pace, RunPlan, StageCost
 
-
-@dataclass(kw_only=True, slots=True)
-class GenerationConfig:
-    """How a trained run generates, unless a command says otherwise."""
-
-    image: ImageGenerationConfig = field(default_factory=ImageGenerationConfig)
-    """Settings of the generation of images from texts."""
-    text: TextGenerationConfig = field(default_factory=TextGenerationConfig)
-    """Settings of the generation of texts from images."""
-
-
-NETWORK, ENCODING = "ITIT", "encoding"
-"""Names of the two last stages in the plan of a run."""
+NETWORK = "ITIT"
+"""Name of the last stage in the plan of a run."""
 _TEXT_ENCODER_COST, _PAIRS_COST, _CYCLES_COST, _ENCODING_SHARE = 0.7, 1.4, 5.0, 0.04
 """Cost of a step of the text encoder, of ITIT before the cycles start and with them, where one of the tokenizer costs
 1; and of the encoding of all data, as a share of all training."""
 _FEW_STEPS = 400
 """Number of steps below which a budget trains with :meth:`ItitRun.hurried` settings."""
-_LEAST_ENCODED = 256
-"""Number of items of each kind that are encoded under any budget."""
-_TRIED = 48
-"""Number of items whose encoding is timed."""
 _MOST_PAIRS_ONLY = 8.0
 """Largest number of steps on pairs alone for each step of the run: they cost less than those with cycles."""
 _LOOKED_AT = 10_000
 """Number of texts whose length is looked at, spread over all."""
 _WHITENED = 2000
 """Number of texts whose features decide the whitening."""
-_IMAGES_FITTED, _CAPTIONS_FITTED = 3000, 5
-"""Number of captioned images that decide which image features belong to a text, and of captions of each."""
-
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    """The frozen tokenizer and text encoder of a run, and its data encoded with both."""
-
-    tokenizer: ImageTokenizer
-    text_encoder: TextEncoder
-    encoded: DataSplit
-    image_encoder: ImageEncoder | None = None
-    told: str = ""
-    """How much data there is, as `check_parts` tells it."""
-
-    def text_features(self, *, texts: int) -> Float[Tensor, "M F"]:
-        """Frozen features of the tokens of the first ``texts`` texts, padding left out."""
-        stream = _store(self.encoded.texts).texts(self.encoded.texts.items)
-        rows = np.arange(min(texts, stream.size))
-        examples = stream.take(rows, np.zeros_like(rows))
-        return self._features(examples)[examples.valid_BL].float()
-
-    def image_and_text_features(self, *, images: int) -> tuple[Float[Tensor, "X G"], Float[Tensor, "X F"]]:
-        """Features of the first ``images`` captioned images, and the means of those of up to five captions of each.
-
-        The captions of an image lie side by side; an image with fewer captions has some of them twice.
-        """
-        stream = _store(self.encoded.pairs).pairs(self.encoded.pairs.items, seed=0)
-        rows = np.arange(min(images, stream.size))
-        taken = [stream.take(rows, np.full_like(rows, epoch)) for epoch in range(_CAPTIONS_FITTED)]
-        of_texts = [mean_of_text(self._features(pairs), pairs.valid_BL) for pairs in taken]
-        features_XG = taken[0].image_features_BG
-        assert features_XG is not None
-        return features_XG.repeat_interleave(len(taken), 0), torch.stack(of_texts, dim=1).flatten(0, 1)
-
-    @cached_property
-    def near_captions(self) -> NearCaptions:
-        """The captions of captioned images, at most 3,000 of them, with the features of their images."""
-        store = _store(self.encoded.pairs)
-        pairs, captions = np.asarray(self.encoded.pairs.items), store.captions
-        items = sampled(pairs[captions.counts[pairs] > 0])
-        ids = [store.arrays["ids"][captions.rows(np.array([item]))] for item in items]
-        texts = [self.text_encoder.detokenize(torch.from_numpy(ids_BL.astype(np.int64))) for ids_BL in ids]
-        return NearCaptions(texts, store.arrays["image_features"][items])
-
-    def teacher_features(self, *, images: int) -> Float[Tensor, "X T"]:
-        """The teacher's features of the first ``images`` captioned images."""
-        stream = _store(self.encoded.pairs).images(self.encoded.pairs.items)
-        rows = np.arange(min(images, stream.size))
-        features_XT = stream.take(rows, np.zeros_like(rows)).teacher_features_BT
-        assert features_XT is not None
-        return features_XT
-
-    def _features(self, examples: PairExamples | TextExamples) -> Float[Tensor, "B L F"]:
-        """The cached features of the frozen text encoder, on the CPU; without a cache they are computed."""
-        if examples.features_BLF is not None:
-            return examples.features_BLF
-        device = self.text_encoder.embedding.weight.device
-        rows = [examples[start : start + 64].to(device) for start in range(0, len(examples), 64)]
-        return torch.cat([self.text_encoder.features(each.ids_BL, each.valid_BL).cpu() for each in rows])
+_IMAGES_FITTED = 3000
+"""Number of captioned images that decide which image features belong to a text."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -192,59 +129,71 @@ class ItitRun:
         ``budget`` sets the steps of each stage so that all of them end in its time. Leaves a run folder that needs
         nothing outside it. Raises UserError for settings or data that cannot be used.
         """
-        if self.init is not None:
-            self = self.with_parts_of(Path(self.init))
-        self.check()
-        self._check_run_folder(out)
+        run = self if self.init is None else self.with_parts_of(Path(self.init))
+        run.check()
+        run._check_run_folder(out)
 
         def report(state: str) -> None:
             write_run_report(out, state=state)
 
-        plan = RunPlan(self.costs(), budget=Budget.of_run(out, budget), report=report)
-        comparison = self._baselines()
-        if not all((out / part).is_dir() for part in self._parts()):
+        plan = RunPlan(run.costs(), budget=Budget.of_run(out, budget), report=report)
+        comparison = run._baselines()
+        if not all((out / part).is_dir() for part in run._frozen_parts()):
             # A repeat of a run that is killed below finds here which tokenizers were made.
-            write_config(out, recipe=recipe, run=self)
-        inputs = self.prepare(out, plan)
-        seconds, images = self._timed_evaluation(inputs, out) if plan.budget is not None else (0.0, None)
-        run, pace = plan.fit_stage(NETWORK, self, out, lambda run: run.ready(inputs), evaluation_seconds=seconds)
+            write_config(out, recipe=recipe, run=run)
+        inputs = run.prepare(out, plan)
+        seconds, images = run._timed_evaluation(inputs, out) if plan.budget is not None else (0.0, None)
+        run, pace = plan.fit_stage(NETWORK, run, out, lambda run: run.ready(inputs), evaluation_seconds=seconds)
         if plan.budget is not None and run.train.steps < _FEW_STEPS:
             run = run.hurried()
-        write_config(out, recipe=recipe, run=run, data=inputs.told)
-        objective = run.build(inputs)
-        samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, out / "samples", images=images)
+        write_config(out, recipe=recipe, run=run, data=inputs.data_summary)
+        trained = run._train_with_validation(inputs, out, pace=pace, images=images, report=report)
+        result = trained.result
+        if result.finished and comparison is not None:
+            alone = run._train_pairs_only(inputs, out, seconds=result.seconds, images=trained.samples.images)
+            comparison = replace(comparison, baselines=comparison.baselines + alone, scores=trained.scores(out))
+        if result.finished and is_main_process():
+            run._report_result(out, trained, comparison)
+        return result
+
+    def _train_with_validation(
+        self,
+        inputs: TrainingInputs,
+        out: Path,
+        *,
+        pace: Pace,
+        images: ScoredImages | None,
+        title: str = NETWORK,
+        report: Callable[[str], object] | None = None,
+    ) -> "_Trained":
+        """Train the network in ``out`` with samples and, on `--data.valid`, scores that select the weights.
+
+        ``images`` are those of `--data.valid`, if they have been read before.
+        """
+        objective = self.build(inputs)
+        samples = Samples(self.diptych(objective, inputs), inputs.encoded, self.data, out / "samples", images=images)
         best = BestWeights(out / "best", patience=self.patience) if self.data.valid else None
         hook = Hook(
-            every=run.train.eval_every,
+            every=self.train.eval_every,
             run=partial(self._validate, samples, best),
             stop_early=best.is_over if best is not None else None,
         )
-        result = run.train_on(inputs, objective, out, hooks=[hook], pace=pace, best=best, report=report)
-        if result.finished and comparison is not None:
-            alone = run._train_pairs_only(inputs, out, seconds=result.seconds, images=samples.images)
-            comparison = replace(comparison, baselines=comparison.baselines + alone, scores=_scores_of_best(out, best))
-            if is_main_process():
-                comparison.write(out)
-        if result.finished and is_main_process():
-            with nullcontext() if best is not None else result.eval_mode(objective), eval_mode(objective):
-                write_run_report(out, samples=samples.sections())
-            if comparison is not None:
-                title = f"{out} beside its baselines on {comparison.source}"
-                print_comparison(*comparison.table(), title=title, notes=[*comparison.notes, comparison.verdict()])
-            print(
-                closing_line(
-                    out,
-                    self.kind,
-                    score=outcome(
-                        out,
-                        step=best.score.step if best and best.score else None,
-                        select=self.select,
-                        source=self.data.valid,
-                    ),
-                ),
-                flush=True,
-            )
-        return result
+        result = self.train_on(inputs, objective, out, hooks=[hook], title=title, pace=pace, best=best, report=report)
+        return _Trained(result=result, objective=objective, samples=samples, best=best)
+
+    def _report_result(self, out: Path, trained: "_Trained", comparison: Comparison | None) -> None:
+        """Write the report of a finished run and its comparison; print both in short."""
+        objective, best = trained.objective, trained.best
+        if comparison is not None:
+            comparison.write(out)
+        with trained.result.eval_mode(objective) if best is None else eval_mode(objective):
+            write_run_report(out, samples=trained.samples.sections())
+        if comparison is not None:
+            title = f"{out} beside its baselines on {comparison.source}"
+            print_comparison(*comparison.table(), title=title, notes=[*comparison.notes, comparison.verdict()])
+        step = best.score.step if best is not None and best.score is not None else None
+        score = outcome(out, step=step, select=self.select, source=self.data.valid)
+        print(closing_line(out, self.kind, score=score), flush=True)
 
     def _validate(
         self, samples: Samples, best: BestWeights | None, step: int, objective: nn.Module
@@ -278,9 +227,8 @@ class ItitRun:
 
     def check(self) -> None:
         """Raise UserError for combinations of fields that no stage would notice early."""
-        unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
         start, steps = self.objective.cycle_start_step, self.train.steps
-        if unpaired and start >= steps:
+        if self._has_cycles and start >= steps:
             raise UserError(
                 f"--objective.cycle-start-step {start} is not before --train.steps {steps}, "
                 "so unpaired data would never be used: lower it, or switch --objective.texts and .images off"
@@ -288,8 +236,8 @@ class ItitRun:
 
         if self.teacher is not None and not self.objective.weights.teacher:
             raise UserError("--teacher teaches nothing: --objective.weights.teacher is 0; raise it, or leave both away")
-        if self.compare == "pairs-only" and not (unpaired and self.data.valid):
-            lacks = "--data.valid to compare on" if unpaired else "unpaired data, so it is the pairs alone itself"
+        if self.compare == "pairs-only" and not (self._has_cycles and self.data.valid):
+            lacks = "--data.valid to compare on" if self._has_cycles else "unpaired data, so it is that control"
             raise UserError(f"--compare pairs-only: the run has no {lacks}")
 
     def _baselines(self) -> Comparison | None:
@@ -312,7 +260,7 @@ class ItitRun:
         train = replace(self.train, epochs=None)  # the steps are there, and a control trains for a time
         return replace(self, objective=objective, compare="nothing", train=train)
 
-    def _parts(self) -> tuple[str, ...]:
+    def _frozen_parts(self) -> tuple[str, ...]:
         """Folders of what is frozen in a run."""
         return ("tokenizer", "text_encoder", *(["image_encoder"] if self.image_encoder else []))
 
@@ -328,13 +276,10 @@ class ItitRun:
             ALONE, self.pairs_only(), folder, lambda run: run.ready(inputs), most=_MOST_PAIRS_ONLY
         )
         write_config(folder, recipe="itit pairs only", run=run)
-        for part in self._parts():
+        for part in self._frozen_parts():
             shutil.copytree(out / part, folder / part, dirs_exist_ok=True)
-        objective, best = run.build(inputs), BestWeights(folder / "best", patience=run.patience)
-        samples = Samples(run.diptych(objective, inputs), inputs.encoded, run.data, folder / "samples", images=images)
-        hook = Hook(every=run.train.eval_every, run=partial(run._validate, samples, best), stop_early=best.is_over)
-        run.train_on(inputs, objective, folder, hooks=[hook], title=ALONE, pace=pace, best=best)
-        return [Baseline(name=ALONE, scores=_scores_of_best(folder, best), kind="without unpaired data")]
+        trained = run._train_with_validation(inputs, folder, pace=pace, images=images, title=ALONE)
+        return [Baseline(name=ALONE, scores=trained.scores(folder), kind="without unpaired data")]
 
     def _timed_evaluation(self, inputs: TrainingInputs, out: Path) -> tuple[float, ScoredImages | None]:
         """The seconds of an evaluation, and the images that it read."""
@@ -371,13 +316,12 @@ class ItitRun:
                 step_cost=_TEXT_ENCODER_COST,
             ),
         ]
-        unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
         network = StageCost(
             name=NETWORK,
             steps=self.train.steps,
             step_cost=_PAIRS_COST,
             slow_from=self.slow_from,
-            slow_cost=_CYCLES_COST if unpaired else None,
+            slow_cost=_CYCLES_COST if self._has_cycles else None,
         )
         training = sum(stage.all for stage in (*stages, network))
         return [*stages, StageCost(name=ENCODING, steps=1, step_cost=_ENCODING_SHARE * training), network]
@@ -385,8 +329,12 @@ class ItitRun:
     @property
     def slow_from(self) -> int:
         """First step with cycles."""
-        unpaired = (self.objective.texts, self.objective.images) != ("off", "off")
-        return self.objective.cycle_start_step if unpaired else 0
+        return self.objective.cycle_start_step if self._has_cycles else 0
+
+    @property
+    def _has_cycles(self) -> bool:
+        """Whether the network learns from unpaired data in cycles."""
+        return (self.objective.texts, self.objective.images) != ("off", "off")
 
     def _check_run_folder(self, out: Path) -> None:
         """Raise UserError if ``out`` holds a run of another kind, or a tokenizer or text encoder of other settings.
@@ -414,17 +362,19 @@ class ItitRun:
         join_processes(self.train.device)
         plan = plan or RunPlan(self.costs())
         data = open_data(self.data)
-        told = data.check(open_valid(self.data), max_skipped_share=self.data.max_skipped_share)
+        data_summary = data.check(open_valid(self.data), max_skipped_share=self.data.max_skipped_share)
         if is_main_process():
-            print(told, flush=True)
-        # Those that are given are opened first: what is wrong with them is told before anything is trained.
+            print(data_summary, flush=True)
+        # Parts that are given are opened first, so that their faults are reported before anything is trained.
         image_encoder = _copied_encoder(self.image_encoder, out / "image_encoder")
         teacher = _copied_encoder(self.teacher, out / TEACHER)
         given = None if self.text_encoder is None else self._text_encoder(data, out, plan)
         tokenizer = self._tokenizer(data, out, plan)
         text_encoder = given or self._text_encoder(data, out, plan)
         encoded = self._encode(data, tokenizer, text_encoder, image_encoder, teacher, out, plan)
-        return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder, told)
+        if computes_bf16(torch.device(pick_device(self.train.device)), self.train.precision):
+            text_encoder.to(torch.bfloat16)  # after the encoding: what is stored does not depend on the precision
+        return TrainingInputs(tokenizer, text_encoder, encoded, image_encoder, data_summary)
 
     def _tokenizer(self, data: DataSplit, out: Path, plan: RunPlan) -> ImageTokenizer:
         """The image tokenizer in ``out``; if there is none yet, the given one is copied there or one is trained."""
@@ -471,13 +421,13 @@ class ItitRun:
         tokenizer, text_encoder = tokenizer.to(device), text_encoder.to(device)
         image_encoder = image_encoder if image_encoder is None else image_encoder.to(device)
         teacher = teacher if teacher is None else teacher.to(device)
-        captions = _count_captions(data.texts) + (0 if data.texts is data.pairs else _count_captions(data.pairs))
+        captions = count_captions(data.texts) + (0 if data.texts is data.pairs else count_captions(data.pairs))
         features_mb = captions * length * text_encoder.width * 2 / 2**20
         cached = features_mb <= self.data.feature_cache_mb
         make = partial(data_tokenizers, tokenizer, text_encoder, length=length)
         both = make(image_encoder=image_encoder, teacher=teacher)
         with_features = make(features=cached, image_encoder=image_encoder, teacher=teacher)
-        data = _within_budget(data, with_features, plan, seed=self.data.split_seed)
+        data = within_budget(data, with_features, plan, seed=self.data.split_seed)
 
         def encode(subset: Subset, name: str, tokenizers: DataTokenizers) -> Subset:
             with main_process_first():
@@ -491,7 +441,7 @@ class ItitRun:
             of_texts = replace(with_features, tokenize_images=None, image_features=None, teacher_features=None)
             texts = encode(data.texts, "texts", of_texts)
         for subset in (pairs,) if texts is pairs else (pairs, texts):
-            ids = _store(subset).arrays["ids"]
+            ids = store_of(subset).arrays["ids"]
             note = note_on_lengths((ids[:: max(1, len(ids) // _LOOKED_AT)] != 0).sum(1), length)
             if note and is_main_process():
                 print(f"{note}; raise --model.max-text-len", file=sys.stderr, flush=True)
@@ -509,9 +459,9 @@ class ItitRun:
         seed, data = self.train.seed, inputs.encoded
         return BatchSampler(
             {
-                "pairs": _store(data.pairs).pairs(data.pairs.items, seed=seed),
-                "images": _store(data.images).images(data.images.items),
-                "texts": _store(data.texts).texts(data.texts.items),
+                "pairs": store_of(data.pairs).pairs(data.pairs.items, seed=seed),
+                "images": store_of(data.images).images(data.images.items),
+                "texts": store_of(data.texts).texts(data.texts.items),
             },
             multiples=objective.streams,
             batch_size=self.train.batch_size,
@@ -536,10 +486,20 @@ class ItitRun:
                 head = AlignmentHead(inputs.teacher_features(images=_IMAGES_FITTED), width=model.config.width)
             return ItitObjective(model, inputs.text_encoder, self.objective, teacher_head=head)
 
-    @property
-    def _has_consensus(self) -> bool:
-        """Whether captions are ranked by near captions as well, which needs images with features."""
-        return self.image_encoder is not None and bool(self.generation.text.consensus)
+    def _near_captions(self, model: ITIT, inputs: TrainingInputs) -> NearCaptions | None:
+        """What captions are compared with when they are ranked; None where they are not, or images have no features.
+
+        Unpaired texts are among it if the run learns from them.
+        """
+        reader = model.image_features
+        if reader is None or not self.generation.text.consensus:
+            return None
+        captions, features_TG = inputs.captions_and_features
+        if self.objective.texts == "off" or inputs.encoded.texts is inputs.encoded.pairs:
+            return NearCaptions(captions, features_TG)
+        texts, means_UF = inputs.texts_and_features
+        expected_UG = reader.expected(means_UF.to(reader.mean_G.device)).cpu().numpy()
+        return NearCaptions(captions, features_TG, texts=texts, expected_UF=expected_UG)
 
     def diptych(self, objective: ItitObjective, inputs: TrainingInputs) -> Diptych:
         """The network in training as a pipeline, which captions and generates with its present weights."""
@@ -548,7 +508,7 @@ class ItitRun:
             inputs.text_encoder,
             objective.model,
             image_encoder=inputs.image_encoder,
-            near_captions=inputs.near_captions if self._has_consensus else None,
+            near_captions=self._near_captions(objective.model, inputs),
             image_generation=self.generation.image,
             text_generation=self.generation.text,
             device=pick_device(self.train.device),
@@ -573,7 +533,7 @@ class ItitRun:
             "model": asdict(objective.model.config),
             "objective": asdict(self.objective),
             "data": {
-                name: {"count": len(each.items), **_store(each).manifest["made_by"]} for name, each in subsets.items()
+                name: {"count": len(each.items), **store_of(each).manifest["made_by"]} for name, each in subsets.items()
             },
         }
         result = train(
@@ -592,76 +552,27 @@ class ItitRun:
             best.load_into(objective)
         with result.eval_mode(objective) if best is None else nullcontext():
             if is_main_process():
-                if self._has_consensus:
-                    save_model(inputs.near_captions, out / NEAR_CAPTIONS)
+                if near := self._near_captions(objective.model, inputs):
+                    save_model(near, out / NEAR_CAPTIONS)
                 save_model(objective.model, out / "model")
         return result
 
 
-def _scores_of_best(out: Path, best: BestWeights | None) -> dict[str, float]:
-    assert best is not None
-    assert best.score is not None
-    return validation_scores(out, best.score.step)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trained:
+    """A network after its training, and what watched it."""
 
+    result: TrainResult
+    objective: ItitObjective
+    samples: Samples
+    best: BestWeights | None
+    """The selected weights; None without `--data.valid`."""
 
-def _within_budget(data: DataSplit, tokenizers: DataTokenizers, plan: RunPlan, *, seed: int) -> DataSplit:
-    """``data``, or as much of it as can be encoded in the time that a budget has for that; pairs come first.
-
-    Which items are left out is random and follows from ``seed``.
-    """
-    if plan.budget is None:
-        return data
-    seconds = plan.seconds_for(ENCODING)
-    kinds = {"pairs": data.pairs, "images": data.images, "texts": data.texts}
-    raw = {name: kind for name, kind in kinds.items() if not isinstance(kind.source, Store)}
-    unpaired = [name for name in raw if name == "pairs" or raw[name] is not data.pairs]
-
-    def decide() -> dict[str, int]:
-        cost = {name: _seconds_to_encode(raw[name], tokenizers, name) for name in unpaired}
-        share = min(1.0, seconds / max(cost.get("pairs", 0.0), 1e-9))
-        left = max(0.0, seconds - cost.get("pairs", 0.0))
-        rest = min(1.0, left / max(sum(value for name, value in cost.items() if name != "pairs"), 1e-9))
-        shares = {name: share if name == "pairs" else rest for name in unpaired}
-        whole = {name: len(raw[name].items) for name in unpaired}
-        return {name: min(whole[name], max(_LEAST_ENCODED, int(shares[name] * whole[name]))) for name in unpaired}
-
-    counts = plan.budget.decision(ENCODING, decide)
-    kept = {name: _some(raw[name], counts[name], seed=seed) for name in unpaired}
-    for name, subset in kept.items():
-        if len(subset.items) < len(raw[name].items):
-            few = f"{len(subset.items):,} of {len(raw[name].items):,}"
-            print(f"3/3 encoding {name}: {few} fit into the budget of {plan.budget.minutes:g} minutes", flush=True)
-    pairs = kept.get("pairs", data.pairs)
-    images, texts = (
-        pairs if kinds[name] is data.pairs else kept.get(name, kinds[name]) for name in ("images", "texts")
-    )
-    return DataSplit(pairs=pairs, images=images, texts=texts)
-
-
-def _seconds_to_encode(subset: Subset, tokenizers: DataTokenizers, name: str) -> float:
-    """Estimated from some of the items."""
-    source, items = subset.source, subset.items[:: max(1, len(subset.items) // _TRIED)][:_TRIED]
-    began = time.monotonic()
-    if name != "texts" and tokenizers.tokenize_images is not None:
-        pixels_B3SS = channels_first(np.stack([source.image(int(item), tokenizers.image_size) for item in items]))
-        tokenizers.tokenize_images(pixels_B3SS)
-        if tokenizers.image_features is not None:
-            tokenizers.image_features(pixels_B3SS)
-        if tokenizers.teacher_features is not None:
-            pixels = np.stack([source.image(int(item), tokenizers.teacher_size) for item in items])
-            tokenizers.teacher_features(channels_first(pixels))
-    if name != "images" and tokenizers.tokenize_texts is not None:
-        ids_BL = tokenizers.tokenize_texts([text for item in items for text in source.captions(int(item))])
-        if tokenizers.text_features is not None:
-            tokenizers.text_features(ids_BL)
-    return (time.monotonic() - began) / max(1, len(items)) * len(subset.items)
-
-
-def _some(subset: Subset, count: int, *, seed: int) -> Subset:
-    if count == len(subset.items):
-        return subset
-    generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "budget")))
-    return Subset(subset.source, np.sort(generator.choice(subset.items, count, replace=False)))
+    def scores(self, out: Path) -> dict[str, float]:
+        """The validation scores of the selected weights, from the run folder."""
+        assert self.best is not None
+        assert self.best.score is not None
+        return validation_scores(out, self.best.score.step)
 
 
 def _is_missing(folder: Path) -> bool:
@@ -685,20 +596,6 @@ def _copied_encoder(name: str | None, folder: Path) -> ImageEncoder | None:
     if _is_missing(folder):
         _save_once(open_image_encoder(name), folder)
     return open_image_encoder(folder)
-
-
-def _store(subset: Subset) -> Store:
-    assert isinstance(subset.source, Store)
-    return subset.source
-
-
-def _count_captions(subset: Subset) -> int:
-    """Estimate from up to 256 items; 0 for data that is encoded already, with or without features."""
-    if isinstance(subset.source, Store):
-        return 0
-    source, sample = subset.source, subset.items[:: max(1, len(subset.items) // 256)]
-    mean = sum(len(source.captions(int(item))) for item in sample) / max(1, len(sample))
-    return int(mean * len(subset.items))
 
 
 def _progress(name: str) -> Callable[[int, int], None]:

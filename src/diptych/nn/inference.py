@@ -1,4 +1,5 @@
-"""Devices, the dtype policy of training and inference, evaluation mode, packed weights, the most probable classes.
+"""Devices, the dtype policy of training and inference, evaluation mode, weights that are spread over processes, packed
+weights, the most probable classes.
 
 Shapes: B images, C classes.
 """
@@ -42,10 +43,17 @@ def multiplies_bf16(device: torch.device) -> bool:
     return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
+def computes_bf16(device: torch.device, precision: Precision) -> bool:
+    """Whether networks compute in bf16; ``auto`` does so where the device multiplies it."""
+    return precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """The dtype policy of all networks: weights are fp32; under bf16, operations that torch lists as safe use bf16."""
-    bf16 = precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    """The dtype policy of all networks: weights are fp32; under bf16, operations that torch lists as safe use bf16.
+
+    The frozen text encoder of a training in bf16 is the exception: its weights are in bf16.
+    """
+    return torch.autocast(device.type, torch.bfloat16) if computes_bf16(device, precision) else nullcontext()
 
 
 @contextmanager
@@ -76,6 +84,11 @@ def gathered(module: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             part.reshard()
+
+
+def local_part(tensor: Any) -> Tensor:
+    """What this process has of ``tensor``: all of it, but of a tensor of torch.distributed its rows."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Derived(Generic[T]):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, RULE = "#1d2129", "#dfe3e8"  # replaced in the finished SVG
 SERIES = ("#3b7be0", "#e0722b", "#1f9d76", "#b04fc4", "#c2983a", "#d1495b")
@@ -95,12 +96,10 @@ def one_figure(
     rows = -(-len(panels) // columns)
     with mpl.rc_context(STYLE):
         # No pyplot: nothing global to leak.
-        figure = Figure(figsize=(4.8 * columns, 2.8 * rows), layout="constrained")
+        figure = Figure(figsize=(4.8 * columns, 2.8 * rows))
         for place, panel in enumerate(panels, start=1):
             _draw(figure.add_subplot(rows, columns, place), panel, runs, over=over, smooth=smooth)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _themed(buffer.getvalue())
+        return _written(figure)
 
 
 def reliability_figure(bins: Sequence[tuple[float, float, float, int]], *, title: str, label: str) -> bytes:
@@ -114,7 +113,7 @@ def reliability_figure(bins: Sequence[tuple[float, float, float, int]], *, title
     predicted, found, errors, counts = zip(*bins, strict=True)
     spread = [2 * error for error in errors]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+        figure = Figure(figsize=(4.2, 4.2))
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color=RULE, linewidth=1.2)
         axes.errorbar(predicted, found, yerr=spread, fmt="o", color=SERIES[0], markersize=4, linewidth=1.2)
@@ -122,9 +121,7 @@ def reliability_figure(bins: Sequence[tuple[float, float, float, int]], *, title
             axes.annotate(f"{count}", (x, y + up), (0, 2), textcoords="offset points", ha="center", fontsize=7)
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel=label, title=title)
         axes.tick_params(length=0)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _themed(buffer.getvalue())
+        return _written(figure)
 
 
 def points(records: Sequence[Record], key: str, over: str) -> tuple[list[float], list[float]]:
@@ -181,6 +178,19 @@ def _short(value: float, _: float) -> str:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _written(figure: "Figure") -> bytes:
+    """``figure`` as an SVG, with margins as wide as its labels need.
+
+    A layout engine that the figure keeps would draw everything once more, and a constrained one measure it twice.
+    """
+    from matplotlib.layout_engine import TightLayoutEngine
+
+    TightLayoutEngine(pad=0.4).execute(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _themed(buffer.getvalue())
 
 
 def _themed(svg: bytes) -> bytes:

@@ -310,9 +310,9 @@ class VQNetwork(nn.Module):
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
         except Exception as error:  # safetensors has its own kinds for a broken file
-            told = first_line(error)
+            reason = first_line(error)
             raise UserError(
-                f"{folder}: the tokenizer's weights cannot be read ({told}); copy or train it again"
+                f"{folder}: the tokenizer's weights cannot be read ({reason}); copy or train it again"
             ) from error
         own = network.state_dict()
         linear = {name: value.squeeze() for name, value in weights.items() if ".to_" in name}  # 1 x 1 convolutions once

@@ -26,7 +26,6 @@ from transformers import PreTrainedTokenizerFast
 from diptych.data.batch import Batch, TextExamples
 from diptych.encoders.loading import fuse_gelu
 from diptych.errors import UserError
-from diptych.nn.functional import token_loss
 from diptych.rng import StepRNG, derive_seed
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.text_tokenizer import EOS, PAD
@@ -219,7 +218,10 @@ class SpanCorruption(Objective):
             decoder_input_ids=decoder_input_BT,
             use_cache=False,
         ).logits
-        loss = token_loss(logits_BTV, corrupted.target_BT, corrupted.target_valid_BT, label_smoothing=0.0)
+        target_BT, valid_BT = corrupted.target_BT, corrupted.target_valid_BT
+        loss_BT = F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), reduction="none")
+        loss_BT = loss_BT.view_as(target_BT) * valid_BT
+        loss = (loss_BT.sum(1) / valid_BT.sum(1).clamp_min(1)).mean()
         return Losses(loss, {"spans": loss.detach()})
 
     def corrupt(self, ids_BL: Tensor, valid_BL: Tensor, *, rng: StepRNG) -> Corrupted:

@@ -94,16 +94,19 @@ class TextEncoder(nn.Module, TextTokenizer):
     def features_from_embeddings(
         self, embeds_BLE: Float[Tensor, "B L E"], valid_BL: Bool[Tensor, "B L"]
     ) -> Float[Tensor, "B L F"]:
-        """As :meth:`features`, from rows of ``embedding`` or mixtures of them; differentiable in ``embeds_BLE``."""
+        """As :meth:`features`, from rows of ``embedding`` or mixtures of them; differentiable in ``embeds_BLE``.
+
+        They are computed in the type of the weights and given in fp32.
+        """
         # A row without any valid token would have nothing to attend to and give NaN; its features are zeroed below.
         attend_BL = valid_BL | ~valid_BL.any(dim=1, keepdim=True)
-        # In the precision of the weights, whatever that of the training: cached features must equal computed ones.
+        # In the precision of the weights: whoever loads them chooses it, and autocast would convert them at each use.
         with torch.autocast(embeds_BLE.device.type, enabled=False):
             embeds_BLE = embeds_BLE.to(self.embedding.weight.dtype)
             features_BLF = self._hidden(embeds_BLE, attend_BL)
             if self.feature_kind == "output_and_embeddings":
                 features_BLF = torch.cat([features_BLF, embeds_BLE], dim=-1)
-        return features_BLF.masked_fill(~valid_BL[:, :, None], 0.0)
+        return features_BLF.float().masked_fill(~valid_BL[:, :, None], 0.0)
 
     def _hidden(self, embeds_BLE: Tensor, attend_BL: Tensor) -> Tensor:
         """The network's last hidden state [B L D]; no token looks at one outside ``attend_BL``."""

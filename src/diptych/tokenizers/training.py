@@ -294,5 +294,5 @@ class TextEncoderRun:
             table = ReportTable(head=["text", "nearest other text", "cosine"], rows=neighbours)
             write_run_report(out, samples=[Section("Samples", [Text(_NEIGHBOURS), table])])
             score = json.loads((out / "text_encoder.json").read_text())
-            told = f"features vary in {score['effective_rank']:.1f} of {score['width']} directions"
-            print(closing_line(out, self.kind, score=told), flush=True)
+            headline = f"features vary in {score['effective_rank']:.1f} of {score['width']} directions"
+            print(closing_line(out, self.kind, score=headline), flush=True)

@@ -2,8 +2,9 @@
 
     checkpoints/step-00001000/model.safetensors, ema.safetensors, optimizer.safetensors, state.json, SHA256SUMS
 
-Under fsdp each process writes what it has, by torch.distributed.checkpoint, to files that together hold the same
-tensors under names such as `model/head.weight`. Any number of processes continues from either kind, sharded or not.
+Under fsdp each process writes what it has, by torch.distributed.checkpoint and while the training goes on, to files
+that together hold the same tensors under names such as `model/head.weight`. Any number of processes continues from
+either kind, sharded or not.
 
 :class:`TrainState` gives the tensors of a run (weights, their moving average, the optimizer's moments) and takes them
 back. The functions below it write and read the folders. A folder appears complete or not at all, and is read only if
@@ -18,6 +19,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,9 +32,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diptych.errors import UserError
-from diptych.nn.functional import local_part
+from diptych.nn.inference import local_part
 from diptych.run_folder import write_json
-from diptych.train.distributed import Layout, Replica
+from diptych.train.distributed import Devices, Layout, Replica
 
 SUMS = "SHA256SUMS"
 _SHARDS = "shard-"  # how torch.distributed.checkpoint begins the names of its files
@@ -140,13 +142,13 @@ class TrainState:
         return content | ({"ema": self.ema.weights} if self.ema else {})
 
     def spread(self) -> dict[str, Any]:
-        """:meth:`tensors` as torch.distributed.checkpoint saves them: ``file/name`` -> tensor."""
+        """A copy of :meth:`tensors` on the CPU, as torch.distributed.checkpoint saves it: ``file/name`` -> tensor."""
         found: dict[str, Any] = {}
         for kind, tensors in self.tensors().items():
             layout = self._moment_layout if kind == "optimizer" else self.placed.layout
             for name, value in tensors.items():
-                lies = layout(name)
-                found[f"{kind}/{name}"] = value if lies is None else lies.spread(value)
+                lies, copied = layout(name), value.to("cpu", copy=True)
+                found[f"{kind}/{name}"] = copied if lies is None else lies.spread(copied)
         return found
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -206,70 +208,119 @@ class TrainState:
 
 
 def save(
-    folder: Path,
-    *,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    keep: int,
-    write_shards: Callable[[Path], None] | None = None,
+    folder: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
 ) -> Path:
     """Write the checkpoint of ``step`` into ``folder`` and remove all but the newest ``keep``.
 
-    ``tensors`` maps the name of each file to its tensors; ``state`` holds JSON values. ``write_shards`` writes more
-    files of tensors into the folder that it is given.
+    ``tensors`` maps the name of each file to its tensors; ``state`` holds JSON values.
 
     Raises:
         UserError: the disk refused; older checkpoints are as they were.
     """
-    path, draft = folder / f"step-{step:08d}", draft_of(folder, step)
-    try:
-        _clear(folder)
-        draft.mkdir(parents=True)
-        if write_shards:
-            write_shards(draft)
+    with _refusals_told(folder, step):
+        draft = _begin(folder, step)
         for name, content in tensors.items():
             save_file({key: value.contiguous() for key, value in content.items()}, draft / f"{name}.safetensors")
-        (draft / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-        files = sorted(draft.iterdir())
-        (draft / SUMS).write_text("".join(f"{_digest(file)}  {file.name}\n" for file in files))
-        for entry in (*files, draft / SUMS, draft):
-            _sync(entry)
-        if path.exists():  # a run may reach the step of a checkpoint that it did not continue from
-            os.replace(path, folder / f".draft-old-{step:08d}")
-        os.replace(draft, path)
-        _sync(folder)
-        _clear(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: the checkpoint could not be written ({reason}); older ones are intact.") from error
+        return _complete(folder, step, state=state, keep=keep)
+
+
+class ShardWriter:
+    """Writes sharded checkpoints while the training goes on. Each process has one, and all call it at the same steps.
+
+    The thread that writes has connections of its own, because the messages of two threads on the same ones would be
+    taken for one another.
+    """
+
+    def __init__(self, devices: Devices) -> None:
+        self._devices = devices
+        self._group: Any = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, folder: Path, *, step: int, tensors: dict[str, Any], state: Mapping[str, Any], keep: int) -> None:
+        """Begin to write the checkpoint of ``step`` as :func:`save` does, once the one before is complete.
+
+        ``tensors`` are what this process has of them, in copies that do not change; see :meth:`TrainState.spread`.
+
+        Raises:
+            UserError: the disk refused this checkpoint, or has refused the one before.
+        """
+        self.finish()
+        if self._devices.is_main:
+            with _refusals_told(folder, step):
+                _begin(folder, step)
+        self._devices.wait()
+        self._group = self._group or self._devices.connect_anew()
+        self._writing = self._thread.submit(self._write, folder, step, tensors, state=state, keep=keep)
+
+    def finish(self) -> None:
+        """Block until what :meth:`save` has begun is complete.
+
+        Raises:
+            UserError: the disk refused.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, folder: Path, step: int, tensors: dict[str, Any], *, state: Mapping[str, Any], keep: int) -> None:
+        """Write the part of this process. The main one then waits for all others, and makes the checkpoint appear."""
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint import save as save_parts
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        storage = HuggingFaceStorageWriter(str(_draft_of(folder, step)), save_distributed=True)
+        with _refusals_told(folder, step):
+            try:
+                save_parts(tensors, storage_writer=storage, process_group=self._group)
+            except CheckpointException as error:  # on all processes, whichever was refused
+                first = next(iter(error.failures.values()))[0]
+                raise OSError(getattr(first, "strerror", None) or str(first)) from error
+            if self._devices.is_main:
+                _complete(folder, step, state=state, keep=keep)
+
+
+def _draft_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies until it is complete."""
+    return folder / f".draft-{step:08d}"
+
+
+def _begin(folder: Path, step: int) -> Path:
+    """Make the folder that the files of the checkpoint of ``step`` are written to."""
+    _clear(folder)
+    draft = _draft_of(folder, step)
+    draft.mkdir(parents=True)
+    return draft
+
+
+def _complete(folder: Path, step: int, *, state: Mapping[str, Any], keep: int) -> Path:
+    """Make the checkpoint of ``step`` appear, whose tensors are written, and remove all but the newest ``keep``."""
+    path, draft = folder / f"step-{step:08d}", _draft_of(folder, step)
+    (draft / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+    files = sorted(draft.iterdir())
+    (draft / SUMS).write_text("".join(f"{_digest(file)}  {file.name}\n" for file in files))
+    for entry in (*files, draft / SUMS, draft):
+        _sync(entry)
+    if path.exists():  # a run may reach the step of a checkpoint that it did not continue from
+        os.replace(path, folder / f".draft-old-{step:08d}")
+    os.replace(draft, path)
+    _sync(folder)
+    _clear(folder)
     for _, old in _listed(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
-def draft_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lies until it is complete."""
-    return folder / f".draft-{step:08d}"
-
-
-def write_shards(tensors: dict[str, Any], folder: Path) -> None:
-    """Write what each process has of ``tensors``; see :meth:`TrainState.spread`. All processes have to call this at
-    once; the main process does so within :func:`save`.
-
-    Raises:
-        OSError: a process could not write its part; all of them raise.
-    """
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint import save as save_parts
-    from torch.distributed.checkpoint.api import CheckpointException
-
+@contextmanager
+def _refusals_told(folder: Path, step: int) -> Iterator[None]:
+    """Inside, what the disk refuses ends the checkpoint of ``step`` with a UserError."""
     try:
-        save_parts(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        raise OSError(getattr(first, "strerror", None) or str(first)) from error
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(_draft_of(folder, step), ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        path = folder / f"step-{step:08d}"
+        raise UserError(f"{path}: the checkpoint could not be written ({reason}); older ones are intact.") from error
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diptych.errors import UserError
-from diptych.nn.functional import local_part
-from diptych.nn.inference import Device, Precision, autocast, pick_device
+from diptych.nn.inference import Device, Precision, autocast, local_part, pick_device
 from diptych.train.objective import Objective
 from diptych.train.optim import WHOLE_MOMENTS, ParameterShard
+
+_PATIENCE = timedelta(hours=4)
+"""How long processes wait for one another: the main one evaluates while the others wait, which may take long."""
 
 
 class Devices:
@@ -86,6 +88,10 @@ class Devices:
         """Block until all processes have called this."""
         if self.world > 1:
             self._accelerator.wait_for_everyone()
+
+    def connect_anew(self) -> "dist.ProcessGroup":
+        """Connections between the CPUs of all processes that only the caller uses. All processes have to call this."""
+        return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def seed(self, number: int) -> None:
         """Seed the global generators, which dropout draws from.
@@ -305,8 +311,7 @@ def join_processes(device: Device) -> None:
     if PartialState._shared_state and PartialState().device.type != kind:
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run here was on another device
     if not PartialState._shared_state:
-        # The others wait while the main process evaluates, which may take long.
-        PartialState(cpu=kind == "cpu", timeout=timedelta(hours=4))
+        PartialState(cpu=kind == "cpu", timeout=_PATIENCE)
         atexit.register(_leave)
 
 

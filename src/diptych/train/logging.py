@@ -72,7 +72,7 @@ class RunLogger:
 
         Raises UserError if ``out`` cannot be written to.
         """
-        self._train, self._pace, self._told, self._epoch_steps = train, pace, -math.inf, epoch_steps
+        self._train, self._pace, self._said, self._epoch_steps = train, pace, -math.inf, epoch_steps
         self.bad_steps = start.bad_steps
         """Updates in a row that were skipped, up to the last step that was read."""
         self._max_bad_steps = train.max_bad_steps
@@ -163,9 +163,9 @@ class RunLogger:
             self._metrics.write(progress.step, line)
             self._metrics.flush()
         now = time.monotonic()
-        due = now - self._told >= _BETWEEN or progress.step == self._train.steps
+        due = now - self._said >= _BETWEEN or progress.step == self._train.steps
         if self._display and due and not self._train.quiet and (scores := score_line(numbers)):
-            self._told = now
+            self._said = now
             self._display.say(f"step {progress.step:,}: validation {scores} ({in_words(seconds)})")
 
     def flush(self, *, to_disk: bool = False) -> None:
@@ -177,13 +177,13 @@ class RunLogger:
         self.bad_steps = 0 if good else self.bad_steps + 1
         if good:
             return
-        told = f"step {step}: the loss is {loss:g} and the norm of its gradient {norm:g}"
+        problem = f"step {step}: the loss is {loss:g} and the norm of its gradient {norm:g}"
         if self.bad_steps < self._max_bad_steps:
-            self.say(f"{told}; this update is skipped ({self.bad_steps} of at most {self._max_bad_steps} in a row).")
+            self.say(f"{problem}; this update is skipped ({self.bad_steps} of at most {self._max_bad_steps} in a row).")
             return
         self.flush()
         mend = "lower optim.lr or look at the data of these steps; the same command continues from the last checkpoint"
-        raise UserError(f"{told}; {self._max_bad_steps} updates in a row were skipped, so the run stops: {mend}.")
+        raise UserError(f"{problem}; {self._max_bad_steps} updates in a row were skipped, so the run stops: {mend}.")
 
 
 class MetricsLogger:

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from diptych.data.streams import BatchFn, BatchSampler, prefetch
 from diptych.errors import Interrupted, SignalWatch, UserError
 from diptych.nn.inference import eval_mode
 from diptych.train import checkpoint
-from diptych.train.checkpoint import Ema, TrainProgress, TrainState
+from diptych.train.checkpoint import Ema, ShardWriter, TrainProgress, TrainState
 from diptych.train.config import OptimConfig, TrainConfig, check_same, describe
 from diptych.train.distributed import Devices
 from diptych.train.logging import Measured, RunLogger
@@ -130,10 +130,11 @@ def train(
         settings=json.loads(json.dumps(describe(train, optim, identity or {}))),
         pace=pace or Pace(cost=StageCost(name=title, steps=train.steps)),
         report=_Report(report if devices.is_main else None),
+        shards=ShardWriter(devices),
     )
     progress, messages = run.restore()
     run.pace.begin(progress.step, progress.seconds, train)
-    run = replace(run, first_step=progress.step)
+    run = replace(run, start=progress)
     epoch_steps = batches.epoch_steps if isinstance(batches, BatchSampler) else None
     with (
         RunLogger(
@@ -150,7 +151,8 @@ def train(
         for message in messages:
             logger.say(message)
         try:
-            progress, stop = _loop(run, update, batches, progress=progress, logger=logger, signals=signals)
+            progress, stop = _loop(run, update, batches, logger=logger, signals=signals)
+            run.shards.finish()
         except RuntimeError as error:
             if not devices.lost_another(error):
                 raise
@@ -188,21 +190,16 @@ def _check_rows(train: TrainConfig, objective: Objective, *, world: int) -> None
 
 
 def _loop(
-    run: "_Run",
-    update: TrainStep,
-    batches: BatchFn,
-    *,
-    progress: TrainProgress,
-    logger: RunLogger,
-    signals: SignalWatch,
+    run: "_Run", update: TrainStep, batches: BatchFn, *, logger: RunLogger, signals: SignalWatch
 ) -> tuple[TrainProgress, StopReason]:
-    """Train from ``progress`` on until there is a reason to stop; return how far it came, and the reason."""
+    """Train from ``run.start`` on until there is a reason to stop; return how far it came, and the reason."""
+    progress = run.start
     if run.run_missed_hooks(progress, logger):
         return progress, StopReason.NOTHING_LEFT
-    clock = _Clock(before=progress.seconds)
+    began = time.monotonic()
     stop: StopReason | None = None if progress.step < run.train.steps else StopReason.FINISHED
     while stop is None:  # once, and again where a budget has changed the number of steps
-        progress, stop = _steps(run, update, batches, progress=progress, clock=clock, logger=logger, signals=signals)
+        progress, stop = _steps(run, update, batches, progress=progress, began=began, logger=logger, signals=signals)
     return progress, stop
 
 
@@ -224,28 +221,20 @@ class _Report:
         self._next = time.monotonic() + (time.monotonic() - began) / self._SHARE
 
 
-class _Clock:
-    """The time of this invocation and of all."""
-
-    def __init__(self, *, before: float) -> None:
-        self.began, self.before = time.monotonic(), before
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-
 def _steps(
     run: "_Run",
     update: TrainStep,
     batches: BatchFn,
     *,
     progress: TrainProgress,
-    clock: _Clock,
+    began: float,
     logger: RunLogger,
     signals: SignalWatch,
 ) -> tuple[TrainProgress, StopReason | None]:
-    """Steps until there is a reason to stop, which is None where the number of steps has been changed."""
+    """Steps until there is a reason to stop, which is None where the number of steps has been changed.
+
+    ``began`` is when this invocation made its first step, by ``time.monotonic()``.
+    """
     train, devices = run.train, run.devices
     steps = range(progress.step, train.steps)
     supply = prefetch(
@@ -254,8 +243,8 @@ def _steps(
     with closing(supply):
         for step, batch in zip(steps, supply, strict=True):
             result = update(step, batch)
-            seconds = clock.seconds
-            progress = TrainProgress(step=step + 1, seconds=clock.before + seconds)
+            seconds = time.monotonic() - began
+            progress = TrainProgress(step=step + 1, seconds=run.start.seconds + seconds)
             logger.step(progress, result, rows=count_rows(batch) * devices.world)
             changed = run.pace.after_step(progress.step, train)
 
@@ -271,10 +260,7 @@ def _steps(
             # The checkpoint comes first: a resume then makes up for an evaluation that was killed.
             if saving:
                 run.save(progress, logger)
-            stops_early = False
-            if due and not (reason and reason.is_signal):
-                stops_early = run.evaluate(due, progress, logger)
-            if stops_early:
+            if due and not (reason and reason.is_signal) and run.evaluate(due, progress, logger):
                 reason = StopReason.NOTHING_LEFT
                 if not saving:
                     run.save(progress, logger)
@@ -282,7 +268,7 @@ def _steps(
                 return progress, reason
             if saving or due:
                 run.report.write(logger, train)
-            if progress.step - run.first_step == FIRST_ESTIMATE:
+            if progress.step - run.start.step == FIRST_ESTIMATE:
                 logger.estimate(progress.step)
             if changed:
                 return progress, None
@@ -306,9 +292,10 @@ class _Run:
     settings: dict[str, Any]
     """What a resume is compared with, as JSON values."""
     pace: Pace
-    report: "_Report"
-    first_step: int = 0
-    """Step after which this invocation began."""
+    report: _Report
+    shards: ShardWriter
+    start: TrainProgress = field(default_factory=TrainProgress)
+    """What this invocation began with."""
 
     def restore(self) -> tuple[TrainProgress, list[str]]:
         """Resume from the newest undamaged checkpoint, if any; return its progress, and messages for the user."""
@@ -324,27 +311,24 @@ class _Run:
         return progress, [*messages, f"continuing after step {progress.step}"]
 
     def save(self, progress: TrainProgress, logger: RunLogger) -> None:
-        """Write a checkpoint, after the lines of metrics.jsonl that it counts on. All processes wait for it."""
-        write_shards = self._write_shards if self.state.placed.parts else None
+        """Write a checkpoint, after the lines of metrics.jsonl that it counts on.
+
+        All processes wait for it, except for a sharded one, which is written while the training goes on.
+        """
         if self.devices.is_main:
             logger.flush(to_disk=True)
             progress = replace(progress, bad_steps=logger.bad_steps)
-            checkpoint.save(
-                self.folder,
-                step=progress.step,
-                tensors={} if write_shards else self.state.tensors(),
-                state={"progress": asdict(progress), "settings": self.settings},
-                keep=self.train.keep_checkpoints,
-                write_shards=write_shards,
-            )
-        elif write_shards:
-            write_shards(checkpoint.draft_of(self.folder, progress.step))
-        self.devices.wait()
-
-    def _write_shards(self, folder: Path) -> None:
-        """Write what this process has of the weights and moments, once the main process has made ``folder``."""
-        self.devices.wait()
-        checkpoint.write_shards(self.state.spread(), folder)
+        named: dict[str, Any] = {
+            "step": progress.step,
+            "state": {"progress": asdict(progress), "settings": self.settings},
+            "keep": self.train.keep_checkpoints,
+        }
+        if self.state.placed.parts:
+            self.shards.save(self.folder, tensors=self.state.spread(), **named)
+        else:
+            if self.devices.is_main:
+                checkpoint.save(self.folder, tensors=self.state.tensors(), **named)
+            self.devices.wait()
 
     def is_due(self, every: int, *, after: int) -> bool:
         """Whether something that happens every so many steps, and after the last, happens after step ``after``."""

@@ -165,12 +165,12 @@ class UmlRun:
         join_processes(self.train.device)
         plan = RunPlan([StageCost(name=recipe, steps=self.train.steps)], budget=Budget.of_run(out, budget))
         labelled = Labelled.of(open_finite(self.data.images, self.data.columns))
-        told = check_parts(
+        summary = check_parts(
             [Part("labelled image", labelled.source, range(len(labelled.labels_N)))],
             max_skipped_share=self.data.max_skipped_share,
         )
         if is_main_process():
-            print(f"{told}; {len(labelled.classes)} classes", flush=True)
+            print(f"{summary}; {len(labelled.classes)} classes", flush=True)
         encoder = self._open_encoder().to(pick_device(self.train.device))
         texts = self._texts(labelled.classes, cache=self.data.cache or out / "features")
         skipped, skipped_valid = (SkippedItems(max_skipped_share=self.data.max_skipped_share) for _ in range(2))
@@ -188,7 +188,7 @@ class UmlRun:
 
         # Trial steps change a tuned encoder. More steps than the recipe's are of no use, as patience ends the run.
         run, pace = plan.fit_stage(recipe, self, out, lambda run: make(run, copy.deepcopy(encoder)), most=1.0)
-        write_config(out, recipe=recipe, run=run, data=told)
+        write_config(out, recipe=recipe, run=run, data=summary)
         objective, batches = make(run, encoder)
 
         def report(state: str) -> None:
