@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diptych.data.audit import Fit, fits_of
+from diptych.data.check import note_on_learned, note_on_lengths
 from diptych.data.class_texts import are_codes, name_classes, read_names
 from diptych.data.engine import LOCAL, Engine, Rows
 from diptych.data.pixels import (
@@ -144,7 +145,7 @@ def evaluate_dual_run(
         comparison = replace(
             compare_retrieval(run, images, pairs, encoder=baseline_encoder, device=device), scores=metrics.copy()
         )
-        notes += _shared_captions(pairs)
+        notes += _shared_captions(pairs) + _long_captions(encoder, images)
         if umap:
             map_png = modality_map({run.name: (pairs.images_ID[:_MAPPED], pairs.first_ID[:_MAPPED])})
     found, label_notes = _score_labels(encoder, images, data=data, train=train, classes=classes)
@@ -182,6 +183,7 @@ def compare_retrieval(
     try:
         data = read_config(run)["run"]["data"]
         known = open_finite(data["pairs"], Columns(**data["columns"]))
+        notes += note_on_learned(known, range(len(known)), images.source)
         found = neighbour_word_embeddings(
             Subset(known, np.arange(len(known))),
             Subset(images.source, np.array(items)),
@@ -236,6 +238,12 @@ def _shared_captions(pairs: EmbeddedPairs) -> list[str]:
         return []
     shared = f"{pairs.shared} of {len(pairs.texts_TD)} captions are those of another image too"
     return [f"{shared}: a hit on an equal text, or on an image that has it, is right."]
+
+
+def _long_captions(encoder: DualEncoder, images: EmbeddedImages) -> list[str]:
+    texts = [text for item in images.items_I for text in images.source.captions(int(item))]
+    note = note_on_lengths([len(row) for row in encoder.ids(texts)], encoder.max_text_len)
+    return [f"{note}."] if note else []
 
 
 def _score_labels(

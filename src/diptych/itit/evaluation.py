@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diptych.data.audit import Fit, fits_of
 from diptych.data.batch import ImageTokenExamples
+from diptych.data.check import note_on_learned
 from diptych.data.engine import LOCAL, Engine, Rows
 from diptych.data.pixels import (
     SkippedItems,
@@ -459,6 +460,7 @@ def compare(
         pairs = open_data(data).pairs
         if isinstance(pairs.source, Store):
             raise UserError(f"{data.pairs}: encoded data has no images to compare with")
+        notes += note_on_learned(pairs.source, pairs.items, source)
         test = Subset(source, np.asarray(items))
         baselines = caption_baselines(pairs, test, score=score, encoder=opened, encoder_name=encoder or "")
     except UserError as error:
