@@ -13,7 +13,10 @@
 | attention | `diptych.nn.transformer.attention` in bf16 on a CPU, forward and backward | torch's fused kernel |
 
 Weights are random, inputs too; both sides run in one process and take turns. A number is the median over the turns of
-the ratio of the two times in one turn: above 1 ours is faster. `--scale base` is ITIT-B (218M) and GIT-base, `small`
+the ratio of the two times in one turn: above 1 ours is faster. Beside it stand the operations of either side, counted
+by torch (a product and a sum are two; attention whole, with what a mask hides), and the share of the peak that it
+reaches. The peak is that of the products of matrices that make up nine tenths of its operations, each timed alone at
+its own shape. `--scale base` is ITIT-B (218M) and GIT-base, `small`
 is ITIT of 5M. Everything is computed in `--precision`; under bf16 ours keeps fp32 weights, as the product does, and the
 peers have bf16 weights. With one CPU thread (OMP_NUM_THREADS=1) times are those that the process itself computed,
 whatever else runs; on CUDA they are those of events, and the peak of the memory is shown.
@@ -23,10 +26,11 @@ At scale base the last line says which bars are met (`BARS`), and the exit statu
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.data.batch import Batch, ImageTokenExamples, PairExamples, TextExamples
 from diptych.data.scenes import ScenesSource
@@ -73,9 +78,28 @@ class Finding:
     ratio: float
     lowest: float
     highest: float
+    ours_gflop: float
+    peer_gflop: float
+    ours_share: float
+    """Of the peak of its own matrix products, see :func:`products_peak`."""
+    peer_share: float
     ours_mb: float | None = None
     """Peak of the memory on the GPU."""
     peer_mb: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The shape of a product of matrices, or of several such products in one call."""
+
+    matrices: int
+    rows: int
+    inner: int
+    columns: int
+
+    @property
+    def operations(self) -> float:
+        return 2.0 * self.matrices * self.rows * self.inner * self.columns
 
 
 class Bench:
@@ -85,6 +109,8 @@ class Bench:
         self.options = options
         self.device = torch.device(options.device)
         self.base = options.scale == "base"
+        self.rates: dict[Product, float] = {}
+        """Operations a second of products that were timed."""
         torch.manual_seed(0)
 
     def ours(self, module: torch.nn.Module) -> Any:
@@ -128,13 +154,97 @@ class Bench:
         return start.elapsed_time(end) / 1000, torch.cuda.max_memory_allocated() / 2**20
 
     def measure(self, pair: Comparison) -> Finding:
-        for _ in range(self.options.warmup):
+        counts = [counted(run) for run in (pair.ours, pair.peer)]  # also the first of the runs that warm up
+        for _ in range(self.options.warmup - 1):
             self.seconds(pair.ours), self.seconds(pair.peer)
         turns = [(self.seconds(pair.ours), self.seconds(pair.peer)) for _ in range(self.options.repeats)]
         ours, peer = ([turn[side][0] for turn in turns] for side in (0, 1))
         ratios = [theirs / mine for mine, theirs in zip(ours, peer, strict=True)]
         medians = [statistics.median(values) for values in (ours, peer, ratios)]
-        return Finding(pair.name, *medians, min(ratios), max(ratios), turns[-1][0][1], turns[-1][1][1])
+        gflops = [sum(count.values()) / 1e9 for count in counts]
+        peaks = [self.products_peak(count) for count in counts]
+        shares = [1e9 * gflop / took / peak for gflop, took, peak in zip(gflops, medians, peaks, strict=False)]
+        memory = turns[-1][0][1], turns[-1][1][1]
+        return Finding(pair.name, *medians, min(ratios), max(ratios), *gflops, *shares, *memory)
+
+    def products_peak(self, products: Mapping[Product, float]) -> float:
+        """Operations a second of the ``products``, the largest that have nine tenths of all operations, each alone."""
+        total, chosen, spent = sum(products.values()), 0.0, 0.0
+        for product, operations in sorted(products.items(), key=lambda item: -item[1]):
+            if chosen >= 0.9 * total:
+                break
+            if product not in self.rates:
+                self.rates[product] = self.rate(product)
+            chosen += operations
+            spent += operations / self.rates[product]
+        return chosen / spent
+
+    def rate(self, product: Product) -> float:
+        """Operations a second of a product of matrices alone: the median of seven, a twentieth of a second each."""
+        dtype = torch.bfloat16 if self.options.precision == "bf16" else torch.float32
+        left = torch.randn(product.matrices, product.rows, product.inner, device=self.device, dtype=dtype)
+        right = torch.randn(product.matrices, product.columns, product.inner, device=self.device, dtype=dtype).mT
+        left, right = (left[0], right[0]) if product.matrices == 1 else (left, right)
+        with torch.inference_mode():
+            self.seconds(lambda: left @ right)
+            once = self.seconds(lambda: left @ right)[0]
+            uses = max(1, int(0.05 / max(once, 1e-6)))
+            times = [self.seconds(lambda: [left @ right for _ in range(uses)])[0] for _ in range(7)]
+        return product.operations * uses / statistics.median(times)
+
+
+def counted(run: Run) -> dict[Product, float]:
+    """Operations of ``run`` by the product of matrices that they belong to; convolutions and attention as products."""
+    found: dict[Product, float] = {}
+
+    def note(matrices: int, rows: int, inner: int, columns: int, times: float = 1.0) -> int:
+        product = Product(matrices, rows, inner, columns)
+        found[product] = found.get(product, 0.0) + times * product.operations
+        return int(times * product.operations)
+
+    def mm(left: Any, right: Any, *_: Any, out_shape: Any = None, **named: Any) -> int:
+        return note(1, *left, right[1])
+
+    def addmm(_: Any, left: Any, right: Any, *__: Any, out_shape: Any = None, **named: Any) -> int:
+        return note(1, *left, right[1])
+
+    def bmm(left: Any, right: Any, *_: Any, out_shape: Any = None, **named: Any) -> int:
+        return note(left[0], *left[1:], right[2])
+
+    def baddbmm(_: Any, left: Any, right: Any, *__: Any, out_shape: Any = None, **named: Any) -> int:
+        return bmm(left, right)
+
+    def packed(x: Any, _: Any, weight: Any, *__: Any, out_shape: Any = None, **named: Any) -> int:
+        return note(1, math.prod(x[:-1]), weight[1], weight[0])
+
+    def convolution(x: Any, weight: Any, *_: Any, out_shape: Any = None, **named: Any) -> int:
+        return note(1, out_shape[0] * math.prod(out_shape[2:]), math.prod(weight[1:]), weight[0])
+
+    def attend(query: Any, key: Any, *_: Any, out_shape: Any = None, **named: Any) -> int:
+        return note(math.prod(query[:-2]), query[-2], query[-1], key[-2], 2.0)
+
+    def attend_backward(_: Any, query: Any, key: Any, *__: Any, out_shape: Any = None, **named: Any) -> int:
+        return note(math.prod(query[:-2]), query[-2], query[-1], key[-2], 5.0)  # the scores once more, four gradients
+
+    aten = torch.ops.aten
+    formulas: dict[Any, Any] = {
+        aten.mm: mm, aten.addmm: addmm, aten.bmm: bmm, aten.baddbmm: baddbmm, aten.convolution: convolution,
+        aten._convolution: convolution,
+        aten._scaled_dot_product_flash_attention: attend,
+        aten._scaled_dot_product_efficient_attention: attend,
+        aten._scaled_dot_product_cudnn_attention: attend,
+        aten._scaled_dot_product_flash_attention_for_cpu: attend,
+        aten._scaled_dot_product_flash_attention_backward: attend_backward,
+        aten._scaled_dot_product_efficient_attention_backward: attend_backward,
+        aten._scaled_dot_product_cudnn_attention_backward: attend_backward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attend_backward,
+    }  # fmt: skip
+    if torch.backends.mkl.is_available():
+        formulas[torch.ops.mkl._mkl_linear] = packed
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        run()
+    assert sum(found.values()) == counter.get_total_flops(), "an operation is counted that has no product here"
+    return found
 
 
 # Generation
@@ -212,7 +322,9 @@ def caption(bench: Bench) -> Iterator[Comparison]:
     def ours(tokens: Tensor, beams: int) -> Any:
         config = TextGenerationConfig(beams=beams)
         with torch.inference_mode(), bench.policy():
-            return generate_text(model, tokens, config, banned_V=banned, length=CAPTION_LENGTH)
+            return generate_text(
+                model, ImageTokenExamples(tokens_BN=tokens), config, banned_V=banned, length=CAPTION_LENGTH
+            )
 
     def peer(pixels: Tensor, beams: int) -> Any:
         length = {"max_new_tokens": CAPTION_LENGTH, "min_new_tokens": CAPTION_LENGTH}
@@ -396,7 +508,9 @@ def main() -> int:
             memory = "" if finding.ours_mb is None else f"  {finding.ours_mb:,.0f} and {finding.peer_mb:,.0f} MB"
             spread = f"({finding.lowest:.2f} to {finding.highest:.2f})"
             times = f"{finding.ours_s:8.3f} s, peer {finding.peer_s:8.3f} s"
-            print(f"{finding.name:<34} x{finding.ratio:.2f} {spread:<16} {times}{memory}", flush=True)
+            work = f"{finding.ours_gflop:,.1f} and {finding.peer_gflop:,.1f} GFLOP"
+            shares = f"{finding.ours_share:.0%} and {finding.peer_share:.0%} of the peak"
+            print(f"{finding.name:<34} x{finding.ratio:.2f} {spread:<16} {times}  {work}, {shares}{memory}", flush=True)
             if options.json:
                 asked = {name: str(value) for name, value in vars(options).items()}
                 content = {"machine": machine, "options": asked, "findings": [asdict(each) for each in findings]}

@@ -33,7 +33,7 @@ from torch import Tensor
 from diptych.data.scenes import COLOURS, PLACES, SHAPES, ScenesSource
 from diptych.data.sources import Source, open_source
 from diptych.data.splits import Subset
-from diptych.data.suggest import LookedAt, suggest
+from diptych.data.suggest import AssessedImages, suggest
 from diptych.dual.metrics import retrieval
 from diptych.dual.objective import info_nce
 from diptych.encoders import open_image_encoder, open_text_encoder
@@ -170,7 +170,7 @@ def choose(rule: str, world: World, have: np.ndarray, uncertainty: np.ndarray, g
         return generator.permutation(rest)[:MORE]
     if rule == "uncertainty":
         return rest[np.argsort(-uncertainty[rest], kind="stable")[:MORE]]
-    images = LookedAt(items_N=rest, features_NF=world.features[rest], uncertainty_N=uncertainty[rest])
+    images = AssessedImages(items_N=rest, features_NF=world.features[rest], uncertainty_N=uncertainty[rest])
     if rule == "diversity":
         images = replace(images, uncertainty_N=None)
     return np.array([each.item for each in suggest(world.source, images, world.features[have], count=MORE)])

@@ -10,7 +10,14 @@ import pytest
 from PIL import Image
 
 from diptych.data import check
-from diptych.data.check import Part, check_parts, check_source, content_digest
+from diptych.data.check import (
+    Part,
+    check_parts,
+    check_source,
+    content_digest,
+    note_on_learned,
+    note_on_lengths,
+)
 from diptych.data.scenes import ScenesSource
 from diptych.data.sources import open_source
 from diptych.errors import UserError
@@ -72,8 +79,24 @@ def test_images_of_one_content_are_named_where_they_are_used(photos):
     shutil.copy(photos / "a" / "0.png", photos / "b" / "valid.png")
     valid = open_source(str(photos / "b"))
     told = check_parts([Part("pair", source, range(3)), Part("validation image", valid, range(3))], max_skipped_share=1)
-    assert "2 images of 6 that were compared the same as another: " in told
+    assert "2 images of 6 that were compared in the validation and in what is learned from: " in told
     assert f"valid.png = {photos}: a/0.png" in told
+
+
+def test_images_that_a_run_has_learned_from_are_noted(photos):
+    learned, scored = open_source(str(photos / "b")), open_source(str(photos))
+    assert note_on_learned(learned, range(2), scored) == [
+        "3 of 6 images that were compared are among those that the run has learned from: scores on them say nothing of "
+        "other images"
+    ]
+    assert note_on_learned(learned, range(1), open_source(str(photos / "a"))) == []
+
+
+def test_texts_that_are_longer_than_a_model_reads_are_counted():
+    assert note_on_lengths([3, 9, 9], 9) == (
+        "2 of 3 texts that were looked at fill all 9 tokens that the model reads: what is longer is cut off"
+    )
+    assert note_on_lengths([3, 8], 9) == ""
 
 
 def test_images_of_a_table_and_of_a_list_are_compared_too(photos):

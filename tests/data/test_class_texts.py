@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from diptych.data.class_texts import choose_texts, from_templates, permuted, read_class_texts, texts_of
+from diptych.data.class_texts import choose_texts, from_templates, permuted, read_class_texts, read_names, texts_of
 from diptych.errors import UserError
 
 CLASSES = ["grand_piano", "Leopard"]
@@ -20,6 +20,13 @@ def test_templates_speak_of_every_class():
         from_templates(CLASSES, ["a photo"])
     with pytest.raises(UserError, match="no template"):
         from_templates(CLASSES, [])
+
+
+def test_json_is_no_list_of_names_and_numbers_are_not_spoken(tmp_path):
+    (tmp_path / "names.json").write_text('{"0": ["n01440764", "tench"]}')
+    with pytest.raises(UserError, match="holds JSON: write one class name a line"):
+        read_names(tmp_path / "names.json")
+    assert from_templates(["0,bus", "1,car"], ["a {}"]) == [["a bus"], ["a car"]]
 
 
 def test_a_json_of_descriptions_is_sorted_in_by_name(tmp_path):

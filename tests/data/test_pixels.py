@@ -1,3 +1,4 @@
+import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ from PIL import Image
 from diptych.data.pixels import (
     ReadableImages,
     SkippedItems,
+    check_batch,
     decode_files,
     image_batches,
     one_or_more,
@@ -253,10 +255,39 @@ def test_whatever_holds_an_image_gives_the_same_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     expected = decode(tmp_path / "a.png", 4)
-    for image in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels), pixels):
+    data = (tmp_path / "a.png").read_bytes()
+    for image in (tmp_path / "a.png", str(tmp_path / "a.png"), data, Image.fromarray(pixels), pixels):
         assert np.array_equal(to_pixels(image, 4), expected)
         assert len(one_or_more(image)) == 1
         assert len(one_or_more([image, image])) == 2
     assert len(one_or_more(np.stack([pixels] * 3))) == 3
     with pytest.raises(UserError, match=r"an image of float32 \(8, 12, 3\): give uint8"):
         to_pixels(pixels.astype(np.float32), 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((8, 12), np.uint8), r"an image of uint8 \(8, 12\): give uint8 \[height, width, 3\]"),
+        (io.BytesIO(b"x"), "of the type BytesIO: give a path, the bytes of a file"),
+        ({"bytes": b"x", "path": None}, "of the type dict: give a path"),
+        (None, "of the type NoneType"),
+        ([torch.zeros(3, 4, 4)], "of the type Tensor"),
+        ("https://a.org/a.png", "web addresses are not fetched; download the image first"),
+    ],
+)
+def test_what_is_no_image_is_told_in_one_line(images, message):
+    with pytest.raises(UserError, match=message):
+        [to_pixels(image, 4) for image in one_or_more(images)]
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(1, 3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8)])
+def test_a_tensor_is_a_batch_of_bytes_of_the_right_size(batch):
+    """Floats from 0 to 1 would be divided by 255."""
+    check_batch(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 4)
+    with pytest.raises(UserError, match=r"give uint8 \[images, 3, 4, 4\], or a list of NumPy arrays"):
+        check_batch(batch, 4)
+
+
+def test_paths_in_an_array_are_images_too():
+    assert one_or_more(np.array(["a.png", "b.png"])) == ["a.png", "b.png"]

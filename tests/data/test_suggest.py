@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diptych.data.sources import open_source
-from diptych.data.suggest import LookedAt, check_format, facility_location, suggest, write_suggestions
+from diptych.data.suggest import AssessedImages, check_format, facility_location, suggest, write_suggestions
 from diptych.errors import UserError
 
 
@@ -51,14 +51,14 @@ def test_uncertain_images_that_stand_for_others_and_are_not_covered(photos):
     source = open_source(str(photos))
     angle = np.repeat([0.0, 2.0, 4.0], 20) + np.linspace(0, 0.2, 60)  # three clusters
     features = np.stack([np.cos(angle), np.sin(angle)], 1)
-    images = LookedAt(items_N=np.arange(60), features_NF=features)
+    images = AssessedImages(items_N=np.arange(60), features_NF=features)
     clusters = [each.item // 20 for each in suggest(source, images, np.empty((0, 2)), count=3)]
     assert sorted(clusters) == [0, 1, 2]
     found = suggest(source, images, features[[5, 30]], count=1)
     assert (found[0].item // 20, found[0].uncertainty, found[0].draft) == (2, None, "")
     assert found[0].distance > 0.5
 
-    uncertain = LookedAt(
+    uncertain = AssessedImages(
         items_N=np.arange(60), features_NF=features, uncertainty_N=np.arange(60.0) % 20, drafts=["red"] * 60
     )
     found = suggest(source, uncertain, features[[5, 30]], count=1)
@@ -71,7 +71,9 @@ def test_uncertain_images_that_stand_for_others_and_are_not_covered(photos):
 def test_the_table_takes_captions_and_is_a_source(photos, tmp_path, name):
     source, out = open_source(str(photos)), tmp_path / name
     generator = np.random.default_rng(0)
-    images = LookedAt(items_N=np.arange(60), features_NF=generator.normal(size=(60, 3)), drafts=['a "red", one'] * 60)
+    images = AssessedImages(
+        items_N=np.arange(60), features_NF=generator.normal(size=(60, 3)), drafts=['a "red", one'] * 60
+    )
     found = suggest(source, images, generator.normal(size=(2, 3)), count=4)
     sheet = write_suggestions(source, found, out)
     with Image.open(sheet) as opened:

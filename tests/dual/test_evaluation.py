@@ -146,6 +146,8 @@ def test_codes_are_no_names(dual_run, dual_encoder, tmp_path, capsys):
         (["0", "1", "2"], "blue\ngreen\nred\n"),
         (["n01440001", "n01440002", "n01440003"], "blue\ngreen\nred\n"),
         (["n01440001", "n01440002", "n01440003"], "n01440003 red\nn01440001 blue\nn01440002 green\n"),
+        (["0", "1", "2"], "2,red\n0,blue\n1,green\n"),
+        (["0", "1", "2"], "0: blue\n1: green\n2: red\n"),
         (["Blue", "green", "red"], "red\ngreen\nblue\n"),
         (["0", "1", "3"], "blue\ngreen\ngreen\nred\n"),
     ):

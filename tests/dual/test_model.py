@@ -11,6 +11,7 @@ from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPTokenizer
 from diptych.data.pixels import decode_files
 from diptych.data.sources.decode import decode
 from diptych.dual.model import DualEncoder, DualEncoderConfig, train_clip_tokenizer
+from diptych.encoders.text import text_list
 from diptych.errors import UserError
 
 TEXTS = ["a dog runs over the green grass", "two children", "the dog and the children run", "grass"]
@@ -207,6 +208,24 @@ def test_a_model_tuned_for_training_computes_the_same(encoder, pixels, folder, t
 # The text tokenizer
 
 TOKENIZER_TEXTS = ["A dog runs over the green grass.", "Two children's toys", "the dog and the children run"] * 3
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [([], "no texts: give one at least"), (["a", None], r"text 1 \(counted from 0\) is None, of the type NoneType")],
+)
+def test_what_is_no_text_is_told(texts, message):
+    assert text_list("a") == ["a"]
+    assert text_list(text for text in "ab") == ["a", "b"]
+    with pytest.raises(UserError, match=message):
+        text_list(texts)
+
+
+def test_nothing_to_embed_is_told(encoder):
+    with pytest.raises(UserError, match="no images to embed"):
+        encoder.embed_images([])
+    with pytest.raises(UserError, match="no texts"):
+        encoder.embed_texts([])
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from diptych.data.batch import PairExamples
 from diptych.data.scenes import ScenesSource
 from diptych.errors import UserError
 from diptych.itit import controls
@@ -36,20 +34,6 @@ def test_seconds_of_a_run(tmp_path):
     lines = [{"step": 1, "loss": 2.0, "seconds": 3.5}, {"step": 2, "loss": 2.0, "seconds": 5.0}, {"step": 2, "x": 1}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert seconds_trained(tmp_path) == 5.0
-
-
-@pytest.mark.parametrize(
-    ("losses", "over"),
-    [([3.0, 2.0, 1.0], False), ([3.0, 1.0, 2.0, 2.0, 2.0, 2.0], False), ([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0], True)],
-)
-def test_stopping_waits_for_five_evaluations_without_a_lower_loss(tmp_path, losses, over):
-    every = controls._STOP_EVERY
-    lines = [{"step": every * place, "held_out_loss": loss} for place, loss in enumerate(losses, 1)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    ids_BL = torch.ones(1, 3, dtype=torch.long)
-    held = PairExamples(tokens_BN=ids_BL, ids_BL=ids_BL, valid_BL=ids_BL > 0)
-    stopping = controls._EarlyStopping(held, tmp_path)
-    assert stopping._stop_early(every * len(losses)) == over
 
 
 def test_a_control_that_stopped_early_is_not_waited_for(tmp_path, monkeypatch):

@@ -208,7 +208,7 @@ def test_any_text_can_be_imagined(made, text):
 
 
 def test_no_text_and_a_text_without_its_list_are_refused(made):
-    with pytest.raises(UserError, match="no text to imagine"):
+    with pytest.raises(UserError, match="no texts: give one at least"):
         made.imagine_pixels([])
     assert (made.imagine_pixels("a red circle", seed=3) == made.imagine_pixels(["a red circle"], seed=3)).all()
 

@@ -21,10 +21,10 @@ from diptych.train.loop import Hook, train
 
 def total(module: nn.Module) -> float:
     """The sum of all weights, whole ones."""
-    return sum(float(parameter.double().sum()) for parameter in module.parameters())
+    return sum(float(parameter.detach().double().sum()) for parameter in module.parameters())
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("steps", type=int, nargs="+")
@@ -35,7 +35,15 @@ def main() -> None:
     parser.add_argument("--write-late", action="store_true", help="shards wait for the step after their checkpoint")
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--settings", type=json.loads, default={}, help="other fields of the training, as JSON")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--runs", type=json.loads, default={".": {}}, help="several runs: folder in OUT -> other options, as JSON"
+    )
+    options = parser.parse_args(arguments)
+    for name, changes in options.runs.items():
+        run(name, argparse.Namespace(**vars(options) | changes, folder=options.out / name))
+
+
+def run(name: str, options: argparse.Namespace) -> None:
     hooks: list[Hook] = []
     begun = [0]
 
@@ -55,7 +63,7 @@ def main() -> None:
     def on_step(step: int) -> None:
         time.sleep(options.pause)
         if step == options.die_at and os.environ.get("RANK") == "1":
-            (options.out / "died").write_text(str(time.time()))
+            (options.folder / "died").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         begun[0] = step + 1
 
@@ -67,7 +75,7 @@ def main() -> None:
         result = train(
             toy,
             toy_batches,
-            out=options.out,
+            out=options.folder,
             train=config(steps=count, **options.settings),
             optim=optim(name=options.optimizer),
             hooks=hooks,
@@ -75,7 +83,7 @@ def main() -> None:
         hooks = [Hook(every=2, run=lambda step, objective: {"score": step, "sum": total(objective)})]
         with result.eval_mode(toy):
             averaged = total(toy)
-        print(f"SUMS {total(toy):.6f} {averaged:.6f}", flush=True)  # of every process
+        print(f"SUMS {name} {total(toy):.6f} {averaged:.6f}", flush=True)  # of every process
 
 
 if __name__ == "__main__":

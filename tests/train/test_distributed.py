@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import run_toy
 import torch
 from every_objective import MAKE, fit
 from toy_objective import Toy, config, losses_of, optim, read_metrics, toy_batches, weights_of
@@ -22,7 +23,7 @@ from diptych.train.distributed import (
 )
 from diptych.train.loop import _check_rows, train
 
-SCRIPT = Path(__file__).with_name("run_toy.py")
+SCRIPT = Path(run_toy.__file__)
 EVERY = Path(__file__).with_name("every_objective.py")
 
 
@@ -33,23 +34,40 @@ def launch(out, *options: object, script: Path = SCRIPT, processes: int = 2) -> 
     return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
 
+PARTS = {"parallel": "fsdp", "ema": 0.9}
+RUNS = {
+    "late-0": {"late_from": 0},
+    "late-3": {"late_from": 3},
+    "adamw": {"optimizer": "adamw", "settings": PARTS},
+    "adafactor": {"optimizer": "adafactor", "settings": PARTS},
+}
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory) -> tuple[Path, str]:
+    """RUNS with their first six steps and then, resumed, ten, by torchrun's two processes; and what they printed."""
+    out = tmp_path_factory.mktemp("two")
+    done = launch(out, 6, 10, f"--runs={json.dumps(RUNS)}")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
 @pytest.mark.parametrize("late_from", [0, 3])
-def test_two_processes_train_as_one(tmp_path, late_from):
+def test_two_processes_train_as_one(of_two, tmp_path, late_from):
     """Losses and weights of torchrun's two processes are those of one; also after a resume, and also with parameters
     that the first three steps leave without a gradient."""
-    done = launch(tmp_path / "two", 6, 10, f"--late-from={late_from}")
-    assert done.returncode == 0, done.stderr
+    out = of_two[0] / f"late-{late_from}"
     toy = Toy(late_from=late_from)
     assert toy.may_skip_parameters == (late_from > 0)
     train(toy, toy_batches, out=tmp_path / "one", train=config(steps=10), optim=optim())
-    two, one = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
+    two, one = read_metrics(out), read_metrics(tmp_path / "one")
     assert [line["step"] for line in two if "score" in line] == [6, 8, 10]  # the resume makes up for step 6
     two = [line for line in two if "loss" in line]
     assert [line["step"] for line in two] == list(range(1, 11))
     for name in ("loss", "loss/main", "grad_norm"):
         torch.testing.assert_close([line[name] for line in two], [line[name] for line in one], rtol=1e-4, atol=0)
-    torch.testing.assert_close(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-5, atol=0)
-    saved = checkpoint.newest(tmp_path / "two/checkpoints")[0].tensors("model")
+    torch.testing.assert_close(losses_of(out), losses_of(tmp_path / "one"), rtol=1e-5, atol=0)
+    saved = checkpoint.newest(out / "checkpoints")[0].tensors("model")
     own = {name: value for name, value in weights_of(toy).items() if name in saved}
     torch.testing.assert_close(saved, own, rtol=1e-3, atol=1e-5)
 
@@ -61,27 +79,22 @@ def test_an_objective_that_skips_parameters_unannounced_is_stopped(tmp_path):
     assert "not used in producing loss" in done.stderr
 
 
-FSDP = json.dumps({"parallel": "fsdp", "ema": 0.9})
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_parts_of_the_weights_train_as_the_whole(tmp_path, optimizer):
+def test_parts_of_the_weights_train_as_the_whole(of_two, tmp_path, capfd, optimizer):
     """Losses, what an evaluation sees, and the weights in the end on each process are those of one process, which has
     them whole; also after a resume, and also with parameters that the first steps leave without a gradient."""
-    options = ["--late-from=3", f"--optimizer={optimizer}"]
-    done = launch(tmp_path / "two", 6, 10, *options, f"--settings={FSDP}")
-    assert done.returncode == 0, done.stderr
-    alone = [sys.executable, SCRIPT, tmp_path / "one", "6", "10", *options, '--settings={"ema": 0.9}']
-    one_done = subprocess.run(alone, capture_output=True, text=True, check=True)
-    two, one = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
+    out, printed = of_two
+    run_toy.main([str(tmp_path), "6", "10", f"--optimizer={optimizer}", '--settings={"ema": 0.9}'])
+    two, one = read_metrics(out / optimizer), read_metrics(tmp_path)
     assert [line["step"] for line in two] == [line["step"] for line in one]
     for ours, theirs in zip(two, one, strict=True):
         for name in theirs.keys() - {"seconds", "evaluation_seconds"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
     sums, wanted = (
-        [[float(n) for n in pair] for pair in re.findall(r"SUMS (-?\d+\.\d{6}) (-?\d+\.\d{6})", output)]
-        for output in (done.stdout, one_done.stdout)
+        [[float(n) for n in pair] for pair in re.findall(rf"SUMS {name} (-?\d+\.\d{{6}}) (-?\d+\.\d{{6}})", told)]
+        for name, told in ((optimizer, printed), (r"\.", capfd.readouterr().out))
     )
+    assert len(wanted) == 2
     assert sorted(sums) == [pytest.approx(each, abs=1e-4) for each in sorted(wanted * 2)]
 
 

@@ -25,7 +25,7 @@ from diptych.data.pixels import SkippedItems, read_image
 from diptych.data.sources import Source
 from diptych.data.sources.open import HasFiles
 from diptych.data.sources.text import clean
-from diptych.data.suggest import choose
+from diptych.data.suggest import choose_images
 from diptych.dual.evaluation import pair_fits as dual_pair_fits
 from diptych.dual.model import DualEncoder
 from diptych.errors import UserError
@@ -218,7 +218,7 @@ class Offers:
         features_ND = self.diptych.vectors(encoded).cpu().numpy()
         uncertainty_N = np.array([-(each[0].score or 0.0) if each else np.inf for each in found])
         seen_MD = features_ND[:0] if self._seen_MD is None else self._seen_MD
-        order, _, _ = choose(features_ND, seen_MD, uncertainty_N=uncertainty_N, count=len(items))
+        order = choose_images(features_ND, seen_MD, uncertainty_N=uncertainty_N, count=len(items)).rows
         self._seen_MD = np.concatenate([seen_MD, features_ND])
         nothing = [Caption(text="", score=None)]
         self._ready += [

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from diptych.data.sources import Source
     from diptych.data.splits import Subset
-    from diptych.data.suggest import LookedAt
+    from diptych.data.suggest import AssessedImages
     from diptych.encoders import ImageEncoder, PooledTextEncoder
     from diptych.itit.pipeline import Diptych
 
@@ -206,7 +206,7 @@ def suggest(
     if run is not None:
         check_finished(run, "dual", "itit")
     from diptych.data.suggest import check_format, write_suggestions
-    from diptych.data.suggest import suggest as choose
+    from diptych.data.suggest import suggest as suggest_images
 
     if out is not None:
         check_format(out)
@@ -225,7 +225,7 @@ def suggest(
     images, captioned_MF = _look_at(
         uncaptioned, done, run=run, features=features, max_skipped_share=max_skipped_share, device=device
     )
-    found = choose(opened, images, captioned_MF, count=count)
+    found = suggest_images(opened, images, captioned_MF, count=count)
     if out is None:
         for each in found:
             print(f"{each.key}  {each.draft}".rstrip())
@@ -258,43 +258,43 @@ def _look_at(
     features: str | None,
     max_skipped_share: float,
     device: Device,
-) -> "tuple[LookedAt, np.ndarray]":
+) -> "tuple[AssessedImages, np.ndarray]":
     """What the run says of the images without captions, and the features of those with."""
     import numpy as np
 
     from diptych.data.pixels import SkippedItems
-    from diptych.data.suggest import LookedAt
+    from diptych.data.suggest import AssessedImages
     from diptych.report.terminal import ProgressLine
 
     # Of each part so many may be unreadable.
     skipped, skipped_known = (SkippedItems(max_skipped_share=max_skipped_share) for _ in range(2))
     seen = known = None
     if run is not None and kind_of(run) == "itit":
-        from diptych.itit.evaluation import looked_at as itit_looked_at
+        from diptych.itit.evaluation import assess_images as assess_itit_images
 
         diptych = open_itit(run, device)
-        seen = itit_looked_at(diptych, uncaptioned, skipped=skipped, advance=ProgressLine("captioning"))
-        known = itit_looked_at(diptych, done, drafts=False, skipped=skipped_known) if len(done.items) else None
+        seen = assess_itit_images(diptych, uncaptioned, skipped=skipped, advance=ProgressLine("captioning"))
+        known = assess_itit_images(diptych, done, drafts=False, skipped=skipped_known) if len(done.items) else None
     elif run is not None:
-        from diptych.dual.evaluation import looked_at
+        from diptych.dual.evaluation import assess_images
         from diptych.dual.model import open_dual
 
         encoder = open_dual(run, device=device)
         texts = [text for item in done.items for text in done.source.captions(int(item))]
-        seen = looked_at(encoder, uncaptioned, texts, skipped=skipped, advance=ProgressLine("embedding images"))
-        known = looked_at(encoder, done, (), skipped=skipped_known) if len(done.items) else None
+        seen = assess_images(encoder, uncaptioned, texts, skipped=skipped, advance=ProgressLine("embedding images"))
+        known = assess_images(encoder, done, (), skipped=skipped_known) if len(done.items) else None
     if run is None or features is not None:
         from diptych.eval.baselines import image_features
 
         left = uncaptioned if seen is None else replace(uncaptioned, items=seen.items_N)
         items_N, features_NF = image_features(left, features, device)
         seen = (
-            LookedAt(items_N=items_N, features_NF=features_NF)
+            AssessedImages(items_N=items_N, features_NF=features_NF)
             if seen is None
             else replace(seen, features_NF=features_NF)
         )
         known = (
-            LookedAt(items_N=np.asarray(done.items), features_NF=image_features(done, features, device)[1])
+            AssessedImages(items_N=np.asarray(done.items), features_NF=image_features(done, features, device)[1])
             if len(done.items)
             else None
         )

@@ -32,6 +32,8 @@ from diptych.errors import UserError
 
 _SAMPLE, _COMPARED = 32, 5000
 """Number of images of a part that are opened before a run begins, and that are compared with one another."""
+VALIDATION = "validation image"
+"""What a `Part` is called that is learned from in no way."""
 SIDE = 32
 """Side in pixels to which images are decoded here: JPEGs are decoded at an eighth, which is quick."""
 
@@ -190,6 +192,7 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
     """
     tried, several, faults = 0, 0, []
     compared: dict[tuple[int, int], tuple[HasBlocks, int]] = {}
+    valid = {id(part.source) for part in parts if part.what == VALIDATION}
     for part in parts:
         if "text" in part.what or not isinstance(part.source, Source):  # encoded data needs no images
             continue
@@ -216,14 +219,56 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
     remarks = f"; {len(faults)} of {tried} images that were tried cannot be read" if tried else ""
     remarks += f", such as {faults[0]}" if faults else ""
     remarks += f"; of {several} with several frames the first is used" if several else ""
-    if twins := [f"{a} = {b}" for a, b in find_twins(list(compared.values()))]:
-        remarks += f"; {counted(len(twins), 'image')} of {len(compared):,} that were compared the same as another: "
-        remarks += some(twins, len(twins))
+    twins: list[tuple[str, str]] = []
+    learned: list[tuple[str, str]] = []
+    for one, other in _twins(list(compared.values())):
+        (learned if (id(one[0]) in valid) != (id(other[0]) in valid) else twins).append(_named_twins(one, other))
+    for found, what in ((learned, "in the validation and in what is learned from"), (twins, "the same as another")):
+        if found:
+            remarks += f"; {counted(len(found), 'image')} of {len(compared):,} that were compared {what}: "
+            remarks += some([f"{a} = {b}" for a, b in found], len(found))
     return ", ".join(part.describe() for part in parts) + remarks
 
 
+def note_on_learned(known: HasSides, items: np.ndarray | range, scored: Source) -> list[str]:
+    """A note on images of ``scored`` that are the same file as one of the ``items`` of ``known``, which a run has
+    learned from. Of both up to 5,000 are compared."""
+    if not (isinstance(known, HasBlocks) and isinstance(scored, HasBlocks)):
+        return []
+    learned = [(known, int(items[place])) for place in _spread(len(items), _COMPARED)]
+    compared = [(scored, item) for item in _spread(len(scored), _COMPARED)]
+    same = sum(one[0] is scored and other[0] is known for one, other in _twins([*learned, *compared]))
+    if not same:
+        return []
+    return [
+        f"{same:,} of {counted(len(compared), 'image')} that were compared {'is' if same == 1 else 'are'} among those "
+        "that the run has learned from: scores on them say nothing of other images"
+    ]
+
+
+def note_on_lengths(lengths: Sequence[int] | np.ndarray, longest: int) -> str:
+    """A note on texts that fill all ``longest`` tokens that a model reads, empty where none does."""
+    full = int(np.count_nonzero(np.asarray(lengths) >= longest))
+    if not full:
+        return ""
+    return (
+        f"{full:,} of {counted(len(lengths), 'text')} that {'was' if len(lengths) == 1 else 'were'} looked at "
+        f"{'fills' if full == 1 else 'fill'} all {longest} tokens that the model reads: what is longer is cut off"
+    )
+
+
 def find_twins(items: Sequence[tuple[HasBlocks, int]]) -> list[tuple[str, str]]:
-    """Keys of images that are the same file as another one before them. Only files of one size are read whole, and
+    """Keys of images that are the same file as another one before them."""
+    return [_named_twins(one, other) for one, other in _twins(items)]
+
+
+def _named_twins(one: tuple[HasBlocks, int], other: tuple[HasBlocks, int]) -> tuple[str, str]:
+    shown = "" if other[0] is one[0] else f"{other[0].name}: "
+    return one[0].key(one[1]), shown + other[0].key(other[1])
+
+
+def _twins(items: Sequence[tuple[HasBlocks, int]]) -> list[tuple[tuple[HasBlocks, int], tuple[HasBlocks, int]]]:
+    """Images that are the same file as another one before them, with that. Only files of one size are read whole, and
     only if a few bytes of them are equal too."""
     alike: dict[tuple[int, bytes], list[tuple[HasBlocks, int]]] = defaultdict(list)
     for source, item in items:
@@ -235,10 +280,9 @@ def find_twins(items: Sequence[tuple[HasBlocks, int]]) -> list[tuple[str, str]]:
             file = source.file(item)
             data = file if isinstance(file, bytes) else file.read_bytes()
             one = (source, item)
-            other, twin = first.setdefault(_digest(data), one)
-            if (other, twin) != one:
-                shown = "" if other is source else f"{other.name}: "
-                twins.append((source.key(item), shown + other.key(twin)))
+            other = first.setdefault(_digest(data), one)
+            if other != one:
+                twins.append((one, other))
     return twins
 
 

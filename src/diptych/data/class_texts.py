@@ -16,13 +16,15 @@ from typing import Literal
 
 import numpy as np
 
-from diptych.data.sources.text import clean, read_text
+from diptych.data.sources.text import clean, is_json, read_text
 from diptych.errors import UserError
 from diptych.rng import derive_seed
 
 _CODE = re.compile(r"(class|label|category|cls|id|[a-z])?[\W_]*\d[\d\W_]*", re.IGNORECASE)
 
-_NUMBERED = re.compile(r"\d+[ .-]+(?=\D)")
+_NUMBERED = re.compile(r"\d+[ .,;:-]+(?=\D)")
+_CODED = re.compile(r"([^\s,;:]+)(?:\s*[,;:]\s*|\s+)(.*)")
+"""A label, or its code, and a name behind it."""
 
 Shots = int | Literal["all", "mean"]
 """Texts of a class to learn from: a number of random ones, all, or the mean of the features of all."""
@@ -71,8 +73,12 @@ class ClassNames:
 
 
 def read_names(path: Path) -> list[str]:
-    """The clean lines of a file with the name of a class on each line. Raises UserError when it holds none."""
-    lines = [text for line in read_text(path).split("\n") if (text := clean(line))]
+    """The clean lines of a file with the name of a class on each line. Raises UserError when it holds none, and for
+    JSON."""
+    content = read_text(path)
+    lines = [text for line in content.split("\n") if (text := clean(line))]
+    if is_json(content):
+        raise UserError(f"{path}: holds JSON: write one class name a line")
     if not lines:
         raise UserError(f"{path}: is empty: write one class name a line")
     return lines
@@ -81,14 +87,13 @@ def read_names(path: Path) -> list[str]:
 def name_classes(path: Path, labels: Sequence[str]) -> ClassNames:
     """The names of classes from a file with a class a line, and which of them each of ``labels`` means.
 
-    A line is the name of a label itself, or a label, a space and a name. Else labels that are numbers count the lines
-    from 0, and other codes stand, sorted, for the lines in their order if there are as many. Lines of the same name
-    are one class: no text tells them apart. Raises UserError where a label has no line.
+    A line is the name of a label itself, or a label, a space (or a comma, a colon) and a name. Else labels that are
+    numbers count the lines from 0, and other codes stand, sorted, for the lines in their order if there are as many.
+    Lines of the same name are one class: no text tells them apart. Raises UserError where a label has no line.
     """
     lines = read_names(path)
     plain = {_plain(line): line for line in lines}
-    first, rest = zip(*(line.partition(" ")[::2] for line in lines), strict=True)
-    coded = dict(zip(first, rest, strict=True))
+    coded = {parts[1]: parts[2] for line in lines if (parts := _CODED.fullmatch(line))}
     if all(_plain(label) in plain for label in labels):
         found = {label: plain[_plain(label)] for label in labels}
     elif all(coded.get(label) for label in labels):

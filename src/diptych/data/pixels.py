@@ -6,13 +6,15 @@ goes through `read_image`, which records in `SkippedItems` what it cannot read.
 Shapes: B images, S pixels of a side.
 """
 
+import io
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 from diptych.data.batch import ImageExamples
 from diptych.data.scenes import ENDLESS, ScenesSource
 from diptych.data.sources import Source, require_pairs
+from diptych.data.sources.columns import is_address
 from diptych.data.sources.decode import UnreadableImage, decode
 from diptych.data.sources.open import HasShards
 from diptych.data.splits import Subset, at
@@ -319,29 +322,49 @@ def decode_files(files: Sequence[str | Path], *, size: int) -> UInt8[Tensor, "B 
     return channels_first(np.stack([decode(Path(file), size) for file in files]))
 
 
-ImageLike = str | Path | Image.Image | np.ndarray
-"""A path, a Pillow image, or uint8 pixels [H W 3]."""
+ImageLike = str | Path | bytes | Image.Image | np.ndarray
+"""A path, the bytes of an image file, a Pillow image, or uint8 pixels [H W 3]."""
 
 
-def to_pixels(image: ImageLike, size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """The centre square of an image, resized to ``size``. A Pillow image gives what its file would give.
+def to_pixels(image: Any, size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """The centre square of an ``ImageLike``, resized to ``size``. A Pillow image gives what its file would give.
 
-    Raises UserError for arrays of another kind, and UnreadableImage for images that cannot be used.
+    Raises UserError for arrays of another kind and for what is no image, and UnreadableImage for images that cannot be
+    used.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise UserError(f"an image of {image.dtype} {image.shape}: give uint8 [height, width, 3]")
         if image.shape[:2] == (size, size):
             return image
-        image = Image.fromarray(image)
-    return decode(image if isinstance(image, Image.Image) else Path(image), size)
+        return decode(Image.fromarray(image), size)
+    if not isinstance(image, str | Path | bytes | Image.Image):
+        raise UserError(
+            f"an image of the type {type(image).__name__}: give a path, the bytes of a file, a Pillow image, or uint8 "
+            "[height, width, 3] as a NumPy array"
+        )
+    if isinstance(image, str) and is_address(image):
+        raise UserError(f"{image}: web addresses are not fetched; download the image first")
+    return decode(Path(image) if isinstance(image, str) else image, size)
 
 
-def one_or_more(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
-    """A list of images, also of a single one. An array with four axes is a list of its rows."""
-    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+def one_or_more(images: Any) -> list[Any]:
+    """A list of images, also of a single one; :func:`to_pixels` sees what they are. An array with four axes is a list
+    of its rows."""
+    if isinstance(images, np.ndarray) and images.dtype.kind in "biuf":
+        return [images] if images.ndim < 4 else list(images)
+    if isinstance(images, str | Path | bytes | Image.Image | io.IOBase | Mapping) or not isinstance(images, Iterable):
         return [images]
     return list(images)
+
+
+def check_batch(images: Tensor, size: int) -> None:
+    """Raise UserError for a tensor that is not uint8 [B 3 size size]."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, size, size):
+        raise UserError(
+            f"images of {images.dtype} {tuple(images.shape)}: give uint8 [images, 3, {size}, {size}], or a list of "
+            "NumPy arrays uint8 [height, width, 3] of any size"
+        )
 
 
 def channels_first(pixels: np.ndarray) -> Tensor:

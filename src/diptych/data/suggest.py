@@ -1,6 +1,6 @@
 """Which images to caption next: uncertain ones that stand for many others and are unlike those captioned already.
 
-How uncertain a run is of an image, and the features of images, come from `looked_at` of `itit/` and `dual/`.
+The features of images, and how uncertain a run is of each, come from `assess_images` of `itit/` and `dual/`.
 
 Shapes: N images without a caption, M images with one, F width of the features, B images of a block.
 """
@@ -29,8 +29,8 @@ _ON_SHEET = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LookedAt:
-    """What a run says of the images of a source that can be read."""
+class AssessedImages:
+    """The readable images of a source with their features and, by a run, how uncertain it is of each."""
 
     items_N: Int[np.ndarray, "N"]
     features_NF: Float[np.ndarray, "N F"]
@@ -58,33 +58,44 @@ class Suggestion:
 
 
 def suggest(
-    source: Source, images: LookedAt, captioned_MF: Float[np.ndarray, "M F"], *, count: int
+    source: Source, images: AssessedImages, captioned_MF: Float[np.ndarray, "M F"], *, count: int
 ) -> list[Suggestion]:
-    """The ``count`` images to caption next, best first, of ``images``, which have no captions (:func:`choose`)."""
-    chosen, near_N, rank_N = choose(images.features_NF, captioned_MF, uncertainty_N=images.uncertainty_N, count=count)
+    """The ``count`` of ``images``, which have no captions, to caption next, best first (:func:`choose_images`)."""
+    chosen = choose_images(images.features_NF, captioned_MF, uncertainty_N=images.uncertainty_N, count=count)
     return [
         Suggestion(
             item=int(images.items_N[row]),
             key=source.key(int(images.items_N[row])),
             draft=images.drafts[row] if images.drafts else "",
-            uncertainty=None if rank_N is None else float(rank_N[row]),
-            distance=float(1 - near_N[row]) if len(captioned_MF) else None,
+            uncertainty=None if chosen.rank_N is None else float(chosen.rank_N[row]),
+            distance=float(1 - chosen.near_N[row]) if len(captioned_MF) else None,
         )
-        for row in chosen
+        for row in chosen.rows
     ]
 
 
-def choose(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenImages:
+    """The images to caption next, and by what they were chosen."""
+
+    rows: list[int]
+    """Rows of the chosen images, best first."""
+    near_N: Float[np.ndarray, "N"]
+    """Cosine of each image to the nearest captioned one."""
+    rank_N: Float[np.ndarray, "N"] | None
+    """Share of the images that each is more uncertain than; None where no uncertainty is known."""
+
+
+def choose_images(
     features_NF: Float[np.ndarray, "N F"],
     captioned_MF: Float[np.ndarray, "M F"],
     *,
     uncertainty_N: Float[np.ndarray, "N"] | None,
     count: int,
-) -> tuple[list[int], Float[np.ndarray, "N"], Float[np.ndarray, "N"] | None]:
-    """The rows of ``count`` images to caption next, best first; the cosine of each image to the nearest captioned one;
-    and the share of the images that each is more uncertain than, if uncertainty is known.
+) -> ChosenImages:
+    """Choose ``count`` images to caption next.
 
-    The most uncertain fifth of the images is looked at. Of these, each choice is the image that brings all images
+    Only the most uncertain fifth of the images can be chosen. Of these, each choice is the image that brings all images
     nearest to an image that is chosen or has a caption (:func:`facility_location`), where an image counts by its rank
     in uncertainty. So outliers and copies of one another are left out, which uncertainty alone would choose.
     """
@@ -98,7 +109,8 @@ def choose(
         weight_N = rank_N + 0.5 / images
     features_NF, captioned_MF = _centred(features_NF, captioned_MF)
     near_N = _nearest(features_NF, captioned_MF)
-    return facility_location(features_NF, near_N, pool, weight_N=weight_N, count=count), near_N, rank_N
+    rows = facility_location(features_NF, near_N, pool, weight_N=weight_N, count=count)
+    return ChosenImages(rows=rows, near_N=near_N, rank_N=rank_N)
 
 
 def facility_location(

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diptych.data.audit import Fit, fits_of
+from diptych.data.check import note_on_learned, note_on_lengths
 from diptych.data.class_texts import are_codes, name_classes, read_names
 from diptych.data.engine import LOCAL, Engine, Rows
 from diptych.data.pixels import (
@@ -30,7 +31,7 @@ from diptych.data.pixels import (
 from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
-from diptych.data.suggest import LookedAt
+from diptych.data.suggest import AssessedImages
 from diptych.dual.metrics import (
     ENSEMBLE,
     PLAIN,
@@ -144,7 +145,7 @@ def evaluate_dual_run(
         comparison = replace(
             compare_retrieval(run, images, pairs, encoder=baseline_encoder, device=device), scores=metrics.copy()
         )
-        notes += _shared_captions(pairs)
+        notes += _shared_captions(pairs) + _long_captions(encoder, images)
         if umap:
             map_png = modality_map({run.name: (pairs.images_ID[:_MAPPED], pairs.first_ID[:_MAPPED])})
     found, label_notes = _score_labels(encoder, images, data=data, train=train, classes=classes)
@@ -182,6 +183,7 @@ def compare_retrieval(
     try:
         data = read_config(run)["run"]["data"]
         known = open_finite(data["pairs"], Columns(**data["columns"]))
+        notes += note_on_learned(known, range(len(known)), images.source)
         found = neighbour_word_embeddings(
             Subset(known, np.arange(len(known))),
             Subset(images.source, np.array(items)),
@@ -236,6 +238,12 @@ def _shared_captions(pairs: EmbeddedPairs) -> list[str]:
         return []
     shared = f"{pairs.shared} of {len(pairs.texts_TD)} captions are those of another image too"
     return [f"{shared}: a hit on an equal text, or on an image that has it, is right."]
+
+
+def _long_captions(encoder: DualEncoder, images: EmbeddedImages) -> list[str]:
+    texts = [text for item in images.items_I for text in images.source.captions(int(item))]
+    note = note_on_lengths([len(row) for row in encoder.ids(texts)], encoder.max_text_len)
+    return [f"{note}."] if note else []
 
 
 def _score_labels(
@@ -387,14 +395,14 @@ def _pair_vectors(tools: tuple[DualEncoder, Source], items: np.ndarray) -> Rows:
     return Rows(arrays=arrays, skipped=skipped)
 
 
-def looked_at(
+def assess_images(
     encoder: DualEncoder,
     images: Subset[Source],
     texts: Sequence[str],
     *,
     skipped: SkippedItems,
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> LookedAt:
+) -> AssessedImages:
     """The image tower's features of the readable ones of ``images``, and how undecided it is among ``texts``: the
     entropy in nats of the softmax over the cosines times the encoder's scale. Without texts it is not known.
     """
@@ -405,7 +413,9 @@ def looked_at(
         texts_TD = encoder.embed_texts(list(dict.fromkeys(texts)))
         logs = [(encoder.scale * some_BD @ texts_TD.T).log_softmax(1) for some_BD in found.embedding_ID.split(_ROWS)]
         entropy_N = torch.cat([-(each.exp() * each).sum(1) for each in logs]).detach().cpu().numpy()
-    return LookedAt(items_N=found.items_I, features_NF=found.state_IW.float().cpu().numpy(), uncertainty_N=entropy_N)
+    return AssessedImages(
+        items_N=found.items_I, features_NF=found.state_IW.float().cpu().numpy(), uncertainty_N=entropy_N
+    )
 
 
 def score_retrieval(pairs: EmbeddedPairs) -> dict[str, float]:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
-from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
-from diptych.encoders.text import clean_for_clip
+from diptych.data.pixels import ImageLike, channels_first, check_batch, one_or_more, to_pixels
+from diptych.encoders.text import clean_for_clip, text_list
 from diptych.errors import UserError, first_line
 from diptych.hub import OnHub
 from diptych.io import without_progress_bars
@@ -270,14 +270,18 @@ class DualEncoder(nn.Module, Temperature, OnHub):
     ) -> Float[Tensor, "B D"]:
         """L2-normalized embeddings of images, or of a single one, fp32, on the encoder's device.
 
-        Of a tensor H and W are ``image_size``. Raises as :func:`to_pixels`.
+        Of a tensor H and W are ``image_size``. Raises UserError for a tensor of another kind and for no images, and as
+        :func:`to_pixels`.
         """
         if not isinstance(images, Tensor):
             every = one_or_more(images)
+            if not every:
+                raise UserError("no images to embed: give one at least")
             rows = [every[start : start + batch_size] for start in range(0, len(every), batch_size)]
             pixels = (np.stack([to_pixels(image, self.image_size) for image in row]) for row in rows)
             return torch.cat([self.embed_images(channels_first(row)) for row in pixels])
         pixels_B3HW = images
+        check_batch(pixels_B3HW, self.image_size)
         with eval_mode(self):
             parts = [
                 self.encode_images(part.to(self.mean_311.device).float() / 255).pooled_BD
@@ -286,8 +290,9 @@ class DualEncoder(nn.Module, Temperature, OnHub):
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
     def embed_texts(self, texts: str | Sequence[str], *, batch_size: int = 256) -> Float[Tensor, "B D"]:
-        """L2-normalized embeddings of texts, or of a single text, fp32, on the encoder's device."""
-        texts = [texts] if isinstance(texts, str) else texts
+        """L2-normalized embeddings of texts, or of a single text, fp32, on the encoder's device. Raises as
+        :func:`text_list`."""
+        texts = text_list(texts)
         device = self.mean_311.device
         parts = []
         with eval_mode(self):

@@ -9,6 +9,7 @@ block that are in the cache or classes, H and W pixels, S side of an image.
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from diptych.data.check import note_on_lengths
 from diptych.data.class_texts import read_names
 from diptych.data.engine import LOCAL, Engine, ResumableArrayWriter, Rows
 from diptych.data.pixels import SkippedItems, channels_first, decode_files, read_block
@@ -381,6 +383,8 @@ class Index:
             query_1D = self.encoder.embed_images(channels_first(query[None]))
         elif clean(query):
             query_1D = self.encoder.embed_texts([clean(query)])
+            if note := note_on_lengths([len(self.encoder.ids(clean(query))[0])], self.encoder.max_text_len):
+                print(note, file=sys.stderr)
         else:
             raise UserError("an empty text finds nothing: say what to look for")
         if method is None:

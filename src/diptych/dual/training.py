@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data.batch import CaptionedImageExamples, CaptionedStateExamples
-from diptych.data.check import Part, check_parts, content_digest
+from diptych.data.check import VALIDATION, Part, check_parts, content_digest, note_on_lengths
 from diptych.data.pixels import ReadableImages, SkippedItems
 from diptych.data.sources import Source, open_finite, open_source, require_pairs
 from diptych.data.streams import BatchSampler, Stream
@@ -96,7 +96,11 @@ class DualRun:
         join_processes(self.train.device)
         source = open_finite(self.data.pairs, self.data.columns)
         require_pairs(source, self.data.pairs)
-        summary = check_parts([Part("pair", source, range(len(source)))], max_skipped_share=self.data.max_skipped_share)
+        parts = [Part("pair", source, range(len(source)))]
+        if self.data.valid is not None:
+            valid = open_finite(self.data.valid, self.data.columns)
+            parts.append(Part(VALIDATION, valid, range(min(len(valid), self.data.valid_images))))
+        summary = check_parts(parts, max_skipped_share=self.data.max_skipped_share)
         if is_main_process():
             print(summary, flush=True)
         self._fit_batch(source)
@@ -110,6 +114,8 @@ class DualRun:
         model = self._model(source, out)
         affordable, seconds = self._affordable_evaluation(model, out, plan)
         captions = CaptionIds.read(source, np.arange(len(source)), model.ids)
+        if (note := note_on_lengths(np.diff(captions.starts), model.max_text_len)) and is_main_process():
+            print(f"{note}; raise --model.max-text-len", file=sys.stderr, flush=True)
         states = None
         if isinstance(model, TowersEncoder) and model.frozen:
             if self.data.shards_together:

@@ -48,6 +48,19 @@ def clean_for_clip(text: str) -> str:
     return " ".join(text.split())
 
 
+def text_list(texts: Any) -> list[str]:
+    """A list of texts, also of a single one. Raises UserError where there is none, and for what is no text."""
+    every = [texts] if isinstance(texts, str) else list(texts)
+    if not every:
+        raise UserError("no texts: give one at least")
+    for number, text in enumerate(every):
+        if not isinstance(text, str):
+            raise UserError(
+                f"text {number} (counted from 0) is {text!r:.60}, of the type {type(text).__name__}, no text"
+            )
+    return every
+
+
 class PooledTextEncoder(nn.Module):
     """A frozen language model of `transformers` with its tokenizer: from texts to features [B D].
 
@@ -116,7 +129,7 @@ class PooledTextEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, texts: str | Sequence[str]) -> Float[Tensor, "B D"]:
         """One vector for each text, or for a single text, on the encoder's device."""
-        texts = [texts] if isinstance(texts, str) else texts
+        texts = text_list(texts)
         pieces = [self._pooled(texts[at : at + _ROWS]) for at in range(0, len(texts), _ROWS)]
         return torch.cat(pieces) if pieces else torch.empty(0, self.width)
 

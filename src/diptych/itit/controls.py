@@ -5,14 +5,13 @@ The networks train in a process of their own while ITIT trains, as networks this
 Shapes: B images, N image tokens, P numbers of an image's pixels.
 """
 
-import math
 import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +19,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diptych.data.batch import PairExamples
 from diptych.data.scenes import COLOURS, PLACES, SHAPES, Scene, ScenesSource, Thing, caption
 from diptych.data.splits import Subset
 from diptych.data.store import Store
 from diptych.errors import Interrupted, UserError
 from diptych.eval.probe import fit_linear
 from diptych.eval.scenes import SceneScore, caption_accuracy
-from diptych.io import replace_folder
 from diptych.itit.data import TrainingInputs, open_data
 from diptych.itit.evaluation import EvaluateConfig, evaluate
 from diptych.itit.objective import ItitObjective
 from diptych.itit.training import ItitRun
 from diptych.report.figures import read_metrics
 from diptych.rng import StepRNG
-from diptych.run_folder import save_model, write_config
+from diptych.run_folder import write_config
+from diptych.train.checkpoint import BestWeights, Score
 from diptych.train.loop import Hook
 
 TITLES = {
@@ -65,8 +63,12 @@ def train_watched(
     *,
     title: str,
     hooks: Sequence[Callable[[ItitObjective], Hook]] = (),
+    best: BestWeights | None = None,
 ) -> None:
-    """Train in the run folder ``out``, with the accuracies on some held-out scenes in ``metrics.jsonl``."""
+    """Train in the run folder ``out``, with the accuracies on some held-out scenes in ``metrics.jsonl``.
+
+    ``hooks`` are made for the objective; the network is saved with the weights of ``best``, if any.
+    """
     write_config(out, recipe="itit-tiny", run=run)
     objective = run.build(inputs)
     diptych = run.diptych(objective, inputs)
@@ -77,7 +79,7 @@ def train_watched(
         return {name: found[name] for name in ("caption_accuracy", "image_accuracy", "text_drift", "image_drift")}
 
     watching = Hook(every=run.train.eval_every, run=watch)
-    run.train_on(inputs, objective, out, hooks=[watching, *(make(objective) for make in hooks)], title=title)
+    run.train_on(inputs, objective, out, hooks=[watching, *(make(objective) for make in hooks)], title=title, best=best)
 
 
 # Beside ITIT
@@ -161,43 +163,21 @@ def train_stopped(alone: ItitRun, inputs: TrainingInputs, out: Path, test: Scene
     assert isinstance(pairs.source, Store)
     held = pairs.source.pairs(items[~kept], seed=0)
     rows = np.arange(held.size)
-    stopping = _EarlyStopping(held.take(rows, np.zeros_like(rows)), out)
-    if not (out / "model").is_dir():
-        train_watched(run, training, out, test, title=TITLES["paired_only_stopped"], hooks=[stopping.hook])
-        replace_folder(stopping.best, out / "model")
+    examples = held.take(rows, np.zeros_like(rows))
+    best = BestWeights(out / "best", patience=_PATIENCE)
 
-
-@dataclass(frozen=True, slots=True)
-class _EarlyStopping:
-    """Keeps the best network of a run. It reads the losses of earlier steps from metrics.jsonl, so a run may be
-    resumed."""
-
-    held: PairExamples
-    out: Path
-
-    @property
-    def best(self) -> Path:
-        return self.out / "best"
-
-    def hook(self, objective: ItitObjective) -> Hook:
-        def run(step: int, module: nn.Module) -> dict[str, float]:
+    def hook(objective: ItitObjective) -> Hook:
+        def validate(step: int, module: nn.Module) -> dict[str, float]:
             rng = StepRNG(0, 0)  # the same positions are hidden at each evaluation
-            losses = {"t2i": objective.t2i_loss(self.held, rng)} | objective.i2t_and_i2i_losses(self.held, rng)
+            losses = {"t2i": objective.t2i_loss(examples, rng)} | objective.i2t_and_i2i_losses(examples, rng)
             loss = float(losses["t2i"] + losses["i2t"])
-            if loss < min(self._before(step).values(), default=math.inf):
-                save_model(objective.model, self.best)
+            best.offer(Score(step=step, value=-loss), objective)
             return {"held_out_loss": loss}
 
-        return Hook(every=_STOP_EVERY, run=run, stop_early=self._stop_early)
+        return Hook(every=_STOP_EVERY, run=validate, stop_early=best.is_over)
 
-    def _before(self, step: int) -> dict[int, float]:
-        """Loss by step, of the evaluations before this one."""
-        records = read_metrics(self.out / "metrics.jsonl")
-        return {r["step"]: r["held_out_loss"] for r in records if "held_out_loss" in r and r["step"] < step}
-
-    def _stop_early(self, step: int) -> bool:
-        losses = self._before(step + 1)
-        return step - min(losses, key=losses.__getitem__) >= _PATIENCE * _STOP_EVERY
+    if not (out / "model").is_dir():
+        train_watched(run, training, out, test, title=TITLES["paired_only_stopped"], hooks=[hook], best=best)
 
 
 # A classifier of pixels

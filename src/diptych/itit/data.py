@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diptych.data.batch import PairExamples, TextExamples
-from diptych.data.check import Part, check_parts
+from diptych.data.check import VALIDATION, Part, check_parts
 from diptych.data.pixels import channels_first
 from diptych.data.sources import Source, open_finite, open_source, require_pairs
 from diptych.data.sources.columns import Columns
@@ -97,7 +97,7 @@ class DataSplit:
         if self.texts is not self.pairs:
             parts.append(Part("unpaired text", self.texts.source, self.texts.items))
         if valid is not None:
-            parts.append(Part("validation image", valid, range(len(valid))))
+            parts.append(Part(VALIDATION, valid, range(len(valid))))
         return check_parts(parts, max_skipped_share=max_skipped_share)
 
     def raw_images(self) -> list[Subset[Source]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diptych.data.audit import Fit, fits_of
 from diptych.data.batch import ImageTokenExamples
+from diptych.data.check import note_on_learned
 from diptych.data.engine import LOCAL, Engine, Rows
 from diptych.data.pixels import (
     SkippedItems,
@@ -32,7 +33,7 @@ from diptych.data.sources import Source
 from diptych.data.sources.columns import Columns
 from diptych.data.splits import Subset
 from diptych.data.store import Store
-from diptych.data.suggest import LookedAt
+from diptych.data.suggest import AssessedImages
 from diptych.encoders import open_image_encoder
 from diptych.encoders.image import resize_pixels
 from diptych.errors import UserError, first_line
@@ -395,14 +396,14 @@ def _nats(tools: tuple[Diptych, Source], pairs: _PairsAndImages) -> Rows:
 
 
 @torch.no_grad()
-def looked_at(
+def assess_images(
     diptych: Diptych,
     images: Subset[Source],
     *,
     drafts: bool = True,
     skipped: SkippedItems,
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> LookedAt:
+) -> AssessedImages:
     """The vectors of the readable ones of ``images`` (:meth:`Diptych.vectors`); and, with ``drafts``, their captions,
     and how uncertain the network is of them: minus their length-normalized log-probability.
     """
@@ -419,7 +420,7 @@ def looked_at(
             texts += [caption.text for caption in found]
             nats += [-caption.score for caption in found if caption.score is not None]
         advance(sum(map(len, items)), len(images.items))
-    return LookedAt(
+    return AssessedImages(
         items_N=np.concatenate(items),
         features_NF=np.concatenate(features),
         uncertainty_N=np.array(nats) if drafts else None,
@@ -459,6 +460,7 @@ def compare(
         pairs = open_data(data).pairs
         if isinstance(pairs.source, Store):
             raise UserError(f"{data.pairs}: encoded data has no images to compare with")
+        notes += note_on_learned(pairs.source, pairs.items, source)
         test = Subset(source, np.asarray(items))
         baselines = caption_baselines(pairs, test, score=score, encoder=opened, encoder_name=encoder or "")
     except UserError as error:

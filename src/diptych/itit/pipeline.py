@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from diptych.data.batch import ImageTokenExamples
+from diptych.data.check import note_on_lengths
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
 from diptych.encoders.image import ImageEncoder, resize
+from diptych.encoders.text import text_list
 from diptych.errors import UserError
 from diptych.eval.baselines import NearCaptions
 from diptych.hub import OnHub, local_folder
@@ -52,6 +54,8 @@ NEAR_CAPTIONS = "near_captions"
 """Folder of a run with the captions that others are compared with, see :class:`NearCaptions`."""
 _ROWS = 64
 """Number of rows generated at once."""
+_warned_of: set[str] = set()
+"""Unknown words, each named once in a process; empty once it was said that texts are cut off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +140,6 @@ class Diptych(OnHub):
         self.image_encoder = image_encoder if image_encoder is None else image_encoder.to(self.device).eval()
         self.near_captions = near_captions
         self._text_encoder = text_encoder
-        self._warned_of: set[str] = set()  # unknown words, each named once
         self.text_tokenizer = text_tokenizer or self.text_encoder
         self._banned_V = torch.zeros(self.text_tokenizer.vocab_rows, dtype=torch.bool)
         self._banned_V[list(self.text_tokenizer.banned_ids)] = True
@@ -388,10 +391,8 @@ class Diptych(OnHub):
         advance: Advance | None = None,
     ) -> Int[Tensor, "B N"]:
         """The image tokens that :meth:`imagine_pixels` decodes."""
-        if not texts:
-            raise UserError("no text to imagine")
-        texts = [texts] if isinstance(texts, str) else texts
-        self._warn_of_unknown_words(texts)
+        texts = text_list(texts)
+        self._warn_of_texts(texts)
         found = []
         times: Counter[bytes] = Counter()
         for start in range(0, len(texts), _ROWS):
@@ -431,7 +432,7 @@ class Diptych(OnHub):
         if not all(request.text.strip() for request in requests):
             raise UserError("no text to imagine")
         texts = [request.text for request in requests]
-        self._warn_of_unknown_words(texts)
+        self._warn_of_texts(texts)
         features_BLF, valid_BL, row_seeds = self._read_texts(texts)
         blank = torch.zeros(self.token_side, self.token_side, dtype=torch.long)
         known = [request.known or (blank, torch.ones_like(blank, dtype=torch.bool)) for request in requests]
@@ -466,12 +467,18 @@ class Diptych(OnHub):
         """Number of rows, and of columns, of the grid of an image's tokens."""
         return math.isqrt(self.tokenizer.tokens)
 
-    def _warn_of_unknown_words(self, texts: Sequence[str]) -> None:
-        unknown = [word for word in self.text_tokenizer.unknown_words(texts) if word not in self._warned_of]
-        self._warned_of.update(unknown)
+    def _warn_of_texts(self, texts: Sequence[str]) -> None:
+        """Name unknown letters, each word once in a process, and say once that texts are cut off."""
+        unknown = [word for word in self.text_tokenizer.unknown_words(texts) if word not in _warned_of]
+        _warned_of.update(unknown)
         if unknown:
             some = ", ".join(repr(word) for word in unknown[:5])
             print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)
+        length = self.model.config.max_text_len
+        valid_BL = self.text_encoder.tokenize(list(texts), length=length)[1]
+        if "" not in _warned_of and (note := note_on_lengths(valid_BL.sum(1).numpy(), length)):
+            _warned_of.add("")  # no word
+            print(note, file=sys.stderr)
 
     def _read_texts(
         self, texts: Sequence[str], times: Counter[bytes] | None = None

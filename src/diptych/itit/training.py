@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from diptych.data.check import note_on_lengths
 from diptych.data.pixels import SkippedItems, read_captioned
 from diptych.data.sources import open_source
 from diptych.data.store import DataTokenizers
@@ -66,6 +67,8 @@ _FEW_STEPS = 400
 """Number of steps below which a budget trains with :meth:`ItitRun.hurried` settings."""
 _MOST_PAIRS_ONLY = 8.0
 """Largest number of steps on pairs alone for each step of the run: they cost less than those with cycles."""
+_LOOKED_AT = 10_000
+"""Number of texts whose length is looked at, spread over all."""
 _WHITENED = 2000
 """Number of texts whose features decide the whitening."""
 _IMAGES_FITTED = 3000
@@ -437,6 +440,11 @@ class ItitRun:
         if data.texts is not data.pairs:
             of_texts = replace(with_features, tokenize_images=None, image_features=None, teacher_features=None)
             texts = encode(data.texts, "texts", of_texts)
+        for subset in (pairs,) if texts is pairs else (pairs, texts):
+            ids = store_of(subset).arrays["ids"]
+            note = note_on_lengths((ids[:: max(1, len(ids) // _LOOKED_AT)] != 0).sum(1), length)
+            if note and is_main_process():
+                print(f"{note}; raise --model.max-text-len", file=sys.stderr, flush=True)
         return DataSplit(pairs=pairs, images=images, texts=texts)
 
     # The network and its training

@@ -181,6 +181,7 @@ def test_folders_that_are_classes(tmp_path, kind, names, labels):
         (["images/a.jpg", "images/b.jpg", "thumbs/a.jpg", "thumbs/b.jpg"], ["thumbs/a.jpg", "thumbs/b.jpg"]),
         (["masks/0.png", "hats/0.png", "gloves/0.png"], []),
         (["bank_mask.png", "carnival_mask.png"], []),
+        (["a.png", "a-masklabel.png", "a-condlabel.png"], ["a-masklabel.png", "a-condlabel.png"]),
     ],
 )
 def test_masks_are_no_images_of_their_own(tmp_path, kind, names, masks):
@@ -247,6 +248,7 @@ def test_images_are_compared_by_their_size_and_their_middle(tmp_path, kind):
         (["A/1.png", "A/2.png", "B/1.png", "B/2.png"], "A and B are taken for classes, though they hold files of the"),
         (["HR/1.png", "LR/1x4.png"], "HR and LR are taken for classes, though they are called like views or dates"),
         (["2021-05/1.png", "2022-06/2.png"], "2021-05 and 2022-06 are taken for classes, though they are called like"),
+        (["10_sks dog/a.png", "1_dog/b.png"], "10_sks dog and 1_dog are taken for classes, and numbers of repeats, if"),
         (["v1/a.png", "v2/b.png"], "v1 and v2 are taken for classes, though they are numbered alike"),
         (["cat/1.png", "cat/2.png", "dog/1.png"], None),
         (["n01440764/a.png", "n01443537/b.png"], None),

@@ -175,7 +175,7 @@ def test_named_columns_go_before_guesses(photos):
             ("image", "caption", "text"),
             ("photos/0.png", "a b", "c d"),
             {},
-            r"caption, text may each be the caption column .*--data.columns.caption",
+            r"caption, text may each be the caption column .*choose one behind the source with \?caption=NAME",
         ),
         (
             ("image", "img", "caption"),
@@ -184,12 +184,17 @@ def test_named_columns_go_before_guesses(photos):
             "image, img may each be the image column",
         ),
         (("a", "b", "image"), ("a b", "c d", "photos/0.png"), {}, "a, b may each be the caption column"),
-        (("x", "y"), ("1", "2"), {}, "no column of images or captions among x, y; name one with --data.columns.image"),
+        (
+            ("x", "y"),
+            ("1", "2"),
+            {},
+            r"no column of images or captions among x, y; name one behind the source with \?image",
+        ),
         (
             ("image", "caption"),
             ("photos/0.png", "c"),
             {"caption": "capt"},
-            "no column 'capt' among image, caption; check --data.columns.caption",
+            "no column 'capt' among image, caption; check caption=capt",
         ),
         (("image", "caption"), ("photos/0.png", "c"), {"image": "pic"}, "no column 'pic'"),
         (("url", "n"), ("https://a.org/away.png", "1"), {}, "column 'url' holds web addresses, which are not fetched"),
@@ -200,7 +205,20 @@ def test_named_columns_go_before_guesses(photos):
             {},
             r"nowhere/0\.png: does not exist; image paths in .*t\.csv are relative",
         ),
-        (("image", "caption"), ("photos/0.png", "c", "d"), {}, "the row at line 2 has 3 cells and the header 2"),
+        (
+            ("image", "caption"),
+            ("C:\\data\\0.png", "c"),
+            {},
+            r"^C:\\data\\0\.png: does not exist here; write the paths",
+        ),
+        (
+            ("image", "caption"),
+            ("/away/0.png", "c"),
+            {},
+            r"^/away/0\.png: does not exist here; write the paths in .*csv",
+        ),
+        (("image", "caption"), ("photos/0.png", "c", "d"), {}, "the row at line 2 has 3 cells and the header 2; put"),
+        (("image", "caption"), ("photos/0.png",), {}, "2 has 1 cells and the header 2; write the ',' that is missing"),
         (("photos/0.png", "a cat"), ("photos/1.png", "c"), {}, "the first line must name every column"),
         (("image", "image"), ("photos/1.png", "c"), {}, "the first line must name every column, each once"),
     ],
@@ -424,9 +442,11 @@ def test_paths_of_texts_are_no_captions(photos):
 
 
 def test_a_title_above_the_header_is_refused(photos):
-    (photos / "t.csv").write_text("My photos,\nimage,caption\nphotos/0.png,a dog\n")
-    with pytest.raises(UserError, match=r"the second line names the columns \(image, caption\); remove the first line"):
-        open_source(str(photos / "t.csv"))
+    for blank in ("", "\n"):
+        (photos / "t.csv").write_text(f"My photos,\n{blank}image,caption\nphotos/0.png,a dog\n")
+        message = r"the second line names the columns \(image, caption\); remove what is above"
+        with pytest.raises(UserError, match=message):
+            open_source(str(photos / "t.csv"))
 
 
 def test_a_split_in_two_spellings_is_one(photos):
@@ -544,7 +564,7 @@ def test_tables_of_splits_and_of_other_columns_are_named(photos):
     write_csv(photos / "test.csv", [("image", "comment"), ("photos/1.png", "d")])
     assert open_source(str(photos / "*.csv")).notes == [
         "columns not used: comment",
-        "files of the splits test, train are used together",
+        "files of the splits test, train are used together; give those of one as the source",
         "no captions in test.csv: there is no column caption",
     ]
 

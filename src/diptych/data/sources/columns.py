@@ -127,7 +127,7 @@ def find_columns(table: Table, *, wanted: Columns, source: str) -> Found:
             _refuse_addresses(table, name, source)
         raise UserError(
             f"{source}: no column of images or captions among {_listed(table)}; "
-            "name one with --data.columns.image NAME or --data.columns.caption NAME"
+            "name one behind the source with ?image=NAME or ?caption=NAME"
         )
     strange = [
         f"no images: column {name!r} holds {str(values[0])[:60]!r}, which is no path of an image file"
@@ -510,7 +510,7 @@ def _is_folder(name: str, values: Sequence[Any], image: str) -> bool:
 
 def _named(table: Table, name: str | None, role: Role, source: str) -> str | None:
     if name is not None and name not in table:
-        raise UserError(f"{source}: no column {name!r} among {_listed(table)}; check --data.columns.{role}")
+        raise UserError(f"{source}: no column {name!r} among {_listed(table)}; check {role}={name}")
     return name
 
 
@@ -518,7 +518,7 @@ def _one(names: list[str], role: Role, table: Table, source: str) -> str | None:
     if len(names) > 1:
         raise UserError(
             f"{source}: {', '.join(names)} may each be the {role} column (columns: {_listed(table)}); "
-            f"choose one with --data.columns.{role} NAME"
+            f"choose one behind the source with ?{role}=NAME"
         )
     return names[0] if names else None
 

@@ -116,12 +116,14 @@ def _read_cells(text: str, path: Path, delimiter: str, quoting: Literal[0, 3]) -
     try:
         header = _header(next(reader, []), path)
         for cells in reader:
-            if start == 2:
+            if cells and not rows:
                 _refuse_title(header, cells, path)
             if cells and len(cells) != len(header):
+                mend = "put quotes around cells that hold the delimiter"
+                if len(cells) < len(header):
+                    mend = f"write the {delimiter!r} that is missing there, or leave the row out"
                 raise UserError(
-                    f"{path}: the row at line {start} has {len(cells)} cells and the header {len(header)}; "
-                    "put quotes around cells that hold the delimiter"
+                    f"{path}: the row at line {start} has {len(cells)} cells and the header {len(header)}; {mend}"
                 )
             if cells:
                 _refuse_swallowed(cells, delimiter, f"{path}: the row at line {start}")
@@ -142,10 +144,10 @@ def _header(cells: Sequence[str], path: Path) -> list[str]:
 
 
 def _refuse_title(header: Sequence[str], cells: Sequence[str], path: Path) -> None:
-    """Raise UserError where the second line names the columns: a title stands above it."""
+    """Raise UserError where the second line that is not empty names the columns: a title stands above it."""
     names = IMAGE_NAMES | CAPTION_NAMES | LABEL_NAMES
     if not any(usual(name, names) for name in header) and sum(usual(cell, names) for cell in cells) > 1:
-        raise UserError(f"{path}: the second line names the columns ({', '.join(cells)[:60]}); remove the first line")
+        raise UserError(f"{path}: the second line names the columns ({', '.join(cells)[:60]}); remove what is above")
 
 
 def _is_name(cell: str) -> bool:

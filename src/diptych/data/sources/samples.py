@@ -57,8 +57,8 @@ _BOXES = re.compile(r"(\s*\d+(\s+-?[\d.]+){4,}\s*)+")
 """Lines of a class and a box, as detectors have them."""
 _SHARD = re.compile(r"(images?|img|part|chunk|batch|data|shard|split)[-_]?\d+", re.IGNORECASE)
 _MASK_END = re.compile(
-    r"[ ._-]+(masks?|seg|segmentation|segmap|segmask|trimap|matte|gt|depth|normals?|canny|edges|lineart|(?:open)?pose"
-    r"|labelids|instanceids)([ ._-]?\d+)?$",
+    r"[ ._-]+(masks?|masklabel|condlabel|seg|segmentation|segmap|segmask|trimap|matte|gt|depth|normals?|canny|edges"
+    r"|lineart|(?:open)?pose|labelids|instanceids)([ ._-]?\d+)?$",
     re.IGNORECASE,
 )
 """What the name of a mask has behind the name of its image."""
@@ -77,6 +77,8 @@ _LOSSLESS = frozenset({".png", ".gif", ".bmp", ".tif", ".tiff"})
 _SAMPLE = 64
 """Number of samples whose texts and json are read when a source is opened."""
 _DIGITS = re.compile(r"\d+$")
+_REPEATS = re.compile(r"[1-9]\d?_\D")
+"""How folders for kohya's scripts begin: with the number of times that their images are seen in an epoch."""
 _DATE = re.compile(r"(19|20)\d\d([ ._-]?\d\d?)*")
 _VIEWS = frozenset(
     {"a", "b", "left", "right", "input", "output", "target", "source", "before", "after", "original", "edited"}
@@ -185,7 +187,7 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
     if refused:
         more = f", and {len(refused) - 1} more files likewise" if len(refused) > 1 else ""
         raise UserError(
-            f"{source}: {refused[0]}{more}; rename one, or choose the images with --data.columns.image EXTENSION"
+            f"{source}: {refused[0]}{more}; rename one, or choose the images with ?image=EXTENSION behind the source"
         )
     return found
 
@@ -340,6 +342,8 @@ def _doubts(names: Sequence[str], labels: Sequence[str | None]) -> list[str]:
         why = "though they are numbered alike"
     elif all(label.lower() in _VIEWS or _DATE.fullmatch(label) for label in inside):
         why = "though they are called like views or dates"
+    elif all(map(_REPEATS.match, inside)):
+        why = "and numbers of repeats, if these are some, are not read"
     return [f"folders such as {first} and {others[0]} are taken for classes, {why}"] if why and others else []
 
 

@@ -47,6 +47,7 @@ _FOLDERS = 300
 """Number of folders in which images are looked for that do not lie where their table says."""
 
 _LAST_NUMBER = re.compile(r"\d+$")
+_ABSOLUTE = re.compile(r"/|\\\\|[A-Za-z]:[\\/]")
 _UPLOADED = re.compile(r"(?:^|/)upload/\d+/([0-9a-f]{6,8}-(.+))$")
 _LOCAL_FILES = re.compile(r"/local-files/\?d=(.+)$")
 """How Label Studio calls files: uploaded ones, and those of a folder of the server."""
@@ -236,9 +237,8 @@ def select_split(values: Sequence[Any], split: str | None, *, source: str) -> li
 
 def unknown_split(split: str, found: Iterable[str], *, source: str) -> UserError:
     listed = ", ".join(sorted(found)[:20])
-    return UserError(
-        f"{source}: no split {split!r}; " + (f"it has {listed}" if listed else "it is not divided in splits")
-    )
+    hint = "it is not divided in splits; where its files are, give those of one split as the source"
+    return UserError(f"{source}: no split {split!r}; " + (f"it has {listed}" if listed else hint))
 
 
 def split_of(name: str) -> str | None:
@@ -250,7 +250,11 @@ def file_split_notes(paths: Iterable[Path | RemoteFile]) -> list[str]:
     """As `split_notes`, by the names of files such as `train-00000-of-00002.parquet`."""
     names = (re.split(r"[-_.\d]", path.name)[0] for path in paths)
     found = sorted({name for name in names if is_split(name)})
-    return [f"files of the splits {', '.join(found)} are used together"] if len(found) > 1 else []
+    return (
+        [f"files of the splits {', '.join(found)} are used together; give those of one as the source"]
+        if len(found) > 1
+        else []
+    )
 
 
 def split_notes(values: Iterable[Any]) -> list[str]:
@@ -442,7 +446,7 @@ class TableSource:
         at: dict[str, int] = {}
         empty: list[str] = []
         several: list[str] = []
-        nulls, textless = 0, 0
+        nulls, textless, absolute = 0, 0, ""
         strange: list[Any] = []
         no_labels: list[Any] = []
         other_labels: dict[str, str] = {}
@@ -482,7 +486,8 @@ class TableSource:
             self._labels.append(label)
             if not exists:
                 self.missing.append(key)
-        self._check(found, [*empty, *several])
+                absolute = absolute or (value if _ABSOLUTE.match(value) else "")
+        self._check(found, [*empty, *several], absolute)
         if several:
             self.notes.append(
                 f"{counted(len(several), 'row')} with several images not used: {some(several, len(several))}; "
@@ -526,8 +531,9 @@ class TableSource:
                 self.notes.append(f"image paths{of_table} are taken relative to {root}")
         return roots
 
-    def _check(self, found: Found, empty: list[str]) -> None:
-        """Raise UserError where nothing is left, or no image exists: paths are relative to another folder, then."""
+    def _check(self, found: Found, empty: list[str], absolute: str) -> None:
+        """Raise UserError where nothing is left, or no image exists: paths are relative to another folder, then, or
+        those of another machine, such as ``absolute``."""
         if not self._keys and empty:
             raise UserError(
                 f"{empty[0]} (counted from 0) has no image path in column {found.image!r}, nor has any other"
@@ -537,6 +543,10 @@ class TableSource:
         if len(self.missing) == len(self._keys) and is_remote(self.name):
             raise UserError(f"{self.name}: images beside a table are not fetched: put them into tars or into parquet")
         if len(self.missing) == len(self._keys):
+            if absolute:
+                raise UserError(
+                    f"{absolute}: does not exist here; write the paths in {self.name} relative to its folder"
+                )
             raise UserError(f"{self.missing[0]}: does not exist; image paths in {self.name} are relative to its folder")
 
     def __len__(self) -> int:
