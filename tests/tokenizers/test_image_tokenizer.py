@@ -122,6 +122,21 @@ def test_save_and_load_give_equal_tokens_and_a_plain_diffusers_folder(tmp_path):
     assert torch.equal(plain.quantize.embedding.weight, tokenizer.codebook)
 
 
+def test_without_widths_a_token_is_the_nearest_square_of_pixels(tmp_path):
+    config = ImageTokenizerConfig(image_size=32, codebook_size=48, patch=8, widths=())
+    tokenizer = ImageTokenizer.from_config(config)
+    assert [name for name, _ in tokenizer.named_parameters()] == ["network.quantize.embedding.weight"]
+    squares = pictures(size=32).unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2) / 255
+    tokenizer.codebook.data.copy_(squares)
+    tokens_BN = tokenizer.encode(pictures(size=32))
+    assert tokens_BN.flatten().tolist() == list(range(48))
+    assert torch.equal(tokenizer.decode(tokens_BN), pictures(size=32))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = ImageTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert (loaded.image_size, loaded.tokens, loaded.factor) == (32, 16, 8)
+    assert torch.equal(loaded.encode(pictures(size=32)), tokens_BN)
+
+
 def test_a_pipeline_folder_of_the_amused_kind(tmp_path):
     tokenizer = spread_out(ImageTokenizer.from_config(SMALL))
     tokenizer.network.save(tmp_path / "vqvae", image_size=2)

@@ -129,7 +129,7 @@ class PooledTextEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, texts: str | Sequence[str]) -> Float[Tensor, "B D"]:
         """One vector for each text, or for a single text, on the encoder's device."""
-        texts = text_list(texts)
+        texts = text_list(texts) if texts != [] else []
         pieces = [self._pooled(texts[at : at + _ROWS]) for at in range(0, len(texts), _ROWS)]
         return torch.cat(pieces) if pieces else torch.empty(0, self.width)
 

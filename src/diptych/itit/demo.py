@@ -48,8 +48,8 @@ from diptych.tokenizers.text_encoder import TextEncoder
 
 STAGES = Path(__file__).parent / "scene_stages"
 """Image tokenizer and text encoder of the scenes, as `diptych demo --from-scratch` leaves them in its run folders."""
-PAIRS, UNPAIRED = 360, 18_000
-"""Number of captioned images, 1 % of all; number of unpaired images, and of unpaired texts."""
+PAIRS, UNPAIRED = 120, 18_000
+"""Number of captioned images, a third of a percent of all; number of unpaired images, and of unpaired texts."""
 _SCORED = 500
 """Number of held-out scenes that are scored at the end."""
 _SHOWN = 12

@@ -475,8 +475,9 @@ class Diptych(OnHub):
             some = ", ".join(repr(word) for word in unknown[:5])
             print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)
         length = self.model.config.max_text_len
-        valid_BL = self.text_encoder.tokenize(list(texts), length=length)[1]
-        if "" not in _warned_of and (note := note_on_lengths(valid_BL.sum(1).numpy(), length)):
+        # With room for one token more, a text that just fits leaves it empty.
+        valid_BL = self.text_encoder.tokenize(list(texts), length=length + 1)[1]
+        if "" not in _warned_of and (note := note_on_lengths(valid_BL.sum(1).numpy() - 1, length)):
             _warned_of.add("")  # no word
             print(note, file=sys.stderr)
 

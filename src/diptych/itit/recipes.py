@@ -15,8 +15,8 @@ from diptych.tokenizers.recipes import (
     tokenizer_medium,
     tokenizer_medium_256,
     tokenizer_paper,
+    tokenizer_patches,
     tokenizer_small,
-    tokenizer_tiny,
 )
 from diptych.train.config import OptimConfig, TrainConfig
 
@@ -29,13 +29,13 @@ def itit_tiny() -> ItitRun:
     more hidden tokens in T2I, whole images in I2T, half cycles, and masked modelling of the unpaired images beside them
     in the place of I2I on pairs (docs/log.md has the effect of each).
 
-    Command: diptych fit itit-tiny --data.pairs "scenes:?level=3&count=36360" --data.max-pairs 360 --out runs/tiny
+    Command: diptych fit itit-tiny --data.pairs "scenes:?level=3&count=36120" --data.max-pairs 120 --out runs/tiny
     Cost: six minutes on two CPU cores.
-    With fewer than some 250 pairs: --model.dropout 0.2 and twice the steps, so that the pairs are not memorized.
+    Its image tokenizer is a table of 256 squares of 8 pixels. It suits drawings; for photographs take itit-small.
     """
     return ItitRun(
         data=DataConfig(pairs=tyro.MISSING),
-        tokenizer_stage=tokenizer_tiny(),
+        tokenizer_stage=tokenizer_patches(),
         text_encoder_stage=encoder_tiny(),
         model=replace(SIZES["tiny"], max_text_len=18, dropout=0.0),
         objective=ItitObjectiveConfig(

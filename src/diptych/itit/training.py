@@ -17,7 +17,7 @@ from torch import nn
 from diptych.data.check import note_on_lengths
 from diptych.data.pixels import SkippedItems, read_captioned
 from diptych.data.sources import open_source
-from diptych.data.store import DataTokenizers
+from diptych.data.store import DataTokenizers, Store
 from diptych.data.streams import BatchSampler
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
@@ -67,7 +67,7 @@ _FEW_STEPS = 400
 """Number of steps below which a budget trains with :meth:`ItitRun.hurried` settings."""
 _MOST_PAIRS_ONLY = 8.0
 """Largest number of steps on pairs alone for each step of the run: they cost less than those with cycles."""
-_LOOKED_AT = 10_000
+_LOOKED_AT = 2000
 """Number of texts whose length is looked at, spread over all."""
 _WHITENED = 2000
 """Number of texts whose features decide the whitening."""
@@ -440,12 +440,21 @@ class ItitRun:
         if data.texts is not data.pairs:
             of_texts = replace(with_features, tokenize_images=None, image_features=None, teacher_features=None)
             texts = encode(data.texts, "texts", of_texts)
-        for subset in (pairs,) if texts is pairs else (pairs, texts):
-            ids = store_of(subset).arrays["ids"]
-            note = note_on_lengths((ids[:: max(1, len(ids) // _LOOKED_AT)] != 0).sum(1), length)
-            if note and is_main_process():
-                print(f"{note}; raise --model.max-text-len", file=sys.stderr, flush=True)
+        if is_main_process():
+            for subset in (data.pairs,) if data.texts is data.pairs else (data.pairs, data.texts):
+                self._warn_of_long_texts(subset, text_encoder)
         return DataSplit(pairs=pairs, images=images, texts=texts)
+
+    def _warn_of_long_texts(self, subset: Subset, text_encoder: TextEncoder) -> None:
+        """Say how many texts are cut off, of data that is not encoded yet."""
+        if isinstance(subset.source, Store):
+            return
+        some = subset.items[:: max(1, len(subset.items) // _LOOKED_AT)]
+        texts = [text for item in some for text in subset.source.captions(int(item))]
+        # With room for one token more, a text that just fits leaves it empty.
+        valid_BL = text_encoder.tokenize(texts, length=self.model.max_text_len + 1)[1]
+        if note := note_on_lengths(valid_BL.sum(1).numpy() - 1, self.model.max_text_len):
+            print(f"{note}; raise --model.max-text-len", file=sys.stderr, flush=True)
 
     # The network and its training
 

@@ -68,7 +68,8 @@ class ImageTokenizerConfig:
     code_dim: int = 256
     """Width of a code in numbers. Narrow codes (8 to 32) keep more of a small codebook in use."""
     widths: tuple[int, ...] = (128, 128, 256, 256, 512)
-    """Numbers of channels at each resolution, finest first; every one after the first halves the resolution."""
+    """Numbers of channels at each resolution, finest first; every one after the first halves the resolution. Empty: no
+    network at all, a token is the nearest of ``codebook_size`` squares of ``patch`` pixels a side."""
     blocks: int = 2
     """Number of residual blocks at each resolution of the encoder; the decoder has one more."""
     groups: int = 32
@@ -115,6 +116,7 @@ class ImageTokenizer(nn.Module):
     def from_config(cls, config: ImageTokenizerConfig, *, seed: int = 0) -> "ImageTokenizer":
         """A new tokenizer; its weights follow from ``seed`` alone."""
         stages = len(config.widths)
+        code_dim = config.code_dim if stages else 3 * config.patch**2
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = VQNetwork(
@@ -124,8 +126,8 @@ class ImageTokenizer(nn.Module):
                 up_block_types=("UpDecoderBlock2D",) * stages,
                 block_out_channels=tuple(config.widths),
                 layers_per_block=config.blocks,
-                latent_channels=config.code_dim,
-                vq_embed_dim=config.code_dim,
+                latent_channels=code_dim,
+                vq_embed_dim=code_dim,
                 num_vq_embeddings=config.codebook_size,
                 norm_num_groups=config.groups,
                 mid_block_add_attention=config.attention,
@@ -152,6 +154,8 @@ class ImageTokenizer(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.uniform_(self.codebook, -1 / self.codebook_size, 1 / self.codebook_size)
+        if isinstance(self.network.encoder, nn.Identity) or isinstance(self.network.decoder, nn.Identity):
+            return
         encoder_in, decoder_out = self.network.encoder.conv_in, self.network.decoder.conv_out
         assert encoder_in.bias is not None
         assert decoder_out.bias is not None
@@ -274,7 +278,7 @@ def _find_folder(name: str | Path) -> Path:
 
 def _patch_and_factor(config: dict[str, Any]) -> tuple[int, int]:
     patch = math.isqrt(config["in_channels"] // 3)
-    return patch, patch * 2 ** (len(config["block_out_channels"]) - 1)
+    return patch, patch * 2 ** max(0, len(config["block_out_channels"]) - 1)
 
 
 def _in_pieces(function: Callable[[Tensor], Tensor], values: Tensor, rows: int) -> Tensor:
@@ -287,7 +291,8 @@ def _in_pieces(function: Callable[[Tensor], Tensor], values: Tensor, rows: int) 
 class VQNetwork(nn.Module):
     """Encoder, codes and decoder. Settings that are not given have diffusers' defaults.
 
-    Raises UserError for settings that it does not know: other blocks, activations or norms.
+    Without blocks it is the codes alone, which diffusers has no model for. Raises UserError for settings that it does
+    not know: other blocks, activations or norms.
     """
 
     def __init__(self, **config: Any):
@@ -295,11 +300,12 @@ class VQNetwork(nn.Module):
         c = self.config = {**_DEFAULTS, **config}
         _check(c)
         code_dim = c["vq_embed_dim"] or c["latent_channels"]
-        self.encoder = _Encoder(c)
-        self.quant_conv = nn.Conv2d(c["latent_channels"], code_dim, 1)
+        blocks = bool(c["block_out_channels"])
+        self.encoder = _Encoder(c) if blocks else nn.Identity()
+        self.quant_conv = nn.Conv2d(c["latent_channels"], code_dim, 1) if blocks else nn.Identity()
         self.quantize = _Codes(c["num_vq_embeddings"], code_dim)
-        self.post_quant_conv = nn.Conv2d(code_dim, c["latent_channels"], 1)
-        self.decoder = _Decoder(c)
+        self.post_quant_conv = nn.Conv2d(code_dim, c["latent_channels"], 1) if blocks else nn.Identity()
+        self.decoder = _Decoder(c) if blocks else nn.Identity()
 
     @classmethod
     def from_folder(cls, folder: Path) -> "VQNetwork":

@@ -372,9 +372,8 @@ def unused_notes(lone: Sequence[str], unused: Sequence[str], masks: Sequence[str
     others = [*(name for name in lone if os.path.splitext(name)[1].lower() == ".json"), *unused]
     notes = []
     if masks:
-        notes.append(
-            f"{counted(len(masks), 'image')} not used, as masks or copies of others: {some(masks, len(masks))}"
-        )
+        shown = some(sorted(masks), len(masks))
+        notes.append(f"{counted(len(masks), 'image')} not used, as masks or copies of others: {shown}")
     if texts:
         notes.append(f"{counted(len(texts), 'text')} without an image of that name not used: {some(texts, len(texts))}")
     if others:
