@@ -11,7 +11,7 @@ from diptych.itit.objective import ItitObjectiveConfig
 from diptych.plan import HARDWARE, count, plan
 from diptych.registry import RECIPES
 
-TOKENS, CODES, LENGTH, FEATURES, WORDS = 16, 128, 18, 128, 512  # of itit-tiny's tokenizer and text encoder
+TOKENS, CODES, LENGTH, FEATURES, WORDS = 16, 256, 18, 128, 512  # of itit-tiny's tokenizer and text encoder
 WIDTH, DEPTH, IMAGE_DEPTH, TEXT_DEPTH, RATIO, WINDOW = 128, 1, 2, 2, 2, 7
 
 
