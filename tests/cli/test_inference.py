@@ -47,7 +47,8 @@ def test_imagine(call, run, tmp_path, mistaken):
     assert not (tmp_path / "none").exists()
 
 
-def test_ten_thousand_characters_are_cut_by_the_tokenizer(call, run, tmp_path):
+def test_ten_thousand_characters_are_cut_by_the_tokenizer(call, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("diptych.itit.pipeline._warned_of", set())  # it is said once in a process
     status, _, err = call("imagine", run, "a small red circle " * 527, "--out", tmp_path / "drawn")
     assert status == 0
     assert err == "1 of 1 text that was looked at fills all 24 tokens that the model reads: what is longer is cut off\n"

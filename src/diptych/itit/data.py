@@ -6,7 +6,7 @@ image features, T width of the teacher's features, U unpaired texts, B rows, L t
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diptych.data.batch import PairExamples, TextExamples
-from diptych.data.check import VALIDATION, Part, check_parts
+from diptych.data.check import VALIDATION, Part, check_parts, note_on_lengths
 from diptych.data.pixels import channels_first
 from diptych.data.sources import Source, open_finite, open_source, require_pairs
 from diptych.data.sources.columns import Columns
@@ -34,7 +34,7 @@ from diptych.rng import derive_seed
 from diptych.run_folder import read_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
-from diptych.tokenizers.text_tokenizer import PAD
+from diptych.tokenizers.text_tokenizer import PAD, TextTokenizer
 from diptych.train.pace import RunPlan
 
 ENCODING = "encoding"
@@ -285,6 +285,12 @@ class TrainingInputs:
         device = self.text_encoder.embedding.weight.device
         rows = [examples[start : start + 64].to(device) for start in range(0, len(examples), 64)]
         return torch.cat([self.text_encoder.features(each.ids_BL, each.valid_BL).cpu() for each in rows])
+
+
+def note_on_cut_texts(texts: Sequence[str], text_tokenizer: TextTokenizer, *, length: int) -> str:
+    """:func:`note_on_lengths` of texts of which a network reads ``length`` tokens; texts that just fit are not cut."""
+    valid_BL = text_tokenizer.tokenize(texts, length=length + 1)[1]  # a text that just fits leaves the last one empty
+    return note_on_lengths(valid_BL.sum(1).numpy() - 1, length)
 
 
 def within_budget(data: DataSplit, tokenizers: DataTokenizers, plan: RunPlan, *, seed: int) -> DataSplit:

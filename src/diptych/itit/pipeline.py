@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from diptych.data.batch import ImageTokenExamples
-from diptych.data.check import note_on_lengths
 from diptych.data.pixels import ImageLike, channels_first, one_or_more, to_pixels
 from diptych.encoders.image import ImageEncoder, resize
 from diptych.encoders.text import text_list
@@ -30,7 +29,7 @@ from diptych.errors import UserError
 from diptych.eval.baselines import NearCaptions
 from diptych.hub import OnHub, local_folder
 from diptych.io import load_network
-from diptych.itit.data import image_encoder_of, image_encoders, read_size
+from diptych.itit.data import image_encoder_of, image_encoders, note_on_cut_texts, read_size
 from diptych.itit.generation import (
     Canvas,
     ImageGenerationConfig,
@@ -474,11 +473,10 @@ class Diptych(OnHub):
         if unknown:
             some = ", ".join(repr(word) for word in unknown[:5])
             print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)
-        length = self.model.config.max_text_len
-        # With room for one token more, a text that just fits leaves it empty.
-        valid_BL = self.text_encoder.tokenize(list(texts), length=length + 1)[1]
-        if "" not in _warned_of and (note := note_on_lengths(valid_BL.sum(1).numpy() - 1, length)):
-            _warned_of.add("")  # no word
+        if "" in _warned_of:  # no word
+            return
+        if note := note_on_cut_texts(texts, self.text_tokenizer, length=self.model.config.max_text_len):
+            _warned_of.add("")
             print(note, file=sys.stderr)
 
     def _read_texts(

@@ -14,7 +14,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from diptych.data.check import note_on_lengths
 from diptych.data.pixels import SkippedItems, read_captioned
 from diptych.data.sources import open_source
 from diptych.data.store import DataTokenizers, Store
@@ -33,6 +32,7 @@ from diptych.itit.data import (
     count_captions,
     data_tokenizers,
     encode_subset,
+    note_on_cut_texts,
     open_data,
     open_valid,
     store_of,
@@ -451,9 +451,7 @@ class ItitRun:
             return
         some = subset.items[:: max(1, len(subset.items) // _LOOKED_AT)]
         texts = [text for item in some for text in subset.source.captions(int(item))]
-        # With room for one token more, a text that just fits leaves it empty.
-        valid_BL = text_encoder.tokenize(texts, length=self.model.max_text_len + 1)[1]
-        if note := note_on_lengths(valid_BL.sum(1).numpy() - 1, self.model.max_text_len):
+        if note := note_on_cut_texts(texts, text_encoder, length=self.model.max_text_len):
             print(f"{note}; raise --model.max-text-len", file=sys.stderr, flush=True)
 
     # The network and its training
