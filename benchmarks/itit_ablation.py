@@ -1,7 +1,7 @@
 """What each loss on unpaired data is worth, on the built-in scenes: Table 2 and Figures 4 and 5 of the ITIT paper.
 
     python benchmarks/itit_ablation.py --out runs/ablation [--parts table2 figure4 figure5] [--rows 3 7 10 14 15]
-        [--seeds 1 2 3] [--steps 800 | --seconds 90] [--pairs 360] [--curve 120 180 360 720] [--json FILE]
+        [--seeds 1 2 3] [--steps 800 | --seconds 90] [--pairs 120] [--curve 30 60 120 360] [--json FILE]
         [--set model.dropout=0.2 ...]
 
 A cell is `itit-tiny` with the demo's settings, some of the losses and some of the data, of one seed. It is scored on
@@ -32,7 +32,7 @@ from diptych.data.splits import Subset, hold_back
 from diptych.data.store import Store
 from diptych.itit.controls import regression_on_pixels
 from diptych.itit.data import DataConfig, DataSplit, TrainingInputs
-from diptych.itit.demo import STAGES, UNPAIRED, demo_recipe
+from diptych.itit.demo import CAPTIONS, PAIRS, STAGES, UNPAIRED, demo_recipe
 from diptych.itit.evaluation import EvaluateConfig, evaluate
 from diptych.itit.objective import LossWeights
 from diptych.itit.training import ItitRun
@@ -155,14 +155,14 @@ def data_of(cell: Cell, inputs: TrainingInputs, seed: int) -> TrainingInputs:
 
 
 def with_swapped_captions(store: Store, items: np.ndarray, share: float, *, seed: int) -> Store:
-    """The store, in which a share of ``items`` have the caption of another one of them. Each item has one caption."""
+    """The store, in which a share of ``items`` have the captions of another one of them. All items have as many."""
     generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "swapped")))
     chosen = generator.permutation(items)[: round(share * len(items))]
     arrays = dict(store.arrays)
     for name in ("ids", "features"):
-        assert len(arrays[name]) == len(store)
+        assert len(arrays[name]) == CAPTIONS * len(store)
         arrays[name] = np.array(arrays[name])
-        arrays[name][chosen] = store.arrays[name][np.roll(chosen, 1)]
+        arrays[name][store.captions.rows(chosen)] = store.arrays[name][store.captions.rows(np.roll(chosen, 1))]
     return replace(store, arrays=arrays)
 
 
@@ -205,7 +205,7 @@ def regression(pairs: int, options: argparse.Namespace, seed: int) -> float:
 
 
 def _spec(seed: int, options: argparse.Namespace) -> str:
-    return f"scenes:?level=3&seed={seed}&count={options.images}"
+    return f"scenes:?level=3&seed={seed}&captions={CAPTIONS}&count={options.images}"
 
 
 def prepared(options: argparse.Namespace, seed: int) -> TrainingInputs:
@@ -263,8 +263,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=800, help="number of steps of each cell")
     parser.add_argument("--seconds", type=float, help="processor time of each cell, in place of --steps")
-    parser.add_argument("--pairs", type=int, default=360, help="number of pairs of Table 2 and Figure 5")
-    parser.add_argument("--curve", nargs="*", type=int, default=[120, 180, 360, 720], help="pairs of Figure 4")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="number of pairs of Table 2 and Figure 5")
+    parser.add_argument("--curve", nargs="*", type=int, default=[30, 60, 120, 360], help="pairs of Figure 4")
     parser.add_argument("--scored", type=int, default=500, help="number of held-out scenes scored")
     parser.add_argument("--images", type=int, default=IMAGES, help="number of images of the world, pairs included")
     parser.add_argument("--stages", default=str(STAGES), help="run folder whose tokenizer and text encoder are used")

@@ -23,7 +23,7 @@ import torch
 from diptych.data.scenes import ScenesSource
 from diptych.eval.scenes import image_accuracy
 from diptych.itit.data import DataConfig, TrainingInputs
-from diptych.itit.demo import describe_world, reconstruction_accuracy
+from diptych.itit.demo import CAPTIONS, describe_world, reconstruction_accuracy
 from diptych.itit.evaluation import EvaluateConfig, evaluate
 from diptych.itit.recipes import itit_tiny
 from diptych.itit.training import ItitRun
@@ -79,7 +79,7 @@ def main() -> None:
 def settings(changes: Sequence[str], *, seed: int, stages: str | None) -> ItitRun:
     """`itit-tiny` without cycles on all pairs, with the changes ``field.of.field=value``."""
     run = itit_tiny()
-    run.data = DataConfig(pairs=f"scenes:?level=3&seed={seed}&count={IMAGES}")
+    run.data = DataConfig(pairs=f"scenes:?level=3&seed={seed}&captions={CAPTIONS}&count={IMAGES}")
     run.objective = replace(run.objective, texts="off", images="off")
     run.train = replace(run.train, seed=seed, device="cpu", precision="fp32", quiet=True, tensorboard=False)
     run.tokenizer = run.text_encoder = stages

@@ -116,7 +116,8 @@ def test_the_demo_can_be_trained(quick):
     run = demo_recipe(quick=quick, seed=0)
     run.check()
     assert run.data.max_pairs == demo.PAIRS
-    assert run.data.pairs.startswith("scenes:?level=3&split=train")
+    scenes = ScenesSource.from_spec(run.data.pairs)
+    assert (scenes.level, scenes.split, scenes.captions_each) == (3, "train", demo.CAPTIONS)
     assert run.optim.schedule == "constant"  # it may be stopped anywhere
 
 

@@ -49,7 +49,10 @@ from diptych.tokenizers.text_encoder import TextEncoder
 STAGES = Path(__file__).parent / "scene_stages"
 """Image tokenizer and text encoder of the scenes, as `diptych demo --from-scratch` leaves them in its run folders."""
 PAIRS, UNPAIRED = 120, 18_000
-"""Number of captioned images, a third of a percent of all; number of unpaired images, and of unpaired texts."""
+"""Number of captioned images, a third of a percent of all; number of unpaired images, and of scenes that unpaired texts
+tell of."""
+CAPTIONS = 2
+"""Number of captions of a captioned image, and of unpaired texts about one scene."""
 _SCORED = 500
 """Number of held-out scenes that are scored at the end."""
 _SHOWN = 12
@@ -90,7 +93,10 @@ def run_demo(out: Path, *, quick: bool = False, from_scratch: bool = False, seed
     run = demo_recipe(quick=quick, from_scratch=from_scratch, seed=seed)
     test = ScenesSource(level=3, split="test", seed=seed + 1, count=50 if quick else _SCORED)
     unpaired = (len(ScenesSource.from_spec(run.data.pairs)) - PAIRS) // 2
-    say(f"[bold]{PAIRS}[/bold] captioned images, {unpaired:,} unpaired images, {unpaired:,} unpaired texts")
+    say(
+        f"[bold]{PAIRS}[/bold] images with {CAPTIONS} captions each, {unpaired:,} unpaired images, "
+        f"{unpaired * CAPTIONS:,} unpaired texts"
+    )
     stages = ", the image tokenizer and the text encoder not counted" if from_scratch else ""
     say(f"about {_seconds_expected(run) / 60:.1f} minutes on this machine{stages}")
     inputs = run.prepare(out / "itit")
@@ -126,10 +132,11 @@ def run_demo(out: Path, *, quick: bool = False, from_scratch: bool = False, seed
 def demo_recipe(*, quick: bool, from_scratch: bool = False, seed: int) -> ItitRun:
     """`itit-tiny` on the built-in scenes. It has a constant rate and averaged weights, so that it may stop anywhere."""
     base = itit_tiny()
-    total = PAIRS + 2 * UNPAIRED
+    total = PAIRS + (2000 if quick else 2 * UNPAIRED)
+    source = f"scenes:?level=3&split=train&seed={seed}&captions={CAPTIONS}&count={total}"
     run = replace(
         base,
-        data=DataConfig(pairs=f"scenes:?level=3&split=train&seed={seed}&count={total}", max_pairs=PAIRS),
+        data=DataConfig(pairs=source, max_pairs=PAIRS),
         train=replace(base.train, seed=seed, tensorboard=False),
         optim=replace(base.optim, schedule="constant"),
         tokenizer=None if from_scratch else str(STAGES),
@@ -139,7 +146,6 @@ def demo_recipe(*, quick: bool, from_scratch: bool = False, seed: int) -> ItitRu
         return run
     return replace(
         run,
-        data=replace(run.data, pairs=f"scenes:?level=3&split=train&seed={seed}&count={PAIRS + 2000}"),
         tokenizer_stage=replace(run.tokenizer_stage, train=replace(run.tokenizer_stage.train, steps=60)),
         text_encoder_stage=replace(run.text_encoder_stage, train=replace(run.text_encoder_stage.train, steps=30)),
         objective=replace(run.objective, cycle_start_step=15),
@@ -260,8 +266,8 @@ def write_demo_report(out: Path, runs: list[ScoredRun], *, metrics: dict[str, An
     lead = (
         f"From {pairs} captioned images a network captions {alone['caption_accuracy']:.0%} of new scenes without a "
         f"mistake and generates {alone['image_accuracy']:.0%}; given {unpaired:,} images without captions and "
-        f"{unpaired:,} texts without images as well, the same network captions {itit['caption_accuracy']:.0%} and "
-        f"generates {itit['image_accuracy']:.0%}."
+        f"{unpaired * CAPTIONS:,} texts without images as well, the same network captions "
+        f"{itit['caption_accuracy']:.0%} and generates {itit['image_accuracy']:.0%}."
     )
     return write_report(out / "report.html", sections, title="Diptych: demo", lead=lead)
 
