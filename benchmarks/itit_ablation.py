@@ -1,6 +1,6 @@
-"""What each loss on unpaired data is worth, on the built-in scenes: Table 2 and Figures 4 and 5 of the ITIT paper.
+"""What each loss on unpaired data is worth, on the built-in scenes: Tables 2 and 5, Figures 4 and 5 of the ITIT paper.
 
-    python benchmarks/itit_ablation.py --out runs/ablation [--parts table2 figure4 figure5] [--rows 3 7 10 14 15]
+    python benchmarks/itit_ablation.py --out runs/ablation [--parts table2 table5 figure4 figure5] [--rows 3 7 10 14 15]
         [--seeds 1 2 3] [--steps 800 | --seconds 90] [--pairs 120] [--curve 30 60 120 360] [--json FILE]
         [--set model.dropout=0.2 ...]
 
@@ -45,6 +45,8 @@ SWAPPED = 0.5
 """Share of the captions of the noisy pairs of row 4 that belong to other images."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 """Shares of swapped captions of Figure 5."""
+STARTS = (0, 30, 100, 200, 400)
+"""Steps of Table 5 at which the cycles begin."""
 SCORES = {
     "captions exact": "caption_accuracy",
     "images exact": "image_accuracy",
@@ -66,11 +68,14 @@ class Cell:
     pairs: int
     data: Data = "pairs"
     swapped: float = 0.0
+    start: int | None = None
+    """Step at which the cycles begin; None takes the recipe's."""
 
     @property
     def name(self) -> str:
         """A name for files."""
         words = [f"{self.pairs:05d}", *self.losses, self.data, *([f"{self.swapped:g}"] if self.swapped else [])]
+        words += [] if self.start is None else [f"from-{self.start}"]
         return "-".join(words).replace(" ", "_").lower()
 
 
@@ -104,6 +109,11 @@ def table2(pairs: int) -> dict[str, Cell]:
     }
 
 
+def table5(pairs: int) -> dict[str, Cell]:
+    """The losses of `itit-tiny` with cycles that begin at other steps."""
+    return {f"from {start}": Cell(losses=RECIPE, pairs=pairs, data="unpaired", start=start) for start in STARTS}
+
+
 def figure4(numbers: Sequence[int], every: int) -> dict[str, Cell]:
     """Quality against the number of pairs, with and without unpaired data, and with every caption."""
     cells = {f"{pairs} pairs": Cell(losses=BOTH, pairs=pairs) for pairs in numbers}
@@ -134,7 +144,8 @@ def recipe_of(cell: Cell, options: argparse.Namespace, seed: int) -> ItitRun:
         i2i=run.objective.weights.i2i,
         unpaired_i2i=float("I2I" in cell.losses),
     )
-    run.objective = replace(run.objective, weights=weights, **cycles)
+    start = run.objective.cycle_start_step if cell.start is None else cell.start
+    run.objective = replace(run.objective, weights=weights, cycle_start_step=start, **cycles)
     run.train = replace(run.train, eval_every=10**9, device="cpu", quiet=True)
     changed(run, options.set)
     return run
@@ -224,6 +235,7 @@ def main() -> None:
     torch.set_num_threads(1)
     parts = {
         "table2": {row: cell for row, cell in table2(options.pairs).items() if int(row) in options.rows},
+        "table5": table5(options.pairs),
         "figure4": figure4(options.curve, options.images),
         "figure5": figure5(options.pairs),
     }
@@ -258,12 +270,12 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the cells")
-    parser.add_argument("--parts", nargs="*", default=["table2"], choices=["table2", "figure4", "figure5"])
+    parser.add_argument("--parts", nargs="*", default=["table2"], choices=["table2", "table5", "figure4", "figure5"])
     parser.add_argument("--rows", nargs="*", type=int, default=list(range(1, 16)), help="rows of Table 2")
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=800, help="number of steps of each cell")
     parser.add_argument("--seconds", type=float, help="processor time of each cell, in place of --steps")
-    parser.add_argument("--pairs", type=int, default=PAIRS, help="number of pairs of Table 2 and Figure 5")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="number of pairs, of Figure 4 apart")
     parser.add_argument("--curve", nargs="*", type=int, default=[30, 60, 120, 360], help="pairs of Figure 4")
     parser.add_argument("--scored", type=int, default=500, help="number of held-out scenes scored")
     parser.add_argument("--images", type=int, default=IMAGES, help="number of images of the world, pairs included")
