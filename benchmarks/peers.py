@@ -7,6 +7,7 @@
 |---|---|---|
 | generate | guided parallel decoding of 256 tokens | `diffusers.UVit2DModel` with as many parameters, its scheduler |
 | caption | 20 tokens from image tokens, greedily and with 4 beams | GIT's `generate` from pixels (`transformers`) |
+| int8 | drawing and captions with weights of 8 bits (`--precision int8` of the commands) | the same network as it is |
 | step | gradient of the losses on pairs | the same network, all image tokens in the encoder |
 | cycle | gradient with cycles, T2I2T and I2T2I apart and together | no cycles: 1 / ratio times as fast |
 | encode | VQGAN: pixels to tokens | `diffusers.VQModel` with the same weights |
@@ -260,10 +261,6 @@ def generate(bench: Bench) -> Iterator[Comparison]:
     config = ImageGenerationConfig(steps=bench.options.rounds, guidance=2.0)
     scheduler = AmusedScheduler(mask_token_id=8255)
 
-    def ours(features: Tensor, valid: Tensor) -> Tensor:
-        with torch.inference_mode(), bench.policy():
-            return generate_image_tokens(model, features, valid, config, rng=StepRNG(0, 0))
-
     def peer(features: Tensor, pooled: Tensor) -> Tensor:
         rows = len(features) // 2
         with torch.inference_mode():
@@ -281,8 +278,17 @@ def generate(bench: Bench) -> Iterator[Comparison]:
         valid = torch.ones(rows, TEXT_LENGTH, dtype=torch.bool, device=bench.device)
         both = torch.randn(2 * rows, TEXT_LENGTH, 768, device=bench.device, dtype=unet.dtype)
         yield Comparison(
-            f"generate, batch {rows}", lambda f=features, v=valid: ours(f, v), lambda b=both: peer(b, b[:, 0])
+            f"generate, batch {rows}",
+            lambda f=features, v=valid: drawn(bench, model, f, v),
+            lambda b=both: peer(b, b[:, 0]),
         )
+
+
+def drawn(bench: Bench, model: ITIT, features: Tensor, valid: Tensor) -> Tensor:
+    """Tokens of images for these text features, guided."""
+    config = ImageGenerationConfig(steps=bench.options.rounds, guidance=2.0)
+    with torch.inference_mode(), bench.policy():
+        return generate_image_tokens(model, features, valid, config, rng=StepRNG(0, 0))
 
 
 def uvit(width: int, *, parameters: int) -> Any:
@@ -309,8 +315,6 @@ def caption(bench: Bench) -> Iterator[Comparison]:
 
     logging.set_verbosity_error()
     model = bench.network().eval()
-    banned = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=bench.device)
-    banned[EOS] = True
     side = bench.options.git_pixels
     small: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
     vision = {"image_size": side} | ({} if bench.base else small | {"num_hidden_layers": 4})
@@ -318,13 +322,6 @@ def caption(bench: Bench) -> Iterator[Comparison]:
     git = bench.peer(GitForCausalLM(GitConfig(vision_config=vision, **text)))
     count = sum(p.numel() for p in git.parameters()) / 1e6
     print(f"caption: ITIT has {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, GIT {count:.1f}M")
-
-    def ours(tokens: Tensor, beams: int) -> Any:
-        config = TextGenerationConfig(beams=beams)
-        with torch.inference_mode(), bench.policy():
-            return generate_text(
-                model, ImageTokenExamples(tokens_BN=tokens), config, banned_V=banned, length=CAPTION_LENGTH
-            )
 
     def peer(pixels: Tensor, beams: int) -> Any:
         length = {"max_new_tokens": CAPTION_LENGTH, "min_new_tokens": CAPTION_LENGTH}
@@ -337,8 +334,40 @@ def caption(bench: Bench) -> Iterator[Comparison]:
             pixels = torch.randn(rows, 3, side, side, device=bench.device, dtype=git.dtype)
             yield Comparison(
                 f"caption, {kind}, batch {rows}",
-                lambda t=tokens, b=beams: ours(t, b),
+                lambda t=tokens, b=beams: captioned(bench, model, t, b),
                 lambda p=pixels, b=beams: peer(p, b),
+            )
+
+
+def captioned(bench: Bench, model: ITIT, tokens: Tensor, beams: int) -> Any:
+    """Captions of `CAPTION_LENGTH` tokens, none of which ends before."""
+    banned = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=bench.device)
+    banned[EOS] = True
+    images, config = ImageTokenExamples(tokens_BN=tokens), TextGenerationConfig(beams=beams)
+    with torch.inference_mode(), bench.policy():
+        return generate_text(model, images, config, banned_V=banned, length=CAPTION_LENGTH)
+
+
+def int8(bench: Bench) -> Iterator[Comparison]:
+    """Ours in 8 bits against ours in `--precision`. The operations in 8 bits are not counted."""
+    if bench.device.type != "cpu":
+        return
+    plain = bench.network().eval()
+    rounded = plain.in_int8()
+    for rows in bench.options.batches:
+        features = torch.randn(rows, TEXT_LENGTH, 768)
+        valid = torch.ones(rows, TEXT_LENGTH, dtype=torch.bool)
+        yield Comparison(
+            f"int8, generate, batch {rows}",
+            lambda f=features, v=valid: drawn(bench, rounded, f, v),
+            lambda f=features, v=valid: drawn(bench, plain, f, v),
+        )
+        for beams, kind in ((1, "greedy"), (4, "4 beams")):
+            tokens = bench.tokens(rows)
+            yield Comparison(
+                f"int8, caption, {kind}, batch {rows}",
+                lambda t=tokens, b=beams: captioned(bench, rounded, t, b),
+                lambda t=tokens, b=beams: captioned(bench, plain, t, b),
             )
 
 
@@ -457,6 +486,7 @@ def attention_bf16(bench: Bench) -> Iterator[Comparison]:
 PARTS = {
     "generate": generate,
     "caption": caption,
+    "int8": int8,
     "step": step,
     "cycle": cycle,
     "encode": encode,

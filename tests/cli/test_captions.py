@@ -32,6 +32,10 @@ def test_caption(call, run, photo):
     assert record["score"] < 0
     status, out, _ = call("caption", run, photo, "--json", "--beams", "1")
     assert json.loads(out)["score"] is None
+    exact = json.loads(call("caption", run, photo, "--json", "--precision", "fp32")[1])["score"]
+    near = json.loads(call("caption", run, photo, "--json", "--precision", "int8")[1])["score"]
+    assert near != exact
+    assert near == pytest.approx(exact, rel=0.03)
 
 
 @pytest.mark.slow

@@ -113,6 +113,18 @@ def test_bf16_is_near_fp32(made, run, pixels):
     assert near.imagine_pixels(["a red circle"]).shape == (1, 32, 32, 3)
 
 
+def test_8_bits_are_near_fp32(made, run, pixels):
+    near = Diptych.from_pretrained(run, device="cpu", precision="int8")
+    exact = [caption.score for caption in made.captions(list(pixels))]
+    scores = [caption.score for caption in near.captions(list(pixels))]
+    assert scores != exact
+    assert scores == pytest.approx(exact, rel=0.03)
+    assert near.imagine_pixels(["a red circle"]).shape == (1, 32, 32, 3)
+    before = made.model.state_dict().keys()
+    Diptych(made.tokenizer, made.text_encoder, made.model, precision="int8")
+    assert made.model.state_dict().keys() == before
+
+
 def test_many_images_are_captioned_in_pieces(made, pixels, monkeypatch):
     whole = made.captions(list(pixels))
     monkeypatch.setattr("diptych.itit.pipeline._ROWS", 2)

@@ -3,7 +3,15 @@ import torch
 from torch import nn
 
 from diptych.errors import UserError
-from diptych.nn.inference import Prediction, autocast, eval_mode, pack_linears, pick_device, top_predictions
+from diptych.nn.inference import (
+    Prediction,
+    autocast,
+    eval_mode,
+    pack_linears,
+    pick_device,
+    replace_linears_by_int8,
+    top_predictions,
+)
 
 
 def test_evaluating_restores_each_mode():
@@ -76,3 +84,24 @@ def test_packed_linear_layers_compute_the_same(rows, precision):
             torch.testing.assert_close(packed(x), module(x), atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(packed(x[:, None]), module(x[:, None]), atol=1e-5, rtol=1e-5)
     assert isinstance(module[0], nn.Linear)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_linear_layers_of_8_bits_compute_nearly_the_same(rows):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32, bias=False))
+    with torch.no_grad():
+        module[0].weight[5] = 0  # an output of zeros has no scale
+        x = torch.randn(rows, 3, 64)
+        expected = module(x)
+        replace_linears_by_int8(module)
+        found = module(x)
+        torch.testing.assert_close(found[:1], module(x[:1]))  # rows do not see each other
+    assert found.shape == expected.shape
+    assert 0 < (found - expected).norm() < 0.03 * expected.norm()
+    assert not list(module.parameters())
+
+
+def test_8_bits_are_for_a_cpu():
+    with pytest.raises(UserError, match="int8 is for a CPU"):
+        replace_linears_by_int8(nn.Linear(2, 2, device="meta"))

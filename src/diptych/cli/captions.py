@@ -14,6 +14,7 @@ from diptych.cli.inference import (
     Device,
     EngineName,
     ImagesArg,
+    Precision,
     RunArg,
     at_least_one,
     engine_of,
@@ -23,6 +24,8 @@ from diptych.errors import UserError
 from diptych.run_folder import check_finished
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
     from diptych.cli.images import ImageArguments, NamedImage
@@ -72,6 +75,7 @@ def caption(
     beams: int | None = None,
     candidates: int = 1,
     best_of: int | None = None,
+    precision: Precision = "auto",
     device: Device = "auto",
     engine: EngineName = "local",
     ray_address: str | None = None,
@@ -100,6 +104,8 @@ def caption(
         candidates: Number of different captions of each image in the output of --json and --out, the best first.
         best_of: Number of captions of the beam search that are ranked again, by how probable they make the image.
             Default: no second ranking.
+        precision: Precision of the ITIT network: auto is bf16 where the device multiplies it, else fp32; int8 is the
+            fastest on a CPU and changes a few results.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
         engine: With --out, where captions are computed: in this process, or by the workers of a Ray cluster (extra
             `ray`). The file is the same.
@@ -121,8 +127,9 @@ def caption(
         raise UserError("--all: goes with --out FILE alone: sidecars never replaces a caption")
     if engine != "local" and out is None:
         raise UserError(f"--engine {engine}: goes with --out alone")
+    opened = partial(open_itit, run, device, precision)
     working = engine_of(engine, ray_address, device=device)
-    working = replace(working, reopen=partial(_open_to_caption, run, images, device))
+    working = replace(working, reopen=partial(_open_to_caption, opened, images))
     part = _shard_of(shard, out)
     if out is not None and not sidecars:
         from diptych.data.caption_file import check_format, name_of_shard
@@ -130,7 +137,7 @@ def caption(
         out = name_of_shard(out, *part) if part else out
         check_format(out)
     if calibrate is not None:
-        _calibrate(run, calibrate, search=search, device=device)
+        _calibrate(run, calibrate, opened=opened, search=search)
         if not images:
             return
     from diptych.cli.images import ImageArguments
@@ -144,9 +151,9 @@ def caption(
             raise UserError(f"--shard {shard}: of {total} image{'s' * (total != 1)} none is in it; make fewer shards")
 
     if out is not None:
-        _caption_into(out, given, run=run, every=all, search=search, device=device, engine=working)
+        _caption_into(out, given, run=run, opened=opened, every=all, search=search, engine=working)
         return
-    diptych = open_itit(run, device)
+    diptych = opened()
     confidence = search.confidence(run, diptych) if json else None
     alone = len(images) == len(given.images) == 1
     for names, pixels in given.batches(diptych.image_size):
@@ -173,7 +180,7 @@ def _shard_of(shard: str | None, out: Path | None) -> tuple[int, int] | None:
     return int(number), int(count)
 
 
-def _calibrate(run: Path, spec: str, *, search: CaptionSearch, device: Device) -> None:
+def _calibrate(run: Path, spec: str, *, opened: "Callable[[], Diptych]", search: CaptionSearch) -> None:
     """Write RUN/confidence, and say on stderr what it is worth: stdout is for captions."""
     from diptych.data.sources import open_finite, require_pairs
     from diptych.data.sources.columns import Columns
@@ -192,7 +199,7 @@ def _calibrate(run: Path, spec: str, *, search: CaptionSearch, device: Device) -
     from diptych.itit.confidence import calibrate
     from diptych.report.terminal import ProgressLine
 
-    found = calibrate(open_itit(run, device), source, advance=ProgressLine("calibrating"), **asdict(search))
+    found = calibrate(opened(), source, advance=ProgressLine("calibrating"), **asdict(search))
     where = found.save(run)
     print(f"{found.summary()}; written to {where}", file=sys.stderr)
 
@@ -202,9 +209,9 @@ def _caption_into(
     given: "ImageArguments",
     *,
     run: Path,
+    opened: "Callable[[], Diptych]",
     every: bool,
     search: CaptionSearch,
-    device: Device,
     engine: "Engine",
 ) -> None:
     from diptych.cli.images import ROWS
@@ -217,7 +224,7 @@ def _caption_into(
     names = [image.name for image in images]
     if holds_images(out) and (computed := next((each.name for each in images if each.file is None), None)):
         raise UserError(f"--out {out}: {computed} is computed and has no file to put in; give another --out")
-    diptych = open_itit(run, device)
+    diptych = opened()
     confidence = None if out == SIDECARS else search.confidence(run, diptych)
     file: CaptionFile | Sidecars
     if out == SIDECARS:
@@ -244,11 +251,13 @@ def _caption_into(
     given.exit_if_any_was_left_out()
 
 
-def _open_to_caption(run: Path, places: tuple[str, ...], device: Device) -> "tuple[Diptych, dict[str, NamedImage]]":
+def _open_to_caption(
+    opened: "Callable[[], Diptych]", places: tuple[str, ...]
+) -> "tuple[Diptych, dict[str, NamedImage]]":
     """In a worker of Ray: the run, and all images of the command by their names."""
     from diptych.cli.images import find_images
 
-    return open_itit(run, device), {image.name: image for image in find_images(places).images}
+    return opened(), {image.name: image for image in find_images(places).images}
 
 
 def _caption_block(

@@ -54,7 +54,7 @@ from diptych.itit.generation import ImageGenerationConfig
 from diptych.itit.model import shift_right
 from diptych.itit.objective import token_loss
 from diptych.itit.pipeline import Diptych
-from diptych.nn.inference import Device, pick_device
+from diptych.nn.inference import Device, InferencePrecision, pick_device
 from diptych.report.sheet import Cell, comparison, save_png
 from diptych.report.terminal import ProgressLine, print_comparison, print_metrics
 from diptych.run_folder import read_config, write_json
@@ -87,6 +87,8 @@ class EvaluateConfig:
     """Seed of the generated images."""
     image_generation: ImageGenerationConfig | None = None
     """Settings of the generated images. None takes the run's own."""
+    precision: InferencePrecision = "auto"
+    """Precision of a network that is opened to be scored."""
     captions: bool = True
     """Score generated captions."""
     images: bool = True
@@ -493,13 +495,13 @@ def evaluate_run(
     Beside it are its baselines, with the features of ``encoder`` too, by default the run's own ``baseline_encoder``;
     and the same network on the pairs alone, if it was trained.
     """
-    diptych = Diptych.from_pretrained(run, device=device)
+    diptych = Diptych.from_pretrained(run, device=device, precision=config.precision)
     _ = diptych.text_encoder  # what is wrong with it is told before the work
     extractor = open_extractor(features)
     found = evaluate(diptych, source, config, extractor=extractor, progress="shown")
     comparison = _compare_run(run, source, found, encoder=encoder, device=device)
     if (run / PAIRS_ONLY / "model").is_dir():
-        alone = Diptych.from_pretrained(run / PAIRS_ONLY, device=device)
+        alone = Diptych.from_pretrained(run / PAIRS_ONLY, device=device, precision=config.precision)
         scores = evaluate(alone, source, config, extractor=extractor, progress="shown").metrics
         comparison.baselines.append(Baseline(name=ALONE, scores=scores, kind="without unpaired data"))
     out.mkdir(parents=True, exist_ok=True)
@@ -507,7 +509,12 @@ def evaluate_run(
     print_metrics(found.metrics, title=f"{run} on {source.name}", notes=notes)
     title, notes_beside = "beside its baselines", [*comparison.notes, comparison.verdict()]
     print_comparison(*comparison.table(), title=title, notes=notes_beside)
-    told = {"skipped": len(found.skipped), "source": source.name, "notes": notes + comparison.notes}
+    told = {
+        "skipped": len(found.skipped),
+        "source": source.name,
+        "precision": config.precision,
+        "notes": notes + comparison.notes,
+    }
     write_json(out / "metrics.json", {**found.metrics, **told, **comparison.record()})
     if found.captions:
         write_captions(out / "captions.jsonl", found.keys, found.captions, found.references)

@@ -8,10 +8,11 @@ the text decoder's image prefix, F width of the frozen text features, G width of
 V vocabulary, D encoder width, W text decoder width, R residuals, X pairs of a text and an image.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from diptych.encoders.image import ImageEncoder
 from diptych.errors import UserError
-from diptych.nn.inference import Derived, PackedLinear, pack_linears
+from diptych.nn.inference import Derived, Int8Linear, PackedLinear, pack_linears, replace_linears_by_int8
 from diptych.nn.transformer import Blocks, LayerCache, init_fan_in, init_weights, prefix_causal
 from diptych.rng import StepRNG
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
@@ -179,6 +180,7 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         )
 
         self._packed: Derived[tuple[nn.Module, nn.Module]] = Derived()
+        self._int8_words: Int8Linear | None = None
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -306,8 +308,20 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         """
         return TextDecoding(self, prefix_BPD, length=length, beams=beams, pack=pack)
 
+    def in_int8(self) -> Self:
+        """A copy whose linear layers and head over words have weights of 8 bits, for inference on a CPU.
+
+        Raises UserError as :func:`replace_linears_by_int8`.
+        """
+        copied = copy.deepcopy(self)
+        replace_linears_by_int8(copied)
+        copied._int8_words = Int8Linear(self.word_embedding.weight, None)
+        return copied
+
     def packed_text_decoder(self, *, rows: int, uses: int) -> tuple[nn.Module, nn.Module]:
         """The blocks of the text decoder and the head over words for ``uses`` inputs of ``rows`` rows."""
+        if self._int8_words is not None:
+            return self.text_decoder, self._int8_words
         words = self.word_embedding.weight
 
         def pack() -> tuple[nn.Module, nn.Module]:

@@ -238,7 +238,7 @@ def evaluate_protocol(
 
     ``spec`` names ``source``: a split that is not the protocol's is reported.
     """
-    diptych = Diptych.from_pretrained(run, device=device)
+    diptych = Diptych.from_pretrained(run, device=device, precision=config.precision)
     _ = diptych.text_encoder  # what is wrong with it is told before the work
     source = first_scenes(source)
     split = split_named_in(spec)
@@ -369,7 +369,7 @@ def evaluate_cycles(
     found: dict[str, list[dict[str, float]]] = {}
     counts: dict[str, int] = {}
     for run in runs:
-        diptych = Diptych.from_pretrained(run, device=device)
+        diptych = Diptych.from_pretrained(run, device=device, precision=config.precision)
         if config.image_generation is not None:
             diptych.image_generation = config.image_generation
         images = ScoredImages.read(diptych, source, config)

@@ -1,5 +1,5 @@
 """Devices, the dtype policy of training and inference, evaluation mode, weights that are spread over processes, packed
-weights, the most probable classes.
+weights and weights of 8 bits, the most probable classes.
 
 Shapes: B images, C classes.
 """
@@ -20,6 +20,7 @@ from diptych.errors import UserError
 T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
+InferencePrecision = Literal["auto", "fp32", "bf16", "int8"]
 _FEW_ROWS, _MANY_USES = range(2, 33), 8
 """Numbers of rows at which packed weights are faster, and uses from which on packing pays."""
 
@@ -43,12 +44,12 @@ def multiplies_bf16(device: torch.device) -> bool:
     return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
-def computes_bf16(device: torch.device, precision: Precision) -> bool:
+def computes_bf16(device: torch.device, precision: InferencePrecision) -> bool:
     """Whether networks compute in bf16; ``auto`` does so where the device multiplies it."""
     return precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+def autocast(device: torch.device, precision: InferencePrecision) -> AbstractContextManager[object]:
     """The dtype policy of all networks: weights are fp32; under bf16, operations that torch lists as safe use bf16.
 
     The frozen text encoder of a training in bf16 is the exception: its weights are in bf16.
@@ -149,6 +150,56 @@ def pack_linears(module: nn.Module, *, rows: int, uses: int) -> Any:
             if isinstance(child, nn.Linear):
                 setattr(parent, name, PackedLinear(child.weight, child.bias, rows=rows, uses=uses))
     return copied
+
+
+class Int8Linear(nn.Module):
+    """A linear layer for inference on a CPU whose weights have 8 bits and a scale for each output; it cannot be saved.
+
+    Each row of the input is rounded to 7 bits with a scale of its own: with 8, sums overflow on processors without
+    instructions for products of 8 bits (VNNI). docs/performance.md has the gain and the loss.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        super().__init__()
+        weight_OI = weight_OI.detach().float()
+        self.scale_O = _scale(weight_OI, 127)[:, 0]
+        whole_OI = (weight_OI / self.scale_O[:, None]).round().to(torch.int8)
+        self.packed = torch.ops.onednn.qlinear_prepack(whole_OI, None)
+        self.zeros_O = torch.zeros(len(weight_OI), dtype=torch.long)
+        self.bias_O = torch.zeros(len(weight_OI)) if bias_O is None else bias_O.detach().float()
+
+    def forward(self, x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows O"]:
+        x = x.float()
+        scale = _scale(x, _HALF - 1)
+        whole = (x / scale + (_HALF + 0.5)).to(torch.uint8)  # what is cut off rounds to the nearest
+        product = torch.ops.onednn.qlinear_pointwise(
+            whole, 1.0, _HALF, self.packed, self.scale_O, self.zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return torch.addcmul(self.bias_O, product, scale)
+
+
+_HALF = 64
+"""What stands for zero among the 7 bits of an input."""
+
+
+def _scale(rows: Tensor, largest: int) -> Tensor:
+    """What each row is divided by, so that its largest number becomes ``largest``."""
+    return (rows.abs().amax(-1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def replace_linears_by_int8(module: nn.Module) -> None:
+    """Replace the linear layers of ``module`` by :class:`Int8Linear`.
+
+    Raises UserError where the module is not on a CPU, or this build of torch has no oneDNN.
+    """
+    if any(value.device.type != "cpu" for value in module.parameters()):
+        raise UserError("precision int8 is for a CPU: choose bf16 or auto on other devices")
+    if not torch.backends.mkldnn.is_available():
+        raise UserError("precision int8: this build of torch has no oneDNN, which it needs; choose fp32")
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, Int8Linear(child.weight, child.bias))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

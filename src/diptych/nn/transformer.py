@@ -109,8 +109,7 @@ class Attention(nn.Module):
         if wanted is None:
             q, k, v = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         else:
-            width = x_BSD.shape[-1]
-            q = F.linear(x_BSD[:, wanted], self.qkv.weight[:width], self.qkv.bias[:width])
+            q = self._part_of_qkv(x_BSD[:, wanted], slice(None, x_BSD.shape[-1]))
             q, (k, v) = q.unflatten(-1, (self.heads, -1)).transpose(1, 2), self._keys_values(x_BSD)
             if attend is not None and attend.shape[-2] > 1:
                 attend = attend[..., wanted, :]
@@ -125,9 +124,14 @@ class Attention(nn.Module):
 
     def _keys_values(self, x_BSD: Tensor) -> Tensor:
         """[2 B H S E]"""
-        width = x_BSD.shape[-1]
-        both = F.linear(x_BSD, self.qkv.weight[width:], self.qkv.bias[width:])
+        both = self._part_of_qkv(x_BSD, slice(x_BSD.shape[-1], None))
         return both.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def _part_of_qkv(self, x_BSD: Tensor, outputs: slice) -> Tensor:
+        """Some of the outputs of the layer of queries, keys and values."""
+        if isinstance(self.qkv, nn.Linear):
+            return F.linear(x_BSD, self.qkv.weight[outputs], self.qkv.bias[outputs])
+        return self.qkv(x_BSD)[..., outputs]  # packed weights have no parts
 
 
 class Block(nn.Module):
