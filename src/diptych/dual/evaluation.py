@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diptych.data.audit import Fit, fits_of
-from diptych.data.check import note_on_learned, note_on_lengths
+from diptych.data.check import note_on_learned, note_on_lengths, open_data_of
 from diptych.data.class_texts import are_codes, name_classes, read_names
 from diptych.data.engine import LOCAL, Engine, Rows
 from diptych.data.pixels import (
@@ -52,7 +52,7 @@ from diptych.eval.probe import linear_probe
 from diptych.io import write_bytes
 from diptych.nn.inference import Device, eval_mode, pick_device
 from diptych.report.terminal import ProgressLine, print_comparison, print_metrics
-from diptych.run_folder import read_config, write_json
+from diptych.run_folder import write_json
 
 _MAPPED = 8192
 """Largest number of pairs on the map, as in ITO's figure."""
@@ -181,8 +181,7 @@ def compare_retrieval(
     items = [item for item in map(int, images.items_I) if images.source.captions(item)]
     texts = [text for item in items for text in images.source.captions(item)]
     try:
-        data = read_config(run)["run"]["data"]
-        known = open_finite(data["pairs"], Columns(**data["columns"]))
+        known = open_data_of(run, "pairs")
         notes += note_on_learned(known, range(len(known)), images.source)
         found = neighbour_word_embeddings(
             Subset(known, np.arange(len(known))),
@@ -194,7 +193,7 @@ def compare_retrieval(
         for name, (images_ID, texts_TD) in found.items():
             lent = replace(pairs, images_ID=images_ID.to(pairs.images_ID), texts_TD=texts_TD.to(pairs.texts_TD))
             baselines.append(Baseline(name=name, scores=_named(score_retrieval(lent))))
-    except (UserError, KeyError, TypeError) as error:
+    except UserError as error:
         notes.append(f"No baselines from the pairs: {first_line(error)}")
     return Comparison(
         source=images.source.name, select="retrieval/mean_r1", baselines=baselines, advice=_ADVICE, notes=notes
