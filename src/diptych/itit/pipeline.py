@@ -53,8 +53,9 @@ NEAR_CAPTIONS = "near_captions"
 """Folder of a run with the captions that others are compared with, see :class:`NearCaptions`."""
 _ROWS = 64
 """Number of rows generated at once."""
+_CUT_TEXTS = "texts that are cut off"
 _warned_of: set[str] = set()
-"""Unknown words, each named once in a process; empty once it was said that texts are cut off."""
+"""What this process has warned of, so that it does so once: unknown words and ``_CUT_TEXTS``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -473,10 +474,10 @@ class Diptych(OnHub):
         if unknown:
             some = ", ".join(repr(word) for word in unknown[:5])
             print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)
-        if "" in _warned_of:  # no word
+        if _CUT_TEXTS in _warned_of:
             return
         if note := note_on_cut_texts(texts, self.text_tokenizer, length=self.model.config.max_text_len):
-            _warned_of.add("")
+            _warned_of.add(_CUT_TEXTS)
             print(note, file=sys.stderr)
 
     def _read_texts(
