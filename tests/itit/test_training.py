@@ -379,7 +379,7 @@ def test_the_best_weights_are_kept_and_training_ends_without_better_ones(started
         seen[step] = objective.model.image_bias.detach().clone()
         return {"valid/cider": values[step]}
 
-    monkeypatch.setattr("diptych.itit.report.Samples.run", scored)
+    monkeypatch.setattr("diptych.itit.validation.Samples.run", scored)
     run = tiny_run(steps=8, valid="scenes:?split=test&count=6")
     run = replace(run, patience=2, train=replace(run.train, eval_every=1))
     result = run.fit(started, recipe="itit-tiny")

@@ -43,7 +43,7 @@ from diptych.itit.generation import GenerationConfig
 from diptych.itit.model import ITIT, ItitConfig
 from diptych.itit.objective import AlignmentHead, ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import NEAR_CAPTIONS, Diptych
-from diptych.itit.report import Samples
+from diptych.itit.validation import Samples
 from diptych.nn.inference import computes_bf16, eval_mode, pick_device
 from diptych.report.html import closing_line, outcome, validation_scores, write_run_report
 from diptych.report.terminal import meaning_of, print_comparison

@@ -414,8 +414,7 @@ def _validation(
             vectors_ND, labels_N = valid.tensors(device)
         found = score_classifier(objective.head, vectors_ND, labels_N, modality=objective.target)
         best.offer(Score(step=step, value=found.accuracy, tie_break=-found.loss), objective)
-        names = ("accuracy", "mean_class_accuracy", "loss")
-        return {f"valid/{name}": getattr(found, name) for name in names}
+        return {f"valid/{name}": value for name, value in found.table().items()}
 
     return run
 
