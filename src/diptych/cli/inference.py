@@ -26,7 +26,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 EngineName = Literal["local", "ray"]
 """As in data/engine.py, which would import NumPy."""
 RunArg = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
-ImagesArg = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE")]
+ImagesArg = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE", help_behavior_hint="")]
 SourceArg = Annotated[Positional[str], tyro.conf.arg(metavar="SRC")]
 
 
@@ -35,7 +35,7 @@ SourceArg = Annotated[Positional[str], tyro.conf.arg(metavar="SRC")]
 
 def imagine(
     run: RunArg,
-    texts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")],
+    texts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT", help_behavior_hint="")],
     *,
     out: Path,
     seed: int = 0,
@@ -88,7 +88,7 @@ def cycle(
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
-    """Repeat text to image to text, or image to text to image: PNG files and a strip of all steps.
+    """Go from text to image and back, or from image to text and back: PNG files and a strip of all steps.
 
     Args:
         run: Run folder of an itit recipe.
@@ -183,7 +183,8 @@ def embed(
             (extra `ann`). `diptych search` uses it.
         workers: Number of threads that decode images.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
-        engine: Who embeds: this process, or the workers of a Ray cluster (extra `ray`). The result is the same.
+        engine: Where images are embedded: in this process, or by the workers of a Ray cluster (extra `ray`). The
+            result is the same.
         ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
     """
     table = out.suffix.lower() == ".parquet"
@@ -402,7 +403,7 @@ def push(
 
 
 def app(
-    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")],
+    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN", help_behavior_hint="")],
     *,
     index: tuple[Path, ...] = (),
     data: str | None = None,
