@@ -123,7 +123,7 @@ def audit(
     # Of a command that is stopped, what is done stays here for its repetition.
     working = replace(working, keep=out / ".unfinished")
     if image_encoder is not None and text_encoder is not None:
-        from diptych.eval.baselines import encoder_fits
+        from diptych.eval.probe import encoder_fits
 
         working = replace(working, reopen=partial(_open_encoders, source, image_encoder, text_encoder, device))
         fits = encoder_fits(opened, image_encoder, text_encoder, skipped=skipped, device=device, engine=working)
@@ -163,7 +163,7 @@ def _open_encoders(
     """In a worker of Ray: two pretrained encoders and a source for them to go through."""
     from diptych.data.sources import open_finite
     from diptych.data.sources.columns import Columns
-    from diptych.eval.baselines import open_encoders
+    from diptych.eval.probe import open_encoders
 
     return *open_encoders(image_encoder, text_encoder, device), open_finite(source, Columns())
 

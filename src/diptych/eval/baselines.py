@@ -2,7 +2,6 @@
 
     caption_baselines          the most frequent caption, and the consensus of all pairs and of the nearest images
     neighbour_word_embeddings  images as the words in the captions of the nearest images, for retrieval
-    encoder_fits               how well captions fit their images, by two pretrained encoders
     ClassBaselines             chance, the most frequent class, and logistic regression
     Comparison                 a run beside its baselines, and the sentence that a report begins with
 
@@ -29,18 +28,16 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from diptych.data.audit import Fit, fits_of
-from diptych.data.engine import LOCAL, Engine, Rows
-from diptych.data.pixels import SkippedItems, captioned_items, channels_first, image_batches, read_block
+from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import Source
 from diptych.data.splits import Subset
-from diptych.encoders import ImageEncoder, PooledTextEncoder, open_image_encoder, open_text_encoder
+from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError, first_line
 from diptych.eval.captions import tokenize
-from diptych.eval.probe import Linear, caption_fits, select_linear
+from diptych.eval.probe import Linear, select_linear
 from diptych.io import write_bytes
 from diptych.nn.inference import Device, eval_mode, pick_device
-from diptych.report.terminal import ProgressLine, better, meaning_of
+from diptych.report.terminal import better, meaning_of
 from diptych.rng import derive_seed
 from diptych.run_folder import BASELINES, write_json
 
@@ -386,66 +383,6 @@ def chance_of_recall(right_Q: Int[Tensor, "Q"], *, targets: int, k: int) -> floa
     for drawn in range(min(k, targets)):
         miss_Q *= ((targets - right_Q.cpu() - drawn) / (targets - drawn)).clamp_min(0)
     return float(1 - miss_Q.mean())
-
-
-# How well captions fit
-
-
-def encoder_fits(
-    source: Source,
-    image_encoder: str,
-    text_encoder: str,
-    *,
-    skipped: SkippedItems,
-    device: Device = "auto",
-    engine: Engine = LOCAL,
-) -> list[Fit]:
-    """:func:`~diptych.eval.probe.caption_fits` of the captions of ``source``, by two pretrained encoders by name.
-
-    Captions of readable images; raises UserError for an encoder that cannot be opened and for fewer than two captioned
-    images. The ``reopen`` of another engine than the local is :func:`open_encoders` and gives the source besides.
-    """
-    captioned = captioned_items(source)
-    if len(captioned) < 2:
-        raise UserError(f"{source.name}: {len(captioned)} captioned images, too few to compare captions with images")
-    images, texts = open_encoders(image_encoder, text_encoder, device)
-    found = engine.gather(
-        "fits",
-        _pair_features,
-        (images, texts, source),
-        captioned,
-        source=source,
-        network=torch.nn.ModuleList([images, texts]),
-        rows=_ROWS,
-        skipped=skipped,
-        advance=ProgressLine("encoding pairs"),
-    )
-    own_T = np.repeat(np.arange(len(found["items"])), found["counts"])
-    fit_T = caption_fits(torch.from_numpy(found["x"]), torch.from_numpy(found["y"]), torch.from_numpy(own_T))
-    return fits_of(found["items"], found["counts"], fit_T.numpy())
-
-
-def open_encoders(image_encoder: str, text_encoder: str, device: Device) -> tuple[ImageEncoder, PooledTextEncoder]:
-    """Pretrained encoders of images and texts, by name, on a device."""
-    images, texts = open_image_encoder(image_encoder), open_text_encoder(text_encoder)
-    return images.to(pick_device(device)), texts.to(pick_device(device))
-
-
-def _pair_features(tools: tuple[ImageEncoder, PooledTextEncoder, Source], items: np.ndarray) -> Rows:
-    """Features of images and of all their captions."""
-    images, texts, source = tools
-    pixels, items, skipped = read_block(source, items, size=images.image_size)
-    if not len(items):
-        return Rows(skipped=skipped)
-    captions = [source.captions(int(item)) for item in items]
-    with eval_mode(images):
-        x_IX = images(channels_first(pixels).to(next(images.parameters()).device)).float().cpu().numpy()
-    told = [text for some in captions for text in some]
-    order = sorted(range(len(told)), key=lambda place: len(told[place]))  # little padding
-    y_TY = np.empty((len(told), texts.width), np.float32)
-    y_TY[order] = texts([told[place] for place in order]).cpu().numpy()
-    counts = np.array([len(some) for some in captions], np.int64)
-    return Rows(arrays={"items": items, "counts": counts, "x": x_IX, "y": y_TY}, skipped=skipped)
 
 
 # Features
