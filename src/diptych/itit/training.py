@@ -112,8 +112,8 @@ class ItitRun:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Settings with which the trained run generates, unless a command says otherwise."""
     select: str = "cider"
-    """Validation score by which the best weights are chosen, if `data.valid` is given: a name in the line that each
-    validation prints, or in metrics.jsonl after `valid/`."""
+    """Validation score by which the best weights are chosen, if `data.valid` is given: one of the names after `valid/`
+    in metrics.jsonl, which each validation also prints."""
     compare: Literal["nothing", "pairs-only"] = "nothing"
     """Control to train after the run: `pairs-only` is the same network without unpaired data, trained for the same time
     (on top of a budget's) in the folder `pairs_only` of the run. It needs `data.valid`."""
@@ -290,10 +290,10 @@ class ItitRun:
         return time.monotonic() - began, samples.images
 
     def hurried(self) -> "ItitRun":
-        """The settings with which a network learns most in a few hundred steps.
+        """This run with the settings of `itit-tiny`, with which a network learns most in a few hundred steps.
 
-        Those of `itit-tiny`: initial weights by fan-in, embeddings that learn faster, twice the learning rate. After
-        150 steps of itit-small on 600 pairs captions consist of words instead of a single `a` (docs/log.md).
+        They are initial weights by fan-in, embeddings that learn faster, and twice the learning rate. After 150 steps
+        of itit-small on 600 pairs captions consist of words instead of a single `a` (docs/log.md).
         """
         scale = max(4.0, self.objective.embedding_lr_scale)
         return replace(
@@ -304,7 +304,7 @@ class ItitRun:
         )
 
     def costs(self) -> list[StageCost]:
-        """What the stages cost beside one another. A stage whose part is given costs nothing.
+        """The cost of each stage relative to the others. A stage whose network is given costs nothing.
 
         Measured with itit-small on one core with AVX2 (docs/log.md).
         """
@@ -494,9 +494,9 @@ class ItitRun:
             return ItitObjective(model, inputs.text_encoder, self.objective, teacher_head=head)
 
     def _near_captions(self, model: ITIT, inputs: TrainingInputs) -> NearCaptions | None:
-        """What captions are compared with when they are ranked; None where they are not, or images have no features.
+        """The captions of the consensus by which others are ranked; None where there is no consensus to compute.
 
-        Unpaired texts are among it if the run learns from them.
+        Unpaired texts are among them if the run learns from them.
         """
         reader = model.image_features
         if reader is None or not self.generation.text.consensus:
@@ -567,7 +567,7 @@ class ItitRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Trained:
-    """A network after its training, and what watched it."""
+    """A network after its training, with its samples and best weights."""
 
     result: TrainResult
     objective: ItitObjective
@@ -583,14 +583,14 @@ class _Trained:
 
 
 def _is_missing(folder: Path) -> bool:
-    """Whether no process has made ``folder`` yet. All processes answer alike: none goes on before all have looked."""
+    """Whether no process has made ``folder`` yet. All processes return the same: each waits until all have looked."""
     missing = not folder.is_dir()
     wait_for_everyone()
     return missing
 
 
 def _save_once(made: ImageTokenizer | TextEncoder | ImageEncoder, folder: Path) -> None:
-    """Save from the first process; the others wait, as every process reads the saved files."""
+    """Save in the main process; the others wait, because every process reads the saved files."""
     if is_main_process():
         save_model(made, folder)
     wait_for_everyone()
