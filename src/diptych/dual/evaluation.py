@@ -191,8 +191,8 @@ def compare_retrieval(
             encoder_name=encoder or "",
         )
         for name, (images_ID, texts_TD) in found.items():
-            lent = replace(pairs, images_ID=images_ID.to(pairs.images_ID), texts_TD=texts_TD.to(pairs.texts_TD))
-            baselines.append(Baseline(name=name, scores=_named(score_retrieval(lent))))
+            by_words = replace(pairs, images_ID=images_ID.to(pairs.images_ID), texts_TD=texts_TD.to(pairs.texts_TD))
+            baselines.append(Baseline(name=name, scores=_named(score_retrieval(by_words))))
     except UserError as error:
         notes.append(f"No baselines from the pairs: {first_line(error)}")
     return Comparison(

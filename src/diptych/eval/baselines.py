@@ -42,11 +42,11 @@ from diptych.rng import derive_seed
 from diptych.run_folder import BASELINES, write_json
 
 NEAREST = 30
-"""Number of training images whose captions are looked at. CIDEr-D on Flickr8k's dev images rises up to about here."""
+"""Number of nearest images whose captions are used. CIDEr-D on Flickr8k's dev images rises up to about here."""
 _NGRAMS = 4
 """Longest sequence of tokens that is compared, as in CIDEr."""
 _MOST = 3000
-"""Number of training images that are looked at, a random part of larger data: baselines take seconds."""
+"""Largest number of training images that are used, so that baselines take seconds; of more, a random part."""
 _SIZE = 64
 """Side in pixels at which histograms are taken."""
 _COLOURS, _COLOUR_CELLS = 4, 2
@@ -72,9 +72,9 @@ class Comparison:
     """A run beside its baselines, all scored on the same items."""
 
     source: str
-    """What they were scored on."""
+    """Name of the source that they were scored on."""
     select: str
-    """Name of the score that decides."""
+    """Name of the score by which they are compared."""
     baselines: list[Baseline]
     scores: dict[str, float] = field(default_factory=dict)
     """Scores of the run; none before it is trained."""
@@ -86,7 +86,7 @@ class Comparison:
     """What was left out, and why."""
 
     def verdict(self) -> str:
-        """What a reader must know first: whether a baseline is better, whether unpaired data hurt, and what to try.
+        """Whether a baseline is better than the run, whether unpaired data hurt, and what to try, in whole sentences.
 
         Empty where nothing was compared.
         """
@@ -96,8 +96,8 @@ class Comparison:
         return " ".join(sentence for sentence in told if sentence)
 
     def table(self) -> tuple[list[str], list[list[str | float | None]]]:
-        """Names of the scores, the deciding one first; and a row for the run and for each baseline, None where a score
-        is not known. Only scores that can be better or worse are in it."""
+        """Names of the scores, ``select`` first, and a row for the run and for each baseline; None where it has no such
+        score. Scores of which neither a higher nor a lower value is better are left out."""
         rows = [Baseline(name="this run", scores=self.scores)] if self.scores else []
         rows += self.baselines
         names = list(dict.fromkeys(name for each in rows for name in each.scores if meaning_of(name).better))
@@ -164,7 +164,7 @@ def caption_baselines(
 ) -> list[Baseline]:
     """Captions for the images ``test`` that need no training, from the captioned images ``pairs``.
 
-    Of more than 3,000 pairs a random 3,000 are looked at. Raises UserError where none of them has a caption and an
+    Of more than 3,000 pairs a random 3,000 are used. Raises UserError where none of them has a caption and an
     image that can be read.
 
     Args:
@@ -210,7 +210,7 @@ class _KnownImages:
         found = {
             f"the {count} nearest by {name}": nearest(query_BF, known, count=count).tolist()
             for name, (known, query_BF) in features.items()
-            # Otherwise an image that could be read a moment ago cannot be read any more.
+            # Otherwise an image that could be read before can no longer be read.
             if (len(known), len(query_BF)) == (len(items), len(test.items))
         }
         return cls(texts=[pairs.source.captions(int(item)) for item in items], nearest=found)
@@ -237,22 +237,22 @@ class CaptionPool:
         self._vectors = [[self._unit_by_length(grams) for grams in of_image] for of_image in ngrams]
 
     def consensus(self, images: Iterable[int]) -> str:
-        """The caption of one of ``images`` that is most like their other captions in the mean; of equals the first."""
+        """The caption of one of ``images`` with the largest mean cosine with their other captions."""
         candidates = [(image, number) for image in images for number in range(len(self.texts[image]))]
         total: Counter[tuple[str, ...]] = Counter()
         for image, number in candidates:
             for gram, value in self._vectors[image][number].items():
                 total[gram] += value  # type: ignore[assignment]
 
-        def likeness(candidate: tuple[int, int]) -> float:
+        def similarity(candidate: tuple[int, int]) -> float:
             image, number = candidate
             return sum(value * (total[gram] - value) for gram, value in self._vectors[image][number].items())
 
-        image, number = max(candidates, key=likeness)
+        image, number = max(candidates, key=similarity)
         return self.texts[image][number]
 
-    def likeness(self, texts: Iterable[str], images: Sequence[int]) -> list[float]:
-        """How like the captions of ``images`` each text is: the mean cosine, from 0 to 1. Each image counts alike."""
+    def similarity(self, texts: Iterable[str], images: Sequence[int]) -> list[float]:
+        """Mean cosine of each text with the captions of ``images``, from 0 to 1; each image has the same weight."""
         mean: dict[tuple[str, ...], float] = defaultdict(float)
         for image in images:
             share = 1 / (len(images) * len(self._vectors[image]) * _NGRAMS)
@@ -279,7 +279,7 @@ def _ngrams(text: str) -> Counter[tuple[str, ...]]:
 class NearCaptions:
     """Captions of some images and unpaired texts, with the features by which those near to another image are found.
 
-    A caption has the features of its image, an unpaired text those that a regression expects of an image of it
+    A caption has the features of its image, an unpaired text those that a regression predicts for its image
     (:meth:`diptych.itit.model.ImageFeatures.expected`).
     """
 
@@ -297,23 +297,23 @@ class NearCaptions:
 
     @cached_property
     def _pools(self) -> list[tuple[CaptionPool, np.ndarray, int]]:
-        """Of the captioned images and of the texts, if there are any: what they say, features, how many are near."""
+        """The captioned images and, if there are any, the texts: captions, features, and how many of them are near."""
         found = [(CaptionPool(self.captions), self.features_TF.astype(np.float32), NEAREST)]
         if self.expected_UF is not None:
             count = max(NEAREST, len(self.texts) // NEAREST)
             found.append((CaptionPool([[text] for text in self.texts]), self.expected_UF.astype(np.float32), count))
         return found
 
-    def likeness(self, features_BF: Float[np.ndarray, "B F"], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """How like the captions of the 30 nearest images the texts of each image are (:meth:`CaptionPool.likeness`).
+    def similarity(self, features_BF: Float[np.ndarray, "B F"], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """:meth:`CaptionPool.similarity` of the texts of each image with the captions of its 30 nearest images.
 
-        Where there are unpaired texts, their likeness to the nearest thirtieth of those, or the nearest 30, is added.
+        Where there are unpaired texts, the similarity with the nearest thirtieth of them (at least 30) is added.
         """
         total_BW = [[0.0] * len(of_image) for of_image in texts]
         for pool, known_TF, count in self._pools:
             near_BK = nearest(features_BF, known_TF, count=count).tolist()
             for row, of_image, near in zip(total_BW, texts, near_BK, strict=True):
-                row[:] = np.add(row, pool.likeness(of_image, near)).tolist()
+                row[:] = np.add(row, pool.similarity(of_image, near)).tolist()
         return total_BW
 
     def save_pretrained(self, folder: Path) -> None:
@@ -368,17 +368,17 @@ def neighbour_word_embeddings(
                     x_NV[row, place[word]] += 1
         return torch.nn.functional.normalize(x_NV * weight_V, dim=-1)
 
-    told_NV = embedded([tokenize(text).split() for text in texts])
-    lent_TV = torch.stack([embedded(of_image).mean(0) for of_image in words_of])
+    texts_NV = embedded([tokenize(text).split() for text in texts])
+    known_TV = torch.stack([embedded(of_image).mean(0) for of_image in words_of])
     found = {}
     for name, near in known.nearest.items():
-        lent_BV = torch.stack([lent_TV[rows].mean(0) for rows in near])
-        found[f"captions of {name}"] = (torch.nn.functional.normalize(lent_BV, dim=-1), told_NV)
+        images_BV = torch.stack([known_TV[rows].mean(0) for rows in near])
+        found[f"captions of {name}"] = (torch.nn.functional.normalize(images_BV, dim=-1), texts_NV)
     return found
 
 
 def chance_of_recall(right_Q: Int[Tensor, "Q"], *, targets: int, k: int) -> float:
-    """The mean chance that ``k`` random ones of the targets hold one of the ``right_Q`` right ones of a query."""
+    """Mean probability that ``k`` random targets hold one of the ``right_Q`` right ones of a query."""
     miss_Q = torch.ones(len(right_Q), dtype=torch.float64)
     for drawn in range(min(k, targets)):
         miss_Q *= ((targets - right_Q.cpu() - drawn) / (targets - drawn)).clamp_min(0)
@@ -418,7 +418,7 @@ _WIDTH = _COLOURS**3 * _COLOUR_CELLS**2 + _ANGLES * _GRADIENT_CELLS**2
 
 
 def histograms(pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Float[np.ndarray, "B F"]:
-    """Which colours and which directions of edges an image has in which part of it: square roots of shares.
+    """Square roots of the shares of colours and of directions of edges in the parts of an image.
 
     The 64 colours of four levels a channel are counted in each quarter of the image, and eight directions of the
     gradient, weighted by its length, in each of 16 cells.

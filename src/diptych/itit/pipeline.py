@@ -313,8 +313,8 @@ class Diptych(OnHub):
             agreement_X = reader.agreement(features_XG, text_XLF, ids_XL != PAD)
             fit_BW = fit_BW + config.agreement * agreement_X.view_as(fit_BW).cpu()
         if config.consensus and self.near_captions is not None:
-            likeness_BW = self.near_captions.likeness(images.image_features_BG.float().cpu().numpy(), texts_BW)
-            fit_BW = fit_BW + config.consensus * torch.tensor(likeness_BW)
+            similarity_BW = self.near_captions.similarity(images.image_features_BG.float().cpu().numpy(), texts_BW)
+            fit_BW = fit_BW + config.consensus * torch.tensor(similarity_BW)
         return fit_BW
 
     def image_nats(self, tokens_BN: Int[Tensor, "B N"], ids_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B"]:

@@ -110,7 +110,7 @@ def coco_karpathy(
         "captions": f"beam search, {beams} beams, length power {text.length_power:g}, "
         f"at most {diptych.model.config.max_text_len} tokens"
         + (f", chosen with weight {text.agreement:g} on agreement with the image" if text.agreement else "")
-        + (f" and {text.consensus:g} on likeness to captions of the nearest pairs" if text.consensus else ""),
+        + (f" and {text.consensus:g} on similarity to captions of the nearest pairs" if text.consensus else ""),
         "scores": "CIDEr-D x 100, BLEU-1 to BLEU-4 and ROUGE-L of pycocoevalcap, on tokens as PTBTokenizer makes them",
         "meteor": _METEOR,
         "departures": departures,

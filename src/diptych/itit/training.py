@@ -347,13 +347,14 @@ class ItitRun:
             raise UserError(f"{out}: holds a run of the kind {kind!r}: train into another folder")
         before = read_config(out)["run"]
         now = json.loads(json.dumps(asdict(self)))
-        for given, stage in (("tokenizer", "tokenizer_stage"), ("text_encoder", "text_encoder_stage")):
-            other = (before[given], before[stage]["model"]) != (now[given], now[stage]["model"])
-            if other and (out / given).is_dir():
-                raise UserError(f"{out}: begun with another {given}: give the same one, or train into another folder")
-        for given in ("image_encoder", "teacher"):
-            if before.get(given) != now[given]:
-                raise UserError(f"{out}: begun with another {given}: give the same one, or train into another folder")
+        changed = [
+            part
+            for part, stage in (("tokenizer", "tokenizer_stage"), ("text_encoder", "text_encoder_stage"))
+            if (out / part).is_dir() and (before[part], before[stage]["model"]) != (now[part], now[stage]["model"])
+        ]
+        changed += [part for part in ("image_encoder", "teacher") if before.get(part) != now[part]]
+        if changed:
+            raise UserError(f"{out}: begun with another {changed[0]}: give the same one, or train into another folder")
 
     # The stages before the network's training
 
