@@ -93,7 +93,7 @@ class EmbeddedPairs:
     image_of_T: Int[Tensor, "T"]
     """Row of each text's image; the texts of an image lie together."""
     wording_T: Int[Tensor, "T"]
-    """The same number for texts that are equal but for their case."""
+    """Number of each text's wording; texts that differ only in case have the same one."""
 
     @property
     def first_ID(self) -> Float[Tensor, "I D"]:
@@ -212,7 +212,7 @@ def compare_finished(run: Path, encoder: DualEncoder, images: ReadableImages) ->
 
 
 def _chance(pairs: EmbeddedPairs) -> dict[str, float]:
-    """What an encoder that knows nothing finds."""
+    """The scores of a random order."""
     images, texts = len(pairs.images_ID), len(pairs.texts_TD)
     right = RightTargets(images, pairs.image_of_T, pairs.wording_T)
     sides = {
@@ -248,7 +248,8 @@ def _long_captions(encoder: DualEncoder, images: EmbeddedImages) -> list[str]:
 def _score_labels(
     encoder: DualEncoder, images: EmbeddedImages, *, data: str, train: str | None, classes: Path | None
 ) -> tuple[dict[str, float], list[str]]:
-    """Scores by labels, and notes. Raises UserError where there are none and they are asked for or nothing else is."""
+    """Scores by labels, and notes. Raises UserError where there are none, if they are wanted or nothing else is there
+    to score."""
     needed = bool(train or classes) or not images.source.has_captions
     if images.labels is not None:
         train_images = embed_source(encoder, open_finite(train, Columns())) if train else None
@@ -402,8 +403,8 @@ def assess_images(
     skipped: SkippedItems,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> AssessedImages:
-    """The image tower's features of the readable ones of ``images``, and how undecided it is among ``texts``: the
-    entropy in nats of the softmax over the cosines times the encoder's scale. Without texts it is not known.
+    """The image tower's features of the readable ones of ``images``, and as their uncertainty the entropy in nats of
+    the softmax over ``texts`` (the cosines times the encoder's scale). Without texts there is none.
     """
     rows = ReadableImages(images.source, images.items, size=encoder.image_size, skipped=skipped, rows=_ROWS)
     found = embed_readable(encoder, rows, advance=advance)

@@ -53,14 +53,14 @@ _SHOWN, _FOUND = 6, 3
 _THUMBNAIL = 128
 """Side in pixels of these images."""
 _TIMED = 16
-"""Number of images whose validation is timed."""
+"""Number of images with which a validation is timed."""
 _VALID_SHARE = 0.04
 """Share of a budget that one validation takes at most."""
 _VALID_ONCE_SHARE = 0.1
 """The same for frozen towers, which compute the features of a validation once."""
 _LEAST_TRAINING, _MOST_TRAINING = 0.15, 0.5
-"""Shares of what is left of a budget between which training on frozen towers has what its steps take; the features of
-images and captions get the rest."""
+"""Smallest and largest share of the rest of a budget for training on frozen towers. Between them it gets the time of
+its steps; the features of images and captions get what is left."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -169,7 +169,7 @@ class DualRun:
         return result
 
     def _identity(self, model: DualEncoder, source: Source, *, captioned_images: int) -> dict[str, Any]:
-        """What decides the losses besides the loop's own fields; a resumed run must have the same."""
+        """What the losses depend on besides the loop's own fields; a resumed run must have the same."""
         together = {"shards_together": self.data.shards_together} if self.data.shards_together else {}
         return {
             "model": model.clip.config.to_diff_dict() | model.training_settings(),
@@ -320,9 +320,9 @@ class DualRun:
         return states
 
     def _enough(self, model: TowersEncoder, captions: CaptionIds, plan: RunPlan) -> Callable[[int], bool]:
-        """Whether the time for features is over: what is left of the budget is what the steps of the recipe take.
+        """Whether the time for features is over, because the steps of the recipe need the rest of the budget.
 
-        The clock decides, since a machine may become slower on the way, and heads that cannot learn are worth nothing.
+        It goes by the clock, since a machine may become slower on the way.
         """
         budget = plan.budget
         if budget is None:
@@ -346,7 +346,7 @@ class DualRun:
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
 
     def _affordable_evaluation(self, model: DualEncoder, out: Path, plan: RunPlan) -> tuple["DualRun", float]:
-        """The run with so many images to validate on as a budget has time for, and the seconds that these take."""
+        """The run with as many validation images as its budget has time for, and the seconds that these take."""
         if plan.budget is None or self.data.valid is None:
             return self, 0.0
         few = replace(self, data=replace(self.data, valid_images=min(_TIMED, self.data.valid_images)))

@@ -70,12 +70,12 @@ class ScoredLabelledImages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifierScore:
-    """How a classifier does on images."""
+    """Scores of a classifier on labelled images."""
 
     accuracy: float
     """Share of the images that get their class."""
     mean_class_accuracy: float
-    """Mean over the classes that occur of the same share."""
+    """The same share in each class, as a mean over the classes that occur."""
     loss: float
     """Cross-entropy in nats."""
     per_class: dict[int, float]
@@ -90,7 +90,7 @@ class ClassifierScore:
 def score_classifier(
     head: SharedHead, vectors_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"], *, modality: str
 ) -> ClassifierScore:
-    """Classify features of the modality ``modality``, some at a time."""
+    """Scores of ``head`` on features of the modality ``modality``, which are classified some at a time."""
     return score_logits(torch.cat([head(piece, modality) for piece in vectors_ND.split(_ROWS)]), labels_N)
 
 
