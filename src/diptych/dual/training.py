@@ -4,7 +4,6 @@ import copy
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,15 +93,7 @@ class DualRun:
         Raises UserError for data without images or captions, and for invalid settings.
         """
         join_processes(self.train.device)
-        source = open_finite(self.data.pairs, self.data.columns)
-        require_pairs(source, self.data.pairs)
-        parts = [Part("pair", source, range(len(source)))]
-        if self.data.valid is not None:
-            valid = open_finite(self.data.valid, self.data.columns)
-            parts.append(Part(VALIDATION, valid, range(min(len(valid), self.data.valid_images))))
-        summary = check_parts(parts, max_skipped_share=self.data.max_skipped_share)
-        if is_main_process():
-            print(summary, flush=True)
+        source, summary = self._open_data()
         self._fit_batch(source)
 
         def report(state: str) -> None:
@@ -154,19 +145,30 @@ class DualRun:
             identity=run._identity(model, source, captioned_images=batches.streams["pairs"].size),
             pace=pace,
             report=report,
-        )
+        ).with_best(best, objective)
         if is_main_process():
             for line in skipped.report(out / "skipped.jsonl"):
                 print(line, file=sys.stderr, flush=True)
-        if best is not None and best.score is not None:
-            best.load_into(objective)
-        with result.eval_mode(objective) if best is None else nullcontext():
+        with result.eval_mode(objective):
             if is_main_process():
                 model.clamp_scale()
                 save_model(model, out / "model")
         if result.finished and is_main_process():
             run._report_result(out, model, best)
         return result
+
+    def _open_data(self) -> tuple[Source, str]:
+        """The pairs, and the line about all data that is printed before the training."""
+        source = open_finite(self.data.pairs, self.data.columns)
+        require_pairs(source, self.data.pairs)
+        parts = [Part("pair", source, range(len(source)))]
+        if self.data.valid is not None:
+            valid = open_finite(self.data.valid, self.data.columns)
+            parts.append(Part(VALIDATION, valid, range(min(len(valid), self.data.valid_images))))
+        summary = check_parts(parts, max_skipped_share=self.data.max_skipped_share)
+        if is_main_process():
+            print(summary, flush=True)
+        return source, summary
 
     def _identity(self, model: DualEncoder, source: Source, *, captioned_images: int) -> dict[str, Any]:
         """What the losses depend on besides the loop's own fields; a resumed run must have the same."""

@@ -5,7 +5,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +43,7 @@ from diptych.itit.model import ITIT, ItitConfig
 from diptych.itit.objective import AlignmentHead, ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import NEAR_CAPTIONS, Diptych
 from diptych.itit.validation import Samples
-from diptych.nn.inference import computes_bf16, eval_mode, pick_device
+from diptych.nn.inference import computes_bf16, pick_device
 from diptych.report.html import closing_line, outcome, validation_scores, write_run_report
 from diptych.report.terminal import meaning_of, print_comparison
 from diptych.run_folder import Kind, check_finished, kind_of, part_of, read_config, save_model, write_config
@@ -186,7 +185,7 @@ class ItitRun:
         objective, best = trained.objective, trained.best
         if comparison is not None:
             comparison.write(out)
-        with trained.result.eval_mode(objective) if best is None else eval_mode(objective):
+        with trained.result.eval_mode(objective):
             write_run_report(out, samples=trained.samples.sections())
         if comparison is not None:
             title = f"{out} beside its baselines on {comparison.source}"
@@ -555,10 +554,8 @@ class ItitRun:
             identity=identity,
             pace=pace,
             report=report,
-        )
-        if best is not None and best.score is not None:
-            best.load_into(objective)
-        with result.eval_mode(objective) if best is None else nullcontext():
+        ).with_best(best, objective)
+        with result.eval_mode(objective):
             if is_main_process():
                 if near := self._near_captions(objective.model, inputs):
                     save_model(near, out / NEAR_CAPTIONS)
