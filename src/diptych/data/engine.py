@@ -3,8 +3,8 @@
     Engine                     who works on the blocks
     ResumableArrayWriter       writes the rows of the blocks to arrays on disk
 
-A result comes once for each block and in the order of the blocks, whichever worker made it. So what is written from
-the results has the same bytes with either engine, and a command that was stopped goes on where it was with either.
+A result comes once for each block and in the order of the blocks, whichever worker made it. So what is written from the
+results has the same bytes with either engine, and a command that was stopped may be resumed with either.
 """
 
 import hashlib

@@ -438,7 +438,7 @@ def encode(
 ) -> Store:
     """Encode ``indices`` (default: all) of a source into the folder ``out``, which appears when it is complete.
 
-    An interrupted call with the same arguments goes on where it stopped. Unreadable images are left out, counted and
+    An interrupted call resumes when it is repeated with the same arguments. Unreadable images are left out, counted and
     listed in ``skipped.jsonl``; more than ``max_skipped_share`` of them raise UserError. So does an ``out`` that holds
     anything but encoded data; encoded data is replaced.
 
