@@ -12,7 +12,7 @@ Who writes what, with the parts of an ITIT run; :data:`PARTS` has those of the o
         stages/                        tokenizers/training.py: checkpoints and metrics of the stages before
         checkpoints/, best/            train/checkpoint.py
         metrics.jsonl, tensorboard/    train/logging.py
-        samples/                       itit/report.py
+        samples/                       itit/validation.py
         budget.json, pace.json         train/pace.py
         model/, near_captions/         itit/training.py, at the end
         baselines.json                 eval/baselines.py

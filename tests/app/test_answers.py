@@ -288,8 +288,11 @@ def test_two_clicks_mark_a_part_and_a_third_begins_anew(diptych):
     assert torch.equal(image.step.tokens, diptych.encode(np.zeros((1, 32, 32, 3), np.uint8)).tokens_BN.view(side, side))
 
 
-def test_an_offer_tells_the_confidence_of_its_first_caption():
-    image = np.zeros((8, 8, 3), np.uint8)
-    made = Offer(item=0, name="a.png", image=image, candidates=[Caption(text="a dog", score=-1.0)], confidence=0.831)
-    assert "confidence of the first caption 83%" in answers.offered(made)
-    assert "confidence" not in answers.offered(replace(made, confidence=None))
+def test_an_offer_tells_the_confidence_of_its_first_caption(photos):
+    source = open_source(str(photos))
+    made = Offer(item=0, name="0.png", candidates=[Caption(text="a dog", score=-1.0)], confidence=0.831)
+    assert "confidence of the first caption 83%" in answers.offered(made, source)
+    assert "confidence" not in answers.offered(replace(made, confidence=None), source)
+    assert "data:image/" in answers.offered(made, source)
+    (photos / "0.png").write_bytes(b"")
+    assert "0.png: is empty" in answers.offered(made, source)

@@ -49,8 +49,10 @@ def test_the_description_of_an_option_fills_its_lines(call):
     _, out, _ = call("caption", "--help")
     lines = [line.strip(" │") for line in out.splitlines()]
     assert "--no-json" not in out
-    begin = next(index for index, line in enumerate(lines) if line.startswith("New file for the captions"))
+    begin = next(index for index, line in enumerate(lines) if "New file for the captions" in line)
     assert min(map(len, lines[begin : begin + 2])) > 80
+    assert "--out PATH" in lines[begin]  # and not {None}|PATH
+    assert "default: None" not in out
 
 
 @pytest.mark.parametrize(

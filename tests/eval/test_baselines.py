@@ -113,14 +113,14 @@ def test_the_consensus_caption_is_the_one_most_like_the_others():
 
 def test_likeness_is_the_mean_cosine_of_ngrams():
     pool = CaptionPool([["red ring"], ["a blue cross", "a cross"], ["red ring"]])
-    same, other, unknown = pool.likeness(["red ring", "a cross", "bread"], [0, 2])
+    same, other, unknown = pool.similarity(["red ring", "a cross", "bread"], [0, 2])
     assert same == pytest.approx(0.5)  # there are no n-grams of three or four tokens
     assert other == unknown == 0
-    half = pool.likeness(["red ring"], [0, 1])[0]
+    half = pool.similarity(["red ring"], [0, 1])[0]
     assert half == pytest.approx(0.25)
     # Of two images the one with two captions counts as much as the one with one.
-    [cross] = pool.likeness(["a cross"], [1])
-    assert pool.likeness(["a cross"], [0, 1]) == [pytest.approx(cross / 2)]
+    [cross] = pool.similarity(["a cross"], [1])
+    assert pool.similarity(["a cross"], [0, 1]) == [pytest.approx(cross / 2)]
 
 
 def test_near_captions_are_those_of_the_nearest_images(tmp_path, monkeypatch):
@@ -131,12 +131,12 @@ def test_near_captions_are_those_of_the_nearest_images(tmp_path, monkeypatch):
     again = NearCaptions.from_pretrained(tmp_path / "near")
     for each in (near, again):
         texts = [["blue cross", "red ring"], ["green square", "blue cross"]]
-        likeness = each.likeness(features[[1, 1]], texts)
-        assert likeness == [[pytest.approx(0.5), 0], [0, pytest.approx(0.5)]]
+        similarity = each.similarity(features[[1, 1]], texts)
+        assert similarity == [[pytest.approx(0.5), 0], [0, pytest.approx(0.5)]]
 
 
 def test_unpaired_texts_are_near_captions_too(tmp_path, monkeypatch):
-    """Their likeness is added; of texts as many are near as of images, or a thirtieth of them."""
+    """Their similarity is added; of texts as many are near as of images, or a thirtieth of them."""
     monkeypatch.setattr("diptych.eval.baselines.NEAREST", 2)
     features = np.eye(3, 4, dtype=np.float32)
     texts = ["blue cross", "blue cross", "green square", "green square", "yellow ring", "yellow ring"]
@@ -146,11 +146,13 @@ def test_unpaired_texts_are_near_captions_too(tmp_path, monkeypatch):
     near.save_pretrained(tmp_path / "near")
     again = NearCaptions.from_pretrained(tmp_path / "near")
     for each in (near, again):
-        [likeness] = each.likeness(features[[1]], [["blue cross", "green square", "red ring"]])
-        [alone] = NearCaptions(captions, features).likeness(features[[1]], [["blue cross", "green square", "red ring"]])
+        [similarity] = each.similarity(features[[1]], [["blue cross", "green square", "red ring"]])
+        [alone] = NearCaptions(captions, features).similarity(
+            features[[1]], [["blue cross", "green square", "red ring"]]
+        )
         # Three texts are near, the two that fit and one of another kind.
-        assert likeness[0] - alone[0] == pytest.approx(2 / 3 * 0.5)
-        assert likeness[2] == pytest.approx(alone[2])
+        assert similarity[0] - alone[0] == pytest.approx(2 / 3 * 0.5)
+        assert similarity[2] == pytest.approx(alone[2])
 
 
 @pytest.fixture

@@ -379,7 +379,7 @@ def test_the_best_weights_are_kept_and_training_ends_without_better_ones(started
         seen[step] = objective.model.image_bias.detach().clone()
         return {"valid/cider": values[step]}
 
-    monkeypatch.setattr("diptych.itit.report.Samples.run", scored)
+    monkeypatch.setattr("diptych.itit.validation.Samples.run", scored)
     run = tiny_run(steps=8, valid="scenes:?split=test&count=6")
     run = replace(run, patience=2, train=replace(run.train, eval_every=1))
     result = run.fit(started, recipe="itit-tiny")
@@ -523,7 +523,7 @@ def test_captions_like_those_of_near_images_come_first(tmp_path, image_encoder):
     ranked = diptych.candidates_encoded(images, count=4)
     assert [found[0] for found in ranked] == diptych.caption_encoded(images)
     features_BG = images.image_features_BG.numpy()
-    for each in near.likeness(features_BG, [[one.text for one in found] for found in ranked]):
+    for each in near.similarity(features_BG, [[one.text for one in found] for found in ranked]):
         assert each == sorted(each, reverse=True)
     diptych.text_generation = replace(diptych.text_generation, consensus=0.0)
     by_score = diptych.candidates_encoded(images, count=4)

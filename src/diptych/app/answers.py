@@ -27,7 +27,7 @@ from diptych.data.sources import Source, open_finite
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import ImageLimits, UnreadableImage, decode
 from diptych.data.sources.text import clean
-from diptych.dual.model import DualEncoder
+from diptych.dual.model import DualEncoder, open_dual
 from diptych.dual.search import Index, SearchResult, ZeroShotClassifier
 from diptych.errors import UserError
 from diptych.itit.generation import Canvas, ImageGenerationConfig
@@ -44,8 +44,8 @@ LIMITS = ImageLimits(max_pixels=50_000_000)
 AT_ONCE = 64
 """Largest number of images in one request."""
 Key = TypeVar("Key", bound=Hashable)
-_AUDITED = 128
-"""Side in pixels of an image of an audit."""
+_OFFERED, _AUDITED = 384, 128
+"""Side in pixels of an image to label, and of an image of an audit; networks may see them far smaller."""
 Files = Sequence[str] | None
 """Paths of uploads."""
 
@@ -79,16 +79,10 @@ def open_runs(folders: Sequence[Path], *, device: Device) -> list[GivenRun]:
 
 def _open(folder: Path, kind: Kind, device: Device) -> Any:
     if kind == "itit":
-        from diptych.itit.pipeline import Diptych
-
         return Diptych.from_pretrained(folder, device=device)
     if kind == "dual":
-        from diptych.dual.model import open_dual
-
         return open_dual(folder, device=device)
     if kind == "classifier":
-        from diptych.uml.classifier import Classifier
-
         return Classifier.from_pretrained(folder, device=device)
     return None
 
@@ -292,24 +286,21 @@ def training(run: Path) -> str:
     return "".join(section.render(f"training-{number}") for number, section in enumerate(sections))
 
 
-def offered(offer: Offer) -> str:
+def offered(offer: Offer, source: Source) -> str:
     """An image to label, with the numbered candidates for its caption; the page's keys read their texts."""
     rows = "".join(
         f"<li><span><b>{number}</b> <span data-caption>{escape(each.text)}</span></span>"
         f'<span class="score">{"" if each.score is None else f"{each.score:.2f}"}</span></li>'
         for number, each in enumerate(offer.candidates, start=1)
     )
-    image = image_tag(offer.image, alt="")
+    image = _image_of(source, offer.item, size=_OFFERED)
     sure = "" if offer.confidence is None else f"; confidence of the first caption {offer.confidence:.0%}"
     return f'<p class="key">{escape(offer.name)}{sure}</p><article class="found">{image}<ol>{rows}</ol></article>'
 
 
 def finding(found: Finding, source: Source) -> str:
     """A pair of an audit: its image and caption, how it ranks, and what speaks against it."""
-    try:
-        image = image_tag(source.image(found.item, _AUDITED), alt="")
-    except UnreadableImage as error:
-        image = f'<p class="card">{escape(str(error))}</p>'
+    image = _image_of(source, found.item, size=_AUDITED)
     rank = "" if found.rank is None else f"fits better than {found.rank:.0%} of the captions"
     reasons = "; ".join([rank, *found.reasons] if rank else found.reasons)
     caption = escape(found.caption) or "no caption"
@@ -317,6 +308,14 @@ def finding(found: Finding, source: Source) -> str:
         f'<p class="key">{escape(found.key)}</p><p class="best">{caption}</p><p class="reasons">{escape(reasons)}</p>'
     )
     return f'<article class="found">{image}<div>{words}</div></article>'
+
+
+def _image_of(source: Source, item: int, *, size: int) -> str:
+    """The image of an item, or why it cannot be read."""
+    try:
+        return image_tag(source.image(item, size), alt="")
+    except UnreadableImage as error:
+        return f'<p class="card">{escape(str(error))}</p>'
 
 
 def _card(image: np.ndarray, best: str, others: Sequence[str]) -> str:

@@ -37,8 +37,6 @@ from diptych.itit.pipeline import Caption, Diptych
 _POOL = 64
 """Images that are captioned at once and then put in order."""
 _BEAMS = 4
-_SHOWN = 384
-"""Side in pixels at which people see an image; networks may see it far smaller."""
 
 
 class Labels:
@@ -152,8 +150,6 @@ class Offer:
 
     item: int
     name: str
-    image: np.ndarray
-    """uint8 [S S 3]."""
     candidates: Sequence[Caption]
     """Best first; at least one."""
     confidence: float | None = None
@@ -201,16 +197,12 @@ class Offers:
     @torch.no_grad()
     def _prepare(self) -> None:
         some, self._waiting = self._waiting[:_POOL], self._waiting[_POOL:]
-        items, images, shown, skipped = [], [], [], SkippedItems(max_skipped_share=1.0)
+        items, images, skipped = [], [], SkippedItems(max_skipped_share=1.0)
         for item in some:
-            image, large = (
-                read_image(self.labels.source, item, size=size, skipped=skipped)
-                for size in (self.diptych.image_size, max(_SHOWN, self.diptych.image_size))
-            )
-            if image is not None and large is not None:
+            image = read_image(self.labels.source, item, size=self.diptych.image_size, skipped=skipped)
+            if image is not None:
                 items.append(item)
                 images.append(image)
-                shown.append(large)
         if not items:
             return
         encoded = self.diptych.encode(np.stack(images))
@@ -225,7 +217,6 @@ class Offers:
             Offer(
                 item=items[n],
                 name=self.labels.names[items[n]],
-                image=shown[n],
                 candidates=found[n] or nothing,
                 confidence=self._confidence_of(found[n]),
             )

@@ -335,7 +335,7 @@ def _label(given: Given, opened: gr.Tab, page: gr.Blocks) -> None:
         if desk.offer is None:
             return answers.note("No image is left that has neither a caption nor a decision."), "", told, desk
         text = desk.offer.candidates[0].text if caption is None else caption
-        return answers.offered(desk.offer), text, told, desk
+        return answers.offered(desk.offer, labels.source), text, told, desk
 
     def following(desk: _Desk, request: gr.Request) -> tuple[str, str, str, _Desk]:
         earlier = [*desk.earlier, desk.offer][-100:] if desk.offer else desk.earlier

@@ -6,7 +6,8 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
@@ -31,6 +32,7 @@ _ABOUT = (
     "from few captioned images and many unpaired images and texts."
 )
 
+_METAVARS: dict[Any, str] = {Path | None: "PATH", str | None: "STR", int | None: "INT", float | None: "FLOAT"}
 COMMANDS: dict[str, Any] = {
     "demo": demo,
     "recipes": recipes,
@@ -64,9 +66,18 @@ def _summary(command: Callable[..., object]) -> Callable[[], None]:
     return summary
 
 
-def _with_whole_lines(command: Callable[..., object]) -> Callable[..., object]:
-    """``command`` with the description of each option on one line: its own line breaks would end lines early."""
+def _for_help(command: Callable[..., object]) -> Callable[..., object]:
+    """``command`` as its help shows it.
+
+    The description of each option is on one line: its own line breaks would end lines early. For an option that may be
+    left out, None is shown neither as its default nor as one of its values; its description says what happens then.
+    """
     command.__doc__ = re.sub(r"\n {5,}", " ", inspect.cleandoc(command.__doc__ or ""))
+    if inspect.isfunction(command):
+        for name, parameter in inspect.signature(command).parameters.items():
+            if parameter.default in (None, ()):
+                shown = tyro.conf.arg(help_behavior_hint="", metavar=_METAVARS.get(parameter.annotation))
+                command.__annotations__[name] = Annotated[parameter.annotation, shown]
     return command
 
 
@@ -88,7 +99,7 @@ def main() -> None:
             arguments = arguments or ["--help"]
             listed = arguments[0] in ("-h", "--help")
             tyro.extras.subcommand_cli_from_dict(
-                {name: (_summary if listed else _with_whole_lines)(command) for name, command in COMMANDS.items()},
+                {name: (_summary if listed else _for_help)(command) for name, command in COMMANDS.items()},
                 prog="diptych",
                 description=_ABOUT,
                 args=arguments,

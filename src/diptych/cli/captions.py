@@ -182,6 +182,7 @@ def _shard_of(shard: str | None, out: Path | None) -> tuple[int, int] | None:
 
 def _calibrate(run: Path, spec: str, *, opened: "Callable[[], Diptych]", search: CaptionSearch) -> None:
     """Write RUN/confidence, and say on stderr what it is worth: stdout is for captions."""
+    from diptych.data.check import open_data_of
     from diptych.data.sources import open_finite, require_pairs
     from diptych.data.sources.columns import Columns
     from diptych.run_folder import read_config
@@ -193,8 +194,7 @@ def _calibrate(run: Path, spec: str, *, opened: "Callable[[], Diptych]", search:
         raise UserError(
             f"--calibrate {spec}: the run has learned from these pairs; give captioned images it has not seen"
         )
-    own = spec == "data.valid"
-    source = open_finite(data["valid"] if own else spec, Columns(**data["columns"]) if own else Columns())
+    source = open_data_of(run, "valid") if spec == "data.valid" else open_finite(spec, Columns())
     require_pairs(source, spec)
     from diptych.itit.confidence import calibrate
     from diptych.report.terminal import ProgressLine

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def check(source: SourceArg, *, images: int = 1000) -> None:
-    """Say what a source holds: images, captions, labels, sizes, what is unreadable, unused or duplicate.
+    """Report what a source holds: images, captions, labels, sizes, what is unreadable, unused or duplicate.
 
     Args:
         source: Source of images, texts or both.
@@ -73,7 +73,7 @@ def audit(
     engine: EngineName = "local",
     ray_address: str | None = None,
 ) -> None:
-    """Say which captions do not fit their images, which images and captions occur twice, and what else is odd.
+    """Report captions that do not fit their images, images and captions that occur twice, and other oddities.
 
     Writes a table (csv and parquet), a sheet of the pairs that fit worst, and a list of the items to keep. They are a
     source: `SOURCE?keep=OUT/keep.jsonl`.
@@ -83,15 +83,15 @@ def audit(
         run: Run folder of ITIT, which compares how well captions are explained by their own and by other images, or of
             a dual encoder, which compares cosines; frozen towers are taken as the two encoders below. Without a run or
             encoders, captions and images are not compared.
-        image_encoder: Pretrained image encoder by folder, hub name or package, in the place of a run. How its features
-            and those of the text encoder belong together is learned from all other pairs of the source.
+        image_encoder: Pretrained image encoder by folder, hub name or package, in the place of a run. For each pair, a
+            regression between its features and those of the text encoder is fitted to all other pairs of the source.
         text_encoder: Pretrained text encoder by folder, hub name or package.
         out: Folder for the findings.
         worst: Share of the captions to leave out, those that fit worst, 0 to 1.
         max_skipped_share: Largest share of unreadable images at which the audit goes on, 0 to 1.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
-        engine: Who opens the images and compares the captions: this process, or the workers of a Ray cluster (extra
-            `ray`). The findings are the same.
+        engine: Where images are opened and captions compared: in this process, or by the workers of a Ray cluster
+            (extra `ray`). The findings are the same.
         ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
     """
     if not 0 <= worst <= 1:
@@ -123,7 +123,7 @@ def audit(
     # Of a command that is stopped, what is done stays here for its repetition.
     working = replace(working, keep=out / ".unfinished")
     if image_encoder is not None and text_encoder is not None:
-        from diptych.eval.baselines import encoder_fits
+        from diptych.eval.probe import encoder_fits
 
         working = replace(working, reopen=partial(_open_encoders, source, image_encoder, text_encoder, device))
         fits = encoder_fits(opened, image_encoder, text_encoder, skipped=skipped, device=device, engine=working)
@@ -163,13 +163,13 @@ def _open_encoders(
     """In a worker of Ray: two pretrained encoders and a source for them to go through."""
     from diptych.data.sources import open_finite
     from diptych.data.sources.columns import Columns
-    from diptych.eval.baselines import open_encoders
+    from diptych.eval.probe import open_encoders
 
     return *open_encoders(image_encoder, text_encoder, device), open_finite(source, Columns())
 
 
 def suggest(
-    places: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN] SRC")],
+    places: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN] SRC", help_behavior_hint="")],
     *,
     count: int = 100,
     out: Path | None = None,
@@ -179,21 +179,22 @@ def suggest(
     max_skipped_share: float = 0.01,
     device: Device = "auto",
 ) -> None:
-    """Say which images to caption next: a line for each, best first, or a table to write the captions into.
+    """Choose the images to caption next: a line for each, best first, or a table to write the captions into.
 
-    Of the images without a caption, the fifth of which the run is most uncertain is taken, and of these the images that
-    stand for most others and are unlike those that have captions. Without a run all images are taken.
+    The choice is made among the fifth of the images without a caption of which the run is most uncertain, or without a
+    run among all of them. It takes images that resemble many others and are unlike those that have captions.
 
     Args:
-        places: Run folder of ITIT, which is uncertain of its captions, or of a dual encoder, which is undecided among
-            the captions that there are; and the source of the images. Without a run their features decide alone.
+        places: Run folder of ITIT or of a dual encoder, and the source of the images. Without a run the images are
+            chosen by their features alone.
         count: Number of images to suggest.
         out: Table that does not exist yet, .csv or .jsonl; a sheet of the images of the same name (.png) goes beside
             it. With captions filled in, `SRC?keep=TABLE` is a source. Default: a line for each image.
         captioned: Source of the images that have captions already. Default: those of SRC that have some.
         features: Pretrained image encoder by folder, hub name or package, whose features decide what is alike. Default:
             the run's own; without a run, colour and gradient histograms.
-        pool: Number of images that are looked at, of those with captions and of those without, a random part of more.
+        pool: Largest number of images with captions, and of images without, that are considered; of more, a random
+            part.
         max_skipped_share: Largest share of unreadable images that is left out without stopping, 0 to 1.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
     """

@@ -167,7 +167,7 @@ def sweep(
     """Score an ITIT run over a grid of settings: temperature and guidance of images, beams and length of captions.
 
     Images are scored by the Frechet distance, captions by CIDEr-D, in a table and a figure of each. Give validation
-    data as the source. A command that was stopped goes on where it was when it is repeated.
+    data as the source. A stopped command resumes when it is repeated.
 
     Args:
         run: Run folder of an itit recipe.

@@ -28,7 +28,7 @@ Precision = Literal["auto", "fp32", "bf16", "int8"]
 EngineName = Literal["local", "ray"]
 """As in data/engine.py, which would import NumPy."""
 RunArg = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
-ImagesArg = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE")]
+ImagesArg = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE", help_behavior_hint="")]
 SourceArg = Annotated[Positional[str], tyro.conf.arg(metavar="SRC")]
 
 
@@ -37,7 +37,7 @@ SourceArg = Annotated[Positional[str], tyro.conf.arg(metavar="SRC")]
 
 def imagine(
     run: RunArg,
-    texts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")],
+    texts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT", help_behavior_hint="")],
     *,
     out: Path,
     seed: int = 0,
@@ -94,7 +94,7 @@ def cycle(
     precision: Precision = "auto",
     device: Device = "auto",
 ) -> None:
-    """Repeat text to image to text, or image to text to image: PNG files and a strip of all steps.
+    """Go from text to image and back, or from image to text and back: PNG files and a strip of all steps.
 
     Args:
         run: Run folder of an itit recipe.
@@ -191,7 +191,8 @@ def embed(
             (extra `ann`). `diptych search` uses it.
         workers: Number of threads that decode images.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
-        engine: Who embeds: this process, or the workers of a Ray cluster (extra `ray`). The result is the same.
+        engine: Where images are embedded: in this process, or by the workers of a Ray cluster (extra `ray`). The
+            result is the same.
         ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
     """
     table = out.suffix.lower() == ".parquet"
@@ -410,7 +411,7 @@ def push(
 
 
 def app(
-    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")],
+    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN", help_behavior_hint="")],
     *,
     index: tuple[Path, ...] = (),
     data: str | None = None,

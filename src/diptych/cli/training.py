@@ -114,7 +114,8 @@ def encode(
         out: Folder for the encoded data, which `diptych fit` takes as a source.
         features: Also store the features of the frozen text encoder.
         workers: Number of threads that decode images.
-        engine: Who encodes: this process, or the workers of a Ray cluster (extra `ray`). The result is the same.
+        engine: Where items are encoded: in this process, or by the workers of a Ray cluster (extra `ray`). The
+            result is the same.
         ray_address: Address of the cluster. Default: that of RAY_ADDRESS, else one is started on this machine.
     """
     working = engine_of(engine, ray_address)
@@ -160,14 +161,14 @@ def features(
 
 
 _COSTS = (
-    "Costs, where a machine is not named: one thread of a Xeon, held to AVX2 and fp32 (ATEN_CPU_CAPABILITY=avx2, "
+    "Costs, where a machine is not named: one thread of a Xeon, limited to AVX2 and fp32 (ATEN_CPU_CAPABILITY=avx2, "
     "ONEDNN_MAX_CPU_ISA=AVX2), 12 to 24 steps timed on Flickr8k and multiplied. --minutes N makes any of them end in "
     "N minutes.\n"
 )
 _MINUTES = (
-    "Number of minutes for the whole run. The steps, the warm-up, the starts and the intervals of every stage are set "
-    "so that the run ends in time on this machine; if the time is short, batches are made smaller. Default: the "
-    "recipe's steps, however long they take."
+    "Number of minutes for the whole run. In every stage the number of steps, the warm-up, the intervals and the steps "
+    "at which losses begin are set so that the run ends in time on this machine; if the time is short, batches are "
+    "made smaller. Default: the recipe's steps, however long they take."
 )
 _OUT = "Folder of the run; an interrupted run continues there."
 
@@ -263,7 +264,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def settings_as_flags(settings: Mapping[str, Any], *, but_not: Sequence[str]) -> list[str]:
-    """The settings as arguments of `diptych fit`, without those that ``but_not`` gives: a flag counts more."""
+    """The settings as arguments of `diptych fit`, without those that ``but_not`` gives: flags take precedence."""
     given = {_without_no(argument.partition("=")[0]) for argument in but_not if argument.startswith("--")}
     flags: list[str] = []
 
@@ -348,7 +349,10 @@ def _parse_fit(kind: type, default: Any, arguments: list[str], *, prog: str, abo
 
 
 def fit_for_help(
-    recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIPE")], *, out: Path, config: Path | None = None
+    recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIPE")],
+    *,
+    out: Path,
+    config: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None,
 ) -> None:
     """Train a recipe, or continue where the same command stopped.
 
@@ -357,14 +361,14 @@ def fit_for_help(
 
     Args:
         recipe: Name of a recipe; `diptych recipes` lists them.
-        config: YAML file of fields, as `config.yaml` of a run folder; a flag counts more. It may name the recipe.
+        config: YAML file of fields, as `config.yaml` of a run folder; flags take precedence. It may name the recipe.
         out: Folder of the run; an interrupted run continues there.
     """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanArguments:
-    """Say on paper what a recipe takes on given devices: operations, memory, time, and what limits it first.
+    """Estimate what a recipe takes on given devices: operations, memory, time, and what limits it first.
 
     Every field of the recipe is an option, as with `diptych fit`. Nothing is read or downloaded.
     """

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from diptych.data.sources.columns import is_address, notes_on_labels
+from diptych.data.sources.columns import Columns, is_address, notes_on_labels
 from diptych.data.sources.decode import UnreadableImage, header, is_image_path
 from diptych.data.sources.open import (
     HasBlocks,
@@ -24,11 +24,13 @@ from diptych.data.sources.open import (
     KeptSource,
     Source,
     find_files,
+    open_finite,
     remote_files,
 )
 from diptych.data.sources.remote import is_remote
 from diptych.data.sources.table import TableSource, counted, on_one_line, some
 from diptych.errors import UserError
+from diptych.run_folder import read_config
 
 _SAMPLE, _COMPARED = 32, 5000
 """Number of images of a part that are opened before a run begins, and that are compared with one another."""
@@ -228,6 +230,19 @@ def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:
             remarks += f"; {counted(len(found), 'image')} of {len(compared):,} that were compared {what}: "
             remarks += some([f"{a} = {b}" for a, b in found], len(found))
     return ", ".join(part.describe() for part in parts) + remarks
+
+
+def open_data_of(run: Path, name: str) -> Source:
+    """The source that a run was given as `--data.NAME`, such as ``pairs``, with the columns that the run was given.
+
+    Raises UserError where its settings do not name one, and where the source is gone.
+    """
+    try:
+        data = read_config(run)["run"]["data"]
+        spec, columns = data[name], Columns(**data["columns"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run}/config.json: does not name the data that the run learned from") from error
+    return open_finite(spec, columns)
 
 
 def note_on_learned(known: HasSides, items: np.ndarray | range, scored: Source) -> list[str]:

@@ -3,8 +3,8 @@
     Engine                     who works on the blocks
     ResumableArrayWriter       writes the rows of the blocks to arrays on disk
 
-A result comes once for each block and in the order of the blocks, whichever worker made it. So what is written from
-the results has the same bytes with either engine, and a command that was stopped goes on where it was with either.
+A result comes once for each block and in the order of the blocks, whichever worker made it. So what is written from the
+results has the same bytes with either engine, and a command that was stopped may be resumed with either.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ _WINDOW = 4
 _DIGESTED = 2**20
 """Numbers of items that are digested at once."""
 _DEATHS = 3
-"""Worker deaths on one block after which the block is blamed."""
+"""Number of workers that may die on one block before the command stops."""
 _OBJECT_STORE = 512 * 2**20
 """Bytes of shared memory for blocks and results of a cluster that is started here; Ray puts more on disk."""
 
@@ -56,7 +56,7 @@ Opened = TypeVar("Opened")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """What became of the items of a block."""
+    """The result of a block of items."""
 
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Rows to append to the arrays of these names."""
@@ -328,7 +328,7 @@ def items_digest(items: np.ndarray | range) -> str:
 def _identity(
     items: np.ndarray, source: "Source", network: "torch.nn.Module | None", rows: int
 ) -> dict[str, str | int]:
-    """What decides the rows of the items."""
+    """What the rows of the items depend on."""
     from diptych.data.check import content_digest
     from diptych.io import weights_digest
 

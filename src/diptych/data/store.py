@@ -44,10 +44,10 @@ _BLOCK = 32
 _ROWS = 2**14
 """Items that are looked up at once."""
 _MOST_MAPPED = 400 * 2**20
-"""Bytes of mapped files that a process keeps resident; it lets go of them at more."""
+"""Bytes of mapped files that may be resident in a process before it releases them."""
 Taken = TypeVar("Taken")
 _CHUNK = 512
-"""Items encoded between two points at which an interrupted run goes on."""
+"""Number of items after which an interrupted encoding can resume."""
 
 
 @dataclass(frozen=True)
@@ -244,10 +244,10 @@ class CaptionIndex:
 
 
 class _Resident:
-    """Keeps mapped files from taking a process's memory.
+    """Keeps mapped files from filling a process's memory.
 
-    Every row that is read stays resident, and with it what lies around it. When that is much, the process lets go of
-    all that it has mapped; it stays in the system's cache, from where it comes back without a disk.
+    Every page that is read stays resident. When these pages take too much, the process releases all that it has mapped;
+    they stay in the system's cache, from where they come back without the disk.
     """
 
     def __init__(self, arrays: Iterable[np.ndarray]) -> None:
@@ -267,12 +267,12 @@ class _Resident:
         return limited
 
     def limit(self) -> None:
-        """Let go of what is mapped if it is much."""
+        """Release what is mapped if too much of it is resident."""
         if _mapped_bytes() - self._kept > _MOST_MAPPED:
             self.let_go()
 
     def let_go(self) -> None:
-        """Let go of all that is mapped."""
+        """Release all that is mapped."""
         for each in self._maps:
             each.madvise(mmap.MADV_DONTNEED)
         self._kept = _mapped_bytes()
@@ -438,7 +438,7 @@ def encode(
 ) -> Store:
     """Encode ``indices`` (default: all) of a source into the folder ``out``, which appears when it is complete.
 
-    An interrupted call with the same arguments goes on where it stopped. Unreadable images are left out, counted and
+    An interrupted call resumes when it is repeated with the same arguments. Unreadable images are left out, counted and
     listed in ``skipped.jsonl``; more than ``max_skipped_share`` of them raise UserError. So does an ``out`` that holds
     anything but encoded data; encoded data is replaced.
 
@@ -468,7 +468,7 @@ def encode(
 
 
 def origin(source: Source, tokenizers: DataTokenizers, indices: np.ndarray | range) -> dict[str, str]:
-    """What decides the content of a store, as its manifest holds it under ``made_by``."""
+    """What the content of a store depends on; its manifest has it as ``made_by``."""
     found = {"source": source.name, "tokenizers": tokenizers.fingerprint, "items": items_digest(indices)}
     return found | {"content": content_digest(source)}
 

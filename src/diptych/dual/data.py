@@ -4,8 +4,8 @@
     States, cached_states      states of the towers of a `dual/towers.py:TowersEncoder`, kept on disk, from which
                                :class:`~diptych.dual.towers.Heads` learns
 
-Each image has the states of its views, which are drawn once; each caption has its own. While the heads train, no tower
-computes anything, and neither pixels nor texts are read.
+The views of an image are drawn once, and the states of each view and of each caption are stored. While the heads train,
+the towers are not used, and neither pixels nor texts are read.
 
 Shapes: B rows, M captions of a row, L tokens or states of a caption, N images, V views of an image, K random numbers of
 a view, S states of a view, F width of a tower.
@@ -46,13 +46,13 @@ _AT_ONCE = 4096
 Tokenize = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 """Texts to ids, not padded."""
 _ITEMS = 128
-"""Images, with their captions, between two points to which an interrupted computation returns."""
+"""Number of images, with their captions, after which an interrupted computation can resume."""
 _TEXT_ROWS = 128
-"""Captions that a tower computes at once."""
+"""Number of captions that a tower encodes at once."""
 _THREADS = 2
-"""Threads that decode images."""
+"""Number of threads that decode images."""
 _LARGEST = 65504.0
-"""Largest number in half precision."""
+"""Largest number that half precision can hold."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -187,7 +187,7 @@ def pair_stream(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatesConfig:
-    """What decides the states besides the towers and the data."""
+    """What the states depend on besides the towers and the data."""
 
     views: Sequence[ViewConfig]
     """How the views of an image are drawn, each once."""
@@ -257,12 +257,12 @@ def cached_states(
 ) -> tuple[States, int]:
     """The states of the captioned images of ``source``, computed as far as the folder ``cache`` does not have them.
 
-    ``enough`` is called after each block of items with the number of items so far; where it is True, no more are
-    computed. ``title`` stands before the progress. Also returns the number of items that have states: all of
-    ``captions``, or as many as were enough.
+    ``enough`` is called after each block with the number of items so far; once it returns True, no more are computed.
+    ``title`` stands before the progress. Also returns the number of items that have states: all of ``captions``, or as
+    many as were enough.
 
-    An interrupted computation goes on where it stopped. Raises UserError when too many images cannot be read; the
-    others of them are recorded in ``skipped`` and left out.
+    An interrupted computation resumes where it stopped. Images that cannot be read are recorded in ``skipped`` and left
+    out; raises UserError for too many of them.
     """
     width, kept = encoder.text_tower_width, {"keep_tokens": config.keep_tokens}
     shared: dict[str, Any] = {"precision": _precision(encoder, config)}
@@ -300,7 +300,7 @@ def cached_states(
 
 
 class _Cached:
-    """A folder of arrays whose name tells what decides its content. A run may use it before all of it is there."""
+    """A folder of arrays, named by a digest of what its content depends on. A run may use it before it is complete."""
 
     def __init__(self, folder: Path, made_by: dict[str, Any]) -> None:
         self._folder, manifest = folder, folder / "manifest.json"
@@ -313,7 +313,7 @@ class _Cached:
         self.skipped = self.writer.skipped
 
     def finish(self) -> None:
-        """Give the folder its name, now that everything is there."""
+        """Rename the hidden folder, which is complete."""
         if self.writer is not None:
             content = {"made_by": self.writer.state["made_by"], "skipped": self.skipped}
             self.writer.finish("manifest.json", content, lambda folder: folder)
@@ -327,7 +327,7 @@ class _Cached:
 
 
 def _cached(cache: Path, kind: str, made_by: dict[str, Any], *, keep_tokens: bool) -> _Cached:
-    """The folder for what ``made_by`` decides; the one with tokens serves those who need none, if it is finished."""
+    """The folder for ``made_by``. If tokens are not needed, a finished folder that has them will do."""
     folders = []
     for tokens in (True, keep_tokens):
         content = json.loads(json.dumps(made_by | {"keep_tokens": tokens}))

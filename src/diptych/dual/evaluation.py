@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diptych.data.audit import Fit, fits_of
-from diptych.data.check import note_on_learned, note_on_lengths
+from diptych.data.check import note_on_learned, note_on_lengths, open_data_of
 from diptych.data.class_texts import are_codes, name_classes, read_names
 from diptych.data.engine import LOCAL, Engine, Rows
 from diptych.data.pixels import (
@@ -52,7 +52,7 @@ from diptych.eval.probe import linear_probe
 from diptych.io import write_bytes
 from diptych.nn.inference import Device, eval_mode, pick_device
 from diptych.report.terminal import ProgressLine, print_comparison, print_metrics
-from diptych.run_folder import read_config, write_json
+from diptych.run_folder import write_json
 
 _MAPPED = 8192
 """Largest number of pairs on the map, as in ITO's figure."""
@@ -93,7 +93,7 @@ class EmbeddedPairs:
     image_of_T: Int[Tensor, "T"]
     """Row of each text's image; the texts of an image lie together."""
     wording_T: Int[Tensor, "T"]
-    """The same number for texts that are equal but for their case."""
+    """Number of each text's wording; texts that differ only in case have the same one."""
 
     @property
     def first_ID(self) -> Float[Tensor, "I D"]:
@@ -181,8 +181,7 @@ def compare_retrieval(
     items = [item for item in map(int, images.items_I) if images.source.captions(item)]
     texts = [text for item in items for text in images.source.captions(item)]
     try:
-        data = read_config(run)["run"]["data"]
-        known = open_finite(data["pairs"], Columns(**data["columns"]))
+        known = open_data_of(run, "pairs")
         notes += note_on_learned(known, range(len(known)), images.source)
         found = neighbour_word_embeddings(
             Subset(known, np.arange(len(known))),
@@ -192,9 +191,9 @@ def compare_retrieval(
             encoder_name=encoder or "",
         )
         for name, (images_ID, texts_TD) in found.items():
-            lent = replace(pairs, images_ID=images_ID.to(pairs.images_ID), texts_TD=texts_TD.to(pairs.texts_TD))
-            baselines.append(Baseline(name=name, scores=_named(score_retrieval(lent))))
-    except (UserError, KeyError, TypeError) as error:
+            by_words = replace(pairs, images_ID=images_ID.to(pairs.images_ID), texts_TD=texts_TD.to(pairs.texts_TD))
+            baselines.append(Baseline(name=name, scores=_named(score_retrieval(by_words))))
+    except UserError as error:
         notes.append(f"No baselines from the pairs: {first_line(error)}")
     return Comparison(
         source=images.source.name, select="retrieval/mean_r1", baselines=baselines, advice=_ADVICE, notes=notes
@@ -213,7 +212,7 @@ def compare_finished(run: Path, encoder: DualEncoder, images: ReadableImages) ->
 
 
 def _chance(pairs: EmbeddedPairs) -> dict[str, float]:
-    """What an encoder that knows nothing finds."""
+    """The scores of a random order."""
     images, texts = len(pairs.images_ID), len(pairs.texts_TD)
     right = RightTargets(images, pairs.image_of_T, pairs.wording_T)
     sides = {
@@ -249,7 +248,8 @@ def _long_captions(encoder: DualEncoder, images: EmbeddedImages) -> list[str]:
 def _score_labels(
     encoder: DualEncoder, images: EmbeddedImages, *, data: str, train: str | None, classes: Path | None
 ) -> tuple[dict[str, float], list[str]]:
-    """Scores by labels, and notes. Raises UserError where there are none and they are asked for or nothing else is."""
+    """Scores by labels, and notes. Raises UserError where there are none, if they are wanted or nothing else is there
+    to score."""
     needed = bool(train or classes) or not images.source.has_captions
     if images.labels is not None:
         train_images = embed_source(encoder, open_finite(train, Columns())) if train else None
@@ -403,8 +403,8 @@ def assess_images(
     skipped: SkippedItems,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> AssessedImages:
-    """The image tower's features of the readable ones of ``images``, and how undecided it is among ``texts``: the
-    entropy in nats of the softmax over the cosines times the encoder's scale. Without texts it is not known.
+    """The image tower's features of the readable ones of ``images``, and as their uncertainty the entropy in nats of
+    the softmax over ``texts`` (the cosines times the encoder's scale). Without texts there is none.
     """
     rows = ReadableImages(images.source, images.items, size=encoder.image_size, skipped=skipped, rows=_ROWS)
     found = embed_readable(encoder, rows, advance=advance)

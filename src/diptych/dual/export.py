@@ -1,4 +1,4 @@
-"""A dual encoder in formats of others.
+"""A dual encoder in the formats of other libraries.
 
     save_open_clip   a folder that open_clip reads: `open_clip.create_model_and_transforms("local-dir:FOLDER")`
     save_onnx        both towers as ONNX, checked against torch by onnxruntime
@@ -35,7 +35,7 @@ from diptych.run_folder import write_json
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 IMAGE_TOWER, TEXT_TOWER, SCALE = "image_encoder.onnx", "text_encoder.onnx", "onnx.json"
 LARGEST_DIFFERENCE = 1e-4
-"""Largest difference of a number in an embedding, of length 1, that is let pass between onnxruntime and torch."""
+"""Largest allowed difference of a number in an embedding, of length 1, between onnxruntime and torch."""
 _LARGEST_FILE = 2**31 - 2**20
 """Bytes of weights above which ONNX keeps them in a file beside the graph."""
 _SAID = ("a dog", "", "two children are playing in the snow with a small dog", "a red car", "it")
@@ -175,7 +175,7 @@ class _TextTower(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A tower with what it is exported by."""
+    """A tower with what its export needs."""
 
     file: str
     tower: nn.Module
@@ -265,7 +265,7 @@ def _export(part: _Part, file: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that it could use, and on how it names things."""
+    """Hides the exporter's messages on optional packages and on its names."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""What embeddings of images and texts are scored by: retrieval, zero-shot classification and the modality gap.
+"""Scores of embeddings of images and texts: retrieval, zero-shot classification and the modality gap.
 
-Everything here takes L2-normalized embeddings and knows no model and no data.
+All functions take L2-normalized embeddings, and depend on no model and no data.
 
 Shapes: I images, T texts (several may belong to an image), Q queries, B images to classify, C classes, N pairs,
 D width.
@@ -107,7 +107,7 @@ def retrieval(
 
 
 class RightTargets:
-    """Which texts are right for an image, and which images for a text. Arguments as those of :func:`retrieval`."""
+    """Which texts are right for an image, and which images for a text. Takes the arguments of :func:`retrieval`."""
 
     def __init__(self, images: int, image_of_T: Int[Tensor, "T"], wording_T: Int[Tensor, "T"] | None = None) -> None:
         self.images, self.image_of_T = images, image_of_T
@@ -178,7 +178,7 @@ def _recall(rank_Q: Int[Tensor, "Q"]) -> Recall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassAccuracy:
-    """Shares of the images, 0 to 1."""
+    """Accuracies, from 0 to 1."""
 
     top1: float
     """Share with the right class as the best."""
@@ -200,7 +200,7 @@ def class_embeddings(
 
 
 def class_accuracy(scores_BC: Float[Tensor, "B C"], labels_B: Int[Tensor, "B"]) -> ClassAccuracy:
-    """How often the right class scores best. Another class with the same score counts as better."""
+    """Shares of images whose right class is the best, or among the five best; equal scores count as better."""
     right_B1 = scores_BC.gather(1, labels_B[:, None])
     rank_B = (scores_BC >= right_B1).sum(1)
     top1, top5 = ((rank_B <= k).float().mean().item() for k in (1, 5))

@@ -1,5 +1,6 @@
 """A dual encoder: an image tower and a text tower that map into one space. It is a plain `transformers.CLIPModel` with
-its processor, so that any tool that loads CLIP loads it; `dual/towers.py` has the one of two pretrained models.
+its processor, so that any tool that loads CLIP loads it. `dual/towers.py` has the dual encoder of two pretrained
+models.
 
 The file holds the sizes, the network, and the training of a text tokenizer in CLIP's format.
 
@@ -55,7 +56,7 @@ class DualEncoderConfig:
     """What is trained of pretrained towers: `heads`, the projections alone; `text`, also the text tower, as in LiT; or
     `all`."""
     dropout: float = 0.0
-    """Share of the features of pretrained towers that training hides from the projections, 0 to 1."""
+    """Dropout rate of the features of pretrained towers before the projections, 0 to 1."""
 
     image_size: int = 224
     """Side of the images that the image tower sees, in pixels."""
@@ -179,7 +180,7 @@ class DualEncoder(nn.Module, Temperature, OnHub):
     # Training
 
     def tune_for_training(self) -> None:
-        """Make two parts of the towers cheaper under bf16 autocast. Training runs ask for it; nothing else does.
+        """Make two parts of the towers cheaper under bf16 autocast, for training runs alone.
 
         The first layer becomes a matrix product, which takes a sixth of the convolution's time in bf16 on a CPU. Each
         LayerNorm before attention rounds its output once, where the three products that read it would each round it and
@@ -193,7 +194,7 @@ class DualEncoder(nn.Module, Temperature, OnHub):
             layer.layer_norm1.register_forward_hook(_round_output)
 
     def training_settings(self) -> dict[str, Any]:
-        """What decides the losses besides the configuration and the weights."""
+        """What the losses depend on besides the configuration and the weights."""
         return {}
 
     def recompute_image_activations(self) -> None:

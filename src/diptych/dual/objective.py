@@ -44,7 +44,7 @@ class PairsConfig:
     """An objective's settings. Each objective has a subclass, which builds it."""
 
     MEMORY_ONLY: ClassVar[tuple[str, ...]] = ("chunk",)
-    """Fields that change no loss and no gradient: a run may be resumed with other values."""
+    """Names of the fields that change no loss and no gradient. A run may be resumed with other values of them."""
 
     views: int = 1
     """Number of views of each image in a step."""
@@ -74,7 +74,7 @@ class PairsConfig:
         return [self.augment] * self.views
 
     def identity(self) -> dict[str, Any]:
-        """The fields that decide the losses, to be compared when a run is resumed."""
+        """The fields that the losses depend on, to be compared when a run is resumed."""
         return {name: value for name, value in asdict(self).items() if name not in self.MEMORY_ONLY}
 
     def check(self) -> None:
@@ -244,7 +244,7 @@ class SlipConfig(PairsConfig):
 class SlipObjective(PairsObjective[SlipConfig]):
     """L = L_CLIP + L_SimCLR, where L_SimCLR reads the image tower before its projection.
 
-    Where the tower is frozen, its output does not learn, and L_SimCLR reads what the projection makes of it.
+    Where the tower is frozen, its output does not learn, and L_SimCLR reads the projection of it.
 
     Departure: the projector has LayerNorm where SLIP has BatchNorm, whose statistics depend on how the rows are split
     over processes and chunks.

@@ -58,17 +58,17 @@ _INDEX = "index.faiss"
 _CODES = "ivfpq"
 """Folder, in that of a store, of the parts of an index of short codes."""
 _FEWEST = 10_000
-"""Number of vectors that 256 codes for each part of a vector are learnt from without guesswork."""
+"""Smallest number of vectors from which 256 codes for each part of a vector can be learnt well."""
 _SAMPLE_BYTES = 256 * 2**20
 """Bytes of the sample from which an index of codes is learnt."""
 _PART = 4_000_000
 """Number of vectors whose codes are in memory at once while an index is built."""
 _RANKED = 20
-"""Number of vectors, for each that is wanted, that are compared as they are after they were found by their codes."""
+"""Number of vectors found by their codes that are then compared exactly, for each hit that is wanted."""
 _IN_A_GROUP = 16_384
 """Number of vectors in a row group of parquet: what a reader holds at once."""
 _ROWS = 256
-"""Number of items of a source that are embedded between two points to which an interrupted `embed` returns."""
+"""Number of items of a source after which an interrupted `embed` can resume."""
 _THUMBNAIL = 160
 """Side of an image on a contact sheet, in pixels."""
 
@@ -140,10 +140,10 @@ def nearest_approximate(queries_QD: Float[Tensor, "Q D"], store: VectorStore, *,
     The scores are those of exact search (up to fp16), but a neighbour in a cell that is not visited is missed. A query
     whose cells hold fewer than ``k`` vectors gets item -1 for the rest.
 
-    The index is the one that :func:`build_ivfpq` left in the store's folder: the best by their codes are then compared
-    by their vectors. Else the first call builds one there of the whole vectors. This takes about half a minute for
-    each million vectors on two cores, and memory for all of them in fp16. Raises UserError where faiss is not
-    installed.
+    If :func:`build_ivfpq` left an index in the store's folder, it finds candidates by their codes, which are then
+    compared by their vectors. Else the first call builds an index of the whole vectors there. This takes about half a
+    minute for each million vectors on two cores, and memory for all of them in fp16. Raises UserError where faiss is
+    not installed.
     """
     faiss = import_faiss()
     queries = np.ascontiguousarray(queries_QD.cpu().float().numpy())
@@ -273,7 +273,7 @@ def embed_run(
 ) -> tuple[VectorStore, int]:
     """Embed all images or all texts of the source ``spec`` into the store ``out``, in half precision.
 
-    An interrupted call goes on where it stopped. Returns the store and the number of unreadable images, which are left
+    An interrupted call resumes where it stopped. Returns the store and the number of unreadable images, which are left
     out and listed in ``skipped.jsonl``. Raises UserError for a source without that side, and when too many images are
     unreadable.
     """
@@ -356,9 +356,9 @@ class Index:
     """A store of embeddings together with the model that made it."""
 
     def __init__(self, run: Path, store: Path, *, device: Device = "auto", encoder: DualEncoder | None = None) -> None:
-        """``encoder`` is that of the run, where it is loaded already.
+        """``encoder`` is that of the run, if it is loaded already.
 
-        Raises UserError for a store that another model made: its embeddings mean nothing to this model.
+        Raises UserError for a store that another model made, whose embeddings cannot be compared with this model's.
         """
         self.store = VectorStore.open(store)
         self.encoder = encoder or open_dual(run, device=device)
@@ -403,7 +403,7 @@ class Index:
 
     @property
     def holds_images(self) -> bool:
-        """Whether it is the images of a source that were embedded, not its texts."""
+        """Whether the store holds embeddings of images, not of texts."""
         return self.store.manifest["side"] == "images"
 
     @cached_property

@@ -33,7 +33,7 @@ _GRID = 3
 _NEARLY_LINEAR = 0.1
 """Diagonal of a pooler that does not change the first token: tanh(0.1 x) is nearly linear."""
 _AVERAGE = 1e4
-"""Factor of the mean of all tokens in an averaging layer, against which the first token itself is nothing."""
+"""Factor of the mean of all tokens in an averaging layer: so large that the first token itself does not count."""
 
 
 class _Projected(Temperature):
@@ -112,7 +112,7 @@ class TowersEncoder(DualEncoder, _Projected):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TowersEncoder":
-        """Frozen towers stay in evaluation mode, and so do all batch norms: a batch is too small for statistics."""
+        """Frozen towers stay in evaluation mode, as do all batch norms: a batch is too small for their statistics."""
         super().train(mode)
         for tower, learned in (
             (self.clip.vision_model, self.tune == "all"),
@@ -130,15 +130,15 @@ class TowersEncoder(DualEncoder, _Projected):
         return self.tune == "heads"
 
     def training_settings(self) -> dict[str, Any]:
-        """What decides the losses besides the configuration and the weights, among it a digest of the towers."""
+        """What the losses depend on besides the configuration and the weights, such as a digest of the towers."""
         towers = [weights_digest(tower) for tower in (self.clip.vision_model, self.clip.text_model)]
         return {"tune": self.tune, "dropout": self.dropout, "towers": towers}
 
     def remember(self, folder: Path) -> None:
         """From now on keep the pooled features of every batch that frozen towers see outside of training.
 
-        So a validation that sees the same batches again and again computes them once. They are those of that very
-        batch, to the last bit. ``folder`` has those that an earlier call of :meth:`save_cache` wrote for these towers.
+        A validation that sees the same batches again then computes nothing, and its scores stay the same to the last
+        bit. ``folder`` has the features that an earlier call of :meth:`save_cache` wrote for these towers.
         """
         digest = weights_digest(self.clip.vision_model), weights_digest(self.clip.text_model)
         self._kept_in = folder / f"validation-{'-'.join(digest)}.safetensors"
@@ -146,7 +146,7 @@ class TowersEncoder(DualEncoder, _Projected):
         self._known = {key: value.to(self.mean_311.device) for key, value in self._known.items()}
 
     def save_cache(self) -> None:
-        """Write what is remembered for other runs and for this one when it is resumed."""
+        """Write the kept features, for this run when it is resumed and for others."""
         assert self._known is not None
         write_bytes(self._kept_in, save({key: value.cpu().contiguous() for key, value in self._known.items()}))
 
@@ -245,7 +245,7 @@ class Heads(nn.Module, _Projected):
         self.image_tower_width = encoder.image_tower_width
 
     def recompute_image_activations(self) -> None:
-        """Nothing: no tower computes."""
+        """Does nothing: no tower is used."""
 
     def text_positions(self, length: int) -> Float[Tensor, "L D"]:
         """As :meth:`TowersEncoder.text_positions`."""
@@ -302,7 +302,7 @@ def _adopt(tower: nn.Module, given: dict[str, Tensor], name: str) -> None:
 
 
 def _pooled_as_trained(language: PooledTextEncoder) -> tuple["transformers.PretrainedConfig", dict[str, Tensor]]:
-    """Configuration and weights of a text tower whose pooler gives what the encoder pools by.
+    """Configuration and weights of a text tower whose pooler gives the same features as the encoder's pooling.
 
     `transformers` pools BERT and its like by a layer on the first token. Where the encoder takes the mean of the
     tokens, the tower gets one more layer, whose attention is the same for all tokens, so that its first token is their
@@ -350,7 +350,7 @@ def _check_pooled(run: Callable[[], Any], width: int, name: str) -> None:
 
 
 def _processor(vision: HubImageEncoder, language: PooledTextEncoder) -> Any:
-    """What prepares images as :class:`DualEncoder` does: centre square, size, scale; and the tokenizer of the text."""
+    """The text tokenizer, and a processor of images as of :class:`DualEncoder`: centre square, size, scale."""
     side = {"height": vision.image_size, "width": vision.image_size}
     to_unit = 255 * vision.scale  # this processor makes values in [0, 1] before it normalizes them
     pixels = transformers.CLIPImageProcessorPil(

@@ -4,7 +4,6 @@ import copy
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -53,14 +52,14 @@ _SHOWN, _FOUND = 6, 3
 _THUMBNAIL = 128
 """Side in pixels of these images."""
 _TIMED = 16
-"""Number of images whose validation is timed."""
+"""Number of images with which a validation is timed."""
 _VALID_SHARE = 0.04
 """Share of a budget that one validation takes at most."""
 _VALID_ONCE_SHARE = 0.1
 """The same for frozen towers, which compute the features of a validation once."""
 _LEAST_TRAINING, _MOST_TRAINING = 0.15, 0.5
-"""Shares of what is left of a budget between which training on frozen towers has what its steps take; the features of
-images and captions get the rest."""
+"""Smallest and largest share of the rest of a budget for training on frozen towers. Between them it gets the time of
+its steps; the features of images and captions get what is left."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,15 +93,7 @@ class DualRun:
         Raises UserError for data without images or captions, and for invalid settings.
         """
         join_processes(self.train.device)
-        source = open_finite(self.data.pairs, self.data.columns)
-        require_pairs(source, self.data.pairs)
-        parts = [Part("pair", source, range(len(source)))]
-        if self.data.valid is not None:
-            valid = open_finite(self.data.valid, self.data.columns)
-            parts.append(Part(VALIDATION, valid, range(min(len(valid), self.data.valid_images))))
-        summary = check_parts(parts, max_skipped_share=self.data.max_skipped_share)
-        if is_main_process():
-            print(summary, flush=True)
+        source, summary = self._open_data()
         self._fit_batch(source)
 
         def report(state: str) -> None:
@@ -154,13 +145,11 @@ class DualRun:
             identity=run._identity(model, source, captioned_images=batches.streams["pairs"].size),
             pace=pace,
             report=report,
-        )
+        ).with_best(best, objective)
         if is_main_process():
             for line in skipped.report(out / "skipped.jsonl"):
                 print(line, file=sys.stderr, flush=True)
-        if best is not None and best.score is not None:
-            best.load_into(objective)
-        with result.eval_mode(objective) if best is None else nullcontext():
+        with result.eval_mode(objective):
             if is_main_process():
                 model.clamp_scale()
                 save_model(model, out / "model")
@@ -168,8 +157,21 @@ class DualRun:
             run._report_result(out, model, best)
         return result
 
+    def _open_data(self) -> tuple[Source, str]:
+        """The pairs, and the line about all data that is printed before the training."""
+        source = open_finite(self.data.pairs, self.data.columns)
+        require_pairs(source, self.data.pairs)
+        parts = [Part("pair", source, range(len(source)))]
+        if self.data.valid is not None:
+            valid = open_finite(self.data.valid, self.data.columns)
+            parts.append(Part(VALIDATION, valid, range(min(len(valid), self.data.valid_images))))
+        summary = check_parts(parts, max_skipped_share=self.data.max_skipped_share)
+        if is_main_process():
+            print(summary, flush=True)
+        return source, summary
+
     def _identity(self, model: DualEncoder, source: Source, *, captioned_images: int) -> dict[str, Any]:
-        """What decides the losses besides the loop's own fields; a resumed run must have the same."""
+        """What the losses depend on besides the loop's own fields; a resumed run must have the same."""
         together = {"shards_together": self.data.shards_together} if self.data.shards_together else {}
         return {
             "model": model.clip.config.to_diff_dict() | model.training_settings(),
@@ -320,9 +322,9 @@ class DualRun:
         return states
 
     def _enough(self, model: TowersEncoder, captions: CaptionIds, plan: RunPlan) -> Callable[[int], bool]:
-        """Whether the time for features is over: what is left of the budget is what the steps of the recipe take.
+        """Whether the time for features is over, because the steps of the recipe need the rest of the budget.
 
-        The clock decides, since a machine may become slower on the way, and heads that cannot learn are worth nothing.
+        It goes by the clock, since a machine may become slower on the way.
         """
         budget = plan.budget
         if budget is None:
@@ -346,7 +348,7 @@ class DualRun:
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
 
     def _affordable_evaluation(self, model: DualEncoder, out: Path, plan: RunPlan) -> tuple["DualRun", float]:
-        """The run with so many images to validate on as a budget has time for, and the seconds that these take."""
+        """The run with as many validation images as its budget has time for, and the seconds that these take."""
         if plan.budget is None or self.data.valid is None:
             return self, 0.0
         few = replace(self, data=replace(self.data, valid_images=min(_TIMED, self.data.valid_images)))

@@ -48,10 +48,10 @@ def clean_for_clip(text: str) -> str:
     return " ".join(text.split())
 
 
-def text_list(texts: Any) -> list[str]:
-    """A list of texts, also of a single one. Raises UserError where there is none, and for what is no text."""
+def text_list(texts: Any, *, least: int = 1) -> list[str]:
+    """A list of texts, also of a single one. Raises UserError for fewer than ``least``, and for what is no text."""
     every = [texts] if isinstance(texts, str) else list(texts)
-    if not every:
+    if len(every) < least:
         raise UserError("no texts: give one at least")
     for number, text in enumerate(every):
         if not isinstance(text, str):
@@ -129,7 +129,7 @@ class PooledTextEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, texts: str | Sequence[str]) -> Float[Tensor, "B D"]:
         """One vector for each text, or for a single text, on the encoder's device."""
-        texts = text_list(texts) if texts != [] else []
+        texts = text_list(texts, least=0)
         pieces = [self._pooled(texts[at : at + _ROWS]) for at in range(0, len(texts), _ROWS)]
         return torch.cat(pieces) if pieces else torch.empty(0, self.width)
 

@@ -2,7 +2,6 @@
 
     caption_baselines          the most frequent caption, and the consensus of all pairs and of the nearest images
     neighbour_word_embeddings  images as the words in the captions of the nearest images, for retrieval
-    encoder_fits               how well captions fit their images, by two pretrained encoders
     ClassBaselines             chance, the most frequent class, and logistic regression
     Comparison                 a run beside its baselines, and the sentence that a report begins with
 
@@ -29,27 +28,25 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from diptych.data.audit import Fit, fits_of
-from diptych.data.engine import LOCAL, Engine, Rows
-from diptych.data.pixels import SkippedItems, captioned_items, channels_first, image_batches, read_block
+from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import Source
 from diptych.data.splits import Subset
-from diptych.encoders import ImageEncoder, PooledTextEncoder, open_image_encoder, open_text_encoder
+from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError, first_line
 from diptych.eval.captions import tokenize
-from diptych.eval.probe import Linear, caption_fits, select_linear
+from diptych.eval.probe import Linear, select_linear
 from diptych.io import write_bytes
 from diptych.nn.inference import Device, eval_mode, pick_device
-from diptych.report.terminal import ProgressLine, better, meaning_of
+from diptych.report.terminal import better, meaning_of
 from diptych.rng import derive_seed
 from diptych.run_folder import BASELINES, write_json
 
 NEAREST = 30
-"""Number of training images whose captions are looked at. CIDEr-D on Flickr8k's dev images rises up to about here."""
+"""Number of nearest images whose captions are used. CIDEr-D on Flickr8k's dev images rises up to about here."""
 _NGRAMS = 4
 """Longest sequence of tokens that is compared, as in CIDEr."""
 _MOST = 3000
-"""Number of training images that are looked at, a random part of larger data: baselines take seconds."""
+"""Largest number of training images that are used, so that baselines take seconds; of more, a random part."""
 _SIZE = 64
 """Side in pixels at which histograms are taken."""
 _COLOURS, _COLOUR_CELLS = 4, 2
@@ -75,9 +72,9 @@ class Comparison:
     """A run beside its baselines, all scored on the same items."""
 
     source: str
-    """What they were scored on."""
+    """Name of the source that they were scored on."""
     select: str
-    """Name of the score that decides."""
+    """Name of the score by which they are compared."""
     baselines: list[Baseline]
     scores: dict[str, float] = field(default_factory=dict)
     """Scores of the run; none before it is trained."""
@@ -89,7 +86,7 @@ class Comparison:
     """What was left out, and why."""
 
     def verdict(self) -> str:
-        """What a reader must know first: whether a baseline is better, whether unpaired data hurt, and what to try.
+        """Whether a baseline is better than the run, whether unpaired data hurt, and what to try, in whole sentences.
 
         Empty where nothing was compared.
         """
@@ -99,8 +96,8 @@ class Comparison:
         return " ".join(sentence for sentence in told if sentence)
 
     def table(self) -> tuple[list[str], list[list[str | float | None]]]:
-        """Names of the scores, the deciding one first; and a row for the run and for each baseline, None where a score
-        is not known. Only scores that can be better or worse are in it."""
+        """Names of the scores, ``select`` first, and a row for the run and for each baseline; None where it has no such
+        score. Scores of which neither a higher nor a lower value is better are left out."""
         rows = [Baseline(name="this run", scores=self.scores)] if self.scores else []
         rows += self.baselines
         names = list(dict.fromkeys(name for each in rows for name in each.scores if meaning_of(name).better))
@@ -167,7 +164,7 @@ def caption_baselines(
 ) -> list[Baseline]:
     """Captions for the images ``test`` that need no training, from the captioned images ``pairs``.
 
-    Of more than 3,000 pairs a random 3,000 are looked at. Raises UserError where none of them has a caption and an
+    Of more than 3,000 pairs a random 3,000 are used. Raises UserError where none of them has a caption and an
     image that can be read.
 
     Args:
@@ -213,7 +210,7 @@ class _KnownImages:
         found = {
             f"the {count} nearest by {name}": nearest(query_BF, known, count=count).tolist()
             for name, (known, query_BF) in features.items()
-            # Otherwise an image that could be read a moment ago cannot be read any more.
+            # Otherwise an image that could be read before can no longer be read.
             if (len(known), len(query_BF)) == (len(items), len(test.items))
         }
         return cls(texts=[pairs.source.captions(int(item)) for item in items], nearest=found)
@@ -240,22 +237,22 @@ class CaptionPool:
         self._vectors = [[self._unit_by_length(grams) for grams in of_image] for of_image in ngrams]
 
     def consensus(self, images: Iterable[int]) -> str:
-        """The caption of one of ``images`` that is most like their other captions in the mean; of equals the first."""
+        """The caption of one of ``images`` with the largest mean cosine with their other captions."""
         candidates = [(image, number) for image in images for number in range(len(self.texts[image]))]
         total: Counter[tuple[str, ...]] = Counter()
         for image, number in candidates:
             for gram, value in self._vectors[image][number].items():
                 total[gram] += value  # type: ignore[assignment]
 
-        def likeness(candidate: tuple[int, int]) -> float:
+        def similarity(candidate: tuple[int, int]) -> float:
             image, number = candidate
             return sum(value * (total[gram] - value) for gram, value in self._vectors[image][number].items())
 
-        image, number = max(candidates, key=likeness)
+        image, number = max(candidates, key=similarity)
         return self.texts[image][number]
 
-    def likeness(self, texts: Iterable[str], images: Sequence[int]) -> list[float]:
-        """How like the captions of ``images`` each text is: the mean cosine, from 0 to 1. Each image counts alike."""
+    def similarity(self, texts: Iterable[str], images: Sequence[int]) -> list[float]:
+        """Mean cosine of each text with the captions of ``images``, from 0 to 1; each image has the same weight."""
         mean: dict[tuple[str, ...], float] = defaultdict(float)
         for image in images:
             share = 1 / (len(images) * len(self._vectors[image]) * _NGRAMS)
@@ -282,7 +279,7 @@ def _ngrams(text: str) -> Counter[tuple[str, ...]]:
 class NearCaptions:
     """Captions of some images and unpaired texts, with the features by which those near to another image are found.
 
-    A caption has the features of its image, an unpaired text those that a regression expects of an image of it
+    A caption has the features of its image, an unpaired text those that a regression predicts for its image
     (:meth:`diptych.itit.model.ImageFeatures.expected`).
     """
 
@@ -300,23 +297,23 @@ class NearCaptions:
 
     @cached_property
     def _pools(self) -> list[tuple[CaptionPool, np.ndarray, int]]:
-        """Of the captioned images and of the texts, if there are any: what they say, features, how many are near."""
+        """The captioned images and, if there are any, the texts: captions, features, and how many of them are near."""
         found = [(CaptionPool(self.captions), self.features_TF.astype(np.float32), NEAREST)]
         if self.expected_UF is not None:
             count = max(NEAREST, len(self.texts) // NEAREST)
             found.append((CaptionPool([[text] for text in self.texts]), self.expected_UF.astype(np.float32), count))
         return found
 
-    def likeness(self, features_BF: Float[np.ndarray, "B F"], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """How like the captions of the 30 nearest images the texts of each image are (:meth:`CaptionPool.likeness`).
+    def similarity(self, features_BF: Float[np.ndarray, "B F"], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """:meth:`CaptionPool.similarity` of the texts of each image with the captions of its 30 nearest images.
 
-        Where there are unpaired texts, their likeness to the nearest thirtieth of those, or the nearest 30, is added.
+        Where there are unpaired texts, the similarity with the nearest thirtieth of them (at least 30) is added.
         """
         total_BW = [[0.0] * len(of_image) for of_image in texts]
         for pool, known_TF, count in self._pools:
             near_BK = nearest(features_BF, known_TF, count=count).tolist()
             for row, of_image, near in zip(total_BW, texts, near_BK, strict=True):
-                row[:] = np.add(row, pool.likeness(of_image, near)).tolist()
+                row[:] = np.add(row, pool.similarity(of_image, near)).tolist()
         return total_BW
 
     def save_pretrained(self, folder: Path) -> None:
@@ -371,81 +368,21 @@ def neighbour_word_embeddings(
                     x_NV[row, place[word]] += 1
         return torch.nn.functional.normalize(x_NV * weight_V, dim=-1)
 
-    told_NV = embedded([tokenize(text).split() for text in texts])
-    lent_TV = torch.stack([embedded(of_image).mean(0) for of_image in words_of])
+    texts_NV = embedded([tokenize(text).split() for text in texts])
+    known_TV = torch.stack([embedded(of_image).mean(0) for of_image in words_of])
     found = {}
     for name, near in known.nearest.items():
-        lent_BV = torch.stack([lent_TV[rows].mean(0) for rows in near])
-        found[f"captions of {name}"] = (torch.nn.functional.normalize(lent_BV, dim=-1), told_NV)
+        images_BV = torch.stack([known_TV[rows].mean(0) for rows in near])
+        found[f"captions of {name}"] = (torch.nn.functional.normalize(images_BV, dim=-1), texts_NV)
     return found
 
 
 def chance_of_recall(right_Q: Int[Tensor, "Q"], *, targets: int, k: int) -> float:
-    """The mean chance that ``k`` random ones of the targets hold one of the ``right_Q`` right ones of a query."""
+    """Mean probability that ``k`` random targets hold one of the ``right_Q`` right ones of a query."""
     miss_Q = torch.ones(len(right_Q), dtype=torch.float64)
     for drawn in range(min(k, targets)):
         miss_Q *= ((targets - right_Q.cpu() - drawn) / (targets - drawn)).clamp_min(0)
     return float(1 - miss_Q.mean())
-
-
-# How well captions fit
-
-
-def encoder_fits(
-    source: Source,
-    image_encoder: str,
-    text_encoder: str,
-    *,
-    skipped: SkippedItems,
-    device: Device = "auto",
-    engine: Engine = LOCAL,
-) -> list[Fit]:
-    """:func:`~diptych.eval.probe.caption_fits` of the captions of ``source``, by two pretrained encoders by name.
-
-    Captions of readable images; raises UserError for an encoder that cannot be opened and for fewer than two captioned
-    images. The ``reopen`` of another engine than the local is :func:`open_encoders` and gives the source besides.
-    """
-    captioned = captioned_items(source)
-    if len(captioned) < 2:
-        raise UserError(f"{source.name}: {len(captioned)} captioned images, too few to compare captions with images")
-    images, texts = open_encoders(image_encoder, text_encoder, device)
-    found = engine.gather(
-        "fits",
-        _pair_features,
-        (images, texts, source),
-        captioned,
-        source=source,
-        network=torch.nn.ModuleList([images, texts]),
-        rows=_ROWS,
-        skipped=skipped,
-        advance=ProgressLine("encoding pairs"),
-    )
-    own_T = np.repeat(np.arange(len(found["items"])), found["counts"])
-    fit_T = caption_fits(torch.from_numpy(found["x"]), torch.from_numpy(found["y"]), torch.from_numpy(own_T))
-    return fits_of(found["items"], found["counts"], fit_T.numpy())
-
-
-def open_encoders(image_encoder: str, text_encoder: str, device: Device) -> tuple[ImageEncoder, PooledTextEncoder]:
-    """Pretrained encoders of images and texts, by name, on a device."""
-    images, texts = open_image_encoder(image_encoder), open_text_encoder(text_encoder)
-    return images.to(pick_device(device)), texts.to(pick_device(device))
-
-
-def _pair_features(tools: tuple[ImageEncoder, PooledTextEncoder, Source], items: np.ndarray) -> Rows:
-    """Features of images and of all their captions."""
-    images, texts, source = tools
-    pixels, items, skipped = read_block(source, items, size=images.image_size)
-    if not len(items):
-        return Rows(skipped=skipped)
-    captions = [source.captions(int(item)) for item in items]
-    with eval_mode(images):
-        x_IX = images(channels_first(pixels).to(next(images.parameters()).device)).float().cpu().numpy()
-    told = [text for some in captions for text in some]
-    order = sorted(range(len(told)), key=lambda place: len(told[place]))  # little padding
-    y_TY = np.empty((len(told), texts.width), np.float32)
-    y_TY[order] = texts([told[place] for place in order]).cpu().numpy()
-    counts = np.array([len(some) for some in captions], np.int64)
-    return Rows(arrays={"items": items, "counts": counts, "x": x_IX, "y": y_TY}, skipped=skipped)
 
 
 # Features
@@ -481,7 +418,7 @@ _WIDTH = _COLOURS**3 * _COLOUR_CELLS**2 + _ANGLES * _GRADIENT_CELLS**2
 
 
 def histograms(pixels_BSS3: UInt8[np.ndarray, "B S S 3"]) -> Float[np.ndarray, "B F"]:
-    """Which colours and which directions of edges an image has in which part of it: square roots of shares.
+    """Square roots of the shares of colours and of directions of edges in the parts of an image.
 
     The 64 colours of four levels a channel are counted in each quarter of the image, and eight directions of the
     gradient, weighted by its length, in each of 16 cells.

@@ -6,18 +6,28 @@ Shapes: N items, M test items, V validation items, D width, C classes; I images,
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diptych.data.audit import Fit, fits_of
+from diptych.data.engine import LOCAL, Engine, Rows
+from diptych.data.pixels import SkippedItems, captioned_items, channels_first, read_block
+from diptych.data.sources import Source
+from diptych.encoders import ImageEncoder, PooledTextEncoder, open_image_encoder, open_text_encoder
 from diptych.errors import UserError
+from diptych.nn.inference import Device, eval_mode, pick_device
+from diptych.report.terminal import ProgressLine
 from diptych.rng import derive_seed
 
 L2_GRID = tuple(10.0**-power for power in range(7))
 """Strengths of the l2 penalty, strong to weak: each fit begins where the one before it ended."""
 _VALIDATION = 0.2
 _ITERATIONS = 500
+_ROWS = 64
+"""Number of images that are encoded at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,3 +252,60 @@ def _near(a_AD: Tensor, b_BD: Tensor, image_of_A: Tensor, image_of_B: Tensor) ->
 
 def _centred_units(x_ND: Tensor) -> Tensor:
     return F.normalize(x_ND - x_ND.mean(0), dim=-1)
+
+
+def encoder_fits(
+    source: Source,
+    image_encoder: str,
+    text_encoder: str,
+    *,
+    skipped: SkippedItems,
+    device: Device = "auto",
+    engine: Engine = LOCAL,
+) -> list[Fit]:
+    """:func:`caption_fits` of the captions of ``source``, by two pretrained encoders by name.
+
+    Captions of readable images; raises UserError for an encoder that cannot be opened and for fewer than two captioned
+    images. The ``reopen`` of another engine than the local is :func:`open_encoders` and gives the source besides.
+    """
+    captioned = captioned_items(source)
+    if len(captioned) < 2:
+        raise UserError(f"{source.name}: {len(captioned)} captioned images, too few to compare captions with images")
+    images, texts = open_encoders(image_encoder, text_encoder, device)
+    found = engine.gather(
+        "fits",
+        _pair_features,
+        (images, texts, source),
+        captioned,
+        source=source,
+        network=torch.nn.ModuleList([images, texts]),
+        rows=_ROWS,
+        skipped=skipped,
+        advance=ProgressLine("encoding pairs"),
+    )
+    own_T = np.repeat(np.arange(len(found["items"])), found["counts"])
+    fit_T = caption_fits(torch.from_numpy(found["x"]), torch.from_numpy(found["y"]), torch.from_numpy(own_T))
+    return fits_of(found["items"], found["counts"], fit_T.numpy())
+
+
+def open_encoders(image_encoder: str, text_encoder: str, device: Device) -> tuple[ImageEncoder, PooledTextEncoder]:
+    """Pretrained encoders of images and texts, by name, on a device."""
+    images, texts = open_image_encoder(image_encoder), open_text_encoder(text_encoder)
+    return images.to(pick_device(device)), texts.to(pick_device(device))
+
+
+def _pair_features(tools: tuple[ImageEncoder, PooledTextEncoder, Source], items: np.ndarray) -> Rows:
+    """Features of images and of all their captions."""
+    images, texts, source = tools
+    pixels, items, skipped = read_block(source, items, size=images.image_size)
+    if not len(items):
+        return Rows(skipped=skipped)
+    captions = [source.captions(int(item)) for item in items]
+    with eval_mode(images):
+        x_IX = images(channels_first(pixels).to(next(images.parameters()).device)).float().cpu().numpy()
+    told = [text for some in captions for text in some]
+    order = sorted(range(len(told)), key=lambda place: len(told[place]))  # little padding
+    y_TY = np.empty((len(told), texts.width), np.float32)
+    y_TY[order] = texts([told[place] for place in order]).cpu().numpy()
+    counts = np.array([len(some) for some in captions], np.int64)
+    return Rows(arrays={"items": items, "counts": counts, "x": x_IX, "y": y_TY}, skipped=skipped)

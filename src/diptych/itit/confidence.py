@@ -1,11 +1,11 @@
 """How good a caption is expected to be: the score of its beam search, calibrated on held-out captioned images.
 
 A score orders the captions of a run by how certain the run is of them. It does not say how often such captions are
-good: that is found here, on images whose captions the run has not learned from, and is called the confidence. It holds
-for images like those.
+good. The confidence does: it is measured on images whose captions the run has not learned from, and is valid for images
+like those.
 
-Half of the images give the map from score to quality: isotonic regression, the best fit that never falls, over groups
-of neighbouring scores. The other half shows what the map is worth.
+The map from score to quality is fitted to half of the images by isotonic regression, the best fit that never falls,
+over groups of neighbouring scores. Its calibration error is measured on the other half.
 
 Shapes: N images, K groups of scores.
 """
@@ -41,9 +41,9 @@ MEANINGS: dict[Measure, str] = {
 FEWEST = 100
 """Number of captioned images below which nothing is calibrated."""
 _MOST = 2000
-"""Largest number of images that are captioned for it; of more, a random part."""
+"""Largest number of images that are captioned for the fit; of more, a random part."""
 _GROUP = 15
-"""Number of neighbouring scores whose mean quality is one point of the map: one caption alone says nothing."""
+"""Number of neighbouring scores whose mean quality is one point of the map."""
 _BINS = 10
 _ROWS = 64
 
@@ -54,9 +54,9 @@ class Confidence:
 
     measure: Measure
     source: str
-    """The captioned images that it was found on."""
+    """The captioned images that it was fitted to."""
     made_by: dict[str, Any]
-    """Weights and settings of the captions, as :func:`made_by` says; the scores of others mean something else."""
+    """Weights and settings of the captions, as :func:`made_by` gives them. It is valid for no others."""
     scores: Sequence[float]
     """Points of the map, ascending."""
     values: Sequence[float]
@@ -67,12 +67,12 @@ class Confidence:
 
     @property
     def meaning(self) -> str:
-        """What the number says of a caption."""
+        """The meaning of a confidence, for a line that shows it."""
         return MEANINGS[self.measure]
 
     @classmethod
     def of(cls, run: Path, made_by: dict[str, Any]) -> "Confidence | None":
-        """That of a run folder, if it was made for captions of these weights and settings.
+        """The confidence in a run folder, if it was fitted to captions of these weights and settings.
 
         Raises UserError for a damaged file.
         """
@@ -113,7 +113,7 @@ class Bin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """A confidence, and what it was worth on the half of the images that it was not fitted to."""
+    """A confidence, and how well it is calibrated on the half of the images that it was not fitted to."""
 
     confidence: Confidence
     bins: list[Bin]
@@ -135,8 +135,7 @@ class Calibration:
 
     @property
     def halves(self) -> tuple[float, float]:
-        """Quality of the surer and of the less sure half of the captions: they are equal for a map that says
-        nothing."""
+        """Mean quality of the half of the captions with the higher confidence, and of the other half."""
         sure, unsure = self.bins[len(self.bins) // 2 :], self.bins[: len(self.bins) // 2]
         first, second = (
             np.average([b.found for b in some], weights=[b.count for b in some]) for some in (sure, unsure)
@@ -190,10 +189,10 @@ def calibrate(
     best_of: int | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
-    """Find the confidence of captions on captioned images that ``diptych`` has not learned from.
+    """Fit the confidence to captioned images that ``diptych`` has not learned from.
 
-    The settings are those of the captions that it is for. Raises UserError for a source with fewer than ``FEWEST``
-    readable images with captions, and for one beam.
+    It is valid for captions that are made with the same settings. Raises UserError for a source with fewer than
+    ``FEWEST`` readable images with captions, and for one beam.
     """
     settings = made_by(diptych, beams=beams, candidates=candidates, best_of=best_of)
     if settings["beams"] < 2:
@@ -243,7 +242,7 @@ def calibrate(
 
 
 def qualities(source: Source, items: Sequence[int], captions: Sequence[str]) -> tuple[Measure, Float[np.ndarray, "N"]]:
-    """How good captions are, from 0 to 1, by the strictest measure that the source allows; NaN where it says nothing.
+    """The quality of captions, from 0 to 1, by the strictest measure that the source allows; NaN where there is none.
 
     Scenes are known: a caption is right or wrong. Where most images have several captions, a caption is compared with
     each of them by CIDEr-D against the others. Else it is compared with the one by ROUGE-L.
@@ -302,7 +301,7 @@ def isotonic(
 def reliability(
     predicted_N: Float[np.ndarray, "N"], quality_N: Float[np.ndarray, "N"], *, order_N: Float[np.ndarray, "N"]
 ) -> list[Bin]:
-    """Predictions against what was found, in ten bins of equal counts; captions are ordered by ``order_N``."""
+    """Mean prediction and mean quality in ten bins of equal counts; captions are ordered by ``order_N``."""
     bins = np.array_split(np.argsort(order_N, kind="stable"), min(_BINS, len(order_N)))
     return [
         Bin(

@@ -1,6 +1,6 @@
 """What ITIT is compared with in the demo: three networks that learn from the pairs alone, and a classifier of pixels.
 
-The networks train in a process of their own while ITIT trains, as networks this small do not fill more than one core.
+The networks train in a second process beside ITIT, because a network this small uses one core at most.
 
 Shapes: B images, N image tokens, P numbers of an image's pixels.
 """
@@ -40,13 +40,13 @@ TITLES = {
     "paired_only_longer": "pairs only, same time",
     "paired_only_stopped": "pairs only, dropout, stopped early",
 }
-"""Run folder of each network -> its name in the report."""
+"""Name of each network in the report, by its run folder."""
 LONGER = "paired_only_longer"
-"""The one that trains for as many seconds as ITIT."""
+"""The network that trains for as many seconds as ITIT."""
 _WATCHED = 100
 """Number of held-out scenes that are scored during training."""
 _HELD_OUT = 10
-"""One in so many pairs is held back to tell when to stop."""
+"""One of so many pairs is held out to decide when to stop."""
 _PATIENCE = 5
 """Number of evaluations without a lower loss on held-out pairs after which training stops."""
 _STOP_EVERY = 40
@@ -89,9 +89,9 @@ def train_watched(
 def controls_beside(run: ItitRun, out: Path, test: ScenesSource) -> Iterator[Callable[[str], Path]]:
     """Train the three networks of `TITLES` in a process of their own while the body of the `with` trains ITIT.
 
-    The body is given a function that waits for a network by its name, and returns its folder. After the body the longer
-    one goes on until it has trained for as many seconds as ITIT. A repeat finishes what a killed call began. Raises
-    UserError if the process ends early.
+    The body is given a function that waits for a network by its name, and returns its folder. After the body, the
+    network :data:`LONGER` trains on until it has trained for as many seconds as ITIT. A killed call can be repeated.
+    Raises UserError if the process ends early.
     """
     if all((out / name / "model").is_dir() for name in TITLES):
         yield lambda name: out / name  # an earlier call has trained them
@@ -216,7 +216,7 @@ def _pixels(source: ScenesSource, items: np.ndarray) -> Float[Tensor, "B P"]:
 
 
 def _labels(scenes: Sequence[Scene], place: str, kind: str, names: Sequence[str]) -> Int[Tensor, "B"]:
-    """The shape or the colour in a quarter, as its place among ``names``, of which the first is nothing."""
+    """The shape or the colour in a quarter, as its index in ``names``; index 0 is an empty quarter."""
     things = [dict(zip(scene.places, scene.things, strict=True)).get(place) for scene in scenes]
     return torch.tensor([names.index(getattr(thing, kind) if thing else "") for thing in things])
 

@@ -1,5 +1,5 @@
-"""The data of an ITIT run: which items give pairs, unpaired images and unpaired texts, what encodes them, and what the
-network is given of them.
+"""The data of an ITIT run: which items become pairs, unpaired images and unpaired texts, how they are encoded, and what
+the network is built from.
 
 Shapes: M tokens of texts, F width of the frozen text features, X captioned images with a caption each, G width of the
 image features, T width of the teacher's features, U unpaired texts, B rows, L text tokens.
@@ -40,11 +40,11 @@ from diptych.train.pace import RunPlan
 ENCODING = "encoding"
 """Name of the encoding in the plan of a run."""
 TEACHER = Path("stages") / "teacher"
-"""Folder of a run with the vision model that teaches its encoder."""
+"""Folder, in a run folder, of the vision model that is the teacher."""
 _CAPTIONS_FITTED = 5
 """Number of captions of an image that decide which image features belong to a text."""
 _LEAST_ENCODED = 256
-"""Number of items of each kind that are encoded under any budget."""
+"""Smallest number of items of each kind that are encoded, whatever the budget."""
 _TRIED = 48
 """Number of items whose encoding is timed."""
 
@@ -80,7 +80,7 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSplit:
-    """The items that give pairs, those that give only their image and those that give only their texts.
+    """The items that are pairs, those of which only the image is used, and those of which only the texts are used.
 
     ``images`` or ``texts`` is the same object as ``pairs`` where the pairs serve as unpaired data too.
     """
@@ -176,7 +176,7 @@ def encode_subset(
     data: DataConfig,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Subset:
-    """Encode a subset into the store ``out``, unless that has been done; encoded data is used where it lies.
+    """Encode a subset into the store ``out``, unless it is there already. A subset of a store is returned as it is.
 
     ``advance`` is called with the number of encoded items and that of all items. Raises UserError for data that other
     tokenizers encoded, and for a store ``out`` of other items.
@@ -229,7 +229,7 @@ class TrainingInputs:
     encoded: DataSplit
     image_encoder: ImageEncoder | None = None
     data_summary: str = ""
-    """How much data there is, in the words of `check_parts`."""
+    """The summary of the data by `check_parts`."""
 
     def text_features(self, *, texts: int) -> Float[Tensor, "M F"]:
         """Frozen features of the tokens of the first ``texts`` texts, padding left out."""
@@ -294,7 +294,7 @@ def note_on_cut_texts(texts: Sequence[str], text_tokenizer: TextTokenizer, *, le
 
 
 def within_budget(data: DataSplit, tokenizers: DataTokenizers, plan: RunPlan, *, seed: int) -> DataSplit:
-    """``data``, or as much of it as can be encoded in the time that a budget has for that; pairs come first.
+    """``data``, or as much of it as can be encoded within the budget of ``plan``; pairs come first.
 
     Which items are left out is random and follows from ``seed``.
     """
@@ -366,7 +366,7 @@ def image_encoder_of(run: Path) -> ImageEncoder | None:
 
 
 def teacher_of(run: Path) -> ImageEncoder | None:
-    """The vision model that teaches the encoder of a run, which only training reads; None where the run has none."""
+    """The teacher in a run folder, which only training needs; None where the run has none."""
     folder = run / TEACHER
     return open_image_encoder(folder) if folder.is_dir() else None
 
@@ -402,9 +402,9 @@ def data_tokenizers(
     image_encoder: ImageEncoder | None = None,
     teacher: ImageEncoder | None = None,
 ) -> DataTokenizers:
-    """Both tokenizers as the encoding of data needs them; with ``features``, the text encoder's features too.
+    """Both tokenizers in the form that the encoding of data takes. Texts are cut to ``length`` tokens.
 
-    With ``image_encoder`` and ``teacher`` their features too. Texts are cut to ``length`` tokens.
+    With ``features`` the features of the text encoder are stored too, with ``image_encoder`` and ``teacher`` theirs.
     """
     device = text_encoder.embedding.weight.device
 

@@ -1,4 +1,4 @@
-"""Scores of an ITIT run on captioned images that it has not seen: of its captions, of its images, of both together.
+"""Scores of an ITIT run on captioned images that it has not seen: captions, generated images, and both together.
 
 Shapes: B images, S pixels a side, N image tokens, L text tokens.
 """
@@ -336,7 +336,7 @@ def pair_fits(
     engine: Engine = LOCAL,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Fit]:
-    """How much better each caption is explained by its image than by ``others`` other images, in nats a token.
+    """How much more probable each caption is given its own image than given ``others`` other images, in nats a token.
 
     Captions of the source's readable images; raises UserError for a source without images or captions. The ``reopen``
     of another engine than the local gives the run and the source.
@@ -435,7 +435,7 @@ def assess_images(
 PAIRS_ONLY = "pairs_only"
 """Folder, in the run folder, of the same network trained on the pairs alone: `--compare pairs-only`."""
 ALONE = "pairs alone for the same time"
-"""Its name in the tables."""
+"""Name of that network in the tables."""
 _ADVICE = "more pairs, more --minutes, or parts that are trained already (--tokenizer, --text-encoder)"
 _ADVICE_UNPAIRED = "a later --objective.cycle-start-step, --objective.texts off or --objective.images off"
 
@@ -451,8 +451,8 @@ def compare(
 ) -> Comparison:
     """Baselines of captions for the images ``items``, from the pairs of a run, ahead of the run's own scores.
 
-    Raises UserError where ``encoder``, of images and by name, cannot be opened. Where the pairs are gone, no captions
-    can be had from them, and a note says so.
+    Raises UserError where ``encoder``, of images and by name, cannot be opened. Where the pairs are gone, there are no
+    baselines, and a note says so.
     """
     baselines, notes = [], []
     opened = open_image_encoder(encoder).to(pick_device(device)) if encoder is not None else None

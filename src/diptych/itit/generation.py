@@ -53,8 +53,8 @@ class TextGenerationConfig:
     """Weight of the agreement of a caption with the image's features, beside its score, when the finished beams are
     re-ranked (:meth:`ImageFeatures.agreement`). It needs a network that reads captions from features."""
     consensus: float = 0.0
-    """Weight of the likeness of a caption to the captions of the images with the nearest features, and to the unpaired
-    texts that fit these features best, when the finished beams are re-ranked
+    """Weight of the similarity of a caption to the captions of the images with the nearest features, and to the
+    unpaired texts that fit these features best, when the finished beams are re-ranked
     (:class:`diptych.eval.baselines.NearCaptions`). It needs such a network too."""
 
     @property

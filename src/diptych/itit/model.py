@@ -275,8 +275,8 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
     def caption_prefix(
         self, tokens_BN: Int[Tensor, "B N"], image_features_BG: Float[Tensor, "B G"] | None
     ) -> Float[Tensor, "B P D"]:
-        """What a caption of a whole image is read from: its features if the network was built for them (P = 1), else
-        the encoder's output for all its tokens and the empty text (P = N)."""
+        """The prefix from which the text decoder captions a whole image: the image's features if the network was built
+        for them (P = 1), else the encoder's output for all its tokens and the empty text (P = N)."""
         if self.image_features is None:
             return self.encode(self.embed_image(tokens_BN)).image_BKD
         assert image_features_BG is not None
@@ -304,7 +304,7 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
     ) -> "TextDecoding":
         """Start to decode texts of at most ``length`` tokens, token by token, ``beams`` of them for each prefix.
 
-        ``pack`` keeps packed weights, which pays where many texts are decoded with the same ones.
+        ``pack`` keeps packed weights, which is faster where many texts are decoded with the same weights.
         """
         return TextDecoding(self, prefix_BPD, length=length, beams=beams, pack=pack)
 
@@ -336,7 +336,8 @@ class TextDecoding:
     """The text decoder with a cache: the same logits as :meth:`ITIT.text_logits`, one position at a time.
 
     The W texts of a prefix share one cache: token t of text w lies in slot P + t W + w, and ``attend_BWT`` says which
-    slots are the past of which text. So neither the prefix nor any token is ever copied, for texts or for their order.
+    slots are the past of which text. So neither the prefix nor any token is ever copied, whatever the order of the
+    texts.
     """
 
     def __init__(self, model: ITIT, prefix_BPD: Tensor, *, length: int, beams: int, pack: bool) -> None:
@@ -371,7 +372,7 @@ class TextDecoding:
         self.attend_BWT = self.attend_BWT.gather(1, parent_BW[..., None].expand_as(self.attend_BWT))
 
     def keep(self, prefixes_B: Int[Tensor, "B"]) -> None:
-        """Go on with the texts of these prefixes only."""
+        """Keep only the texts of these prefixes."""
         self.attend_BWT = self.attend_BWT[prefixes_B]
         for layer in self.cache:
             layer.keep(prefixes_B)
@@ -444,9 +445,8 @@ def sample_masking(
     """Sample a share for every row, and hide that share of its tokens at random.
 
     Each row has one random order of its tokens: the first ones are visible, and the last floor(low N) do not enter the
-    encoder.
-    So dropped tokens are always hidden, and batches stay rectangular whatever the shares. Raises UserError for shares
-    that are no range within 0 and 1.
+    encoder. So dropped tokens are always hidden, and batches stay rectangular whatever the shares. Raises UserError
+    unless 0 <= low <= high <= 1.
     """
     if not 0 <= config.low <= config.high <= 1:
         raise UserError(f"hidden share from {config.low} to {config.high}: give 0 <= low <= high <= 1")
@@ -480,9 +480,9 @@ def _truncated_normal(chance_B: Tensor, config: MaskingConfig) -> Tensor:
 class ImageFeatures(nn.Module):
     """Lets the text decoder read an image as features of a pretrained image encoder, in the place of image tokens.
 
-    A tokenizer's codes say what an image looks like, and a few hundred captions do not teach what they mean. Features
-    of an encoder that was trained on a million images say it already. As in Janus (Wu et al., 2024), the two directions
-    then see an image in two ways: captions are read from its features, images are still generated as tokens.
+    A few hundred captions do not teach what the codes of a tokenizer mean. The features of an encoder that was trained
+    on a million images already tell what an image shows. As in Janus (Wu et al., 2024), the two directions then see an
+    image in two ways: captions are read from its features, images are still generated as tokens.
 
     Cycles need the features of images that do not exist. :meth:`of_texts` estimates them from the text: a ridge
     regression from the mean of the text's frozen features to the features of its image, which :meth:`fit` fits to the
@@ -528,8 +528,8 @@ class ImageFeatures(nn.Module):
     ) -> Float[Tensor, "B"]:
         """Cosine between the features of each image and those that the regression gives its text, both scaled.
 
-        The text decoder tells how usual a caption is for an image, which favours captions that fit many; the regression
-        goes the other way, from the caption to the image.
+        The score of the text decoder favours captions that fit many images. This cosine goes from the caption to the
+        image, and favours captions that fit this one.
         """
         seen_BG, told_BG = features_BG - self.mean_G, self.expected(mean_of_text(text_BLF, valid_BL)) - self.mean_G
         return F.cosine_similarity(seen_BG * self.scale_G, told_BG * self.scale_G, dim=-1)
@@ -554,7 +554,7 @@ class ImageFeatures(nn.Module):
         from_text_FG = _ridge(x_XF, y_XG, best)
         residuals_XG = y_XG - x_XF @ from_text_FG
         some_R = torch.linspace(0, len(residuals_XG) - 1, _RESIDUALS).long()
-        # A feature that never varies says nothing, and must not become infinite.
+        # A constant feature must not become infinite.
         self.scale_G.copy_(features_XG.std(0, correction=0).clamp_min(1e-6).reciprocal())
         self.mean_G.copy_(mean_G)
         self.text_mean_F.copy_(text_mean_F)

@@ -53,8 +53,9 @@ NEAR_CAPTIONS = "near_captions"
 """Folder of a run with the captions that others are compared with, see :class:`NearCaptions`."""
 _ROWS = 64
 """Number of rows generated at once."""
+_CUT_TEXTS = "texts that are cut off"
 _warned_of: set[str] = set()
-"""Unknown words, each named once in a process; empty once it was said that texts are cut off."""
+"""What this process has warned of, so that it does so once: unknown words and ``_CUT_TEXTS``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,7 @@ class Caption:
     score: float | None
     """Length-normalized log-probability from the beam search; None with one beam."""
     image_score: float | None = None
-    """Nats a token of the image, given the caption, negated; None unless candidates are ranked by it."""
+    """Mean log-probability of the image's tokens, given the caption; None unless candidates are ranked by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ class CycleStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagineRequest:
-    """An image that is wanted."""
+    """What an image is to be generated from."""
 
     text: str
     seed: int = 0
@@ -95,7 +96,7 @@ class ImagineRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagineStep:
-    """An image in the making."""
+    """An image before, between or after the rounds of parallel decoding."""
 
     image: np.ndarray
     """uint8 [S S 3]. Where it is hidden, it shows what was sampled last."""
@@ -151,15 +152,15 @@ class Diptych(OnHub):
     def from_pretrained(
         cls, run: str | Path, *, device: Device = "auto", precision: InferencePrecision = "auto"
     ) -> "Diptych":
-        """Load a run folder, of which nothing outside is read, or what :meth:`push_to_hub` uploaded.
+        """Load a run folder, which needs nothing outside it, or what :meth:`push_to_hub` uploaded.
 
         Args:
             run: folder with ``tokenizer/``, ``text_encoder/``, ``model/`` and, if it has one, ``image_encoder/``; or
                 the name of a repository of the hub, such as ``user/name``, where there is no such folder.
             device: ``auto`` takes CUDA, then MPS, then the CPU.
-            precision: precision of the ITIT network. ``auto`` is bf16 where the device multiplies it, else fp32, as in
-                training; int8 is the fastest on a CPU, and changes a few captions and images. The tokenizer and the
-                text encoder always compute in fp32.
+            precision: precision of the ITIT network. ``auto`` is bf16 where the device has instructions for it, else
+                fp32, as in training; int8 is the fastest on most CPUs, and changes a few captions and images. The
+                tokenizer and the text encoder always compute in fp32.
 
         Raises:
             UserError: the folder is no finished run, or a file in it is damaged.
@@ -257,10 +258,10 @@ class Diptych(OnHub):
     ) -> list[list[Caption]]:
         """Up to ``count`` different captions for each encoded image, the best first.
 
-        They are what a beam search ends with, of as many beams at least, ranked by their score and, if the run's
-        settings say so, by how well they fit the image's features and near captions. With ``best_of``, so many of them
-        are ranked by log p(image | caption) instead: all image tokens are hidden, and each is predicted from the
-        caption alone.
+        A beam search with at least ``count`` beams finds them. They are ranked by their score and, if the run's
+        settings say so, by agreement and consensus (:meth:`_fit`). With ``best_of``, the first ``best_of`` of them are
+        ranked by log p(image | caption) instead: all image tokens are hidden, and each is predicted from the caption
+        alone.
         """
         config = replace(self.text_generation, beams=max(2, count, best_of or 0, beams or self.text_generation.beams))
         length = self.model.config.max_text_len
@@ -301,7 +302,7 @@ class Diptych(OnHub):
         texts_BW: Sequence[Sequence[str]],
         config: TextGenerationConfig,
     ) -> Float[Tensor, "B W"]:
-        """What ranks texts beside their scores: agreement with the image's features and consensus with near captions.
+        """What is added to the scores of texts when they are ranked: agreement and consensus, as the settings say.
 
         Zero where the network reads no features.
         """
@@ -316,8 +317,8 @@ class Diptych(OnHub):
             agreement_X = reader.agreement(features_XG, text_XLF, ids_XL != PAD)
             fit_BW = fit_BW + config.agreement * agreement_X.view_as(fit_BW).cpu()
         if config.consensus and self.near_captions is not None:
-            likeness_BW = self.near_captions.likeness(images.image_features_BG.float().cpu().numpy(), texts_BW)
-            fit_BW = fit_BW + config.consensus * torch.tensor(likeness_BW)
+            similarity_BW = self.near_captions.similarity(images.image_features_BG.float().cpu().numpy(), texts_BW)
+            fit_BW = fit_BW + config.consensus * torch.tensor(similarity_BW)
         return fit_BW
 
     def image_nats(self, tokens_BN: Int[Tensor, "B N"], ids_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B"]:
@@ -358,7 +359,7 @@ class Diptych(OnHub):
 
     @property
     def image_size(self) -> int:
-        """Side in pixels at which images are best read."""
+        """Side in pixels of the images that tokenizer and image encoder need; others are resized."""
         return read_size(self.tokenizer, self.image_encoder)
 
     # Images
@@ -477,10 +478,10 @@ class Diptych(OnHub):
         if unknown:
             some = ", ".join(repr(word) for word in unknown[:5])
             print(f"the tokenizer does not know all letters of {some}: they are lost on the image", file=sys.stderr)
-        if "" in _warned_of:  # no word
+        if _CUT_TEXTS in _warned_of:
             return
         if note := note_on_cut_texts(texts, self.text_tokenizer, length=self.model.config.max_text_len):
-            _warned_of.add("")
+            _warned_of.add(_CUT_TEXTS)
             print(note, file=sys.stderr)
 
     def _read_texts(

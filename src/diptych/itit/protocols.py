@@ -110,7 +110,7 @@ def coco_karpathy(
         "captions": f"beam search, {beams} beams, length power {text.length_power:g}, "
         f"at most {diptych.model.config.max_text_len} tokens"
         + (f", chosen with weight {text.agreement:g} on agreement with the image" if text.agreement else "")
-        + (f" and {text.consensus:g} on likeness to captions of the nearest pairs" if text.consensus else ""),
+        + (f" and {text.consensus:g} on similarity to captions of the nearest pairs" if text.consensus else ""),
         "scores": "CIDEr-D x 100, BLEU-1 to BLEU-4 and ROUGE-L of pycocoevalcap, on tokens as PTBTokenizer makes them",
         "meteor": _METEOR,
         "departures": departures,
@@ -265,7 +265,7 @@ def evaluate_protocol(
 
 
 def print_protocol(name: str, did: dict[str, Any]) -> None:
-    """Print what was done, a line for each choice, and a line for each departure from the protocol."""
+    """Print a line for each choice of the protocol, and a line for each departure from it."""
     print(f"protocol {name}")
     for what, value in did.items():
         if what != "departures":
@@ -287,7 +287,7 @@ def cycle_scores(
     seed: int = 0,
     advance: Any = lambda done, total: None,
 ) -> list[dict[str, float]]:
-    """How near each round of cycle generation stays to where it began, a record for each round.
+    """Scores of each round of cycle generation against the start of its cycle, a record for each round.
 
     `from_text/...` is text -> image -> text -> ..., from the first caption of each image; `from_image/...` is image ->
     text -> image -> ... A round makes an image and a text. On `scenes:` they are scored by the share of attributes

@@ -83,8 +83,8 @@ def sweep_run(
 ) -> list[ScoredCell]:
     """Score a run at each setting; print tables, and write ``cells.jsonl``, ``sweep.json`` and figures into ``out``.
 
-    A repeated command goes on where it stopped, and takes new settings in. Raises UserError where ``out`` holds a sweep
-    of another run, other data or another seed.
+    A repeated command resumes where it stopped, and scores settings that are new. Raises UserError where ``out`` holds
+    a sweep of another run, other data or another seed.
     """
     if (split := split_named_in(spec)) == "test":
         print(

@@ -5,7 +5,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -43,8 +42,8 @@ from diptych.itit.generation import GenerationConfig
 from diptych.itit.model import ITIT, ItitConfig
 from diptych.itit.objective import AlignmentHead, ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import NEAR_CAPTIONS, Diptych
-from diptych.itit.report import Samples
-from diptych.nn.inference import computes_bf16, eval_mode, pick_device
+from diptych.itit.validation import Samples
+from diptych.nn.inference import computes_bf16, pick_device
 from diptych.report.html import closing_line, outcome, validation_scores, write_run_report
 from diptych.report.terminal import meaning_of, print_comparison
 from diptych.run_folder import Kind, check_finished, kind_of, part_of, read_config, save_model, write_config
@@ -112,8 +111,8 @@ class ItitRun:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Settings with which the trained run generates, unless a command says otherwise."""
     select: str = "cider"
-    """Validation score by which the best weights are chosen, if `data.valid` is given: a name in the line that each
-    validation prints, or in metrics.jsonl after `valid/`."""
+    """Validation score by which the best weights are chosen, if `data.valid` is given: one of the names after `valid/`
+    in metrics.jsonl, which each validation also prints."""
     compare: Literal["nothing", "pairs-only"] = "nothing"
     """Control to train after the run: `pairs-only` is the same network without unpaired data, trained for the same time
     (on top of a budget's) in the folder `pairs_only` of the run. It needs `data.valid`."""
@@ -186,7 +185,7 @@ class ItitRun:
         objective, best = trained.objective, trained.best
         if comparison is not None:
             comparison.write(out)
-        with trained.result.eval_mode(objective) if best is None else eval_mode(objective):
+        with trained.result.eval_mode(objective):
             write_run_report(out, samples=trained.samples.sections())
         if comparison is not None:
             title = f"{out} beside its baselines on {comparison.source}"
@@ -290,10 +289,10 @@ class ItitRun:
         return time.monotonic() - began, samples.images
 
     def hurried(self) -> "ItitRun":
-        """The settings with which a network learns most in a few hundred steps.
+        """This run with the settings of `itit-tiny`, with which a network learns most in a few hundred steps.
 
-        Those of `itit-tiny`: initial weights by fan-in, embeddings that learn faster, twice the learning rate. After
-        150 steps of itit-small on 600 pairs captions consist of words instead of a single `a` (docs/log.md).
+        They are initial weights by fan-in, embeddings that learn faster, and twice the learning rate. After 150 steps
+        of itit-small on 600 pairs captions consist of words instead of a single `a` (docs/log.md).
         """
         scale = max(4.0, self.objective.embedding_lr_scale)
         return replace(
@@ -304,7 +303,7 @@ class ItitRun:
         )
 
     def costs(self) -> list[StageCost]:
-        """What the stages cost beside one another. A stage whose part is given costs nothing.
+        """The cost of each stage relative to the others. A stage whose network is given costs nothing.
 
         Measured with itit-small on one core with AVX2 (docs/log.md).
         """
@@ -347,13 +346,14 @@ class ItitRun:
             raise UserError(f"{out}: holds a run of the kind {kind!r}: train into another folder")
         before = read_config(out)["run"]
         now = json.loads(json.dumps(asdict(self)))
-        for given, stage in (("tokenizer", "tokenizer_stage"), ("text_encoder", "text_encoder_stage")):
-            other = (before[given], before[stage]["model"]) != (now[given], now[stage]["model"])
-            if other and (out / given).is_dir():
-                raise UserError(f"{out}: begun with another {given}: give the same one, or train into another folder")
-        for given in ("image_encoder", "teacher"):
-            if before.get(given) != now[given]:
-                raise UserError(f"{out}: begun with another {given}: give the same one, or train into another folder")
+        changed = [
+            part
+            for part, stage in (("tokenizer", "tokenizer_stage"), ("text_encoder", "text_encoder_stage"))
+            if (out / part).is_dir() and (before[part], before[stage]["model"]) != (now[part], now[stage]["model"])
+        ]
+        changed += [part for part in ("image_encoder", "teacher") if before.get(part) != now[part]]
+        if changed:
+            raise UserError(f"{out}: begun with another {changed[0]}: give the same one, or train into another folder")
 
     # The stages before the network's training
 
@@ -494,9 +494,9 @@ class ItitRun:
             return ItitObjective(model, inputs.text_encoder, self.objective, teacher_head=head)
 
     def _near_captions(self, model: ITIT, inputs: TrainingInputs) -> NearCaptions | None:
-        """What captions are compared with when they are ranked; None where they are not, or images have no features.
+        """The captions of the consensus by which others are ranked; None where there is no consensus to compute.
 
-        Unpaired texts are among it if the run learns from them.
+        Unpaired texts are among them if the run learns from them.
         """
         reader = model.image_features
         if reader is None or not self.generation.text.consensus:
@@ -554,10 +554,8 @@ class ItitRun:
             identity=identity,
             pace=pace,
             report=report,
-        )
-        if best is not None and best.score is not None:
-            best.load_into(objective)
-        with result.eval_mode(objective) if best is None else nullcontext():
+        ).with_best(best, objective)
+        with result.eval_mode(objective):
             if is_main_process():
                 if near := self._near_captions(objective.model, inputs):
                     save_model(near, out / NEAR_CAPTIONS)
@@ -567,7 +565,7 @@ class ItitRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Trained:
-    """A network after its training, and what watched it."""
+    """A network after its training, with its samples and best weights."""
 
     result: TrainResult
     objective: ItitObjective
@@ -583,14 +581,14 @@ class _Trained:
 
 
 def _is_missing(folder: Path) -> bool:
-    """Whether no process has made ``folder`` yet. All processes answer alike: none goes on before all have looked."""
+    """Whether no process has made ``folder`` yet. All processes return the same: each waits until all have looked."""
     missing = not folder.is_dir()
     wait_for_everyone()
     return missing
 
 
 def _save_once(made: ImageTokenizer | TextEncoder | ImageEncoder, folder: Path) -> None:
-    """Save from the first process; the others wait, as every process reads the saved files."""
+    """Save in the main process; the others wait, because every process reads the saved files."""
     if is_main_process():
         save_model(made, folder)
     wait_for_everyone()

@@ -154,9 +154,10 @@ class ImageTokenizer(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.uniform_(self.codebook, -1 / self.codebook_size, 1 / self.codebook_size)
-        if isinstance(self.network.encoder, nn.Identity) or isinstance(self.network.decoder, nn.Identity):
+        encoder, decoder = self.network.encoder, self.network.decoder
+        if not (isinstance(encoder, _Encoder) and isinstance(decoder, _Decoder)):
             return
-        encoder_in, decoder_out = self.network.encoder.conv_in, self.network.decoder.conv_out
+        encoder_in, decoder_out = encoder.conv_in, decoder.conv_out
         assert encoder_in.bias is not None
         assert decoder_out.bias is not None
         grey = 0.5 if self.unit_range else 0.0
@@ -300,12 +301,15 @@ class VQNetwork(nn.Module):
         c = self.config = {**_DEFAULTS, **config}
         _check(c)
         code_dim = c["vq_embed_dim"] or c["latent_channels"]
-        blocks = bool(c["block_out_channels"])
-        self.encoder = _Encoder(c) if blocks else nn.Identity()
-        self.quant_conv = nn.Conv2d(c["latent_channels"], code_dim, 1) if blocks else nn.Identity()
+
+        def part(kind: type[nn.Module], *sizes: Any) -> nn.Module:
+            return kind(*sizes) if c["block_out_channels"] else nn.Identity()
+
+        self.encoder = part(_Encoder, c)
+        self.quant_conv = part(nn.Conv2d, c["latent_channels"], code_dim, 1)
         self.quantize = _Codes(c["num_vq_embeddings"], code_dim)
-        self.post_quant_conv = nn.Conv2d(code_dim, c["latent_channels"], 1) if blocks else nn.Identity()
-        self.decoder = _Decoder(c) if blocks else nn.Identity()
+        self.post_quant_conv = part(nn.Conv2d, code_dim, c["latent_channels"], 1)
+        self.decoder = part(_Decoder, c)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "VQNetwork":

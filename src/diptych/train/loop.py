@@ -20,7 +20,7 @@ from diptych.data.streams import BatchFn, BatchSampler, prefetch
 from diptych.errors import Interrupted, SignalWatch, UserError
 from diptych.nn.inference import eval_mode
 from diptych.train import checkpoint
-from diptych.train.checkpoint import Ema, ShardWriter, TrainProgress, TrainState
+from diptych.train.checkpoint import BestWeights, Ema, ShardWriter, TrainProgress, TrainState
 from diptych.train.config import OptimConfig, TrainConfig, check_same, describe
 from diptych.train.distributed import Devices
 from diptych.train.logging import Measured, RunLogger
@@ -79,6 +79,14 @@ class TrainResult:
     def finished(self) -> bool:
         """False if ``train.max_seconds`` ended the run, so that the same command would continue it."""
         return self.stop is not StopReason.TIME_LIMIT
+
+    def with_best(self, best: BestWeights | None, objective: nn.Module) -> "TrainResult":
+        """The result after ``objective`` was given the weights of ``best``, if any, in the place of its own."""
+        if best is None:
+            return self
+        if best.score is not None:
+            best.load_into(objective)
+        return replace(self, ema=None)
 
     @contextmanager
     def eval_mode(self, objective: nn.Module) -> Iterator[None]:

@@ -1,11 +1,11 @@
 """How long a run takes: the estimate of what is left, and the budget of minutes that its stages share.
 
-A run has stages (image tokenizer, text encoder, network), and a stage takes steps. `StageCost` says what a step of each
-costs beside a step of the others, measured once for each recipe. How fast the machine is, is measured on it: at the
-first steps of a stage for the estimate, and by trial steps ahead of the stage for a budget. `Budget` divides the
-minutes that are left among the stages that are left, and sets steps, warm-up and intervals of the next one; `Pace`
-corrects the number of steps while the stage trains. Every decision is a line in the run folder, so that a resumed run
-follows those of the interrupted one.
+A run has stages (image tokenizer, text encoder, network), and a stage takes steps. `StageCost` gives the cost of a step
+of each relative to the others, measured once for each recipe. How fast the machine is, is measured on it: at the first
+steps of a stage for the estimate, and by trial steps ahead of the stage for a budget. `Budget` divides the minutes that
+are left among the stages that are left, and sets steps, warm-up and intervals of the next one; `Pace` corrects the
+number of steps while the stage trains. Every decision is a line in the run folder, so that a resumed run follows those
+of the interrupted one.
 """
 
 import json
@@ -36,7 +36,7 @@ _LEAST_ROWS = 8
 _REVIEWS = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Shares of a stage after which the number of its steps is corrected."""
 _LEAST_OF_PLAN = 0.25
-"""Share of the planned steps that is made on a machine that has become however slow."""
+"""Smallest share of the planned steps that is made, however slow the machine becomes."""
 _RESERVE = 0.08
 """Share of the minutes that is kept for what follows the last step: scores, samples, the report."""
 _MOST_GROWTH = 4.0
@@ -259,7 +259,7 @@ class Budget:
 
         ``make`` gives the objective and the batches of a stage; trial steps on them are timed, and their weights are
         thrown away. Where the time is too short for 200 steps, batches are made smaller. The warm-up, the intervals,
-        the moving average and the starts within the objective keep their shares. There are at most ``most`` times as
+        the moving average and the steps at which losses begin keep their shares. There are at most ``most`` times as
         many steps as before, and as many evaluations of ``evaluation_seconds`` each as a tenth of the time holds.
         """
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from diptych.data.check import note_on_learned
+from diptych.data.check import note_on_learned, open_data_of
 from diptych.data.pixels import (
     ImageLike,
     ReadableImages,
@@ -27,8 +27,7 @@ from diptych.data.pixels import (
     one_or_more,
     to_pixels,
 )
-from diptych.data.sources import Source, open_finite
-from diptych.data.sources.columns import Columns
+from diptych.data.sources import Source
 from diptych.data.splits import Labelled, Subset
 from diptych.encoders import ImageEncoder, open_image_encoder
 from diptych.errors import UserError
@@ -37,7 +36,7 @@ from diptych.hub import OnHub, local_folder
 from diptych.io import load_network
 from diptych.nn.inference import Device, Prediction, eval_mode, pick_device, top_predictions
 from diptych.report.terminal import print_comparison, print_metrics
-from diptych.run_folder import CLASS_BASELINES, check_finished, read_config, write_json
+from diptych.run_folder import CLASS_BASELINES, check_finished, write_json
 from diptych.uml.data import IMAGE
 from diptych.uml.objective import SharedHead
 
@@ -71,12 +70,12 @@ class ScoredLabelledImages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifierScore:
-    """How a classifier does on images."""
+    """Scores of a classifier on labelled images."""
 
     accuracy: float
     """Share of the images that get their class."""
     mean_class_accuracy: float
-    """Mean over the classes that occur of the same share."""
+    """The same share in each class, as a mean over the classes that occur."""
     loss: float
     """Cross-entropy in nats."""
     per_class: dict[int, float]
@@ -91,7 +90,7 @@ class ClassifierScore:
 def score_classifier(
     head: SharedHead, vectors_ND: Float[Tensor, "N D"], labels_N: Int[Tensor, "N"], *, modality: str
 ) -> ClassifierScore:
-    """Classify features of the modality ``modality``, some at a time."""
+    """Scores of ``head`` on features of the modality ``modality``, which are classified some at a time."""
     return score_logits(torch.cat([head(piece, modality) for piece in vectors_ND.split(_ROWS)]), labels_N)
 
 
@@ -207,7 +206,12 @@ def evaluate_classifier_run(
 
 def _compare(run: Path, labelled: Labelled, features: tuple[Tensor, Tensor], *, device: str) -> Comparison:
     """The baselines that were fitted with the run, scored on all images of ``labelled`` and their ``features``."""
-    notes = _note_on_learned(run, labelled.source)
+    notes: list[str] = []
+    try:
+        learned = open_data_of(run, "images")
+        notes = note_on_learned(learned, range(len(learned)), labelled.source)
+    except UserError:  # the data is gone, or the run is older
+        pass
     if not (run / CLASS_BASELINES).is_file():
         why = "No baselines: the run was trained by an older Diptych, which fitted none."
         return Comparison(source=labelled.source.name, select="accuracy", baselines=[], advice="", notes=[*notes, why])
@@ -217,12 +221,3 @@ def _compare(run: Path, labelled: Labelled, features: tuple[Tensor, Tensor], *, 
         known = {SAME_FEATURES: features} | known
     known = {name: (x_NF.to(device), labels_N.to(device)) for name, (x_NF, labels_N) in known.items()}
     return compare_classifier(baselines, known, source=labelled.source.name, notes=notes)
-
-
-def _note_on_learned(run: Path, scored: Source) -> list[str]:
-    try:
-        data = read_config(run)["run"]["data"]
-        known = open_finite(data["images"], Columns(**data["columns"]))
-    except (UserError, KeyError, TypeError):  # the data is gone, or the run is older
-        return []
-    return note_on_learned(known, range(len(known)), scored)

@@ -57,7 +57,7 @@ _SEQUENCE_ROWS = 64
 _STATISTICS_ROWS = 256
 """Items read at once for statistics over a store."""
 _SMALLEST_SCALE = 1e-4
-"""Least standard deviation of a feature, so that dividing by it does not enlarge a feature that hardly varies."""
+"""Smallest standard deviation to divide by, so that a feature that hardly varies is not enlarged."""
 
 SequenceKind = Literal["images", "texts", "audio"]
 SequenceBatches = Iterator[tuple[Tensor, Tensor, dict[str, np.ndarray]]]
@@ -128,7 +128,7 @@ def class_text_features(
 
 
 def choose_shots(features: LabelledFeatures, *, shots: Shots, seed: int) -> LabelledFeatures:
-    """All features, or so many random ones of each class, or the mean of each class as its only one."""
+    """All features of each class, or ``shots`` random ones, or their mean alone."""
     if shots == "all":
         return features
     if shots == "mean":
@@ -179,7 +179,7 @@ def text_features(encoder: PooledTextEncoder, texts: Sequence[str], *, cache: Pa
 
 
 def encoder_identity(encoder: ImageEncoder | PooledTextEncoder) -> dict[str, Any]:
-    """What decides an encoder's features, as JSON values."""
+    """What an encoder's features depend on, as JSON values."""
     return {"weights": weights_digest(encoder), "preprocessing": encoder.preprocessing}
 
 

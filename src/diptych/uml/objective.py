@@ -31,7 +31,7 @@ from diptych.train.objective import Losses, Objective
 
 @dataclass(kw_only=True, slots=True)
 class SharedHeadConfig:
-    """What the classifier that all modalities share is made of."""
+    """Architecture of the classifier that all modalities share."""
 
     widths: dict[str, int] = field(default_factory=dict)
     """Width of each modality's features, by its name; follows from the encoders."""
@@ -55,9 +55,9 @@ class SharedHead(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=[
     """Logits s_m W P_m z_m of the features z_m of modality m.
 
     All modalities share the classifier W; the scale s_m and the projection P_m are the modality's own, and P_m is the
-    identity for the anchor. W starts with random orthogonal rows of length one, as long as those of
-    :meth:`init_from_anchor`; where there are more classes than its width, with orthogonal columns. Random weights of
-    P_m are normal with the inverse of their input width as variance, so it keeps the length of features.
+    identity for the anchor. W starts with random orthogonal rows of length one, which is the length of those of
+    :meth:`init_from_anchor`, or with orthogonal columns if there are more classes than its width. Random weights of P_m
+    are normal with the variance 1 / input width, which keeps the length of features.
 
     Departure: the paper's W starts with independent random rows, or with the mean features of texts as they are. P_m
     learns through W, so it would learn the classes at the unequal rates of W W^T, and images alone would stay below

@@ -248,7 +248,7 @@ class UmlRun:
         return 0
 
     def check(self) -> None:
-        """Raises UserError for combinations of fields that would fail late or train nothing."""
+        """Raise UserError for combinations of fields that would fail late or train nothing."""
         if self.train_encoder == "frozen" and self.encoder == "scratch":
             raise UserError("a new encoder that stays frozen has learnt nothing: give --encoder, or fit uml-finetune")
         if self.train_encoder == "tuned" and self.head.features in ("centred", "standard"):
@@ -364,7 +364,7 @@ class UmlRun:
         images: LabelledFeatures | LabelledImages,
         texts: LabelledFeatures,
     ) -> dict[str, Any]:
-        """What decides the losses besides the loop's own fields; a resumed run must have the same."""
+        """What the losses depend on besides the loop's own fields; a resumed run must have the same."""
         return {
             "head": asdict(objective.head.config),
             "objective": asdict(self.objective),
@@ -376,7 +376,7 @@ class UmlRun:
 
 
 def _digest(labels_N: np.ndarray) -> str:
-    """16 hexadecimal digits that stand for all labels."""
+    """A digest of all labels, 16 hexadecimal digits."""
     return hashlib.sha256(labels_N.astype("<i8").tobytes()).hexdigest()[:16]
 
 
@@ -414,8 +414,7 @@ def _validation(
             vectors_ND, labels_N = valid.tensors(device)
         found = score_classifier(objective.head, vectors_ND, labels_N, modality=objective.target)
         best.offer(Score(step=step, value=found.accuracy, tie_break=-found.loss), objective)
-        names = ("accuracy", "mean_class_accuracy", "loss")
-        return {f"valid/{name}": getattr(found, name) for name in names}
+        return {f"valid/{name}": value for name, value in found.table().items()}
 
     return run
 

@@ -1,4 +1,4 @@
-"""Sources that are tables with a row per image or text, whose images are paths."""
+"""Sources that are tables: what their columns mean, and where the images lie. `rows.py` reads the formats of files."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Samples and quick scores while a run trains, for its report."""
+"""Validation while ITIT trains: samples, and `valid/NAME`, which are the scores of `diptych evaluate`."""
 
 import sys
 from pathlib import Path
@@ -60,7 +60,7 @@ class Samples:
 
     @torch.no_grad()
     def run(self, step: int, objective: nn.Module) -> dict[str, Measured]:
-        """Write ``samples/step-N.png``; return that sheet and the quick scores."""
+        """Write ``samples/step-N.png``; return that sheet, and the scores as ``valid/NAME``."""
         captions, generated = self._generate()
         sheet = comparison(
             {
@@ -94,10 +94,8 @@ class Samples:
                 Captioned(caption=caption, label="caption"),
             ]
             examples.append(Example(text, shown))
-        about = (
-            "Each image under its own caption, with the image generated from that caption and the caption generated "
-        )
-        return [Text(about + "from the image."), SideBySide(examples)]
+        about = "Each image under its own caption, with the image generated from it and the caption of the image."
+        return [Text(about), SideBySide(examples)]
 
     def _cycle(self) -> list[Any]:
         steps = self.diptych.cycle(text=self.texts[0], rounds=3)
