@@ -134,6 +134,14 @@ def test_damaged_files(tmp_path, data):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "tar", "png"])
+def test_what_stands_in_the_place_of_a_file_is_said(tmp_path, kind):
+    path = tmp_path / f"t.{kind}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
+    with pytest.raises(UserError, match=rf"t\.{kind}: is a pointer of git-lfs.*git lfs pull"):
+        open_source(str(tmp_path)).image(0, 4) if kind == "png" else open_source(str(path))
+
+
 def test_a_table_without_rows(tmp_path):
     with pytest.raises(UserError, match="holds no rows"):
         open_source(write(tmp_path / "t.parquet", text=pa.array([], pa.string())))

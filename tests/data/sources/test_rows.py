@@ -30,6 +30,7 @@ A_B = [{"image": "a.jpg", "caption": "a dog"}, {"image": "b.jpg", "caption": "a 
         ("t.tsv", "image,caption\na.jpg,a dog\nb.jpg,a cat\n"),
         ("t.tsv", 'image\tcaption\na.jpg\t"a dog"\nb.jpg\ta cat\n'),
         ("t.json", json.dumps({"image": {"0": "a.jpg", "1": "b.jpg"}, "caption": {"0": "a dog", "1": "a cat"}})),
+        ("t.json", json.dumps({"image": ["a.jpg", "b.jpg"], "caption": ["a dog", "a cat"]})),
     ],
 )
 def test_the_same_rows(tmp_path, name, content):
@@ -96,9 +97,29 @@ def test_what_would_be_read_wrongly_is_refused(tmp_path, content, message):
         rows_of(tmp_path, "t.json", content)
 
 
+def test_quotes_behind_backslashes(tmp_path):
+    rows = rows_of(tmp_path, "t.csv", '"image","caption"\n"a.jpg","a \\"dog\\", C:\\new"\n')
+    assert rows == [{"image": "a.jpg", "caption": 'a "dog", C:\\new'}]
+    with pytest.raises(UserError, match=r"the row at line 2: .* a quote that is not closed"):
+        rows_of(tmp_path, "t.csv", 'image,caption\na.jpg,"a \\"dog\\", "C:\n')
+
+
+@pytest.mark.parametrize(
+    "content", ["Photos;;\n;;\nDatei;Text;\na.jpg;a dog;\n", "Photos 2024;;\n\nimage;caption;\na.jpg;a dog;\n"]
+)
+def test_a_title_above_the_header_is_named(tmp_path, content):
+    with pytest.raises(UserError, match=r"the second line names the columns \((Datei, Text|image, caption)\); remove"):
+        rows_of(tmp_path, "t.csv", content)
+
+
 def test_documents_by_split_and_by_id(tmp_path):
     by_split = {"train": [{"image": "a.jpg"}], "test": [{"image": "b.jpg"}]}
     assert [row["split"] for row in rows_of(tmp_path, "s.json", json.dumps(by_split))] == ["train", "test"]
+    below = {"train": {"a.jpg": "a dog"}, "val": {"b.jpg": ["a cat"]}}
+    rows = rows_of(tmp_path, "b.json", json.dumps(below))
+    assert [(row["split"], row["file_name"]) for row in rows] == [("train", "a.jpg"), ("val", "b.jpg")]
+    with pytest.raises(UserError, match="must be a list of objects"):
+        rows_of(tmp_path, "d.json", json.dumps({"train": {"a.jpg": "a dog"}, "val": {"seed": 1}}))
     coco = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": "1", "caption": "a dog"}]}
     assert rows_of(tmp_path, "c.json", json.dumps(coco))[0]["captions"] == ["a dog"]
     keyed = {"a.jpg": [{"caption": "a dog"}, {"caption": "one dog"}]}

@@ -38,7 +38,7 @@ from diptych.data.sources.table import (
     unknown_split,
     unlabelled_notes,
 )
-from diptych.data.sources.text import NULLS
+from diptych.data.sources.text import NULLS, why_unreadable
 from diptych.errors import UserError
 
 _BLOCKS, _BLOCK = 16, 64
@@ -83,7 +83,7 @@ def _rows_in(path: Path) -> int:
     try:
         rows = pyarrow.parquet.read_metadata(path).num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is not readable as parquet ({_reason(error)})") from None
+        raise UserError(why_unreadable(path, "parquet", error)) from None
     if not rows:
         raise UserError(f"{path}: holds no rows")
     return rows

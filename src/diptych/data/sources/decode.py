@@ -41,6 +41,12 @@ SUFFIXES = frozenset(
 )
 """Suffixes of the files that are taken for images. HEIC is among them so that it is reported, not overlooked."""
 
+NOT_THE_FILE = {
+    b"version https://git-lfs": "is a pointer of git-lfs, not the file itself; fetch it with git lfs pull",
+    b"<!doctype html": "is a page of HTML, as servers send for a missing file; download it again",
+    b"<html": "is a page of HTML, as servers send for a missing file; download it again",
+}
+"""How a file begins, in small letters, that stands in the place of another."""
 _NUMBERED = re.compile(r"#\d+$")
 _ORIENTATION = 0x0112
 _BITS, _PHOTOMETRIC, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 262, 338, 339
@@ -202,7 +208,8 @@ def _decode(image: Image.Image, size: int) -> np.ndarray:
 
 def _open(stream: io.BytesIO | io.BufferedReader) -> Image.Image:
     """`Image.open` without its own size check, which would warn or raise before the size can be named."""
-    prefix = stream.read(16)
+    start = stream.read(64)
+    prefix = start[:16]
     for name in FORMATS:
         # A build of Pillow may lack a decoder; `accept` answers with a sentence (a str) then.
         factory, accept = Image.OPEN.get(name, (None, None))
@@ -212,6 +219,9 @@ def _open(stream: io.BytesIO | io.BufferedReader) -> Image.Image:
         return factory(stream, "")
     if prefix[4:8] == b"ftyp":
         raise UnreadableImage("is HEIC or another format that cannot be read; convert it to JPEG or PNG")
+    for begin, what in NOT_THE_FILE.items():
+        if start.lstrip().lower().startswith(begin):
+            raise UnreadableImage(what)
     raise UnreadableImage(f"is not an image of a known format ({', '.join(FORMATS)})")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from diptych.data.sources.columns import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, is_address, is_split, usual
 from diptych.data.sources.decode import is_image_path
-from diptych.data.sources.text import read_text
+from diptych.data.sources.text import read_text, why_unreadable
 from diptych.errors import UserError
 
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv", ".parquet")
@@ -49,7 +49,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is not readable as parquet ({' '.join(str(error).split())[:300]})") from None
+        raise UserError(why_unreadable(path, "parquet", error)) from None
 
 
 def _read_delimited(text: str, path: Path, delimiter: str) -> list[dict[str, Any]]:
@@ -66,10 +66,15 @@ def _read_delimited(text: str, path: Path, delimiter: str) -> list[dict[str, Any
         return rows
     try:
         return _read_cells(text, path, delimiter, csv.QUOTE_MINIMAL)
-    except UserError:
-        if delimiter != "\t":
+    except UserError as error:
+        if delimiter == "\t":
+            return _read_cells(text, path, delimiter, csv.QUOTE_NONE)
+        if '\\"' not in text:
             raise
-        return _read_cells(text, path, delimiter, csv.QUOTE_NONE)
+        try:  # MySQL and Spark write a quote inside a quoted cell with a backslash
+            return _read_cells(text.replace('\\"', '""'), path, delimiter, csv.QUOTE_MINIMAL)
+        except UserError:
+            raise error from None
 
 
 def _named_by_content(first: str) -> str:
@@ -116,7 +121,7 @@ def _read_cells(text: str, path: Path, delimiter: str, quoting: Literal[0, 3]) -
     try:
         header = _header(next(reader, []), path)
         for cells in reader:
-            if cells and not rows:
+            if any(map(str.strip, cells)) and not any(any(row.values()) for row in rows):
                 _refuse_title(header, cells, path)
             if cells and len(cells) != len(header):
                 mend = "put quotes around cells that hold the delimiter"
@@ -144,10 +149,18 @@ def _header(cells: Sequence[str], path: Path) -> list[str]:
 
 
 def _refuse_title(header: Sequence[str], cells: Sequence[str], path: Path) -> None:
-    """Raise UserError where the second line that is not empty names the columns: a title stands above it."""
+    """Raise UserError where the second line that is not empty names the columns: a title stands above it.
+
+    It does so, too, where the first line names the first of several columns alone.
+    """
     names = IMAGE_NAMES | CAPTION_NAMES | LABEL_NAMES
-    if not any(usual(name, names) for name in header) and sum(usual(cell, names) for cell in cells) > 1:
-        raise UserError(f"{path}: the second line names the columns ({', '.join(cells)[:60]}); remove what is above")
+    told = any(usual(name, names) for name in header)
+    alone = all(name == f"column {number}" for number, name in enumerate(header[1:], start=2)) and any(cells[1:])
+    if alone and not all(map(_is_name, cells)):
+        raise UserError(f"{path}: the first line must name every column; it is {', '.join(header)[:100]!r}")
+    if not told and (alone or sum(usual(cell, names) for cell in cells) > 1):
+        shown = ", ".join(filter(None, cells))[:60]
+        raise UserError(f"{path}: the second line names the columns ({shown}); remove what is above")
 
 
 def _is_name(cell: str) -> bool:
@@ -283,14 +296,22 @@ def _is_rows(value: Any) -> bool:
 
 
 def _keyed(document: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Rows of {column: {index: value}} and of {file name: {field: value}}, {file name: caption or captions}."""
+    """Rows of {column: {index: value}}, of {column: [values]} and of {file name: {field: value}}, {file name: caption
+    or captions}, which may stand below splits."""
     values = list(document.values())
     if values and all(isinstance(value, dict) for value in values):
+        if all(map(is_split, document)):
+            parts = [_keyed(part) for part in values]
+            rows = [{"split": split, **row} for split, part in zip(document, parts, strict=True) for row in part or []]
+            return rows if all(parts) else None
         if all(value.keys() == values[0].keys() for value in values) and all(key.isdecimal() for key in values[0]):
             return [{name: column[index] for name, column in document.items()} for index in values[0]]
         return [{"file_name": name, **value} for name, value in document.items()]
     if values and all(map(is_image_path, document)) and all(isinstance(value, str | list | None) for value in values):
         return [{"file_name": name, "captions": value} for name, value in document.items()]
+    alike = len(values) > 1 and all(isinstance(value, list) for value in values) and len(set(map(len, values))) == 1
+    if alike and not all(map(is_split, document)):
+        return [dict(zip(document, cells, strict=True)) for cells in zip(*values, strict=True)]
     return None
 
 

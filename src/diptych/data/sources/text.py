@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from diptych.data.sources.decode import is_image_path
+from diptych.data.sources.decode import NOT_THE_FILE, is_image_path
 from diptych.errors import UserError
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]+")
@@ -43,9 +43,7 @@ NULLS = frozenset(
 )
 """What libraries, spreadsheets and people write into an empty cell."""
 _NO_TEXTS = {
-    b"version https://git-lfs": "is a pointer of git-lfs, not the file itself; fetch it with git lfs pull",
-    b"<!doctype html": "is a page of HTML, as servers send for a missing file; download it again",
-    b"<html": "is a page of HTML, as servers send for a missing file; download it again",
+    **NOT_THE_FILE,
     b"pk\x03\x04": "is a zip or a spreadsheet, whatever its name; unpack it, or save it as csv in UTF-8",
     b"par1": "is parquet, whatever its name; let it end in .parquet",
     b"\x1f\x8b": "is packed with gzip; let its name end in .gz",
@@ -129,10 +127,27 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: does not exist") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    for start, what in _NO_TEXTS.items():
-        if data[:64].lstrip().lower().startswith(start):
-            raise UserError(f"{path}: {what}")
+    if what := what_begins(data):
+        raise UserError(f"{path}: {what}")
     return data
+
+
+def what_begins(data: bytes) -> str | None:
+    """What a file that begins so is, and what to do with it; None where it may be a text."""
+    start = data[:64].lstrip().lower()
+    return next((what for begin, what in _NO_TEXTS.items() if start.startswith(begin)), None)
+
+
+def why_unreadable(path: Path, kind: str, error: Exception) -> str:
+    """A line on a file that is not what its suffix says: what it is instead, else what its reader says."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+        if (what := what_begins(start)) and not start.startswith(b"PAR1"):
+            return f"{path}: {what}"
+    except OSError:
+        pass
+    return f"{path}: is not readable as {kind} ({' '.join(str(error).split())[:300]})"
 
 
 def read_text(path: Path) -> str:

@@ -26,6 +26,7 @@ from diptych.data.sources.samples import (
     unused_notes,
 )
 from diptych.data.sources.table import BLOCK, counted, file_split_notes, split_of
+from diptych.data.sources.text import what_begins
 from diptych.errors import UserError
 
 _BLOCK = 512
@@ -244,7 +245,7 @@ def _size(header: bytes, path: Path | RemoteFile, position: int, end: int) -> in
     """The size of the member in bytes. Raises UserError where the header is damaged or the member is cut short."""
     if len(header) < _BLOCK:
         if position == 0:
-            raise UserError(f"{path}: is not a tar file ({end} bytes)")
+            raise UserError(f"{path}: {what_begins(header) or f'is not a tar file ({end} bytes)'}")
         raise UserError(
             f"{path}: is cut short: it ends at byte {end} without the end mark of a tar file; copy it again "
             "(if it is whole after all: head -c 1024 /dev/zero >> FILE)"
@@ -260,7 +261,11 @@ def _size(header: bytes, path: Path | RemoteFile, position: int, end: int) -> in
         unpack = next((tool for magic, tool in _COMPRESSED.items() if header.startswith(magic)), None)
         if position == 0 and unpack:
             raise UserError(f"{path}: is a compressed tar, which allows no random access; {unpack} it first") from None
-        what = "is not a tar file" if position == 0 else f"is damaged at byte {position}; copy it again"
+        what = (
+            what_begins(header) or "is not a tar file"
+            if position == 0
+            else f"is damaged at byte {position}; copy it again"
+        )
         raise UserError(f"{path}: {what}") from None
     if position + _BLOCK + size > end:
         raise UserError(
