@@ -107,7 +107,32 @@ def test_second_side_cars_are_unused():
     groups = group(["k.jpg", "k.a.txt", "k.b.txt", "k.json", "z.json", "n.pdf"], Columns(), source="s")
     assert groups.keys == ["k"]
     assert [groups.slots[0][kind] for kind in (IMAGE, TEXT, JSON)] == [0, 1, 3]
-    assert (groups.lone, groups.unused) == ([4], [5, 2])
+    assert (groups.lone, groups.second, groups.unused) == ([4], [2], [5])
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_what_is_not_used_is_named_by_its_kind(tmp_path, kind):
+    files = {
+        "1.png": None,
+        "1.caption": "a dog",
+        "1.txt": "tags",
+        "1.npz": "?",
+        "2.npz": "?",
+        "3.npz": "?",
+        "t.csv": "a,b",
+    }
+    notes = open_source(write(tmp_path, kind, files)).notes
+    assert notes[0] == "1 text not used, as another belongs to the same image: 1.txt"
+    hint = "a table of captions is a source of its own" + ", once it is unpacked" * (kind == "tar")
+    assert notes[1] == f"4 other files not used: 1.npz, 2.npz, 3.npz and 1 more; {hint}"
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_names_that_were_packed_on_windows(tmp_path, kind):
+    files = {f"{part}\\{name}\\{i}.png": None for i, part in enumerate(["train", "test"]) for name in ("cat", "dog")}
+    spec = write(tmp_path, kind, files | {"train\\cat\\0.txt": "a cat"})
+    source = open_source(spec, split="train")
+    assert [(source.label(i), source.captions(i)) for i in range(len(source))] == [("cat", ["a cat"]), ("dog", [])]
 
 
 def test_images_of_one_name_keep_whole_names():
@@ -166,7 +191,13 @@ def test_folders_that_are_classes(tmp_path, kind, names, labels):
         (["a.jpg", "a_mask.png", "b.jpg", "b.mask.png", "c.jpg"], ["a_mask.png", "b.mask.png"]),
         (["x (1).png", "x (1)_mask.png", "x (1)_mask_1.png"], ["x (1)_mask.png", "x (1)_mask_1.png"]),
         (["images/a.jpg", "images/b.jpg", "masks/a.png", "masks/b_mask.gif"], ["masks/a.png", "masks/b_mask.gif"]),
-        (["train/a.jpg", "train_masks/a_mask.gif", "test/a.jpg"], []),
+        (["train/a.jpg", "train_masks/a_mask.gif", "test/a.jpg"], ["train_masks/a_mask.gif"]),
+        (
+            ["train/a.png", "train_labels/a_L.png", "test/a.png", "testannot/a.png"],
+            ["testannot/a.png", "train_labels/a_L.png"],
+        ),
+        (["image/0.png", "label/0.png", "image/1.png", "label/1.png"], ["label/0.png", "label/1.png"]),
+        (["imagesTr/a_0000.png", "labelsTr/a.png"], ["labelsTr/a.png"]),
         (
             ["k/test/bad/0.png", "k/train/good/0.png", "k/ground_truth/bad/0_mask.png"],
             ["k/ground_truth/bad/0_mask.png"],

@@ -36,7 +36,7 @@ from diptych.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
     | {".ppm", ".pgm", ".pbm", ".avif", ".heic", ".heif"}
 )
 """Suffixes of the files that are taken for images. HEIC is among them so that it is reported, not overlooked."""
@@ -104,9 +104,10 @@ def decode(
     """The centre square of an image, resized to ``size`` x ``size`` RGB pixels.
 
     The image is turned as its EXIF orientation says; of an animation the first frame is used; transparency lies over
-    white; colours of an embedded profile become sRGB; the square is resized with an antialiased bicubic filter.
-    Values of 16 bits are scaled to 8, floats from 0 to 1 or from 0 to 255 too; other ranges are refused, and so are 16
-    bits of which only the lower 12 are used: nearly black, unless somebody knows which value is white.
+    white, and is refused where it is everywhere; colours of an embedded profile become sRGB; the square is resized with
+    an antialiased bicubic filter. Values of 16 bits are scaled to 8, floats from 0 to 1 or from 0 to 255 too; other
+    ranges are refused, and so are 16 bits of which only the lower 12 are used: nearly black, unless somebody knows
+    which value is white.
 
     ``name`` is what messages call the image, by default its path. Raises UnreadableImage, whose message names the image
     and the reason.
@@ -200,6 +201,7 @@ def _decode(image: Image.Image, size: int) -> np.ndarray:
     elif transparent != image.info.get("transparency"):
         image = image.copy()
         image.info["transparency"] = transparent
+    _refuse_invisible(image)
     profile = image.info.get("icc_profile")
     image = _to_rgb(_centre_square(image), profile)
     image = image.resize((size, size), Image.Resampling.BICUBIC)
@@ -283,6 +285,18 @@ def _is_alpha_unused(image: Image.Image, tags: Mapping[int, Any]) -> bool:
     if image.format == "TIFF":
         return _EXTRA_SAMPLES not in tags
     return image.format == "BMP" and image.getchannel("A").getextrema() == (0, 0)
+
+
+def _refuse_invisible(image: Image.Image) -> None:
+    """Raise UnreadableImage where no pixel is opaque: nothing would be left but the white behind it."""
+    if not image.has_transparency_data:
+        return
+    bands = image.getbands()
+    opacity = image.getchannel(len(bands) - 1) if bands[-1] in "Aa" else image.convert("RGBA").getchannel("A")
+    if opacity.getextrema() == (0, 0):
+        raise UnreadableImage(
+            "is transparent everywhere, so that nothing of it is seen; remove it, or its transparency"
+        )
 
 
 def _refuse_twelve_bits(most: float) -> None:

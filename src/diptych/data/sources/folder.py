@@ -170,7 +170,10 @@ class FolderSource(SampleSource):
             limits=limits,
             texts_named=groups.texts_named,
             notes=nested
-            + unused_notes(*([files[i] for i in part] for part in (groups.lone, groups.unused, groups.masks))),
+            + unused_notes(
+                *([files[i] for i in part] for part in (groups.lone, groups.second, groups.unused, groups.masks)),
+                packed=False,
+            ),
         )
 
     def _read(self, member: int) -> bytes:

@@ -48,6 +48,7 @@ _FOLDERS = 300
 
 _LAST_NUMBER = re.compile(r"\d+$")
 _ABSOLUTE = re.compile(r"/|\\\\|[A-Za-z]:[\\/]")
+_WINDOWS = re.compile(r"\\(?!x[0-9a-f]{2})")
 _UPLOADED = re.compile(r"(?:^|/)upload/\d+/([0-9a-f]{6,8}-(.+))$")
 _LOCAL_FILES = re.compile(r"/local-files/\?d=(.+)$")
 """How Label Studio calls files: uploaded ones, and those of a folder of the server."""
@@ -243,7 +244,12 @@ def unknown_split(split: str, found: Iterable[str], *, source: str) -> UserError
 
 def split_of(name: str) -> str | None:
     """The outermost folder of a relative path that is called like a split."""
-    return next((folder for folder in name.split("/")[:-1] if is_split(folder)), None)
+    return next((folder for folder in with_slashes(name).split("/")[:-1] if is_split(folder)), None)
+
+
+def with_slashes(name: str) -> str:
+    """The name of a file that was packed on Windows, with slashes. What stands for a byte that is no UTF-8 stays."""
+    return _WINDOWS.sub("/", name) if "\\" in name else name
 
 
 def file_split_notes(paths: Iterable[Path | RemoteFile]) -> list[str]:

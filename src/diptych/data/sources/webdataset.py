@@ -56,6 +56,7 @@ class WebDatasetSource(SampleSource):
         keys: list[str] = []
         slots, places = array("q"), array("q")
         lone: list[tuple[list[str], list[int]]] = []  # of each shard the names and members of texts without an image
+        second: list[str] = []
         unused: list[str] = []
         masks: list[str] = []
         texts_named = False
@@ -80,13 +81,14 @@ class WebDatasetSource(SampleSource):
             add(groups, numbers)
             texts_named |= groups.texts_named
             lone.append(([names[i] for i in groups.lone], [numbers[i] for i in groups.lone]))
+            second += [names[i] for i in groups.second]
             unused += [names[i] for i in groups.unused]
             masks += [names[i] for i in groups.masks]
         if not keys:
             for names, owners in lone:
                 groups = group_texts(names, range(len(names)))
                 add(groups, owners)
-                unused += [names[i] for i in groups.unused]
+                second += [names[i] for i in groups.second]
             lone = []
         if not keys:
             raise UserError(
@@ -111,7 +113,7 @@ class WebDatasetSource(SampleSource):
             notes=[
                 *notes,
                 *nested,
-                *unused_notes([name for names, _ in lone for name in names], unused, masks),
+                *unused_notes([name for names, _ in lone for name in names], second, unused, masks, packed=True),
             ],
         )
         if split is None:
