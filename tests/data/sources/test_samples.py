@@ -135,6 +135,26 @@ def test_names_that_were_packed_on_windows(tmp_path, kind):
     assert [(source.label(i), source.captions(i)) for i in range(len(source))] == [("cat", ["a cat"]), ("dog", [])]
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_splits_that_are_called_after_their_data_set(tmp_path, kind):
+    names = [
+        "seg_train/seg_train/forest/1",
+        "seg_train/seg_train/sea/2",
+        "seg_test/seg_test/sea/3",
+        "seg_pred/seg_pred/4",
+    ]
+    spec = write(tmp_path, kind, {f"{name}.png": None for name in names})
+    source = open_source(spec)
+    assert sorted(str(source.label(i)) for i in range(4)) == ["None", "forest", "sea", "sea"]
+    assert source.notes == [
+        "the splits seg_pred, seg_test, seg_train are used together; choose one, e.g. ?split=seg_train"
+    ]
+    assert len(open_source(spec, split="seg_test")) == 1
+    (tmp_path / "toys").mkdir()
+    toys = write(tmp_path / "toys", kind, {f"{name}/1.png": None for name in ("steam_train", "toy_car")})
+    assert {open_source(toys).label(i) for i in range(2)} == {"steam_train", "toy_car"}
+
+
 def test_images_of_one_name_keep_whole_names():
     groups = group(["k.jpg", "k.png", "m.1.jpg", "m.2.jpg", "n.x.jpg"], Columns(), source="s")
     assert groups.keys == ["k.jpg", "k.png", "m.1", "m.2", "n"]

@@ -25,7 +25,7 @@ from diptych.data.sources.table import (
     sample_columns,
     some,
     split_notes,
-    split_of,
+    splits_of,
     unknown_split,
 )
 from diptych.errors import UserError
@@ -104,12 +104,13 @@ def _open_metadata(
     Where the tables have no column of splits, the folders of the images say them.
     """
     notes: list[str] = []
-    by_folder = [split_of(table) for table in tables]
+    by_folder = splits_of(tables)
     if split is not None and any(by_folder):
         if split not in by_folder:
             raise unknown_split(split, {each for each in by_folder if each}, source=name)
+        chosen = split
         tables, split = [table for table, each in zip(tables, by_folder, strict=True) if each == split], None
-        files = [file for file in files if split_of(file) == split_of(tables[0])]
+        files = [file for file, each in zip(files, splits_of(files), strict=True) if each == chosen]
     elif split is None:
         notes = split_notes(by_folder)
     rows, of_table = [], []
@@ -164,7 +165,7 @@ class FolderSource(SampleSource):
             np.array(groups.slots),
             name=name,
             labels=labels,
-            splits=[split_of(image) for image in images],
+            splits=splits_of(images),
             columns=columns,
             split=split,
             limits=limits,

@@ -47,6 +47,7 @@ from diptych.data.sources.table import (
     sample_columns,
     select_split,
     some,
+    split_folders,
     split_notes,
     unlabelled_notes,
     with_slashes,
@@ -366,6 +367,7 @@ def _doubts(names: Sequence[str], labels: Sequence[str | None]) -> list[str]:
 def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[str]]:
     """The folders of each file that may be classes, without those that hold all files."""
     paths = []
+    splits = split_folders(names)
     for name in names:
         folders = with_slashes(name).lstrip("/").split("/")[:-1]
         known = ["/".join(folders[: i + 1]) in shards for i in range(len(folders))]
@@ -374,6 +376,7 @@ def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[st
                 folder
                 for folder, is_shard in zip(folders, known, strict=True)
                 if not (is_shard or is_split(folder) or folder.lower() in _PLAIN or _SHARD.fullmatch(folder))
+                and folder not in splits
             ]
         )
     shared = 0

@@ -46,6 +46,7 @@ _BESIDE = frozenset({"annotations", "annotation", "captions", "labels", "metadat
 _FOLDERS = 300
 """Number of folders in which images are looked for that do not lie where their table says."""
 
+_SPLITS_OF = re.compile(r"(.+[-_ ])(train|training|test|testing|val|valid|validation|dev|pred)", re.IGNORECASE)
 _LAST_NUMBER = re.compile(r"\d+$")
 _ABSOLUTE = re.compile(r"/|\\\\|[A-Za-z]:[\\/]")
 _WINDOWS = re.compile(r"\\(?!x[0-9a-f]{2})")
@@ -109,7 +110,7 @@ def from_rows(
     else:
         paths = [_path_of(row, found.image, found.folder).replace("\\", "/") for row in rows]
         below = {table: os.path.relpath(table.parent, root) if root else "" for table in dict.fromkeys(tables)}
-        splits = [split_of(f"{below[table]}/{path}") for table, path in zip(tables, paths, strict=True)]
+        splits = splits_of([f"{below[table]}/{path}" for table, path in zip(tables, paths, strict=True)])
     chosen = select_split(splits, split, source=name)
     source = TableSource([(tables[i], rows[i]) for i in chosen], name=name, found=found, limits=limits)
     if split is None:
@@ -261,9 +262,25 @@ def unknown_split(split: str, found: Iterable[str], *, source: str) -> UserError
     return UserError(f"{source}: no split {split!r}; " + (f"it has {listed}" if listed else hint))
 
 
-def split_of(name: str) -> str | None:
-    """The outermost folder of a relative path that is called like a split."""
-    return next((folder for folder in with_slashes(name).split("/")[:-1] if is_split(folder)), None)
+def splits_of(names: Sequence[str]) -> list[str | None]:
+    """Of each relative path the outermost folder that is called like a split."""
+    also = split_folders(names)
+    return [
+        next((folder for folder in with_slashes(name).split("/")[:-1] if is_split(folder) or folder in also), None)
+        for name in names
+    ]
+
+
+def split_folders(names: Iterable[str]) -> frozenset[str]:
+    """The folders of these paths that are splits of one name, such as `seg_train` and `seg_test`."""
+    of_name: dict[str, set[str]] = {}
+    for folder in {
+        folder for path in {os.path.dirname(with_slashes(name)) for name in names} for folder in path.split("/")
+    }:
+        if found := _SPLITS_OF.fullmatch(folder):
+            of_name.setdefault(found[1].casefold(), set()).add(folder)
+    parts = [each for each in of_name.values() if len(each) > 1 and any("train" in part.lower() for part in each)]
+    return frozenset[str]().union(*parts)
 
 
 def with_slashes(name: str) -> str:

@@ -25,7 +25,7 @@ from diptych.data.sources.samples import (
     group_texts,
     unused_notes,
 )
-from diptych.data.sources.table import BLOCK, counted, file_split_notes, split_of
+from diptych.data.sources.table import BLOCK, counted, file_split_notes, splits_of
 from diptych.data.sources.text import what_begins
 from diptych.errors import UserError
 
@@ -105,7 +105,7 @@ class WebDatasetSource(SampleSource):
             index,
             name=name,
             labels=labels,
-            splits=[split_of(key) for key in keys],
+            splits=splits_of(keys),
             columns=columns,
             split=split,
             limits=limits,
