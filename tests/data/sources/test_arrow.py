@@ -109,6 +109,17 @@ def test_shards_in_order_and_odd_names(tmp_path):
     assert rows_of(both) == [(1, ["1"], None), (0, ["0"], None)]
 
 
+def test_files_with_other_columns(tmp_path):
+    write(tmp_path / "t-0.parquet", image=[png(0)], text=["dog"], label=pa.array([0], pa.int32()))
+    write(tmp_path / "t-1.parquet", url=["u"], label=pa.array([1], pa.int64()), text=["cat"], image=[png(1)])
+    both = open_source(f"{tmp_path}/t-*.parquet")
+    assert rows_of(both) == [(0, ["dog"], "0"), (1, ["cat"], "1")]
+    assert both.notes == ["columns not used, as some files lack them: url"]
+    write(tmp_path / "t-2.parquet", other=["x"])
+    with pytest.raises(UserError, match=r"t-0\.parquet and another file have no column in common"):
+        open_source(f"{tmp_path}/t-*.parquet")
+
+
 def test_a_changed_file_is_read_anew_and_the_working_folder_stays_clean(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

@@ -182,6 +182,7 @@ def test_notes_elsewhere_are_no_side_cars(tmp_path):
         (["a.doc"], "holds no images"),
         (["b/shard.tar"], "holds no images, but b/shard.tar; give that file itself"),
         (["photos.zip"], "holds no images, but photos.zip; unpack it first"),
+        (["t/a.txt", "t/b.txt"], r"holds no images, but 2 texts; give them as a source of texts, .*/t/\*\.txt'"),
         (["data-00000.arrow", "state.json"], "save the data set with to_parquet"),
     ],
 )

@@ -51,15 +51,22 @@ def open_parquet(
     """One source from one or more parquet files. Raises UserError for a file that is damaged or holds no rows."""
     import datasets
 
-    counts = [_rows_in(path) for path in paths]
+    counts, names = zip(*map(_rows_and_columns, paths), strict=True)
+    shared = [column for column in names[0] if all(column in each for each in names)]
+    others = sorted(set().union(*names) - set(shared))
+    if not shared:
+        raise UserError(f"{name}: {paths[0].name} and another file have no column in common; give one kind of them")
     files = [glob.escape(str(path)) for path in paths]  # `datasets` takes every name for a pattern
     try:
         with _quietly():
-            data = datasets.load_dataset("parquet", data_files=files, split="train")
+            data = datasets.load_dataset("parquet", data_files=files, split="train", columns=shared if others else None)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise UserError(f"{name}: is not readable as parquet ({_reason(error)})") from None
     tables = Tables(tuple(paths), tuple(accumulate(counts)))
-    return _from_dataset(data, name=name, tables=tables, columns=columns, split=split, limits=limits)
+    source = _from_dataset(data, name=name, tables=tables, columns=columns, split=split, limits=limits)
+    if others:
+        source.notes.append(f"columns not used, as some files lack them: {some(others, len(others))}")
+    return source
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +82,18 @@ class Tables:
         return self.paths[bisect_right(self.ends, row)]
 
 
-def _rows_in(path: Path) -> int:
+def _rows_and_columns(path: Path) -> tuple[int, list[str]]:
     """Read the footer of a file alone: its errors name the file and the reason, which those of `datasets` do not."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_metadata(path).num_rows
+        footer = pyarrow.parquet.read_metadata(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(why_unreadable(path, "parquet", error)) from None
-    if not rows:
+    if not footer.num_rows:
         raise UserError(f"{path}: holds no rows")
-    return rows
+    return footer.num_rows, footer.schema.to_arrow_schema().names
 
 
 def open_hub(

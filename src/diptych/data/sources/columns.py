@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from diptych.data.sources.decode import is_image_path
-from diptych.data.sources.text import SEPARATORS, begins_with_image, clean, is_json, notes_on_texts, says_missing
+from diptych.data.sources.text import (
+    SEPARATORS,
+    begins_with_image,
+    clean,
+    count_words,
+    is_json,
+    notes_on_texts,
+    says_missing,
+)
 from diptych.errors import UserError
 
 Role = Literal["image", "caption", "label"]
@@ -282,7 +290,7 @@ def _holds_images(name: str, values: Sequence[Any]) -> bool:
 def _holds_sentences(values: Sequence[Any]) -> bool:
     """Whether one in four values has texts of three words."""
     texts = [captions_of(value) for value in values if _is_text(value)]
-    return 4 * sum(any(text.count(" ") > 1 for text in each) for each in texts) >= max(1, len(values))
+    return 4 * sum(any(count_words(text) > 2 for text in each) for each in texts) >= max(1, len(values))
 
 
 def _is_text_file(value: Any) -> bool:
@@ -494,14 +502,14 @@ def _find_captions(table: Table, wanted: str | None, image: str | None, source: 
     if numbered and len(known) < 2:
         return (*known, *numbered)
     other = CAPTION_NAMES | IMAGE_NAMES | LABEL_NAMES | SPLIT_NAMES
-    prose = [name for name in texts if not usual(name, other) and _has_blanks(table[name])]
+    prose = [name for name in texts if not usual(name, other) and _has_words(table[name])]
     prose = [name for name in prose if not ((like := _LABEL_LIKE.search(name)) and like.end() == len(name.strip()))]
     found = _one(known or prose, "caption", table, source)
     return (found,) if found is not None else ()
 
 
-def _has_blanks(values: Sequence[Any]) -> bool:
-    return any(" " in text for value in values for text in captions_of(value))
+def _has_words(values: Sequence[Any]) -> bool:
+    return any(count_words(text) > 1 for value in values for text in captions_of(value))
 
 
 def _holds_texts(name: str, values: Sequence[Any]) -> bool:

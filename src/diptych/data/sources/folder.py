@@ -215,4 +215,9 @@ def _hint(root: Path, files: list[str]) -> str:
         if others:
             more = f", or all {len(others)} of them, e.g. '{(root / others[0]).parent}/*{suffix}'"
             return f", but {others[0]}; give that file itself as the source{more if len(others) > 1 else ''}"
+    if texts := [file for file in files if file.lower().endswith(TEXT_SUFFIXES[0])]:
+        folder = (root / texts[0]).parent
+        return (
+            f", but {counted(len(texts), 'text')}; give them as a source of texts, a text a line, e.g. '{folder}/*.txt'"
+        )
     return " (searched in its sub-folders too)" if files else "; it is empty"

@@ -59,8 +59,10 @@ _MANY, _SAMPLE = 7, 10_000
 _MANGLED = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00c2[\u00a0-\u00bf]|\u00e2\u20ac.")
 """UTF-8 that was read as Windows-1252, and characters that were lost."""
 _BEGIN = re.compile(r"startseq\b|.*(?:[^\w\s'\"-]|-(?=\s))")
-_END = re.compile(r"[^\w\s'\".!?-].*$|\bendseq$")
+_END = re.compile(r"[^\w\s'\".!?\u2026\u3002\uff01\uff1f\u0964\u061f-].*$|\bendseq$")
 """Where every text begins or ends alike, up to and from a character of no word, as in `<start>` or `caption:`."""
+_UNSPACED = re.compile("[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+"""Characters of scripts that put no blanks between words: Chinese, Japanese, Thai, Lao, Khmer, Burmese."""
 _MARKUP = re.compile(
     r"\]\(https?:|\[/?(?:b|i|u|url|img|quote)\]|\*\*\S[^*]*\*\*|\[\[[^\]]+\]\]|\{\{[^}]+\}\}|```|^\{\s*\"\w+\":|<lora:[^>]*>|\(\S+:\d\.\d+\)"
 )
@@ -104,6 +106,11 @@ def clean(text: str) -> str:
         return text.strip()
     text = _CONTROL.sub(" ", _COLOUR.sub("", text).translate(_INVISIBLE))
     return " ".join(_SURROGATE.sub("\ufffd", text).split())
+
+
+def count_words(text: str) -> int:
+    """Number of words; in scripts without blanks between words each character counts."""
+    return len((text if text.isascii() else _UNSPACED.sub(r" \g<0> ", text)).split())
 
 
 def says_missing(value: Any) -> bool:
