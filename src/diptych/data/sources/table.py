@@ -457,7 +457,7 @@ class ImagePaths:
                 return tuple(
                     folder
                     for folder, some_values in having.items()
-                    if some_values or any(self.find(folder, value)[1] for value in values)
+                    if some_values or any(self.find(folder, value)[1] for value in _few(values, 1024))
                 )
             if most < max(1, len(sample) // 2):
                 continue
@@ -472,7 +472,12 @@ class ImagePaths:
 
     def find_in(self, roots: "Roots", value: str) -> tuple[str, bool]:
         """As `find`, in several folders. Raises UserError where two have the image."""
-        found = [self.find(folder, value[len(roots.without) :]) for folder in roots.folders]
+        value = value[len(roots.without) :]
+        if len(roots.folders) > 1:  # for a plain name one look is enough in each
+            having = [folder for folder in roots.folders if value in self._names(str(folder))]
+            if len(having) == 1:
+                return os.path.join(having[0], self._names(str(having[0]))[value]), True
+        found = [self.find(folder, value) for folder in roots.folders]
         there = [each for each in found if each[1]]
         if len(there) > 1:
             raise UserError(f"{there[0][0]}: lies in {there[1][0]} too; write the folder into the paths")
@@ -496,8 +501,8 @@ def _beginnings(values: Sequence[str]) -> list[str]:
     return [shared[: mark.end()] for mark in _FOLDER.finditer(shared)]
 
 
-def _few(values: Sequence[str]) -> Sequence[str]:
-    return values[:: max(1, len(values) // 8)]
+def _few(values: Sequence[str], count: int = 8) -> Sequence[str]:
+    return values[:: max(1, len(values) // count)]
 
 
 def _before_upload(value: str) -> list[str]:
