@@ -120,6 +120,22 @@ def test_files_with_other_columns(tmp_path):
         open_source(f"{tmp_path}/t-*.parquet")
 
 
+def test_lists_of_one_image_are_images(tmp_path):
+    talk = [[{"user": "What is it?", "assistant": f"photo {i}"}] for i in range(2)]
+    features = datasets.Features(
+        {
+            "images": datasets.Sequence(datasets.Image()),
+            "texts": [{"user": datasets.Value("string"), "assistant": datasets.Value("string")}],
+        }
+    )
+    rows = [{"images": [{"bytes": png(i), "path": None}], "texts": talk[i]} for i in range(2)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "t.parquet")
+    assert rows_of(open_source(str(tmp_path / "t.parquet"))) == [(0, ["photo 0"], None), (1, ["photo 1"], None)]
+    several = write(tmp_path / "u.parquet", images=[[png(0), png(1)]], n=[1])
+    with pytest.raises(UserError, match="column 'images' holds lists of images; write a row for each image"):
+        open_source(several)
+
+
 def test_a_changed_file_is_read_anew_and_the_working_folder_stays_clean(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

@@ -112,6 +112,24 @@ def test_a_title_above_the_header_is_named(tmp_path, content):
         rows_of(tmp_path, "t.csv", content)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", '{"image": "a.jpg", "caption": "a dog"}\n', r"t\.csv: holds JSON; let its name end in \.json"),
+        ("t.csv", '[\n{"image": "a.jpg"}\n]', r"t\.csv: holds JSON"),
+        ("t.json", "image,caption\na.jpg,a dog, brown\n", r"is a table with ',' between its columns; .* end in \.csv"),
+        ("t.jsonl", "image\tcaption\na.jpg\ta dog\n", r"is a table with '\\t' between its columns; .* end in \.tsv"),
+    ],
+)
+def test_tables_by_another_name(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message):
+        rows_of(tmp_path, name, content)
+
+
+def test_cells_may_be_large(tmp_path):
+    assert len(rows_of(tmp_path, "t.csv", f'image,caption\n"{"x" * 200_000}",a dog\n')[0]["image"]) == 200_000
+
+
 def test_documents_by_split_and_by_id(tmp_path):
     by_split = {"train": [{"image": "a.jpg"}], "test": [{"image": "b.jpg"}]}
     assert [row["split"] for row in rows_of(tmp_path, "s.json", json.dumps(by_split))] == ["train", "test"]

@@ -153,6 +153,7 @@ def _from_dataset(
 ) -> "ArrowSource | TableSource":
     import datasets
 
+    data = _without_lists(data)
     for column, feature in data.features.items():
         if isinstance(feature, datasets.Image):  # bytes, so that `limits` hold
             data = data.cast_column(column, datasets.Image(decode=False))
@@ -188,6 +189,32 @@ def _from_dataset(
     return ArrowSource(
         data, name=name, found=found, rows=rows, tables=tables, limits=limits, notes=notes, groups=groups
     )
+
+
+def _without_lists(data: Any) -> Any:
+    """The same data with each column of lists of one image as a column of images, as chat formats have them."""
+    import datasets
+    import pyarrow
+    import pyarrow.compute
+
+    table, features = data.data.table, data.features.copy()
+    for name in data.column_names:
+        column, kind = table.column(name), table.column(name).type
+        if not (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)):
+            continue
+        of_images = _is_binary(kind.value_type) or (
+            pyarrow.types.is_struct(kind.value_type) and kind.value_type.get_field_index("bytes") >= 0
+        )
+        if (
+            of_images
+            and pyarrow.compute.all(pyarrow.compute.equal(pyarrow.compute.list_value_length(column), 1)).as_py()
+        ):
+            table = table.set_column(table.schema.get_field_index(name), name, pyarrow.compute.list_flatten(column))
+            features[name] = features[name].feature
+    if features == data.features:
+        return data
+    whole = datasets.table.InMemoryTable(table.replace_schema_metadata(None))
+    return datasets.Dataset(whole, info=datasets.DatasetInfo(features=features))
 
 
 def _failed_downloads(data: Any, image: str | None) -> np.ndarray:

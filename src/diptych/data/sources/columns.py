@@ -137,6 +137,8 @@ def find_columns(table: Table, *, wanted: Columns, source: str) -> Found:
     if not found.captions:
         for name in table:
             _refuse_addresses(table, name, source)
+            if _all(table[name], _is_album):
+                raise UserError(f"{source}: column {name!r} holds lists of images; write a row for each image")
         raise UserError(
             f"{source}: no column of images or captions among {_listed(table)}; "
             "name one behind the source with ?image=NAME or ?caption=NAME"
@@ -267,8 +269,8 @@ def _could_be_image(name: str, values: Sequence[Any]) -> bool:
 
 def _why_no_path(value: Any) -> str:
     """Why a cell that could be an image is none."""
-    if isinstance(value, list) and any(map(is_image_path, value)):
-        return "which are several images; write a row for each image"
+    if _is_album(value):
+        return "which is a list of images; write a row for each image"
     if isinstance(value, str) and _BASE64.match(value):
         return "an image written as text; save it as a file and write its path, or put its bytes into parquet"
     return "which is no path of an image file"
@@ -276,7 +278,12 @@ def _why_no_path(value: Any) -> str:
 
 def _names_images(value: Any) -> bool:
     """Whether a cell holds an address, or a list with the path of an image."""
-    return is_address(value) or (isinstance(value, list | tuple) and any(map(is_image_path, value)))
+    return is_address(value) or _is_album(value)
+
+
+def _is_album(value: Any) -> bool:
+    """Whether a cell holds a list of images or of their paths."""
+    return isinstance(value, list | tuple) and any(is_image_path(item) or is_embedded(item) for item in value)
 
 
 def _is_split_cell(value: Any) -> bool:
@@ -378,7 +385,9 @@ def captions_of(value: Any) -> list[str]:
     if isinstance(value, Sequence):
         if _is_conversation(value):
             answers = [part for part in value if any(part.get(key) in _MODELS for key in _SPEAKERS)]
-            return captions_of(answers[0].get("value", answers[0].get("content"))) if len(answers) == 1 else []
+            texts = [part.get("value", part.get("content")) for part in answers]
+            texts += [part["assistant"] for part in value if "assistant" in part]
+            return captions_of(texts[0]) if len(texts) == 1 else []
         if len(value) > 1 and all(map(_is_words, value)):
             return [text for words in value for text in captions_of(" ".join(words))]
         if _is_words(value) and not _GRAMMAR.isdisjoint(word.lower() for word in value):
@@ -396,7 +405,7 @@ def _is_conversation(value: Any) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(part, Mapping) and any(key in part for key in _SPEAKERS) for part in value)
+        and all(isinstance(part, Mapping) and not part.keys().isdisjoint((*_SPEAKERS, "assistant")) for part in value)
     )
 
 

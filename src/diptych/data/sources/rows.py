@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from diptych.data.sources.columns import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, is_address, is_split, usual
 from diptych.data.sources.decode import is_image_path
-from diptych.data.sources.text import read_text, why_unreadable
+from diptych.data.sources.text import is_json, read_text, why_unreadable
 from diptych.errors import UserError
 
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv", ".parquet")
 """Suffixes of the files that :func:`read_rows` reads."""
 _DELIMITERS = ",\t;|"
+csv.field_size_limit(2**31 - 1)  # an image in base64 is longer than 131,072 characters
 _NO_CAPTION = ("is_rejected", "is_precanned")
 
 
@@ -54,6 +55,8 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 def _read_delimited(text: str, path: Path, delimiter: str) -> list[dict[str, Any]]:
     text = text.lstrip("\n")
+    if is_json(text.partition("\n")[0]) or text.startswith("[\n"):
+        raise UserError(f"{path}: holds JSON; let its name end in .json, or in .jsonl if each line is a document")
     first, _, rest = text.partition("\n")
     if first.startswith("sep=") and len(first.strip()) == 5:  # how spreadsheets are told the delimiter
         delimiter, text = first[4], rest
@@ -182,6 +185,7 @@ def _refuse_swallowed(cells: Sequence[str], delimiter: str, place: str) -> None:
 def _read_json_lines(text: str, path: Path, notes: list[str]) -> list[dict[str, Any]]:
     if text.lstrip().startswith("["):
         return _read_json(text, path, notes)
+    _refuse_table(text, path)
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -190,6 +194,15 @@ def _read_json_lines(text: str, path: Path, notes: list[str]) -> list[dict[str, 
                 raise UserError(f"{path}: line {number} is not a JSON object {{...}}")
             rows.append(row)
     return rows
+
+
+def _refuse_table(text: str, path: Path) -> None:
+    """Raise UserError where a file is a table with delimiters, whatever its name."""
+    first, second, *_ = [*text.split("\n", 2), "", ""]
+    for delimiter in _DELIMITERS:
+        if first[:1].isalpha() and 0 < first.count(delimiter) <= second.count(delimiter):
+            kind = ".tsv" if delimiter == "\t" else ".csv"
+            raise UserError(f"{path}: is a table with {delimiter!r} between its columns; let its name end in {kind}")
 
 
 def _parse(text: str, place: str) -> Any:
@@ -220,6 +233,7 @@ def _read_json(text: str, path: Path, notes: list[str]) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             return _read_json_lines(text, path, notes)
+        _refuse_table(text, path)
         raise UserError(f"{path}: is not JSON ({error})") from None
     if isinstance(document, dict):
         lists = {name: value for name, value in document.items() if _is_rows(value)}

@@ -43,6 +43,8 @@ SAMPLE = 256
 """Values of a column, spread over the table, that decide what it holds."""
 _BESIDE = frozenset({"annotations", "annotation", "captions", "labels", "metadata", "splits"})
 """Folders of tables whose images lie beside the folder, as in COCO."""
+_LONGEST, _DEEPEST = 4096, 100
+"""Number of characters, and of folders, of the longest path that is looked for."""
 _FOLDERS = 300
 """Number of folders in which images are looked for that do not lie where their table says."""
 
@@ -359,13 +361,15 @@ class ImagePaths:
 
         Also found are files and folders whose accents Unicode writes in the other way, or that no other differs from
         but in capitals, paths with backslashes, names that lack their suffix, numbers for the names that end in them
-        (`42` for `COCO_val2014_000000000042.jpg`), and what Label Studio makes of the name of a file that was uploaded
-        to it.
+        (`42` for `COCO_val2014_000000000042.jpg`), names as addresses write them (`my%20cat.jpg`), and what Label
+        Studio makes of the name of a file that was uploaded to it.
         """
+        if len(value) > _LONGEST or value.count("/") > _DEEPEST:
+            return value, False
         value = unquote(value.strip()[7:]) if value.strip().startswith("file://") else value.strip()
         value = without_number(value) if is_image_path(value) else value
         path = os.path.normpath(os.path.join(folder, value))
-        for spelling in dict.fromkeys((value, value.replace("\\", "/"), *_before_upload(value))):
+        for spelling in dict.fromkeys((value, value.replace("\\", "/"), unquote(value), *_before_upload(value))):
             head, base = os.path.split(os.path.normpath(os.path.join(folder, spelling)))
             name = self._named(head, base)
             real = self._real[head]
@@ -514,7 +518,7 @@ def _before_upload(value: str) -> list[str]:
     return [] if found is None else [unquote(found[1]), unquote(found[2])]
 
 
-def _folders_below(folder: Path, depth: int = 2) -> list[Path]:
+def _folders_below(folder: Path, depth: int = 3) -> list[Path]:
     """``folder`` and the folders in it, ``depth`` deep, at most 300."""
     found, level = [folder], [folder]
     for _ in range(depth):

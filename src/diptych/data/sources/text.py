@@ -78,6 +78,8 @@ _NAME = re.compile(r"\S*(?:[/_]|\d{3})\S*", re.ASCII)
 _LETTER = re.compile(r"[^\W\d_]")
 _QUOTED = re.compile(r"""(["'`]).*\1,?""")
 _XML = re.compile(r"<(?P<tag>[^\s<>]+)[^<>]*>.*</(?P=tag)>")
+_ADDRESS_TEXT = re.compile(r"[\w.-]+(?:(?:\+|%[0-9A-Fa-f]{2})+[\w.-]+){2,}(?:\+|%[0-9A-Fa-f]{2})*")
+"""A text with plus signs or `%20` for its blanks."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ROW = re.compile(r"""["']?(?P<image>[^,;|\t"']+?)["']?(?P<delimiter>\s*[,;|\t]|\s+|$)""")
 
@@ -242,6 +244,10 @@ def notes_on_texts(texts: Sequence[str]) -> list[str]:
         notes.append(f"{len(cut):,} of {len(texts):,} texts that were looked at end in dots, as {cut[0][-30:]!r}")
     if all(map(_NAME.fullmatch, texts[:1] and texts)) and len(texts) > 1:
         notes.append(f"each text is one word, as of a list of names: {texts[0][:60]!r}")
+    if coded := [text for text in texts if _ADDRESS_TEXT.fullmatch(text)]:
+        notes.append(
+            f"{len(coded):,} of {len(texts):,} texts that were looked at are written as in addresses: {coded[0][:60]!r}"
+        )
     if bare := [text for text in texts if not _LETTER.search(text)]:
         notes.append(
             f"texts without a letter: {len(bare):,} of {len(texts):,} that were looked at, as {bare[0][:60]!r}"
