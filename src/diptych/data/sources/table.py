@@ -117,7 +117,7 @@ def from_rows(
     source = TableSource([(tables[i], rows[i]) for i in chosen], name=name, found=found, limits=limits)
     if split is None:
         source.notes += split_notes(splits) or file_split_notes(dict.fromkeys(tables))
-    if found.split and found.image:
+    if found.split and found.image and len(set(map(str, splits))) > 1:
         source.notes += _notes_on_shared_images(rows, splits, found)
     source.notes += downloads + _tables_without_captions(rows, tables, found)
     return source
