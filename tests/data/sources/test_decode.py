@@ -352,7 +352,7 @@ def test_the_limit_can_be_set():
     [
         (b"", "is empty"),
         (b"hello, this is text", "not an image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", r"a drawing \(SVG\) or other XML; convert it to PNG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (b"\0\0\0\x18ftypheic" + b"\0" * 99, "HEIC"),
         (encoded(noise(64, 64), "JPEG")[:900], "cannot be decoded"),

@@ -117,6 +117,9 @@ def test_a_title_above_the_header_is_named(tmp_path, content):
     [
         ("t.csv", '{"image": "a.jpg", "caption": "a dog"}\n', r"t\.csv: holds JSON; let its name end in \.json"),
         ("t.csv", '[\n{"image": "a.jpg"}\n]', r"t\.csv: holds JSON"),
+        ("t.csv", "<table><tr><td>a</td></tr></table>", "is a table of HTML"),
+        ("t.csv", '<?xml version="1.0"?>\n<Workbook/>', "is XML"),
+        ("t.csv", "a.jpg".ljust(257, "\0") + "ustar", "is a tar, whatever its name"),
         ("t.json", "image,caption\na.jpg,a dog, brown\n", r"is a table with ',' between its columns; .* end in \.csv"),
         ("t.jsonl", "image\tcaption\na.jpg\ta dog\n", r"is a table with '\\t' between its columns; .* end in \.tsv"),
     ],
@@ -124,6 +127,27 @@ def test_a_title_above_the_header_is_named(tmp_path, content):
 def test_tables_by_another_name(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         rows_of(tmp_path, name, content)
+
+
+def test_the_header_of_r_lacks_a_name(tmp_path):
+    with pytest.raises(UserError, match="the row at line 2 has 3 cells and the header 2; so has every row; name each"):
+        rows_of(tmp_path, "t.csv", "image,caption\n1,a.jpg,a dog\n2,b.jpg,a cat\n")
+    with pytest.raises(UserError, match="put quotes around cells"):
+        rows_of(tmp_path, "t.csv", "image,caption\na.jpg,a dog, brown\nb.jpg,a cat\n")
+
+
+def test_characters_without_width_around_a_cell(tmp_path):
+    for name, mark in (("t.csv", ","), ("t.tsv", "\t")):
+        rows = rows_of(tmp_path, name, f"image{mark}caption\n\u00a0a.jpg\u200b{mark}a dog\ufeff\n")
+        assert rows == [{"image": "a.jpg", "caption": "a dog"}]
+
+
+def test_captions_by_the_names_of_images(tmp_path):
+    for captions in (["A dog runs.", "A cat sits."], [["A dog runs."], ["A cat sits.", "One cat sits."]]):
+        content = json.dumps(dict(zip(("x1", "x2"), captions, strict=True)))
+        assert rows_of(tmp_path, "t.json", content)[1] == {"image_id": "x2", "captions": captions[1]}
+    with pytest.raises(UserError, match="must be a list of objects"):
+        rows_of(tmp_path, "t.json", json.dumps({"name": "scenes", "version": "1.0"}))
 
 
 def test_cells_may_be_large(tmp_path):

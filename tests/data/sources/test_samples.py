@@ -114,15 +114,17 @@ def test_second_side_cars_are_unused():
 def test_what_is_not_used_is_named_by_its_kind(tmp_path, kind):
     files = {
         "1.png": None,
-        "1.caption": "a dog",
-        "1.txt": "tags",
+        "1.txt": "a dog",
+        "1.png.txt": "tags",
         "1.npz": "?",
         "2.npz": "?",
         "3.npz": "?",
         "t.csv": "a,b",
     }
-    notes = open_source(write(tmp_path, kind, files)).notes
-    assert notes[0] == "1 text not used, as another belongs to the same image: 1.txt"
+    source = open_source(write(tmp_path, kind, files))
+    notes, captions = source.notes, source.captions(0)
+    assert captions == ["a dog"]
+    assert notes[0] == "1 file not used, as another of the kind belongs to the image: 1.png.txt"
     hint = "a table of captions is a source of its own" + ", once it is unpacked" * (kind == "tar")
     assert notes[1] == f"4 other files not used: 1.npz, 2.npz, 3.npz and 1 more; {hint}"
 
@@ -150,6 +152,10 @@ def test_splits_that_are_called_after_their_data_set(tmp_path, kind):
         "the splits seg_pred, seg_test, seg_train are used together; choose one, e.g. ?split=seg_train"
     ]
     assert len(open_source(spec, split="seg_test")) == 1
+    names += ["one", "two"]
+    spec = write(tmp_path, kind, {f"{name}.png": None for name in names})
+    for split in (None, "seg_test"):
+        assert "2 items without a split: no ?split= takes them" in open_source(spec, split=split).notes
     (tmp_path / "toys").mkdir()
     toys = write(tmp_path / "toys", kind, {f"{name}/1.png": None for name in ("steam_train", "toy_car")})
     assert {open_source(toys).label(i) for i in range(2)} == {"steam_train", "toy_car"}

@@ -546,6 +546,23 @@ def test_images_in_several_splits_are_named(photos):
     assert "1 image in several splits: photos/1.png (train, VAL)" in source.notes
 
 
+def test_rows_without_a_split_are_counted(photos):
+    rows = [{"image": f"photos/{i}.png", "caption": "c", "split": split} for i, split in enumerate(["a", "b", ""])]
+    (photos / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for split in (None, "a"):
+        notes = open_source(str(photos / "t.jsonl"), split=split).notes
+        assert "1 item without a split: no ?split= takes it" in notes
+
+
+def test_folders_are_no_classes_of_a_table(photos):
+    for name in ("cat", "dog"):
+        shutil.copytree(photos / "photos", photos / name)
+    rows = [{"image": f"{name}/{i}.png"} for name in ("cat", "dog") for i in range(3)]
+    assert table(photos, "t.jsonl", rows).notes == [
+        "folders such as cat are no classes beside t.jsonl; add a column label"
+    ]
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [

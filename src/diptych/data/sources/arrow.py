@@ -37,6 +37,7 @@ from diptych.data.sources.table import (
     split_notes,
     unknown_split,
     unlabelled_notes,
+    unsplit_notes,
 )
 from diptych.data.sources.text import NULLS, why_unreadable
 from diptych.errors import UserError
@@ -178,6 +179,7 @@ def _from_dataset(
     notes = list(found.notes)
     if split is None:
         notes += split_notes(values) or file_split_notes(tables.paths)
+    notes += unsplit_notes(values, split)
     failed = _failed_downloads(whole, found.image)[rows]
     if failed.any() and not failed.all():
         rows = rows[~failed]

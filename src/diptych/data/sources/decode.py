@@ -47,6 +47,7 @@ NOT_THE_FILE = {
     b"<html": "is a page of HTML, as servers send for a missing file; download it again",
 }
 """How a file begins, in small letters, that stands in the place of another."""
+_DRAWINGS = (b"<svg", b"<?xml")
 _NUMBERED = re.compile(r"#\d+$")
 _ORIENTATION = 0x0112
 _BITS, _PHOTOMETRIC, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 262, 338, 339
@@ -224,6 +225,8 @@ def _open(stream: io.BytesIO | io.BufferedReader) -> Image.Image:
     for begin, what in NOT_THE_FILE.items():
         if start.lstrip().lower().startswith(begin):
             raise UnreadableImage(what)
+    if start.lstrip().lower().startswith(_DRAWINGS):
+        raise UnreadableImage("is a drawing (SVG) or other XML; convert it to PNG")
     raise UnreadableImage(f"is not an image of a known format ({', '.join(FORMATS)})")
 
 

@@ -119,10 +119,7 @@ def _open_metadata(
         rows += found
         of_table += [root / table] * len(found)
     source = from_rows(rows, tables=of_table, name=name, columns=columns, split=split, limits=limits, root=root)
-    if source.has_images and not any(source.label(i) for i in range(len(source))):
-        places = [os.path.relpath(source.key(i), root) for i in range(len(source))]
-        if folder := next((label for label in folder_labels(places)[0] if label), None):
-            notes.append(f"folders such as {folder} are no classes beside {tables[0]}; add a column label")
+    notes += notes_on_class_folders(source, tables[0], root)
     listed = {source.key(i) for i in range(len(source))} if source.has_images and split is None else None
     if listed is not None:
         unlisted = [
@@ -142,6 +139,15 @@ def _open_metadata(
         )
     source.notes += [note for note in notes if note not in source.notes]
     return source
+
+
+def notes_on_class_folders(source: TableSource, table: str, root: Path) -> list[str]:
+    """A note on folders below ``root`` that could be classes, where the rows of a table have no labels."""
+    if not source.has_images or any(source.label(i) for i in range(len(source))):
+        return []
+    places = [os.path.relpath(source.key(i), root) for i in range(len(source))]
+    folder = next((label for label in folder_labels(places)[0] if label), None)
+    return [f"folders such as {folder} are no classes beside {table}; add a column label"] if folder else []
 
 
 def _is_caption_file(file: str) -> bool:

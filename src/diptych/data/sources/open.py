@@ -320,7 +320,12 @@ def _open_files(
 
             return open_parquet(paths, name=name, columns=columns, split=split, limits=limits)
         case "table":
-            return open_tables(paths, name=name, columns=columns, split=split, limits=limits)
+            from diptych.data.sources.folder import notes_on_class_folders
+
+            source = open_tables(paths, name=name, columns=columns, split=split, limits=limits)
+            if not source.has_captions:
+                source.notes += notes_on_class_folders(source, paths[0].name, paths[0].parent)
+            return source
     from diptych.data.sources.text import TextSource
 
     if split is not None:

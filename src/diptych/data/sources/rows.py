@@ -107,8 +107,13 @@ def _read_plain_lines(text: str, path: Path) -> list[dict[str, Any]] | None:
     return [dict(zip(header, map(_unquote, cells), strict=True)) for cells in lines[1:]]
 
 
+def _trim(cell: str) -> str:
+    """The cell without white space at its ends, and without characters that have no width, as the web puts there."""
+    return cell.strip().strip("\u200b\u2060\ufeff").strip()
+
+
 def _unquote(cell: str) -> str:
-    cell = cell.strip()
+    cell = _trim(cell)
     if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', ""):
         return cell[1:-1].replace('""', '"')
     return cell
@@ -130,12 +135,14 @@ def _read_cells(text: str, path: Path, delimiter: str, quoting: Literal[0, 3]) -
                 mend = "put quotes around cells that hold the delimiter"
                 if len(cells) < len(header):
                     mend = f"write the {delimiter!r} that is missing there, or leave the row out"
+                elif not rows and len(cells) == len(header) + 1 and {len(row) for row in reader if row} == {len(cells)}:
+                    mend = "so has every row; name each column in the first line, also that of the row names of R"
                 raise UserError(
                     f"{path}: the row at line {start} has {len(cells)} cells and the header {len(header)}; {mend}"
                 )
             if cells:
                 _refuse_swallowed(cells, delimiter, f"{path}: the row at line {start}")
-                rows.append(dict(zip(header, (cell.strip() for cell in cells), strict=True)))
+                rows.append(dict(zip(header, map(_trim, cells), strict=True)))
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}: the row at line {start}: {error}; look for a quote that is not closed") from None
@@ -323,10 +330,18 @@ def _keyed(document: dict[str, Any]) -> list[dict[str, Any]] | None:
         return [{"file_name": name, **value} for name, value in document.items()]
     if values and all(map(is_image_path, document)) and all(isinstance(value, str | list | None) for value in values):
         return [{"file_name": name, "captions": value} for name, value in document.items()]
+    if not any(usual(name, IMAGE_NAMES | CAPTION_NAMES | LABEL_NAMES) for name in document) and _are_captions(values):
+        return [{"image_id": name, "captions": value} for name, value in document.items()]
     alike = len(values) > 1 and all(isinstance(value, list) for value in values) and len(set(map(len, values))) == 1
     if alike and not all(map(is_split, document)):
         return [dict(zip(document, cells, strict=True)) for cells in zip(*values, strict=True)]
     return None
+
+
+def _are_captions(values: Sequence[Any]) -> bool:
+    """Whether values of JSON are sentences or lists of sentences: captions by the names of images."""
+    texts = [each for value in values for each in _listed(value)]
+    return len(values) > 1 and all(isinstance(text, str) and len(text.split()) > 2 for text in texts)
 
 
 def _join_coco(images: list[dict], annotations: list[dict], path: Path, notes: list[str]) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@ from diptych.data.sources.table import (
     split_folders,
     split_notes,
     unlabelled_notes,
+    unsplit_notes,
     with_slashes,
 )
 from diptych.data.sources.text import clean, decode_text, notes_on_lines, notes_on_texts, says_missing
@@ -114,9 +115,9 @@ class Groups:
     lone: list[int] = field(default_factory=list)
     """Side-cars whose image is missing."""
     second: list[int] = field(default_factory=list)
-    """Texts whose image has another one."""
+    """Side-cars whose image has another one of their kind."""
     unused: list[int] = field(default_factory=list)
-    """Other second side-cars, and files of other kinds."""
+    """Files of other kinds."""
     masks: list[int] = field(default_factory=list)
     """Images that are masks of others, or copies of them in another size."""
     texts_named: bool = False
@@ -173,12 +174,13 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
         elif found.slots[owners[0]][kind] < 0:
             found.slots[owners[0]][kind] = number
         else:
-            (found.second if kind == TEXT else found.unused).append(number)
+            found.second.append(number)
 
-    # All of the first two rules before any of the third: `a.old.txt` must not take the place of `a.txt`.
+    # All of a rule before any of the next one: `a.jpg.txt` and `a.old.txt` must not take the place of `a.txt`.
     left: list[tuple[int, int]] = []
-    for number, kind in sidecars:
-        stem = os.path.splitext(_normal(names[number]))[0]
+    stems = {number: os.path.splitext(_normal(names[number]))[0] for number, _ in sidecars}
+    for number, kind in sorted(sidecars, key=lambda each: stems[each[0]] not in by_stem):
+        stem = stems[number]
         if owners := by_stem.get(stem) or by_name.get(stem):
             give(number, kind, owners)
         else:
@@ -277,7 +279,7 @@ def group_texts(names: Sequence[str], lone: Sequence[int]) -> Groups:
         if found.slots[sample][kind] < 0:
             found.slots[sample][kind] = number
         else:
-            (found.second if kind == TEXT else found.unused).append(number)
+            found.second.append(number)
     return found
 
 
@@ -402,7 +404,7 @@ def unused_notes(
         notes.append(f"{counted(len(texts), 'text')} without an image of that name not used: {some(texts, len(texts))}")
     if second:
         shown = some(second, len(second))
-        notes.append(f"{counted(len(second), 'text')} not used, as another belongs to the same image: {shown}")
+        notes.append(f"{counted(len(second), 'file')} not used, as another of the kind belongs to the image: {shown}")
     if others:
         table = any(os.path.splitext(name)[1].lower() in TABLE_SUFFIXES for name in others)
         hint = f"; a table of captions is a source of its own{', once it is unpacked' * packed}" if table else ""
@@ -558,9 +560,11 @@ class SampleSource(ABC):
         if split is None:
             some_items = range(0, len(self), max(1, len(self) // 64))
             self.notes += split_notes([self._json(i).get(field) for i in some_items] if field else folders)
+            self.notes += [] if field else unsplit_notes(folders)
             return
         values = [self._json(i).get(field) for i in range(len(self))] if field else folders
         chosen = select_split(values, split, source=self.name)
+        self.notes += unsplit_notes(values, split)
         self._keys = [self._keys[i] for i in chosen]
         self._labels = [self._labels[i] for i in chosen]
         self._slots = self._slots[chosen]

@@ -117,6 +117,7 @@ def from_rows(
     source = TableSource([(tables[i], rows[i]) for i in chosen], name=name, found=found, limits=limits)
     if split is None:
         source.notes += split_notes(splits) or file_split_notes(dict.fromkeys(tables))
+    source.notes += unsplit_notes(splits, split)
     if found.split and found.image and len(set(map(str, splits))) > 1:
         source.notes += _notes_on_shared_images(rows, splits, found)
     source.notes += downloads + _tables_without_captions(rows, tables, found)
@@ -307,6 +308,15 @@ def split_notes(values: Iterable[Any]) -> list[str]:
     if len(found) < 2:
         return []
     return [f"the splits {', '.join(found[:6])} are used together; choose one, e.g. ?split={found[-1]}"]
+
+
+def unsplit_notes(values: Sequence[Any], split: str | None = None) -> list[str]:
+    """A note on the items without a split beside those of several, or of the one that is chosen: none takes them."""
+    found = {str(value).strip() for value in values if not is_missing(value)}
+    without = sum(map(is_missing, values))
+    if not without or len(found) < (2 if split is None else 1):
+        return []
+    return [f"{counted(without, 'item')} without a split: no ?split= takes {'it' if without == 1 else 'them'}"]
 
 
 def unlabelled_notes(values: Sequence[Any]) -> list[str]:

@@ -44,6 +44,8 @@ NULLS = frozenset(
 """What libraries, spreadsheets and people write into an empty cell."""
 _NO_TEXTS = {
     **NOT_THE_FILE,
+    b"<table": "is a table of HTML, whatever its name; save it as csv in UTF-8",
+    b"<?xml": "is XML, whatever its name; save it as csv in UTF-8, or as texts with one a line",
     b"pk\x03\x04": "is a zip or a spreadsheet, whatever its name; unpack it, or save it as csv in UTF-8",
     b"par1": "is parquet, whatever its name; let it end in .parquet",
     b"\x1f\x8b": "is packed with gzip; let its name end in .gz",
@@ -143,6 +145,8 @@ def read_bytes(path: Path) -> bytes:
 
 def what_begins(data: bytes) -> str | None:
     """What a file that begins so is, and what to do with it; None where it may be a text."""
+    if data[257:262] == b"ustar":
+        return "is a tar, whatever its name; let it end in .tar"
     start = data[:64].lstrip().lower()
     return next((what for begin, what in _NO_TEXTS.items() if start.startswith(begin)), None)
 
@@ -151,7 +155,7 @@ def why_unreadable(path: Path, kind: str, error: Exception) -> str:
     """A line on a file that is not what its suffix says: what it is instead, else what its reader says."""
     try:
         with open(path, "rb") as file:
-            start = file.read(64)
+            start = file.read(512)
         if (what := what_begins(start)) and not start.startswith(b"PAR1"):
             return f"{path}: {what}"
     except OSError:

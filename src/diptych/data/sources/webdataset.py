@@ -25,7 +25,7 @@ from diptych.data.sources.samples import (
     group_texts,
     unused_notes,
 )
-from diptych.data.sources.table import BLOCK, counted, file_split_notes, splits_of
+from diptych.data.sources.table import BLOCK, counted, file_split_notes, some, splits_of
 from diptych.data.sources.text import what_begins
 from diptych.errors import UserError
 
@@ -56,6 +56,7 @@ class WebDatasetSource(SampleSource):
         keys: list[str] = []
         slots, places = array("q"), array("q")
         lone: list[tuple[list[str], list[int]]] = []  # of each shard the names and members of texts without an image
+        empty: list[str] = []
         second: list[str] = []
         unused: list[str] = []
         masks: list[str] = []
@@ -68,6 +69,8 @@ class WebDatasetSource(SampleSource):
 
         for shard, path in enumerate(self._paths):
             found = list(members(path))
+            if not found:
+                empty.append(path.name)
             numbers = range(len(places) // 3, len(places) // 3 + len(found))
             for member in found:
                 places.extend((shard, member.offset, member.size))
@@ -94,6 +97,8 @@ class WebDatasetSource(SampleSource):
             raise UserError(
                 f"{name}: holds no images (key.jpg, key.png, key.webp ...) and no texts (key.txt, key.json)"
             )
+        if empty:
+            notes.append(f"{counted(len(empty), 'tar')} without a file: {some(empty, len(empty))}")
         self._places = np.frombuffer(places, dtype=np.int64).reshape(-1, 3)
         index = np.array(slots, dtype=np.int64).reshape(-1, 4)
         shards = self._places[index.max(1), 0].tolist()
@@ -247,7 +252,7 @@ def _size(header: bytes, path: Path | RemoteFile, position: int, end: int) -> in
     """The size of the member in bytes. Raises UserError where the header is damaged or the member is cut short."""
     if len(header) < _BLOCK:
         if position == 0:
-            raise UserError(f"{path}: {what_begins(header) or f'is not a tar file ({end} bytes)'}")
+            raise UserError(f"{path}: {what_begins(header[:64]) or f'is not a tar file ({end} bytes)'}")
         raise UserError(
             f"{path}: is cut short: it ends at byte {end} without the end mark of a tar file; copy it again "
             "(if it is whole after all: head -c 1024 /dev/zero >> FILE)"
@@ -264,7 +269,7 @@ def _size(header: bytes, path: Path | RemoteFile, position: int, end: int) -> in
         if position == 0 and unpack:
             raise UserError(f"{path}: is a compressed tar, which allows no random access; {unpack} it first") from None
         what = (
-            what_begins(header) or "is not a tar file"
+            what_begins(header[:64]) or "is not a tar file"
             if position == 0
             else f"is damaged at byte {position}; copy it again"
         )
