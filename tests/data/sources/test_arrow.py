@@ -120,6 +120,14 @@ def test_files_with_other_columns(tmp_path):
         open_source(f"{tmp_path}/t-*.parquet")
 
 
+def test_splits_that_are_numbers_with_names(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    features["split"] = datasets.ClassLabel(names=["train", "test"])
+    rows = [{"image": {"bytes": png(i), "path": None}, "text": f"photo {i}", "split": i} for i in range(2)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "t.parquet")
+    assert rows_of(open_source(f"{tmp_path}/t.parquet?split=test")) == [(1, ["photo 1"], None)]
+
+
 def test_lists_of_one_image_are_images(tmp_path):
     talk = [[{"user": "What is it?", "assistant": f"photo {i}"}] for i in range(2)]
     features = datasets.Features(

@@ -194,6 +194,21 @@ def test_folders_without_images(tmp_path, files, message):
         open_source(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\3\4\x14\0\xf8", "a document of Word"),
+        (b"{\\rtf1 a dog}", "is RTF"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "pointer of git-lfs"),
+    ],
+)
+def test_side_cars_that_are_no_texts(tmp_path, content, message):
+    put(tmp_path / "a.png", caption="a")
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.txt: .*{message}"):
+        open_source(str(tmp_path)).captions(0)
+
+
 def test_damaged_items_are_named(tmp_path):
     put(tmp_path / "a.png", caption="a")
     put(tmp_path / "b.png", caption="")

@@ -89,7 +89,7 @@ def test_documents_of_the_field(tmp_path):
         ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}', "the id 1"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of git-lfs"),
         ("<!DOCTYPE html><html>", "is a page of HTML"),
-        ("PK\x03\x04...", "is a zip or a spreadsheet"),
+        ("PK\x03\x04...", "is a zip, a spreadsheet or a document"),
     ],
 )
 def test_what_would_be_read_wrongly_is_refused(tmp_path, content, message):

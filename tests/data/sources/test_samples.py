@@ -238,6 +238,8 @@ def test_folders_that_are_classes(tmp_path, kind, names, labels):
         (["images/a.jpg", "images/b.jpg", "thumbs/a.jpg", "thumbs/b.jpg"], ["thumbs/a.jpg", "thumbs/b.jpg"]),
         (["masks/0.png", "hats/0.png", "gloves/0.png"], []),
         (["bank_mask.png", "carnival_mask.png"], []),
+        (["mask/0.png", "no_mask/0.png"], []),
+        (["x/mask/0.png", "x/without_mask/0.png"], []),
         (["a.png", "a-masklabel.png", "a-condlabel.png"], ["a-masklabel.png", "a-condlabel.png"]),
     ],
 )

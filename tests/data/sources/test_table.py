@@ -530,6 +530,18 @@ def test_images_in_several_folders(photos):
         table(photos, "annotations/t.jsonl", rows)
 
 
+def test_sharp_s_is_no_capital(photos):
+    Image.new("RGB", (4, 4)).save(photos / "strasse.png")
+    source = table(photos, "t.jsonl", [{"image": name, "caption": "c"} for name in ("Strasse.png", "straße.png")])
+    assert [len(source.captions(i)) for i in range(len(source))] == [1, 1]
+    assert "1 of 2 images do not exist" in source.notes[-1]
+
+
+def test_names_without_suffix_in_any_column_of_images(photos):
+    rows = [{"sku": f"1{i}", "photo": f"photos/{i}", "description": f"a photo {i}"} for i in range(3)]
+    assert [row[:2] for row in rows_of(table(photos, "t.jsonl", rows))] == [(i, [f"a photo {i}"]) for i in range(3)]
+
+
 def test_names_as_addresses_write_them_and_far_folders(photos):
     (photos / "a/b/c").mkdir(parents=True)
     for i in range(3):

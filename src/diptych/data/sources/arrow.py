@@ -172,7 +172,9 @@ def _from_dataset(
         source.notes[:] = dict.fromkeys([*found.notes, *source.notes])
         return source
     rows, whole = np.arange(len(data)), data
-    values = data[found.split][:] if found.split else [None] * len(data)
+    values: list[Any] = data[found.split][:] if found.split else [None] * len(data)
+    if found.split and hasattr(data.features[found.split], "int2str"):
+        values = [_class_name(data.features[found.split], value) for value in values]
     if split is not None:
         rows = np.array(select_split(values, split, source=name))
         data = data.select(rows)

@@ -31,6 +31,7 @@ IMAGE_NAMES = frozenset(
 )
 STEM_NAMES = (
     *("image_id", "img_id", "image", "image_name", "filename", "file_name", "filepath", "path", "img", "file"),
+    *("photo", "picture", "image_path", "image_file", "img_path", "file_path"),
     *("id", "imgid", "imageid", "uid", "uuid", "key", "name", "stem", "sku"),
 )
 """Columns that may name image files without their suffix, the likeliest first."""

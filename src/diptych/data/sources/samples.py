@@ -83,7 +83,9 @@ _MASKS_OF = re.compile(r"(?<=[^/])[ _-]?(masks|labels|annot(ations?)?)$", re.IGN
 """What the name of a folder of masks has behind that of the folder of their images, as in `train_masks`."""
 _LABEL_END = re.compile(r"[ ._-](l|labels?)$", re.IGNORECASE)
 """What the name of a mask may have at its end too, in a folder of masks."""
-_COPY_END = re.compile(r"([ ._-](\d+x\d+|scaled|thumb(nail)?)|@\d+(\.\d+)?x)$", re.IGNORECASE)
+_COPY_END = re.compile(
+    r"([ ._-](\d+x\d+|scaled|resized|small|medium|large|preview|thumb(nail)?)|@\d+(\.\d+)?x)$", re.IGNORECASE
+)
 """What the name of a copy in another size has behind the name of its image, as WordPress and others write it."""
 _COPIES = re.compile(r"(.*[ _-])?(thumb(nail)?s?|previews?|resized?|compressed|small|\d+px|\d+x\d+)", re.IGNORECASE)
 """Folders of smaller copies."""
@@ -237,6 +239,7 @@ def _find_masks(names: Sequence[str], having: set[str]) -> list[int]:
             for i in range(len(parts)):
                 tail = "/".join(parts[i:]).removesuffix("_0000")  # the first channel, as nnU-Net numbers them
                 others[_without(tail, parts[i - 1]) if i else tail].add("/".join(parts[:i]))
+    used = {os.path.dirname(stem) for stem in stems}
     for folder, members in folders.items():
         beside, of = os.path.dirname(folder), _MASKS_OF.sub("", folder)
 
@@ -249,7 +252,11 @@ def _find_masks(names: Sequence[str], having: set[str]) -> list[int]:
         lossless = all(os.path.splitext(names[place])[1].lower() in _LOSSLESS for place, _ in members)
         small = _COPIES.fullmatch(os.path.basename(folder)) and not any(stems[place] in having for place, _ in members)
         partners = [place for place, tail in members if is_of_one(tail)]
-        # A folder with a few partners by chance may be a class, such as photographs of masks.
+        # A folder with a few partners by chance may be a class, such as photographs of masks, and so may one beside
+        # `no_mask`.
+        base = os.path.basename(folder)
+        if any(os.path.join(beside, each + base) in used for each in ("no", "no_", "no-", "no ", "without_")):
+            continue
         if (lossless or small) and 10 * len(partners) >= 9 * len(members):
             masks.update(partners)
     return sorted(masks)

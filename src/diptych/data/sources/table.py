@@ -402,8 +402,8 @@ class ImagePaths:
         if folder not in self._folded:
             folded = self._folded[folder] = {}
             for normal, name in names.items():
-                folded.setdefault(normal.casefold(), []).append(name)
-        same = self._folded[folder].get(base.casefold(), [])
+                folded.setdefault(normal.lower(), []).append(name)
+        same = self._folded[folder].get(base.lower(), [])  # not casefold: ss is another spelling than sharp s
         return same[0] if len(same) == 1 else None
 
     def near(self, path: str) -> str:

@@ -46,7 +46,9 @@ _NO_TEXTS = {
     **NOT_THE_FILE,
     b"<table": "is a table of HTML, whatever its name; save it as csv in UTF-8",
     b"<?xml": "is XML, whatever its name; save it as csv in UTF-8, or as texts with one a line",
-    b"pk\x03\x04": "is a zip or a spreadsheet, whatever its name; unpack it, or save it as csv in UTF-8",
+    b"{\\rtf": "is RTF, whatever its name; save it as plain text in UTF-8",
+    b"pk\x03\x04": "is a zip, a spreadsheet or a document of Word, whatever its name; unpack it, or save it as csv or "
+    "plain text in UTF-8",
     b"par1": "is parquet, whatever its name; let it end in .parquet",
     b"\x1f\x8b": "is packed with gzip; let its name end in .gz",
 }
@@ -138,8 +140,6 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: does not exist") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if what := what_begins(data):
-        raise UserError(f"{path}: {what}")
     return data
 
 
@@ -170,6 +170,8 @@ def read_text(path: Path) -> str:
 
 def decode_text(data: bytes, *, name: str) -> str:
     """Bytes as text with `\\n` line ends. ``name`` is what messages call them. Raises as `read_text`."""
+    if what := what_begins(data):
+        raise UserError(f"{name}: {what}")
     if data[:4096].count(0) > len(data[:4096]) // 4:
         raise UserError(f"{name}: looks like UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
     try:
