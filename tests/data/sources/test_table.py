@@ -530,6 +530,13 @@ def test_images_in_several_folders(photos):
         table(photos, "annotations/t.jsonl", rows)
 
 
+def test_captions_of_a_missing_image_are_those_of_one(photos):
+    names = [*(f"photos/{i}.png" for i in range(3)), "photos/9.png.1#0", "photos/9.png.1#1"]  # Flickr8k has such a name
+    source = table(photos, "t.jsonl", [{"image": name, "caption": "c"} for name in names])
+    assert [len(source.captions(i)) for i in range(len(source))] == [1, 1, 1, 2]
+    assert source.notes[-1].startswith("1 of 4 images do not exist")
+
+
 def test_sharp_s_is_no_capital(photos):
     Image.new("RGB", (4, 4)).save(photos / "strasse.png")
     source = table(photos, "t.jsonl", [{"image": name, "caption": "c"} for name in ("Strasse.png", "straße.png")])

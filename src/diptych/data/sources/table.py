@@ -391,7 +391,7 @@ class ImagePaths:
                     same = self._numbers[head].get(int(base), [])
                 if len(same) == 1:
                     return os.path.join(real, same[0]), True
-        return path, os.path.isfile(path)
+        return (path, True) if os.path.isfile(path) else (without_number(path), False)
 
     def _named(self, folder: str, base: str) -> str | None:
         """The name that a file or folder of ``folder`` really has; None if it is not there."""
