@@ -139,6 +139,26 @@ def test_the_first_line_of_a_run(photos):
         check_parts([Part("pair", source, [3])], max_skipped_share=1)
 
 
+def test_images_without_a_caption_are_no_pairs(tmp_path):
+    for i in range(3):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.txt").write_text("one\ntwo\n")
+    told = check_parts([Part("pair", open_source(str(tmp_path)), range(3))], max_skipped_share=0.01)
+    assert told.startswith("1 pair (2 captions) and 2 images without a caption; 0 of 3 images")
+
+
+def test_words_of_scripts_without_blanks(tmp_path):
+    rows = [f"{i}.png,\u4e00\u53ea\u72d7\u5728{c}\u3002" for i, c in enumerate("\u8349\u6c34\u5c71")]
+    (tmp_path / "t.csv").write_text("\n".join(["\u56fe\u7247,\u63cf\u8ff0", *rows]), encoding="utf-8")
+    for i in range(3):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
+    lines = check_source(open_source(str(tmp_path / "t.csv"))).lines()
+    assert "  words      6 of a caption, 6 in the middle" in lines
+    assert [line for line in lines if "note" in line] == [
+        "  note       captions are taken from '\u63cf\u8ff0', the only column of sentences"
+    ]
+
+
 def test_missing_files_stop_a_run_before_it_trains(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "0.png")
     rows = [{"image": f"{i}.png", "caption": "c"} for i in range(4)]

@@ -90,7 +90,7 @@ def test_classes_are_sorted_or_given():
     assert Labelled.of(Labels(("dog",)), ("dog", "cat")).labels_N.tolist() == [0]
     with pytest.raises(UserError, match="'cow' is none of the 2"):
         Labelled.of(Labels(("cow",)), ("dog", "cat"))
-    with pytest.raises(UserError, match="image1 has no label"):
+    with pytest.raises(UserError, match="1 of 2 items have no label, such as image1; label them in a column"):
         Labelled.of(Labels(("dog", None)))
 
 
@@ -106,10 +106,10 @@ def test_an_episode_has_so_many_of_each_class_and_keeps_some_to_select_on(shots)
 
 
 def test_too_few_images_are_told():
-    with pytest.raises(UserError, match="need 9 images of each class; one has 8"):
+    with pytest.raises(UserError, match="need 9 images of each class; class 2 has 8"):
         draw_episode(LABELS, 5, seed=0)
-    with pytest.raises(UserError, match="one image only"):
-        hold_out(np.array([0, 1, 1]), 0.1, seed=0)
+    with pytest.raises(UserError, match="the class 'cat' has one image only"):
+        hold_out(np.array([0, 1, 1]), 0.1, seed=0, classes=("cat", "dog"))
     with pytest.raises(UserError, match="between 0 and 1"):
         hold_out(LABELS, 1.0, seed=0)
 

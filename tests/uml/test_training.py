@@ -218,6 +218,12 @@ def test_mistakes_are_told_before_anything_is_computed(dataset, encoders, tmp_pa
     tuned = small(uml_finetune(), dataset, encoders)
     with pytest.raises(UserError, match="centred needs features that stay"):
         replace(tuned, head=replace(tuned.head, features="centred")).check()
+    (tmp_path / "t.csv").write_text("image,label\n" + "".join(f"{i}.png,cat\n" for i in range(4)))
+    for i in range(4):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
+    one = small(uml_probe(), dataset, encoders)
+    with pytest.raises(UserError, match="all images are of the class 'cat'; a classifier needs two"):
+        replace(one, data=replace(one.data, images=str(tmp_path / "t.csv"))).fit(tmp_path / "run", recipe="uml-probe")
     with pytest.raises(UserError, match="no run folder"):
         Classifier.from_pretrained(tmp_path)
     assert not (tmp_path / "run").exists()

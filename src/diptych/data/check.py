@@ -29,6 +29,7 @@ from diptych.data.sources.open import (
 )
 from diptych.data.sources.remote import is_remote
 from diptych.data.sources.table import TableSource, counted, on_one_line, some
+from diptych.data.sources.text import count_words
 from diptych.errors import UserError
 from diptych.run_folder import read_config
 
@@ -55,7 +56,7 @@ class SourceCheck:
     named_captions: int
     """Number of captions that are an address or the name of a file, as shops and cameras write them."""
     lengths: Sequence[int]
-    """Number of words of each caption."""
+    """Number of words of each caption, as `count_words` has it."""
     labels: Counter[str]
     """Number of items of each class."""
     opened: int
@@ -147,7 +148,7 @@ def check_source(source: Source, *, images: int = 1000) -> SourceCheck:
         shared_captions=sum(count > 1 for count in owners.values()),
         repeated_captions=sum(len(captions) - len(set(captions)) for captions in texts),
         named_captions=sum(_is_name(text, source.key(i)) for i, captions in enumerate(texts) for text in captions),
-        lengths=[len(text.split()) for captions in texts for text in captions],
+        lengths=[count_words(text) for captions in texts for text in captions],
         labels=labels,
         opened=len(chosen),
         unreadable=faults,
@@ -176,14 +177,16 @@ class Part:
     items: Sequence[int] | np.ndarray
 
     def describe(self) -> str:
-        """Such as `600 pairs (3,000 captions)`."""
-        texts = None
-        if isinstance(self.source, Source) and self.source.has_images and self.source.has_captions:
-            texts = sum(len(self.source.captions(int(item))) for item in self.items)
-        if "text" in self.what:
-            return counted(len(self.items) if texts is None else texts, self.what)
-        count = counted(len(self.items), self.what)
-        return count if self.what != "pair" or texts is None else f"{count} ({counted(texts, 'caption')})"
+        """Such as `600 pairs (3,000 captions)`. An image without a caption is no pair."""
+        source = self.source
+        if "image" in self.what or not (isinstance(source, Source) and source.has_images and source.has_captions):
+            return counted(len(self.items), self.what)
+        captions = [len(source.captions(int(item))) for item in self.items]
+        if self.what != "pair":
+            return counted(sum(captions), self.what)
+        without = captions.count(0)
+        more = f" and {counted(without, 'image')} without a caption" if without else ""
+        return f"{counted(len(captions) - without, 'pair')} ({counted(sum(captions), 'caption')}){more}"
 
 
 def check_parts(parts: Sequence[Part], *, max_skipped_share: float) -> str:

@@ -95,12 +95,17 @@ class Labelled:
         """
         names = [source.label(item) for item in range(len(source))]
         if None in names:
-            key = source.key(names.index(None))
-            raise UserError(f"{source.name}: {key} has no label; sort the images into a folder for each class")
+            raise UserError(
+                f"{source.name}: {names.count(None):,} of {len(names):,} items have no label, such as "
+                f"{source.key(names.index(None))}; label them in a column or by folders of classes, or leave them out"
+            )
         found = {name for name in names if name is not None}
         classes = tuple(sorted(found)) if classes is None else tuple(classes)
         if unknown := sorted(found - set(classes)):
-            raise UserError(f"{source.name}: the label {unknown[0]!r} is none of the {len(classes)} classes")
+            raise UserError(
+                f"{source.name}: the label {unknown[0]!r} is none of the {len(classes)} classes "
+                f"({', '.join(classes[:5])}{', ...' * (len(classes) > 5)}); leave it out, or learn from it too"
+            )
         place = {name: number for number, name in enumerate(classes)}
         return cls(source=source, classes=classes, labels_N=np.array([place[str(name)] for name in names], np.int64))
 
@@ -113,28 +118,30 @@ class Episode:
     valid: np.ndarray
 
 
-def draw_episode(labels_N: np.ndarray, shots: int, *, seed: int) -> Episode:
+def draw_episode(labels_N: np.ndarray, shots: int, *, seed: int, classes: Sequence[str] | None = None) -> Episode:
     """Draw ``shots`` random items of each class to learn from and min(4, shots) others to select a model on.
 
     The items of fewer shots are among those of more, so that a curve over shots compares like with like.
-    Raises UserError for a class with too few items.
+    Raises UserError for a class with too few items, by its name among ``classes``.
     """
     train, valid = [], []
     held = min(4, shots)
     for items in _shuffled_classes(labels_N, seed):
         if len(items) < shots + held:
             raise UserError(
-                f"{shots} shots and {held} to select on need {shots + held} images of each class; one has {len(items)}"
+                f"{shots} shots and {held} to select on need {shots + held} images of each class; "
+                f"{_class_of(items, labels_N, classes)} has {len(items)}"
             )
         train.append(items[:shots])
         valid.append(items[len(items) - held :])
     return Episode(train=np.sort(np.concatenate(train)), valid=np.sort(np.concatenate(valid)))
 
 
-def hold_out(labels_N: np.ndarray, share: float, *, seed: int) -> Episode:
+def hold_out(labels_N: np.ndarray, share: float, *, seed: int, classes: Sequence[str] | None = None) -> Episode:
     """Hold out ``share`` of the items of each class, at least one, to select a model on; learn from all others.
 
-    Raises UserError for a share that is not between 0 and 1, and for a class of which no item is left to learn from.
+    Raises UserError for a share that is not between 0 and 1, and for a class of which no item is left to learn from,
+    by its name among ``classes``.
     """
     if not 0 < share < 1:
         raise UserError(f"valid-share is {share}; it must be between 0 and 1")
@@ -142,7 +149,10 @@ def hold_out(labels_N: np.ndarray, share: float, *, seed: int) -> Episode:
     for items in _shuffled_classes(labels_N, seed):
         held = max(1, round(share * len(items)))
         if held == len(items):
-            raise UserError("a class has one image only: none would be left to learn from; add one or leave it out")
+            raise UserError(
+                f"{_class_of(items, labels_N, classes)} has one image only: none would be left to learn from; "
+                "add one or leave it out"
+            )
         train.append(items[held:])
         valid.append(items[:held])
     return Episode(train=np.sort(np.concatenate(train)), valid=np.sort(np.concatenate(valid)))
@@ -169,6 +179,12 @@ def given_episodes(meta: Mapping[str, Any], keys: Sequence[str]) -> dict[tuple[i
         shots, seed = (int(part.rpartition("_")[2]) for part in name.split("-"))
         episodes[shots, seed] = Episode(train=find(files["train"]), valid=find(files["val"]))
     return episodes
+
+
+def _class_of(items: np.ndarray, labels_N: np.ndarray, classes: Sequence[str] | None) -> str:
+    """What a message calls the class of some items."""
+    number = int(labels_N[items[0]])
+    return f"the class {classes[number]!r}" if classes else f"class {number}"
 
 
 def _shuffled_classes(labels_N: np.ndarray, seed: int) -> list[np.ndarray]:

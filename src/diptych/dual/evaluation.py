@@ -481,5 +481,7 @@ def _zero_shot(
     for title, templates in (("zero_shot", ENSEMBLE), ("zero_shot_one_prompt", PLAIN)):
         classes_CD = class_embeddings(encoder.embed_texts, names, templates=templates)
         accuracy = class_accuracy(images.embedding_ID @ classes_CD.T, labels_I)
-        metrics |= {f"{title}/{name}": value for name, value in asdict(accuracy).items()}
+        metrics[f"{title}/top1"] = accuracy.top1
+        if len(names) > 5:  # else it is always 1
+            metrics[f"{title}/top5"] = accuracy.top5
     return metrics, notes

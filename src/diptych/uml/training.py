@@ -165,6 +165,10 @@ class UmlRun:
         join_processes(self.train.device)
         plan = RunPlan([StageCost(name=recipe, steps=self.train.steps)], budget=Budget.of_run(out, budget))
         labelled = Labelled.of(open_finite(self.data.images, self.data.columns))
+        if len(labelled.classes) < 2:
+            raise UserError(
+                f"{self.data.images}: all images are of the class {labelled.classes[0]!r}; a classifier needs two"
+            )
         summary = check_parts(
             [Part("labelled image", labelled.source, range(len(labelled.labels_N)))],
             max_skipped_share=self.data.max_skipped_share,
@@ -312,7 +316,7 @@ class UmlRun:
 
     def _split(self, labelled: Labelled, share: float) -> Parts:
         """Items to learn from and to select on: ``share`` of those of each class."""
-        episode = self._episode(labelled.labels_N)
+        episode = self._episode(labelled)
         train, valid = self._some(labelled, episode.train, share), self._some(labelled, episode.valid, share)
         if self.data.valid is None:
             return Parts(labelled=labelled, train=train, valid_labelled=labelled, valid=valid)
@@ -349,12 +353,13 @@ class UmlRun:
             print(f"features of {share:.0%} of the images fit into --minutes {budget.minutes:g}", flush=True)
         return share
 
-    def _episode(self, labels_N: np.ndarray) -> Episode:
+    def _episode(self, labelled: Labelled) -> Episode:
         """Which images to learn from, and which to select on."""
+        labels_N, classes, seed = labelled.labels_N, labelled.classes, self.train.seed
         if self.data.shots is not None:
-            return draw_episode(labels_N, self.data.shots, seed=self.train.seed)
+            return draw_episode(labels_N, self.data.shots, seed=seed, classes=classes)
         if self.data.valid is None:
-            return hold_out(labels_N, self.data.valid_share, seed=self.train.seed)
+            return hold_out(labels_N, self.data.valid_share, seed=seed, classes=classes)
         return Episode(train=np.arange(len(labels_N)), valid=np.arange(0))
 
     def _identity(

@@ -109,6 +109,41 @@ def test_shards_in_order_and_odd_names(tmp_path):
     assert rows_of(both) == [(1, ["1"], None), (0, ["0"], None)]
 
 
+def test_files_with_other_columns(tmp_path):
+    write(tmp_path / "t-0.parquet", image=[png(0)], text=["dog"], label=pa.array([0], pa.int32()))
+    write(tmp_path / "t-1.parquet", url=["u"], label=pa.array([1], pa.int64()), text=["cat"], image=[png(1)])
+    both = open_source(f"{tmp_path}/t-*.parquet")
+    assert rows_of(both) == [(0, ["dog"], "0"), (1, ["cat"], "1")]
+    assert both.notes == ["columns not used, as some files lack them: url"]
+    write(tmp_path / "t-2.parquet", other=["x"])
+    with pytest.raises(UserError, match=r"t-0\.parquet and another file have no column in common"):
+        open_source(f"{tmp_path}/t-*.parquet")
+
+
+def test_splits_that_are_numbers_with_names(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    features["split"] = datasets.ClassLabel(names=["train", "test"])
+    rows = [{"image": {"bytes": png(i), "path": None}, "text": f"photo {i}", "split": i} for i in range(2)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "t.parquet")
+    assert rows_of(open_source(f"{tmp_path}/t.parquet?split=test")) == [(1, ["photo 1"], None)]
+
+
+def test_lists_of_one_image_are_images(tmp_path):
+    talk = [[{"user": "What is it?", "assistant": f"photo {i}"}] for i in range(2)]
+    features = datasets.Features(
+        {
+            "images": datasets.Sequence(datasets.Image()),
+            "texts": [{"user": datasets.Value("string"), "assistant": datasets.Value("string")}],
+        }
+    )
+    rows = [{"images": [{"bytes": png(i), "path": None}], "texts": talk[i]} for i in range(2)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "t.parquet")
+    assert rows_of(open_source(str(tmp_path / "t.parquet"))) == [(0, ["photo 0"], None), (1, ["photo 1"], None)]
+    several = write(tmp_path / "u.parquet", images=[[png(0), png(1)]], n=[1])
+    with pytest.raises(UserError, match="column 'images' holds lists of images; write a row for each image"):
+        open_source(several)
+
+
 def test_a_changed_file_is_read_anew_and_the_working_folder_stays_clean(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -132,6 +167,14 @@ def test_damaged_files(tmp_path, data):
     with pytest.raises(UserError, match=r"t\.parquet: (is not readable as parquet|holds no rows)") as caught:
         open_source(str(tmp_path / "t.parquet"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "png"])
+def test_what_stands_in_the_place_of_a_file_is_said(tmp_path, kind):
+    path = tmp_path / f"t.{kind}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
+    with pytest.raises(UserError, match=rf"t\.{kind}: is a pointer of git-lfs.*git lfs pull"):
+        open_source(str(tmp_path)).image(0, 4) if kind == "png" else open_source(str(path))
 
 
 def test_a_table_without_rows(tmp_path):

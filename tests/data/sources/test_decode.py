@@ -110,12 +110,23 @@ def test_sixteen_bit_values_are_scaled_not_cut():
 
 def test_transparency_lies_over_white():
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert (decode(encoded(image), 4) == 255).all()
+    image.putpixel((0, 0), (9, 9, 9, 255))
+    assert (decode(encoded(image), 4)[2:] == 255).all()
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
     assert abs(decode(encoded(half), 4)[0, 0].astype(int) - [255, 127, 127]).max() <= 1
     palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([9, 9, 9])
-    assert (decode(encoded(palette, transparency=0), 4) == 255).all()
+    palette.putpixel((0, 0), 1)
+    palette.putpalette([9, 9, 9, 8, 8, 8])
+    assert (decode(encoded(palette, transparency=0), 4)[2:] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "La", "P"])
+def test_what_is_transparent_everywhere_is_refused(mode):
+    image = noise(4, 4, 1).convert("P") if mode == "P" else Image.new(mode, (4, 4))
+    if mode == "P":
+        image.info["transparency"] = bytes(256)
+    with pytest.raises(UnreadableImage, match="is transparent everywhere, so that nothing of it is seen"):
+        decode(image if mode == "La" else encoded(image), 4)
 
 
 def both_ways(data):
@@ -159,7 +170,7 @@ def test_a_callers_image_is_read_like_its_file_and_stays_as_it_is():
         image = image.convert("RGBA").convert(mode) if mode == "RGBa" else image.convert(mode)
         expected = np.asarray(grey.convert(mode) if mode == "1" else grey).astype(int) * (255 if mode == "1" else 1)
         assert abs(decode(image, 9)[..., 1].astype(int) - expected).max() <= 2, mode
-    assert (decode(Image.new("La", (3, 5)), 3) == 255).all()
+    assert (decode(Image.merge("La", [Image.new("L", (3, 5), value) for value in (0, 1)]), 3) == 254).all()
 
 
 @pytest.mark.parametrize(
@@ -341,7 +352,7 @@ def test_the_limit_can_be_set():
     [
         (b"", "is empty"),
         (b"hello, this is text", "not an image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", r"a drawing \(SVG\) or other XML; convert it to PNG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (b"\0\0\0\x18ftypheic" + b"\0" * 99, "HEIC"),
         (encoded(noise(64, 64), "JPEG")[:900], "cannot be decoded"),

@@ -182,6 +182,7 @@ def test_notes_elsewhere_are_no_side_cars(tmp_path):
         (["a.doc"], "holds no images"),
         (["b/shard.tar"], "holds no images, but b/shard.tar; give that file itself"),
         (["photos.zip"], "holds no images, but photos.zip; unpack it first"),
+        (["t/a.txt", "t/b.txt"], r"holds no images, but 2 texts; give them as a source of texts, .*/t/\*\.txt'"),
         (["data-00000.arrow", "state.json"], "save the data set with to_parquet"),
     ],
 )
@@ -191,6 +192,21 @@ def test_folders_without_images(tmp_path, files, message):
         (tmp_path / file).touch()
     with pytest.raises(UserError, match=message):
         open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\3\4\x14\0\xf8", "a document of Word"),
+        (b"{\\rtf1 a dog}", "is RTF"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "pointer of git-lfs"),
+    ],
+)
+def test_side_cars_that_are_no_texts(tmp_path, content, message):
+    put(tmp_path / "a.png", caption="a")
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.txt: .*{message}"):
+        open_source(str(tmp_path)).captions(0)
 
 
 def test_damaged_items_are_named(tmp_path):

@@ -79,6 +79,9 @@ def test_files_come_in_order_and_once(tmp_path):
         ("s-{0..1}.tar", "s-0.tar: does not exist"),
         ("a.txt,b.csv", "files of different kinds"),
         ("a.doc", "not a kind of source; give a folder"),
+        ("a.xlsx", "is not read; save the sheet as csv in UTF-8"),
+        ("a.csv.zst", "is not read; unpack it, or pack it with gzip"),
+        ("a.feather", "is not read; save the table as parquet"),
         ("a.png", "is one image; give its folder"),
         ("a.tar.gz", "gunzip it first"),
         ("a.txt?split=train", "a text file has no columns and no splits"),
@@ -89,7 +92,7 @@ def test_files_come_in_order_and_once(tmp_path):
 )
 def test_refusals_are_one_line(tmp_path, monkeypatch, spec, message):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.txt", "b.csv", "a.doc", "a.png", "a.tar.gz"):
+    for name in ("a.txt", "b.csv", "a.doc", "a.png", "a.tar.gz", "a.xlsx", "a.csv.zst", "a.feather"):
         (tmp_path / name).write_text("x")
     (tmp_path / "d").mkdir()
     (tmp_path / "e").mkdir()

@@ -30,6 +30,7 @@ A_B = [{"image": "a.jpg", "caption": "a dog"}, {"image": "b.jpg", "caption": "a 
         ("t.tsv", "image,caption\na.jpg,a dog\nb.jpg,a cat\n"),
         ("t.tsv", 'image\tcaption\na.jpg\t"a dog"\nb.jpg\ta cat\n'),
         ("t.json", json.dumps({"image": {"0": "a.jpg", "1": "b.jpg"}, "caption": {"0": "a dog", "1": "a cat"}})),
+        ("t.json", json.dumps({"image": ["a.jpg", "b.jpg"], "caption": ["a dog", "a cat"]})),
     ],
 )
 def test_the_same_rows(tmp_path, name, content):
@@ -88,7 +89,7 @@ def test_documents_of_the_field(tmp_path):
         ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}', "the id 1"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of git-lfs"),
         ("<!DOCTYPE html><html>", "is a page of HTML"),
-        ("PK\x03\x04...", "is a zip or a spreadsheet"),
+        ("PK\x03\x04...", "is a zip, a spreadsheet or a document"),
     ],
 )
 def test_what_would_be_read_wrongly_is_refused(tmp_path, content, message):
@@ -96,9 +97,71 @@ def test_what_would_be_read_wrongly_is_refused(tmp_path, content, message):
         rows_of(tmp_path, "t.json", content)
 
 
+def test_quotes_behind_backslashes(tmp_path):
+    rows = rows_of(tmp_path, "t.csv", '"image","caption"\n"a.jpg","a \\"dog\\", C:\\new"\n')
+    assert rows == [{"image": "a.jpg", "caption": 'a "dog", C:\\new'}]
+    with pytest.raises(UserError, match=r"the row at line 2: .* a quote that is not closed"):
+        rows_of(tmp_path, "t.csv", 'image,caption\na.jpg,"a \\"dog\\", "C:\n')
+
+
+@pytest.mark.parametrize(
+    "content", ["Photos;;\n;;\nDatei;Text;\na.jpg;a dog;\n", "Photos 2024;;\n\nimage;caption;\na.jpg;a dog;\n"]
+)
+def test_a_title_above_the_header_is_named(tmp_path, content):
+    with pytest.raises(UserError, match=r"the second line names the columns \((Datei, Text|image, caption)\); remove"):
+        rows_of(tmp_path, "t.csv", content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", '{"image": "a.jpg", "caption": "a dog"}\n', r"t\.csv: holds JSON; let its name end in \.json"),
+        ("t.csv", '[\n{"image": "a.jpg"}\n]', r"t\.csv: holds JSON"),
+        ("t.csv", "<table><tr><td>a</td></tr></table>", "is a table of HTML"),
+        ("t.csv", '<?xml version="1.0"?>\n<Workbook/>', "is XML"),
+        ("t.csv", "a.jpg".ljust(257, "\0") + "ustar", "is a tar, whatever its name"),
+        ("t.json", "image,caption\na.jpg,a dog, brown\n", r"is a table with ',' between its columns; .* end in \.csv"),
+        ("t.jsonl", "image\tcaption\na.jpg\ta dog\n", r"is a table with '\\t' between its columns; .* end in \.tsv"),
+    ],
+)
+def test_tables_by_another_name(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message):
+        rows_of(tmp_path, name, content)
+
+
+def test_the_header_of_r_lacks_a_name(tmp_path):
+    with pytest.raises(UserError, match="the row at line 2 has 3 cells and the header 2; so has every row; name each"):
+        rows_of(tmp_path, "t.csv", "image,caption\n1,a.jpg,a dog\n2,b.jpg,a cat\n")
+    with pytest.raises(UserError, match="put quotes around cells"):
+        rows_of(tmp_path, "t.csv", "image,caption\na.jpg,a dog, brown\nb.jpg,a cat\n")
+
+
+def test_characters_without_width_around_a_cell(tmp_path):
+    for name, mark in (("t.csv", ","), ("t.tsv", "\t")):
+        rows = rows_of(tmp_path, name, f"image{mark}caption\n\u00a0a.jpg\u200b{mark}a dog\ufeff\n")
+        assert rows == [{"image": "a.jpg", "caption": "a dog"}]
+
+
+def test_captions_by_the_names_of_images(tmp_path):
+    for captions in (["A dog runs.", "A cat sits."], [["A dog runs."], ["A cat sits.", "One cat sits."]]):
+        content = json.dumps(dict(zip(("x1", "x2"), captions, strict=True)))
+        assert rows_of(tmp_path, "t.json", content)[1] == {"image_id": "x2", "captions": captions[1]}
+    with pytest.raises(UserError, match="must be a list of objects"):
+        rows_of(tmp_path, "t.json", json.dumps({"name": "scenes", "version": "1.0"}))
+
+
+def test_cells_may_be_large(tmp_path):
+    assert len(rows_of(tmp_path, "t.csv", f'image,caption\n"{"x" * 200_000}",a dog\n')[0]["image"]) == 200_000
+
+
 def test_documents_by_split_and_by_id(tmp_path):
     by_split = {"train": [{"image": "a.jpg"}], "test": [{"image": "b.jpg"}]}
     assert [row["split"] for row in rows_of(tmp_path, "s.json", json.dumps(by_split))] == ["train", "test"]
+    below = {"train": {"a.jpg": "a dog"}, "val": {"b.jpg": ["a cat"]}}
+    rows = rows_of(tmp_path, "b.json", json.dumps(below))
+    assert [(row["split"], row["file_name"]) for row in rows] == [("train", "a.jpg"), ("val", "b.jpg")]
+    with pytest.raises(UserError, match="must be a list of objects"):
+        rows_of(tmp_path, "d.json", json.dumps({"train": {"a.jpg": "a dog"}, "val": {"seed": 1}}))
     coco = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": "1", "caption": "a dog"}]}
     assert rows_of(tmp_path, "c.json", json.dumps(coco))[0]["captions"] == ["a dog"]
     keyed = {"a.jpg": [{"caption": "a dog"}, {"caption": "one dog"}]}

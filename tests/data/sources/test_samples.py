@@ -107,7 +107,58 @@ def test_second_side_cars_are_unused():
     groups = group(["k.jpg", "k.a.txt", "k.b.txt", "k.json", "z.json", "n.pdf"], Columns(), source="s")
     assert groups.keys == ["k"]
     assert [groups.slots[0][kind] for kind in (IMAGE, TEXT, JSON)] == [0, 1, 3]
-    assert (groups.lone, groups.unused) == ([4], [5, 2])
+    assert (groups.lone, groups.second, groups.unused) == ([4], [2], [5])
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_what_is_not_used_is_named_by_its_kind(tmp_path, kind):
+    files = {
+        "1.png": None,
+        "1.txt": "a dog",
+        "1.png.txt": "tags",
+        "1.npz": "?",
+        "2.npz": "?",
+        "3.npz": "?",
+        "t.csv": "a,b",
+    }
+    source = open_source(write(tmp_path, kind, files))
+    notes, captions = source.notes, source.captions(0)
+    assert captions == ["a dog"]
+    assert notes[0] == "1 file not used, as another of the kind belongs to the image: 1.png.txt"
+    hint = "a table of captions is a source of its own" + ", once it is unpacked" * (kind == "tar")
+    assert notes[1] == f"4 other files not used: 1.npz, 2.npz, 3.npz and 1 more; {hint}"
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_names_that_were_packed_on_windows(tmp_path, kind):
+    files = {f"{part}\\{name}\\{i}.png": None for i, part in enumerate(["train", "test"]) for name in ("cat", "dog")}
+    spec = write(tmp_path, kind, files | {"train\\cat\\0.txt": "a cat"})
+    source = open_source(spec, split="train")
+    assert [(source.label(i), source.captions(i)) for i in range(len(source))] == [("cat", ["a cat"]), ("dog", [])]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_splits_that_are_called_after_their_data_set(tmp_path, kind):
+    names = [
+        "seg_train/seg_train/forest/1",
+        "seg_train/seg_train/sea/2",
+        "seg_test/seg_test/sea/3",
+        "seg_pred/seg_pred/4",
+    ]
+    spec = write(tmp_path, kind, {f"{name}.png": None for name in names})
+    source = open_source(spec)
+    assert sorted(str(source.label(i)) for i in range(4)) == ["None", "forest", "sea", "sea"]
+    assert source.notes == [
+        "the splits seg_pred, seg_test, seg_train are used together; choose one, e.g. ?split=seg_train"
+    ]
+    assert len(open_source(spec, split="seg_test")) == 1
+    names += ["one", "two"]
+    spec = write(tmp_path, kind, {f"{name}.png": None for name in names})
+    for split in (None, "seg_test"):
+        assert "2 items without a split: no ?split= takes them" in open_source(spec, split=split).notes
+    (tmp_path / "toys").mkdir()
+    toys = write(tmp_path / "toys", kind, {f"{name}/1.png": None for name in ("steam_train", "toy_car")})
+    assert {open_source(toys).label(i) for i in range(2)} == {"steam_train", "toy_car"}
 
 
 def test_images_of_one_name_keep_whole_names():
@@ -166,7 +217,13 @@ def test_folders_that_are_classes(tmp_path, kind, names, labels):
         (["a.jpg", "a_mask.png", "b.jpg", "b.mask.png", "c.jpg"], ["a_mask.png", "b.mask.png"]),
         (["x (1).png", "x (1)_mask.png", "x (1)_mask_1.png"], ["x (1)_mask.png", "x (1)_mask_1.png"]),
         (["images/a.jpg", "images/b.jpg", "masks/a.png", "masks/b_mask.gif"], ["masks/a.png", "masks/b_mask.gif"]),
-        (["train/a.jpg", "train_masks/a_mask.gif", "test/a.jpg"], []),
+        (["train/a.jpg", "train_masks/a_mask.gif", "test/a.jpg"], ["train_masks/a_mask.gif"]),
+        (
+            ["train/a.png", "train_labels/a_L.png", "test/a.png", "testannot/a.png"],
+            ["testannot/a.png", "train_labels/a_L.png"],
+        ),
+        (["image/0.png", "label/0.png", "image/1.png", "label/1.png"], ["label/0.png", "label/1.png"]),
+        (["imagesTr/a_0000.png", "labelsTr/a.png"], ["labelsTr/a.png"]),
         (
             ["k/test/bad/0.png", "k/train/good/0.png", "k/ground_truth/bad/0_mask.png"],
             ["k/ground_truth/bad/0_mask.png"],
@@ -181,6 +238,8 @@ def test_folders_that_are_classes(tmp_path, kind, names, labels):
         (["images/a.jpg", "images/b.jpg", "thumbs/a.jpg", "thumbs/b.jpg"], ["thumbs/a.jpg", "thumbs/b.jpg"]),
         (["masks/0.png", "hats/0.png", "gloves/0.png"], []),
         (["bank_mask.png", "carnival_mask.png"], []),
+        (["mask/0.png", "no_mask/0.png"], []),
+        (["x/mask/0.png", "x/without_mask/0.png"], []),
         (["a.png", "a-masklabel.png", "a-condlabel.png"], ["a-masklabel.png", "a-condlabel.png"]),
     ],
 )

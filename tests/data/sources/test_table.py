@@ -236,7 +236,6 @@ def test_what_cannot_be_guessed_is_said(photos, header, row, columns, message):
     [
         ("t.csv", "", "the first line must name|holds no rows"),
         ("t.csv", "image,caption\n", "holds no rows"),
-        ("t.csv", "image,caption\n" + "x" * 200_000 + ",y\n", "the row at line 2: field larger"),
         ("t.csv", 'image,caption\na.png,"a cat\nb.png,a dog\n', "the row at line 2: .*a quote that is not closed"),
         ("t.json", "[]", "must be a list of objects"),
         ("t.json", "{", "is not JSON"),
@@ -492,6 +491,136 @@ def test_images_of_a_table_lie_near_it(photos):
         table(photos, "annotations/captions.jsonl", [{"image": "0.png", "caption": "c"}])
 
 
+@pytest.mark.parametrize(
+    ("begin", "note"),
+    [
+        ("/home/u/data/photos/", "without /home/u/data/"),
+        ("D:\\data\\photos\\", "without D:\\data\\"),
+        ("data/photos/", "without data/"),
+        ("/photos/", "without /"),
+        ("PHOTOS/", None),
+    ],
+)
+def test_paths_of_another_machine_are_found_by_their_ends(photos, begin, note):
+    source = table(photos, "t.jsonl", [{"image": f"{begin}{i}.PNG", "caption": f"c {i}"} for i in range(3)])
+    assert [row[:2] for row in rows_of(source)] == [(i, [f"c {i}"]) for i in range(3)]
+    assert source.notes == ([f"image paths are taken relative to {photos}, {note}"] if note else [])
+
+
+def test_paths_whose_folders_are_not_here_are_not_guessed(photos):
+    with pytest.raises(UserError, match=r"^/home/other/0\.png: does not exist here"):
+        table(photos, "t.jsonl", [{"image": f"/home/other/{i}.png", "caption": "c"} for i in range(3)])
+    with pytest.raises(UserError, match=r"0\.jpg: does not exist, but 0\.png does; write the names as the files"):
+        table(photos, "t.jsonl", [{"image": f"photos/{i}.jpg", "caption": "c"} for i in range(3)])
+
+
+def test_images_in_several_folders(photos):
+    for i in range(16):
+        (photos / f"part_{i // 8}").mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4), (i, i, i)).save(photos / f"part_{i // 8}" / f"x{i}.png")
+    (photos / "annotations").mkdir()
+    rows = [{"image_id": f"x{i}", "caption": f"c {i}"} for i in range(16)]
+    source = table(photos, "annotations/t.jsonl", rows)
+    assert [row[:2] for row in rows_of(source)] == [(i, [f"c {i}"]) for i in range(16)]
+    assert source.notes[1:] == [f"image paths are taken relative to {photos / 'part_0'}, {photos / 'part_1'}"]
+    for part in range(2):
+        Image.new("RGB", (4, 4)).save(photos / f"part_{part}" / "x16.png")
+    rows.insert(1, {"image_id": "x16", "caption": "twice"})  # not among those that are looked for first
+    with pytest.raises(UserError, match=r"part_0/x16\.png: lies in .*part_1/x16\.png too; write the folder"):
+        table(photos, "annotations/t.jsonl", rows)
+
+
+def test_captions_of_a_missing_image_are_those_of_one(photos):
+    names = [*(f"photos/{i}.png" for i in range(3)), "photos/9.png.1#0", "photos/9.png.1#1"]  # Flickr8k has such a name
+    source = table(photos, "t.jsonl", [{"image": name, "caption": "c"} for name in names])
+    assert [len(source.captions(i)) for i in range(len(source))] == [1, 1, 1, 2]
+    assert source.notes[-1].startswith("1 of 4 images do not exist")
+
+
+def test_sharp_s_is_no_capital(photos):
+    Image.new("RGB", (4, 4)).save(photos / "strasse.png")
+    source = table(photos, "t.jsonl", [{"image": name, "caption": "c"} for name in ("Strasse.png", "straße.png")])
+    assert [len(source.captions(i)) for i in range(len(source))] == [1, 1]
+    assert "1 of 2 images do not exist" in source.notes[-1]
+
+
+def test_names_without_suffix_in_any_column_of_images(photos):
+    rows = [{"sku": f"1{i}", "photo": f"photos/{i}", "description": f"a photo {i}"} for i in range(3)]
+    assert [row[:2] for row in rows_of(table(photos, "t.jsonl", rows))] == [(i, [f"a photo {i}"]) for i in range(3)]
+
+
+def test_names_as_addresses_write_them_and_far_folders(photos):
+    (photos / "a/b/c").mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (4, 4), (i, i, i)).save(photos / "a/b/c" / f"my cat {i}.png")
+    source = table(photos, "t.jsonl", [{"image": f"my%20cat%20{i}.png", "caption": f"c {i}"} for i in range(3)])
+    assert [row[:2] for row in rows_of(source)] == [(i, [f"c {i}"]) for i in range(3)]
+    source = table(photos, "u.jsonl", [{"id": "/9" * 3000, "caption": f"a caption {i}"} for i in range(3)])
+    assert not source.has_images
+
+
+def test_images_in_several_splits_are_named(photos):
+    rows = [{"image": f"photos/{i}.png", "caption": "c", "split": "train"} for i in range(3)]
+    source = table(photos, "t.jsonl", [*rows, {"image": "./photos/1.png", "caption": "d", "split": "VAL"}])
+    assert "1 image in several splits: photos/1.png (train, VAL)" in source.notes
+
+
+def test_rows_without_a_split_are_counted(photos):
+    rows = [{"image": f"photos/{i}.png", "caption": "c", "split": split} for i, split in enumerate(["a", "b", ""])]
+    (photos / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for split in (None, "a"):
+        notes = open_source(str(photos / "t.jsonl"), split=split).notes
+        assert "1 item without a split: no ?split= takes it" in notes
+
+
+def test_folders_are_no_classes_of_a_table(photos):
+    for name in ("cat", "dog"):
+        shutil.copytree(photos / "photos", photos / name)
+    rows = [{"image": f"{name}/{i}.png"} for name in ("cat", "dog") for i in range(3)]
+    assert table(photos, "t.jsonl", rows).notes == [
+        "folders such as cat are no classes beside t.jsonl; add a column label"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("photos/0.png; photos/1.png", r"row 0 of .*names several images; write a row for each image"),
+        (["photos/0.png", "photos/1.png"], "which is a list of images; write a row for each image"),
+        ("data:image/png;base64,iVBORw0KGgo", "an image written as text; save it as a file"),
+    ],
+)
+def test_cells_that_hold_several_images_or_an_image_as_text(photos, cell, message):
+    rows = [{"image": cell, "caption": f"a caption {i}"} for i in range(3)]
+    if message.startswith("row"):
+        with pytest.raises(UserError, match=message):
+            table(photos, "t.jsonl", rows)
+    else:
+        assert any(message in note for note in table(photos, "t.jsonl", rows).notes)
+
+
+def test_answers_of_conversations_are_captions(photos):
+    def talk(i, answers):
+        parts = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"A photo, {i}."}]
+        return {"id": str(i), "image": f"photos/{i}.png", "conversations": parts * answers}
+
+    source = table(photos, "t.json", [talk(0, 1), talk(1, 1), talk(2, 2)])
+    assert [source.captions(i) for i in range(3)] == [["A photo, 0."], ["A photo, 1."], []]
+    assert (
+        source.notes[0]
+        == "of each conversation in 'conversations' the answer is the caption, if it has one answer alone"
+    )
+    assert "1 cell of captions without a text" in source.notes[-1]
+    content = [{"type": "text", "text": "A photo."}]
+    rows = [
+        {
+            "images": ["photos/0.png"],
+            "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}],
+        }
+    ]
+    assert table(photos, "m.jsonl", rows).captions(0) == ["A photo."]
+
+
 def test_missing_images_labels_that_differ_and_splits_are_named(photos):
     rows = [
         {"image": "photos/0.png", "caption": "c", "label": "cat", "split": "train"},
@@ -547,8 +676,8 @@ def test_absolute_and_relative_paths_are_one_item(photos, monkeypatch):
 
 
 def test_what_has_no_captions_says_what_it_has(photos):
-    source = table(photos, "t.jsonl", [{"image": "photos/0.png", "title": "Dog", "conversations": [{"value": "x"}]}])
-    assert source.notes == ["no captions: none of the columns title, conversations is called like captions"]
+    source = table(photos, "t.jsonl", [{"image": "photos/0.png", "title": "Dog", "dialogue": [{"value": "x"}]}])
+    assert source.notes == ["no captions: none of the columns title, dialogue is called like captions"]
     lists = table(photos, "l.jsonl", [{"image": "photos/0.png", "label": ["cat", "dog"]}])
     assert lists.label(0) is None
     assert lists.notes == ["1 label of ['cat', 'dog'] taken for missing; a class needs a name of its own"]

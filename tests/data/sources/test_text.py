@@ -193,6 +193,11 @@ def test_what_may_be_no_text_is_named(tmp_path):
             ["the numbers in front of the texts, such as 2024, are parts of them"],
         ),
         (["a dog 1", "a dog 2"], []),
+        (
+            ["A+dog+in%20the+park%21", "a cat"],
+            ["1 of 2 texts that were looked at are written as in addresses: 'A+dog+in%20the+park%21'"],
+        ),
+        (["black+white", "50% off", "C++ on a mug", "\u4e00\u53ea\u72d7\u3002", "\u4e24\u53ea\u3002"], []),
         (["a **big** dog", "a cat"], ["markup is kept in 1 of 2 texts that were looked at, as '**big**'"]),
         (["a dog <lora:x:0.8>", "a cat"], ["markup is kept in 1 of 2 texts that were looked at, as '<lora:x:0.8>'"]),
         (["pie/1", "ribs/2"], ["each text is one word, as of a list of names: 'pie/1'"]),

@@ -202,6 +202,12 @@ def test_not_a_tar(tmp_path, data, message):
         open_source(str(tmp_path / "t.tar"))
 
 
+def test_empty_tars_among_others_are_named(tmp_path):
+    make(tmp_path / "t-0.tar", {"a.png": png(0)})
+    make(tmp_path / "t-1.tar", {})
+    assert "1 tar without a file: t-1.tar" in open_source(f"{tmp_path}/t-*.tar").notes
+
+
 def test_a_damaged_header_is_placed(tmp_path):
     path = make(tmp_path / "t.tar", {"a.txt": "a", "b.txt": "b"})
     data = bytearray((tmp_path / "t.tar").read_bytes())

@@ -37,8 +37,9 @@ from diptych.data.sources.table import (
     split_notes,
     unknown_split,
     unlabelled_notes,
+    unsplit_notes,
 )
-from diptych.data.sources.text import NULLS
+from diptych.data.sources.text import NULLS, why_unreadable
 from diptych.errors import UserError
 
 _BLOCKS, _BLOCK = 16, 64
@@ -51,15 +52,22 @@ def open_parquet(
     """One source from one or more parquet files. Raises UserError for a file that is damaged or holds no rows."""
     import datasets
 
-    counts = [_rows_in(path) for path in paths]
+    counts, names = zip(*map(_rows_and_columns, paths), strict=True)
+    shared = [column for column in names[0] if all(column in each for each in names)]
+    others = sorted(set().union(*names) - set(shared))
+    if not shared:
+        raise UserError(f"{name}: {paths[0].name} and another file have no column in common; give one kind of them")
     files = [glob.escape(str(path)) for path in paths]  # `datasets` takes every name for a pattern
     try:
         with _quietly():
-            data = datasets.load_dataset("parquet", data_files=files, split="train")
+            data = datasets.load_dataset("parquet", data_files=files, split="train", columns=shared if others else None)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise UserError(f"{name}: is not readable as parquet ({_reason(error)})") from None
     tables = Tables(tuple(paths), tuple(accumulate(counts)))
-    return _from_dataset(data, name=name, tables=tables, columns=columns, split=split, limits=limits)
+    source = _from_dataset(data, name=name, tables=tables, columns=columns, split=split, limits=limits)
+    if others:
+        source.notes.append(f"columns not used, as some files lack them: {some(others, len(others))}")
+    return source
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +83,18 @@ class Tables:
         return self.paths[bisect_right(self.ends, row)]
 
 
-def _rows_in(path: Path) -> int:
+def _rows_and_columns(path: Path) -> tuple[int, list[str]]:
     """Read the footer of a file alone: its errors name the file and the reason, which those of `datasets` do not."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_metadata(path).num_rows
+        footer = pyarrow.parquet.read_metadata(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is not readable as parquet ({_reason(error)})") from None
-    if not rows:
+        raise UserError(why_unreadable(path, "parquet", error)) from None
+    if not footer.num_rows:
         raise UserError(f"{path}: holds no rows")
-    return rows
+    return footer.num_rows, footer.schema.to_arrow_schema().names
 
 
 def open_hub(
@@ -146,6 +154,7 @@ def _from_dataset(
 ) -> "ArrowSource | TableSource":
     import datasets
 
+    data = _without_lists(data)
     for column, feature in data.features.items():
         if isinstance(feature, datasets.Image):  # bytes, so that `limits` hold
             data = data.cast_column(column, datasets.Image(decode=False))
@@ -163,13 +172,16 @@ def _from_dataset(
         source.notes[:] = dict.fromkeys([*found.notes, *source.notes])
         return source
     rows, whole = np.arange(len(data)), data
-    values = data[found.split][:] if found.split else [None] * len(data)
+    values: list[Any] = data[found.split][:] if found.split else [None] * len(data)
+    if found.split and hasattr(data.features[found.split], "int2str"):
+        values = [_class_name(data.features[found.split], value) for value in values]
     if split is not None:
         rows = np.array(select_split(values, split, source=name))
         data = data.select(rows)
     notes = list(found.notes)
     if split is None:
         notes += split_notes(values) or file_split_notes(tables.paths)
+    notes += unsplit_notes(values, split)
     failed = _failed_downloads(whole, found.image)[rows]
     if failed.any() and not failed.all():
         rows = rows[~failed]
@@ -181,6 +193,32 @@ def _from_dataset(
     return ArrowSource(
         data, name=name, found=found, rows=rows, tables=tables, limits=limits, notes=notes, groups=groups
     )
+
+
+def _without_lists(data: Any) -> Any:
+    """The same data with each column of lists of one image as a column of images, as chat formats have them."""
+    import datasets
+    import pyarrow
+    import pyarrow.compute
+
+    table, features = data.data.table, data.features.copy()
+    for name in data.column_names:
+        column, kind = table.column(name), table.column(name).type
+        if not (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)):
+            continue
+        of_images = _is_binary(kind.value_type) or (
+            pyarrow.types.is_struct(kind.value_type) and kind.value_type.get_field_index("bytes") >= 0
+        )
+        if (
+            of_images
+            and pyarrow.compute.all(pyarrow.compute.equal(pyarrow.compute.list_value_length(column), 1)).as_py()
+        ):
+            table = table.set_column(table.schema.get_field_index(name), name, pyarrow.compute.list_flatten(column))
+            features[name] = features[name].feature
+    if features == data.features:
+        return data
+    whole = datasets.table.InMemoryTable(table.replace_schema_metadata(None))
+    return datasets.Dataset(whole, info=datasets.DatasetInfo(features=features))
 
 
 def _failed_downloads(data: Any, image: str | None) -> np.ndarray:

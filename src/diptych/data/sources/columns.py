@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from diptych.data.sources.decode import is_image_path
-from diptych.data.sources.text import SEPARATORS, begins_with_image, clean, is_json, notes_on_texts, says_missing
+from diptych.data.sources.text import (
+    SEPARATORS,
+    begins_with_image,
+    clean,
+    count_words,
+    is_json,
+    notes_on_texts,
+    says_missing,
+)
 from diptych.errors import UserError
 
 Role = Literal["image", "caption", "label"]
@@ -23,12 +31,13 @@ IMAGE_NAMES = frozenset(
 )
 STEM_NAMES = (
     *("image_id", "img_id", "image", "image_name", "filename", "file_name", "filepath", "path", "img", "file"),
+    *("photo", "picture", "image_path", "image_file", "img_path", "file_path"),
     *("id", "imgid", "imageid", "uid", "uuid", "key", "name", "stem", "sku"),
 )
 """Columns that may name image files without their suffix, the likeliest first."""
 CAPTION_NAMES = frozenset(
     {"caption", "text", "sentence", "description", "prompt", "raw", "txt", "alt", "alt_text", "alttext"}
-    | {"captions", "texts", "sentences", "descriptions", "prompts"}
+    | {"captions", "texts", "sentences", "descriptions", "prompts", "conversations", "conversation", "messages"}
 )
 LABEL_NAMES = frozenset(
     {"label", "labels", "class", "classes", "cls", "category"}
@@ -56,6 +65,8 @@ _ABOUT = re.compile(
 )
 """Names of columns that number items, or tell of their files. Nobody expects them to be read."""
 _WRITTEN = re.compile(r"""\s*(\[|\{\s*["']|\(\s*["']|array\(|b["'])""")
+_BASE64 = re.compile(r"data:image/|/9j/|iVBORw0KGgo|UklGR|R0lGOD")
+"""How images begin that are written in base64."""
 _ENTITY = re.compile(r"&#?\w+;")
 _LIST_NAMES = frozenset({"nan", "None", "null", "array", "dtype", "object"})
 _YES_NO = frozenset({"true", "false", "yes", "no", "y", "n", "t", "f"})
@@ -70,6 +81,8 @@ _NO_CLASS = frozenset(
 _OWN = 7
 """Largest number of items for which it is not strange that each has a class of its own."""
 _WHOLE = re.compile(r"^(-?\d+)\.0$")
+_SPEAKERS, _MODELS = ("from", "role"), frozenset({"gpt", "assistant", "model", "bot"})
+"""The fields of a part of a conversation that name who speaks, and what they hold where a model does."""
 _INNER = ("raw", "caption", "text", "sentence", "captions", "texts", "sentences")
 """Where a list of captions holds records instead of strings, the fields that may carry the text."""
 
@@ -125,12 +138,14 @@ def find_columns(table: Table, *, wanted: Columns, source: str) -> Found:
     if not found.captions:
         for name in table:
             _refuse_addresses(table, name, source)
+            if _all(table[name], _is_album):
+                raise UserError(f"{source}: column {name!r} holds lists of images; write a row for each image")
         raise UserError(
             f"{source}: no column of images or captions among {_listed(table)}; "
             "name one behind the source with ?image=NAME or ?caption=NAME"
         )
     strange = [
-        f"no images: column {name!r} holds {str(values[0])[:60]!r}, which is no path of an image file"
+        f"no images: column {name!r} holds {str(values[0])[:60]!r}, {_why_no_path(values[0])}"
         for name, values in table.items()
         if wanted.image is None and name not in found.captions and _could_be_image(name, values)
     ]
@@ -187,6 +202,8 @@ def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None
                 f"{source}: column {name!r} holds paths of text files, such as {table[name][0]!r}, which are not read; "
                 "put the captions into the table, or texts of the name of each image beside the images"
             )
+        if any(map(_is_conversation, table[name])):
+            notes.append(f"of each conversation in {name!r} the answer is the caption, if it has one answer alone")
         notes += notes_on_texts([text for value in table[name] for text in captions_of(value)])
         written = [value for value in table[name] if isinstance(value, str) and not _WRITTEN.match(value)]
         cells = [_ENTITY.sub("", value).strip() for value in written]
@@ -251,9 +268,23 @@ def _could_be_image(name: str, values: Sequence[Any]) -> bool:
     return bool(usual(name, IMAGE_NAMES | {"image_id", "img_id"}) and values) or _all(values, _names_images)
 
 
+def _why_no_path(value: Any) -> str:
+    """Why a cell that could be an image is none."""
+    if _is_album(value):
+        return "which is a list of images; write a row for each image"
+    if isinstance(value, str) and _BASE64.match(value):
+        return "an image written as text; save it as a file and write its path, or put its bytes into parquet"
+    return "which is no path of an image file"
+
+
 def _names_images(value: Any) -> bool:
     """Whether a cell holds an address, or a list with the path of an image."""
-    return is_address(value) or (isinstance(value, list | tuple) and any(map(is_image_path, value)))
+    return is_address(value) or _is_album(value)
+
+
+def _is_album(value: Any) -> bool:
+    """Whether a cell holds a list of images or of their paths."""
+    return isinstance(value, list | tuple) and any(is_image_path(item) or is_embedded(item) for item in value)
 
 
 def _is_split_cell(value: Any) -> bool:
@@ -267,7 +298,7 @@ def _holds_images(name: str, values: Sequence[Any]) -> bool:
 def _holds_sentences(values: Sequence[Any]) -> bool:
     """Whether one in four values has texts of three words."""
     texts = [captions_of(value) for value in values if _is_text(value)]
-    return 4 * sum(any(text.count(" ") > 1 for text in each) for each in texts) >= max(1, len(values))
+    return 4 * sum(any(count_words(text) > 2 for text in each) for each in texts) >= max(1, len(values))
 
 
 def _is_text_file(value: Any) -> bool:
@@ -340,7 +371,8 @@ def captions_of(value: Any) -> list[str]:
 
     A list of single words is one text that was split if `a`, `of`, a full stop or the like is among them, else it is
     several captions.
-    Lists and records may also be written as text, as JSON, Python, NumPy or PostgreSQL print them.
+    Lists and records may also be written as text, as JSON, Python, NumPy or PostgreSQL print them. Of a conversation
+    about an image, as LLaVA's, the answer is the caption; one with several answers has none.
     """
     if isinstance(value, bytes):
         return captions_of(value.decode("utf-8", "replace"))
@@ -352,6 +384,11 @@ def captions_of(value: Any) -> list[str]:
     if isinstance(value, Mapping):
         return next((captions_of(value[name]) for name in _INNER if name in value), [])
     if isinstance(value, Sequence):
+        if _is_conversation(value):
+            answers = [part for part in value if any(part.get(key) in _MODELS for key in _SPEAKERS)]
+            texts = [part.get("value", part.get("content")) for part in answers]
+            texts += [part["assistant"] for part in value if "assistant" in part]
+            return captions_of(texts[0]) if len(texts) == 1 else []
         if len(value) > 1 and all(map(_is_words, value)):
             return [text for words in value for text in captions_of(" ".join(words))]
         if _is_words(value) and not _GRAMMAR.isdisjoint(word.lower() for word in value):
@@ -363,6 +400,14 @@ def captions_of(value: Any) -> list[str]:
 def written_captions(text: str) -> list[str] | None:
     """The captions of a list or record that ``text`` writes out; None where it is a text like any other."""
     return captions_of(written) if _WRITTEN.match(text) and (written := _written(text.strip())) is not None else None
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(part, Mapping) and not part.keys().isdisjoint((*_SPEAKERS, "assistant")) for part in value)
+    )
 
 
 def _is_words(value: Any) -> bool:
@@ -467,13 +512,14 @@ def _find_captions(table: Table, wanted: str | None, image: str | None, source: 
     if numbered and len(known) < 2:
         return (*known, *numbered)
     other = CAPTION_NAMES | IMAGE_NAMES | LABEL_NAMES | SPLIT_NAMES
-    prose = [name for name in texts if not usual(name, other) and _has_blanks(table[name])]
+    prose = [name for name in texts if not usual(name, other) and _has_words(table[name])]
+    prose = [name for name in prose if not ((like := _LABEL_LIKE.search(name)) and like.end() == len(name.strip()))]
     found = _one(known or prose, "caption", table, source)
     return (found,) if found is not None else ()
 
 
-def _has_blanks(values: Sequence[Any]) -> bool:
-    return any(" " in text for value in values for text in captions_of(value))
+def _has_words(values: Sequence[Any]) -> bool:
+    return any(count_words(text) > 1 for value in values for text in captions_of(value))
 
 
 def _holds_texts(name: str, values: Sequence[Any]) -> bool:
@@ -567,5 +613,7 @@ def _is_text(value: Any) -> bool:
         return any(_is_text(value.get(name)) for name in _INNER)
     if not isinstance(value, list | tuple):
         return False
+    if _is_conversation(value):
+        return bool(captions_of(value))
     present = [item for item in value if not is_missing(item)]
     return bool(present) and all(map(_is_text, present))

@@ -36,11 +36,18 @@ from diptych.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
     | {".ppm", ".pgm", ".pbm", ".avif", ".heic", ".heif"}
 )
 """Suffixes of the files that are taken for images. HEIC is among them so that it is reported, not overlooked."""
 
+NOT_THE_FILE = {
+    b"version https://git-lfs": "is a pointer of git-lfs, not the file itself; fetch it with git lfs pull",
+    b"<!doctype html": "is a page of HTML, as servers send for a missing file; download it again",
+    b"<html": "is a page of HTML, as servers send for a missing file; download it again",
+}
+"""How a file begins, in small letters, that stands in the place of another."""
+_DRAWINGS = (b"<svg", b"<?xml")
 _NUMBERED = re.compile(r"#\d+$")
 _ORIENTATION = 0x0112
 _BITS, _PHOTOMETRIC, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 262, 338, 339
@@ -98,9 +105,10 @@ def decode(
     """The centre square of an image, resized to ``size`` x ``size`` RGB pixels.
 
     The image is turned as its EXIF orientation says; of an animation the first frame is used; transparency lies over
-    white; colours of an embedded profile become sRGB; the square is resized with an antialiased bicubic filter.
-    Values of 16 bits are scaled to 8, floats from 0 to 1 or from 0 to 255 too; other ranges are refused, and so are 16
-    bits of which only the lower 12 are used: nearly black, unless somebody knows which value is white.
+    white, and is refused where it is everywhere; colours of an embedded profile become sRGB; the square is resized with
+    an antialiased bicubic filter. Values of 16 bits are scaled to 8, floats from 0 to 1 or from 0 to 255 too; other
+    ranges are refused, and so are 16 bits of which only the lower 12 are used: nearly black, unless somebody knows
+    which value is white.
 
     ``name`` is what messages call the image, by default its path. Raises UnreadableImage, whose message names the image
     and the reason.
@@ -194,6 +202,7 @@ def _decode(image: Image.Image, size: int) -> np.ndarray:
     elif transparent != image.info.get("transparency"):
         image = image.copy()
         image.info["transparency"] = transparent
+    _refuse_invisible(image)
     profile = image.info.get("icc_profile")
     image = _to_rgb(_centre_square(image), profile)
     image = image.resize((size, size), Image.Resampling.BICUBIC)
@@ -202,7 +211,8 @@ def _decode(image: Image.Image, size: int) -> np.ndarray:
 
 def _open(stream: io.BytesIO | io.BufferedReader) -> Image.Image:
     """`Image.open` without its own size check, which would warn or raise before the size can be named."""
-    prefix = stream.read(16)
+    start = stream.read(64)
+    prefix = start[:16]
     for name in FORMATS:
         # A build of Pillow may lack a decoder; `accept` answers with a sentence (a str) then.
         factory, accept = Image.OPEN.get(name, (None, None))
@@ -212,6 +222,11 @@ def _open(stream: io.BytesIO | io.BufferedReader) -> Image.Image:
         return factory(stream, "")
     if prefix[4:8] == b"ftyp":
         raise UnreadableImage("is HEIC or another format that cannot be read; convert it to JPEG or PNG")
+    for begin, what in NOT_THE_FILE.items():
+        if start.lstrip().lower().startswith(begin):
+            raise UnreadableImage(what)
+    if start.lstrip().lower().startswith(_DRAWINGS):
+        raise UnreadableImage("is a drawing (SVG) or other XML; convert it to PNG")
     raise UnreadableImage(f"is not an image of a known format ({', '.join(FORMATS)})")
 
 
@@ -273,6 +288,18 @@ def _is_alpha_unused(image: Image.Image, tags: Mapping[int, Any]) -> bool:
     if image.format == "TIFF":
         return _EXTRA_SAMPLES not in tags
     return image.format == "BMP" and image.getchannel("A").getextrema() == (0, 0)
+
+
+def _refuse_invisible(image: Image.Image) -> None:
+    """Raise UnreadableImage where no pixel is opaque: nothing would be left but the white behind it."""
+    if not image.has_transparency_data:
+        return
+    bands = image.getbands()
+    opacity = image.getchannel(len(bands) - 1) if bands[-1] in "Aa" else image.convert("RGBA").getchannel("A")
+    if opacity.getextrema() == (0, 0):
+        raise UnreadableImage(
+            "is transparent everywhere, so that nothing of it is seen; remove it, or its transparency"
+        )
 
 
 def _refuse_twelve_bits(most: float) -> None:

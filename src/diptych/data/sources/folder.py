@@ -25,7 +25,7 @@ from diptych.data.sources.table import (
     sample_columns,
     some,
     split_notes,
-    split_of,
+    splits_of,
     unknown_split,
 )
 from diptych.errors import UserError
@@ -104,12 +104,13 @@ def _open_metadata(
     Where the tables have no column of splits, the folders of the images say them.
     """
     notes: list[str] = []
-    by_folder = [split_of(table) for table in tables]
+    by_folder = splits_of(tables)
     if split is not None and any(by_folder):
         if split not in by_folder:
             raise unknown_split(split, {each for each in by_folder if each}, source=name)
+        chosen = split
         tables, split = [table for table, each in zip(tables, by_folder, strict=True) if each == split], None
-        files = [file for file in files if split_of(file) == split_of(tables[0])]
+        files = [file for file, each in zip(files, splits_of(files), strict=True) if each == chosen]
     elif split is None:
         notes = split_notes(by_folder)
     rows, of_table = [], []
@@ -118,10 +119,7 @@ def _open_metadata(
         rows += found
         of_table += [root / table] * len(found)
     source = from_rows(rows, tables=of_table, name=name, columns=columns, split=split, limits=limits, root=root)
-    if source.has_images and not any(source.label(i) for i in range(len(source))):
-        places = [os.path.relpath(source.key(i), root) for i in range(len(source))]
-        if folder := next((label for label in folder_labels(places)[0] if label), None):
-            notes.append(f"folders such as {folder} are no classes beside {tables[0]}; add a column label")
+    notes += notes_on_class_folders(source, tables[0], root)
     listed = {source.key(i) for i in range(len(source))} if source.has_images and split is None else None
     if listed is not None:
         unlisted = [
@@ -141,6 +139,15 @@ def _open_metadata(
         )
     source.notes += [note for note in notes if note not in source.notes]
     return source
+
+
+def notes_on_class_folders(source: TableSource, table: str, root: Path) -> list[str]:
+    """A note on folders below ``root`` that could be classes, where the rows of a table have no labels."""
+    if not source.has_images or any(source.label(i) for i in range(len(source))):
+        return []
+    places = [os.path.relpath(source.key(i), root) for i in range(len(source))]
+    folder = next((label for label in folder_labels(places)[0] if label), None)
+    return [f"folders such as {folder} are no classes beside {table}; add a column label"] if folder else []
 
 
 def _is_caption_file(file: str) -> bool:
@@ -164,13 +171,16 @@ class FolderSource(SampleSource):
             np.array(groups.slots),
             name=name,
             labels=labels,
-            splits=[split_of(image) for image in images],
+            splits=splits_of(images),
             columns=columns,
             split=split,
             limits=limits,
             texts_named=groups.texts_named,
             notes=nested
-            + unused_notes(*([files[i] for i in part] for part in (groups.lone, groups.unused, groups.masks))),
+            + unused_notes(
+                *([files[i] for i in part] for part in (groups.lone, groups.second, groups.unused, groups.masks)),
+                packed=False,
+            ),
         )
 
     def _read(self, member: int) -> bytes:
@@ -211,4 +221,9 @@ def _hint(root: Path, files: list[str]) -> str:
         if others:
             more = f", or all {len(others)} of them, e.g. '{(root / others[0]).parent}/*{suffix}'"
             return f", but {others[0]}; give that file itself as the source{more if len(others) > 1 else ''}"
+    if texts := [file for file in files if file.lower().endswith(TEXT_SUFFIXES[0])]:
+        folder = (root / texts[0]).parent
+        return (
+            f", but {counted(len(texts), 'text')}; give them as a source of texts, a text a line, e.g. '{folder}/*.txt'"
+        )
     return " (searched in its sub-folders too)" if files else "; it is empty"

@@ -35,6 +35,12 @@ from diptych.errors import UserError
 
 _OPTIONS = ("split", "image", "caption", "label")
 _HUB_OPTIONS = (*_OPTIONS, "config", "revision")
+_OTHER_TABLES = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save the sheet as csv in UTF-8"),
+    **dict.fromkeys((".arrow", ".feather", ".pkl", ".pickle", ".h5", ".hdf5"), "save the table as parquet"),
+    **dict.fromkeys((".bz2", ".xz", ".zst"), "unpack it, or pack it with gzip"),
+}
+"""What to do with tables that are not read, by their suffix."""
 _LIMITS = ImageLimits()
 _KEEP = re.compile(r"(?P<mark>[?&])keep=(?P<file>[^&]+)(?P<more>&|$)")
 _log = logging.getLogger(__name__)
@@ -314,7 +320,12 @@ def _open_files(
 
             return open_parquet(paths, name=name, columns=columns, split=split, limits=limits)
         case "table":
-            return open_tables(paths, name=name, columns=columns, split=split, limits=limits)
+            from diptych.data.sources.folder import notes_on_class_folders
+
+            source = open_tables(paths, name=name, columns=columns, split=split, limits=limits)
+            if not source.has_captions:
+                source.notes += notes_on_class_folders(source, paths[0].name, paths[0].parent)
+            return source
     from diptych.data.sources.text import TextSource
 
     if split is not None:
@@ -339,6 +350,8 @@ def _kind(path: Path | RemoteFile) -> str:
         raise UserError(f"{path}: is one image; give its folder")
     if suffix in (".zip", ".7z", ".rar"):
         raise UserError(f"{path}: is packed; unpack it, and give the folder")
+    if suffix in _OTHER_TABLES:
+        raise UserError(f"{path}: is not read; {_OTHER_TABLES[suffix]}")
     raise UserError(
         f"{path}: not a kind of source; give a folder of images, a .csv, .tsv, .json, .jsonl, .parquet, .tar or .txt "
         "file, hub:owner/name or scenes:"

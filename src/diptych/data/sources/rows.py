@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from diptych.data.sources.columns import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, is_address, is_split, usual
 from diptych.data.sources.decode import is_image_path
-from diptych.data.sources.text import read_text
+from diptych.data.sources.text import is_json, read_text, why_unreadable
 from diptych.errors import UserError
 
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv", ".parquet")
 """Suffixes of the files that :func:`read_rows` reads."""
 _DELIMITERS = ",\t;|"
+csv.field_size_limit(2**31 - 1)  # an image in base64 is longer than 131,072 characters
 _NO_CAPTION = ("is_rejected", "is_precanned")
 
 
@@ -49,11 +50,13 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is not readable as parquet ({' '.join(str(error).split())[:300]})") from None
+        raise UserError(why_unreadable(path, "parquet", error)) from None
 
 
 def _read_delimited(text: str, path: Path, delimiter: str) -> list[dict[str, Any]]:
     text = text.lstrip("\n")
+    if is_json(text.partition("\n")[0]) or text.startswith("[\n"):
+        raise UserError(f"{path}: holds JSON; let its name end in .json, or in .jsonl if each line is a document")
     first, _, rest = text.partition("\n")
     if first.startswith("sep=") and len(first.strip()) == 5:  # how spreadsheets are told the delimiter
         delimiter, text = first[4], rest
@@ -66,10 +69,15 @@ def _read_delimited(text: str, path: Path, delimiter: str) -> list[dict[str, Any
         return rows
     try:
         return _read_cells(text, path, delimiter, csv.QUOTE_MINIMAL)
-    except UserError:
-        if delimiter != "\t":
+    except UserError as error:
+        if delimiter == "\t":
+            return _read_cells(text, path, delimiter, csv.QUOTE_NONE)
+        if '\\"' not in text:
             raise
-        return _read_cells(text, path, delimiter, csv.QUOTE_NONE)
+        try:  # MySQL and Spark write a quote inside a quoted cell with a backslash
+            return _read_cells(text.replace('\\"', '""'), path, delimiter, csv.QUOTE_MINIMAL)
+        except UserError:
+            raise error from None
 
 
 def _named_by_content(first: str) -> str:
@@ -99,8 +107,13 @@ def _read_plain_lines(text: str, path: Path) -> list[dict[str, Any]] | None:
     return [dict(zip(header, map(_unquote, cells), strict=True)) for cells in lines[1:]]
 
 
+def _trim(cell: str) -> str:
+    """The cell without white space at its ends, and without characters that have no width, as the web puts there."""
+    return cell.strip().strip("\u200b\u2060\ufeff").strip()
+
+
 def _unquote(cell: str) -> str:
-    cell = cell.strip()
+    cell = _trim(cell)
     if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', ""):
         return cell[1:-1].replace('""', '"')
     return cell
@@ -116,18 +129,20 @@ def _read_cells(text: str, path: Path, delimiter: str, quoting: Literal[0, 3]) -
     try:
         header = _header(next(reader, []), path)
         for cells in reader:
-            if cells and not rows:
+            if any(map(str.strip, cells)) and not any(any(row.values()) for row in rows):
                 _refuse_title(header, cells, path)
             if cells and len(cells) != len(header):
                 mend = "put quotes around cells that hold the delimiter"
                 if len(cells) < len(header):
                     mend = f"write the {delimiter!r} that is missing there, or leave the row out"
+                elif not rows and len(cells) == len(header) + 1 and {len(row) for row in reader if row} == {len(cells)}:
+                    mend = "so has every row; name each column in the first line, also that of the row names of R"
                 raise UserError(
                     f"{path}: the row at line {start} has {len(cells)} cells and the header {len(header)}; {mend}"
                 )
             if cells:
                 _refuse_swallowed(cells, delimiter, f"{path}: the row at line {start}")
-                rows.append(dict(zip(header, (cell.strip() for cell in cells), strict=True)))
+                rows.append(dict(zip(header, map(_trim, cells), strict=True)))
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}: the row at line {start}: {error}; look for a quote that is not closed") from None
@@ -144,10 +159,18 @@ def _header(cells: Sequence[str], path: Path) -> list[str]:
 
 
 def _refuse_title(header: Sequence[str], cells: Sequence[str], path: Path) -> None:
-    """Raise UserError where the second line that is not empty names the columns: a title stands above it."""
+    """Raise UserError where the second line that is not empty names the columns: a title stands above it.
+
+    It does so, too, where the first line names the first of several columns alone.
+    """
     names = IMAGE_NAMES | CAPTION_NAMES | LABEL_NAMES
-    if not any(usual(name, names) for name in header) and sum(usual(cell, names) for cell in cells) > 1:
-        raise UserError(f"{path}: the second line names the columns ({', '.join(cells)[:60]}); remove what is above")
+    told = any(usual(name, names) for name in header)
+    alone = all(name == f"column {number}" for number, name in enumerate(header[1:], start=2)) and any(cells[1:])
+    if alone and not all(map(_is_name, cells)):
+        raise UserError(f"{path}: the first line must name every column; it is {', '.join(header)[:100]!r}")
+    if not told and (alone or sum(usual(cell, names) for cell in cells) > 1):
+        shown = ", ".join(filter(None, cells))[:60]
+        raise UserError(f"{path}: the second line names the columns ({shown}); remove what is above")
 
 
 def _is_name(cell: str) -> bool:
@@ -169,6 +192,7 @@ def _refuse_swallowed(cells: Sequence[str], delimiter: str, place: str) -> None:
 def _read_json_lines(text: str, path: Path, notes: list[str]) -> list[dict[str, Any]]:
     if text.lstrip().startswith("["):
         return _read_json(text, path, notes)
+    _refuse_table(text, path)
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -177,6 +201,15 @@ def _read_json_lines(text: str, path: Path, notes: list[str]) -> list[dict[str, 
                 raise UserError(f"{path}: line {number} is not a JSON object {{...}}")
             rows.append(row)
     return rows
+
+
+def _refuse_table(text: str, path: Path) -> None:
+    """Raise UserError where a file is a table with delimiters, whatever its name."""
+    first, second, *_ = [*text.split("\n", 2), "", ""]
+    for delimiter in _DELIMITERS:
+        if first[:1].isalpha() and 0 < first.count(delimiter) <= second.count(delimiter):
+            kind = ".tsv" if delimiter == "\t" else ".csv"
+            raise UserError(f"{path}: is a table with {delimiter!r} between its columns; let its name end in {kind}")
 
 
 def _parse(text: str, place: str) -> Any:
@@ -207,6 +240,7 @@ def _read_json(text: str, path: Path, notes: list[str]) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             return _read_json_lines(text, path, notes)
+        _refuse_table(text, path)
         raise UserError(f"{path}: is not JSON ({error})") from None
     if isinstance(document, dict):
         lists = {name: value for name, value in document.items() if _is_rows(value)}
@@ -283,15 +317,31 @@ def _is_rows(value: Any) -> bool:
 
 
 def _keyed(document: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Rows of {column: {index: value}} and of {file name: {field: value}}, {file name: caption or captions}."""
+    """Rows of {column: {index: value}}, of {column: [values]} and of {file name: {field: value}}, {file name: caption
+    or captions}, which may stand below splits."""
     values = list(document.values())
     if values and all(isinstance(value, dict) for value in values):
+        if all(map(is_split, document)):
+            parts = [_keyed(part) for part in values]
+            rows = [{"split": split, **row} for split, part in zip(document, parts, strict=True) for row in part or []]
+            return rows if all(parts) else None
         if all(value.keys() == values[0].keys() for value in values) and all(key.isdecimal() for key in values[0]):
             return [{name: column[index] for name, column in document.items()} for index in values[0]]
         return [{"file_name": name, **value} for name, value in document.items()]
     if values and all(map(is_image_path, document)) and all(isinstance(value, str | list | None) for value in values):
         return [{"file_name": name, "captions": value} for name, value in document.items()]
+    if not any(usual(name, IMAGE_NAMES | CAPTION_NAMES | LABEL_NAMES) for name in document) and _are_captions(values):
+        return [{"image_id": name, "captions": value} for name, value in document.items()]
+    alike = len(values) > 1 and all(isinstance(value, list) for value in values) and len(set(map(len, values))) == 1
+    if alike and not all(map(is_split, document)):
+        return [dict(zip(document, cells, strict=True)) for cells in zip(*values, strict=True)]
     return None
+
+
+def _are_captions(values: Sequence[Any]) -> bool:
+    """Whether values of JSON are sentences or lists of sentences: captions by the names of images."""
+    texts = [each for value in values for each in _listed(value)]
+    return len(values) > 1 and all(isinstance(text, str) and len(text.split()) > 2 for text in texts)
 
 
 def _join_coco(images: list[dict], annotations: list[dict], path: Path, notes: list[str]) -> list[dict[str, Any]]:

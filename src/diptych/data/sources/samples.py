@@ -42,7 +42,17 @@ from diptych.data.sources.columns import (
 )
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
 from diptych.data.sources.rows import TABLE_SUFFIXES
-from diptych.data.sources.table import counted, sample_columns, select_split, some, split_notes, unlabelled_notes
+from diptych.data.sources.table import (
+    counted,
+    sample_columns,
+    select_split,
+    some,
+    split_folders,
+    split_notes,
+    unlabelled_notes,
+    unsplit_notes,
+    with_slashes,
+)
 from diptych.data.sources.text import clean, decode_text, notes_on_lines, notes_on_texts, says_missing
 from diptych.errors import UserError
 
@@ -63,13 +73,19 @@ _MASK_END = re.compile(
 )
 """What the name of a mask has behind the name of its image."""
 _MASKS = re.compile(
-    r"mask|annotations?|labels|"
-    r"(.*[ _-])?(masks|trimaps|mattes|segmentations?|segmentation(class|object)|ground[ _-]?truth|gt(fine|coarse)?"
-    r"|depths?)",
+    r"mask|label|labels(tr|ts)|(train|val|test)annot|"
+    r"(.*[ _-])?(masks|labels|annotations?|trimaps|mattes|segmentations?|segmentation(class(aug)?|object)"
+    r"|ground[ _-]?truth|gt(fine|coarse)?|depths?)",
     re.IGNORECASE,
 )
 """Folders of masks."""
-_COPY_END = re.compile(r"([ ._-](\d+x\d+|scaled|thumb(nail)?)|@\d+(\.\d+)?x)$", re.IGNORECASE)
+_MASKS_OF = re.compile(r"(?<=[^/])[ _-]?(masks|labels|annot(ations?)?)$", re.IGNORECASE)
+"""What the name of a folder of masks has behind that of the folder of their images, as in `train_masks`."""
+_LABEL_END = re.compile(r"[ ._-](l|labels?)$", re.IGNORECASE)
+"""What the name of a mask may have at its end too, in a folder of masks."""
+_COPY_END = re.compile(
+    r"([ ._-](\d+x\d+|scaled|resized|small|medium|large|preview|thumb(nail)?)|@\d+(\.\d+)?x)$", re.IGNORECASE
+)
 """What the name of a copy in another size has behind the name of its image, as WordPress and others write it."""
 _COPIES = re.compile(r"(.*[ _-])?(thumb(nail)?s?|previews?|resized?|compressed|small|\d+px|\d+x\d+)", re.IGNORECASE)
 """Folders of smaller copies."""
@@ -100,8 +116,10 @@ class Groups:
     """For each sample the image, the text, the json and the class; -1 where there is none."""
     lone: list[int] = field(default_factory=list)
     """Side-cars whose image is missing."""
+    second: list[int] = field(default_factory=list)
+    """Side-cars whose image has another one of their kind."""
     unused: list[int] = field(default_factory=list)
-    """Second side-cars of one kind, and files of other kinds."""
+    """Files of other kinds."""
     masks: list[int] = field(default_factory=list)
     """Images that are masks of others, or copies of them in another size."""
     texts_named: bool = False
@@ -158,12 +176,13 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
         elif found.slots[owners[0]][kind] < 0:
             found.slots[owners[0]][kind] = number
         else:
-            found.unused.append(number)
+            found.second.append(number)
 
-    # All of the first two rules before any of the third: `a.old.txt` must not take the place of `a.txt`.
+    # All of a rule before any of the next one: `a.jpg.txt` and `a.old.txt` must not take the place of `a.txt`.
     left: list[tuple[int, int]] = []
-    for number, kind in sidecars:
-        stem = os.path.splitext(_normal(names[number]))[0]
+    stems = {number: os.path.splitext(_normal(names[number]))[0] for number, _ in sidecars}
+    for number, kind in sorted(sidecars, key=lambda each: stems[each[0]] not in by_stem):
+        stem = stems[number]
         if owners := by_stem.get(stem) or by_name.get(stem):
             give(number, kind, owners)
         else:
@@ -211,26 +230,33 @@ def _find_masks(names: Sequence[str], having: set[str]) -> list[int]:
             (i for i, part in enumerate(parts[:-1]) if _MASKS.fullmatch(part) or _COPIES.fullmatch(part)), default=None
         )
         if at is not None:
-            tail = _MASK_END.sub("", "/".join(parts[at + 1 :]))
+            tail = _LABEL_END.sub("", _MASK_END.sub("", "/".join(parts[at + 1 :])))
             folders["/".join(parts[: at + 1])].append((place, _without(tail, parts[at])))
     if folders:
         inside = {place for members in folders.values() for place, _ in members}
         for place, stem in enumerate(stems):
             parts = stem.split("/") if place not in inside else []
             for i in range(len(parts)):
-                tail = "/".join(parts[i:])
+                tail = "/".join(parts[i:]).removesuffix("_0000")  # the first channel, as nnU-Net numbers them
                 others[_without(tail, parts[i - 1]) if i else tail].add("/".join(parts[:i]))
+    used = {os.path.dirname(stem) for stem in stems}
     for folder, members in folders.items():
-        beside = os.path.dirname(folder)
+        beside, of = os.path.dirname(folder), _MASKS_OF.sub("", folder)
 
-        def is_of_one(tail: str, beside: str = beside) -> bool:
+        def is_of_one(tail: str, beside: str = beside, of: str = of) -> bool:
+            if of in others[tail]:
+                return True
             near = [each for each in others[tail] if not beside or each == beside or each.startswith(beside + "/")]
             return len(near or others[tail]) == 1
 
         lossless = all(os.path.splitext(names[place])[1].lower() in _LOSSLESS for place, _ in members)
         small = _COPIES.fullmatch(os.path.basename(folder)) and not any(stems[place] in having for place, _ in members)
         partners = [place for place, tail in members if is_of_one(tail)]
-        # A folder with a few partners by chance may be a class, such as photographs of masks.
+        # A folder with a few partners by chance may be a class, such as photographs of masks, and so may one beside
+        # `no_mask`.
+        base = os.path.basename(folder)
+        if any(os.path.join(beside, each + base) in used for each in ("no", "no_", "no-", "no ", "without_")):
+            continue
         if (lossless or small) and 10 * len(partners) >= 9 * len(members):
             masks.update(partners)
     return sorted(masks)
@@ -260,7 +286,7 @@ def group_texts(names: Sequence[str], lone: Sequence[int]) -> Groups:
         if found.slots[sample][kind] < 0:
             found.slots[sample][kind] = number
         else:
-            found.unused.append(number)
+            found.second.append(number)
     return found
 
 
@@ -286,7 +312,7 @@ def _text_extension(columns: Columns) -> str:
 
 
 def _normal(name: str) -> str:
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
+    return with_slashes(name if name.isascii() else unicodedata.normalize("NFC", name))
 
 
 def _first_dot(name: str) -> str:
@@ -350,14 +376,16 @@ def _doubts(names: Sequence[str], labels: Sequence[str | None]) -> list[str]:
 def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[str]]:
     """The folders of each file that may be classes, without those that hold all files."""
     paths = []
+    splits = split_folders(names)
     for name in names:
-        folders = name.lstrip("/").split("/")[:-1]
+        folders = with_slashes(name).lstrip("/").split("/")[:-1]
         known = ["/".join(folders[: i + 1]) in shards for i in range(len(folders))]
         paths.append(
             [
                 folder
                 for folder, is_shard in zip(folders, known, strict=True)
                 if not (is_shard or is_split(folder) or folder.lower() in _PLAIN or _SHARD.fullmatch(folder))
+                and folder not in splits
             ]
         )
     shared = 0
@@ -366,8 +394,13 @@ def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[st
     return [path[shared:] for path in paths]
 
 
-def unused_notes(lone: Sequence[str], unused: Sequence[str], masks: Sequence[str] = ()) -> list[str]:
-    """What the owner of a source should know of the files that are not used."""
+def unused_notes(
+    lone: Sequence[str], second: Sequence[str], unused: Sequence[str], masks: Sequence[str], *, packed: bool
+) -> list[str]:
+    """What the owner of a source should know of the files that are not used, by their part in `Groups`.
+
+    ``packed`` files lie inside tars.
+    """
     texts = [name for name in lone if os.path.splitext(name)[1].lower() != ".json"]
     others = [*(name for name in lone if os.path.splitext(name)[1].lower() == ".json"), *unused]
     notes = []
@@ -376,9 +409,12 @@ def unused_notes(lone: Sequence[str], unused: Sequence[str], masks: Sequence[str
         notes.append(f"{counted(len(masks), 'image')} not used, as masks or copies of others: {shown}")
     if texts:
         notes.append(f"{counted(len(texts), 'text')} without an image of that name not used: {some(texts, len(texts))}")
+    if second:
+        shown = some(second, len(second))
+        notes.append(f"{counted(len(second), 'file')} not used, as another of the kind belongs to the image: {shown}")
     if others:
         table = any(os.path.splitext(name)[1].lower() in TABLE_SUFFIXES for name in others)
-        hint = "; a table of captions is a source of its own" if table else ""
+        hint = f"; a table of captions is a source of its own{', once it is unpacked' * packed}" if table else ""
         notes.append(f"{counted(len(others), 'other file')} not used: {some(others, len(others))}{hint}")
     return notes
 
@@ -531,9 +567,11 @@ class SampleSource(ABC):
         if split is None:
             some_items = range(0, len(self), max(1, len(self) // 64))
             self.notes += split_notes([self._json(i).get(field) for i in some_items] if field else folders)
+            self.notes += [] if field else unsplit_notes(folders)
             return
         values = [self._json(i).get(field) for i in range(len(self))] if field else folders
         chosen = select_split(values, split, source=self.name)
+        self.notes += unsplit_notes(values, split)
         self._keys = [self._keys[i] for i in chosen]
         self._labels = [self._labels[i] for i in chosen]
         self._slots = self._slots[chosen]

@@ -7,7 +7,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -43,11 +43,16 @@ SAMPLE = 256
 """Values of a column, spread over the table, that decide what it holds."""
 _BESIDE = frozenset({"annotations", "annotation", "captions", "labels", "metadata", "splits"})
 """Folders of tables whose images lie beside the folder, as in COCO."""
+_LONGEST, _DEEPEST = 4096, 100
+"""Number of characters, and of folders, of the longest path that is looked for."""
 _FOLDERS = 300
 """Number of folders in which images are looked for that do not lie where their table says."""
 
+_SPLITS_OF = re.compile(r"(.+[-_ ])(train|training|test|testing|val|valid|validation|dev|pred)", re.IGNORECASE)
 _LAST_NUMBER = re.compile(r"\d+$")
 _ABSOLUTE = re.compile(r"/|\\\\|[A-Za-z]:[\\/]")
+_WINDOWS = re.compile(r"\\(?!x[0-9a-f]{2})")
+_FOLDER = re.compile(r"[/\\]")
 _UPLOADED = re.compile(r"(?:^|/)upload/\d+/([0-9a-f]{6,8}-(.+))$")
 _LOCAL_FILES = re.compile(r"/local-files/\?d=(.+)$")
 """How Label Studio calls files: uploaded ones, and those of a folder of the server."""
@@ -107,13 +112,32 @@ def from_rows(
     else:
         paths = [_path_of(row, found.image, found.folder).replace("\\", "/") for row in rows]
         below = {table: os.path.relpath(table.parent, root) if root else "" for table in dict.fromkeys(tables)}
-        splits = [split_of(f"{below[table]}/{path}") for table, path in zip(tables, paths, strict=True)]
+        splits = splits_of([f"{below[table]}/{path}" for table, path in zip(tables, paths, strict=True)])
     chosen = select_split(splits, split, source=name)
     source = TableSource([(tables[i], rows[i]) for i in chosen], name=name, found=found, limits=limits)
     if split is None:
         source.notes += split_notes(splits) or file_split_notes(dict.fromkeys(tables))
+    source.notes += unsplit_notes(splits, split)
+    if found.split and found.image and len(set(map(str, splits))) > 1:
+        source.notes += _notes_on_shared_images(rows, splits, found)
     source.notes += downloads + _tables_without_captions(rows, tables, found)
     return source
+
+
+def _notes_on_shared_images(rows: Sequence[Row], splits: Sequence[Any], found: Found) -> list[str]:
+    """A note on images that rows of several splits name: a run would be scored on what it has learned."""
+    first: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    for row, split in zip(rows, splits, strict=True):
+        path = os.path.normpath(_path_of(row, found.image or "", found.folder))
+        if path == "." or is_missing(split) or split != split:
+            continue
+        one, other = first.setdefault(path, str(split).strip()), str(split).strip()
+        if one.casefold() != other.casefold():
+            shared.setdefault(path, f"{path} ({one}, {other})")
+    return (
+        [f"{counted(len(shared), 'image')} in several splits: {some(shared.values(), len(shared))}"] if shared else []
+    )
 
 
 def _column_of_addresses(sample: Mapping[str, Sequence[Any]], wanted: str | None, source: str) -> str | None:
@@ -206,8 +230,8 @@ def _column_of_stems(sample: Mapping[str, Sequence[Any]], table: Path) -> str | 
         values = sample[name]
         stems = [str(value).strip() for value in values[:: max(1, len(values) // 8)]]
         if stems and all(isinstance(value, str | int) for value in values):
-            root = paths.root(table, stems)
-            if 2 * sum(paths.find(root, stem)[1] for stem in stems) > len(stems):
+            roots = paths.roots(table, stems)
+            if 2 * sum(paths.find_in(roots, stem)[1] for stem in stems) > len(stems):
                 return name
     return None
 
@@ -241,9 +265,30 @@ def unknown_split(split: str, found: Iterable[str], *, source: str) -> UserError
     return UserError(f"{source}: no split {split!r}; " + (f"it has {listed}" if listed else hint))
 
 
-def split_of(name: str) -> str | None:
-    """The outermost folder of a relative path that is called like a split."""
-    return next((folder for folder in name.split("/")[:-1] if is_split(folder)), None)
+def splits_of(names: Sequence[str]) -> list[str | None]:
+    """Of each relative path the outermost folder that is called like a split."""
+    also = split_folders(names)
+    return [
+        next((folder for folder in with_slashes(name).split("/")[:-1] if is_split(folder) or folder in also), None)
+        for name in names
+    ]
+
+
+def split_folders(names: Iterable[str]) -> frozenset[str]:
+    """The folders of these paths that are splits of one name, such as `seg_train` and `seg_test`."""
+    of_name: dict[str, set[str]] = {}
+    for folder in {
+        folder for path in {os.path.dirname(with_slashes(name)) for name in names} for folder in path.split("/")
+    }:
+        if found := _SPLITS_OF.fullmatch(folder):
+            of_name.setdefault(found[1].casefold(), set()).add(folder)
+    parts = [each for each in of_name.values() if len(each) > 1 and any("train" in part.lower() for part in each)]
+    return frozenset[str]().union(*parts)
+
+
+def with_slashes(name: str) -> str:
+    """The name of a file that was packed on Windows, with slashes. What stands for a byte that is no UTF-8 stays."""
+    return _WINDOWS.sub("/", name) if "\\" in name else name
 
 
 def file_split_notes(paths: Iterable[Path | RemoteFile]) -> list[str]:
@@ -263,6 +308,15 @@ def split_notes(values: Iterable[Any]) -> list[str]:
     if len(found) < 2:
         return []
     return [f"the splits {', '.join(found[:6])} are used together; choose one, e.g. ?split={found[-1]}"]
+
+
+def unsplit_notes(values: Sequence[Any], split: str | None = None) -> list[str]:
+    """A note on the items without a split beside those of several, or of the one that is chosen: none takes them."""
+    found = {str(value).strip() for value in values if not is_missing(value)}
+    without = sum(map(is_missing, values))
+    if not without or len(found) < (2 if split is None else 1):
+        return []
+    return [f"{counted(without, 'item')} without a split: no ?split= takes {'it' if without == 1 else 'them'}"]
 
 
 def unlabelled_notes(values: Sequence[Any]) -> list[str]:
@@ -307,6 +361,7 @@ class ImagePaths:
 
     def __init__(self) -> None:
         self._listed: dict[str, dict[str, str]] = {}
+        self._folded: dict[str, dict[str, list[str]]] = {}
         self._stems: dict[str, dict[str, list[str]]] = {}
         self._numbers: dict[str, dict[int, list[str]]] = {}
         self._real: dict[str, str] = {}
@@ -314,18 +369,21 @@ class ImagePaths:
     def find(self, folder: Path, value: str) -> tuple[str, bool]:
         """The path of an image relative to ``folder``, and whether there is such a file.
 
-        Also found are files and folders whose accents Unicode writes in the other way, paths with backslashes, names
-        that lack their suffix, numbers for the names that end in them (`42` for `COCO_val2014_000000000042.jpg`), and
-        what Label Studio makes of the name of a file that was uploaded to it.
+        Also found are files and folders whose accents Unicode writes in the other way, or that no other differs from
+        but in capitals, paths with backslashes, names that lack their suffix, numbers for the names that end in them
+        (`42` for `COCO_val2014_000000000042.jpg`), names as addresses write them (`my%20cat.jpg`), and what Label
+        Studio makes of the name of a file that was uploaded to it.
         """
+        if len(value) > _LONGEST or value.count("/") > _DEEPEST:
+            return value, False
         value = unquote(value.strip()[7:]) if value.strip().startswith("file://") else value.strip()
         value = without_number(value) if is_image_path(value) else value
         path = os.path.normpath(os.path.join(folder, value))
-        for spelling in dict.fromkeys((value, value.replace("\\", "/"), *_before_upload(value))):
+        for spelling in dict.fromkeys((value, value.replace("\\", "/"), unquote(value), *_before_upload(value))):
             head, base = os.path.split(os.path.normpath(os.path.join(folder, spelling)))
-            names = self._names(head)
+            name = self._named(head, base)
             real = self._real[head]
-            if (name := names.get(unicodedata.normalize("NFC", base))) is not None:
+            if name is not None:
                 return os.path.join(real, name), True
             if not is_image_path(base):
                 same = self._stems[head].get(unicodedata.normalize("NFC", base), [])
@@ -333,14 +391,34 @@ class ImagePaths:
                     same = self._numbers[head].get(int(base), [])
                 if len(same) == 1:
                     return os.path.join(real, same[0]), True
-        return path, os.path.isfile(path)
+        return (path, True) if os.path.isfile(path) else (without_number(path), False)
+
+    def _named(self, folder: str, base: str) -> str | None:
+        """The name that a file or folder of ``folder`` really has; None if it is not there."""
+        base = unicodedata.normalize("NFC", base)
+        names = self._names(folder)
+        if base in names:
+            return names[base]
+        if folder not in self._folded:
+            folded = self._folded[folder] = {}
+            for normal, name in names.items():
+                folded.setdefault(normal.lower(), []).append(name)
+        same = self._folded[folder].get(base.lower(), [])  # not casefold: ss is another spelling than sharp s
+        return same[0] if len(same) == 1 else None
+
+    def near(self, path: str) -> str:
+        """A file that is called like the missing ``path`` but for the suffix, in words for a message; else nothing."""
+        folder, base = os.path.split(path)
+        self._names(folder)
+        same = self._stems[folder].get(unicodedata.normalize("NFC", os.path.splitext(base)[0]), [])
+        return f", but {same[0]} does; write the names as the files have them" if same else ""
 
     def _names(self, folder: str) -> dict[str, str]:
         if folder not in self._listed:
             real = folder
             if not os.path.isdir(folder or "."):
                 head, base = os.path.split(folder)
-                if head != folder and (name := self._names(head).get(unicodedata.normalize("NFC", base))) is not None:
+                if head != folder and (name := self._named(head, base)) is not None:
                     real = os.path.join(self._real[head], name)
             self._real[folder] = real
             try:
@@ -359,33 +437,86 @@ class ImagePaths:
                         numbers.setdefault(int(digits[0]), []).append(name)
         return self._listed[folder]
 
-    def root(self, table: Path, values: Sequence[str]) -> Path:
-        """The folder that the paths in a table are relative to: its own, else the one near it that has the images.
+    def roots(self, table: Path, values: Sequence[str]) -> "Roots":
+        """The folders that the paths in a table are relative to: its own, else the one near it that has the images,
+        else several that share them.
 
         Raises UserError where two folders qualify.
         """
-        sample = list(dict.fromkeys(values))
-        sample = sample[:: max(1, len(sample) // 8)]
-        if not sample or any(self.find(table.parent, value)[1] for value in sample):
-            return table.parent
-        best: list[Path] = []
-        most = len(sample) // 2
-        beside = (
-            [Path(os.path.normpath(table.parent / ".."))] if table.absolute().parent.name.lower() in _BESIDE else []
-        )
-        for near in (table.parent, *beside):
-            for folder in () if best else _folders_below(near):
-                count = sum(self.find(folder, value)[1] for value in sample)
-                if count > most:
-                    best, most = [], count
-                if count == most and count:
-                    best.append(folder)
-        best = [folder for folder in best if folder.name and folder.name in table.stem] or best
-        if len(best) > 1:
-            raise UserError(
-                f"{table}: its images may be those in {best[0]} or in {best[1]}; write the folder into the paths"
-            )
-        return best[0] if best else table.parent
+        values = list(dict.fromkeys(values))
+        if not values or any(self.find(table.parent, value)[1] for value in _few(values)):
+            return Roots((table.parent,))
+        for begin in ("", *_beginnings(values)):
+            rest = [value[len(begin) :] for value in values]
+            # Of a path of another machine at least one folder must be that of a file here.
+            called = "" if not begin or all(map(_FOLDER.search, rest)) else _FOLDER.split(begin)[-2]
+            if found := self._folders(table, rest, called=called):
+                return Roots(found, begin)
+        return Roots((table.parent,))
+
+    def _folders(self, table: Path, values: Sequence[str], *, called: str) -> tuple[Path, ...]:
+        """The folders near a table, ``called`` so if given, that have most images of a sample; none if none does."""
+        sample = _few(values)
+        nears = [table.parent]
+        if table.absolute().parent.name.lower() in _BESIDE:
+            nears.append(Path(os.path.normpath(table.parent / "..")))
+        for near in nears:
+            having: dict[Path, set[str]] = {}
+            for folder in _folders_below(near):
+                if not called or folder.absolute().name.casefold() == called.casefold():
+                    having[folder] = {value for value in sample if self.find(folder, value)[1]}
+            most = max(map(len, having.values()), default=0)
+            found = len(set().union(*having.values()))
+            if 4 * most <= 3 * found and found == sum(map(len, having.values())) >= max(1, len(sample) // 2):
+                return tuple(
+                    folder
+                    for folder, some_values in having.items()
+                    if some_values or any(self.find(folder, value)[1] for value in _few(values, 1024))
+                )
+            if most < max(1, len(sample) // 2):
+                continue
+            best = [folder for folder in having if len(having[folder]) == most]
+            best = [folder for folder in best if folder.name and folder.name in table.stem] or best
+            if len(best) > 1:
+                raise UserError(
+                    f"{table}: its images may be those in {best[0]} or in {best[1]}; write the folder into the paths"
+                )
+            return (best[0],)
+        return ()
+
+    def find_in(self, roots: "Roots", value: str) -> tuple[str, bool]:
+        """As `find`, in several folders. Raises UserError where two have the image."""
+        value = value[len(roots.without) :]
+        if len(roots.folders) > 1:  # for a plain name one look is enough in each
+            having = [folder for folder in roots.folders if value in self._names(str(folder))]
+            if len(having) == 1:
+                return os.path.join(having[0], self._names(str(having[0]))[value]), True
+        found = [self.find(folder, value) for folder in roots.folders]
+        there = [each for each in found if each[1]]
+        if len(there) > 1:
+            raise UserError(f"{there[0][0]}: lies in {there[1][0]} too; write the folder into the paths")
+        return there[0] if there else found[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Roots:
+    """Where the images of a table lie."""
+
+    folders: tuple[Path, ...]
+    """Folders that its paths are relative to; each image is in one."""
+    without: str = ""
+    """What all of its paths begin with that is not here: folders of another machine."""
+
+
+def _beginnings(values: Sequence[str]) -> list[str]:
+    """The folders that all of these paths begin with, the outermost first: `/`, `/a/` and `/a/b/` of `/a/b/c.jpg`."""
+    first, last = min(values), max(values)
+    shared = next((first[:i] for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), first)
+    return [shared[: mark.end()] for mark in _FOLDER.finditer(shared)]
+
+
+def _few(values: Sequence[str], count: int = 8) -> Sequence[str]:
+    return values[:: max(1, len(values) // count)]
 
 
 def _before_upload(value: str) -> list[str]:
@@ -397,7 +528,7 @@ def _before_upload(value: str) -> list[str]:
     return [] if found is None else [unquote(found[1]), unquote(found[2])]
 
 
-def _folders_below(folder: Path, depth: int = 2) -> list[Path]:
+def _folders_below(folder: Path, depth: int = 3) -> list[Path]:
     """``folder`` and the folders in it, ``depth`` deep, at most 300."""
     found, level = [folder], [folder]
     for _ in range(depth):
@@ -414,7 +545,8 @@ def _folders_below(folder: Path, depth: int = 2) -> list[Path]:
 
 
 def _is_several(cell: Any) -> bool:
-    return isinstance(cell, list) and len(cell) > 1
+    parts = cell if isinstance(cell, list) else re.split(r"[;,|]", cell) if isinstance(cell, str) else ()
+    return len(parts) > 1 and (isinstance(cell, list) or all(map(is_image_path, parts)))
 
 
 def _path_of(row: Row, image: str, folder: str | None) -> str:
@@ -422,7 +554,7 @@ def _path_of(row: Row, image: str, folder: str | None) -> str:
     cell = row.get(image)
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
-    if is_missing(cell) or not isinstance(cell, str | int) or says_missing(cell):
+    if is_missing(cell) or not isinstance(cell, str | int) or says_missing(cell) or _is_several(cell):
         return ""
     place = row.get(folder) if folder is not None else None
     return os.path.join(place.strip(), str(cell).strip()) if isinstance(place, str) else str(cell).strip()
@@ -470,7 +602,7 @@ class TableSource:
                 if not value:
                     (several if _is_several(row.get(found.image)) else empty).append(f"row {number} of {name}")
                     continue
-                key, exists = paths.find(roots[table], value)
+                key, exists = paths.find_in(roots[table], value)
             elif not captions:
                 textless += 1
                 continue
@@ -487,7 +619,8 @@ class TableSource:
             if not exists:
                 self.missing.append(key)
                 absolute = absolute or (value if _ABSOLUTE.match(value) else "")
-        self._check(found, [*empty, *several], absolute)
+        near = paths.near(self.missing[0]) if self.missing else ""
+        self._check(found, empty, several, near, absolute)
         if several:
             self.notes.append(
                 f"{counted(len(several), 'row')} with several images not used: {some(several, len(several))}; "
@@ -499,6 +632,7 @@ class TableSource:
             self.notes.append(
                 f"{len(self.missing):,} of {counted(len(self._keys), 'image')} do not exist: "
                 + some(self.missing, len(self.missing))
+                + (near and f" ({os.path.basename(self.missing[0])} does not{near})")
             )
         if textless:
             self.notes.append(f"{counted(textless, 'row')} without a text not used")
@@ -517,37 +651,41 @@ class TableSource:
 
     def _roots(
         self, rows: Sequence[tuple[Path, Row]], image: str | None, folder: str | None, paths: ImagePaths
-    ) -> dict[Path, Path]:
-        """The folder that the image paths of each table are relative to."""
+    ) -> dict[Path, Roots]:
+        """Where the images of each table lie."""
         values: dict[Path, list[str]] = {}
         for table, row in rows:
             first = values.setdefault(table, [])
             if image is not None and (value := _path_of(row, image, folder)):
                 first.append(value)
-        roots = {table: paths.root(table, first) for table, first in values.items()}
-        for table, root in roots.items():
-            if root != table.parent:
+        roots = {table: paths.roots(table, first) for table, first in values.items()}
+        for table, found in roots.items():
+            if found != Roots((table.parent,)):
                 of_table = f" in {table}" if len(roots) > 1 else ""
-                self.notes.append(f"image paths{of_table} are taken relative to {root}")
+                without = f", without {found.without}" if found.without else ""
+                shown = some(map(str, found.folders), len(found.folders))
+                self.notes.append(f"image paths{of_table} are taken relative to {shown}{without}")
         return roots
 
-    def _check(self, found: Found, empty: list[str], absolute: str) -> None:
+    def _check(self, found: Found, empty: list[str], several: list[str], near: str, absolute: str) -> None:
         """Raise UserError where nothing is left, or no image exists: paths are relative to another folder, then, or
         those of another machine, such as ``absolute``."""
+        if not self._keys and several:
+            raise UserError(f"{several[0]} (counted from 0) names several images; write a row for each image")
         if not self._keys and empty:
             raise UserError(
                 f"{empty[0]} (counted from 0) has no image path in column {found.image!r}, nor has any other"
             )
         if not self._keys:
             raise UserError(f"{self.name}: holds no captions")
-        if len(self.missing) == len(self._keys) and is_remote(self.name):
+        if len(self.missing) < len(self._keys):
+            return
+        if is_remote(self.name):
             raise UserError(f"{self.name}: images beside a table are not fetched: put them into tars or into parquet")
-        if len(self.missing) == len(self._keys):
-            if absolute:
-                raise UserError(
-                    f"{absolute}: does not exist here; write the paths in {self.name} relative to its folder"
-                )
-            raise UserError(f"{self.missing[0]}: does not exist; image paths in {self.name} are relative to its folder")
+        if absolute:
+            raise UserError(f"{absolute}: does not exist here; write the paths in {self.name} relative to its folder")
+        mend = near or f"; image paths in {self.name} are relative to its folder"
+        raise UserError(f"{self.missing[0]}: does not exist{mend}")
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from diptych.data.sources.decode import is_image_path
+from diptych.data.sources.decode import NOT_THE_FILE, is_image_path
 from diptych.errors import UserError
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]+")
@@ -43,10 +43,12 @@ NULLS = frozenset(
 )
 """What libraries, spreadsheets and people write into an empty cell."""
 _NO_TEXTS = {
-    b"version https://git-lfs": "is a pointer of git-lfs, not the file itself; fetch it with git lfs pull",
-    b"<!doctype html": "is a page of HTML, as servers send for a missing file; download it again",
-    b"<html": "is a page of HTML, as servers send for a missing file; download it again",
-    b"pk\x03\x04": "is a zip or a spreadsheet, whatever its name; unpack it, or save it as csv in UTF-8",
+    **NOT_THE_FILE,
+    b"<table": "is a table of HTML, whatever its name; save it as csv in UTF-8",
+    b"<?xml": "is XML, whatever its name; save it as csv in UTF-8, or as texts with one a line",
+    b"{\\rtf": "is RTF, whatever its name; save it as plain text in UTF-8",
+    b"pk\x03\x04": "is a zip, a spreadsheet or a document of Word, whatever its name; unpack it, or save it as csv or "
+    "plain text in UTF-8",
     b"par1": "is parquet, whatever its name; let it end in .parquet",
     b"\x1f\x8b": "is packed with gzip; let its name end in .gz",
 }
@@ -61,8 +63,10 @@ _MANY, _SAMPLE = 7, 10_000
 _MANGLED = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00c2[\u00a0-\u00bf]|\u00e2\u20ac.")
 """UTF-8 that was read as Windows-1252, and characters that were lost."""
 _BEGIN = re.compile(r"startseq\b|.*(?:[^\w\s'\"-]|-(?=\s))")
-_END = re.compile(r"[^\w\s'\".!?-].*$|\bendseq$")
+_END = re.compile(r"[^\w\s'\".!?\u2026\u3002\uff01\uff1f\u0964\u061f-].*$|\bendseq$")
 """Where every text begins or ends alike, up to and from a character of no word, as in `<start>` or `caption:`."""
+_UNSPACED = re.compile("[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+"""Characters of scripts that put no blanks between words: Chinese, Japanese, Thai, Lao, Khmer, Burmese."""
 _MARKUP = re.compile(
     r"\]\(https?:|\[/?(?:b|i|u|url|img|quote)\]|\*\*\S[^*]*\*\*|\[\[[^\]]+\]\]|\{\{[^}]+\}\}|```|^\{\s*\"\w+\":|<lora:[^>]*>|\(\S+:\d\.\d+\)"
 )
@@ -78,6 +82,8 @@ _NAME = re.compile(r"\S*(?:[/_]|\d{3})\S*", re.ASCII)
 _LETTER = re.compile(r"[^\W\d_]")
 _QUOTED = re.compile(r"""(["'`]).*\1,?""")
 _XML = re.compile(r"<(?P<tag>[^\s<>]+)[^<>]*>.*</(?P=tag)>")
+_ADDRESS_TEXT = re.compile(r"[\w.-]+(?:(?:\+|%[0-9A-Fa-f]{2})+[\w.-]+){2,}(?:\+|%[0-9A-Fa-f]{2})*")
+"""A text with plus signs or `%20` for its blanks."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ROW = re.compile(r"""["']?(?P<image>[^,;|\t"']+?)["']?(?P<delimiter>\s*[,;|\t]|\s+|$)""")
 
@@ -108,6 +114,11 @@ def clean(text: str) -> str:
     return " ".join(_SURROGATE.sub("\ufffd", text).split())
 
 
+def count_words(text: str) -> int:
+    """Number of words; in scripts without blanks between words each character counts."""
+    return len((text if text.isascii() else _UNSPACED.sub(r" \g<0> ", text)).split())
+
+
 def says_missing(value: Any) -> bool:
     """Whether a cell holds what somebody wrote for an empty one."""
     return isinstance(value, str) and value.strip() in NULLS
@@ -129,10 +140,27 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: does not exist") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    for start, what in _NO_TEXTS.items():
-        if data[:64].lstrip().lower().startswith(start):
-            raise UserError(f"{path}: {what}")
     return data
+
+
+def what_begins(data: bytes) -> str | None:
+    """What a file that begins so is, and what to do with it; None where it may be a text."""
+    if data[257:262] == b"ustar":
+        return "is a tar, whatever its name; let it end in .tar"
+    start = data[:64].lstrip().lower()
+    return next((what for begin, what in _NO_TEXTS.items() if start.startswith(begin)), None)
+
+
+def why_unreadable(path: Path, kind: str, error: Exception) -> str:
+    """A line on a file that is not what its suffix says: what it is instead, else what its reader says."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+        if (what := what_begins(start)) and not start.startswith(b"PAR1"):
+            return f"{path}: {what}"
+    except OSError:
+        pass
+    return f"{path}: is not readable as {kind} ({' '.join(str(error).split())[:300]})"
 
 
 def read_text(path: Path) -> str:
@@ -142,6 +170,8 @@ def read_text(path: Path) -> str:
 
 def decode_text(data: bytes, *, name: str) -> str:
     """Bytes as text with `\\n` line ends. ``name`` is what messages call them. Raises as `read_text`."""
+    if what := what_begins(data):
+        raise UserError(f"{name}: {what}")
     if data[:4096].count(0) > len(data[:4096]) // 4:
         raise UserError(f"{name}: looks like UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
     try:
@@ -220,6 +250,10 @@ def notes_on_texts(texts: Sequence[str]) -> list[str]:
         notes.append(f"{len(cut):,} of {len(texts):,} texts that were looked at end in dots, as {cut[0][-30:]!r}")
     if all(map(_NAME.fullmatch, texts[:1] and texts)) and len(texts) > 1:
         notes.append(f"each text is one word, as of a list of names: {texts[0][:60]!r}")
+    if coded := [text for text in texts if _ADDRESS_TEXT.fullmatch(text)]:
+        notes.append(
+            f"{len(coded):,} of {len(texts):,} texts that were looked at are written as in addresses: {coded[0][:60]!r}"
+        )
     if bare := [text for text in texts if not _LETTER.search(text)]:
         notes.append(
             f"texts without a letter: {len(bare):,} of {len(texts):,} that were looked at, as {bare[0][:60]!r}"

@@ -25,7 +25,8 @@ from diptych.data.sources.samples import (
     group_texts,
     unused_notes,
 )
-from diptych.data.sources.table import BLOCK, counted, file_split_notes, split_of
+from diptych.data.sources.table import BLOCK, counted, file_split_notes, some, splits_of
+from diptych.data.sources.text import what_begins
 from diptych.errors import UserError
 
 _BLOCK = 512
@@ -55,6 +56,8 @@ class WebDatasetSource(SampleSource):
         keys: list[str] = []
         slots, places = array("q"), array("q")
         lone: list[tuple[list[str], list[int]]] = []  # of each shard the names and members of texts without an image
+        empty: list[str] = []
+        second: list[str] = []
         unused: list[str] = []
         masks: list[str] = []
         texts_named = False
@@ -66,6 +69,8 @@ class WebDatasetSource(SampleSource):
 
         for shard, path in enumerate(self._paths):
             found = list(members(path))
+            if not found:
+                empty.append(path.name)
             numbers = range(len(places) // 3, len(places) // 3 + len(found))
             for member in found:
                 places.extend((shard, member.offset, member.size))
@@ -79,18 +84,21 @@ class WebDatasetSource(SampleSource):
             add(groups, numbers)
             texts_named |= groups.texts_named
             lone.append(([names[i] for i in groups.lone], [numbers[i] for i in groups.lone]))
+            second += [names[i] for i in groups.second]
             unused += [names[i] for i in groups.unused]
             masks += [names[i] for i in groups.masks]
         if not keys:
             for names, owners in lone:
                 groups = group_texts(names, range(len(names)))
                 add(groups, owners)
-                unused += [names[i] for i in groups.unused]
+                second += [names[i] for i in groups.second]
             lone = []
         if not keys:
             raise UserError(
                 f"{name}: holds no images (key.jpg, key.png, key.webp ...) and no texts (key.txt, key.json)"
             )
+        if empty:
+            notes.append(f"{counted(len(empty), 'tar')} without a file: {some(empty, len(empty))}")
         self._places = np.frombuffer(places, dtype=np.int64).reshape(-1, 3)
         index = np.array(slots, dtype=np.int64).reshape(-1, 4)
         shards = self._places[index.max(1), 0].tolist()
@@ -102,7 +110,7 @@ class WebDatasetSource(SampleSource):
             index,
             name=name,
             labels=labels,
-            splits=[split_of(key) for key in keys],
+            splits=splits_of(keys),
             columns=columns,
             split=split,
             limits=limits,
@@ -110,7 +118,7 @@ class WebDatasetSource(SampleSource):
             notes=[
                 *notes,
                 *nested,
-                *unused_notes([name for names, _ in lone for name in names], unused, masks),
+                *unused_notes([name for names, _ in lone for name in names], second, unused, masks, packed=True),
             ],
         )
         if split is None:
@@ -244,7 +252,7 @@ def _size(header: bytes, path: Path | RemoteFile, position: int, end: int) -> in
     """The size of the member in bytes. Raises UserError where the header is damaged or the member is cut short."""
     if len(header) < _BLOCK:
         if position == 0:
-            raise UserError(f"{path}: is not a tar file ({end} bytes)")
+            raise UserError(f"{path}: {what_begins(header[:64]) or f'is not a tar file ({end} bytes)'}")
         raise UserError(
             f"{path}: is cut short: it ends at byte {end} without the end mark of a tar file; copy it again "
             "(if it is whole after all: head -c 1024 /dev/zero >> FILE)"
@@ -260,7 +268,11 @@ def _size(header: bytes, path: Path | RemoteFile, position: int, end: int) -> in
         unpack = next((tool for magic, tool in _COMPRESSED.items() if header.startswith(magic)), None)
         if position == 0 and unpack:
             raise UserError(f"{path}: is a compressed tar, which allows no random access; {unpack} it first") from None
-        what = "is not a tar file" if position == 0 else f"is damaged at byte {position}; copy it again"
+        what = (
+            what_begins(header[:64]) or "is not a tar file"
+            if position == 0
+            else f"is damaged at byte {position}; copy it again"
+        )
         raise UserError(f"{path}: {what}") from None
     if position + _BLOCK + size > end:
         raise UserError(
