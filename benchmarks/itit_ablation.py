@@ -1,7 +1,7 @@
 """What each loss on unpaired data is worth, on the built-in scenes: Tables 2 and 5, Figures 4 and 5 of the ITIT paper.
 
     python benchmarks/itit_ablation.py --out runs/ablation [--parts table2 table5 figure4 figure5] [--rows 3 7 10 14 15]
-        [--seeds 1 2 3] [--steps 800 | --seconds 90] [--pairs 120] [--curve 30 60 120 360] [--json FILE]
+        [--seeds 1 2 3] [--steps 800 | --seconds 90] [--pairs 80] [--curve 40 80 160 360] [--json FILE]
         [--set model.dropout=0.2 ...]
 
 A cell is `itit-tiny` with the demo's settings, some of the losses and some of the data, of one seed. It is scored on
@@ -276,7 +276,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=800, help="number of steps of each cell")
     parser.add_argument("--seconds", type=float, help="processor time of each cell, in place of --steps")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="number of pairs, of Figure 4 apart")
-    parser.add_argument("--curve", nargs="*", type=int, default=[30, 60, 120, 360], help="pairs of Figure 4")
+    parser.add_argument("--curve", nargs="*", type=int, default=[40, 80, 160, 360], help="pairs of Figure 4")
     parser.add_argument("--scored", type=int, default=500, help="number of held-out scenes scored")
     parser.add_argument("--images", type=int, default=IMAGES, help="number of images of the world, pairs included")
     parser.add_argument("--stages", default=str(STAGES), help="run folder whose tokenizer and text encoder are used")

@@ -48,8 +48,8 @@ from diptych.tokenizers.text_encoder import TextEncoder
 
 STAGES = Path(__file__).parent / "scene_stages"
 """Image tokenizer and text encoder of the scenes, as `diptych demo --from-scratch` leaves them in its run folders."""
-PAIRS, UNPAIRED = 120, 18_000
-"""Number of captioned images, a third of a percent of all; number of unpaired images, and of scenes that unpaired texts
+PAIRS, UNPAIRED = 80, 18_000
+"""Number of captioned images, a fifth of a percent of all; number of unpaired images, and of scenes that unpaired texts
 tell of."""
 CAPTIONS = 2
 """Number of captions of a captioned image, and of unpaired texts about one scene."""

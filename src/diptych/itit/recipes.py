@@ -29,7 +29,7 @@ def itit_tiny() -> ItitRun:
     more hidden tokens in T2I, whole images in I2T, half cycles, and masked modelling of the unpaired images beside them
     in the place of I2I on pairs (docs/log.md has the effect of each).
 
-    Command: diptych fit itit-tiny --data.pairs "scenes:?level=3&captions=2&count=36120" --data.max-pairs 120
+    Command: diptych fit itit-tiny --data.pairs "scenes:?level=3&captions=2&count=36080" --data.max-pairs 80
              --out runs/tiny
     Cost: five minutes on two CPU cores.
     Its image tokenizer is a table of 256 squares of 8 pixels. It suits drawings; for photographs take itit-small.
