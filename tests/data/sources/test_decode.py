@@ -255,7 +255,7 @@ def test_colours_of_a_profile_become_srgb():
         }
         for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True):
             data[at[name] + 8 : at[name] + 20] = struct.pack(">3i", *(round(x * 65536) for x in column))
-        return bytes(data).replace("sRGB built-in".encode("utf-16-be"), "Wide built-in".encode("utf-16-be"))
+        return bytes(data)  # still called sRGB
 
     wide = profile([(0.515, 0.241, -0.001), (0.292, 0.692, 0.042), (0.157, 0.067, 0.784)])  # Display P3
     image = Image.new("RGB", (8, 8), (100, 180, 100))
@@ -266,6 +266,27 @@ def test_colours_of_a_profile_become_srgb():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for harmless in (srgb, b"damaged", wide[:300]):
         assert (decode(encoded(image, icc_profile=harmless), 4) == [100, 180, 100]).all()
+
+
+def test_a_grey_profile_is_for_grey_images_alone():
+    """Pillow leaves it behind when a grey image becomes one with colours."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    tags = {  # grey whose numbers are amounts of light
+        b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061),
+        b"kTRC": b"para\0\0\0\0\0\0\0\0" + struct.pack(">i", 65536),
+    }
+    start = 132 + 12 * len(tags)
+    places = b"".join(
+        struct.pack(">4sII", name, start + 20 * number, len(value)) for number, (name, value) in enumerate(tags.items())
+    )
+    body = struct.pack(">I", len(tags)) + places + b"".join(value.ljust(20, b"\0") for value in tags.values())
+    linear = struct.pack(">I", 128 + len(body)) + srgb[4:16] + b"GRAY" + srgb[20:128] + body
+    grey = Image.new("L", (8, 8), 100)
+    for image in (grey, grey.convert("LA")):
+        assert abs(decode(encoded(image, icc_profile=linear), 4).astype(int) - 168).max() <= 1
+    colour = Image.new("RGB", (8, 8), (188, 100, 50))
+    for image in (colour, colour.convert("RGBA"), colour.quantize(2)):
+        assert (decode(encoded(image, icc_profile=linear), 4) == [188, 100, 50]).all()
 
 
 def test_white_is_what_the_numbers_say():

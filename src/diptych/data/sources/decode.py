@@ -72,6 +72,12 @@ _TURNS = {
 }
 
 
+_GREY = ("1", "L", "LA", "La")
+"""Modes of grey images, which those of integers and floats become."""
+_COLOURS = Image.fromarray(np.indices((16, 16, 16)).reshape(3, 64, 64).transpose(1, 2, 0).astype(np.uint8) * 17)
+"""Colours all over RGB."""
+_HARDLY = 3
+"""Largest change, in levels of 255, by which a profile still counts as sRGB's own."""
 _MEND = "which value is white is not known: convert it to 8 bits"
 
 
@@ -203,10 +209,10 @@ def _decode(image: Image.Image, size: int) -> np.ndarray:
         image = image.copy()
         image.info["transparency"] = transparent
     _refuse_invisible(image)
-    profile = image.info.get("icc_profile")
+    profile, grey = image.info.get("icc_profile"), image.mode in _GREY
     image = _to_rgb(_centre_square(image), profile)
     image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.array(_to_srgb(image, profile), dtype=np.uint8)
+    return np.array(_to_srgb(image, profile, grey=grey), dtype=np.uint8)
 
 
 def _open(stream: io.BytesIO | io.BufferedReader) -> Image.Image:
@@ -365,12 +371,15 @@ def _to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """An RGB image in the colours of its profile as one in sRGB. A grey profile stands for all three channels."""
+def _to_srgb(image: Image.Image, profile: bytes | None, *, grey: bool) -> Image.Image:
+    """An RGB image in the colours of its profile as one in sRGB. A grey image may also have a profile of grey values.
+
+    A profile of another kind than the image (as Pillow leaves it after a conversion) is ignored.
+    """
+    if grey and (transform := _transform(profile, "GRAY")) is not None:
+        return transform(image.getchannel(0))
     if (transform := _transform(profile, "RGB")) is not None:
         return transform(image)
-    if (transform := _transform(profile, "GRAY")) is not None:
-        return transform(image.getchannel(0))
     return image
 
 
@@ -378,7 +387,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _transform(
     profile: bytes | None, space: Literal["RGB", "GRAY", "CMYK"]
 ) -> Callable[[Image.Image], Image.Image] | None:
-    """From the colours of a profile to sRGB; None without a profile, for sRGB itself, and for one of another space.
+    """From the colours of a profile to sRGB; None without a profile, for one that changes hardly a colour, whatever its
+    name, and for one of another space.
 
     A damaged profile counts as none: the pixels are still good, and every viewer shows them so.
     """
@@ -386,9 +396,15 @@ def _transform(
         return None
     try:
         found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if found.profile.xcolor_space.strip() != space or "sRGB" in ImageCms.getProfileDescription(found):
+        if found.profile.xcolor_space.strip() != space:
             return None
         mode = "L" if space == "GRAY" else space
-        return ImageCms.buildTransform(found, ImageCms.createProfile("sRGB"), mode, "RGB").apply
+        transform = ImageCms.buildTransform(found, ImageCms.createProfile("sRGB"), mode, "RGB").apply
+        if space != "CMYK":
+            plain = _COLOURS.convert(mode)
+            change = np.asarray(transform(plain), int) - np.asarray(plain.convert("RGB"), int)
+            if np.abs(change).max() <= _HARDLY:
+                return None
+        return transform
     except (OSError, ImageCms.PyCMSError):
         return None
