@@ -8,11 +8,11 @@ import numpy as np
 
 from diptych.data.sources.columns import IMAGE_NAMES, Columns, find_image, usual
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
+from diptych.data.sources.paths import folder_labels, splits_of
 from diptych.data.sources.rows import TABLE_SUFFIXES, read_rows
 from diptych.data.sources.samples import (
     TEXT_SUFFIXES,
     SampleSource,
-    folder_labels,
     group,
     is_hidden,
     unused_notes,
@@ -25,7 +25,6 @@ from diptych.data.sources.table import (
     sample_columns,
     some,
     split_notes,
-    splits_of,
     unknown_split,
 )
 from diptych.errors import UserError

@@ -34,24 +34,22 @@ from diptych.data.sources.columns import (
     captions_of,
     find_fields,
     is_missing,
-    is_split,
     label_of,
     notes_on_labels,
     usual,
     written_captions,
 )
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
+from diptych.data.sources.paths import with_slashes
 from diptych.data.sources.rows import TABLE_SUFFIXES
 from diptych.data.sources.table import (
     counted,
     sample_columns,
     select_split,
     some,
-    split_folders,
     split_notes,
     unlabelled_notes,
     unsplit_notes,
-    with_slashes,
 )
 from diptych.data.sources.text import clean, decode_text, notes_on_lines, notes_on_texts, says_missing
 from diptych.errors import UserError
@@ -65,7 +63,6 @@ _SYSTEM = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle
 _WORD = re.compile(r"[A-Za-z_][\w.-]*")
 _BOXES = re.compile(r"(\s*\d+(\s+-?[\d.]+){4,}\s*)+")
 """Lines of a class and a box, as detectors have them."""
-_SHARD = re.compile(r"(images?|img|part|chunk|batch|data|shard|split)[-_]?\d+", re.IGNORECASE)
 _MASK_END = re.compile(
     r"[ ._-]+(masks?|masklabel|condlabel|seg|segmentation|segmap|segmask|trimap|matte|gt|depth|normals?|canny|edges"
     r"|lineart|(?:open)?pose|labelids|instanceids)([ ._-]?\d+)?$",
@@ -92,17 +89,6 @@ _COPIES = re.compile(r"(.*[ _-])?(thumb(nail)?s?|previews?|resized?|compressed|s
 _LOSSLESS = frozenset({".png", ".gif", ".bmp", ".tif", ".tiff"})
 _SAMPLE = 64
 """Number of samples whose texts and json are read when a source is opened."""
-_DIGITS = re.compile(r"\d+$")
-_REPEATS = re.compile(r"[1-9]\d?_\D")
-"""How folders for kohya's scripts begin: with the number of times that their images are seen in an epoch."""
-_DATE = re.compile(r"(19|20)\d\d([ ._-]?\d\d?)*")
-_VIEWS = frozenset(
-    {"a", "b", "left", "right", "input", "output", "target", "source", "before", "after", "original", "edited"}
-    | {"hr", "lr", "high", "low", "gt", "rgb", "ir", "nir", "thermal", "depth", "photo", "sketch", "image", "condition"}
-)
-"""Folders that hold one thing in several forms, and no classes."""
-_PLAIN = frozenset({"..", "image", "images", "img", "imgs", "jpegimages"})
-"""Folders that are no class, wherever they are."""
 _MANY = 100_000
 """Largest number of .json files that are read in search of captions when a source is opened."""
 
@@ -337,61 +323,6 @@ def _keys(names: list[str], by_stem: dict[str, list[int]], by_key: dict[str, lis
         stem, key = os.path.splitext(name)[0], _first_dot(name)
         keys.append(key if len(by_key[key]) == 1 else stem if len(by_stem.get(stem, ())) == 1 else name)
     return keys
-
-
-def folder_labels(names: Sequence[str], shards: frozenset[str] = frozenset()) -> tuple[list[str | None], list[str]]:
-    """The outermost folder of each file as its class, as torchvision has it; splits and ``shards`` are none.
-
-    A folder that holds all files says nothing about them, and is no class either. Also returned is a note where folders
-    of classes hold folders that could be meant for classes too.
-    """
-    paths = _class_folders(names, shards)
-    labels = [path[0] if path else None for path in paths]
-    if len(set(labels)) < 2:
-        return [None] * len(labels), []
-    nested = next(((name, path[0]) for name, path in zip(names, paths, strict=True) if len(path) > 1), None)
-    notes = [f"classes are the outermost folders, such as {nested[1]!r} for {nested[0]}"] if nested else []
-    return labels, notes + _doubts([name for name, label in zip(names, labels, strict=True) if label], labels)
-
-
-def _doubts(names: Sequence[str], labels: Sequence[str | None]) -> list[str]:
-    """A note where folders that are taken for classes may be something else: two views, such as `A` and `B`, or
-    numbered videos."""
-    inside: dict[str, set[str]] = defaultdict(set)
-    for name, label in zip(names, filter(None, labels), strict=True):
-        inside[label].add(os.path.splitext(name)[0].partition(f"{label}/")[2])
-    first, *others = inside or [""]
-    why = ""
-    if len(inside[first]) > 1 and all(inside[other] == inside[first] for other in others):
-        why = "though they hold files of the same names"
-    elif len(stems := {_DIGITS.sub("", label) for label in inside}) == 1 and not stems & {"", "n"}:  # codes are classes
-        why = "though they are numbered alike"
-    elif all(label.lower() in _VIEWS or _DATE.fullmatch(label) for label in inside):
-        why = "though they are called like views or dates"
-    elif all(map(_REPEATS.match, inside)):
-        why = "and numbers of repeats, if these are some, are not read"
-    return [f"folders such as {first} and {others[0]} are taken for classes, {why}"] if why and others else []
-
-
-def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[str]]:
-    """The folders of each file that may be classes, without those that hold all files."""
-    paths = []
-    splits = split_folders(names)
-    for name in names:
-        folders = with_slashes(name).lstrip("/").split("/")[:-1]
-        known = ["/".join(folders[: i + 1]) in shards for i in range(len(folders))]
-        paths.append(
-            [
-                folder
-                for folder, is_shard in zip(folders, known, strict=True)
-                if not (is_shard or is_split(folder) or folder.lower() in _PLAIN or _SHARD.fullmatch(folder))
-                and folder not in splits
-            ]
-        )
-    shared = 0
-    while len({tuple(path[: shared + 1]) for path in paths}) == 1 and len(paths[0]) > shared:
-        shared += 1
-    return [path[shared:] for path in paths]
 
 
 def unused_notes(

@@ -3,14 +3,10 @@
 import os
 import re
 import stat
-import unicodedata
-import zlib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
@@ -28,8 +24,8 @@ from diptych.data.sources.columns import (
     notes_on_labels,
     plain_name,
 )
-from diptych.data.sources.decode import SUFFIXES as IMAGE_SUFFIXES
-from diptych.data.sources.decode import ImageLimits, decode, is_image_path, without_number
+from diptych.data.sources.decode import ImageLimits, decode, is_image_path
+from diptych.data.sources.paths import ImagePaths, Roots, files_of_addresses, folders_below, splits_of
 from diptych.data.sources.remote import RemoteFile, is_remote
 from diptych.data.sources.rows import read_rows
 from diptych.data.sources.text import says_missing
@@ -41,21 +37,8 @@ BLOCK = 64
 """Bytes from the middle of an image file by which it is first compared with others of its size."""
 SAMPLE = 256
 """Values of a column, spread over the table, that decide what it holds."""
-_BESIDE = frozenset({"annotations", "annotation", "captions", "labels", "metadata", "splits"})
-"""Folders of tables whose images lie beside the folder, as in COCO."""
-_LONGEST, _DEEPEST = 4096, 100
-"""Number of characters, and of folders, of the longest path that is looked for."""
-_FOLDERS = 300
-"""Number of folders in which images are looked for that do not lie where their table says."""
 
-_SPLITS_OF = re.compile(r"(.+[-_ ])(train|training|test|testing|val|valid|validation|dev|pred)", re.IGNORECASE)
-_LAST_NUMBER = re.compile(r"\d+$")
 _ABSOLUTE = re.compile(r"/|\\\\|[A-Za-z]:[\\/]")
-_WINDOWS = re.compile(r"\\(?!x[0-9a-f]{2})")
-_FOLDER = re.compile(r"[/\\]")
-_UPLOADED = re.compile(r"(?:^|/)upload/\d+/([0-9a-f]{6,8}-(.+))$")
-_LOCAL_FILES = re.compile(r"/local-files/\?d=(.+)$")
-"""How Label Studio calls files: uploaded ones, and those of a folder of the server."""
 
 Row = Mapping[str, Any]
 
@@ -162,7 +145,7 @@ def _downloaded(
     for table in dict.fromkeys(tables):
         places = [place for place, of_row in enumerate(tables) if of_row == table]
         addresses = [str(rows[place].get(column) or "").strip() for place in places]
-        how, found = _files_of_addresses(table.parent, addresses)
+        how, found = files_of_addresses(table.parent, addresses)
         for place, path in zip(places, found, strict=True):
             paths[place] = path
         if left_out := len(found) - sum(map(bool, found)):
@@ -172,31 +155,6 @@ def _downloaded(
         return rows, tables, []
     kept = [place for place, path in enumerate(paths) if path]
     return [{**rows[place], column: paths[place]} for place in kept], [tables[place] for place in kept], notes
-
-
-def _files_of_addresses(folder: Path, addresses: Sequence[str]) -> tuple[str, Sequence[str | None]]:
-    """How the files near a table are called, and the path of each address, relative to ``folder``."""
-    files: dict[str, list[str]] = {}
-    for place in _folders_below(folder):
-        for file in os.listdir(place) if place.is_dir() else ():
-            stem, suffix = os.path.splitext(file)
-            if suffix.lower() in IMAGE_SUFFIXES or re.fullmatch(r"\d+_\d+", file):
-                stem = stem if suffix else file
-                files.setdefault(stem, []).append(os.path.relpath(place / file, folder))
-    one = {stem: found[0] for stem, found in files.items() if len(found) == 1}  # of a name in two folders neither is
-    numbers = {int(stem): path for stem, path in one.items() if stem.isdecimal()}
-    first = 1 if len(addresses) in numbers and 0 not in numbers else 0
-    if numbers and max(numbers) >= first + len(addresses):
-        numbers = {}  # they number something else
-    ends = [os.path.splitext(unquote(urlsplit(address).path).rpartition("/")[2])[0] for address in addresses]
-    often = Counter(ends)
-    checked = [f"{number}_{zlib.crc32(address.encode())}" for number, address in enumerate(addresses)]
-    ways = {
-        "row number and checksum of the address": [one.get(name) for name in checked],
-        f"row numbers, counted from {first}": [numbers.get(number + first) for number in range(len(addresses))],
-        "the end of the address": [one.get(end) if end and often[end] == 1 else None for end in ends],
-    }
-    return max(ways.items(), key=lambda way: sum(map(bool, way[1])))
 
 
 def _tables_without_captions(rows: Sequence[Row], tables: Sequence[Path], found: Found) -> list[str]:
@@ -215,7 +173,7 @@ def _tables_without_captions(rows: Sequence[Row], tables: Sequence[Path], found:
 
 def _images_near(table: Path) -> list[str]:
     """An image in the folder of a table or in one just below it; nothing if there is none."""
-    for folder in _folders_below(table.parent, depth=1) if table.is_file() else ():  # a data set of the hub is none
+    for folder in folders_below(table.parent, depth=1) if table.is_file() else ():  # a data set of the hub is none
         for name in os.listdir(folder) if os.access(folder, os.R_OK) else ():
             if is_image_path(name):
                 return [str(folder / name)]
@@ -263,32 +221,6 @@ def unknown_split(split: str, found: Iterable[str], *, source: str) -> UserError
     listed = ", ".join(sorted(found)[:20])
     hint = "it is not divided in splits; where its files are, give those of one split as the source"
     return UserError(f"{source}: no split {split!r}; " + (f"it has {listed}" if listed else hint))
-
-
-def splits_of(names: Sequence[str]) -> list[str | None]:
-    """Of each relative path the outermost folder that is called like a split."""
-    also = split_folders(names)
-    return [
-        next((folder for folder in with_slashes(name).split("/")[:-1] if is_split(folder) or folder in also), None)
-        for name in names
-    ]
-
-
-def split_folders(names: Iterable[str]) -> frozenset[str]:
-    """The folders of these paths that are splits of one name, such as `seg_train` and `seg_test`."""
-    of_name: dict[str, set[str]] = {}
-    for folder in {
-        folder for path in {os.path.dirname(with_slashes(name)) for name in names} for folder in path.split("/")
-    }:
-        if found := _SPLITS_OF.fullmatch(folder):
-            of_name.setdefault(found[1].casefold(), set()).add(folder)
-    parts = [each for each in of_name.values() if len(each) > 1 and any("train" in part.lower() for part in each)]
-    return frozenset[str]().union(*parts)
-
-
-def with_slashes(name: str) -> str:
-    """The name of a file that was packed on Windows, with slashes. What stands for a byte that is no UTF-8 stays."""
-    return _WINDOWS.sub("/", name) if "\\" in name else name
 
 
 def file_split_notes(paths: Iterable[Path | RemoteFile]) -> list[str]:
@@ -354,194 +286,6 @@ def file_block(path: Path) -> tuple[int, bytes]:
             return status.st_size, file.read(BLOCK)
     except OSError:  # it is named where it is used
         return 0, b""
-
-
-class ImagePaths:
-    """Finds the file that a table means by a path. Each folder is listed once."""
-
-    def __init__(self) -> None:
-        self._listed: dict[str, dict[str, str]] = {}
-        self._folded: dict[str, dict[str, list[str]]] = {}
-        self._stems: dict[str, dict[str, list[str]]] = {}
-        self._numbers: dict[str, dict[int, list[str]]] = {}
-        self._real: dict[str, str] = {}
-
-    def find(self, folder: Path, value: str) -> tuple[str, bool]:
-        """The path of an image relative to ``folder``, and whether there is such a file.
-
-        Also found are files and folders whose accents Unicode writes in the other way, or that no other differs from
-        but in capitals, paths with backslashes, names that lack their suffix, numbers for the names that end in them
-        (`42` for `COCO_val2014_000000000042.jpg`), names as addresses write them (`my%20cat.jpg`), and what Label
-        Studio makes of the name of a file that was uploaded to it.
-        """
-        if len(value) > _LONGEST or value.count("/") > _DEEPEST:
-            return value, False
-        value = unquote(value.strip()[7:]) if value.strip().startswith("file://") else value.strip()
-        value = without_number(value) if is_image_path(value) else value
-        path = os.path.normpath(os.path.join(folder, value))
-        for spelling in dict.fromkeys((value, value.replace("\\", "/"), unquote(value), *_before_upload(value))):
-            head, base = os.path.split(os.path.normpath(os.path.join(folder, spelling)))
-            name = self._named(head, base)
-            real = self._real[head]
-            if name is not None:
-                return os.path.join(real, name), True
-            if not is_image_path(base):
-                same = self._stems[head].get(unicodedata.normalize("NFC", base), [])
-                if not same and base.isdecimal():
-                    same = self._numbers[head].get(int(base), [])
-                if len(same) == 1:
-                    return os.path.join(real, same[0]), True
-        return (path, True) if os.path.isfile(path) else (without_number(path), False)
-
-    def _named(self, folder: str, base: str) -> str | None:
-        """The name that a file or folder of ``folder`` really has; None if it is not there."""
-        base = unicodedata.normalize("NFC", base)
-        names = self._names(folder)
-        if base in names:
-            return names[base]
-        if folder not in self._folded:
-            folded = self._folded[folder] = {}
-            for normal, name in names.items():
-                folded.setdefault(normal.lower(), []).append(name)
-        same = self._folded[folder].get(base.lower(), [])  # not casefold: ss is another spelling than sharp s
-        return same[0] if len(same) == 1 else None
-
-    def near(self, path: str) -> str:
-        """A file that is called like the missing ``path`` but for the suffix, in words for a message; else nothing."""
-        folder, base = os.path.split(path)
-        self._names(folder)
-        same = self._stems[folder].get(unicodedata.normalize("NFC", os.path.splitext(base)[0]), [])
-        return f", but {same[0]} does; write the names as the files have them" if same else ""
-
-    def _names(self, folder: str) -> dict[str, str]:
-        if folder not in self._listed:
-            real = folder
-            if not os.path.isdir(folder or "."):
-                head, base = os.path.split(folder)
-                if head != folder and (name := self._named(head, base)) is not None:
-                    real = os.path.join(self._real[head], name)
-            self._real[folder] = real
-            try:
-                names = os.listdir(real or ".")
-            except OSError:
-                names = []
-            self._listed[folder] = {unicodedata.normalize("NFC", name): name for name in names}
-            stems: dict[str, list[str]] = {}
-            numbers: dict[int, list[str]] = {}
-            self._stems[folder], self._numbers[folder] = stems, numbers
-            for normal, name in self._listed[folder].items():
-                stem, suffix = os.path.splitext(normal)
-                if suffix.lower() in IMAGE_SUFFIXES:
-                    stems.setdefault(stem, []).append(name)
-                    if digits := _LAST_NUMBER.search(stem):
-                        numbers.setdefault(int(digits[0]), []).append(name)
-        return self._listed[folder]
-
-    def roots(self, table: Path, values: Sequence[str]) -> "Roots":
-        """The folders that the paths in a table are relative to: its own, else the one near it that has the images,
-        else several that share them.
-
-        Raises UserError where two folders qualify.
-        """
-        values = list(dict.fromkeys(values))
-        if not values or any(self.find(table.parent, value)[1] for value in _few(values)):
-            return Roots((table.parent,))
-        for begin in ("", *_beginnings(values)):
-            rest = [value[len(begin) :] for value in values]
-            # Of a path of another machine at least one folder must be that of a file here.
-            called = "" if not begin or all(map(_FOLDER.search, rest)) else _FOLDER.split(begin)[-2]
-            if found := self._folders(table, rest, called=called):
-                return Roots(found, begin)
-        return Roots((table.parent,))
-
-    def _folders(self, table: Path, values: Sequence[str], *, called: str) -> tuple[Path, ...]:
-        """The folders near a table, ``called`` so if given, that have most images of a sample; none if none does."""
-        sample = _few(values)
-        nears = [table.parent]
-        if table.absolute().parent.name.lower() in _BESIDE:
-            nears.append(Path(os.path.normpath(table.parent / "..")))
-        for near in nears:
-            having: dict[Path, set[str]] = {}
-            for folder in _folders_below(near):
-                if not called or folder.absolute().name.casefold() == called.casefold():
-                    having[folder] = {value for value in sample if self.find(folder, value)[1]}
-            most = max(map(len, having.values()), default=0)
-            found = len(set().union(*having.values()))
-            if 4 * most <= 3 * found and found == sum(map(len, having.values())) >= max(1, len(sample) // 2):
-                return tuple(
-                    folder
-                    for folder, some_values in having.items()
-                    if some_values or any(self.find(folder, value)[1] for value in _few(values, 1024))
-                )
-            if most < max(1, len(sample) // 2):
-                continue
-            best = [folder for folder in having if len(having[folder]) == most]
-            best = [folder for folder in best if folder.name and folder.name in table.stem] or best
-            if len(best) > 1:
-                raise UserError(
-                    f"{table}: its images may be those in {best[0]} or in {best[1]}; write the folder into the paths"
-                )
-            return (best[0],)
-        return ()
-
-    def find_in(self, roots: "Roots", value: str) -> tuple[str, bool]:
-        """As `find`, in several folders. Raises UserError where two have the image."""
-        value = value[len(roots.without) :]
-        if len(roots.folders) > 1:  # for a plain name one look is enough in each
-            having = [folder for folder in roots.folders if value in self._names(str(folder))]
-            if len(having) == 1:
-                return os.path.join(having[0], self._names(str(having[0]))[value]), True
-        found = [self.find(folder, value) for folder in roots.folders]
-        there = [each for each in found if each[1]]
-        if len(there) > 1:
-            raise UserError(f"{there[0][0]}: lies in {there[1][0]} too; write the folder into the paths")
-        return there[0] if there else found[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Roots:
-    """Where the images of a table lie."""
-
-    folders: tuple[Path, ...]
-    """Folders that its paths are relative to; each image is in one."""
-    without: str = ""
-    """What all of its paths begin with that is not here: folders of another machine."""
-
-
-def _beginnings(values: Sequence[str]) -> list[str]:
-    """The folders that all of these paths begin with, the outermost first: `/`, `/a/` and `/a/b/` of `/a/b/c.jpg`."""
-    first, last = min(values), max(values)
-    shared = next((first[:i] for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), first)
-    return [shared[: mark.end()] for mark in _FOLDER.finditer(shared)]
-
-
-def _few(values: Sequence[str], count: int = 8) -> Sequence[str]:
-    return values[:: max(1, len(values) // count)]
-
-
-def _before_upload(value: str) -> list[str]:
-    """The names of a file, with its folders and without, before Label Studio gave it a path of its own."""
-    if (local := _LOCAL_FILES.search(value)) is not None:
-        place = unquote(local[1])
-        return [place, os.path.basename(place)]
-    found = _UPLOADED.search(value)
-    return [] if found is None else [unquote(found[1]), unquote(found[2])]
-
-
-def _folders_below(folder: Path, depth: int = 3) -> list[Path]:
-    """``folder`` and the folders in it, ``depth`` deep, at most 300."""
-    found, level = [folder], [folder]
-    for _ in range(depth):
-        inner: list[Path] = []
-        for parent in level:
-            try:
-                with os.scandir(parent) as entries:
-                    names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-            except OSError:
-                continue
-            inner += [parent / name for name in names]
-        found, level = (found + inner)[:_FOLDERS], inner[:_FOLDERS]
-    return found
 
 
 def _is_several(cell: Any) -> bool:

@@ -15,17 +15,17 @@ import numpy as np
 
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import SUFFIXES, ImageLimits
+from diptych.data.sources.paths import folder_labels, splits_of
 from diptych.data.sources.remote import RemoteFile, index_all
 from diptych.data.sources.samples import (
     IMAGE,
     Groups,
     SampleSource,
-    folder_labels,
     group,
     group_texts,
     unused_notes,
 )
-from diptych.data.sources.table import BLOCK, counted, file_split_notes, some, splits_of
+from diptych.data.sources.table import BLOCK, counted, file_split_notes, some
 from diptych.data.sources.text import what_begins
 from diptych.errors import UserError
 
