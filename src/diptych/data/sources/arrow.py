@@ -32,6 +32,7 @@ from diptych.data.sources.table import (
     counted,
     file_split_notes,
     from_rows,
+    note_on_two_labels,
     select_split,
     some,
     split_notes,
@@ -368,10 +369,7 @@ class ArrowSource:
         self._groups: Sequence[Sequence[int]] = groups or [(row,) for row in range(len(data))]
         several = [i for i, group in enumerate(self._groups) if len(group) > 1] if found.label else []
         other = [self.key(i) for i in several if len(set(self._labels_of(i))) > 1]
-        if other:
-            self.notes.append(
-                f"{counted(len(other), 'image')} with two labels, of which the first is used: {some(other, len(other))}"
-            )
+        self.notes += note_on_two_labels(other, len(other))
 
     def __len__(self) -> int:
         return len(self._groups)

@@ -93,7 +93,7 @@ def from_rows(
     if found.split or not found.image:
         splits = [row.get(found.split) if found.split else None for row in rows]
     else:
-        paths = [_path_of(row, found.image, found.folder).replace("\\", "/") for row in rows]
+        paths = [_path_of(row, found).replace("\\", "/") for row in rows]
         below = {table: os.path.relpath(table.parent, root) if root else "" for table in dict.fromkeys(tables)}
         splits = splits_of([f"{below[table]}/{path}" for table, path in zip(tables, paths, strict=True)])
     chosen = select_split(splits, split, source=name)
@@ -112,7 +112,7 @@ def _notes_on_shared_images(rows: Sequence[Row], splits: Sequence[Any], found: F
     first: dict[str, str] = {}
     shared: dict[str, str] = {}
     for row, split in zip(rows, splits, strict=True):
-        path = os.path.normpath(_path_of(row, found.image or "", found.folder))
+        path = os.path.normpath(_path_of(row, found))
         if path == "." or is_missing(split) or split != split:
             continue
         one, other = first.setdefault(path, str(split).strip()), str(split).strip()
@@ -259,6 +259,13 @@ def unlabelled_notes(values: Sequence[Any]) -> list[str]:
     return [f"{counted(len(values), 'label')} of {shown} taken for missing; a class needs a name of its own"]
 
 
+def note_on_two_labels(shown: Iterable[str], count: int) -> list[str]:
+    """A note on ``count`` images whose rows say two labels."""
+    return [f"{counted(count, 'image')} with two labels, of which the first is used: {some(shown, count)}"] * bool(
+        count
+    )
+
+
 def counted(count: int, one: str, many: str | None = None) -> str:
     """`1 file`, `2,000 files`."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
@@ -293,15 +300,78 @@ def _is_several(cell: Any) -> bool:
     return len(parts) > 1 and (isinstance(cell, list) or all(map(is_image_path, parts)))
 
 
-def _path_of(row: Row, image: str, folder: str | None) -> str:
+def _path_of(row: Row, found: Found) -> str:
     """The path in a row, or a number that is the name of a file; empty for anything else."""
-    cell = row.get(image)
+    cell = row.get(found.image or "")
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
     if is_missing(cell) or not isinstance(cell, str | int) or says_missing(cell) or _is_several(cell):
         return ""
-    place = row.get(folder) if folder is not None else None
+    place = row.get(found.folder) if found.folder is not None else None
     return os.path.join(place.strip(), str(cell).strip()) if isinstance(place, str) else str(cell).strip()
+
+
+class _Cells:
+    """Reads the cells of rows, and keeps for the notes what cannot be used of them."""
+
+    def __init__(self, found: Found, *, name: str) -> None:
+        """``name`` is what messages call the table."""
+        self._found, self._name = found, name
+        self.pathless: list[str] = []
+        """Rows without the path of an image, and below those with several."""
+        self.several: list[str] = []
+        self.textless = 0
+        """Number of rows of a table of texts that hold none."""
+        self._nulls = 0
+        self._strange: list[Any] = []
+        self._no_labels: list[Any] = []
+
+    def captions(self, row: Row) -> tuple[str, ...]:
+        cells = [row.get(column) for column in self._found.captions]
+        texts = [captions_of(cell) for cell in cells]
+        self._nulls += sum(map(says_missing, cells))
+        for cell, found in zip(cells, texts, strict=True):
+            if not found and not isinstance(cell, str) and not is_missing(cell):
+                self._strange.append(cell)
+        return tuple(text for found in texts for text in found)
+
+    def label(self, row: Row) -> str | None:
+        if not self._found.label:
+            return None
+        cell = row.get(self._found.label)
+        label = label_of(cell)
+        if label is None and not is_missing(cell):
+            self._no_labels.append(cell)
+        return label
+
+    def path(self, row: Row, number: int) -> str:
+        """The path of the image of row ``number``; empty where it has none or several."""
+        path = _path_of(row, self._found)
+        if not path:
+            several = _is_several(row.get(self._found.image or ""))
+            (self.several if several else self.pathless).append(f"row {number} of {self._name}")
+        return path
+
+    def notes_on_rows(self) -> list[str]:
+        notes = []
+        if several := self.several:
+            shown = some(several, len(several))
+            notes.append(
+                f"{counted(len(several), 'row')} with several images not used: {shown}; write a row for each image"
+            )
+        if rows := self.pathless:
+            notes.append(f"{counted(len(rows), 'row')} without an image path not used: {some(rows, len(rows))}")
+        return notes
+
+    def notes_on_cells(self) -> list[str]:
+        notes = []
+        if self.textless:
+            notes.append(f"{counted(self.textless, 'row')} without a text not used")
+        if self._nulls:
+            notes.append(f"{counted(self._nulls, 'caption')} such as nan or null taken for missing")
+        if strange := self._strange:
+            notes.append(f"{counted(len(strange), 'cell')} of captions without a text, such as {str(strange[0])[:60]}")
+        return notes + unlabelled_notes(self._no_labels)
 
 
 class TableSource:
@@ -319,106 +389,77 @@ class TableSource:
         self._keys: list[str] = []
         self._captions: list[tuple[str, ...]] = []
         self._labels: list[str | None] = []
-        at: dict[str, int] = {}
-        empty: list[str] = []
-        several: list[str] = []
-        nulls, textless, absolute = 0, 0, ""
-        strange: list[Any] = []
-        no_labels: list[Any] = []
-        other_labels: dict[str, str] = {}
-        self.missing: list[str] = []
+        self._written: dict[str, str] = {}
+        """How the table writes the paths of the images that do not exist."""
+        self._two_labels: dict[str, str] = {}
+        cells, paths = _Cells(found, name=name), ImagePaths()
+        self._add_items(rows, found, cells, paths)
+        self.missing = list(self._written)
         """Paths of the images that do not exist."""
-        paths = ImagePaths()
-        roots = self._roots(rows, found.image, found.folder, paths)
-        for number, (table, row) in enumerate(rows):
-            cells = [row.get(column) for column in found.captions]
-            captions = tuple(text for cell in cells for text in captions_of(cell))
-            nulls += sum(map(says_missing, cells))
-            strange += [
-                cell for cell in cells if not isinstance(cell, str) and not is_missing(cell) and not captions_of(cell)
-            ]
-            label = label_of(row.get(found.label)) if found.label else None
-            if label is None and found.label and not is_missing(row.get(found.label)):
-                no_labels.append(row[found.label])
-            key, exists = f"row {number}", True
-            if found.image is not None:
-                value = _path_of(row, found.image, found.folder)
-                if not value:
-                    (several if _is_several(row.get(found.image)) else empty).append(f"row {number} of {name}")
-                    continue
-                key, exists = paths.find_in(roots[table], value)
-            elif not captions:
-                textless += 1
-                continue
-            i = at.setdefault(os.path.abspath(key) if found.image is not None else key, len(self._keys))
-            if i < len(self._keys):
-                self._captions[i] += captions
-                if label is not None and self._labels[i] not in (None, label):
-                    other_labels.setdefault(key, f"{key} ({self._labels[i]}, {label})")
-                self._labels[i] = self._labels[i] or label
-                continue
-            self._keys.append(key)
-            self._captions.append(captions)
-            self._labels.append(label)
-            if not exists:
-                self.missing.append(key)
-                absolute = absolute or (value if _ABSOLUTE.match(value) else "")
         near = paths.near(self.missing[0]) if self.missing else ""
-        self._check(found, empty, several, near, absolute)
-        if several:
-            self.notes.append(
-                f"{counted(len(several), 'row')} with several images not used: {some(several, len(several))}; "
-                "write a row for each image"
-            )
-        if empty:
-            self.notes.append(f"{counted(len(empty), 'row')} without an image path not used: {some(empty, len(empty))}")
-        if self.missing:
-            self.notes.append(
-                f"{len(self.missing):,} of {counted(len(self._keys), 'image')} do not exist: "
-                + some(self.missing, len(self.missing))
-                + (near and f" ({os.path.basename(self.missing[0])} does not{near})")
-            )
-        if textless:
-            self.notes.append(f"{counted(textless, 'row')} without a text not used")
-        if nulls:
-            self.notes.append(f"{counted(nulls, 'caption')} such as nan or null taken for missing")
-        if strange:
-            self.notes.append(
-                f"{counted(len(strange), 'cell')} of captions without a text, such as {str(strange[0])[:60]}"
-            )
-        self.notes += unlabelled_notes(no_labels) + notes_on_labels([label for label in self._labels if label])
-        if other_labels:
-            self.notes.append(
-                f"{counted(len(other_labels), 'image')} with two labels, of which the first is used: "
-                + some(other_labels.values(), len(other_labels))
-            )
+        self._check(found, cells, near)
+        self.notes += cells.notes_on_rows() + self._notes_on_missing(near) + cells.notes_on_cells()
+        self.notes += notes_on_labels([label for label in self._labels if label])
+        self.notes += note_on_two_labels(self._two_labels.values(), len(self._two_labels))
 
-    def _roots(
-        self, rows: Sequence[tuple[Path, Row]], image: str | None, folder: str | None, paths: ImagePaths
-    ) -> dict[Path, Roots]:
+    def _add_items(self, rows: Sequence[tuple[Path, Row]], found: Found, cells: _Cells, paths: ImagePaths) -> None:
+        roots = self._roots(rows, found, paths)
+        at: dict[str, int] = {}
+        for number, (table, row) in enumerate(rows):
+            captions, label = cells.captions(row), cells.label(row)
+            if found.image is None:
+                if captions:
+                    self._add_item(f"row {number}", captions, label)
+                else:
+                    cells.textless += 1
+            elif path := cells.path(row, number):
+                key, exists = paths.find_in(roots[table], path)
+                i = at.setdefault(os.path.abspath(key), len(self._keys))
+                if i < len(self._keys):
+                    self._join(i, key, captions, label)
+                else:
+                    self._add_item(key, captions, label)
+                    if not exists:
+                        self._written[key] = path
+
+    def _add_item(self, key: str, captions: tuple[str, ...], label: str | None) -> None:
+        self._keys.append(key)
+        self._captions.append(captions)
+        self._labels.append(label)
+
+    def _join(self, i: int, key: str, captions: tuple[str, ...], label: str | None) -> None:
+        """Add the captions of a further row to item ``i``, and its label where there is none yet."""
+        self._captions[i] += captions
+        if label is not None and self._labels[i] not in (None, label):
+            self._two_labels.setdefault(key, f"{key} ({self._labels[i]}, {label})")
+        self._labels[i] = self._labels[i] or label
+
+    def _roots(self, rows: Sequence[tuple[Path, Row]], found: Found, paths: ImagePaths) -> dict[Path, Roots]:
         """Where the images of each table lie."""
         values: dict[Path, list[str]] = {}
         for table, row in rows:
-            first = values.setdefault(table, [])
-            if image is not None and (value := _path_of(row, image, folder)):
-                first.append(value)
-        roots = {table: paths.roots(table, first) for table, first in values.items()}
-        for table, found in roots.items():
-            if found != Roots((table.parent,)):
+            written = values.setdefault(table, [])
+            if found.image is not None and (value := _path_of(row, found)):
+                written.append(value)
+        roots = {table: paths.roots(table, written) for table, written in values.items()}
+        for table, root in roots.items():
+            if root != Roots((table.parent,)):
                 of_table = f" in {table}" if len(roots) > 1 else ""
-                without = f", without {found.without}" if found.without else ""
-                shown = some(map(str, found.folders), len(found.folders))
+                without = f", without {root.without}" if root.without else ""
+                shown = some(map(str, root.folders), len(root.folders))
                 self.notes.append(f"image paths{of_table} are taken relative to {shown}{without}")
         return roots
 
-    def _check(self, found: Found, empty: list[str], several: list[str], near: str, absolute: str) -> None:
-        """Raise UserError where nothing is left, or no image exists: paths are relative to another folder, then, or
-        those of another machine, such as ``absolute``."""
-        if not self._keys and several:
-            raise UserError(f"{several[0]} (counted from 0) names several images; write a row for each image")
-        if not self._keys and empty:
+    def _check(self, found: Found, cells: _Cells, near: str) -> None:
+        """Raise UserError where nothing is left, or where no image exists.
+
+        Then the paths are relative to another folder, or they are absolute ones of another machine.
+        """
+        if not self._keys and cells.several:
+            raise UserError(f"{cells.several[0]} (counted from 0) names several images; write a row for each image")
+        if not self._keys and cells.pathless:
             raise UserError(
-                f"{empty[0]} (counted from 0) has no image path in column {found.image!r}, nor has any other"
+                f"{cells.pathless[0]} (counted from 0) has no image path in column {found.image!r}, nor has any other"
             )
         if not self._keys:
             raise UserError(f"{self.name}: holds no captions")
@@ -426,10 +467,18 @@ class TableSource:
             return
         if is_remote(self.name):
             raise UserError(f"{self.name}: images beside a table are not fetched: put them into tars or into parquet")
-        if absolute:
+        if absolute := next(filter(_ABSOLUTE.match, self._written.values()), None):
             raise UserError(f"{absolute}: does not exist here; write the paths in {self.name} relative to its folder")
         mend = near or f"; image paths in {self.name} are relative to its folder"
         raise UserError(f"{self.missing[0]}: does not exist{mend}")
+
+    def _notes_on_missing(self, near: str) -> list[str]:
+        """A note on images that do not exist; ``near`` is what `ImagePaths.near` says of the first."""
+        if not self.missing:
+            return []
+        images, shown = counted(len(self._keys), "image"), some(self.missing, len(self.missing))
+        more = near and f" ({os.path.basename(self.missing[0])} does not{near})"
+        return [f"{len(self.missing):,} of {images} do not exist: {shown}{more}"]
 
     def __len__(self) -> int:
         return len(self._keys)
