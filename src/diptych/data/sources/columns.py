@@ -162,101 +162,149 @@ def find_columns(table: Table, *, wanted: Columns, source: str) -> Found:
 def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None = None) -> Found:
     """The columns of captions, label and split, given the one of the image, if any. Raises as `find_columns`."""
     captions = _find_captions(table, wanted.caption, image, source)
-    label = _named(table, wanted.label, "label", source) if wanted.label else None
-    if wanted.label is None:
-        known = [name for name in table if usual(name, LABEL_NAMES) and name not in captions]
-        words = [name for name in known if not all(str(value).strip("-0123456789.") == "" for value in table[name])]
-        label = _one(words if len(words) == 1 else known, "label", table, source)
-    split = next((name for name in table if usual(name, SPLIT_NAMES)), None) or next(
-        (
-            name
-            for name, values in table.items()
-            if name != image and _all(values, _is_split_cell) and 1 < len(set(values)) <= _SPLITS
-        ),
-        None,
-    )
-    embedded = image is not None and _embedded(image, table[image])
-    notes = []
-    unlike: list[str] = []  # columns that other notes name
-    if wanted.caption is None and captions and not any(map(_is_caption_name, captions)):
-        if captions[0].count(" ") > 1:
-            raise UserError(
-                f"{source}: the first line must name the columns, and {captions[0]!r} looks like data; add a first line"
-            )
-        notes.append(f"captions are taken from {captions[0]!r}, the only column of sentences")
-    if wanted.caption is None and not captions:
-        named = [name for name in table if usual(name, CAPTION_NAMES) and name != label]
-        for name in named:
-            what = f"holds {str(table[name][0])[:60]!r}, which is no text" if table[name] else "is empty"
-            notes.append(f"no captions: column {name!r} {what}")
-            unlike.append(name)
-        other = LABEL_NAMES | IMAGE_NAMES | SPLIT_NAMES | FOLDER_NAMES | CAPTION_NAMES
-        texts = [name for name, values in table.items() if _could_be_captions(values) and not usual(name, other)]
-        texts = [name for name in texts if name not in (image, label, split) and not _LABEL_LIKE.search(name)]
-        if texts and (image is not None or wanted.image == ""):
-            unlike += texts
-            notes.append(f"no captions: none of the columns {_listed(texts)} is called like captions")
-    for name in captions:
-        if _all(table[name], _is_text_file):
-            raise UserError(
-                f"{source}: column {name!r} holds paths of text files, such as {table[name][0]!r}, which are not read; "
-                "put the captions into the table, or texts of the name of each image beside the images"
-            )
-        if any(map(_is_conversation, table[name])):
-            notes.append(f"of each conversation in {name!r} the answer is the caption, if it has one answer alone")
-        notes += notes_on_texts([text for value in table[name] for text in captions_of(value)])
-        written = [value for value in table[name] if isinstance(value, str) and not _WRITTEN.match(value)]
-        cells = [_ENTITY.sub("", value).strip() for value in written]
-        for mark in ("\n", "\\n", "<br>", *SEPARATORS):
-            if len(cells) > 1 and 10 * sum(mark in cell for cell in cells) >= 9 * len(cells):
-                notes.append(f"{mark!r} in the cells of {name!r} parts no captions: a cell is one caption")
-                break
-    if label is None and image is not None:
-        flags = [
-            name
-            for name, values in table.items()
-            if name not in (image, *captions, split) and _all(values, _is_flag) and len(set(values)) > 1
-        ]
-        if len(flags) > 1 and wanted.label is None:
-            unlike += flags
-            notes.append(
-                f"no labels: columns of marks such as {', '.join(flags[:3])} are not read; write a column label"
-            )
-    words = [value for name in captions for value in table[name] if len(captions_of(value)) > 1]
-    if words and not any(" " in text for value in words for text in captions_of(value)):
-        shown = str(words[0])[:60]
-        notes.append(f"each word of lists such as {shown} is taken for a caption; join those that are one text")
-    folder = None if image is None else next((name for name in table if _is_folder(name, table[name], image)), None)
-    rest = {name: values for name, values in table.items() if name not in (image, *captions, label, split, folder)}
-    left = [(name, "images") for name, values in rest.items() if image is not None and _holds_images(name, values)]
-    left += [(name, "splits") for name in rest if split is None and _SPLIT_LIKE.fullmatch(name.strip())]
-    if label is None and wanted.label is None:
-        left += [(name, "labels") for name, values in rest.items() if values and _LABEL_LIKE.search(name)]
-    if captions and wanted.caption is None:
-        left += [(name, "sentences") for name, values in rest.items() if _holds_sentences(values)]
-    told = {name: f"{name} ({what})" for name, what in left}
-    unlike += [name for name in rest if wanted.caption == "" and usual(name, CAPTION_NAMES)]
-    unlike += [name for name, values in rest.items() if image is None and _could_be_image(name, values)]
-    others = [
-        name
-        for name, values in rest.items()
-        if not _ABOUT.fullmatch(_snake(name))
-        and not (name == "status" and "success" in values)  # as img2dataset writes; the failed rows are told elsewhere
-        and (len(values) == 1 or len(set(map(str, values))) > 1)
-    ]
-    told |= {name: name for name in others if name not in told and name not in unlike}
-    if told:
-        more = f" and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
-        notes.append("columns not used: " + ", ".join([*told.values()][:_TOLD]) + more)
-    return Found(
+    found = Found(
         image=image,
         captions=captions,
-        label=label,
-        split=split,
-        folder=folder,
-        embedded=embedded,
-        notes=tuple(notes),
+        label=_find_label(table, wanted.label, captions, source),
+        split=_find_split(table, image),
+        folder=None if image is None else next((n for n, cells in table.items() if _is_folder(n, cells, image)), None),
+        embedded=image is not None and _embedded(image, table[image]),
     )
+    absent, told = _notes_on_no_captions(table, found, wanted)
+    flags = _flags(table, found) if wanted.label is None else []
+    notes = [*_notes_on_guess(found, wanted, source), *absent]
+    for name in captions:
+        _refuse_text_files(table[name], name, source)
+        notes += _notes_on_captions(table[name], name)
+    if flags:
+        notes.append(f"no labels: columns of marks such as {', '.join(flags[:3])} are not read; write a column label")
+    notes += _notes_on_words(table, captions) + _notes_on_others(table, found, wanted, but_not={*told, *flags})
+    return replace(found, notes=tuple(notes))
+
+
+def _find_label(table: Table, wanted: str | None, captions: Sequence[str], source: str) -> str | None:
+    if wanted is not None:
+        return _named(table, wanted, "label", source) if wanted else None
+    known = [name for name in table if usual(name, LABEL_NAMES) and name not in captions]
+    words = [name for name in known if not all(str(value).strip("-0123456789.") == "" for value in table[name])]
+    return _one(words if len(words) == 1 else known, "label", table, source)
+
+
+def _find_split(table: Table, image: str | None) -> str | None:
+    """The first column that is called like one of splits, else the first that holds nothing but a few splits."""
+    called = (name for name in table if usual(name, SPLIT_NAMES))
+    holding = (
+        name
+        for name, values in table.items()
+        if name != image and _all(values, _is_split_cell) and 1 < len(set(values)) <= _SPLITS
+    )
+    return next(called, None) or next(holding, None)
+
+
+def _notes_on_guess(found: Found, wanted: Columns, source: str) -> list[str]:
+    """A note on captions of a column that is not called like one. Raises UserError where its name is a sentence."""
+    if wanted.caption is not None or not found.captions or any(map(_is_caption_name, found.captions)):
+        return []
+    name = found.captions[0]
+    if name.count(" ") > 1:
+        raise UserError(
+            f"{source}: the first line must name the columns, and {name!r} looks like data; add a first line"
+        )
+    return [f"captions are taken from {name!r}, the only column of sentences"]
+
+
+def _notes_on_no_captions(table: Table, found: Found, wanted: Columns) -> tuple[list[str], list[str]]:
+    """Notes on columns that may have been meant for captions where none are found, and the names of these columns."""
+    if wanted.caption is not None or found.captions:
+        return [], []
+    notes = []
+    named = [name for name in table if usual(name, CAPTION_NAMES) and name != found.label]
+    for name in named:
+        what = f"holds {str(table[name][0])[:60]!r}, which is no text" if table[name] else "is empty"
+        notes.append(f"no captions: column {name!r} {what}")
+    other = LABEL_NAMES | IMAGE_NAMES | SPLIT_NAMES | FOLDER_NAMES | CAPTION_NAMES
+    texts = [name for name, values in table.items() if _could_be_captions(values) and not usual(name, other)]
+    used = (found.image, found.label, found.split)
+    texts = [name for name in texts if name not in used and not _LABEL_LIKE.search(name)]
+    if not texts or (found.image is None and wanted.image != ""):
+        return notes, named
+    return [*notes, f"no captions: none of the columns {_listed(texts)} is called like captions"], [*named, *texts]
+
+
+def _refuse_text_files(values: Sequence[Any], name: str, source: str) -> None:
+    if _all(values, _is_text_file):
+        raise UserError(
+            f"{source}: column {name!r} holds paths of text files, such as {values[0]!r}, which are not read; "
+            "put the captions into the table, or texts of the name of each image beside the images"
+        )
+
+
+def _notes_on_captions(values: Sequence[Any], name: str) -> list[str]:
+    """What is strange about the cells of a column of captions."""
+    notes = []
+    if any(map(_is_conversation, values)):
+        notes.append(f"of each conversation in {name!r} the answer is the caption, if it has one answer alone")
+    notes += notes_on_texts([text for value in values for text in captions_of(value)])
+    written = [value for value in values if isinstance(value, str) and not _WRITTEN.match(value)]
+    cells = [_ENTITY.sub("", value).strip() for value in written]
+    for mark in ("\n", "\\n", "<br>", *SEPARATORS):
+        if len(cells) > 1 and 10 * sum(mark in cell for cell in cells) >= 9 * len(cells):
+            return [*notes, f"{mark!r} in the cells of {name!r} parts no captions: a cell is one caption"]
+    return notes
+
+
+def _notes_on_words(table: Table, captions: Sequence[str]) -> list[str]:
+    """A note where the captions of all lists are single words: the list may have been meant for one text."""
+    lists = [value for name in captions for value in table[name] if len(captions_of(value)) > 1]
+    if not lists or any(" " in text for value in lists for text in captions_of(value)):
+        return []
+    shown = str(lists[0])[:60]
+    return [f"each word of lists such as {shown} is taken for a caption; join those that are one text"]
+
+
+def _flags(table: Table, found: Found) -> list[str]:
+    """Two columns or more that mark a class or an attribute each, in a table of images without labels."""
+    if found.label is not None or found.image is None:
+        return []
+    used = (found.image, *found.captions, found.split)
+    flags = [
+        name for name, values in table.items() if name not in used and _all(values, _is_flag) and len(set(values)) > 1
+    ]
+    return flags if len(flags) > 1 else []
+
+
+def _notes_on_others(table: Table, found: Found, wanted: Columns, *, but_not: set[str]) -> list[str]:
+    """A note on the columns that are not used, first those that seem to hold what is looked for.
+
+    Columns that nobody expects to be read are left out, and so are those that other notes name, ``but_not``.
+    """
+    used = (found.image, *found.captions, found.label, found.split, found.folder)
+    rest = {name: values for name, values in table.items() if name not in used}
+    left = [
+        (name, "images") for name, values in rest.items() if found.image is not None and _holds_images(name, values)
+    ]
+    left += [(name, "splits") for name in rest if found.split is None and _SPLIT_LIKE.fullmatch(name.strip())]
+    if found.label is None and wanted.label is None:
+        left += [(name, "labels") for name, values in rest.items() if values and _LABEL_LIKE.search(name)]
+    if found.captions and wanted.caption is None:
+        left += [(name, "sentences") for name, values in rest.items() if _holds_sentences(values)]
+    told = {name: f"{name} ({what})" for name, what in left}
+    for name, values in rest.items():
+        by_wish = wanted.caption == "" and usual(name, CAPTION_NAMES)
+        told_elsewhere = name in but_not or (found.image is None and _could_be_image(name, values))
+        if name not in told and not by_wish and not told_elsewhere and not _is_about(name, values):
+            told[name] = name
+    if not told:
+        return []
+    more = f" and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+    return ["columns not used: " + ", ".join([*told.values()][:_TOLD]) + more]
+
+
+def _is_about(name: str, values: Sequence[Any]) -> bool:
+    """Whether a column numbers items or tells of their files, or says the same of all of them."""
+    if _ABOUT.fullmatch(_snake(name)) or (len(values) != 1 and len(set(map(str, values))) < 2):
+        return True
+    return name == "status" and "success" in values  # as img2dataset writes; the failed rows are told elsewhere
 
 
 def _snake(name: str) -> str:
