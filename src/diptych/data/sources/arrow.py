@@ -19,9 +19,7 @@ import numpy as np
 from diptych.data.sources.columns import (
     Columns,
     Found,
-    captions_of,
     find_columns,
-    is_missing,
     label_of,
     notes_on_labels,
 )
@@ -40,7 +38,7 @@ from diptych.data.sources.table import (
     unlabelled_notes,
     unsplit_notes,
 )
-from diptych.data.sources.text import NULLS, why_unreadable
+from diptych.data.sources.text import NULLS, captions_of, is_missing, why_unreadable
 from diptych.errors import UserError
 
 _BLOCKS, _BLOCK = 16, 64

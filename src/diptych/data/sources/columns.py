@@ -1,10 +1,6 @@
 """Which columns of a table hold the image, the captions and the label: as named, else by type and usual name."""
 
-import ast
-import io
-import json
 import re
-import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +8,18 @@ from typing import Any, Literal
 
 from diptych.data.sources.decode import is_image_path
 from diptych.data.sources.text import (
+    INNER,
     SEPARATORS,
+    WRITTEN,
     begins_with_image,
-    clean,
+    captions_of,
     count_words,
+    is_conversation,
     is_json,
+    is_missing,
     notes_on_texts,
     says_missing,
+    written_out,
 )
 from diptych.errors import UserError
 
@@ -64,14 +65,10 @@ _ABOUT = re.compile(
     re.IGNORECASE,
 )
 """Names of columns that number items, or tell of their files. Nobody expects them to be read."""
-_WRITTEN = re.compile(r"""\s*(\[|\{\s*["']|\(\s*["']|array\(|b["'])""")
 _BASE64 = re.compile(r"data:image/|/9j/|iVBORw0KGgo|UklGR|R0lGOD")
 """How images begin that are written in base64."""
 _ENTITY = re.compile(r"&#?\w+;")
-_LIST_NAMES = frozenset({"nan", "None", "null", "array", "dtype", "object"})
 _YES_NO = frozenset({"true", "false", "yes", "no", "y", "n", "t", "f"})
-_GRAMMAR = frozenset({"a", "an", "the", "of", "is", "are", "in", "on", "at", "and", "with", ".", ",", "<eos>", "</s>"})
-"""Words by which a list is seen to be a text that was split into words, and no list of captions of one word."""
 _SPLITS, _TOLD = 20, 8
 """Largest number of splits that a column without a usual name may divide a table in, and of unused columns named."""
 _FRACTION = re.compile(r"\d*\.\d+(e-?\d+)?$")
@@ -81,10 +78,6 @@ _NO_CLASS = frozenset(
 _OWN = 7
 """Largest number of items for which it is not strange that each has a class of its own."""
 _WHOLE = re.compile(r"^(-?\d+)\.0$")
-_SPEAKERS, _MODELS = ("from", "role"), frozenset({"gpt", "assistant", "model", "bot"})
-"""The fields of a part of a conversation that name who speaks, and what they hold where a model does."""
-_INNER = ("raw", "caption", "text", "sentence", "captions", "texts", "sentences")
-"""Where a list of captions holds records instead of strings, the fields that may carry the text."""
 
 
 def is_split(name: str) -> bool:
@@ -242,10 +235,10 @@ def _refuse_text_files(values: Sequence[Any], name: str, source: str) -> None:
 def _notes_on_captions(values: Sequence[Any], name: str) -> list[str]:
     """What is strange about the cells of a column of captions."""
     notes = []
-    if any(map(_is_conversation, values)):
+    if any(map(is_conversation, values)):
         notes.append(f"of each conversation in {name!r} the answer is the caption, if it has one answer alone")
     notes += notes_on_texts([text for value in values for text in captions_of(value)])
-    written = [value for value in values if isinstance(value, str) and not _WRITTEN.match(value)]
+    written = [value for value in values if isinstance(value, str) and not WRITTEN.match(value)]
     cells = [_ENTITY.sub("", value).strip() for value in written]
     for mark in ("\n", "\\n", "<br>", *SEPARATORS):
         if len(cells) > 1 and 10 * sum(mark in cell for cell in cells) >= 9 * len(cells):
@@ -358,13 +351,6 @@ def _is_flag(value: Any) -> bool:
     return str(value).strip() in ("0", "1", "-1", "0.0", "1.0", "True", "False")
 
 
-def is_missing(value: Any) -> bool:
-    """Whether a cell is empty: None, NaN, an empty text, or a list of nothing else."""
-    if isinstance(value, list | tuple):
-        return all(map(is_missing, value))
-    return value is None or (isinstance(value, float) and value != value) or value == ""
-
-
 def is_unlabelled(value: Any) -> bool:
     """Whether a label is -1, by which many libraries mark what has none."""
     return not isinstance(value, bool) and str(value).strip() in ("-1", "-1.0")
@@ -377,7 +363,7 @@ def label_of(value: Any) -> str | None:
     """
     if is_unlabelled(value) or is_missing(value) or says_missing(value) or isinstance(value, list | tuple | Mapping):
         return None
-    if isinstance(value, str) and (is_json(value) or (_WRITTEN.match(value) and _written(value.strip()) is not None)):
+    if isinstance(value, str) and (is_json(value) or written_out(value) is not None):
         return None
     return _WHOLE.sub(r"\1", str(value).strip()) or None
 
@@ -412,91 +398,6 @@ def notes_on_labels(labels: Sequence[str]) -> list[str]:
     elif len(labels) == len(known) > _OWN:
         notes.append(f"each of {len(known):,} labels, such as {labels[0]!r}, is that of one image")
     return notes
-
-
-def captions_of(value: Any) -> list[str]:
-    """The captions in a cell: a text, a list of texts or of lists of words, or records such as {"raw": ...}.
-
-    A list of single words is one text that was split if `a`, `of`, a full stop or the like is among them, else it is
-    several captions.
-    Lists and records may also be written as text, as JSON, Python, NumPy or PostgreSQL print them. Of a conversation
-    about an image, as LLaVA's, the answer is the caption; one with several answers has none.
-    """
-    if isinstance(value, bytes):
-        return captions_of(value.decode("utf-8", "replace"))
-    if isinstance(value, str):
-        if (written := written_captions(value)) is not None:
-            return written
-        text = clean(value)
-        return [text] if text and not says_missing(text) else []
-    if isinstance(value, Mapping):
-        return next((captions_of(value[name]) for name in _INNER if name in value), [])
-    if isinstance(value, Sequence):
-        if _is_conversation(value):
-            answers = [part for part in value if any(part.get(key) in _MODELS for key in _SPEAKERS)]
-            texts = [part.get("value", part.get("content")) for part in answers]
-            texts += [part["assistant"] for part in value if "assistant" in part]
-            return captions_of(texts[0]) if len(texts) == 1 else []
-        if len(value) > 1 and all(map(_is_words, value)):
-            return [text for words in value for text in captions_of(" ".join(words))]
-        if _is_words(value) and not _GRAMMAR.isdisjoint(word.lower() for word in value):
-            return captions_of(" ".join(value))
-        return [text for item in value for text in captions_of(item)]
-    return [] if is_missing(value) or isinstance(value, bool) else [str(value)]
-
-
-def written_captions(text: str) -> list[str] | None:
-    """The captions of a list or record that ``text`` writes out; None where it is a text like any other."""
-    return captions_of(written) if _WRITTEN.match(text) and (written := _written(text.strip())) is not None else None
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(part, Mapping) and not part.keys().isdisjoint((*_SPEAKERS, "assistant")) for part in value)
-    )
-
-
-def _is_words(value: Any) -> bool:
-    """Whether ``value`` is a text that was split into words."""
-    return (
-        isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) and " " not in word for word in value)
-    )
-
-
-def _written(text: str) -> list[Any] | dict[str, Any] | str | None:
-    """The list or record that ``text`` writes out; None where it is a text like any other."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return _written_list(text)
-    if isinstance(found, dict):
-        return found if any(name in found for name in _INNER) else None
-    return (
-        found
-        if isinstance(found, list) and all(isinstance(item, str | list | dict) or is_missing(item) for item in found)
-        else None
-    )
-
-
-def _written_list(text: str) -> list[Any] | str | None:
-    """Texts in quotes between brackets. NumPy puts no commas between them, and Python would join them."""
-    try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-        names = {token.string for token in tokens if token.type == tokenize.NAME}
-        marks = {token.string for token in tokens if token.type == tokenize.OP}
-        values = [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
-        if not values or not names <= _LIST_NAMES or not marks <= set("[](){},=:") | {"..."}:
-            return None
-        if ":" in marks:
-            found = ast.literal_eval(text)
-            records = found if isinstance(found, list) else [found]
-            return records if all(isinstance(item, dict | str) for item in records) else None
-    except (tokenize.TokenError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
-    return texts[0] if not marks else texts
 
 
 def is_embedded(value: Any) -> bool:
@@ -658,10 +559,10 @@ def _is_text(value: Any) -> bool:
     if isinstance(value, str):
         return not is_image_path(value) and not is_address(value)
     if isinstance(value, Mapping):
-        return any(_is_text(value.get(name)) for name in _INNER)
+        return any(_is_text(value.get(name)) for name in INNER)
     if not isinstance(value, list | tuple):
         return False
-    if _is_conversation(value):
+    if is_conversation(value):
         return bool(captions_of(value))
     present = [item for item in value if not is_missing(item)]
     return bool(present) and all(map(_is_text, present))

@@ -19,14 +19,11 @@ from diptych.data.sources.columns import (
     IMAGE_NAMES,
     Columns,
     Found,
-    captions_of,
     find_fields,
     find_image,
-    is_missing,
     label_of,
     notes_on_labels,
     usual,
-    written_captions,
 )
 from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
 from diptych.data.sources.paths import folder_labels, splits_of
@@ -45,7 +42,16 @@ from diptych.data.sources.table import (
     unlabelled_notes,
     unsplit_notes,
 )
-from diptych.data.sources.text import clean, decode_text, notes_on_lines, notes_on_texts, says_missing
+from diptych.data.sources.text import (
+    captions_of,
+    clean,
+    decode_text,
+    is_missing,
+    notes_on_lines,
+    notes_on_texts,
+    says_missing,
+    written_captions,
+)
 from diptych.errors import UserError
 
 _OTHER_KINDS = (".tar", *TABLE_SUFFIXES)

@@ -14,11 +14,9 @@ from diptych.data.sources.columns import (
     STEM_NAMES,
     Columns,
     Found,
-    captions_of,
     find_columns,
     find_image,
     is_address,
-    is_missing,
     is_split,
     label_of,
     notes_on_labels,
@@ -28,7 +26,7 @@ from diptych.data.sources.decode import ImageLimits, decode, is_image_path
 from diptych.data.sources.paths import ImagePaths, Roots, files_of_addresses, folders_below, splits_of
 from diptych.data.sources.remote import RemoteFile, is_remote
 from diptych.data.sources.rows import read_rows
-from diptych.data.sources.text import says_missing
+from diptych.data.sources.text import captions_of, is_missing, says_missing
 from diptych.errors import UserError
 
 __all__ = ["TableSource", "from_rows", "open_tables"]
