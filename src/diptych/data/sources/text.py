@@ -45,6 +45,8 @@ NULLS = frozenset(
     | {"#N/A", "#NAME?", "#REF!", "#VALUE!"}
 )
 """What libraries, spreadsheets and people write into an empty cell."""
+_OTHER_SCRIPT, _NOT_WINDOWS_1252 = re.compile(rb"[\x80-\xff]{3}"), re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
+"""Bytes of a text in another script than the Latin one, and those that stand for no character of Windows-1252."""
 _NO_TEXTS = {
     **NOT_THE_FILE,
     b"<table": "is a table of HTML, whatever its name; save it as csv in UTF-8",
@@ -292,12 +294,22 @@ def decode_text(data: bytes, *, name: str) -> str:
 def _not_utf8(data: bytes, *, name: str, offset: int) -> NoReturn:
     offset += 3 * data.startswith(b"\xef\xbb\xbf")  # the codec counts from behind the byte order mark
     line = data.count(b"\n", 0, offset) + 1
-    # Windows-1252 is Latin-1 with quotes and dashes where Latin-1 has control characters, which no caption holds.
-    coding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
     raise UserError(
         f"{name}: line {line}, byte {offset} (0x{data[offset]:02x}) is not UTF-8; "
-        f"convert it from the encoding that it was saved in, e.g. iconv -f {coding} -t UTF-8 FILE > NEW"
+        f"convert it from the encoding that it was saved in, {_how_to_convert(data, line)} -t UTF-8 FILE > NEW"
     )
+
+
+def _how_to_convert(data: bytes, line: int) -> str:
+    """The beginning of a command that converts ``data``, of which this line is not UTF-8."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "e.g. iconv -f UTF-16"
+    text = data.split(b"\n", line)[line - 1]
+    # Windows-1252 is Latin-1 with quotes and dashes where Latin-1 has control characters, which no caption holds. Its
+    # languages seldom have three letters with accents in a row, others have them in every word.
+    if _OTHER_SCRIPT.search(text) or _NOT_WINDOWS_1252.search(text):
+        return "such as SHIFT_JIS, GB18030 or WINDOWS-1251: iconv -f ENCODING"
+    return "e.g. iconv -f WINDOWS-1252"
 
 
 def _refuse_table(path: Path, lines: Sequence[str]) -> None:
