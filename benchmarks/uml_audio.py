@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diptych.data.audio import MelConfig, write_frames
 from diptych.data.class_texts import permuted
 from diptych.data.pixels import SkippedItems, image_batches
 from diptych.data.sources import Source, open_source
 from diptych.data.splits import draw_episode
 from diptych.data.store import VectorStore
 from diptych.encoders import open_image_encoder, open_text_encoder
+from diptych.encoders.audio import MelConfig, write_frames
 from diptych.eval.frechet import RandomFeatures
 from diptych.experiments.few_shot import FewShotResult, gain, spread
 from diptych.rng import derive_seed

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diptych.data.audio import MelConfig, write_frames
 from diptych.data.sources import open_source
 from diptych.data.store import VectorStore, write_vectors
 from diptych.encoders import open_text_encoder
+from diptych.encoders.audio import MelConfig, write_frames
 from diptych.eval.probe import linear_probe
 from diptych.rng import derive_seed
 from diptych.run_folder import save_model, write_json

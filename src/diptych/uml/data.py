@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diptych.data.audio import AudioTar, MelConfig, write_frames
 from diptych.data.batch import LabelledImageExamples, LabelledVectorExamples, SequenceExamples
 from diptych.data.class_texts import Shots, choose_texts
 from diptych.data.pixels import CachedImages, SkippedItems, channels_first, image_batches
@@ -44,6 +43,7 @@ from diptych.encoders import (
     open_image_encoder,
     open_text_encoder,
 )
+from diptych.encoders.audio import AudioTar, MelConfig, write_frames
 from diptych.errors import UserError, first_line
 from diptych.io import weights_digest
 from diptych.nn.inference import Device, eval_mode, pick_device

@@ -1,6 +1,7 @@
 """Text files: encodings, empty lines, hostile characters."""
 
 import gzip
+import re
 
 import pytest
 
@@ -66,6 +67,23 @@ def test_wrong_encoding_names_line_and_byte(tmp_path):
     path.write_bytes(b"\xef\xbb\xbffine\ncaf\xe9\n")
     with pytest.raises(UserError, match="line 2, byte 11 "):
         read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "advice"),
+    [
+        ("A café.", "cp1252", "e.g. iconv -f WINDOWS-1252 -t"),
+        ("“Déjà vu”", "cp1252", "e.g. iconv -f WINDOWS-1252 -t"),
+        ("赤い車が走る", "shift_jis", "such as SHIFT_JIS, GB18030 or WINDOWS-1251: iconv -f ENCODING -t"),
+        ("一只猫", "gb18030", "such as SHIFT_JIS, GB18030 or WINDOWS-1251: iconv -f ENCODING -t"),
+        ("собака", "cp1251", "such as SHIFT_JIS, GB18030 or WINDOWS-1251: iconv -f ENCODING -t"),
+    ],
+)
+def test_the_command_that_converts_a_file_can_read_it(tmp_path, text, encoding, advice):
+    """iconv refuses or mangles a file in another script that it is told is in Windows-1252."""
+    (tmp_path / "t.txt").write_bytes(b"a dog runs\n" + text.encode(encoding) + b"\n")
+    with pytest.raises(UserError, match=re.escape(advice)):
+        read_text(tmp_path / "t.txt")
 
 
 @pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-16-be"])

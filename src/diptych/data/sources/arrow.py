@@ -19,9 +19,7 @@ import numpy as np
 from diptych.data.sources.columns import (
     Columns,
     Found,
-    captions_of,
     find_columns,
-    is_missing,
     label_of,
     notes_on_labels,
 )
@@ -32,6 +30,7 @@ from diptych.data.sources.table import (
     counted,
     file_split_notes,
     from_rows,
+    note_on_two_labels,
     select_split,
     some,
     split_notes,
@@ -39,7 +38,7 @@ from diptych.data.sources.table import (
     unlabelled_notes,
     unsplit_notes,
 )
-from diptych.data.sources.text import NULLS, why_unreadable
+from diptych.data.sources.text import NULLS, captions_of, is_missing, why_unreadable
 from diptych.errors import UserError
 
 _BLOCKS, _BLOCK = 16, 64
@@ -368,10 +367,7 @@ class ArrowSource:
         self._groups: Sequence[Sequence[int]] = groups or [(row,) for row in range(len(data))]
         several = [i for i, group in enumerate(self._groups) if len(group) > 1] if found.label else []
         other = [self.key(i) for i in several if len(set(self._labels_of(i))) > 1]
-        if other:
-            self.notes.append(
-                f"{counted(len(other), 'image')} with two labels, of which the first is used: {some(other, len(other))}"
-            )
+        self.notes += note_on_two_labels(other, len(other))
 
     def __len__(self) -> int:
         return len(self._groups)

@@ -1,10 +1,6 @@
 """Which columns of a table hold the image, the captions and the label: as named, else by type and usual name."""
 
-import ast
-import io
-import json
 import re
-import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +8,18 @@ from typing import Any, Literal
 
 from diptych.data.sources.decode import is_image_path
 from diptych.data.sources.text import (
+    INNER,
     SEPARATORS,
+    WRITTEN,
     begins_with_image,
-    clean,
+    captions_of,
     count_words,
+    is_conversation,
     is_json,
+    is_missing,
     notes_on_texts,
     says_missing,
+    written_out,
 )
 from diptych.errors import UserError
 
@@ -64,14 +65,10 @@ _ABOUT = re.compile(
     re.IGNORECASE,
 )
 """Names of columns that number items, or tell of their files. Nobody expects them to be read."""
-_WRITTEN = re.compile(r"""\s*(\[|\{\s*["']|\(\s*["']|array\(|b["'])""")
 _BASE64 = re.compile(r"data:image/|/9j/|iVBORw0KGgo|UklGR|R0lGOD")
 """How images begin that are written in base64."""
 _ENTITY = re.compile(r"&#?\w+;")
-_LIST_NAMES = frozenset({"nan", "None", "null", "array", "dtype", "object"})
 _YES_NO = frozenset({"true", "false", "yes", "no", "y", "n", "t", "f"})
-_GRAMMAR = frozenset({"a", "an", "the", "of", "is", "are", "in", "on", "at", "and", "with", ".", ",", "<eos>", "</s>"})
-"""Words by which a list is seen to be a text that was split into words, and no list of captions of one word."""
 _SPLITS, _TOLD = 20, 8
 """Largest number of splits that a column without a usual name may divide a table in, and of unused columns named."""
 _FRACTION = re.compile(r"\d*\.\d+(e-?\d+)?$")
@@ -81,10 +78,6 @@ _NO_CLASS = frozenset(
 _OWN = 7
 """Largest number of items for which it is not strange that each has a class of its own."""
 _WHOLE = re.compile(r"^(-?\d+)\.0$")
-_SPEAKERS, _MODELS = ("from", "role"), frozenset({"gpt", "assistant", "model", "bot"})
-"""The fields of a part of a conversation that name who speaks, and what they hold where a model does."""
-_INNER = ("raw", "caption", "text", "sentence", "captions", "texts", "sentences")
-"""Where a list of captions holds records instead of strings, the fields that may carry the text."""
 
 
 def is_split(name: str) -> bool:
@@ -162,101 +155,149 @@ def find_columns(table: Table, *, wanted: Columns, source: str) -> Found:
 def find_fields(table: Table, *, wanted: Columns, source: str, image: str | None = None) -> Found:
     """The columns of captions, label and split, given the one of the image, if any. Raises as `find_columns`."""
     captions = _find_captions(table, wanted.caption, image, source)
-    label = _named(table, wanted.label, "label", source) if wanted.label else None
-    if wanted.label is None:
-        known = [name for name in table if usual(name, LABEL_NAMES) and name not in captions]
-        words = [name for name in known if not all(str(value).strip("-0123456789.") == "" for value in table[name])]
-        label = _one(words if len(words) == 1 else known, "label", table, source)
-    split = next((name for name in table if usual(name, SPLIT_NAMES)), None) or next(
-        (
-            name
-            for name, values in table.items()
-            if name != image and _all(values, _is_split_cell) and 1 < len(set(values)) <= _SPLITS
-        ),
-        None,
-    )
-    embedded = image is not None and _embedded(image, table[image])
-    notes = []
-    unlike: list[str] = []  # columns that other notes name
-    if wanted.caption is None and captions and not any(map(_is_caption_name, captions)):
-        if captions[0].count(" ") > 1:
-            raise UserError(
-                f"{source}: the first line must name the columns, and {captions[0]!r} looks like data; add a first line"
-            )
-        notes.append(f"captions are taken from {captions[0]!r}, the only column of sentences")
-    if wanted.caption is None and not captions:
-        named = [name for name in table if usual(name, CAPTION_NAMES) and name != label]
-        for name in named:
-            what = f"holds {str(table[name][0])[:60]!r}, which is no text" if table[name] else "is empty"
-            notes.append(f"no captions: column {name!r} {what}")
-            unlike.append(name)
-        other = LABEL_NAMES | IMAGE_NAMES | SPLIT_NAMES | FOLDER_NAMES | CAPTION_NAMES
-        texts = [name for name, values in table.items() if _could_be_captions(values) and not usual(name, other)]
-        texts = [name for name in texts if name not in (image, label, split) and not _LABEL_LIKE.search(name)]
-        if texts and (image is not None or wanted.image == ""):
-            unlike += texts
-            notes.append(f"no captions: none of the columns {_listed(texts)} is called like captions")
-    for name in captions:
-        if _all(table[name], _is_text_file):
-            raise UserError(
-                f"{source}: column {name!r} holds paths of text files, such as {table[name][0]!r}, which are not read; "
-                "put the captions into the table, or texts of the name of each image beside the images"
-            )
-        if any(map(_is_conversation, table[name])):
-            notes.append(f"of each conversation in {name!r} the answer is the caption, if it has one answer alone")
-        notes += notes_on_texts([text for value in table[name] for text in captions_of(value)])
-        written = [value for value in table[name] if isinstance(value, str) and not _WRITTEN.match(value)]
-        cells = [_ENTITY.sub("", value).strip() for value in written]
-        for mark in ("\n", "\\n", "<br>", *SEPARATORS):
-            if len(cells) > 1 and 10 * sum(mark in cell for cell in cells) >= 9 * len(cells):
-                notes.append(f"{mark!r} in the cells of {name!r} parts no captions: a cell is one caption")
-                break
-    if label is None and image is not None:
-        flags = [
-            name
-            for name, values in table.items()
-            if name not in (image, *captions, split) and _all(values, _is_flag) and len(set(values)) > 1
-        ]
-        if len(flags) > 1 and wanted.label is None:
-            unlike += flags
-            notes.append(
-                f"no labels: columns of marks such as {', '.join(flags[:3])} are not read; write a column label"
-            )
-    words = [value for name in captions for value in table[name] if len(captions_of(value)) > 1]
-    if words and not any(" " in text for value in words for text in captions_of(value)):
-        shown = str(words[0])[:60]
-        notes.append(f"each word of lists such as {shown} is taken for a caption; join those that are one text")
-    folder = None if image is None else next((name for name in table if _is_folder(name, table[name], image)), None)
-    rest = {name: values for name, values in table.items() if name not in (image, *captions, label, split, folder)}
-    left = [(name, "images") for name, values in rest.items() if image is not None and _holds_images(name, values)]
-    left += [(name, "splits") for name in rest if split is None and _SPLIT_LIKE.fullmatch(name.strip())]
-    if label is None and wanted.label is None:
-        left += [(name, "labels") for name, values in rest.items() if values and _LABEL_LIKE.search(name)]
-    if captions and wanted.caption is None:
-        left += [(name, "sentences") for name, values in rest.items() if _holds_sentences(values)]
-    told = {name: f"{name} ({what})" for name, what in left}
-    unlike += [name for name in rest if wanted.caption == "" and usual(name, CAPTION_NAMES)]
-    unlike += [name for name, values in rest.items() if image is None and _could_be_image(name, values)]
-    others = [
-        name
-        for name, values in rest.items()
-        if not _ABOUT.fullmatch(_snake(name))
-        and not (name == "status" and "success" in values)  # as img2dataset writes; the failed rows are told elsewhere
-        and (len(values) == 1 or len(set(map(str, values))) > 1)
-    ]
-    told |= {name: name for name in others if name not in told and name not in unlike}
-    if told:
-        more = f" and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
-        notes.append("columns not used: " + ", ".join([*told.values()][:_TOLD]) + more)
-    return Found(
+    found = Found(
         image=image,
         captions=captions,
-        label=label,
-        split=split,
-        folder=folder,
-        embedded=embedded,
-        notes=tuple(notes),
+        label=_find_label(table, wanted.label, captions, source),
+        split=_find_split(table, image),
+        folder=None if image is None else next((n for n, cells in table.items() if _is_folder(n, cells, image)), None),
+        embedded=image is not None and _embedded(image, table[image]),
     )
+    absent, told = _notes_on_no_captions(table, found, wanted)
+    flags = _flags(table, found) if wanted.label is None else []
+    notes = [*_notes_on_guess(found, wanted, source), *absent]
+    for name in captions:
+        _refuse_text_files(table[name], name, source)
+        notes += _notes_on_captions(table[name], name)
+    if flags:
+        notes.append(f"no labels: columns of marks such as {', '.join(flags[:3])} are not read; write a column label")
+    notes += _notes_on_words(table, captions) + _notes_on_others(table, found, wanted, but_not={*told, *flags})
+    return replace(found, notes=tuple(notes))
+
+
+def _find_label(table: Table, wanted: str | None, captions: Sequence[str], source: str) -> str | None:
+    if wanted is not None:
+        return _named(table, wanted, "label", source) if wanted else None
+    known = [name for name in table if usual(name, LABEL_NAMES) and name not in captions]
+    words = [name for name in known if not all(str(value).strip("-0123456789.") == "" for value in table[name])]
+    return _one(words if len(words) == 1 else known, "label", table, source)
+
+
+def _find_split(table: Table, image: str | None) -> str | None:
+    """The first column that is called like one of splits, else the first that holds nothing but a few splits."""
+    called = (name for name in table if usual(name, SPLIT_NAMES))
+    holding = (
+        name
+        for name, values in table.items()
+        if name != image and _all(values, _is_split_cell) and 1 < len(set(values)) <= _SPLITS
+    )
+    return next(called, None) or next(holding, None)
+
+
+def _notes_on_guess(found: Found, wanted: Columns, source: str) -> list[str]:
+    """A note on captions of a column that is not called like one. Raises UserError where its name is a sentence."""
+    if wanted.caption is not None or not found.captions or any(map(_is_caption_name, found.captions)):
+        return []
+    name = found.captions[0]
+    if name.count(" ") > 1:
+        raise UserError(
+            f"{source}: the first line must name the columns, and {name!r} looks like data; add a first line"
+        )
+    return [f"captions are taken from {name!r}, the only column of sentences"]
+
+
+def _notes_on_no_captions(table: Table, found: Found, wanted: Columns) -> tuple[list[str], list[str]]:
+    """Notes on columns that may have been meant for captions where none are found, and the names of these columns."""
+    if wanted.caption is not None or found.captions:
+        return [], []
+    notes = []
+    named = [name for name in table if usual(name, CAPTION_NAMES) and name != found.label]
+    for name in named:
+        what = f"holds {str(table[name][0])[:60]!r}, which is no text" if table[name] else "is empty"
+        notes.append(f"no captions: column {name!r} {what}")
+    other = LABEL_NAMES | IMAGE_NAMES | SPLIT_NAMES | FOLDER_NAMES | CAPTION_NAMES
+    texts = [name for name, values in table.items() if _could_be_captions(values) and not usual(name, other)]
+    used = (found.image, found.label, found.split)
+    texts = [name for name in texts if name not in used and not _LABEL_LIKE.search(name)]
+    if not texts or (found.image is None and wanted.image != ""):
+        return notes, named
+    return [*notes, f"no captions: none of the columns {_listed(texts)} is called like captions"], [*named, *texts]
+
+
+def _refuse_text_files(values: Sequence[Any], name: str, source: str) -> None:
+    if _all(values, _is_text_file):
+        raise UserError(
+            f"{source}: column {name!r} holds paths of text files, such as {values[0]!r}, which are not read; "
+            "put the captions into the table, or texts of the name of each image beside the images"
+        )
+
+
+def _notes_on_captions(values: Sequence[Any], name: str) -> list[str]:
+    """What is strange about the cells of a column of captions."""
+    notes = []
+    if any(map(is_conversation, values)):
+        notes.append(f"of each conversation in {name!r} the answer is the caption, if it has one answer alone")
+    notes += notes_on_texts([text for value in values for text in captions_of(value)])
+    written = [value for value in values if isinstance(value, str) and not WRITTEN.match(value)]
+    cells = [_ENTITY.sub("", value).strip() for value in written]
+    for mark in ("\n", "\\n", "<br>", *SEPARATORS):
+        if len(cells) > 1 and 10 * sum(mark in cell for cell in cells) >= 9 * len(cells):
+            return [*notes, f"{mark!r} in the cells of {name!r} parts no captions: a cell is one caption"]
+    return notes
+
+
+def _notes_on_words(table: Table, captions: Sequence[str]) -> list[str]:
+    """A note where the captions of all lists are single words: the list may have been meant for one text."""
+    lists = [value for name in captions for value in table[name] if len(captions_of(value)) > 1]
+    if not lists or any(" " in text for value in lists for text in captions_of(value)):
+        return []
+    shown = str(lists[0])[:60]
+    return [f"each word of lists such as {shown} is taken for a caption; join those that are one text"]
+
+
+def _flags(table: Table, found: Found) -> list[str]:
+    """Two columns or more that mark a class or an attribute each, in a table of images without labels."""
+    if found.label is not None or found.image is None:
+        return []
+    used = (found.image, *found.captions, found.split)
+    flags = [
+        name for name, values in table.items() if name not in used and _all(values, _is_flag) and len(set(values)) > 1
+    ]
+    return flags if len(flags) > 1 else []
+
+
+def _notes_on_others(table: Table, found: Found, wanted: Columns, *, but_not: set[str]) -> list[str]:
+    """A note on the columns that are not used, first those that seem to hold what is looked for.
+
+    Columns that nobody expects to be read are left out, and so are those that other notes name, ``but_not``.
+    """
+    used = (found.image, *found.captions, found.label, found.split, found.folder)
+    rest = {name: values for name, values in table.items() if name not in used}
+    left = [
+        (name, "images") for name, values in rest.items() if found.image is not None and _holds_images(name, values)
+    ]
+    left += [(name, "splits") for name in rest if found.split is None and _SPLIT_LIKE.fullmatch(name.strip())]
+    if found.label is None and wanted.label is None:
+        left += [(name, "labels") for name, values in rest.items() if values and _LABEL_LIKE.search(name)]
+    if found.captions and wanted.caption is None:
+        left += [(name, "sentences") for name, values in rest.items() if _holds_sentences(values)]
+    told = {name: f"{name} ({what})" for name, what in left}
+    for name, values in rest.items():
+        by_wish = wanted.caption == "" and usual(name, CAPTION_NAMES)
+        told_elsewhere = name in but_not or (found.image is None and _could_be_image(name, values))
+        if name not in told and not by_wish and not told_elsewhere and not _is_about(name, values):
+            told[name] = name
+    if not told:
+        return []
+    more = f" and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+    return ["columns not used: " + ", ".join([*told.values()][:_TOLD]) + more]
+
+
+def _is_about(name: str, values: Sequence[Any]) -> bool:
+    """Whether a column numbers items or tells of their files, or says the same of all of them."""
+    if _ABOUT.fullmatch(_snake(name)) or (len(values) != 1 and len(set(map(str, values))) < 2):
+        return True
+    return name == "status" and "success" in values  # as img2dataset writes; the failed rows are told elsewhere
 
 
 def _snake(name: str) -> str:
@@ -310,13 +351,6 @@ def _is_flag(value: Any) -> bool:
     return str(value).strip() in ("0", "1", "-1", "0.0", "1.0", "True", "False")
 
 
-def is_missing(value: Any) -> bool:
-    """Whether a cell is empty: None, NaN, an empty text, or a list of nothing else."""
-    if isinstance(value, list | tuple):
-        return all(map(is_missing, value))
-    return value is None or (isinstance(value, float) and value != value) or value == ""
-
-
 def is_unlabelled(value: Any) -> bool:
     """Whether a label is -1, by which many libraries mark what has none."""
     return not isinstance(value, bool) and str(value).strip() in ("-1", "-1.0")
@@ -329,7 +363,7 @@ def label_of(value: Any) -> str | None:
     """
     if is_unlabelled(value) or is_missing(value) or says_missing(value) or isinstance(value, list | tuple | Mapping):
         return None
-    if isinstance(value, str) and (is_json(value) or (_WRITTEN.match(value) and _written(value.strip()) is not None)):
+    if isinstance(value, str) and (is_json(value) or written_out(value) is not None):
         return None
     return _WHOLE.sub(r"\1", str(value).strip()) or None
 
@@ -364,91 +398,6 @@ def notes_on_labels(labels: Sequence[str]) -> list[str]:
     elif len(labels) == len(known) > _OWN:
         notes.append(f"each of {len(known):,} labels, such as {labels[0]!r}, is that of one image")
     return notes
-
-
-def captions_of(value: Any) -> list[str]:
-    """The captions in a cell: a text, a list of texts or of lists of words, or records such as {"raw": ...}.
-
-    A list of single words is one text that was split if `a`, `of`, a full stop or the like is among them, else it is
-    several captions.
-    Lists and records may also be written as text, as JSON, Python, NumPy or PostgreSQL print them. Of a conversation
-    about an image, as LLaVA's, the answer is the caption; one with several answers has none.
-    """
-    if isinstance(value, bytes):
-        return captions_of(value.decode("utf-8", "replace"))
-    if isinstance(value, str):
-        if (written := written_captions(value)) is not None:
-            return written
-        text = clean(value)
-        return [text] if text and not says_missing(text) else []
-    if isinstance(value, Mapping):
-        return next((captions_of(value[name]) for name in _INNER if name in value), [])
-    if isinstance(value, Sequence):
-        if _is_conversation(value):
-            answers = [part for part in value if any(part.get(key) in _MODELS for key in _SPEAKERS)]
-            texts = [part.get("value", part.get("content")) for part in answers]
-            texts += [part["assistant"] for part in value if "assistant" in part]
-            return captions_of(texts[0]) if len(texts) == 1 else []
-        if len(value) > 1 and all(map(_is_words, value)):
-            return [text for words in value for text in captions_of(" ".join(words))]
-        if _is_words(value) and not _GRAMMAR.isdisjoint(word.lower() for word in value):
-            return captions_of(" ".join(value))
-        return [text for item in value for text in captions_of(item)]
-    return [] if is_missing(value) or isinstance(value, bool) else [str(value)]
-
-
-def written_captions(text: str) -> list[str] | None:
-    """The captions of a list or record that ``text`` writes out; None where it is a text like any other."""
-    return captions_of(written) if _WRITTEN.match(text) and (written := _written(text.strip())) is not None else None
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(part, Mapping) and not part.keys().isdisjoint((*_SPEAKERS, "assistant")) for part in value)
-    )
-
-
-def _is_words(value: Any) -> bool:
-    """Whether ``value`` is a text that was split into words."""
-    return (
-        isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) and " " not in word for word in value)
-    )
-
-
-def _written(text: str) -> list[Any] | dict[str, Any] | str | None:
-    """The list or record that ``text`` writes out; None where it is a text like any other."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return _written_list(text)
-    if isinstance(found, dict):
-        return found if any(name in found for name in _INNER) else None
-    return (
-        found
-        if isinstance(found, list) and all(isinstance(item, str | list | dict) or is_missing(item) for item in found)
-        else None
-    )
-
-
-def _written_list(text: str) -> list[Any] | str | None:
-    """Texts in quotes between brackets. NumPy puts no commas between them, and Python would join them."""
-    try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-        names = {token.string for token in tokens if token.type == tokenize.NAME}
-        marks = {token.string for token in tokens if token.type == tokenize.OP}
-        values = [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
-        if not values or not names <= _LIST_NAMES or not marks <= set("[](){},=:") | {"..."}:
-            return None
-        if ":" in marks:
-            found = ast.literal_eval(text)
-            records = found if isinstance(found, list) else [found]
-            return records if all(isinstance(item, dict | str) for item in records) else None
-    except (tokenize.TokenError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
-    return texts[0] if not marks else texts
 
 
 def is_embedded(value: Any) -> bool:
@@ -610,10 +559,10 @@ def _is_text(value: Any) -> bool:
     if isinstance(value, str):
         return not is_image_path(value) and not is_address(value)
     if isinstance(value, Mapping):
-        return any(_is_text(value.get(name)) for name in _INNER)
+        return any(_is_text(value.get(name)) for name in INNER)
     if not isinstance(value, list | tuple):
         return False
-    if _is_conversation(value):
+    if is_conversation(value):
         return bool(captions_of(value))
     present = [item for item in value if not is_missing(item)]
     return bool(present) and all(map(_is_text, present))

@@ -1,36 +1,67 @@
-"""Folders of images: captions in `name.txt` beside `name.jpg` or in a metadata file, labels and splits as folders."""
+"""Folders of images: captions in `name.txt` beside `name.jpg` or in a metadata file, labels and splits as folders.
 
+`SampleSource` is what folders and tars of images with side-cars have in common.
+"""
+
+import json
 import os
-from collections.abc import Iterator
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
-from diptych.data.sources.columns import IMAGE_NAMES, Columns, find_image, usual
-from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
-from diptych.data.sources.rows import TABLE_SUFFIXES, read_rows
-from diptych.data.sources.samples import (
-    TEXT_SUFFIXES,
-    SampleSource,
-    folder_labels,
-    group,
-    is_hidden,
-    unused_notes,
+from diptych.data.sources.columns import (
+    CAPTION_NAMES,
+    IMAGE_NAMES,
+    Columns,
+    Found,
+    find_fields,
+    find_image,
+    label_of,
+    notes_on_labels,
+    usual,
 )
+from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
+from diptych.data.sources.paths import folder_labels, splits_of
+from diptych.data.sources.rows import TABLE_SUFFIXES, read_rows
+from diptych.data.sources.samples import CLASS, IMAGE, JSON, TEXT, TEXT_SUFFIXES, group, is_hidden, unused_notes
 from diptych.data.sources.table import (
     TableSource,
     counted,
     file_block,
     from_rows,
     sample_columns,
+    select_split,
     some,
     split_notes,
-    splits_of,
     unknown_split,
+    unlabelled_notes,
+    unsplit_notes,
+)
+from diptych.data.sources.text import (
+    captions_of,
+    clean,
+    decode_text,
+    is_missing,
+    notes_on_lines,
+    notes_on_texts,
+    says_missing,
+    written_captions,
 )
 from diptych.errors import UserError
 
 _OTHER_KINDS = (".tar", *TABLE_SUFFIXES)
+_SHOWN = {TEXT: "txt", JSON: "json", CLASS: "cls"}
+_BOXES = re.compile(r"(\s*\d+(\s+-?[\d.]+){4,}\s*)+")
+"""Lines of a class and a box, as detectors have them."""
+_SAMPLE = 64
+"""Number of samples whose texts and json are read when a source is opened."""
+_MANY = 100_000
+"""Largest number of .json files that are read in search of captions when a source is opened."""
 
 
 def open_folder(
@@ -152,6 +183,270 @@ def notes_on_class_folders(source: TableSource, table: str, root: Path) -> list[
 
 def _is_caption_file(file: str) -> bool:
     return os.path.splitext(file)[1].lower() in (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
+
+
+@dataclass(frozen=True, slots=True)
+class _SideCars:
+    """What the side-cars of an item hold."""
+
+    item: int
+    fields: dict[str, Any]
+    text: str
+    label: Any
+    """The class of the image: of its own file, else of the json."""
+
+
+def _lines_of(text: str) -> list[str]:
+    written = written_captions(text)
+    return [line for line in map(clean, text.split("\n")) if line] if written is None else written
+
+
+class SampleSource(ABC):
+    """Images with side-cars. Where they lie, in a folder or in tars, is what the two subclasses know."""
+
+    def __init__(
+        self,
+        keys: list[str],
+        slots: np.ndarray,
+        *,
+        name: str,
+        labels: list[str | None],
+        splits: Sequence[str | None],
+        columns: Columns,
+        split: str | None,
+        limits: ImageLimits,
+        notes: list[str],
+        texts_named: bool,
+    ):
+        """``slots`` [N, 4] are as in `Groups`; ``labels`` and ``splits`` are what the folders of the samples say."""
+        self.name, self.notes = name, notes
+        self._limits, self._keys, self._slots, self._labels = limits, keys, slots, labels
+        self.notes += notes_on_labels([label for label in labels if label is not None])
+        self._drop_boxes()
+        self._by_text = columns.caption is None or texts_named
+        self._found = self._fields(columns)
+        if columns.caption == "" or (self._found and not self._by_text):  # a field that is named, or none at all
+            self._slots[:, TEXT] = -1
+        elif not self._found:
+            self._by_text = True  # the name is that of a column of another source
+        self.has_images = self._any(IMAGE)
+        self.has_captions = self._any(TEXT) or bool(self._found and self._found.captions)
+        self._take_split(split, splits)
+        self.notes += self._notes_on_side_cars() + self._notes_on_names()
+
+    def _notes_on_names(self) -> list[str]:
+        """A note on images without side-cars that are called like others, which have some: they may be copies."""
+        having = np.any(self._slots[:, TEXT:] >= 0, axis=1)
+        if having.all() or not having.any():
+            return []
+        stems = [os.path.splitext(os.path.basename(key))[0] for key in self._keys]
+        known = {stem for stem, has_some in zip(stems, having, strict=True) if has_some}
+        found = [self._keys[i] for i in np.flatnonzero(~having) if stems[i] in known]
+        return (
+            [f"{counted(len(found), 'image')} without a text called like one that has it: {some(found, len(found))}"]
+            if found
+            else []
+        )
+
+    @abstractmethod
+    def block(self, i: int) -> tuple[int, bytes]:
+        """As `HasBlocks.block`."""
+
+    @abstractmethod
+    def _read(self, member: int) -> bytes:
+        """The content of a file by its number in the groups."""
+
+    def _any(self, kind: int) -> bool:
+        return bool(np.any(self._slots[:, kind] >= 0))
+
+    def _drop_boxes(self) -> None:
+        """Take no texts for captions that hold boxes, as those of detectors do."""
+        having = np.flatnonzero(self._slots[:, TEXT] >= 0)
+        some_items = having[:: max(1, len(having) // 16)]
+        contents = [self._read(int(self._slots[i, TEXT])) for i in some_items]
+        written = [content.decode("utf-8", "replace") for content in contents if content.strip()]
+        if written and all(map(_BOXES.fullmatch, written)):
+            self._slots[:, TEXT] = -1
+            self.notes.append(f"{counted(len(having), 'text')} with boxes not used: they hold no captions")
+
+    def _fields(self, columns: Columns) -> Found | None:
+        """The json fields that hold captions, label and split; captions only of samples that have no text."""
+        having = np.flatnonzero(self._slots[:, JSON] >= 0)
+        if not len(having):
+            return None
+        wanted = columns
+        textless = having[self._slots[having, TEXT] < 0]
+        if self._by_text:
+            wanted = replace(columns, caption=None if len(textless) else "")
+            having = textless if len(textless) else having
+        spread = [self._json(int(i)) for i in having[:: max(1, len(having) // _SAMPLE)]]
+        source = f"{self.name} (fields of its .json members)"
+        found = find_fields(sample_columns(spread), wanted=wanted, source=source)
+        if wanted.caption is None and not found.captions and len(having) > len(spread):
+            every = [self._json(int(i)) for i in having[:: max(1, len(having) // _MANY)]]
+            found = find_fields(sample_columns(every), wanted=wanted, source=source)
+        self.notes += found.notes
+        if not (found.captions or found.label or found.split) and not (columns.caption == columns.label == ""):
+            names = sorted({name for fields in spread for name in fields})
+            if textless.size:
+                self.notes.append(f".json without captions and labels: their fields are {some(names, len(names))}")
+        return found
+
+    def _notes_on_side_cars(self) -> list[str]:
+        """What a sample of the side-cars says that is not used: other captions in the json, nan for a caption, -1."""
+        having = np.flatnonzero((self._slots[:, TEXT:] >= 0).any(1))
+        chosen = [int(i) for i in having[:: max(1, len(having) // _SAMPLE)]]
+        of = f"of {len(chosen):,} that were looked at"
+        seen = self._seen(chosen)
+        blank = sum(bool(self._slots[each.item, TEXT] >= 0) and not each.text.strip() for each in seen)
+        nulls = sum(says_missing(line) for each in seen for line in each.text.split("\n"))
+        names = self._found.captions if self._found else ()
+        nulls += sum(says_missing(each.fields.get(name)) for each in seen for name in names)
+        lines = [_lines_of(each.text) for each in seen]
+        notes = [f"{counted(blank, 'text')} {of} {'is' if blank == 1 else 'are'} empty"] if blank else []
+        notes += self._notes_on_other_captions(seen)
+        if nulls:
+            notes.append(f"{counted(nulls, 'caption')} such as nan or null {of} taken for missing")
+        notes += notes_on_texts([line for each in lines for line in each]) + notes_on_lines(lines)
+        return notes + self._notes_on_two_labels(seen, of)
+
+    def _seen(self, items: Sequence[int]) -> list["_SideCars"]:
+        """The side-cars of these items, but of those that cannot be read: the error is raised where they are used."""
+        seen = []
+        for i in items:
+            try:
+                fields, text = self._json(i), self._text(i)
+                label: Any = self._class(i)
+            except UserError:
+                continue
+            if self._found:
+                label = label or fields.get(self._found.label or "", "")
+            seen.append(_SideCars(i, fields, text, label))
+        return seen
+
+    def _notes_on_other_captions(self, seen: Sequence["_SideCars"]) -> list[str]:
+        """A note where texts are used and the json beside them have captions that are none of these."""
+        both, other = 0, []
+        for each in seen:
+            said = {name: captions_of(value) for name, value in each.fields.items() if usual(name, CAPTION_NAMES)}
+            if self._by_text and each.text.strip() and any(said.values()):
+                both += 1
+                captions = set(self.captions(each.item))
+                if not any(captions & set(values) for values in said.values()):
+                    other.append(next(name for name, values in said.items() if values))
+        if not other:
+            return []
+        return [
+            f"{len(other):,} of {both:,} .json that were looked at have other captions than the text beside them, "
+            f"which is used; choose with ?caption={other[0]}"
+        ]
+
+    def _notes_on_two_labels(self, seen: Sequence["_SideCars"], of: str) -> list[str]:
+        """Notes on labels that are none, and on those that differ from the class that the folder says."""
+        folders = set(self._labels)
+        labelled = [each for each in seen if not is_missing(each.label)]
+        no_labels = [each.label for each in labelled if label_of(each.label) is None]
+        notes = [f"{note} ({of})" for note in unlabelled_notes(no_labels)]
+        two_labels = [
+            f"{self._keys[each.item]} ({label}, {self._labels[each.item]})"
+            for each in labelled
+            if (label := label_of(each.label)) not in (None, self._labels[each.item]) and label in folders
+        ]
+        if two_labels:
+            shown = some(two_labels, len(two_labels))
+            notes.append(
+                f"{counted(len(two_labels), 'image')} {of} with two labels, the first of its own file: {shown}"
+            )
+        return notes
+
+    def _take_split(self, split: str | None, folders: Sequence[str | None]) -> None:
+        field = self._found.split if self._found else None
+        if split is None:
+            some_items = range(0, len(self), max(1, len(self) // 64))
+            self.notes += split_notes([self._json(i).get(field) for i in some_items] if field else folders)
+            self.notes += [] if field else unsplit_notes(folders)
+            return
+        values = [self._json(i).get(field) for i in range(len(self))] if field else folders
+        chosen = select_split(values, split, source=self.name)
+        self.notes += unsplit_notes(values, split)
+        self._keys = [self._keys[i] for i in chosen]
+        self._labels = [self._labels[i] for i in chosen]
+        self._slots = self._slots[chosen]
+
+    def _json(self, i: int) -> dict[str, Any]:
+        member = int(self._slots[i, JSON])
+        if member < 0:
+            return {}
+        place = self._place(i, JSON)
+        try:
+            fields = json.loads(decode_text(self._read(member), name=place))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{place} is not JSON ({error})") from None
+        if isinstance(fields, str | list):
+            fields = {"captions": fields}
+        if not isinstance(fields, dict):
+            raise UserError(f"{place} is not a JSON object {{...}}")
+        return fields
+
+    def _text(self, i: int) -> str:
+        """The content of the text; empty where there is none."""
+        member = int(self._slots[i, TEXT])
+        return decode_text(self._read(member), name=self._place(i, TEXT)) if member >= 0 else ""
+
+    def _class(self, i: int) -> str:
+        """The content of the class; empty where there is none."""
+        member = int(self._slots[i, CLASS])
+        return clean(decode_text(self._read(member), name=self._place(i, CLASS))) if member >= 0 else ""
+
+    def _place(self, i: int, kind: int) -> str:
+        """What messages call a side-car."""
+        return f"{self.name}: {self._keys[i]}.{_SHOWN[kind]}"
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def key(self, i: int) -> str:
+        return self._keys[i]
+
+    def captions(self, i: int) -> list[str]:
+        """A caption per line of the text; else what the fields of the json say.
+
+        A text of several lines that the json repeats as one caption, as img2dataset writes both, is one caption.
+        """
+        if self._slots[i, TEXT] >= 0:
+            content = self._text(i)
+            if (written := written_captions(content)) is not None:
+                return written
+            lines = [text for line in content.split("\n") if (text := clean(line)) and not says_missing(text)]
+            if len(lines) > 1 and self._slots[i, JSON] >= 0:
+                whole = clean(content)
+                if whole in [text for value in self._json(i).values() for text in captions_of(value)]:
+                    return [whole]
+            if lines:
+                return lines
+        fields = self._json(i)
+        names = [name for name in (self._found.captions if self._found else ()) if not is_missing(fields.get(name))]
+        if not names and self._by_text:  # a json unlike the others, or one beside an empty text
+            names = [name for name in fields if usual(name, CAPTION_NAMES)][:1]
+        return [text for name in names for text in captions_of(fields[name])]
+
+    def file(self, i: int) -> Path | bytes:
+        return self._read(int(self._slots[i, IMAGE]))
+
+    def image(self, i: int, size: int) -> np.ndarray:
+        if not self.has_images:
+            raise UserError(f"{self.name}: holds no images")
+        return decode(self.file(i), size, name=f"{self.name}: {self._keys[i]}", limits=self._limits)
+
+    def label(self, i: int) -> str | None:
+        """The content of `key.cls`, else the json field of the label, else the folder of the image."""
+        if self._slots[i, CLASS] >= 0:
+            return label_of(self._class(i))
+        if self._found and self._found.label:
+            label = label_of(self._json(i).get(self._found.label))
+            if label is not None:
+                return label
+        return self._labels[i]
 
 
 class FolderSource(SampleSource):

@@ -26,11 +26,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from diptych.data.sources.columns import Columns, captions_of
+from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import SUFFIXES, ImageLimits
 from diptych.data.sources.remote import RemoteFile, find_remote, is_remote
 from diptych.data.sources.rows import TABLE_SUFFIXES, read_rows
 from diptych.data.sources.table import open_tables, unknown_split
+from diptych.data.sources.text import TextSource, captions_of
 from diptych.errors import UserError
 
 _OPTIONS = ("split", "image", "caption", "label")
@@ -326,8 +327,6 @@ def _open_files(
             if not source.has_captions:
                 source.notes += notes_on_class_folders(source, paths[0].name, paths[0].parent)
             return source
-    from diptych.data.sources.text import TextSource
-
     if split is not None:
         raise unknown_split(split, (), source=name)
     return TextSource(list(paths), name=name)

@@ -14,58 +14,33 @@ image (`a_mask.png` or `a.mask.png` beside `a.jpg`, `masks/a.png` beside `images
 a copy in another size (`a-150x150.jpg` beside `a.jpg`, `thumbs/a.jpg` beside `images/a.jpg`) without side-cars.
 """
 
-import json
 import os
 import re
 import unicodedata
-from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
-
-import numpy as np
+from dataclasses import dataclass, field
 
 from diptych.data.sources.columns import (
     CAPTION_NAMES,
     Columns,
-    Found,
-    captions_of,
-    find_fields,
-    is_missing,
-    is_split,
-    label_of,
-    notes_on_labels,
     usual,
-    written_captions,
 )
-from diptych.data.sources.decode import SUFFIXES, ImageLimits, decode
+from diptych.data.sources.decode import SUFFIXES
+from diptych.data.sources.paths import with_slashes
 from diptych.data.sources.rows import TABLE_SUFFIXES
 from diptych.data.sources.table import (
     counted,
-    sample_columns,
-    select_split,
     some,
-    split_folders,
-    split_notes,
-    unlabelled_notes,
-    unsplit_notes,
-    with_slashes,
 )
-from diptych.data.sources.text import clean, decode_text, notes_on_lines, notes_on_texts, says_missing
 from diptych.errors import UserError
 
 IMAGE, TEXT, JSON, CLASS = range(4)
 """The kinds of files that a sample may have, one of each."""
 TEXT_SUFFIXES = (".txt", ".text", ".caption")
 _KINDS = {**dict.fromkeys(TEXT_SUFFIXES, TEXT), ".json": JSON, ".cls": CLASS, ".class": CLASS}
-_SHOWN = {TEXT: "txt", JSON: "json", CLASS: "cls"}
 _SYSTEM = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "#recycle"})
 _WORD = re.compile(r"[A-Za-z_][\w.-]*")
-_BOXES = re.compile(r"(\s*\d+(\s+-?[\d.]+){4,}\s*)+")
-"""Lines of a class and a box, as detectors have them."""
-_SHARD = re.compile(r"(images?|img|part|chunk|batch|data|shard|split)[-_]?\d+", re.IGNORECASE)
 _MASK_END = re.compile(
     r"[ ._-]+(masks?|masklabel|condlabel|seg|segmentation|segmap|segmask|trimap|matte|gt|depth|normals?|canny|edges"
     r"|lineart|(?:open)?pose|labelids|instanceids)([ ._-]?\d+)?$",
@@ -90,21 +65,6 @@ _COPY_END = re.compile(
 _COPIES = re.compile(r"(.*[ _-])?(thumb(nail)?s?|previews?|resized?|compressed|small|\d+px|\d+x\d+)", re.IGNORECASE)
 """Folders of smaller copies."""
 _LOSSLESS = frozenset({".png", ".gif", ".bmp", ".tif", ".tiff"})
-_SAMPLE = 64
-"""Number of samples whose texts and json are read when a source is opened."""
-_DIGITS = re.compile(r"\d+$")
-_REPEATS = re.compile(r"[1-9]\d?_\D")
-"""How folders for kohya's scripts begin: with the number of times that their images are seen in an epoch."""
-_DATE = re.compile(r"(19|20)\d\d([ ._-]?\d\d?)*")
-_VIEWS = frozenset(
-    {"a", "b", "left", "right", "input", "output", "target", "source", "before", "after", "original", "edited"}
-    | {"hr", "lr", "high", "low", "gt", "rgb", "ir", "nir", "thermal", "depth", "photo", "sketch", "image", "condition"}
-)
-"""Folders that hold one thing in several forms, and no classes."""
-_PLAIN = frozenset({"..", "image", "images", "img", "imgs", "jpegimages"})
-"""Folders that are no class, wherever they are."""
-_MANY = 100_000
-"""Largest number of .json files that are read in search of captions when a source is opened."""
 
 
 @dataclass(slots=True)
@@ -132,83 +92,113 @@ def group(names: Sequence[str], columns: Columns, *, source: str) -> Groups:
     ``columns.image`` may name the extension of the images, such as `left.png`, and ``columns.caption`` the one of the
     texts. Raises UserError for a side-car that could belong to several images.
     """
-    found = Groups()
     # Names that no file ends in are those of columns or fields, for tables or json.
     extension, texts = (
         ending if ending and any(name.lower().endswith(ending) for name in names) else ""
         for ending in (_extension(columns.image), _text_extension(columns))
     )
-    found.texts_named = bool(texts)
-    images: list[int] = []
-    sidecars: list[tuple[int, int]] = []
-    for number, name in enumerate(names):
-        base = os.path.basename(name)
-        if is_hidden(name):
-            continue
-        kind = _kind(base.lower(), extension, texts)
-        if kind == IMAGE:
-            images.append(number)
-        elif kind is None:
-            found.unused.append(number)
-        else:
-            sidecars.append((number, kind))
-
+    grouping = _Grouping(names, Groups(texts_named=bool(texts)))
+    sidecars = grouping.sort_by_kind(extension, texts)
     if not extension:
-        having = {os.path.splitext(_normal(names[number]))[0] for number, _ in sidecars}
-        masks = {images[place] for place in _find_masks([_normal(names[number]) for number in images], having)}
-        found.masks = sorted(masks)
-        images = [number for number in images if number not in masks]
-    by_stem, by_name, by_key = (defaultdict(list) for _ in range(3))
-    for sample, number in enumerate(images):
-        name = _normal(names[number])
-        by_stem[name[: -len(extension)] if extension else os.path.splitext(name)[0]].append(sample)
-        by_name[name].append(sample)
-        by_key[_first_dot(name)].append(sample)
-        found.slots.append([number, -1, -1, -1])
-    found.keys = _keys([_normal(names[number]) for number in images], by_stem, by_key)
-
-    refused: list[str] = []
-
-    def give(number: int, kind: int, owners: list[int]) -> None:
-        if len(owners) > 1:
-            shown = " and ".join(os.path.basename(names[images[owner]]) for owner in owners[:2])
-            refused.append(f"{names[number]}: belongs to {len(owners)} images, such as {shown}")
-        elif found.slots[owners[0]][kind] < 0:
-            found.slots[owners[0]][kind] = number
-        else:
-            found.second.append(number)
-
+        grouping.leave_out_masks(sidecars)
+    grouping.index_images(extension)
     # All of a rule before any of the next one: `a.jpg.txt` and `a.old.txt` must not take the place of `a.txt`.
-    left: list[tuple[int, int]] = []
-    stems = {number: os.path.splitext(_normal(names[number]))[0] for number, _ in sidecars}
-    for number, kind in sorted(sidecars, key=lambda each: stems[each[0]] not in by_stem):
-        stem = stems[number]
-        if owners := by_stem.get(stem) or by_name.get(stem):
-            give(number, kind, owners)
-        else:
-            left.append((number, kind))
-    keys_of = defaultdict(set)
-    for number in (*images, *(number for number, _ in left)):
-        keys_of[_after_key(names[number])].add(_first_dot(_normal(names[number])))
-    few = len({_first_dot(_normal(names[number])) for number in images}) < 2
-
-    def is_extension(number: int) -> bool:
-        rest = _after_key(names[number])
-        return not rest or (_WORD.fullmatch(rest) is not None and (few or len(keys_of[rest]) > 1))
-
-    # Of `a.tags.txt` and `a.caption.txt` the second is the text.
-    for number, kind in sorted(left, key=lambda each: not usual(_after_key(names[each[0]]), CAPTION_NAMES)):
-        owners = by_key.get(_first_dot(_normal(names[number])))
-        if owners and is_extension(number) and all(is_extension(images[owner]) for owner in owners):
-            give(number, kind, owners)
-        else:
-            found.lone.append(number)
-    if refused:
+    grouping.give_by_first_dot(grouping.give_by_name(sidecars))
+    if refused := grouping.refused:
         more = f", and {len(refused) - 1} more files likewise" if len(refused) > 1 else ""
         raise UserError(
             f"{source}: {refused[0]}{more}; rename one, or choose the images with ?image=EXTENSION behind the source"
         )
-    return found
+    return grouping.found
+
+
+class _Grouping:
+    """The steps of `group`. Files are numbers in ``names``, and a side-car is such a number with its kind."""
+
+    def __init__(self, names: Sequence[str], found: Groups) -> None:
+        self.names, self.found = names, found
+        self.refused: list[str] = []
+        """Side-cars that could belong to several images, in words for a message."""
+        self._normal = [_normal(name) for name in names]
+        self._images: list[int] = []
+
+    def sort_by_kind(self, extension: str, texts: str) -> list[tuple[int, int]]:
+        """Find the images and the files of no use; return the side-cars."""
+        sidecars = []
+        for number, name in enumerate(self.names):
+            if is_hidden(name):
+                continue
+            kind = _kind(os.path.basename(name).lower(), extension, texts)
+            if kind == IMAGE:
+                self._images.append(number)
+            elif kind is None:
+                self.found.unused.append(number)
+            else:
+                sidecars.append((number, kind))
+        return sidecars
+
+    def leave_out_masks(self, sidecars: Sequence[tuple[int, int]]) -> None:
+        having = {self._stem(number) for number, _ in sidecars}
+        masks = {self._images[place] for place in _find_masks([self._normal[i] for i in self._images], having)}
+        self.found.masks = sorted(masks)
+        self._images = [number for number in self._images if number not in masks]
+
+    def index_images(self, extension: str) -> None:
+        """Make a sample of each image, and note the samples by the names that their side-cars may have."""
+        self._by_stem, self._by_name, self._by_key = (defaultdict(list) for _ in range(3))
+        for sample, number in enumerate(self._images):
+            name = self._normal[number]
+            self._by_stem[name[: -len(extension)] if extension else self._stem(number)].append(sample)
+            self._by_name[name].append(sample)
+            self._by_key[_first_dot(name)].append(sample)
+            self.found.slots.append([number, -1, -1, -1])
+        self.found.keys = _keys([self._normal[number] for number in self._images], self._by_stem, self._by_key)
+
+    def give_by_name(self, sidecars: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Rules 1 and 2: give each side-car to the image of its own name; return those without such an image."""
+        left = []
+        for number, kind in sorted(sidecars, key=lambda each: self._stem(each[0]) not in self._by_stem):
+            stem = self._stem(number)
+            if owners := self._by_stem.get(stem) or self._by_name.get(stem):
+                self._give(number, kind, owners)
+            else:
+                left.append((number, kind))
+        return left
+
+    def give_by_first_dot(self, sidecars: Sequence[tuple[int, int]]) -> None:
+        """Rule 3: give each side-car to the image of its name up to the first dot; the others are lone."""
+        keys_of = defaultdict(set)
+        for number in (*self._images, *(number for number, _ in sidecars)):
+            keys_of[_after_key(self.names[number])].add(_first_dot(self._normal[number]))
+        few = len({_first_dot(self._normal[number]) for number in self._images}) < 2
+
+        def is_extension(number: int) -> bool:
+            rest = _after_key(self.names[number])
+            return not rest or (_WORD.fullmatch(rest) is not None and (few or len(keys_of[rest]) > 1))
+
+        # Of `a.tags.txt` and `a.caption.txt` the second is the text.
+        for number, kind in sorted(
+            sidecars, key=lambda each: not usual(_after_key(self.names[each[0]]), CAPTION_NAMES)
+        ):
+            owners = self._by_key.get(_first_dot(self._normal[number]))
+            if owners and is_extension(number) and all(is_extension(self._images[owner]) for owner in owners):
+                self._give(number, kind, owners)
+            else:
+                self.found.lone.append(number)
+
+    def _give(self, number: int, kind: int, owners: list[int]) -> None:
+        slots = self.found.slots[owners[0]]
+        if len(owners) > 1:
+            shown = " and ".join(os.path.basename(self.names[self._images[owner]]) for owner in owners[:2])
+            self.refused.append(f"{self.names[number]}: belongs to {len(owners)} images, such as {shown}")
+        elif slots[kind] < 0:
+            slots[kind] = number
+        else:
+            self.found.second.append(number)
+
+    def _stem(self, number: int) -> str:
+        """The name of a file up to the last dot."""
+        return os.path.splitext(self._normal[number])[0]
 
 
 def _find_masks(names: Sequence[str], having: set[str]) -> list[int]:
@@ -222,44 +212,57 @@ def _find_masks(names: Sequence[str], having: set[str]) -> list[int]:
         for end in (_MASK_END, _COPY_END)
         if (mask := end.search(stem)) and stem[: mask.start()] in known and (end is _MASK_END or stem not in having)
     }
-    folders: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    others: dict[str, set[str]] = defaultdict(set)
-    for place, stem in enumerate(stems):
-        parts = stem.split("/")
-        at = max(
-            (i for i, part in enumerate(parts[:-1]) if _MASKS.fullmatch(part) or _COPIES.fullmatch(part)), default=None
-        )
-        if at is not None:
-            tail = _LABEL_END.sub("", _MASK_END.sub("", "/".join(parts[at + 1 :])))
-            folders["/".join(parts[: at + 1])].append((place, _without(tail, parts[at])))
-    if folders:
-        inside = {place for members in folders.values() for place, _ in members}
-        for place, stem in enumerate(stems):
-            parts = stem.split("/") if place not in inside else []
-            for i in range(len(parts)):
-                tail = "/".join(parts[i:]).removesuffix("_0000")  # the first channel, as nnU-Net numbers them
-                others[_without(tail, parts[i - 1]) if i else tail].add("/".join(parts[:i]))
+    folders = _mask_folders(stems)
+    if not folders:
+        return sorted(masks)
+    others = _folders_of_others(stems, {place for members in folders.values() for place, _ in members})
     used = {os.path.dirname(stem) for stem in stems}
     for folder, members in folders.items():
-        beside, of = os.path.dirname(folder), _MASKS_OF.sub("", folder)
-
-        def is_of_one(tail: str, beside: str = beside, of: str = of) -> bool:
-            if of in others[tail]:
-                return True
-            near = [each for each in others[tail] if not beside or each == beside or each.startswith(beside + "/")]
-            return len(near or others[tail]) == 1
-
-        lossless = all(os.path.splitext(names[place])[1].lower() in _LOSSLESS for place, _ in members)
-        small = _COPIES.fullmatch(os.path.basename(folder)) and not any(stems[place] in having for place, _ in members)
-        partners = [place for place, tail in members if is_of_one(tail)]
-        # A folder with a few partners by chance may be a class, such as photographs of masks, and so may one beside
-        # `no_mask`.
-        base = os.path.basename(folder)
+        beside, base = os.path.split(folder)
+        # One beside `no_mask` is a class.
         if any(os.path.join(beside, each + base) in used for each in ("no", "no_", "no-", "no ", "without_")):
             continue
+        lossless = all(os.path.splitext(names[place])[1].lower() in _LOSSLESS for place, _ in members)
+        small = _COPIES.fullmatch(base) and not any(stems[place] in having for place, _ in members)
+        partners = [place for place, tail in members if _is_of_one(folder, others[tail])]
+        # A folder with a few partners by chance may be a class, such as photographs of masks.
         if (lossless or small) and 10 * len(partners) >= 9 * len(members):
             masks.update(partners)
     return sorted(masks)
+
+
+def _mask_folders(stems: Sequence[str]) -> dict[str, list[tuple[int, str]]]:
+    """The folders that are called like those of masks or copies, with the images in them: their places in ``stems``,
+    and their names below the folder without what only masks have."""
+    folders: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for place, stem in enumerate(stems):
+        parts = stem.split("/")
+        called = [i for i, part in enumerate(parts[:-1]) if _MASKS.fullmatch(part) or _COPIES.fullmatch(part)]
+        if called:
+            at = called[-1]
+            tail = _LABEL_END.sub("", _MASK_END.sub("", "/".join(parts[at + 1 :])))
+            folders["/".join(parts[: at + 1])].append((place, _without(tail, parts[at])))
+    return folders
+
+
+def _folders_of_others(stems: Sequence[str], inside: set[int]) -> dict[str, set[str]]:
+    """The folders of the images that do not lie ``inside`` those of masks, by every name that they have below one."""
+    others: dict[str, set[str]] = defaultdict(set)
+    for place, stem in enumerate(stems):
+        parts = stem.split("/") if place not in inside else []
+        for i in range(len(parts)):
+            tail = "/".join(parts[i:]).removesuffix("_0000")  # the first channel, as nnU-Net numbers them
+            others[_without(tail, parts[i - 1]) if i else tail].add("/".join(parts[:i]))
+    return others
+
+
+def _is_of_one(folder: str, owners: set[str]) -> bool:
+    """Whether a file in a folder of masks belongs to one image, given the folders that have an image of its name."""
+    if _MASKS_OF.sub("", folder) in owners:
+        return True
+    beside = os.path.dirname(folder)
+    near = [each for each in owners if not beside or each == beside or each.startswith(beside + "/")]
+    return len(near or owners) == 1
 
 
 def _without(tail: str, folder: str) -> str:
@@ -339,61 +342,6 @@ def _keys(names: list[str], by_stem: dict[str, list[int]], by_key: dict[str, lis
     return keys
 
 
-def folder_labels(names: Sequence[str], shards: frozenset[str] = frozenset()) -> tuple[list[str | None], list[str]]:
-    """The outermost folder of each file as its class, as torchvision has it; splits and ``shards`` are none.
-
-    A folder that holds all files says nothing about them, and is no class either. Also returned is a note where folders
-    of classes hold folders that could be meant for classes too.
-    """
-    paths = _class_folders(names, shards)
-    labels = [path[0] if path else None for path in paths]
-    if len(set(labels)) < 2:
-        return [None] * len(labels), []
-    nested = next(((name, path[0]) for name, path in zip(names, paths, strict=True) if len(path) > 1), None)
-    notes = [f"classes are the outermost folders, such as {nested[1]!r} for {nested[0]}"] if nested else []
-    return labels, notes + _doubts([name for name, label in zip(names, labels, strict=True) if label], labels)
-
-
-def _doubts(names: Sequence[str], labels: Sequence[str | None]) -> list[str]:
-    """A note where folders that are taken for classes may be something else: two views, such as `A` and `B`, or
-    numbered videos."""
-    inside: dict[str, set[str]] = defaultdict(set)
-    for name, label in zip(names, filter(None, labels), strict=True):
-        inside[label].add(os.path.splitext(name)[0].partition(f"{label}/")[2])
-    first, *others = inside or [""]
-    why = ""
-    if len(inside[first]) > 1 and all(inside[other] == inside[first] for other in others):
-        why = "though they hold files of the same names"
-    elif len(stems := {_DIGITS.sub("", label) for label in inside}) == 1 and not stems & {"", "n"}:  # codes are classes
-        why = "though they are numbered alike"
-    elif all(label.lower() in _VIEWS or _DATE.fullmatch(label) for label in inside):
-        why = "though they are called like views or dates"
-    elif all(map(_REPEATS.match, inside)):
-        why = "and numbers of repeats, if these are some, are not read"
-    return [f"folders such as {first} and {others[0]} are taken for classes, {why}"] if why and others else []
-
-
-def _class_folders(names: Sequence[str], shards: frozenset[str]) -> list[list[str]]:
-    """The folders of each file that may be classes, without those that hold all files."""
-    paths = []
-    splits = split_folders(names)
-    for name in names:
-        folders = with_slashes(name).lstrip("/").split("/")[:-1]
-        known = ["/".join(folders[: i + 1]) in shards for i in range(len(folders))]
-        paths.append(
-            [
-                folder
-                for folder, is_shard in zip(folders, known, strict=True)
-                if not (is_shard or is_split(folder) or folder.lower() in _PLAIN or _SHARD.fullmatch(folder))
-                and folder not in splits
-            ]
-        )
-    shared = 0
-    while len({tuple(path[: shared + 1]) for path in paths}) == 1 and len(paths[0]) > shared:
-        shared += 1
-    return [path[shared:] for path in paths]
-
-
 def unused_notes(
     lone: Sequence[str], second: Sequence[str], unused: Sequence[str], masks: Sequence[str], *, packed: bool
 ) -> list[str]:
@@ -417,236 +365,3 @@ def unused_notes(
         hint = f"; a table of captions is a source of its own{', once it is unpacked' * packed}" if table else ""
         notes.append(f"{counted(len(others), 'other file')} not used: {some(others, len(others))}{hint}")
     return notes
-
-
-class SampleSource(ABC):
-    """Images with side-cars. Where they lie, in a folder or in tars, is what the two subclasses know."""
-
-    def __init__(
-        self,
-        keys: list[str],
-        slots: np.ndarray,
-        *,
-        name: str,
-        labels: list[str | None],
-        splits: Sequence[str | None],
-        columns: Columns,
-        split: str | None,
-        limits: ImageLimits,
-        notes: list[str],
-        texts_named: bool,
-    ):
-        """``slots`` [N, 4] are as in `Groups`; ``labels`` and ``splits`` are what the folders of the samples say."""
-        self.name, self.notes = name, notes
-        self._limits, self._keys, self._slots, self._labels = limits, keys, slots, labels
-        self.notes += notes_on_labels([label for label in labels if label is not None])
-        self._drop_boxes()
-        self._by_text = columns.caption is None or texts_named
-        self._found = self._fields(columns)
-        if columns.caption == "" or (self._found and not self._by_text):  # a field that is named, or none at all
-            self._slots[:, TEXT] = -1
-        elif not self._found:
-            self._by_text = True  # the name is that of a column of another source
-        self.has_images = self._any(IMAGE)
-        self.has_captions = self._any(TEXT) or bool(self._found and self._found.captions)
-        self._take_split(split, splits)
-        self.notes += self._notes_on_side_cars() + self._notes_on_names()
-
-    def _notes_on_names(self) -> list[str]:
-        """A note on images without side-cars that are called like others, which have some: they may be copies."""
-        having = np.any(self._slots[:, TEXT:] >= 0, axis=1)
-        if having.all() or not having.any():
-            return []
-        stems = [os.path.splitext(os.path.basename(key))[0] for key in self._keys]
-        known = {stem for stem, has_some in zip(stems, having, strict=True) if has_some}
-        found = [self._keys[i] for i in np.flatnonzero(~having) if stems[i] in known]
-        return (
-            [f"{counted(len(found), 'image')} without a text called like one that has it: {some(found, len(found))}"]
-            if found
-            else []
-        )
-
-    @abstractmethod
-    def block(self, i: int) -> tuple[int, bytes]:
-        """As `HasBlocks.block`."""
-
-    @abstractmethod
-    def _read(self, member: int) -> bytes:
-        """The content of a file by its number in the groups."""
-
-    def _any(self, kind: int) -> bool:
-        return bool(np.any(self._slots[:, kind] >= 0))
-
-    def _drop_boxes(self) -> None:
-        """Take no texts for captions that hold boxes, as those of detectors do."""
-        having = np.flatnonzero(self._slots[:, TEXT] >= 0)
-        some_items = having[:: max(1, len(having) // 16)]
-        contents = [self._read(int(self._slots[i, TEXT])) for i in some_items]
-        written = [content.decode("utf-8", "replace") for content in contents if content.strip()]
-        if written and all(map(_BOXES.fullmatch, written)):
-            self._slots[:, TEXT] = -1
-            self.notes.append(f"{counted(len(having), 'text')} with boxes not used: they hold no captions")
-
-    def _fields(self, columns: Columns) -> Found | None:
-        """The json fields that hold captions, label and split; captions only of samples that have no text."""
-        having = np.flatnonzero(self._slots[:, JSON] >= 0)
-        if not len(having):
-            return None
-        wanted = columns
-        textless = having[self._slots[having, TEXT] < 0]
-        if self._by_text:
-            wanted = replace(columns, caption=None if len(textless) else "")
-            having = textless if len(textless) else having
-        spread = [self._json(int(i)) for i in having[:: max(1, len(having) // _SAMPLE)]]
-        source = f"{self.name} (fields of its .json members)"
-        found = find_fields(sample_columns(spread), wanted=wanted, source=source)
-        if wanted.caption is None and not found.captions and len(having) > len(spread):
-            every = [self._json(int(i)) for i in having[:: max(1, len(having) // _MANY)]]
-            found = find_fields(sample_columns(every), wanted=wanted, source=source)
-        self.notes += found.notes
-        if not (found.captions or found.label or found.split) and not (columns.caption == columns.label == ""):
-            names = sorted({name for fields in spread for name in fields})
-            if textless.size:
-                self.notes.append(f".json without captions and labels: their fields are {some(names, len(names))}")
-        return found
-
-    def _notes_on_side_cars(self) -> list[str]:
-        """What a sample of the side-cars says that is not used: other captions in the json, nan for a caption, -1."""
-        having = np.flatnonzero((self._slots[:, TEXT:] >= 0).any(1))
-        chosen = [int(i) for i in having[:: max(1, len(having) // _SAMPLE)]]
-        both, other, nulls, blank = 0, [], 0, 0
-        no_labels: list[Any] = []
-        two_labels: list[str] = []
-        folders = set(self._labels)
-        texts: list[str] = []
-        lines: list[list[str]] = []
-        for i in chosen:
-            try:
-                fields, text = self._json(i), self._text(i)
-                label: Any = self._class(i)
-            except UserError:  # it is raised where the item is used
-                continue
-            nulls += sum(map(says_missing, text.split("\n")))
-            written = written_captions(text)
-            lines.append([line for line in map(clean, text.split("\n")) if line] if written is None else written)
-            texts += lines[-1]
-            blank += bool(self._slots[i, TEXT] >= 0) and not text.strip()
-            if self._found:
-                nulls += sum(says_missing(fields.get(name)) for name in self._found.captions)
-                label = label or fields.get(self._found.label or "", "")
-            if not is_missing(label) and label_of(label) is None:
-                no_labels.append(label)
-            elif not is_missing(label) and label_of(label) != self._labels[i] and label_of(label) in folders:
-                two_labels.append(f"{self._keys[i]} ({label_of(label)}, {self._labels[i]})")
-            said = {name: captions_of(value) for name, value in fields.items() if usual(name, CAPTION_NAMES)}
-            if self._by_text and text.strip() and any(said.values()):
-                both += 1
-                captions = set(self.captions(i))
-                if not any(captions & set(values) for values in said.values()):
-                    other.append(next(name for name, values in said.items() if values))
-        of = f"of {len(chosen):,} that were looked at"
-        notes = [f"{counted(blank, 'text')} {of} {'is' if blank == 1 else 'are'} empty"] if blank else []
-        if other:
-            notes.append(
-                f"{len(other):,} of {both:,} .json that were looked at have other captions than the text beside them, "
-                f"which is used; choose with ?caption={other[0]}"
-            )
-        if nulls:
-            notes.append(f"{counted(nulls, 'caption')} such as nan or null {of} taken for missing")
-        notes += notes_on_texts(texts) + notes_on_lines(lines)
-        notes += [f"{note} ({of})" for note in unlabelled_notes(no_labels)]
-        if two_labels:
-            shown = some(two_labels, len(two_labels))
-            notes.append(
-                f"{counted(len(two_labels), 'image')} {of} with two labels, the first of its own file: {shown}"
-            )
-        return notes
-
-    def _take_split(self, split: str | None, folders: Sequence[str | None]) -> None:
-        field = self._found.split if self._found else None
-        if split is None:
-            some_items = range(0, len(self), max(1, len(self) // 64))
-            self.notes += split_notes([self._json(i).get(field) for i in some_items] if field else folders)
-            self.notes += [] if field else unsplit_notes(folders)
-            return
-        values = [self._json(i).get(field) for i in range(len(self))] if field else folders
-        chosen = select_split(values, split, source=self.name)
-        self.notes += unsplit_notes(values, split)
-        self._keys = [self._keys[i] for i in chosen]
-        self._labels = [self._labels[i] for i in chosen]
-        self._slots = self._slots[chosen]
-
-    def _json(self, i: int) -> dict[str, Any]:
-        member = int(self._slots[i, JSON])
-        if member < 0:
-            return {}
-        place = self._place(i, JSON)
-        try:
-            fields = json.loads(decode_text(self._read(member), name=place))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{place} is not JSON ({error})") from None
-        if isinstance(fields, str | list):
-            fields = {"captions": fields}
-        if not isinstance(fields, dict):
-            raise UserError(f"{place} is not a JSON object {{...}}")
-        return fields
-
-    def _text(self, i: int) -> str:
-        """The content of the text; empty where there is none."""
-        member = int(self._slots[i, TEXT])
-        return decode_text(self._read(member), name=self._place(i, TEXT)) if member >= 0 else ""
-
-    def _class(self, i: int) -> str:
-        """The content of the class; empty where there is none."""
-        member = int(self._slots[i, CLASS])
-        return clean(decode_text(self._read(member), name=self._place(i, CLASS))) if member >= 0 else ""
-
-    def _place(self, i: int, kind: int) -> str:
-        """What messages call a side-car."""
-        return f"{self.name}: {self._keys[i]}.{_SHOWN[kind]}"
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def key(self, i: int) -> str:
-        return self._keys[i]
-
-    def captions(self, i: int) -> list[str]:
-        """A caption per line of the text; else what the fields of the json say.
-
-        A text of several lines that the json repeats as one caption, as img2dataset writes both, is one caption.
-        """
-        if self._slots[i, TEXT] >= 0:
-            content = self._text(i)
-            if (written := written_captions(content)) is not None:
-                return written
-            lines = [text for line in content.split("\n") if (text := clean(line)) and not says_missing(text)]
-            if len(lines) > 1 and self._slots[i, JSON] >= 0:
-                whole = clean(content)
-                if whole in [text for value in self._json(i).values() for text in captions_of(value)]:
-                    return [whole]
-            if lines:
-                return lines
-        fields = self._json(i)
-        names = [name for name in (self._found.captions if self._found else ()) if not is_missing(fields.get(name))]
-        if not names and self._by_text:  # a json unlike the others, or one beside an empty text
-            names = [name for name in fields if usual(name, CAPTION_NAMES)][:1]
-        return [text for name in names for text in captions_of(fields[name])]
-
-    def file(self, i: int) -> Path | bytes:
-        return self._read(int(self._slots[i, IMAGE]))
-
-    def image(self, i: int, size: int) -> np.ndarray:
-        if not self.has_images:
-            raise UserError(f"{self.name}: holds no images")
-        return decode(self.file(i), size, name=f"{self.name}: {self._keys[i]}", limits=self._limits)
-
-    def label(self, i: int) -> str | None:
-        """The content of `key.cls`, else the json field of the label, else the folder of the image."""
-        if self._slots[i, CLASS] >= 0:
-            return label_of(self._class(i))
-        if self._found and self._found.label:
-            label = label_of(self._json(i).get(self._found.label))
-            if label is not None:
-                return label
-        return self._labels[i]

@@ -3,14 +3,10 @@
 import os
 import re
 import stat
-import unicodedata
-import zlib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
@@ -18,21 +14,19 @@ from diptych.data.sources.columns import (
     STEM_NAMES,
     Columns,
     Found,
-    captions_of,
     find_columns,
     find_image,
     is_address,
-    is_missing,
     is_split,
     label_of,
     notes_on_labels,
     plain_name,
 )
-from diptych.data.sources.decode import SUFFIXES as IMAGE_SUFFIXES
-from diptych.data.sources.decode import ImageLimits, decode, is_image_path, without_number
+from diptych.data.sources.decode import ImageLimits, decode, is_image_path
+from diptych.data.sources.paths import ImagePaths, Roots, files_of_addresses, folders_below, splits_of
 from diptych.data.sources.remote import RemoteFile, is_remote
 from diptych.data.sources.rows import read_rows
-from diptych.data.sources.text import says_missing
+from diptych.data.sources.text import captions_of, is_missing, says_missing
 from diptych.errors import UserError
 
 __all__ = ["TableSource", "from_rows", "open_tables"]
@@ -41,21 +35,8 @@ BLOCK = 64
 """Bytes from the middle of an image file by which it is first compared with others of its size."""
 SAMPLE = 256
 """Values of a column, spread over the table, that decide what it holds."""
-_BESIDE = frozenset({"annotations", "annotation", "captions", "labels", "metadata", "splits"})
-"""Folders of tables whose images lie beside the folder, as in COCO."""
-_LONGEST, _DEEPEST = 4096, 100
-"""Number of characters, and of folders, of the longest path that is looked for."""
-_FOLDERS = 300
-"""Number of folders in which images are looked for that do not lie where their table says."""
 
-_SPLITS_OF = re.compile(r"(.+[-_ ])(train|training|test|testing|val|valid|validation|dev|pred)", re.IGNORECASE)
-_LAST_NUMBER = re.compile(r"\d+$")
 _ABSOLUTE = re.compile(r"/|\\\\|[A-Za-z]:[\\/]")
-_WINDOWS = re.compile(r"\\(?!x[0-9a-f]{2})")
-_FOLDER = re.compile(r"[/\\]")
-_UPLOADED = re.compile(r"(?:^|/)upload/\d+/([0-9a-f]{6,8}-(.+))$")
-_LOCAL_FILES = re.compile(r"/local-files/\?d=(.+)$")
-"""How Label Studio calls files: uploaded ones, and those of a folder of the server."""
 
 Row = Mapping[str, Any]
 
@@ -110,7 +91,7 @@ def from_rows(
     if found.split or not found.image:
         splits = [row.get(found.split) if found.split else None for row in rows]
     else:
-        paths = [_path_of(row, found.image, found.folder).replace("\\", "/") for row in rows]
+        paths = [_path_of(row, found).replace("\\", "/") for row in rows]
         below = {table: os.path.relpath(table.parent, root) if root else "" for table in dict.fromkeys(tables)}
         splits = splits_of([f"{below[table]}/{path}" for table, path in zip(tables, paths, strict=True)])
     chosen = select_split(splits, split, source=name)
@@ -129,7 +110,7 @@ def _notes_on_shared_images(rows: Sequence[Row], splits: Sequence[Any], found: F
     first: dict[str, str] = {}
     shared: dict[str, str] = {}
     for row, split in zip(rows, splits, strict=True):
-        path = os.path.normpath(_path_of(row, found.image or "", found.folder))
+        path = os.path.normpath(_path_of(row, found))
         if path == "." or is_missing(split) or split != split:
             continue
         one, other = first.setdefault(path, str(split).strip()), str(split).strip()
@@ -162,7 +143,7 @@ def _downloaded(
     for table in dict.fromkeys(tables):
         places = [place for place, of_row in enumerate(tables) if of_row == table]
         addresses = [str(rows[place].get(column) or "").strip() for place in places]
-        how, found = _files_of_addresses(table.parent, addresses)
+        how, found = files_of_addresses(table.parent, addresses)
         for place, path in zip(places, found, strict=True):
             paths[place] = path
         if left_out := len(found) - sum(map(bool, found)):
@@ -172,31 +153,6 @@ def _downloaded(
         return rows, tables, []
     kept = [place for place, path in enumerate(paths) if path]
     return [{**rows[place], column: paths[place]} for place in kept], [tables[place] for place in kept], notes
-
-
-def _files_of_addresses(folder: Path, addresses: Sequence[str]) -> tuple[str, Sequence[str | None]]:
-    """How the files near a table are called, and the path of each address, relative to ``folder``."""
-    files: dict[str, list[str]] = {}
-    for place in _folders_below(folder):
-        for file in os.listdir(place) if place.is_dir() else ():
-            stem, suffix = os.path.splitext(file)
-            if suffix.lower() in IMAGE_SUFFIXES or re.fullmatch(r"\d+_\d+", file):
-                stem = stem if suffix else file
-                files.setdefault(stem, []).append(os.path.relpath(place / file, folder))
-    one = {stem: found[0] for stem, found in files.items() if len(found) == 1}  # of a name in two folders neither is
-    numbers = {int(stem): path for stem, path in one.items() if stem.isdecimal()}
-    first = 1 if len(addresses) in numbers and 0 not in numbers else 0
-    if numbers and max(numbers) >= first + len(addresses):
-        numbers = {}  # they number something else
-    ends = [os.path.splitext(unquote(urlsplit(address).path).rpartition("/")[2])[0] for address in addresses]
-    often = Counter(ends)
-    checked = [f"{number}_{zlib.crc32(address.encode())}" for number, address in enumerate(addresses)]
-    ways = {
-        "row number and checksum of the address": [one.get(name) for name in checked],
-        f"row numbers, counted from {first}": [numbers.get(number + first) for number in range(len(addresses))],
-        "the end of the address": [one.get(end) if end and often[end] == 1 else None for end in ends],
-    }
-    return max(ways.items(), key=lambda way: sum(map(bool, way[1])))
 
 
 def _tables_without_captions(rows: Sequence[Row], tables: Sequence[Path], found: Found) -> list[str]:
@@ -215,7 +171,7 @@ def _tables_without_captions(rows: Sequence[Row], tables: Sequence[Path], found:
 
 def _images_near(table: Path) -> list[str]:
     """An image in the folder of a table or in one just below it; nothing if there is none."""
-    for folder in _folders_below(table.parent, depth=1) if table.is_file() else ():  # a data set of the hub is none
+    for folder in folders_below(table.parent, depth=1) if table.is_file() else ():  # a data set of the hub is none
         for name in os.listdir(folder) if os.access(folder, os.R_OK) else ():
             if is_image_path(name):
                 return [str(folder / name)]
@@ -265,32 +221,6 @@ def unknown_split(split: str, found: Iterable[str], *, source: str) -> UserError
     return UserError(f"{source}: no split {split!r}; " + (f"it has {listed}" if listed else hint))
 
 
-def splits_of(names: Sequence[str]) -> list[str | None]:
-    """Of each relative path the outermost folder that is called like a split."""
-    also = split_folders(names)
-    return [
-        next((folder for folder in with_slashes(name).split("/")[:-1] if is_split(folder) or folder in also), None)
-        for name in names
-    ]
-
-
-def split_folders(names: Iterable[str]) -> frozenset[str]:
-    """The folders of these paths that are splits of one name, such as `seg_train` and `seg_test`."""
-    of_name: dict[str, set[str]] = {}
-    for folder in {
-        folder for path in {os.path.dirname(with_slashes(name)) for name in names} for folder in path.split("/")
-    }:
-        if found := _SPLITS_OF.fullmatch(folder):
-            of_name.setdefault(found[1].casefold(), set()).add(folder)
-    parts = [each for each in of_name.values() if len(each) > 1 and any("train" in part.lower() for part in each)]
-    return frozenset[str]().union(*parts)
-
-
-def with_slashes(name: str) -> str:
-    """The name of a file that was packed on Windows, with slashes. What stands for a byte that is no UTF-8 stays."""
-    return _WINDOWS.sub("/", name) if "\\" in name else name
-
-
 def file_split_notes(paths: Iterable[Path | RemoteFile]) -> list[str]:
     """As `split_notes`, by the names of files such as `train-00000-of-00002.parquet`."""
     names = (re.split(r"[-_.\d]", path.name)[0] for path in paths)
@@ -327,6 +257,13 @@ def unlabelled_notes(values: Sequence[Any]) -> list[str]:
     return [f"{counted(len(values), 'label')} of {shown} taken for missing; a class needs a name of its own"]
 
 
+def note_on_two_labels(shown: Iterable[str], count: int) -> list[str]:
+    """A note on ``count`` images whose rows say two labels."""
+    return [f"{counted(count, 'image')} with two labels, of which the first is used: {some(shown, count)}"] * bool(
+        count
+    )
+
+
 def counted(count: int, one: str, many: str | None = None) -> str:
     """`1 file`, `2,000 files`."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
@@ -356,208 +293,83 @@ def file_block(path: Path) -> tuple[int, bytes]:
         return 0, b""
 
 
-class ImagePaths:
-    """Finds the file that a table means by a path. Each folder is listed once."""
-
-    def __init__(self) -> None:
-        self._listed: dict[str, dict[str, str]] = {}
-        self._folded: dict[str, dict[str, list[str]]] = {}
-        self._stems: dict[str, dict[str, list[str]]] = {}
-        self._numbers: dict[str, dict[int, list[str]]] = {}
-        self._real: dict[str, str] = {}
-
-    def find(self, folder: Path, value: str) -> tuple[str, bool]:
-        """The path of an image relative to ``folder``, and whether there is such a file.
-
-        Also found are files and folders whose accents Unicode writes in the other way, or that no other differs from
-        but in capitals, paths with backslashes, names that lack their suffix, numbers for the names that end in them
-        (`42` for `COCO_val2014_000000000042.jpg`), names as addresses write them (`my%20cat.jpg`), and what Label
-        Studio makes of the name of a file that was uploaded to it.
-        """
-        if len(value) > _LONGEST or value.count("/") > _DEEPEST:
-            return value, False
-        value = unquote(value.strip()[7:]) if value.strip().startswith("file://") else value.strip()
-        value = without_number(value) if is_image_path(value) else value
-        path = os.path.normpath(os.path.join(folder, value))
-        for spelling in dict.fromkeys((value, value.replace("\\", "/"), unquote(value), *_before_upload(value))):
-            head, base = os.path.split(os.path.normpath(os.path.join(folder, spelling)))
-            name = self._named(head, base)
-            real = self._real[head]
-            if name is not None:
-                return os.path.join(real, name), True
-            if not is_image_path(base):
-                same = self._stems[head].get(unicodedata.normalize("NFC", base), [])
-                if not same and base.isdecimal():
-                    same = self._numbers[head].get(int(base), [])
-                if len(same) == 1:
-                    return os.path.join(real, same[0]), True
-        return (path, True) if os.path.isfile(path) else (without_number(path), False)
-
-    def _named(self, folder: str, base: str) -> str | None:
-        """The name that a file or folder of ``folder`` really has; None if it is not there."""
-        base = unicodedata.normalize("NFC", base)
-        names = self._names(folder)
-        if base in names:
-            return names[base]
-        if folder not in self._folded:
-            folded = self._folded[folder] = {}
-            for normal, name in names.items():
-                folded.setdefault(normal.lower(), []).append(name)
-        same = self._folded[folder].get(base.lower(), [])  # not casefold: ss is another spelling than sharp s
-        return same[0] if len(same) == 1 else None
-
-    def near(self, path: str) -> str:
-        """A file that is called like the missing ``path`` but for the suffix, in words for a message; else nothing."""
-        folder, base = os.path.split(path)
-        self._names(folder)
-        same = self._stems[folder].get(unicodedata.normalize("NFC", os.path.splitext(base)[0]), [])
-        return f", but {same[0]} does; write the names as the files have them" if same else ""
-
-    def _names(self, folder: str) -> dict[str, str]:
-        if folder not in self._listed:
-            real = folder
-            if not os.path.isdir(folder or "."):
-                head, base = os.path.split(folder)
-                if head != folder and (name := self._named(head, base)) is not None:
-                    real = os.path.join(self._real[head], name)
-            self._real[folder] = real
-            try:
-                names = os.listdir(real or ".")
-            except OSError:
-                names = []
-            self._listed[folder] = {unicodedata.normalize("NFC", name): name for name in names}
-            stems: dict[str, list[str]] = {}
-            numbers: dict[int, list[str]] = {}
-            self._stems[folder], self._numbers[folder] = stems, numbers
-            for normal, name in self._listed[folder].items():
-                stem, suffix = os.path.splitext(normal)
-                if suffix.lower() in IMAGE_SUFFIXES:
-                    stems.setdefault(stem, []).append(name)
-                    if digits := _LAST_NUMBER.search(stem):
-                        numbers.setdefault(int(digits[0]), []).append(name)
-        return self._listed[folder]
-
-    def roots(self, table: Path, values: Sequence[str]) -> "Roots":
-        """The folders that the paths in a table are relative to: its own, else the one near it that has the images,
-        else several that share them.
-
-        Raises UserError where two folders qualify.
-        """
-        values = list(dict.fromkeys(values))
-        if not values or any(self.find(table.parent, value)[1] for value in _few(values)):
-            return Roots((table.parent,))
-        for begin in ("", *_beginnings(values)):
-            rest = [value[len(begin) :] for value in values]
-            # Of a path of another machine at least one folder must be that of a file here.
-            called = "" if not begin or all(map(_FOLDER.search, rest)) else _FOLDER.split(begin)[-2]
-            if found := self._folders(table, rest, called=called):
-                return Roots(found, begin)
-        return Roots((table.parent,))
-
-    def _folders(self, table: Path, values: Sequence[str], *, called: str) -> tuple[Path, ...]:
-        """The folders near a table, ``called`` so if given, that have most images of a sample; none if none does."""
-        sample = _few(values)
-        nears = [table.parent]
-        if table.absolute().parent.name.lower() in _BESIDE:
-            nears.append(Path(os.path.normpath(table.parent / "..")))
-        for near in nears:
-            having: dict[Path, set[str]] = {}
-            for folder in _folders_below(near):
-                if not called or folder.absolute().name.casefold() == called.casefold():
-                    having[folder] = {value for value in sample if self.find(folder, value)[1]}
-            most = max(map(len, having.values()), default=0)
-            found = len(set().union(*having.values()))
-            if 4 * most <= 3 * found and found == sum(map(len, having.values())) >= max(1, len(sample) // 2):
-                return tuple(
-                    folder
-                    for folder, some_values in having.items()
-                    if some_values or any(self.find(folder, value)[1] for value in _few(values, 1024))
-                )
-            if most < max(1, len(sample) // 2):
-                continue
-            best = [folder for folder in having if len(having[folder]) == most]
-            best = [folder for folder in best if folder.name and folder.name in table.stem] or best
-            if len(best) > 1:
-                raise UserError(
-                    f"{table}: its images may be those in {best[0]} or in {best[1]}; write the folder into the paths"
-                )
-            return (best[0],)
-        return ()
-
-    def find_in(self, roots: "Roots", value: str) -> tuple[str, bool]:
-        """As `find`, in several folders. Raises UserError where two have the image."""
-        value = value[len(roots.without) :]
-        if len(roots.folders) > 1:  # for a plain name one look is enough in each
-            having = [folder for folder in roots.folders if value in self._names(str(folder))]
-            if len(having) == 1:
-                return os.path.join(having[0], self._names(str(having[0]))[value]), True
-        found = [self.find(folder, value) for folder in roots.folders]
-        there = [each for each in found if each[1]]
-        if len(there) > 1:
-            raise UserError(f"{there[0][0]}: lies in {there[1][0]} too; write the folder into the paths")
-        return there[0] if there else found[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Roots:
-    """Where the images of a table lie."""
-
-    folders: tuple[Path, ...]
-    """Folders that its paths are relative to; each image is in one."""
-    without: str = ""
-    """What all of its paths begin with that is not here: folders of another machine."""
-
-
-def _beginnings(values: Sequence[str]) -> list[str]:
-    """The folders that all of these paths begin with, the outermost first: `/`, `/a/` and `/a/b/` of `/a/b/c.jpg`."""
-    first, last = min(values), max(values)
-    shared = next((first[:i] for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), first)
-    return [shared[: mark.end()] for mark in _FOLDER.finditer(shared)]
-
-
-def _few(values: Sequence[str], count: int = 8) -> Sequence[str]:
-    return values[:: max(1, len(values) // count)]
-
-
-def _before_upload(value: str) -> list[str]:
-    """The names of a file, with its folders and without, before Label Studio gave it a path of its own."""
-    if (local := _LOCAL_FILES.search(value)) is not None:
-        place = unquote(local[1])
-        return [place, os.path.basename(place)]
-    found = _UPLOADED.search(value)
-    return [] if found is None else [unquote(found[1]), unquote(found[2])]
-
-
-def _folders_below(folder: Path, depth: int = 3) -> list[Path]:
-    """``folder`` and the folders in it, ``depth`` deep, at most 300."""
-    found, level = [folder], [folder]
-    for _ in range(depth):
-        inner: list[Path] = []
-        for parent in level:
-            try:
-                with os.scandir(parent) as entries:
-                    names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-            except OSError:
-                continue
-            inner += [parent / name for name in names]
-        found, level = (found + inner)[:_FOLDERS], inner[:_FOLDERS]
-    return found
-
-
 def _is_several(cell: Any) -> bool:
     parts = cell if isinstance(cell, list) else re.split(r"[;,|]", cell) if isinstance(cell, str) else ()
     return len(parts) > 1 and (isinstance(cell, list) or all(map(is_image_path, parts)))
 
 
-def _path_of(row: Row, image: str, folder: str | None) -> str:
+def _path_of(row: Row, found: Found) -> str:
     """The path in a row, or a number that is the name of a file; empty for anything else."""
-    cell = row.get(image)
+    cell = row.get(found.image or "")
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
     if is_missing(cell) or not isinstance(cell, str | int) or says_missing(cell) or _is_several(cell):
         return ""
-    place = row.get(folder) if folder is not None else None
+    place = row.get(found.folder) if found.folder is not None else None
     return os.path.join(place.strip(), str(cell).strip()) if isinstance(place, str) else str(cell).strip()
+
+
+class _Cells:
+    """Reads the cells of rows, and keeps for the notes what cannot be used of them."""
+
+    def __init__(self, found: Found, *, name: str) -> None:
+        """``name`` is what messages call the table."""
+        self._found, self._name = found, name
+        self.pathless: list[str] = []
+        """Rows without the path of an image, and below those with several."""
+        self.several: list[str] = []
+        self.textless = 0
+        """Number of rows of a table of texts that hold none."""
+        self._nulls = 0
+        self._strange: list[Any] = []
+        self._no_labels: list[Any] = []
+
+    def captions(self, row: Row) -> tuple[str, ...]:
+        cells = [row.get(column) for column in self._found.captions]
+        texts = [captions_of(cell) for cell in cells]
+        self._nulls += sum(map(says_missing, cells))
+        for cell, found in zip(cells, texts, strict=True):
+            if not found and not isinstance(cell, str) and not is_missing(cell):
+                self._strange.append(cell)
+        return tuple(text for found in texts for text in found)
+
+    def label(self, row: Row) -> str | None:
+        if not self._found.label:
+            return None
+        cell = row.get(self._found.label)
+        label = label_of(cell)
+        if label is None and not is_missing(cell):
+            self._no_labels.append(cell)
+        return label
+
+    def path(self, row: Row, number: int) -> str:
+        """The path of the image of row ``number``; empty where it has none or several."""
+        path = _path_of(row, self._found)
+        if not path:
+            several = _is_several(row.get(self._found.image or ""))
+            (self.several if several else self.pathless).append(f"row {number} of {self._name}")
+        return path
+
+    def notes_on_rows(self) -> list[str]:
+        notes = []
+        if several := self.several:
+            shown = some(several, len(several))
+            notes.append(
+                f"{counted(len(several), 'row')} with several images not used: {shown}; write a row for each image"
+            )
+        if rows := self.pathless:
+            notes.append(f"{counted(len(rows), 'row')} without an image path not used: {some(rows, len(rows))}")
+        return notes
+
+    def notes_on_cells(self) -> list[str]:
+        notes = []
+        if self.textless:
+            notes.append(f"{counted(self.textless, 'row')} without a text not used")
+        if self._nulls:
+            notes.append(f"{counted(self._nulls, 'caption')} such as nan or null taken for missing")
+        if strange := self._strange:
+            notes.append(f"{counted(len(strange), 'cell')} of captions without a text, such as {str(strange[0])[:60]}")
+        return notes + unlabelled_notes(self._no_labels)
 
 
 class TableSource:
@@ -575,106 +387,77 @@ class TableSource:
         self._keys: list[str] = []
         self._captions: list[tuple[str, ...]] = []
         self._labels: list[str | None] = []
-        at: dict[str, int] = {}
-        empty: list[str] = []
-        several: list[str] = []
-        nulls, textless, absolute = 0, 0, ""
-        strange: list[Any] = []
-        no_labels: list[Any] = []
-        other_labels: dict[str, str] = {}
-        self.missing: list[str] = []
+        self._written: dict[str, str] = {}
+        """How the table writes the paths of the images that do not exist."""
+        self._two_labels: dict[str, str] = {}
+        cells, paths = _Cells(found, name=name), ImagePaths()
+        self._add_items(rows, found, cells, paths)
+        self.missing = list(self._written)
         """Paths of the images that do not exist."""
-        paths = ImagePaths()
-        roots = self._roots(rows, found.image, found.folder, paths)
-        for number, (table, row) in enumerate(rows):
-            cells = [row.get(column) for column in found.captions]
-            captions = tuple(text for cell in cells for text in captions_of(cell))
-            nulls += sum(map(says_missing, cells))
-            strange += [
-                cell for cell in cells if not isinstance(cell, str) and not is_missing(cell) and not captions_of(cell)
-            ]
-            label = label_of(row.get(found.label)) if found.label else None
-            if label is None and found.label and not is_missing(row.get(found.label)):
-                no_labels.append(row[found.label])
-            key, exists = f"row {number}", True
-            if found.image is not None:
-                value = _path_of(row, found.image, found.folder)
-                if not value:
-                    (several if _is_several(row.get(found.image)) else empty).append(f"row {number} of {name}")
-                    continue
-                key, exists = paths.find_in(roots[table], value)
-            elif not captions:
-                textless += 1
-                continue
-            i = at.setdefault(os.path.abspath(key) if found.image is not None else key, len(self._keys))
-            if i < len(self._keys):
-                self._captions[i] += captions
-                if label is not None and self._labels[i] not in (None, label):
-                    other_labels.setdefault(key, f"{key} ({self._labels[i]}, {label})")
-                self._labels[i] = self._labels[i] or label
-                continue
-            self._keys.append(key)
-            self._captions.append(captions)
-            self._labels.append(label)
-            if not exists:
-                self.missing.append(key)
-                absolute = absolute or (value if _ABSOLUTE.match(value) else "")
         near = paths.near(self.missing[0]) if self.missing else ""
-        self._check(found, empty, several, near, absolute)
-        if several:
-            self.notes.append(
-                f"{counted(len(several), 'row')} with several images not used: {some(several, len(several))}; "
-                "write a row for each image"
-            )
-        if empty:
-            self.notes.append(f"{counted(len(empty), 'row')} without an image path not used: {some(empty, len(empty))}")
-        if self.missing:
-            self.notes.append(
-                f"{len(self.missing):,} of {counted(len(self._keys), 'image')} do not exist: "
-                + some(self.missing, len(self.missing))
-                + (near and f" ({os.path.basename(self.missing[0])} does not{near})")
-            )
-        if textless:
-            self.notes.append(f"{counted(textless, 'row')} without a text not used")
-        if nulls:
-            self.notes.append(f"{counted(nulls, 'caption')} such as nan or null taken for missing")
-        if strange:
-            self.notes.append(
-                f"{counted(len(strange), 'cell')} of captions without a text, such as {str(strange[0])[:60]}"
-            )
-        self.notes += unlabelled_notes(no_labels) + notes_on_labels([label for label in self._labels if label])
-        if other_labels:
-            self.notes.append(
-                f"{counted(len(other_labels), 'image')} with two labels, of which the first is used: "
-                + some(other_labels.values(), len(other_labels))
-            )
+        self._check(found, cells, near)
+        self.notes += cells.notes_on_rows() + self._notes_on_missing(near) + cells.notes_on_cells()
+        self.notes += notes_on_labels([label for label in self._labels if label])
+        self.notes += note_on_two_labels(self._two_labels.values(), len(self._two_labels))
 
-    def _roots(
-        self, rows: Sequence[tuple[Path, Row]], image: str | None, folder: str | None, paths: ImagePaths
-    ) -> dict[Path, Roots]:
+    def _add_items(self, rows: Sequence[tuple[Path, Row]], found: Found, cells: _Cells, paths: ImagePaths) -> None:
+        roots = self._roots(rows, found, paths)
+        at: dict[str, int] = {}
+        for number, (table, row) in enumerate(rows):
+            captions, label = cells.captions(row), cells.label(row)
+            if found.image is None:
+                if captions:
+                    self._add_item(f"row {number}", captions, label)
+                else:
+                    cells.textless += 1
+            elif path := cells.path(row, number):
+                key, exists = paths.find_in(roots[table], path)
+                i = at.setdefault(os.path.abspath(key), len(self._keys))
+                if i < len(self._keys):
+                    self._join(i, key, captions, label)
+                else:
+                    self._add_item(key, captions, label)
+                    if not exists:
+                        self._written[key] = path
+
+    def _add_item(self, key: str, captions: tuple[str, ...], label: str | None) -> None:
+        self._keys.append(key)
+        self._captions.append(captions)
+        self._labels.append(label)
+
+    def _join(self, i: int, key: str, captions: tuple[str, ...], label: str | None) -> None:
+        """Add the captions of a further row to item ``i``, and its label where there is none yet."""
+        self._captions[i] += captions
+        if label is not None and self._labels[i] not in (None, label):
+            self._two_labels.setdefault(key, f"{key} ({self._labels[i]}, {label})")
+        self._labels[i] = self._labels[i] or label
+
+    def _roots(self, rows: Sequence[tuple[Path, Row]], found: Found, paths: ImagePaths) -> dict[Path, Roots]:
         """Where the images of each table lie."""
         values: dict[Path, list[str]] = {}
         for table, row in rows:
-            first = values.setdefault(table, [])
-            if image is not None and (value := _path_of(row, image, folder)):
-                first.append(value)
-        roots = {table: paths.roots(table, first) for table, first in values.items()}
-        for table, found in roots.items():
-            if found != Roots((table.parent,)):
+            written = values.setdefault(table, [])
+            if found.image is not None and (value := _path_of(row, found)):
+                written.append(value)
+        roots = {table: paths.roots(table, written) for table, written in values.items()}
+        for table, root in roots.items():
+            if root != Roots((table.parent,)):
                 of_table = f" in {table}" if len(roots) > 1 else ""
-                without = f", without {found.without}" if found.without else ""
-                shown = some(map(str, found.folders), len(found.folders))
+                without = f", without {root.without}" if root.without else ""
+                shown = some(map(str, root.folders), len(root.folders))
                 self.notes.append(f"image paths{of_table} are taken relative to {shown}{without}")
         return roots
 
-    def _check(self, found: Found, empty: list[str], several: list[str], near: str, absolute: str) -> None:
-        """Raise UserError where nothing is left, or no image exists: paths are relative to another folder, then, or
-        those of another machine, such as ``absolute``."""
-        if not self._keys and several:
-            raise UserError(f"{several[0]} (counted from 0) names several images; write a row for each image")
-        if not self._keys and empty:
+    def _check(self, found: Found, cells: _Cells, near: str) -> None:
+        """Raise UserError where nothing is left, or where no image exists.
+
+        Then the paths are relative to another folder, or they are absolute ones of another machine.
+        """
+        if not self._keys and cells.several:
+            raise UserError(f"{cells.several[0]} (counted from 0) names several images; write a row for each image")
+        if not self._keys and cells.pathless:
             raise UserError(
-                f"{empty[0]} (counted from 0) has no image path in column {found.image!r}, nor has any other"
+                f"{cells.pathless[0]} (counted from 0) has no image path in column {found.image!r}, nor has any other"
             )
         if not self._keys:
             raise UserError(f"{self.name}: holds no captions")
@@ -682,10 +465,18 @@ class TableSource:
             return
         if is_remote(self.name):
             raise UserError(f"{self.name}: images beside a table are not fetched: put them into tars or into parquet")
-        if absolute:
+        if absolute := next(filter(_ABSOLUTE.match, self._written.values()), None):
             raise UserError(f"{absolute}: does not exist here; write the paths in {self.name} relative to its folder")
         mend = near or f"; image paths in {self.name} are relative to its folder"
         raise UserError(f"{self.missing[0]}: does not exist{mend}")
+
+    def _notes_on_missing(self, near: str) -> list[str]:
+        """A note on images that do not exist; ``near`` is what `ImagePaths.near` says of the first."""
+        if not self.missing:
+            return []
+        images, shown = counted(len(self._keys), "image"), some(self.missing, len(self.missing))
+        more = near and f" ({os.path.basename(self.missing[0])} does not{near})"
+        return [f"{len(self.missing):,} of {images} do not exist: {shown}{more}"]
 
     def __len__(self) -> int:
         return len(self._keys)

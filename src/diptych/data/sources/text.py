@@ -1,13 +1,16 @@
-"""Text files, in strict UTF-8 with one text a line, and the cleaning of every caption."""
+"""Captions: in the cells of tables and in text files, in strict UTF-8 with one text a line; the cleaning of all."""
 
+import ast
 import gzip
 import html
+import io
 import json
 import re
 import sys
+import tokenize
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,6 +45,8 @@ NULLS = frozenset(
     | {"#N/A", "#NAME?", "#REF!", "#VALUE!"}
 )
 """What libraries, spreadsheets and people write into an empty cell."""
+_OTHER_SCRIPT, _NOT_WINDOWS_1252 = re.compile(rb"[\x80-\xff]{3}"), re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
+"""Bytes of a text in another script than the Latin one, and those that stand for no character of Windows-1252."""
 _NO_TEXTS = {
     **NOT_THE_FILE,
     b"<table": "is a table of HTML, whatever its name; save it as csv in UTF-8",
@@ -84,6 +89,15 @@ _QUOTED = re.compile(r"""(["'`]).*\1,?""")
 _XML = re.compile(r"<(?P<tag>[^\s<>]+)[^<>]*>.*</(?P=tag)>")
 _ADDRESS_TEXT = re.compile(r"[\w.-]+(?:(?:\+|%[0-9A-Fa-f]{2})+[\w.-]+){2,}(?:\+|%[0-9A-Fa-f]{2})*")
 """A text with plus signs or `%20` for its blanks."""
+WRITTEN = re.compile(r"""\s*(\[|\{\s*["']|\(\s*["']|array\(|b["'])""")
+"""How lists and records begin that are written as text."""
+_LIST_NAMES = frozenset({"nan", "None", "null", "array", "dtype", "object"})
+_GRAMMAR = frozenset({"a", "an", "the", "of", "is", "are", "in", "on", "at", "and", "with", ".", ",", "<eos>", "</s>"})
+"""Words by which a list is seen to be a text that was split into words, and no list of captions of one word."""
+_SPEAKERS, _MODELS = ("from", "role"), frozenset({"gpt", "assistant", "model", "bot"})
+"""The fields of a part of a conversation that name who speaks, and what they hold where a model does."""
+INNER = ("raw", "caption", "text", "sentence", "captions", "texts", "sentences")
+"""Where a list of captions holds records instead of strings, the fields that may carry the text."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ROW = re.compile(r"""["']?(?P<image>[^,;|\t"']+?)["']?(?P<delimiter>\s*[,;|\t]|\s+|$)""")
 
@@ -124,9 +138,105 @@ def says_missing(value: Any) -> bool:
     return isinstance(value, str) and value.strip() in NULLS
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a cell is empty: None, NaN, an empty text, or a list of nothing else."""
+    if isinstance(value, list | tuple):
+        return all(map(is_missing, value))
+    return value is None or (isinstance(value, float) and value != value) or value == ""
+
+
 def _unescaped(escape: re.Match[str]) -> str:
     code = int(escape[1] or escape[2], 16)
     return chr(code) if code <= sys.maxunicode else escape[0]
+
+
+def captions_of(value: Any) -> list[str]:
+    """The captions in a cell: a text, a list of texts or of lists of words, or records such as {"raw": ...}.
+
+    A list of single words is one text that was split if `a`, `of`, a full stop or the like is among them, else it is
+    several captions.
+    Lists and records may also be written as text, as JSON, Python, NumPy or PostgreSQL print them. Of a conversation
+    about an image, as LLaVA's, the answer is the caption; one with several answers has none.
+    """
+    if isinstance(value, bytes):
+        return captions_of(value.decode("utf-8", "replace"))
+    if isinstance(value, str):
+        if (written := written_captions(value)) is not None:
+            return written
+        text = clean(value)
+        return [text] if text and not says_missing(text) else []
+    if isinstance(value, Mapping):
+        return next((captions_of(value[name]) for name in INNER if name in value), [])
+    if isinstance(value, Sequence):
+        if is_conversation(value):
+            answers = [part for part in value if any(part.get(key) in _MODELS for key in _SPEAKERS)]
+            texts = [part.get("value", part.get("content")) for part in answers]
+            texts += [part["assistant"] for part in value if "assistant" in part]
+            return captions_of(texts[0]) if len(texts) == 1 else []
+        if len(value) > 1 and all(map(_is_words, value)):
+            return [text for words in value for text in captions_of(" ".join(words))]
+        if _is_words(value) and not _GRAMMAR.isdisjoint(word.lower() for word in value):
+            return captions_of(" ".join(value))
+        return [text for item in value for text in captions_of(item)]
+    return [] if is_missing(value) or isinstance(value, bool) else [str(value)]
+
+
+def written_captions(text: str) -> list[str] | None:
+    """The captions of a list or record that ``text`` writes out; None where it is a text like any other."""
+    written = written_out(text)
+    return None if written is None else captions_of(written)
+
+
+def is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(part, Mapping) and not part.keys().isdisjoint((*_SPEAKERS, "assistant")) for part in value)
+    )
+
+
+def _is_words(value: Any) -> bool:
+    """Whether ``value`` is a text that was split into words."""
+    return (
+        isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) and " " not in word for word in value)
+    )
+
+
+def written_out(text: str) -> list[Any] | dict[str, Any] | str | None:
+    """The list or record that ``text`` writes out; None where it is a text like any other."""
+    if not WRITTEN.match(text):
+        return None
+    text = text.strip()
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return _written_list(text)
+    if isinstance(found, dict):
+        return found if any(name in found for name in INNER) else None
+    return (
+        found
+        if isinstance(found, list) and all(isinstance(item, str | list | dict) or is_missing(item) for item in found)
+        else None
+    )
+
+
+def _written_list(text: str) -> list[Any] | str | None:
+    """Texts in quotes between brackets. NumPy puts no commas between them, and Python would join them."""
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+        names = {token.string for token in tokens if token.type == tokenize.NAME}
+        marks = {token.string for token in tokens if token.type == tokenize.OP}
+        values = [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
+        if not values or not names <= _LIST_NAMES or not marks <= set("[](){},=:") | {"..."}:
+            return None
+        if ":" in marks:
+            found = ast.literal_eval(text)
+            records = found if isinstance(found, list) else [found]
+            return records if all(isinstance(item, dict | str) for item in records) else None
+    except (tokenize.TokenError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
+    return texts[0] if not marks else texts
 
 
 def read_bytes(path: Path) -> bytes:
@@ -184,12 +294,22 @@ def decode_text(data: bytes, *, name: str) -> str:
 def _not_utf8(data: bytes, *, name: str, offset: int) -> NoReturn:
     offset += 3 * data.startswith(b"\xef\xbb\xbf")  # the codec counts from behind the byte order mark
     line = data.count(b"\n", 0, offset) + 1
-    # Windows-1252 is Latin-1 with quotes and dashes where Latin-1 has control characters, which no caption holds.
-    coding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
     raise UserError(
         f"{name}: line {line}, byte {offset} (0x{data[offset]:02x}) is not UTF-8; "
-        f"convert it from the encoding that it was saved in, e.g. iconv -f {coding} -t UTF-8 FILE > NEW"
+        f"convert it from the encoding that it was saved in, {_how_to_convert(data, line)} -t UTF-8 FILE > NEW"
     )
+
+
+def _how_to_convert(data: bytes, line: int) -> str:
+    """The beginning of a command that converts ``data``, of which this line is not UTF-8."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "e.g. iconv -f UTF-16"
+    text = data.split(b"\n", line)[line - 1]
+    # Windows-1252 is Latin-1 with quotes and dashes where Latin-1 has control characters, which no caption holds. Its
+    # languages seldom have three letters with accents in a row, others have them in every word.
+    if _OTHER_SCRIPT.search(text) or _NOT_WINDOWS_1252.search(text):
+        return "such as SHIFT_JIS, GB18030 or WINDOWS-1251: iconv -f ENCODING"
+    return "e.g. iconv -f WINDOWS-1252"
 
 
 def _refuse_table(path: Path, lines: Sequence[str]) -> None:

@@ -15,17 +15,17 @@ import numpy as np
 
 from diptych.data.sources.columns import Columns
 from diptych.data.sources.decode import SUFFIXES, ImageLimits
+from diptych.data.sources.folder import SampleSource
+from diptych.data.sources.paths import folder_labels, splits_of
 from diptych.data.sources.remote import RemoteFile, index_all
 from diptych.data.sources.samples import (
     IMAGE,
     Groups,
-    SampleSource,
-    folder_labels,
     group,
     group_texts,
     unused_notes,
 )
-from diptych.data.sources.table import BLOCK, counted, file_split_notes, some, splits_of
+from diptych.data.sources.table import BLOCK, counted, file_split_notes, some
 from diptych.data.sources.text import what_begins
 from diptych.errors import UserError
 
@@ -53,78 +53,41 @@ class WebDatasetSource(SampleSource):
     ):
         self._paths = list(paths)
         index_all([path for path in paths if isinstance(path, RemoteFile)], _remote_members)
-        keys: list[str] = []
-        slots, places = array("q"), array("q")
-        lone: list[tuple[list[str], list[int]]] = []  # of each shard the names and members of texts without an image
-        empty: list[str] = []
-        second: list[str] = []
-        unused: list[str] = []
-        masks: list[str] = []
-        texts_named = False
-        notes: list[str] = []
-
-        def add(groups: Groups, numbers: Sequence[int]) -> None:
-            keys.extend(groups.keys)
-            slots.extend(numbers[slot] if slot >= 0 else -1 for sample in groups.slots for slot in sample)
-
+        index = _Index()
         for shard, path in enumerate(self._paths):
-            found = list(members(path))
-            if not found:
-                empty.append(path.name)
-            numbers = range(len(places) // 3, len(places) // 3 + len(found))
-            for member in found:
-                places.extend((shard, member.offset, member.size))
-            last = {os.path.normpath(member.name): number for number, member in enumerate(found)}
-            if len(last) < len(found):  # `tar -r` adds the new version of a file behind the old one
-                notes.append(
-                    f"{counted(len(found) - len(last), 'member')} of {path} replaced by later ones of the name"
-                )
-            names = ["." if last[name] != i else name for i, name in enumerate(map(_name, found))]
-            groups = group(names, columns, source=str(path))
-            add(groups, numbers)
-            texts_named |= groups.texts_named
-            lone.append(([names[i] for i in groups.lone], [numbers[i] for i in groups.lone]))
-            second += [names[i] for i in groups.second]
-            unused += [names[i] for i in groups.unused]
-            masks += [names[i] for i in groups.masks]
-        if not keys:
-            for names, owners in lone:
-                groups = group_texts(names, range(len(names)))
-                add(groups, owners)
-                second += [names[i] for i in groups.second]
-            lone = []
-        if not keys:
+            index.add_shard(shard, path, columns)
+        if not index.keys:
+            index.add_texts()
+        if not index.keys:
             raise UserError(
                 f"{name}: holds no images (key.jpg, key.png, key.webp ...) and no texts (key.txt, key.json)"
             )
-        if empty:
-            notes.append(f"{counted(len(empty), 'tar')} without a file: {some(empty, len(empty))}")
-        self._places = np.frombuffer(places, dtype=np.int64).reshape(-1, 3)
-        index = np.array(slots, dtype=np.int64).reshape(-1, 4)
-        shards = self._places[index.max(1), 0].tolist()
-        labels, nested = folder_labels(keys)
+        self._places = np.frombuffer(index.places, dtype=np.int64).reshape(-1, 3)
+        slots = np.array(index.slots, dtype=np.int64).reshape(-1, 4)
+        labels, nested = folder_labels(index.keys)
         super().__init__(
-            [f"{self._paths[shard].stem}/{key}" for shard, key in zip(shards, keys, strict=True)]
-            if len(self._paths) > 1
-            else keys,
-            index,
+            self._keys_over_shards(index.keys, slots),
+            slots,
             name=name,
             labels=labels,
-            splits=splits_of(keys),
+            splits=splits_of(index.keys),
             columns=columns,
             split=split,
             limits=limits,
-            texts_named=texts_named,
-            notes=[
-                *notes,
-                *nested,
-                *unused_notes([name for names, _ in lone for name in names], second, unused, masks, packed=True),
-            ],
+            texts_named=index.texts_named,
+            notes=index.notes(nested),
         )
         if split is None:
             self.notes += file_split_notes(self._paths)
         if not self.has_images and not self.has_captions:
             raise UserError(f"{name}: holds no images and no captions")
+
+    def _keys_over_shards(self, keys: list[str], slots: np.ndarray) -> list[str]:
+        """The keys, below the name of their tar where there are several."""
+        if len(self._paths) == 1:
+            return keys
+        shards = self._places[slots.max(1), 0].tolist()
+        return [f"{self._paths[shard].stem}/{key}" for shard, key in zip(shards, keys, strict=True)]
 
     @property
     def shards(self) -> np.ndarray:
@@ -143,8 +106,68 @@ class WebDatasetSource(SampleSource):
         return read(self._paths[shard], offset, size)
 
 
-def _name(member: "Member") -> str:
-    return os.path.normpath(member.name)
+class _Index:
+    """The samples of several tars, whose members are numbered through, and the names of what belongs to none."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.slots, self.places = array("q"), array("q")
+        """As `Groups.slots`, end to end; and of each member its shard, its offset and its size."""
+        self.texts_named = False
+        self._lone: list[tuple[list[str], list[int]]] = []
+        """Of each shard the names and the numbers of the side-cars without an image."""
+        self._second: list[str] = []
+        self._unused: list[str] = []
+        self._masks: list[str] = []
+        self._empty: list[str] = []
+        self._replaced: list[str] = []
+
+    def add_shard(self, shard: int, path: Path | RemoteFile, columns: Columns) -> None:
+        found = list(members(path))
+        if not found:
+            self._empty.append(path.name)
+        first = len(self.places) // 3
+        for member in found:
+            self.places.extend((shard, member.offset, member.size))
+        names = self._last_versions([os.path.normpath(member.name) for member in found], path)
+        groups = group(names, columns, source=str(path))
+        self._add(groups, range(first, first + len(found)))
+        self.texts_named |= groups.texts_named
+        self._lone.append(([names[i] for i in groups.lone], [first + i for i in groups.lone]))
+        self._second += [names[i] for i in groups.second]
+        self._unused += [names[i] for i in groups.unused]
+        self._masks += [names[i] for i in groups.masks]
+
+    def _last_versions(self, names: list[str], path: Path | RemoteFile) -> list[str]:
+        """The names of members, and `.` for those that later ones replace: `tar -r` adds a new version at the end."""
+        last = {name: number for number, name in enumerate(names)}
+        if count := len(names) - len(last):
+            self._replaced.append(f"{counted(count, 'member')} of {path} replaced by later ones of the name")
+        return [name if last[name] == number else "." for number, name in enumerate(names)]
+
+    def add_texts(self) -> None:
+        """Make samples of the side-cars without an image, for tars that hold texts alone."""
+        for names, numbers in self._lone:
+            groups = group_texts(names, range(len(names)))
+            self._add(groups, numbers)
+            self._second += [names[i] for i in groups.second]
+        self._lone = []
+
+    def _add(self, groups: Groups, numbers: Sequence[int]) -> None:
+        """Add samples, given the numbers of the members that were grouped."""
+        self.keys += groups.keys
+        self.slots.extend(numbers[slot] if slot >= 0 else -1 for sample in groups.slots for slot in sample)
+
+    def notes(self, nested: list[str]) -> list[str]:
+        """Notes on the members that are not used; ``nested`` are those on folders, which stand in between."""
+        empty = self._empty
+        lone = [name for names, _ in self._lone for name in names]
+        return [
+            *self._replaced,
+            *([f"{counted(len(empty), 'tar')} without a file: {some(empty, len(empty))}"] if empty else []),
+            *nested,
+            *unused_notes(lone, self._second, self._unused, self._masks, packed=True),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
