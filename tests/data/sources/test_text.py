@@ -75,7 +75,7 @@ def test_wrong_encoding_names_line_and_byte(tmp_path):
         ("A café.", "cp1252", "e.g. iconv -f WINDOWS-1252 -t"),
         ("“Déjà vu”", "cp1252", "e.g. iconv -f WINDOWS-1252 -t"),
         ("赤い車が走る", "shift_jis", "such as SHIFT_JIS, GB18030 or WINDOWS-1251: iconv -f ENCODING -t"),
-        ("一只猫", "gb18030", "such as SHIFT_JIS, GB18030 or WINDOWS-1251: iconv -f ENCODING -t"),
+        ("一只白猫在跑", "gb18030", "such as SHIFT_JIS, GB18030 or WINDOWS-1251: iconv -f ENCODING -t"),
         ("собака", "cp1251", "such as SHIFT_JIS, GB18030 or WINDOWS-1251: iconv -f ENCODING -t"),
     ],
 )
