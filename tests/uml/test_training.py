@@ -77,7 +77,7 @@ def test_a_run_is_not_resumed_with_other_images(dataset, encoders, tmp_path):
     run.data.images = str(tmp_path / "images")
     run.fit(tmp_path / "run", recipe="uml-probe")
     Image.new("RGB", (9, 9)).save(sorted((tmp_path / "images" / "ring").iterdir())[0])
-    with pytest.raises(UserError, match="the files of the data"):
+    with pytest.raises(UserError, match="its data have changed"):
         run.fit(tmp_path / "run", recipe="uml-probe")
 
 

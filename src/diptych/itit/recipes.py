@@ -94,8 +94,8 @@ def itit_small() -> ItitRun:
 def itit_frozen() -> ItitRun:
     """ITIT for photographs with few captions, from a pretrained image encoder and text encoder, which stay frozen.
 
-    Captions are read from the image encoder's features; images of 64 x 64 pixels are generated as tokens.
-    --image-encoder and --text-encoder take other models, by folder, hub name or package.
+    Captions are read from the image encoder's features; images of 64 x 64 pixels are generated as tokens. Other models
+    are taken by folder, hub name or package, with --image-encoder and --text-encoder.
 
     Command: diptych fit itit-frozen --data.pairs 'photos.tar?split=train' --data.max-pairs 600
              --data.valid 'photos.tar?split=dev' --minutes 20 --out runs/photos

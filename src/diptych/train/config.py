@@ -163,7 +163,7 @@ def check_same(now: Mapping[str, Any], then: Mapping[str, Any], *, where: object
     removed by another release) are ignored, except inside a value of ``identity``.
 
     Raises:
-        UserError: names every setting that differs.
+        UserError: names every setting that differs, or says that the data was edited.
     """
     changes = []
     for section, free in (*MAY_CHANGE.items(), ("identity", set[str]())):
@@ -171,6 +171,9 @@ def check_same(now: Mapping[str, Any], then: Mapping[str, Any], *, where: object
         for name in sorted(before.keys() & after.keys() - free):
             label = name if section == "identity" else f"{section}.{name}"
             changes += _changes(label, before[name], after[name])
+    if len(changes) == 1 and changes[0].startswith(FILES):
+        mend = "Bring the old files back to continue, or train into another folder."
+        raise UserError(f"{where}: images, captions or labels of its data have changed since it was trained. {mend}")
     if changes:
         mend = "Set the old values to continue, or train into another folder."
         raise UserError(f"{where} was trained with other settings: {', '.join(changes)}. {mend}")
