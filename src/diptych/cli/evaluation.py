@@ -128,9 +128,8 @@ def evaluate(
     else:
         from diptych.itit.evaluation import EvaluateConfig, evaluate_run
 
-        config = EvaluateConfig(
-            limit=limit, beams=beams, seed=seed, max_skipped_share=max_skipped_share, precision=precision
-        )
+        config = EvaluateConfig(limit=limit, beams=beams, seed=seed, max_skipped_share=max_skipped_share)
+        opening: dict[str, Any] = {"device": device, "precision": precision}
         if generation:
             from diptych.itit.pipeline import generation_of
 
@@ -138,15 +137,13 @@ def evaluate(
         if protocol is not None:
             from diptych.itit.protocols import evaluate_protocol
 
-            evaluate_protocol(run, data, source, config, protocol=protocol, features=features, out=out, device=device)
+            evaluate_protocol(run, data, source, config, protocol=protocol, features=features, out=out, **opening)
         elif cycles is not None:
             from diptych.itit.protocols import evaluate_cycles
 
-            evaluate_cycles(
-                [run, *against], data, source, config, rounds=cycles, features=features, out=out, device=device
-            )
+            evaluate_cycles([run, *against], data, source, config, rounds=cycles, features=features, out=out, **opening)
         else:
-            evaluate_run(run, source, config, features=features, encoder=baseline_encoder, out=out, device=device)
+            evaluate_run(run, source, config, features=features, encoder=baseline_encoder, out=out, **opening)
 
 
 def sweep(

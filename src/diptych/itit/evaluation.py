@@ -87,8 +87,6 @@ class EvaluateConfig:
     """Seed of the generated images."""
     image_generation: ImageGenerationConfig | None = None
     """Settings of the generated images. None takes the run's own."""
-    precision: InferencePrecision = "auto"
-    """Precision of a network that is opened to be scored."""
     captions: bool = True
     """Score generated captions."""
     images: bool = True
@@ -488,6 +486,7 @@ def evaluate_run(
     features: str | None,
     out: Path,
     device: Device,
+    precision: InferencePrecision = "auto",
     encoder: str | None = None,
 ) -> None:
     """Score a run; print a table, and write ``metrics.json``, ``captions.jsonl`` and ``sheet.png`` into ``out``.
@@ -495,13 +494,13 @@ def evaluate_run(
     Beside it are its baselines, with the features of ``encoder`` too, by default the run's own ``baseline_encoder``;
     and the same network on the pairs alone, if it was trained.
     """
-    diptych = Diptych.from_pretrained(run, device=device, precision=config.precision)
+    diptych = Diptych.from_pretrained(run, device=device, precision=precision)
     _ = diptych.text_encoder  # what is wrong with it is told before the work
     extractor = open_extractor(features)
     found = evaluate(diptych, source, config, extractor=extractor, progress="shown")
     comparison = _compare_run(run, source, found, encoder=encoder, device=device)
     if (run / PAIRS_ONLY / "model").is_dir():
-        alone = Diptych.from_pretrained(run / PAIRS_ONLY, device=device, precision=config.precision)
+        alone = Diptych.from_pretrained(run / PAIRS_ONLY, device=device, precision=precision)
         scores = evaluate(alone, source, config, extractor=extractor, progress="shown").metrics
         comparison.baselines.append(Baseline(name=ALONE, scores=scores, kind="without unpaired data"))
     out.mkdir(parents=True, exist_ok=True)
@@ -512,7 +511,7 @@ def evaluate_run(
     told = {
         "skipped": len(found.skipped),
         "source": source.name,
-        "precision": config.precision,
+        "precision": precision,
         "notes": notes + comparison.notes,
     }
     write_json(out / "metrics.json", {**found.metrics, **told, **comparison.record()})

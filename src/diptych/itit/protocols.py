@@ -42,7 +42,7 @@ from diptych.io import write_bytes
 from diptych.itit.evaluation import EvaluateConfig, ScoredImages, write_captions
 from diptych.itit.generation import ImageGenerationConfig
 from diptych.itit.pipeline import Diptych
-from diptych.nn.inference import Device
+from diptych.nn.inference import Device, InferencePrecision
 from diptych.report.figures import Panel, one_figure
 from diptych.report.terminal import ProgressLine, print_metrics
 from diptych.rng import derive_seed
@@ -233,12 +233,13 @@ def evaluate_protocol(
     features: str | None,
     out: Path,
     device: Device,
+    precision: InferencePrecision = "auto",
 ) -> None:
     """Score a run by ``protocol``; print scores and what was done, and write both into ``out/metrics.json``.
 
     ``spec`` names ``source``: a split that is not the protocol's is reported.
     """
-    diptych = Diptych.from_pretrained(run, device=device, precision=config.precision)
+    diptych = Diptych.from_pretrained(run, device=device, precision=precision)
     _ = diptych.text_encoder  # what is wrong with it is told before the work
     source = first_scenes(source)
     split = split_named_in(spec)
@@ -360,6 +361,7 @@ def evaluate_cycles(
     features: str | None,
     out: Path,
     device: Device,
+    precision: InferencePrecision = "auto",
 ) -> None:
     """Score cycles of one or several runs; print a table of each, and write ``cycles.svg`` and ``metrics.json``.
 
@@ -369,7 +371,7 @@ def evaluate_cycles(
     found: dict[str, list[dict[str, float]]] = {}
     counts: dict[str, int] = {}
     for run in runs:
-        diptych = Diptych.from_pretrained(run, device=device, precision=config.precision)
+        diptych = Diptych.from_pretrained(run, device=device, precision=precision)
         if config.image_generation is not None:
             diptych.image_generation = config.image_generation
         images = ScoredImages.read(diptych, source, config)
