@@ -10,7 +10,14 @@ from diptych.itit.model import ITIT
 from diptych.itit.training import ItitRun
 from diptych.registry import RECIPES
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
-from diptych.tokenizers.recipes import tokenizer_paper, tokenizer_patches, tokenizer_small, tokenizer_tiny
+from diptych.tokenizers.recipes import (
+    encoder_untrained,
+    tokenizer_paper,
+    tokenizer_patches,
+    tokenizer_patches_small,
+    tokenizer_small,
+    tokenizer_tiny,
+)
 from diptych.tokenizers.training import TextEncoderRun
 from diptych.train.config import TrainConfig
 
@@ -143,11 +150,13 @@ def test_variants_of_base_change_the_network_only():
         assert replace(RECIPES[name](), model=base.model) == base
 
 
-def test_itit_trains_the_tokenizers_of_the_same_size():
-    for size in ("tiny", "small"):
-        run = RECIPES[f"itit-{size}"]()
-        assert run.tokenizer_stage == (tokenizer_patches() if size == "tiny" else RECIPES[f"vqgan-{size}"]().stage)
-        assert run.text_encoder_stage == RECIPES[f"text-encoder-{size}"]().stage
+def test_itit_makes_the_tokenizers_of_its_size():
+    tiny, small, frozen, medium = (RECIPES[f"itit-{name}"]() for name in ("tiny", "small", "frozen", "medium"))
+    assert tiny.tokenizer_stage == tokenizer_patches()
+    assert small.tokenizer_stage == frozen.tokenizer_stage == tokenizer_patches_small()
+    assert medium.tokenizer_stage == RECIPES["vqgan-medium"]().stage
+    assert tiny.text_encoder_stage == RECIPES["text-encoder-tiny"]().stage
+    assert small.text_encoder_stage == encoder_untrained()
 
 
 @pytest.mark.parametrize("name", [name for name in ITIT_RECIPES if RECIPES[name]().objective.texts != "off"])
@@ -166,6 +175,7 @@ def test_unpaired_data_that_would_never_be_used_is_noticed(name):
     [
         (tokenizer_patches, 16, 256, 8),
         (tokenizer_tiny, 16, 128, 8),
+        (tokenizer_patches_small, 64, 256, 8),
         (tokenizer_small, 64, 128, 8),
         (tokenizer_paper, 256, 8192, 16),
     ],

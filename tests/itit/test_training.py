@@ -16,22 +16,24 @@ from diptych.data.scenes import ScenesSource
 from diptych.encoders import ScratchConfig, scratch_encoder
 from diptych.errors import UserError
 from diptych.io import load_network
+from diptych.itit import training
 from diptych.itit.data import DataConfig, open_data
 from diptych.itit.evaluation import ALONE, EvaluateConfig, evaluate, evaluate_run
 from diptych.itit.generation import GenerationConfig, ImageGenerationConfig, TextGenerationConfig
-from diptych.itit.model import ITIT, ItitConfig, mean_of_text
+from diptych.itit.model import ITIT, SIZES, ItitConfig, mean_of_text
 from diptych.itit.objective import ItitObjectiveConfig
 from diptych.itit.pipeline import Diptych
 from diptych.itit.recipes import itit_finetune_caption
-from diptych.itit.training import ItitRun
+from diptych.itit.training import NETWORK, ItitRun
 from diptych.run_folder import write_config
 from diptych.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from diptych.tokenizers.recipes import vqgan_tiny
-from diptych.tokenizers.span_corruption import TextEncoderConfig
+from diptych.tokenizers.recipes import encoder_untrained, vqgan_tiny
+from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.training import TextEncoderRun, TextEncoderStage, TokenizerRun, TokenizerStage
 from diptych.tokenizers.vqgan import VQGANConfig
 from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.pace import Budget, RunPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:Covariance")
 VALID = ScenesSource(split="test", count=6)
@@ -612,3 +614,44 @@ def test_a_run_that_begins_with_the_weights_of_another_may_have_a_teacher(done, 
 def test_fine_tuning_needs_a_finished_run(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         replace(itit_finetune_caption(), init=str(tmp_path), data=tiny_run().data).fit(tmp_path / "out", recipe="x")
+
+
+def test_a_budget_too_short_for_the_network_takes_a_smaller_one(tmp_path, monkeypatch, capsys):
+    large = replace(tiny_run(), model=replace(SIZES["small"], max_text_len=16), train=loop(1000))
+    seconds_per_row = 0.1
+    monkeypatch.setattr(
+        training, "training_seconds", lambda run, make: run.train.steps * run.train.batch_size * seconds_per_row
+    )
+
+    def fitting(run: ItitRun, minutes: float, out: Path) -> ItitRun:
+        out.mkdir(exist_ok=True)
+        budget = Budget.of_run(out, Budget(minutes))
+        plan = RunPlan([cost for cost in run.costs() if cost.name == NETWORK], budget=budget)
+        return run._with_affordable_network(tiny_run().ready, plan, budget)
+
+    assert fitting(large, 3.0, tmp_path / "enough") is large  # 400 steps of 4 rows take 160 seconds
+    assert capsys.readouterr().err == ""
+    small = fitting(large, 2.0, tmp_path / "short").model
+    assert "fewer than 400 steps on 8 pairs fit into --minutes 2" in capsys.readouterr().err
+    assert (small.width, small.depth, small.image_decoder_depth, small.text_decoder_width) == (128, 1, 2, 128)
+    assert (small.max_text_len, small.text_input) == (large.model.max_text_len, large.model.text_input)
+    given = replace(large, init="runs/other")
+    assert fitting(given, 2.0, tmp_path / "given") is given
+    seconds_per_row = 0.0  # what was decided holds when the run goes on
+    assert fitting(large, 2.0, tmp_path / "short").model == small
+
+
+def test_a_short_budget_scores_few_validation_images(capsys):
+    run = tiny_run(valid="scenes:?split=test&count=200")
+    assert [run._with_fewer_valid_images(minutes).data.valid_images for minutes in (0.5, 2, 20)] == [16, 32, 128]
+    assert "validation: 32 of 128 images fit into the budget" in capsys.readouterr().out
+    assert replace(run, data=replace(run.data, valid=None))._with_fewer_valid_images(2).data.valid_images == 128
+
+
+def test_a_text_encoder_of_no_steps_keeps_its_first_weights(tmp_path):
+    stage = encoder_untrained()
+    encoder = stage.fit(["a red circle", "a blue star above a green ring"] * 4, tmp_path)
+    first = SpanCorruption(encoder.tokenizer, config=stage.model, seed=stage.train.seed).text_encoder()
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, encoder.state_dict()[name]), name
+    assert [path.name for path in tmp_path.iterdir()] == ["text_encoder.json"]

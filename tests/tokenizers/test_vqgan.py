@@ -229,6 +229,15 @@ def vit(tmp_path):
     return with_pixels(tmp_path / "vit")
 
 
+def test_a_distance_of_no_weight_is_not_computed(monkeypatch):
+    made = objective(dataclasses.replace(PLAIN, perceptual_weight=0.0))
+    weighted = objective(dataclasses.replace(PLAIN, perceptual_weight=1.0))(batch(), step=0)
+    monkeypatch.setattr("diptych.tokenizers.vqgan.edge_distance", None)
+    plain = made(batch(), step=0)
+    torch.testing.assert_close(plain.total, weighted.total - weighted.terms["perceptual"])
+    assert plain.terms["perceptual"] == 0
+
+
 def test_edge_distance_by_hand():
     left, right = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
     left[..., 2:] = 1  # one vertical edge: a third of the horizontal differences at full size, all of them at half

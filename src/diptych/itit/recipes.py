@@ -12,11 +12,12 @@ from diptych.itit.training import ItitRun
 from diptych.tokenizers.recipes import (
     encoder_small,
     encoder_tiny,
+    encoder_untrained,
     tokenizer_medium,
     tokenizer_medium_256,
     tokenizer_paper,
     tokenizer_patches,
-    tokenizer_small,
+    tokenizer_patches_small,
 )
 from diptych.train.config import OptimConfig, TrainConfig
 
@@ -72,9 +73,9 @@ def itit_small() -> ItitRun:
     """
     return ItitRun(
         data=DataConfig(pairs=tyro.MISSING, feature_cache_mb=512),
-        tokenizer_stage=tokenizer_small(),
-        text_encoder_stage=encoder_small(),
-        model=replace(SIZES["small"], max_text_len=28, dropout=0.0),
+        tokenizer_stage=tokenizer_patches_small(),
+        text_encoder_stage=encoder_untrained(),
+        model=replace(SIZES["small"], max_text_len=28, dropout=0.0, init="fan_in", text_input="output_and_embeddings"),
         objective=ItitObjectiveConfig(
             cycle_start_step=100,
             text_masking=MaskingConfig(low=0.0, high=0.5, mode=0.25),

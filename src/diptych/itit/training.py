@@ -39,10 +39,10 @@ from diptych.itit.data import (
 )
 from diptych.itit.evaluation import ALONE, PAIRS_ONLY, ScoredImages, compare
 from diptych.itit.generation import GenerationConfig
-from diptych.itit.model import ITIT, ItitConfig
+from diptych.itit.model import ITIT, SIZES, ItitConfig
 from diptych.itit.objective import AlignmentHead, ItitObjective, ItitObjectiveConfig
 from diptych.itit.pipeline import NEAR_CAPTIONS, Diptych
-from diptych.itit.validation import Samples
+from diptych.itit.validation import SHOWN, Samples
 from diptych.nn.inference import computes_bf16, pick_device
 from diptych.report.html import closing_line, outcome, validation_scores, write_run_report
 from diptych.report.terminal import meaning_of, print_comparison
@@ -55,15 +55,24 @@ from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first, wait_for_everyone
 from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
-from diptych.train.pace import Budget, Pace, RunPlan, StageCost
+from diptych.train.pace import Budget, Pace, RunPlan, StageCost, training_seconds
 
 NETWORK = "ITIT"
 """Name of the last stage in the plan of a run."""
-_TEXT_ENCODER_COST, _PAIRS_COST, _CYCLES_COST, _ENCODING_SHARE = 0.7, 1.4, 5.0, 0.04
-"""Cost of a step of the text encoder, of ITIT before the cycles start and with them, where one of the tokenizer costs
-1; and of the encoding of all data, as a share of all training."""
+_PATCHES_COST, _TEXT_ENCODER_COST, _PAIRS_COST, _CYCLES_COST, _ENCODING_SHARE = 0.4, 0.7, 1.4, 5.0, 0.04
+"""Cost of a step of a tokenizer without a network, of the text encoder, of ITIT before the cycles start and with them,
+where one of a VQGAN costs 1; and of the encoding of all data, as a share of all training."""
 _FEW_STEPS = 400
-"""Number of steps below which a budget trains with :meth:`ItitRun.hurried` settings."""
+"""Number of steps below which a budget trains with :meth:`ItitRun.hurried` settings, or a smaller network."""
+_TRIED_ROWS = 8
+"""Number of pairs of the steps that are timed to choose the network."""
+_SIZE_FIELDS = (
+    *("width", "depth", "heads", "image_decoder_depth", "mlp_ratio"),
+    *("text_decoder_width", "text_decoder_depth", "text_decoder_heads"),
+)
+"""Fields of the network that say how large it is."""
+_VALID_PER_MINUTE, _LEAST_VALID = 16, 16
+"""Number of validation images for each minute of a budget, and at least."""
 _MOST_PAIRS_ONLY = 8.0
 """Largest number of steps on pairs alone for each step of the run: they cost less than those with cycles."""
 _LOOKED_AT = 2000
@@ -136,17 +145,22 @@ class ItitRun:
             write_run_report(out, state=state)
 
         plan = RunPlan(run.costs(), budget=Budget.of_run(out, budget), report=report)
+        if plan.budget is not None:
+            run = run._with_fewer_valid_images(plan.budget.minutes)
         comparison = run._baselines()
         if not all((out / part).is_dir() for part in run._frozen_parts()):
             # A repeat of a run that is killed below finds here which tokenizers were made.
             write_config(out, recipe=recipe, run=run)
         inputs = run.prepare(out, plan)
-        seconds, images = run._timed_evaluation(inputs, out) if plan.budget is not None else (0.0, None)
+        seconds = 0.0
+        if plan.budget is not None:
+            run = run._with_affordable_network(lambda run: run.ready(inputs), plan, plan.budget)
+            seconds = run._evaluation_seconds(inputs, out)
         run, pace = plan.fit_stage(NETWORK, run, out, lambda run: run.ready(inputs), evaluation_seconds=seconds)
         if plan.budget is not None and run.train.steps < _FEW_STEPS:
             run = run.hurried()
         write_config(out, recipe=recipe, run=run, data=inputs.data_summary)
-        trained = run._train_with_validation(inputs, out, pace=pace, images=images, report=report)
+        trained = run._train_with_validation(inputs, out, pace=pace, report=report)
         result = trained.result
         if result.finished and comparison is not None:
             alone = run._train_pairs_only(inputs, out, seconds=result.seconds, images=trained.samples.images)
@@ -161,7 +175,7 @@ class ItitRun:
         out: Path,
         *,
         pace: Pace,
-        images: ScoredImages | None,
+        images: ScoredImages | None = None,
         title: str = NETWORK,
         report: Callable[[str], object] | None = None,
     ) -> "_Trained":
@@ -280,13 +294,48 @@ class ItitRun:
         trained = run._train_with_validation(inputs, folder, pace=pace, images=images, title=ALONE)
         return [Baseline(name=ALONE, scores=trained.scores(folder), kind="without unpaired data")]
 
-    def _timed_evaluation(self, inputs: TrainingInputs, out: Path) -> tuple[float, ScoredImages | None]:
-        """The seconds of an evaluation, and the images that it read."""
+    def _with_fewer_valid_images(self, minutes: float) -> "ItitRun":
+        """This run with as many validation images as a budget of ``minutes`` has time to score."""
+        fits = max(_LEAST_VALID, int(_VALID_PER_MINUTE * minutes))
+        if self.data.valid is None or fits >= self.data.valid_images:
+            return self
+        print(f"validation: {fits:,} of {self.data.valid_images:,} images fit into the budget", flush=True)
+        return replace(self, data=replace(self.data, valid_images=fits))
+
+    def _with_affordable_network(
+        self, make: Callable[["ItitRun"], tuple[ItitObjective, BatchSampler]], plan: RunPlan, budget: Budget
+    ) -> "ItitRun":
+        """This run, or with a network as small as that of `itit-tiny` where hardly any steps of its own would fit.
+
+        ``make`` gives the objective and the batches of a run.
+        """
+        tiny = {name: getattr(SIZES["tiny"], name) for name in _SIZE_FIELDS}
+        if self.init is not None or self.model.width <= tiny["width"]:
+            return self
+
+        def too_few() -> bool:
+            trial = self.pairs_only()
+            trial.train = replace(trial.train, batch_size=min(_TRIED_ROWS, self.train.batch_size), grad_accum_steps=1)
+            step = training_seconds(trial, make) / trial.train.steps
+            return plan.seconds_for(NETWORK) < _FEW_STEPS * step
+
+        if not budget.decision("tiny network", too_few):
+            return self
+        few = f"fewer than {_FEW_STEPS} steps on {_TRIED_ROWS} pairs fit into --minutes {budget.minutes:g}"
+        print(f"{few}: a network as small as that of itit-tiny is trained", file=sys.stderr, flush=True)
+        return replace(self, model=replace(self.model, **tiny))
+
+    def _evaluation_seconds(self, inputs: TrainingInputs, out: Path) -> float:
+        """The seconds of an evaluation, estimated by one with few images."""
+        few = min(SHOWN, self.data.valid_images)
+        data = replace(self.data, valid_images=few)
         objective = self.build(inputs)
-        samples = Samples(self.diptych(objective, inputs), inputs.encoded, self.data, out / "samples")
+        samples = Samples(self.diptych(objective, inputs), inputs.encoded, data, out / "samples")
         began = time.monotonic()
         samples.run(0, objective)
-        return time.monotonic() - began, samples.images
+        seconds = time.monotonic() - began
+        # Beside the images that are scored there are those that are shown.
+        return seconds if self.data.valid is None else seconds * (SHOWN + self.data.valid_images) / (SHOWN + few)
 
     def hurried(self) -> "ItitRun":
         """This run with the settings of `itit-tiny`, with which a network learns most in a few hundred steps.
@@ -308,7 +357,11 @@ class ItitRun:
         Measured with itit-small on one core with AVX2 (docs/log.md).
         """
         stages = [
-            StageCost(name=TOKENIZER, steps=self.tokenizer_stage.train.steps if self.tokenizer is None else 0),
+            StageCost(
+                name=TOKENIZER,
+                steps=self.tokenizer_stage.train.steps if self.tokenizer is None else 0,
+                step_cost=1.0 if self.tokenizer_stage.model.widths else _PATCHES_COST,
+            ),
             StageCost(
                 name=TEXT_ENCODER,
                 steps=self.text_encoder_stage.train.steps if self.text_encoder is None else 0,

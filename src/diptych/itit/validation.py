@@ -18,7 +18,7 @@ from diptych.report.sheet import Cell, comparison, save_png
 from diptych.train.distributed import is_main_process
 from diptych.train.logging import Measured
 
-_SHOWN = 8
+SHOWN = 8
 """Number of images in the samples."""
 
 
@@ -48,12 +48,12 @@ class Samples:
             if is_main_process():
                 for line in images.skipped.report(folder.parent / "skipped_valid.jsonl"):
                     print(line, file=sys.stderr, flush=True)
-            self.pixels = list(images.pixels_BSS3[:_SHOWN])
-            self.texts = [self.valid.captions(item)[0] for item in images.items[:_SHOWN]]
+            self.pixels = list(images.pixels_BSS3[:SHOWN])
+            self.texts = [self.valid.captions(item)[0] for item in images.items[:SHOWN]]
         else:
             assert isinstance(data.pairs.source, Store)
             pairs = data.pairs.source.pairs(data.pairs.items, seed=0)
-            rows = np.arange(min(_SHOWN, pairs.size))
+            rows = np.arange(min(SHOWN, pairs.size))
             shown = pairs.take(rows, np.zeros_like(rows))
             self.pixels = list(diptych.tokenizer.decode(shown.tokens_BN).permute(0, 2, 3, 1).cpu().numpy())
             self.texts = diptych.text_encoder.detokenize(shown.ids_BL)

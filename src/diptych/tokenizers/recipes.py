@@ -107,6 +107,20 @@ def tokenizer_patches() -> TokenizerStage:
     )
 
 
+def tokenizer_patches_small() -> TokenizerStage:
+    """8 x 8 tokens out of 256 for natural images of 64 pixels, without a network: each token is a square of 8 pixels.
+
+    The codes are a k-means of squares, found in seconds. On Flickr8k images of them have 19.6 dB, and a Frechet
+    distance of 12 from the originals where those of `vqgan-small` have 20.7 dB and 36 (docs/log.md).
+    """
+    stage = tokenizer_patches()
+    stage.model.image_size = 64
+    stage.flip = True
+    stage.train.steps, stage.train.checkpoint_every = 12, 4
+    stage.optim.warmup_steps = 0
+    return stage
+
+
 def tokenizer_small() -> TokenizerStage:
     """8 x 8 tokens out of 128, for natural images of 64 pixels."""
     return TokenizerStage(
@@ -166,5 +180,19 @@ def encoder_small() -> TextEncoderStage:
         model=TextEncoderConfig.small(),
         max_text_len=32,
         train=TrainConfig(steps=1500, batch_size=64, checkpoint_every=150, eval_every=1500),
+        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=100),
+    )
+
+
+def encoder_untrained() -> TextEncoderStage:
+    """One layer of random weights over at most 4,096 word pieces, as in the random sentence encoders of Wieting and
+    Kiela (2019).
+
+    A T5 of this size that is trained on 30,000 captions of photos tells less of their words (docs/log.md).
+    """
+    return TextEncoderStage(
+        model=TextEncoderConfig(vocab_size=4096, lowercase=True, layers=1),
+        max_text_len=32,
+        train=TrainConfig(steps=0, batch_size=64, checkpoint_every=150, eval_every=1500),
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=100),
     )

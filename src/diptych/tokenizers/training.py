@@ -198,7 +198,7 @@ class TextEncoderStage:
     max_text_len: int = 64
     """Largest number of tokens of a text; longer texts are cut off while training."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Length and bookkeeping of the training."""
+    """Length and bookkeeping of the training; with 0 steps the weights stay the random ones that they begin with."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.98), weight_decay=0.01))
     """Optimizer and learning rate."""
 
@@ -212,8 +212,8 @@ class TextEncoderStage:
     ) -> TextEncoder:
         """Trains a text tokenizer and a T5 in the folder ``out``, from its newest checkpoint if it has one.
 
-        Prints the score on some of these texts and writes it to ``text_encoder.json``. Raises UserError for texts
-        without a word.
+        With 0 steps only the text tokenizer is trained. Prints the score on some of these texts and writes it to
+        ``text_encoder.json``. Raises UserError for texts without a word.
         """
         texts = list(texts)
         tokenizer = train_tokenizer(
@@ -234,22 +234,25 @@ class TextEncoderStage:
             objective = SpanCorruption(tokenizer, config=stage.model, seed=stage.train.seed)
             return objective, _sampler({"texts": stream}, objective, stage.train)
 
-        plan = plan or RunPlan([StageCost(name=TEXT_ENCODER, steps=self.train.steps)])
-        stage, pace = plan.fit_stage(TEXT_ENCODER, self, out, make)
-        objective, batches = make(stage)
-        digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
-        identity = {"model": asdict(self.model), "max_text_len": self.max_text_len, FILES: digest}
-        train(
-            objective,
-            batches,
-            out=out,
-            train=stage.train,
-            optim=stage.optim,
-            title=title,
-            identity=identity,
-            pace=pace,
-            report=plan.report,
-        )
+        if not self.train.steps:
+            objective, _ = make(self)
+        else:
+            plan = plan or RunPlan([StageCost(name=TEXT_ENCODER, steps=self.train.steps)])
+            stage, pace = plan.fit_stage(TEXT_ENCODER, self, out, make)
+            objective, batches = make(stage)
+            digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
+            identity = {"model": asdict(self.model), "max_text_len": self.max_text_len, FILES: digest}
+            train(
+                objective,
+                batches,
+                out=out,
+                train=stage.train,
+                optim=stage.optim,
+                title=title,
+                identity=identity,
+                pace=pace,
+                report=plan.report,
+            )
         encoder = objective.text_encoder()
         if is_main_process():
             score = evaluate_text_encoder(encoder, texts[:_SCORED], length=self.max_text_len)

@@ -247,7 +247,8 @@ class VQGAN(Objective):
         latents_BEhw = self.tokenizer.latents(real)
         quantized = self.codebook(latents_BEhw, self.tokenizer.codebook, rng=batch.rng, step=step)
         fake = self.tokenizer.reconstruct(quantized.latents_BEhw).float()
-        pixel, perceptual = F.l1_loss(fake, real), self._perceptual_distance(fake, real)
+        pixel = F.l1_loss(fake, real)
+        perceptual = self._perceptual_distance(fake, real) if self.config.perceptual_weight else pixel.new_zeros(())
         squared = F.mse_loss(fake, real)
         reconstruction = pixel + self.config.squared_weight * squared + self.config.perceptual_weight * perceptual
         total = reconstruction + quantized.codebook + self.config.commitment_weight * quantized.commitment
