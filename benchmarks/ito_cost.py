@@ -1,6 +1,6 @@
 """What a training step of each objective costs, as a ratio to CLIP's at the same batch: time and memory.
 
-    python benchmarks/ito_cost.py [--sizes tiny small vit_b_16] [--objectives clip ito-0 ito ...] [--json FILE]
+    python benchmarks/ito_cost.py [--sizes tiny small vit_s_16 vit_b_16] [--objectives clip ito-0 ito ...] [--json FILE]
 
 Time: forward and backward in bf16, a step of each objective in turn; the median over rounds of the ratio to CLIP in the
 same round. Each objective has a process of its own and has warmed up, as in training: objectives that share a process
@@ -35,9 +35,14 @@ from diptych.dual.objective import ClipConfig, PairsConfig, SlipConfig
 from diptych.rng import StepRNG
 
 OBJECTIVES = ("clip", "clip-aug", "siglip", "slip", "ito-0", "ito", "ito, not lean")
-SIZES = {"tiny": DualEncoderConfig.tiny, "small": DualEncoderConfig.small, "vit_b_16": DualEncoderConfig.vit_b_16}
-ROWS = {"tiny": 128, "small": 32, "vit_b_16": 16}
-JUDGED = ("small", "vit_b_16")
+SIZES = {
+    "tiny": DualEncoderConfig.tiny,
+    "small": DualEncoderConfig.small,
+    "vit_s_16": DualEncoderConfig.vit_s_16,
+    "vit_b_16": DualEncoderConfig.vit_b_16,
+}
+ROWS = {"tiny": 128, "small": 64, "vit_s_16": 32, "vit_b_16": 16}
+JUDGED = ("vit_s_16", "vit_b_16")
 TIME_BAR, MEMORY_BAR, MEMORY_ROWS = 2.0, 1.7, 256
 WARM_UP = 4  # steps until a process has the memory that it needs
 
@@ -169,7 +174,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=["clip", "ito-0", "ito"])
     parser.add_argument("--length", type=int, default=77, help="tokens of the longest text")
-    parser.add_argument("--rows", type=int, help="for the time; default: 128, 32 and 16 by size")
+    parser.add_argument("--rows", type=int, help="for the time; default: 128, 64, 32 and 16 by size")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import tyro
 
+from diptych.dual.model import DualEncoder
 from diptych.itit.model import ITIT
 from diptych.itit.training import ItitRun
 from diptych.registry import RECIPES
@@ -112,6 +113,36 @@ def test_the_recipes_for_one_gpu_run(name, text_encoder, tmp_path):
     losses = [record["loss"] for record in records if "loss" in record]
     assert len(losses) == 2
     assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("name", ["ito-small", "ito-medium"])
+def test_dual_encoders_are_as_large_as_their_docstrings_say(name, dual_encoder):
+    config, about = RECIPES[name]().model, RECIPES[name].__doc__ or ""
+    with torch.device("meta"):
+        built = DualEncoder.from_config(config, dual_encoder.tokenizer, seed=0)
+    words = config.vocab_size - len(dual_encoder.tokenizer)  # the table of a tokenizer of full size
+    assert f"{(parameters(built) + words * config.text_width) / 1e6:.0f}M parameters" in about
+    assert f"{config.image_size} pixels" in about
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["ito-medium", "clip-medium", "clip-aug-medium", "siglip-medium", "slip-medium"])
+def test_the_dual_recipes_for_one_gpu_run(name, tmp_path):
+    """Two steps of four rows on the CPU, encoded two at a time."""
+    run = RECIPES[name]()
+    run.data.pairs, run.data.valid = "scenes:?count=8", "scenes:?split=test&count=4"
+    run.train = TrainConfig(
+        steps=2, batch_size=4, eval_every=2, checkpoint_every=2, workers=0, tensorboard=False, device="cpu"
+    )
+    run.optim = replace(run.optim, warmup_steps=1)
+    run.objective.chunk = 2
+    run.fit(tmp_path / "run", recipe=name)
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
+    assert any("valid/mean_r1" in record for record in records)
 
 
 @pytest.mark.parametrize("name", ITIT_RECIPES)

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -7,18 +8,27 @@ from diptych import cli
 from diptych.errors import Interrupted
 
 
-def test_help_comes_without_the_heavy_libraries():
+def test_help_and_version_come_without_the_heavy_libraries():
     script = (
         "import sys; sys.argv = ['diptych', *sys.argv[1:]]\n"
         "from diptych.cli import main\n"
         "try: main()\n"
         "finally: print(sorted({'torch', 'numpy', 'transformers', 'diffusers', 'datasets'} & set(sys.modules)))"
     )
-    for arguments in (["--help"], ["fit", "--help"], ["imagine", "--help"]):
+    for arguments, told in (
+        (["--help"], "usage: diptych"),
+        (["fit", "--help"], "usage: diptych"),
+        (["imagine", "--help"], "usage: diptych"),
+        (["--version"], f"diptych {version('diptych')}\n"),
+    ):
         found = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=30)
         assert found.returncode == 0
         assert found.stdout.endswith("[]\n")
-        assert "usage: diptych" in found.stdout
+        assert told in found.stdout
+
+
+def test_the_version_is_the_packages_and_comes_alone(call):
+    assert call("--version") == (0, f"diptych {version('diptych')}\n", "")
 
 
 def test_a_recipes_help_comes_without_anybodys_networks():

@@ -125,7 +125,7 @@ def test_the_scale_starts_at_clips_and_is_held_at_100(encoder):
 
 @pytest.mark.parametrize(
     ("size", "words", "parameters"),
-    [("small", 384, 62_257_537), ("vit_b_16", 512, 149_620_737), ("vit_l_16", 768, 427_739_393)],
+    [("vit_s_16", 384, 62_257_537), ("vit_b_16", 512, 149_620_737), ("vit_l_16", 768, 427_739_393)],
 )
 def test_parameter_counts(encoder, size, words, parameters):
     """ViT-B/16 has exactly as many as OpenAI's."""

@@ -263,14 +263,29 @@ def test_unreadable_images_of_the_validation_are_tolerated_up_to_the_same_share(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipes_of_a_family_differ_in_size_alone(name):
-    """But for what the smallest departs from the paper in."""
+    """But for what the two for a CPU depart from the paper in, each in the same way."""
     family, _, size = name.rpartition("-")
-    run, small = RECIPES[name](), RECIPES[f"{family}-small"]()
-    assert type(run) is type(small)
-    if size != "tiny":
-        assert run.objective == small.objective
+    run, base = RECIPES[name](), RECIPES[f"{family}-base"]()
+    assert type(run) is type(base)
+    if size in ("tiny", "small"):
+        other = RECIPES[f"{family}-{'small' if size == 'tiny' else 'tiny'}"]().objective
+        assert (run.objective.captions, run.objective.augment) == (other.captions, other.augment)
+    else:
+        assert run.objective.identity() == base.objective.identity()
     assert RECIPES[name].__doc__
     assert run.optim.betas == (0.9, 0.98)
+
+
+@pytest.mark.parametrize("family", ["ito", "clip", "clip-aug", "siglip", "slip"])
+def test_every_family_has_the_same_sizes(family):
+    """Tiny and small are for a CPU, medium is for one GPU, base is the paper's."""
+    sizes = [RECIPES[f"{family}-{size}"]() for size in ("tiny", "small", "medium", "base")]
+    ito = [RECIPES[f"ito-{size}"]() for size in ("tiny", "small", "medium", "base")]
+    assert [run.model for run in sizes] == [run.model for run in ito]
+    assert [run.train for run in sizes] == [run.train for run in ito]
+    assert [run.model.image_size for run in sizes] == [64, 96, 224, 224]
+    assert [run.model.image_width for run in sizes] == [128, 192, 384, 768]
+    assert [run.objective.chunk for run in sizes] == [None, None, 128, None]
 
 
 def test_the_best_weights_are_kept_and_training_ends_without_better_ones(tmp_path, monkeypatch, capsys):

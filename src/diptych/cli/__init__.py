@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from diptych.errors import Interrupted, UserError
 
 _ABOUT = (
     "Train a model to caption, generate, classify and search images "
-    "from few captioned images and many unpaired images and texts."
+    "from few captioned images and many unpaired images and texts. --version prints the version."
 )
 
 _METAVARS: dict[Any, str] = {Path | None: "PATH", str | None: "STR", int | None: "INT", float | None: "FLOAT"}
@@ -91,7 +92,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     try:
-        if arguments[:1] == ["fit"]:
+        if arguments == ["--version"]:
+            print(f"diptych {version('diptych')}")
+        elif arguments[:1] == ["fit"]:
             fit(arguments[1:])
         elif arguments[:1] == ["plan"]:
             plan(arguments[1:])

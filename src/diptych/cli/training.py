@@ -175,6 +175,7 @@ _OUT = "Folder of the run; an interrupted run continues there."
 
 def fit(arguments: list[str]) -> None:
     """`diptych fit RECIPE --out RUN [any field]`: the options depend on the recipe, so they are parsed here."""
+    began = time.monotonic() - time.process_time()  # ahead of the imports, which count in --minutes
     if not arguments or arguments[0] in ("-h", "--help"):
         tyro.cli(fit_for_help, prog="diptych fit", args=["--help"])
         return
@@ -210,7 +211,7 @@ def fit(arguments: list[str]) -> None:
     if given.minutes is not None:
         from diptych.train.pace import Budget
 
-        budget = Budget(given.minutes, began=time.monotonic() - time.process_time())  # the imports took their time
+        budget = Budget(given.minutes, began=began)
     try:
         given.run.fit(given.out, recipe=name, budget=budget)
     except UserError:  # what was asked for may not fit the run that is there

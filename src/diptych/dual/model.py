@@ -94,6 +94,21 @@ class DualEncoderConfig:
 
     @classmethod
     def small(cls) -> "DualEncoderConfig":
+        """For images of 96 pixels and short captions on two CPU cores."""
+        return cls(
+            image_size=96,
+            patch=16,
+            image_width=192,
+            image_depth=6,
+            max_text_len=32,
+            text_width=192,
+            text_depth=4,
+            vocab_size=8192,
+            width=192,
+        )
+
+    @classmethod
+    def vit_s_16(cls) -> "DualEncoderConfig":
         """ViT-S/16 with a text tower of the same width, as in open_clip."""
         return cls(image_width=384, text_width=384, width=384)
 

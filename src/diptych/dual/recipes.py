@@ -1,4 +1,7 @@
-"""Recipes for dual encoders: ITO, CLIP, CLIP with ITO's augmentation, SigLIP and SLIP, in four sizes."""
+"""Recipes for dual encoders: ITO, CLIP, CLIP with ITO's augmentation, SigLIP and SLIP, in five sizes.
+
+Tiny is for one CPU core, small for two or one small GPU, medium for one GPU of 24 GB; base and large are the paper's.
+"""
 
 import tyro
 
@@ -8,6 +11,9 @@ from diptych.dual.model import DualEncoderConfig
 from diptych.dual.objective import ClipConfig, SlipConfig
 from diptych.dual.training import ClipRun, ItoRun, PairsData, SlipRun
 from diptych.train.config import OptimConfig, TrainConfig
+
+_CHUNK = 128
+"""Rows of medium that are encoded at a time: ITO takes about 13 GB with them, SLIP 18 GB (computed)."""
 
 
 def ito_tiny() -> ItoRun:
@@ -24,12 +30,31 @@ def ito_tiny() -> ItoRun:
 
 
 def ito_small() -> ItoRun:
-    """ITO with ViT-S/16, for one GPU.
+    """ITO of 6M parameters for images of 96 pixels, on two CPU cores or one small GPU.
 
-    Command: diptych fit ito-small --data.pairs 'shards/{000..099}.tar' --out runs/ito
-    Cost: hours on one GPU. Not measured.
+    With few minutes take ito-tiny, whose steps cost a fifth, and with few pairs ito-frozen.
+
+    Departure from the paper: a step has two captions of each image, as in ito-tiny.
+
+    Command: diptych fit ito-small --data.pairs 'photos.tar?split=train' --data.valid 'photos.tar?split=dev'
+             --out runs/ito
+    Cost: two hours on two cores of an AMD EPYC with AVX2, by the processor time of a few steps on a busy machine, 53 ms
+          for each row.
     """
-    return ItoRun(**_small())
+    return ItoRun(**_small(), objective=ItoConfig(captions=2))
+
+
+def ito_medium() -> ItoRun:
+    """ITO of 62M parameters for images of 224 pixels, ViT-S/16, for one GPU of 24 GB.
+
+    The batch of 1,024 would take 93 GB at once, so 128 rows are encoded at a time, which gives the same gradient for a
+    third more time. With more memory give a larger `--objective.chunk`.
+
+    Command: diptych fit ito-medium --data.pairs 'shards/{000..099}.tar' --out runs/ito
+    Cost: 99 TFLOP a step, computed from the sizes, and 13 GB of memory, by that of a row on a CPU (docs/results.md).
+          50,000 steps are 21 hours if the GPU reaches 65 TFLOPS, 40 % of the 165 of an RTX 4090 in bf16. Not measured.
+    """
+    return ItoRun(**_medium(), objective=ItoConfig(chunk=_CHUNK))
 
 
 def ito_base() -> ItoRun:
@@ -61,8 +86,13 @@ def clip_tiny() -> ClipRun:
 
 
 def clip_small() -> ClipRun:
-    """CLIP beside `ito-small`."""
+    """CLIP beside `ito-small`, in less than half of its time."""
     return ClipRun(**_small())
+
+
+def clip_medium() -> ClipRun:
+    """CLIP beside `ito-medium`, in about half of its time."""
+    return ClipRun(**_medium(), objective=ClipConfig(chunk=_CHUNK))
 
 
 def clip_base() -> ClipRun:
@@ -88,6 +118,11 @@ def clip_aug_small() -> ClipRun:
     return _strong(clip_small())
 
 
+def clip_aug_medium() -> ClipRun:
+    """CLIP with ITO's augmentation, beside `ito-medium`."""
+    return _strong(clip_medium())
+
+
 def clip_aug_base() -> ClipRun:
     """CLIP with ITO's augmentation, beside `ito-base`."""
     return _strong(clip_base())
@@ -104,6 +139,11 @@ def siglip_tiny() -> ClipRun:
 def siglip_small() -> ClipRun:
     """SigLIP beside `ito-small`."""
     return _sigmoid(clip_small())
+
+
+def siglip_medium() -> ClipRun:
+    """SigLIP beside `ito-medium`."""
+    return _sigmoid(clip_medium())
 
 
 def siglip_base() -> ClipRun:
@@ -123,7 +163,12 @@ def slip_tiny() -> SlipRun:
 
 def slip_small() -> SlipRun:
     """SLIP beside `ito-small`."""
-    return SlipRun(**_small())
+    return SlipRun(**_small(), objective=SlipConfig(hidden=768, projected=128))
+
+
+def slip_medium() -> SlipRun:
+    """SLIP beside `ito-medium`."""
+    return SlipRun(**_medium(), objective=SlipConfig(chunk=_CHUNK))
 
 
 def slip_base() -> SlipRun:
@@ -207,6 +252,14 @@ def _tiny() -> dict:
 def _small() -> dict:
     return _fields(
         DualEncoderConfig.small(),
+        TrainConfig(steps=1800, batch_size=128, eval_every=180, checkpoint_every=180, tensorboard=False, workers=1),
+        OptimConfig(lr=1e-3, warmup_steps=100, weight_decay=0.2),
+    )
+
+
+def _medium() -> dict:
+    return _fields(
+        DualEncoderConfig.vit_s_16(),
         TrainConfig(steps=50_000, batch_size=1024, workers=12),
         OptimConfig(lr=1e-3, warmup_steps=2000, weight_decay=0.1),
     )
