@@ -189,9 +189,12 @@ class WholeBar:
         Until the next call the bar counts ``left`` down, but not beyond 0.
         """
         now = time.monotonic()
-        due = part != self._part or now - self._shown >= 30.0
+        new, late = part != self._part, now - self._shown >= 30.0
         self._part, self._ends, self._later = part, now + left, later
-        if due and self._live is None:
+        if self._live:
+            if new:
+                self._live.refresh()
+        elif new or late:
             self._shown = now
             print(f"{self.share:4.0%}  {self._words()}", file=sys.stderr, flush=True)
 
