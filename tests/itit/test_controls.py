@@ -41,6 +41,6 @@ def test_a_control_that_stopped_early_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(controls.multiprocessing, "get_context", lambda kind: SimpleNamespace(Process=lambda **_: dead))
     with (
         pytest.raises(UserError, match="paired_only: the control stopped early"),
-        controls.controls_beside(RUN, tmp_path, ScenesSource(level=1, split="test")) as finished,
+        controls.controls_beside(RUN, tmp_path, ScenesSource(level=1, split="test"), waiting=print) as finished,
     ):
         finished("paired_only")

@@ -3,6 +3,7 @@ import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 
@@ -32,7 +33,7 @@ def shrunk(run):
 
 
 @contextmanager
-def trained_before(run, out, test):
+def trained_before(run, out, test, *, waiting):
     """The controls in this process: another one takes seconds to start."""
     alone = run.pairs_only()
     inputs = alone.prepare(out / "itit")
@@ -40,6 +41,7 @@ def trained_before(run, out, test):
     shutil.copytree(out / "paired_only", out / "paired_only_longer")
     train_stopped(alone, inputs, out / "paired_only_stopped", test)
     yield lambda name: out / name
+    waiting(7.0)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +53,22 @@ def patch():
         yield patch
 
 
+class Watched(demo.WholeBar):
+    """A bar that keeps what it was told."""
+
+    told: ClassVar = []
+
+    def show(self, part, *, left, later):
+        self.told.append((part, left, later))
+        super().show(part, left=left, later=later)
+
+
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory, patch):
     out = tmp_path_factory.mktemp("demo") / "out"
     with patch.context() as inner:
         inner.setattr(demo, "controls_beside", trained_before)
+        inner.setattr(demo, "WholeBar", Watched)
         return out, run_demo(out)
 
 
@@ -75,6 +88,37 @@ def test_metrics_of_both_runs_and_the_time(shown):
     assert set(written["controls"]) == {*controls.TITLES, "logistic_regression_on_pixels", "best"}
     assert written["controls"]["best"]["caption_accuracy"] >= written["paired_only"]["caption_accuracy"]
     assert written["world"] == {"distinct_scenes": 40, "images": 25, "distinct_grids": 25}
+
+
+def test_one_bar_has_all_parts_and_ends(shown):
+    parts, left, later = zip(*Watched.told, strict=True)
+    waited = controls.TITLES[controls.LONGER]
+    assert parts == ("encoding", "encoding", "ITIT", demo._SCORES, waited, demo._REPORT, "done")
+    assert list(later) == sorted(later, reverse=True)
+    assert later[0] == pytest.approx(left[2] + later[2])  # what is still to come is all that follows
+    assert later[2] == pytest.approx(left[3] + later[3])
+    assert left[4] == 7  # as told
+    assert later[4] == pytest.approx(left[5])
+    assert (left[-1], later[-1]) == (0, 0)
+
+
+def test_a_repeated_call_expects_what_is_left(shown, tmp_path):
+    run = shrunk(demo_recipe(quick=False, seed=0))
+    whole, again = ({cost.name: cost.all for cost in demo.costs_left(run, out)} for out in (tmp_path, shown[0]))
+    done = {"tokenizer", "text encoder", "encoding", "ITIT", controls.TITLES[controls.LONGER]}
+    assert again == {name: 0 if name in done else cost for name, cost in whole.items()}
+    assert min(cost for name, cost in whole.items() if name not in ("tokenizer", "text encoder")) > 0
+    (tmp_path / "itit").mkdir()
+    (tmp_path / "itit/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 2.0}\n')
+    half = {cost.name: cost.all for cost in demo.costs_left(run, tmp_path)}
+    assert half == whole | {"ITIT": 5.0}  # one step with cycles of three steps
+
+
+def test_stages_from_scratch_are_among_the_costs(tmp_path):
+    given, scratch = (demo_recipe(quick=True, from_scratch=trained, seed=0) for trained in (False, True))
+    both = [{cost.name: cost.all for cost in demo.costs_left(run, tmp_path)} for run in (given, scratch)]
+    assert [each["tokenizer"] for each in both] == [0, 60 * 17]
+    assert both[1]["text encoder"] == pytest.approx(30 * 1.3)
 
 
 def test_both_run_folders_load(shown):

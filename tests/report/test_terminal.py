@@ -1,9 +1,10 @@
 import io
+import re
 
 import pytest
 
 from diptych.report import terminal
-from diptych.report.terminal import ProgressLine, clock, meaning_of, print_metrics
+from diptych.report.terminal import ProgressLine, WholeBar, clock, meaning_of, print_metrics
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,59 @@ def test_a_terminal_gets_one_line_that_is_gone_at_the_end(monkeypatch):
     advance(1, 2)
     advance(2, 2)
     assert screen.getvalue() == "\rcaptioning: 1 of 2, 0:00:01 left\033[K\r\033[K"
+
+
+def test_the_bar_of_a_command_is_plain_lines_in_a_pipe(monkeypatch, capsys):
+    """A line for each part and every thirty seconds; a part that says nothing is counted down, what follows it not."""
+    monkeypatch.setattr(terminal, "time", time := Clock())
+    with WholeBar(100.0) as bar:
+        bar.show("encoding", left=10.0, later=90.0)
+        time.now += 25
+        assert bar.left == 90
+        bar.show("ITIT", left=60.0, later=15.0)
+        for _ in range(6):
+            time.now += 10
+            bar.show("ITIT", left=bar.left - 15.0, later=15.0)
+        time.now += 20
+        bar.show("report", left=0.0, later=0.0)
+        assert bar.share == 0.99  # it is not over
+    assert bar.share == 1
+    assert capsys.readouterr() == (
+        "",
+        "  0%  2 min left in all: encoding\n"
+        " 25%  75 s left in all: ITIT\n"
+        " 55%  45 s left in all: ITIT\n"
+        " 85%  15 s left in all: ITIT\n"
+        " 99%  0 s left in all: report\n"
+        "100%  done\n",
+    )
+
+
+def test_the_bar_of_a_command_is_one_line_in_a_terminal_below_what_is_printed(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stderr", screen := Terminal())
+    monkeypatch.setattr("sys.stdout", screen)
+    with WholeBar(100.0) as bar:
+        bar.show("ITIT", left=60.0, later=15.0)
+        print("a line of a [part]")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n")
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    assert "a line of a [part]" in lines
+    assert any(line.endswith(" 0% 75 s left in all: ITIT") for line in lines)
+    assert lines[-1].endswith("100% done")
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_bar_that_an_error_ends_is_not_full(capsys):
+    with pytest.raises(ValueError, match="no"), WholeBar(100.0) as bar:
+        raise ValueError("no")
+    assert bar.share < 1
+    assert capsys.readouterr().err == ""
 
 
 def test_clock():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -231,3 +232,27 @@ def test_the_estimate_is_printed_after_ten_steps(clock, tmp_path, capsys):
     pace = Pace(cost=StageCost(name="toy", steps=60), later=540.0)
     train(objective, batches, out=tmp_path, train=config(quiet=False), optim=OptimConfig(), pace=pace, title="toy")
     assert "toy: 60 steps, 5 s left; all: 59 s left\n" in capsys.readouterr().err
+
+
+def test_one_bar_of_the_run_in_the_place_of_those_of_its_stages(clock, tmp_path, capsys):
+    """The seconds of a step are guessed as ten times too many, and measured after ten steps."""
+    shown = []
+    plan = RunPlan(
+        [
+            StageCost(name="toy", steps=60),
+            StageCost(name="late", steps=1, step_cost=30.0),
+            StageCost(name="end", steps=4),
+        ],
+        unit=1.0,
+    )
+    plan.bar = SimpleNamespace(show=lambda part, *, left, later: shown.append((part, left, later)))
+    assert plan.seconds == 94
+    stage, pace = plan.fit_stage("toy", ToyStage(train=config(quiet=False)), tmp_path, lambda stage: None)
+    train(Toy(clock, 10, 100), batches, out=tmp_path, train=stage.train, optim=OptimConfig(), pace=pace, title="toy")
+    plan.show("late")
+    plan.show("end", left=2.5)
+    parts, left, later = zip(*shown, strict=True)
+    assert parts == ("toy",) * 52 + ("late", "end")
+    assert left == pytest.approx((60.0, *(0.1 * (60 - step) for step in range(10, 61)), 3.0, 2.5))
+    assert later == pytest.approx((34.0, *[3.4] * 51, 0.4, 0.0))
+    assert capsys.readouterr().err == ""

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from diptych.rng import StepRNG
 from diptych.run_folder import write_config
 from diptych.train.checkpoint import BestWeights, Score
 from diptych.train.loop import Hook
+from diptych.train.pace import Pace
 
 TITLES = {
     "paired_only": "pairs only",
@@ -64,6 +65,7 @@ def train_watched(
     title: str,
     hooks: Sequence[Callable[[ItitObjective], Hook]] = (),
     best: BestWeights | None = None,
+    pace: Pace | None = None,
 ) -> None:
     """Train in the run folder ``out``, with the accuracies on some held-out scenes in ``metrics.jsonl``.
 
@@ -79,19 +81,23 @@ def train_watched(
         return {name: found[name] for name in ("caption_accuracy", "image_accuracy", "text_drift", "image_drift")}
 
     watching = Hook(every=run.train.eval_every, run=watch)
-    run.train_on(inputs, objective, out, hooks=[watching, *(make(objective) for make in hooks)], title=title, best=best)
+    all_hooks = [watching, *(make(objective) for make in hooks)]
+    run.train_on(inputs, objective, out, hooks=all_hooks, title=title, best=best, pace=pace)
 
 
 # Beside ITIT
 
 
 @contextmanager
-def controls_beside(run: ItitRun, out: Path, test: ScenesSource) -> Iterator[Callable[[str], Path]]:
+def controls_beside(
+    run: ItitRun, out: Path, test: ScenesSource, *, waiting: Callable[[float], object]
+) -> Iterator[Callable[[str], Path]]:
     """Train the three networks of `TITLES` in a process of their own while the body of the `with` trains ITIT.
 
     The body is given a function that waits for a network by its name, and returns its folder. After the body, the
-    network :data:`LONGER` trains on until it has trained for as many seconds as ITIT. A killed call can be repeated.
-    Raises UserError if the process ends early.
+    network :data:`LONGER` trains on until it has trained for as many seconds as ITIT; ``waiting`` is told how many are
+    missing. What the process prints is in ``controls.log``. A killed call can be repeated. Raises UserError if the
+    process ends early.
     """
     if all((out / name / "model").is_dir() for name in TITLES):
         yield lambda name: out / name  # an earlier call has trained them
@@ -109,7 +115,8 @@ def controls_beside(run: ItitRun, out: Path, test: ScenesSource) -> Iterator[Cal
     try:
         yield finished
         enough = seconds_trained(out / "itit")
-        while child.is_alive() and seconds_trained(out / LONGER) < enough:
+        while child.is_alive() and (missing := enough - seconds_trained(out / LONGER)) > 0:
+            waiting(missing)
             time.sleep(0.2)
     finally:
         child.terminate()
@@ -129,6 +136,11 @@ def seconds_trained(folder: Path) -> float:
 
 def _train_controls(run: ItitRun, out: Path, test: ScenesSource) -> None:
     """Train the three one after another, the longer one until SIGTERM. Runs in the process of the controls."""
+    with (out / "controls.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        _train_three(run, out, test)
+
+
+def _train_three(run: ItitRun, out: Path, test: ScenesSource) -> None:
     torch.set_num_threads(half_the_cores())
     alone = replace(run, train=replace(run.train, quiet=True)).pairs_only()
     inputs = alone.prepare(out / "itit")

@@ -22,12 +22,12 @@ from diptych.data.scenes import ScenesSource
 from diptych.data.store import Store
 from diptych.eval.scenes import image_accuracy
 from diptych.itit.controls import LONGER, TITLES, controls_beside, half_the_cores, regression_on_pixels, train_watched
-from diptych.itit.data import DataConfig, TrainingInputs
+from diptych.itit.data import ENCODING, DataConfig, TrainingInputs
 from diptych.itit.evaluation import EvaluateConfig, Evaluation, evaluate
 from diptych.itit.objective import ItitObjective
 from diptych.itit.pipeline import Diptych
 from diptych.itit.recipes import itit_tiny
-from diptych.itit.training import ItitRun
+from diptych.itit.training import NETWORK, ItitRun
 from diptych.report.figures import Panel, curves, read_metrics
 from diptych.report.html import (
     Captioned,
@@ -41,10 +41,13 @@ from diptych.report.html import (
     Text,
     write_report,
 )
+from diptych.report.terminal import WholeBar, in_words
 from diptych.rng import StepRNG
 from diptych.run_folder import write_json
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import TextEncoder
+from diptych.tokenizers.training import TEXT_ENCODER, TOKENIZER
+from diptych.train.pace import Pace, RunPlan, StageCost
 
 STAGES = Path(__file__).parent / "scene_stages"
 """Image tokenizer and text encoder of the scenes, as `diptych demo --from-scratch` leaves them in its run folders."""
@@ -59,8 +62,13 @@ _SHOWN = 12
 """Number of held-out scenes in the report."""
 _ATTRIBUTES = ("shape", "colour", "place")
 """Attributes of each of the three things of a scene."""
-_TIMED, _OVERHEAD = 6, 300
-"""Number of steps that are timed for the estimate; number of steps that take as long as all that is not training."""
+_TIMED = 6
+"""Number of steps that are timed for the estimate."""
+_SCORES, _REPORT = "scores, and the controls", "scores, and the report"
+"""Names of what follows the training of ITIT, before and after the wait for the control that trains longer."""
+_TOKENIZER_COST, _TEXT_ENCODER_COST = 17.0, 1.3
+"""Cost of a step of the two stages of `--from-scratch`, where one of ITIT with cycles costs 5, as in `ItitRun.costs`:
+processor time on one core with AVX2. Scenes are drawn anew for each step of the tokenizer."""
 _TITLES = TITLES | {"itit": "ITIT"}
 
 
@@ -97,34 +105,40 @@ def run_demo(out: Path, *, quick: bool = False, from_scratch: bool = False, seed
         f"[bold]{PAIRS}[/bold] images with {CAPTIONS} captions each, {unpaired:,} unpaired images, "
         f"{unpaired * CAPTIONS:,} unpaired texts"
     )
-    stages = ", the image tokenizer and the text encoder not counted" if from_scratch else ""
-    say(f"about {_seconds_expected(run) / 60:.1f} minutes on this machine{stages}")
-    inputs = run.prepare(out / "itit")
-    tokenizer_accuracy = reconstruction_accuracy(inputs, test)
-    say(
-        f"tokenizer: {tokenizer_accuracy:.1%} of {len(test):,} unseen images are recognized after encoding and decoding"
-    )
+    plan = RunPlan(costs_left(run, out), unit=_unit_expected(run))
+    say(f"about {in_words(plan.seconds)} in all on this machine")
+    with WholeBar(plan.seconds) as plan.bar:
+        plan.show(TOKENIZER if from_scratch else ENCODING)
+        inputs = run.prepare(out / "itit", plan)
+        tokenizer_accuracy = reconstruction_accuracy(inputs, test)
+        shown = f"{tokenizer_accuracy:.1%} of {len(test):,} unseen images"
+        print(f"tokenizer: {shown} are recognized after encoding and decoding", flush=True)
+        for name in ("paired_only", "paired_only_stopped"):
+            _copy_tokenizers(out / "itit", out / name)
 
-    for name in ("paired_only", "paired_only_stopped"):
-        _copy_tokenizers(out / "itit", out / name)
-    with controls_beside(run, out, test) as finished, _threads(half_the_cores()):
-        say("training ITIT, and beside it the same network on pairs only")
-        train_watched(run, inputs, out / "itit", test, title="ITIT")
-        say("scoring")
-        regression = regression_on_pixels(run, test).exact
-        found = {"itit": _score(out / "itit", _TITLES["itit"], test)}
-        for name in ("paired_only", "paired_only_stopped"):  # while the longer one goes on
-            found[name] = _score(finished(name), TITLES[name], test)
-    found[LONGER] = _score(out / LONGER, TITLES[LONGER], test)
-    runs = [found[name] for name in _TITLES]
-    metrics: dict[str, Any] = {each.name: each.metrics for each in runs}
-    metrics["controls"] = _controls(runs, regression)
-    metrics["tokenizer"] = {"image_accuracy": tokenizer_accuracy}
-    metrics["world"] = describe_world(run, inputs)
-    metrics |= {"seconds": round(time.monotonic() - began, 1), "quick": quick}
-    write_json(out / "metrics.json", metrics)
+        def waiting(missing: float) -> None:
+            plan.show(TITLES[LONGER], left=missing)
+
+        with controls_beside(run, out, test, waiting=waiting) as finished, _threads(half_the_cores()):
+            print("training ITIT, and beside it the same network on pairs only", flush=True)
+            pace = Pace(cost=run.costs()[-1], later=plan.later(NETWORK), show=plan.show)
+            train_watched(run, inputs, out / "itit", test, title=NETWORK, pace=pace)
+            plan.show(_SCORES)
+            regression = regression_on_pixels(run, test).exact
+            found = {"itit": _score(out / "itit", _TITLES["itit"], test)}
+            for name in ("paired_only", "paired_only_stopped"):  # while the longer one goes on
+                found[name] = _score(finished(name), TITLES[name], test)
+        plan.show(_REPORT)
+        found[LONGER] = _score(out / LONGER, TITLES[LONGER], test)
+        runs = [found[name] for name in _TITLES]
+        metrics: dict[str, Any] = {each.name: each.metrics for each in runs}
+        metrics["controls"] = _controls(runs, regression)
+        metrics["tokenizer"] = {"image_accuracy": tokenizer_accuracy}
+        metrics["world"] = describe_world(run, inputs)
+        metrics |= {"seconds": round(time.monotonic() - began, 1), "quick": quick}
+        write_json(out / "metrics.json", metrics)
+        report = write_demo_report(out, runs, metrics=metrics, pairs=PAIRS, unpaired=unpaired)
     _print_table(runs, regression)
-    report = write_demo_report(out, runs, metrics=metrics, pairs=PAIRS, unpaired=unpaired)
     say(f"{time.monotonic() - began:.0f} s in all. Open [bold]{report}[/bold] to see the results.")
     return metrics
 
@@ -163,8 +177,39 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _seconds_expected(run: ItitRun) -> float:
-    """Seconds that the demo takes on this machine, from a few steps on a batch of random tokens."""
+def costs_left(run: ItitRun, out: Path) -> list[StageCost]:
+    """The cost of each part of the demo in ``out``, in their order; nothing for what an earlier call has finished.
+
+    Counted in steps of ITIT, its controls end after another 80 and an eighth of all, and the report after a further 10
+    and a twentieth: so it was in demos of 800 and of 30 steps on two cores with AVX2.
+    """
+    tokenizer, text_encoder, encoding, network = run.costs()
+    step = network.between(network.slow_from, network.slow_from + 1)
+    trained = sum("loss" in record for record in read_metrics(out / "itit" / "metrics.jsonl"))
+    left = network.between(min(trained, network.steps), network.steps)
+    every = [
+        replace(tokenizer, step_cost=_TOKENIZER_COST),
+        replace(text_encoder, step_cost=_TEXT_ENCODER_COST),
+        encoding,
+        StageCost(name=NETWORK, steps=1, step_cost=left),
+        StageCost(name=_SCORES, steps=1, step_cost=step * (50 + run.train.steps / 16)),
+        StageCost(name=TITLES[LONGER], steps=1, step_cost=step * (30 + run.train.steps / 16)),
+        StageCost(name=_REPORT, steps=1, step_cost=step * (10 + run.train.steps / 20)),
+    ]
+    made = {
+        TOKENIZER: "itit/tokenizer",
+        TEXT_ENCODER: "itit/text_encoder",
+        ENCODING: "itit/encoded/texts/store.json",
+        NETWORK: "itit/model",
+        TITLES[LONGER]: f"{LONGER}/model",
+    }
+    return [
+        replace(each, steps=0) if each.name in made and (out / made[each.name]).exists() else each for each in every
+    ]
+
+
+def _unit_expected(run: ItitRun) -> float:
+    """Seconds on this machine for a cost of 1, from a few steps on a batch of random tokens."""
     tokenizer, text_encoder = (
         ImageTokenizer.from_pretrained(STAGES / "tokenizer"),
         TextEncoder.from_pretrained(STAGES / "text_encoder"),
@@ -186,7 +231,7 @@ def _seconds_expected(run: ItitRun) -> float:
             began = time.monotonic()
             objective(Batch(rng=StepRNG(0, step), streams=streams), run.objective.cycle_start_step).total.backward()
             seconds.append(time.monotonic() - began)
-    return float(np.median(seconds[1:])) * (run.train.steps + _OVERHEAD)
+    return float(np.median(seconds[1:])) / run.costs()[-1].between(run.slow_from, run.slow_from + 1)
 
 
 def _controls(runs: list[ScoredRun], regression: float) -> dict[str, dict[str, float]]:

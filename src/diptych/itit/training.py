@@ -482,10 +482,13 @@ class ItitRun:
         with_features = make(features=cached, image_encoder=image_encoder, teacher=teacher)
         data = within_budget(data, with_features, plan, seed=self.data.split_seed)
 
+        plan.show(ENCODING)
+
         def encode(subset: Subset, name: str, tokenizers: DataTokenizers) -> Subset:
+            advance = _progress(name, shown=plan.bar is None)
             with main_process_first():
                 folder = out / "encoded" / name
-                return encode_subset(subset, folder, tokenizers, data=self.data, advance=_progress(name))
+                return encode_subset(subset, folder, tokenizers, data=self.data, advance=advance)
 
         pairs = images = texts = encode(data.pairs, "pairs", with_features)
         if data.images is not data.pairs:
@@ -656,10 +659,12 @@ def _copied_encoder(name: str | None, folder: Path) -> ImageEncoder | None:
     return open_image_encoder(folder)
 
 
-def _progress(name: str) -> Callable[[int, int], None]:
-    """Prints one line that counts in a terminal; elsewhere only its end."""
+def _progress(name: str, *, shown: bool) -> Callable[[int, int], None]:
+    """Prints, if it is to be ``shown``, one line that counts in a terminal; elsewhere only its end."""
 
     def advance(done: int, total: int) -> None:
+        if not shown:
+            return
         if done == total or sys.stdout.isatty():
             print(f"\r3/3 encoding {name}: {done:,} of {total:,}", end="\n" if done == total else "", flush=True)
 

@@ -7,10 +7,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,76 @@ class ProgressLine:
             print(
                 f"\r{line}\033[K" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True
             )
+
+
+_DONE = "done"
+"""What a bar shows in the end, in the place of a part."""
+
+
+class WholeBar:
+    """One bar on stderr for all that a command does: what runs now, and the time that is left in all.
+
+    A terminal gets a bar; elsewhere there is a line for each part and one every thirty seconds. What the body of the
+    `with` prints in a terminal is shown above the bar.
+    """
+
+    def __init__(self, expected: float) -> None:
+        """``expected`` is the number of seconds that the whole takes."""
+        self._began, self._shown = time.monotonic(), -math.inf
+        self._part, self._ends, self._later = "start", self._began, expected
+        self._live: Live | None = None
+        if sys.stderr.isatty():
+            # Output that goes to a file while the bar is in the terminal stays in that file.
+            console, both = Console(stderr=True), sys.stdout.isatty()
+            self._live = Live(get_renderable=self._line, console=console, refresh_per_second=4, redirect_stdout=both)
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self.show(_DONE, left=0.0, later=0.0)
+        if self._live:
+            self._live.stop()
+
+    def show(self, part: str, *, left: float, later: float) -> None:
+        """``part`` runs and takes ``left`` more seconds; all that follows takes ``later`` seconds.
+
+        Until the next call the bar counts ``left`` down, but not beyond 0.
+        """
+        now = time.monotonic()
+        new, late = part != self._part, now - self._shown >= 30.0
+        self._part, self._ends, self._later = part, now + left, later
+        if self._live:
+            if new:
+                self._live.refresh()
+        elif new or late:
+            self._shown = now
+            print(f"{self.share:4.0%}  {self._words()}", file=sys.stderr, flush=True)
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left in all."""
+        return max(0.0, self._ends - time.monotonic()) + self._later
+
+    @property
+    def share(self) -> float:
+        """Share of the time of this call that has passed, 0 to 1; 1 at the end alone."""
+        if self._part == _DONE:
+            return 1.0
+        passed = time.monotonic() - self._began
+        return min(0.99, passed / max(passed + self.left, 1e-9))
+
+    def _words(self) -> str:
+        return f"{in_words(self.left)} left in all: {self._part}" if self._part != _DONE else _DONE
+
+    def _line(self) -> Table:
+        line = Table.grid(padding=(0, 1), expand=False)
+        bar = ProgressBar(total=1.0, completed=self.share, width=30)
+        line.add_row(bar, f"{self.share:4.0%}", Text(self._words(), no_wrap=True, overflow="ellipsis"))
+        return line
 
 
 def clock(seconds: float) -> str:

@@ -73,6 +73,7 @@ class RunLogger:
         Raises UserError if ``out`` cannot be written to.
         """
         self._train, self._pace, self._said, self._epoch_steps = train, pace, -math.inf, epoch_steps
+        self._quiet = train.quiet or pace.show is not None
         self.bad_steps = start.bad_steps
         """Updates in a row that were skipped, up to the last step that was read."""
         self._max_bad_steps = train.max_bad_steps
@@ -82,7 +83,7 @@ class RunLogger:
         self._metrics, self._display = None, None
         if is_main:
             self._metrics = MetricsLogger(out, start=start.step, tensorboard=train.tensorboard, every=train.log_every)
-            self._display = ProgressDisplay(title, start=start.step, quiet=train.quiet, epoch_steps=epoch_steps)
+            self._display = ProgressDisplay(title, start=start.step, quiet=self._quiet, epoch_steps=epoch_steps)
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +147,7 @@ class RunLogger:
         """Print the time that is left, of this training and of its whole run, unless it is over in a moment."""
         stage = self._pace.stage_left(step, self._train.steps)
         everything = self._pace.all_left(step, self._train.steps)
-        if self._display is None or self._train.quiet or stage is None or everything is None:
+        if self._display is None or self._quiet or stage is None or everything is None:
             return
         if everything > _WORTH_TELLING:
             more = f"; all: {in_words(everything)} left" if everything > _MORE * stage else ""
@@ -164,7 +165,7 @@ class RunLogger:
             self._metrics.flush()
         now = time.monotonic()
         due = now - self._said >= _BETWEEN or progress.step == self._train.steps
-        if self._display and due and not self._train.quiet and (scores := score_line(numbers)):
+        if self._display and due and not self._quiet and (scores := score_line(numbers)):
             self._said = now
             self._display.say(f"step {progress.step:,}: validation {scores} ({in_words(seconds)})")
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar, cast, runtime_checkab
 from diptych.data.streams import BatchFn, BatchSampler
 from diptych.errors import UserError
 from diptych.io import write_bytes
+from diptych.report.terminal import WholeBar
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import Devices, is_main_process
 from diptych.train.objective import Objective
@@ -97,6 +98,8 @@ class Pace:
     """Folder for the decisions of a budget, ``pace.json``."""
     left_of_budget: Callable[[], float] | None = None
     """Seconds that are left of the whole budget."""
+    show: Callable[..., object] | None = None
+    """:meth:`RunPlan.show`, where one bar of the whole run takes the place of a bar of the stage."""
     _decided: dict[int, int] = field(default_factory=dict)
     _began: tuple[int, float] = (0, 0.0)
     _before: float = 0.0
@@ -104,6 +107,8 @@ class Pace:
     def begin(self, step: int, seconds: float, train: TrainConfig) -> None:
         """The stage goes on after ``step`` steps, which took ``seconds``. Sets ``train.steps`` as decided so far."""
         self._began, self._before = (step, time.monotonic()), seconds
+        if self.show is not None:
+            self.show(self.cost.name)
         if self.folder is not None and (self.folder / "pace.json").is_file():
             found = json.loads((self.folder / "pace.json").read_text())
             self._decided = {int(at): int(steps) for at, steps in found.items()}
@@ -113,6 +118,8 @@ class Pace:
 
     def after_step(self, step: int, train: TrainConfig) -> bool:
         """Correct ``train.steps`` where it is time to; return whether it changed."""
+        if self.show is not None and step >= self._began[0] + FIRST_ESTIMATE:
+            self.show(self.cost.name, left=self.stage_left(step, train.steps), unit=self._unit(step))
         if self.seconds is None or step >= train.steps:
             return False
         if step not in self._decided:
@@ -306,9 +313,29 @@ class RunPlan:
         *,
         budget: Budget | None = None,
         report: Callable[[str], object] | None = None,
+        unit: float = math.nan,
     ) -> None:
-        """``report`` writes the report of the run, see :func:`diptych.train.loop.train`."""
-        self.costs, self.budget, self.report = list(costs), budget, report
+        """``report`` writes the report of the run, see :func:`diptych.train.loop.train`. ``unit`` is a first estimate
+        of the seconds for a cost of 1."""
+        self.costs, self.budget, self.report, self.unit = list(costs), budget, report, unit
+        self.bar: WholeBar | None = None
+        """A bar that takes the place of those of the stages, if one is given here."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that all stages take."""
+        return self.unit * sum(cost.all for cost in self.costs)
+
+    def show(self, name: str, *, left: float | None = None, unit: float | None = None) -> None:
+        """Show in the bar, if there is one, that the stage ``name`` runs and takes ``left`` more seconds.
+
+        ``left`` follows from the cost, if it is not given. ``unit`` is the seconds for a cost of 1 that were measured.
+        """
+        if self.bar is None:
+            return
+        self.unit = self.unit if unit is None else unit
+        (cost,) = (cost for cost in self.costs if cost.name == name)
+        self.bar.show(name, left=self.unit * cost.all if left is None else left, later=self.unit * self.later(name))
 
     def later(self, name: str) -> float:
         """Cost of the stages after the stage ``name``."""
@@ -352,6 +379,7 @@ class RunPlan:
             last_evaluation=evaluation_seconds,
             folder=folder,
             left_of_budget=left,
+            show=None if self.bar is None else self.show,
         )
 
 
