@@ -51,6 +51,8 @@ def test_settings_are_possible_and_a_source_is_asked_for(name):
     assert RECIPES[name]() == run
     parts = parts_of(run)
     for stage in (part for part in parts if is_dataclass(part) and hasattr(part, "train")):
+        if stage.train.steps == 0:  # a text encoder that is not trained
+            continue
         stage.train.check()
         stage.optim.check()
         assert stage.optim.warmup_steps < stage.train.steps

@@ -17,7 +17,9 @@ from diptych.dual.training import PairsData
 from diptych.errors import UserError
 from diptych.registry import RECIPES
 from diptych.run_folder import kind_of, read_config
+from diptych.train import pace
 from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.pace import Budget, RunPlan, StageCost
 
 FAMILIES = ("ito", "clip", "siglip", "slip")
 NAMES = [name for name in RECIPES if name.split("-")[0] in FAMILIES and not name.endswith("-frozen")]
@@ -323,3 +325,21 @@ def test_the_report_has_curves_and_the_images_that_texts_find(done):
     for title in ("Samples", "Curves", "Validation", "Settings"):
         assert f">{title}</h2>" in page
     assert sorted(file.name for file in (done / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+
+
+def test_a_budget_too_short_for_the_towers_takes_smaller_ones(tmp_path, monkeypatch, capsys):
+    run = replace(small_run("ito-small", steps=1000), model=DualEncoderConfig.small())
+    monkeypatch.setattr(pace, "training_seconds", lambda run, _: run.train.steps * 0.2)
+
+    def fitting(run, minutes: float):
+        plan = RunPlan([StageCost(name="ito-small", steps=1000)], budget=Budget.of_run(tmp_path, Budget(minutes)))
+        return run._with_affordable_towers(lambda run: None, plan)
+
+    assert fitting(run, 3.0) is run  # 400 steps take 80 seconds
+    assert capsys.readouterr().err == ""
+    (tmp_path / "budget.json").unlink()
+    found, tiny = fitting(run, 1.0).model, DualEncoderConfig.tiny()
+    assert "fewer than 400 steps on 8 rows fit into --minutes 1: towers as small as" in capsys.readouterr().err
+    assert found == replace(tiny, vocab_size=run.model.vocab_size)
+    assert fitting(replace(run, start="openai/clip"), 1.0).model == run.model  # one that is given keeps its sizes
+    assert fitting(replace(run, model=tiny), 1.0).model == tiny

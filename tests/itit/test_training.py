@@ -16,7 +16,6 @@ from diptych.data.scenes import ScenesSource
 from diptych.encoders import ScratchConfig, scratch_encoder
 from diptych.errors import UserError
 from diptych.io import load_network
-from diptych.itit import training
 from diptych.itit.data import DataConfig, open_data
 from diptych.itit.evaluation import ALONE, EvaluateConfig, evaluate, evaluate_run
 from diptych.itit.generation import GenerationConfig, ImageGenerationConfig, TextGenerationConfig
@@ -32,6 +31,7 @@ from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.training import TextEncoderRun, TextEncoderStage, TokenizerRun, TokenizerStage
 from diptych.tokenizers.vqgan import VQGANConfig
+from diptych.train import pace
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.pace import Budget, RunPlan
 
@@ -618,26 +618,27 @@ def test_fine_tuning_needs_a_finished_run(tmp_path):
 
 def test_a_budget_too_short_for_the_network_takes_a_smaller_one(tmp_path, monkeypatch, capsys):
     large = replace(tiny_run(), model=replace(SIZES["small"], max_text_len=16), train=loop(1000))
-    seconds_per_row = 0.1
+    seconds = {"row": 0.1}
     monkeypatch.setattr(
-        training, "training_seconds", lambda run, make: run.train.steps * run.train.batch_size * seconds_per_row
+        pace, "training_seconds", lambda run, _: run.train.steps * run.train.batch_size * seconds["row"]
     )
 
     def fitting(run: ItitRun, minutes: float, out: Path) -> ItitRun:
         out.mkdir(exist_ok=True)
-        budget = Budget.of_run(out, Budget(minutes))
-        plan = RunPlan([cost for cost in run.costs() if cost.name == NETWORK], budget=budget)
-        return run._with_affordable_network(tiny_run().ready, plan, budget)
+        plan = RunPlan(
+            [cost for cost in run.costs() if cost.name == NETWORK], budget=Budget.of_run(out, Budget(minutes))
+        )
+        return run._with_affordable_network(tiny_run().ready, plan)
 
     assert fitting(large, 3.0, tmp_path / "enough") is large  # 400 steps of 4 rows take 160 seconds
     assert capsys.readouterr().err == ""
     small = fitting(large, 2.0, tmp_path / "short").model
-    assert "fewer than 400 steps on 8 pairs fit into --minutes 2" in capsys.readouterr().err
+    assert "fewer than 400 steps on 4 rows fit into --minutes 2: a network as small as" in capsys.readouterr().err
     assert (small.width, small.depth, small.image_decoder_depth, small.text_decoder_width) == (128, 1, 2, 128)
     assert (small.max_text_len, small.text_input) == (large.model.max_text_len, large.model.text_input)
     given = replace(large, init="runs/other")
     assert fitting(given, 2.0, tmp_path / "given") is given
-    seconds_per_row = 0.0  # what was decided holds when the run goes on
+    seconds["row"] = 0.0  # what was decided holds when the run goes on
     assert fitting(large, 2.0, tmp_path / "short").model == small
 
 

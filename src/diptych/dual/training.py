@@ -51,6 +51,8 @@ _SHOWN, _FOUND = 6, 3
 """Number of texts on the sheet of samples, and of images that are shown for each."""
 _THUMBNAIL = 128
 """Side in pixels of these images."""
+_TRIED_ROWS = 32
+"""Number of pairs of the steps that are timed to choose the towers."""
 _TIMED = 16
 """Number of images with which a validation is timed."""
 _VALID_SHARE = 0.04
@@ -103,19 +105,10 @@ class DualRun:
         plan = RunPlan([StageCost(name=recipe, steps=self.train.steps)], budget=Budget.of_run(out, budget))
         skipped = SkippedItems(max_skipped_share=self.data.max_skipped_share)
         model = self._model(source, out)
-        affordable, seconds = self._affordable_evaluation(model, out, plan)
         captions = CaptionIds.read(source, np.arange(len(source)), model.ids)
         if (note := note_on_lengths(np.diff(captions.starts), model.max_text_len)) and is_main_process():
             print(f"{note}; raise --model.max-text-len", file=sys.stderr, flush=True)
-        states = None
-        if isinstance(model, TowersEncoder) and model.frozen:
-            if self.data.shards_together:
-                raise UserError("--data.shards-together has no effect on frozen towers, which read each image once")
-            seconds = affordable._remember_validation(model, out)
-            if plan.budget is not None:
-                captions = captions.in_random_order()  # its beginning is what the budget may have to do with
-            states = self._states(model, source, captions, out, plan, skipped)
-            affordable._lower_batch(len(states.rows_N))
+        states: States | None = None
 
         def make(run: DualRun, model: DualEncoder) -> tuple[Objective, BatchSampler]:
             model.tune_for_training()
@@ -126,6 +119,19 @@ class DualRun:
                 stream = states.stream(captions, per_image=run.objective.captions, seed=run.train.seed)
             rows, seed = run.train.batch_size, run.train.seed
             return objective, BatchSampler({"pairs": stream}, multiples=objective.streams, batch_size=rows, seed=seed)
+
+        resized = self._with_affordable_towers(lambda run: make(run, copy.deepcopy(model)), plan)
+        if resized is not self:
+            model = resized._model(source, out)
+        affordable, seconds = resized._affordable_evaluation(model, out, plan)
+        if isinstance(model, TowersEncoder) and model.frozen:
+            if self.data.shards_together:
+                raise UserError("--data.shards-together has no effect on frozen towers, which read each image once")
+            seconds = affordable._remember_validation(model, out)
+            if plan.budget is not None:
+                captions = captions.in_random_order()  # its beginning is what the budget may have to do with
+            states = self._states(model, source, captions, out, plan, skipped)
+            affordable._lower_batch(len(states.rows_N))
 
         # Trial steps change a model.
         run, pace = plan.fit_stage(
@@ -346,6 +352,24 @@ class DualRun:
                 trained.save_pretrained(folder)
         name = part_of(self.tokenizer, "tokenizer") if self.tokenizer is not None else str(folder)
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
+
+    def _with_affordable_towers(
+        self, make: Callable[["DualRun"], tuple[Objective, BatchSampler]], plan: RunPlan
+    ) -> "DualRun":
+        """This run, or with towers as small as those of `ito-tiny` where hardly any steps of its own would fit.
+
+        ``make`` gives the objective and the batches of a run.
+        """
+        tiny = DualEncoderConfig.tiny()
+        given = self.start is not None or self.model.image_tower is not None
+        if given or (self.model.image_size, self.model.image_width) <= (tiny.image_size, tiny.image_width):
+            return self
+        instead = "towers as small as those of ito-tiny, for images of 64 pixels, are trained"
+        if not plan.too_short(plan.costs[0].name, self, make, rows=_TRIED_ROWS, instead=instead):
+            return self
+        return replace(
+            self, model=replace(tiny, max_text_len=self.model.max_text_len, vocab_size=self.model.vocab_size)
+        )
 
     def _affordable_evaluation(self, model: DualEncoder, out: Path, plan: RunPlan) -> tuple["DualRun", float]:
         """The run with as many validation images as its budget has time for, and the seconds that these take."""

@@ -55,15 +55,13 @@ from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process, join_processes, main_process_first, wait_for_everyone
 from diptych.train.logging import Measured
 from diptych.train.loop import Hook, TrainResult, train
-from diptych.train.pace import Budget, Pace, RunPlan, StageCost, training_seconds
+from diptych.train.pace import FEW_STEPS, Budget, Pace, RunPlan, StageCost
 
 NETWORK = "ITIT"
 """Name of the last stage in the plan of a run."""
 _PATCHES_COST, _TEXT_ENCODER_COST, _PAIRS_COST, _CYCLES_COST, _ENCODING_SHARE = 0.4, 0.7, 1.4, 5.0, 0.04
 """Cost of a step of a tokenizer without a network, of the text encoder, of ITIT before the cycles start and with them,
 where one of a VQGAN costs 1; and of the encoding of all data, as a share of all training."""
-_FEW_STEPS = 400
-"""Number of steps below which a budget trains with :meth:`ItitRun.hurried` settings, or a smaller network."""
 _TRIED_ROWS = 8
 """Number of pairs of the steps that are timed to choose the network."""
 _SIZE_FIELDS = (
@@ -152,12 +150,10 @@ class ItitRun:
             # A repeat of a run that is killed below finds here which tokenizers were made.
             write_config(out, recipe=recipe, run=run)
         inputs = run.prepare(out, plan)
-        seconds = 0.0
-        if plan.budget is not None:
-            run = run._with_affordable_network(lambda run: run.ready(inputs), plan, plan.budget)
-            seconds = run._evaluation_seconds(inputs, out)
+        run = run._with_affordable_network(lambda run: run.ready(inputs), plan)
+        seconds = run._evaluation_seconds(inputs, out) if plan.budget is not None else 0.0
         run, pace = plan.fit_stage(NETWORK, run, out, lambda run: run.ready(inputs), evaluation_seconds=seconds)
-        if plan.budget is not None and run.train.steps < _FEW_STEPS:
+        if plan.budget is not None and run.train.steps < FEW_STEPS:
             run = run.hurried()
         write_config(out, recipe=recipe, run=run, data=inputs.data_summary)
         trained = run._train_with_validation(inputs, out, pace=pace, report=report)
@@ -303,7 +299,7 @@ class ItitRun:
         return replace(self, data=replace(self.data, valid_images=fits))
 
     def _with_affordable_network(
-        self, make: Callable[["ItitRun"], tuple[ItitObjective, BatchSampler]], plan: RunPlan, budget: Budget
+        self, make: Callable[["ItitRun"], tuple[ItitObjective, BatchSampler]], plan: RunPlan
     ) -> "ItitRun":
         """This run, or with a network as small as that of `itit-tiny` where hardly any steps of its own would fit.
 
@@ -312,17 +308,9 @@ class ItitRun:
         tiny = {name: getattr(SIZES["tiny"], name) for name in _SIZE_FIELDS}
         if self.init is not None or self.model.width <= tiny["width"]:
             return self
-
-        def too_few() -> bool:
-            trial = self.pairs_only()
-            trial.train = replace(trial.train, batch_size=min(_TRIED_ROWS, self.train.batch_size), grad_accum_steps=1)
-            step = training_seconds(trial, make) / trial.train.steps
-            return plan.seconds_for(NETWORK) < _FEW_STEPS * step
-
-        if not budget.decision("tiny network", too_few):
+        instead = "a network as small as that of itit-tiny is trained"
+        if not plan.too_short(NETWORK, self.pairs_only(), make, rows=_TRIED_ROWS, instead=instead):
             return self
-        few = f"fewer than {_FEW_STEPS} steps on {_TRIED_ROWS} pairs fit into --minutes {budget.minutes:g}"
-        print(f"{few}: a network as small as that of itit-tiny is trained", file=sys.stderr, flush=True)
         return replace(self, model=replace(self.model, **tiny))
 
     def _evaluation_seconds(self, inputs: TrainingInputs, out: Path) -> float:

@@ -116,7 +116,7 @@ def tokenizer_patches_small() -> TokenizerStage:
     stage = tokenizer_patches()
     stage.model.image_size = 64
     stage.flip = True
-    stage.train.steps, stage.train.checkpoint_every = 12, 4
+    stage.train.steps, stage.train.checkpoint_every = 16, 2
     stage.optim.warmup_steps = 0
     return stage
 

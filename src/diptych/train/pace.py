@@ -28,6 +28,8 @@ from diptych.train.step import TrainStep
 
 FIRST_ESTIMATE = 10
 """Number of steps after which the time that is left is estimated."""
+FEW_STEPS = 400
+"""Number of steps below which a budget calls for a smaller network."""
 _LEAST_STEPS = 200
 """Number of steps that a stage should have: if there is no time for them, its batches are made smaller."""
 _TOO_FEW = 60
@@ -347,6 +349,28 @@ class RunPlan:
         assert self.budget is not None
         (cost,) = (cost for cost in self.costs if cost.name == name)
         return self.budget.seconds_for(cost, later=self.later(name))
+
+    def too_short(
+        self, name: str, stage: S, make: Callable[[S], tuple[Objective, BatchFn]], *, rows: int, instead: str
+    ) -> bool:
+        """Whether the budget has no time for :data:`FEW_STEPS` steps on ``rows`` rows; then ``instead`` is printed.
+
+        ``make`` is that of :meth:`Budget.fit_stage`. Without a budget there is always time.
+        """
+        budget = self.budget
+        if budget is None:
+            return False
+        rows = min(rows, stage.train.batch_size)
+
+        def decide() -> bool:
+            train = replace(stage.train, batch_size=rows, grad_accum_steps=1)
+            step = training_seconds(replace(stage, train=train), make) / train.steps  # type: ignore[type-var]
+            return self.seconds_for(name) < FEW_STEPS * step
+
+        if short := budget.decision(f"{name}: too short", decide):
+            few = f"fewer than {FEW_STEPS} steps on {rows} rows fit into --minutes {budget.minutes:g}"
+            print(f"{few}: {instead}", file=sys.stderr, flush=True)
+        return short
 
     def fit_stage(
         self,
