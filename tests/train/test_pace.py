@@ -151,10 +151,13 @@ def test_enough_time_gives_whole_batches_and_no_endless_training(clock, tmp_path
     plan = RunPlan([COST], budget=Budget.of_run(tmp_path, Budget(60.0, began=clock.now)))
     stage, _ = plan.fit_stage("toy", ToyStage(), tmp_path, made(clock))
     assert (stage.train.batch_size, stage.train.steps, stage.slow_from) == (32, 400, 40)
-    stage, _ = RunPlan([COST], budget=Budget(60.0, began=clock.now)).fit_stage(
+    stage, pace = RunPlan([COST], budget=Budget(60.0, began=clock.now)).fit_stage(
         "toy", ToyStage(), tmp_path, made(clock), most=1.0
     )
     assert stage.train.steps == 100
+    short = replace(stage.train, device="cpu", tensorboard=False)
+    result = train(Toy(clock, 1, 10), batches, out=tmp_path / "run", train=short, optim=stage.optim, pace=pace)
+    assert result.step == 100  # the time would do for more
 
 
 def test_evaluations_take_a_tenth_of_the_time(clock, tmp_path):

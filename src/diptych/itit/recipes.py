@@ -64,12 +64,12 @@ def itit_tiny() -> ItitRun:
 def itit_small() -> ItitRun:
     """ITIT of 5M parameters for images of 64 pixels, for two CPU cores or one small GPU.
 
-    Without --text-encoder it trains a text encoder of its own, whose features tell captions of photos hardly apart
-    (docs/log.md). For photos give a pretrained one, as below, or take itit-frozen.
+    Its image tokens are squares of 8 pixels. Without --text-encoder its text encoder is one layer of random weights,
+    which knows no word's meaning. For photos give a pretrained one, as below, or take itit-frozen.
 
     Command: diptych fit itit-small --data.pairs 'photos.tar?split=train' --data.max-pairs 600
              --data.texts captions.txt.gz --text-encoder package:minilm-l6 --out runs/photos
-    Cost: 50 minutes on one core of a Xeon with AMX, 20 of them for tokenizer and text encoder. Scores: docs/results.md.
+    Cost: half an hour on one core of a Xeon with AMX. Scores, with a VQGAN: docs/results.md.
     """
     return ItitRun(
         data=DataConfig(pairs=tyro.MISSING, feature_cache_mb=512),

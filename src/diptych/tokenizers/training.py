@@ -38,7 +38,7 @@ from diptych.train.config import FILES, OptimConfig, TrainConfig
 from diptych.train.distributed import is_main_process
 from diptych.train.loop import train
 from diptych.train.objective import Objective
-from diptych.train.pace import Budget, RunPlan, StageCost
+from diptych.train.pace import MOST_GROWTH, Budget, RunPlan, StageCost
 
 TOKENIZER, TEXT_ENCODER = "tokenizer", "text encoder"
 """Names of the two stages in the plan of a run."""
@@ -102,7 +102,9 @@ class TokenizerStage:
             return objective, _sampler({"images": stream}, objective, stage.train)
 
         plan = plan or RunPlan([StageCost(name=TOKENIZER, steps=self.train.steps)])
-        stage, pace = plan.fit_stage(TOKENIZER, self, out, make)
+        # Codes without a network are found by the k-means that begins the training: more steps change nothing.
+        most = MOST_GROWTH if self.model.widths else 1.0
+        stage, pace = plan.fit_stage(TOKENIZER, self, out, make, most=most)
         objective, batches = make(stage)
         tokenizer = objective.tokenizer
         identity: dict[str, Any] = {"model": asdict(self.model), "objective": asdict(self.objective), "flip": self.flip}

@@ -42,7 +42,7 @@ _LEAST_OF_PLAN = 0.25
 """Smallest share of the planned steps that is made, however slow the machine becomes."""
 _RESERVE = 0.08
 """Share of the minutes that is kept for what follows the last step: scores, samples, the report."""
-_MOST_GROWTH = 4.0
+MOST_GROWTH = 4.0
 """Largest factor by which a budget raises the number of steps of a stage."""
 _LEAST_SHARE = 0.06
 """Share of the minutes that each stage has at least."""
@@ -94,6 +94,8 @@ class Pace:
     """Cost of the stages that follow, in the same unit."""
     seconds: float | None = None
     """Time for the stage under a budget, all invocations together; None where there is no budget."""
+    most: int | None = None
+    """Largest number of steps that a budget gives the stage; None where there is no budget."""
     last_evaluation: float = 0.0
     """Seconds that the evaluation after the last step takes."""
     folder: Path | None = None
@@ -164,7 +166,7 @@ class Pace:
             fits += max(0, int(left / (unit * self.cost.between(fits, fits + 1))))
         # A correction is no new plan: a machine that is busy for a minute must not end the stage.
         least = max(steps // 2, round(_LEAST_OF_PLAN * self.cost.steps))
-        return max(step + 1, min(max(fits, least), 2 * steps))
+        return max(step + 1, min(max(fits, least), 2 * steps, self.most or 2 * steps))
 
 
 # The budget of a run
@@ -379,18 +381,19 @@ class RunPlan:
         folder: Path,
         make: Callable[[S], tuple[Objective, BatchFn]],
         *,
-        most: float = _MOST_GROWTH,
+        most: float = MOST_GROWTH,
         evaluation_seconds: float = 0.0,
     ) -> tuple[S, Pace]:
         """The stage as it is to be trained in ``folder``, and its pace. See :meth:`Budget.fit_stage`."""
         (cost,) = (cost for cost in self.costs if cost.name == name)
-        seconds = None
+        seconds, most_steps = None, None
         if stage.train.epochs is not None:
             stage.train.check()
             if self.budget is not None:
                 raise UserError("--minutes and train.epochs both say how long to train: leave one of them away")
             stage = in_epochs(stage, make)
         if self.budget is not None:
+            most_steps = int(most * stage.train.steps)
             stage, seconds = self.budget.fit_stage(
                 stage, cost, later=self.later(name), make=make, most=most, evaluation_seconds=evaluation_seconds
             )
@@ -400,6 +403,7 @@ class RunPlan:
             cost=cost,
             later=self.later(name),
             seconds=seconds,
+            most=most_steps,
             last_evaluation=evaluation_seconds,
             folder=folder,
             left_of_budget=left,
