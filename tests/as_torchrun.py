@@ -18,6 +18,7 @@ def main(processes: int, script: Path, *arguments: str) -> int:
     """0 if each of the processes ended with 0, else 1."""
     sys.path[0] = str(script.parent)
     import_module(script.stem)
+    import_module("torch._dynamo")  # optimizers import it at their first step
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
