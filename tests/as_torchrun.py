@@ -16,7 +16,7 @@ from pathlib import Path
 
 def main(processes: int, script: Path, *arguments: str) -> int:
     """0 if each of the processes ended with 0, else 1."""
-    sys.path[0] = str(script.parent)
+    sys.path.insert(0, str(script.parent))
     import_module(script.stem)
     import_module("torch._dynamo")  # optimizers import it at their first step
     with socket.socket() as free:
