@@ -1,11 +1,18 @@
-"""What checks annotations while the tests run; pyproject.toml hands it to jaxtyping's import hook."""
+"""What checks annotations while the tests run; pyproject.toml hands it to jaxtyping's import hook.
+
+tests/conftest.py imports this file before diptych, for what it mends in the hook.
+"""
 
 from collections.abc import Callable
+from functools import partial
+from importlib.machinery import SourceFileLoader
 from typing import Any
+from unittest.mock import patch
 
 import tyro
 from beartype import BeartypeConf, FrozenDict, beartype
 from beartype.roar import BeartypeDecorHintPep673Exception
+from jaxtyping import _import_hook
 
 _check = beartype(
     conf=BeartypeConf(
@@ -14,6 +21,21 @@ _check = beartype(
         hint_overrides=FrozenDict({str: str | type(tyro.MISSING)}),
     )
 )
+
+
+def _get_code(loader: Any, fullname: str) -> Any:
+    """The code of a module that the hook has changed; its bytecode is kept under a name of its own.
+
+    The hook itself renames the bytecode of all that is imported while such a module runs: 2,700 files of torch and
+    others would be compiled a second time.
+    """
+    renamed = partial(_import_hook._optimized_cache_from_source, loader._typechecker.get_hash())
+    with patch("importlib._bootstrap_external.cache_from_source", renamed):
+        return SourceFileLoader.get_code(loader, fullname)
+
+
+_import_hook._JaxtypingLoader.get_code = _get_code
+_import_hook._JaxtypingLoader.exec_module = SourceFileLoader.exec_module
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Trains a run of test_training.py in processes that torchrun starts: run_ito.py OUT."""
+"""Trains a run of test_training.py in the processes of as_torchrun.py: run_ito.py OUT."""
 
 import sys
 from pathlib import Path

@@ -1,12 +1,11 @@
 """What all objectives on pairs have in common, what each computes, and that two processes compute the same as one."""
 
 import math
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import as_torchrun
 import pytest
 import torch
 from dual_objectives import CONFIGS, ROWS, batch, objective, result
@@ -45,9 +44,7 @@ def alone() -> dict[str, dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command = [*launch, "--rdzv-endpoint=localhost:0", str(SCRIPT), str(out)]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, capture_output=True)
+    subprocess.run(as_torchrun.command(2, SCRIPT, out), check=True, timeout=240, capture_output=True)
     return [torch.load(out / f"{rank}.pt") for rank in (0, 1)]
 
 

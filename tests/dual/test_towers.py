@@ -237,6 +237,7 @@ def test_features_that_are_remembered_are_the_same(towers, tmp_path, monkeypatch
     again = encoder_of(towers).eval()
     again.remember(tmp_path)
     assert torch.equal(again.embed_images(pixels()), fresh[0])
+    assert torch.equal(again.embed_texts(TEXTS), fresh[1])
 
 
 def test_open_clip_has_no_place_for_it(towers, tmp_path):

@@ -1,10 +1,9 @@
 import json
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import as_torchrun
 import pytest
 import torch
 from PIL import Image
@@ -220,9 +219,8 @@ def test_accumulation_is_refused_and_the_mend_named(tmp_path):
 
 @pytest.mark.slow  # what could differ is in tests/dual/test_objectives.py; here also the loop and the tokenizer
 def test_two_processes_train_as_one(done, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command = [*launch, "--rdzv-endpoint=localhost:0", str(Path(__file__).with_name("run_ito.py")), str(tmp_path)]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, capture_output=True)
+    command = as_torchrun.command(2, Path(__file__).with_name("run_ito.py"), tmp_path)
+    subprocess.run(command, check=True, timeout=240, capture_output=True)
     assert losses(tmp_path) == pytest.approx(losses(done), rel=1e-4)
 
 

@@ -17,9 +17,16 @@ def clouds(seed: int, *, items: int = 300, spread: float = 0.5) -> tuple[torch.T
 
 
 @pytest.mark.parametrize("l2", [1.0, 0.01])
-def test_the_fit_is_the_minimum(l2):
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_fit_is_the_minimum(l2, wide):
+    """Also where there are more features than items."""
     features, labels = clouds(0)
-    found = fit_linear(features, labels, classes=3, l2=l2)
+    start = None
+    if wide:
+        more = torch.randn(300, 74, generator=torch.Generator().manual_seed(2))
+        features, labels = torch.cat([features, more], 1)[:20], labels[:20]
+        start = fit_linear(features + more[:20, :1], labels, classes=3, l2=1.0)
+    found = fit_linear(features, labels, classes=3, l2=l2, start=start)
     weight, bias = found.weight_DC.double().requires_grad_(), found.bias_C.double().requires_grad_()
     normal = ((features - features.mean(0)) / features.std(0, correction=0).clamp_min(1e-6)).double()
     loss = F.cross_entropy(normal @ weight + bias, labels) + l2 / 2 * weight.square().sum()

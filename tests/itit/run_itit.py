@@ -1,4 +1,4 @@
-"""Trains a run of test_training.py in processes that torchrun starts: run_itit.py OUT TOKENIZERS."""
+"""Trains a run of test_training.py in the processes of as_torchrun.py: run_itit.py OUT TOKENIZERS."""
 
 import sys
 from pathlib import Path

@@ -2,10 +2,10 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import as_torchrun
 import numpy as np
 import pytest
 import torch
@@ -167,9 +167,8 @@ def test_a_text_that_the_text_encoder_cannot_read_whole_is_told_first(bert, tmp_
 
 def test_two_processes_with_given_tokenizers_train_as_one(done, tmp_path):
     """Rank and world must be known before the first stage that has nothing to train."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    launch += ["--rdzv-endpoint=localhost:0", str(Path(__file__).with_name("run_itit.py"))]
-    ended = subprocess.run([*launch, str(tmp_path / "two"), str(done)], capture_output=True, text=True, check=False)
+    command = as_torchrun.command(2, Path(__file__).with_name("run_itit.py"), tmp_path / "two", done)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     tiny_run_without_dropout(str(done)).fit(tmp_path / "one", recipe="itit-tiny")
     two, one = losses_of(tmp_path / "two"), losses_of(tmp_path / "one")

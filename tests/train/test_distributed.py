@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import as_torchrun
 import pytest
 import run_toy
 import torch
@@ -27,10 +28,15 @@ SCRIPT = Path(run_toy.__file__)
 EVERY = Path(__file__).with_name("every_objective.py")
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+
+
 def launch(out, *options: object, script: Path = SCRIPT, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """A script, run_toy.py by default, in processes that torchrun starts."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", str(script), str(out), *map(str, options)]
+    """A script, run_toy.py by default, in processes as torchrun starts them."""
+    return ended(as_torchrun.command(processes, script, out, *options))
+
+
+def ended(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
 
@@ -45,7 +51,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory) -> tuple[Path, str]:
-    """RUNS with their first six steps and then, resumed, ten, by torchrun's two processes; and what they printed."""
+    """RUNS with their first six steps and then, resumed, ten, by two processes; and what they printed."""
     out = tmp_path_factory.mktemp("two")
     done = launch(out, 6, 10, f"--runs={json.dumps(RUNS)}")
     assert done.returncode == 0, done.stderr
@@ -54,7 +60,7 @@ def of_two(tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.mark.parametrize("late_from", [0, 3])
 def test_two_processes_train_as_one(of_two, tmp_path, late_from):
-    """Losses and weights of torchrun's two processes are those of one; also after a resume, and also with parameters
+    """Losses and weights of two processes are those of one; also after a resume, and also with parameters
     that the first three steps leave without a gradient."""
     out = of_two[0] / f"late-{late_from}"
     toy = Toy(late_from=late_from)
@@ -101,12 +107,13 @@ def test_parts_of_the_weights_train_as_the_whole(of_two, tmp_path, capfd, optimi
 def test_a_process_that_dies_ends_the_job_with_its_reason_and_the_same_command_goes_on(tmp_path):
     """Also while a checkpoint is written, which is done while the next steps are made: the one before is the newest."""
     settings = f"--settings={json.dumps({'parallel': 'fsdp', 'checkpoint_every': 3})}"
-    done = launch(tmp_path, 10, "--die-at=6", "--write-late", settings)
+    command = [sys.executable, *TORCHRUN, str(SCRIPT), str(tmp_path), "10", "--write-late", settings]
+    done = ended([*command, "--die-at=6"])
     assert done.returncode != 0
     assert time.time() - float((tmp_path / "died").read_text()) < 60
     assert "Signal 9 (SIGKILL)" in done.stderr
     assert [step for step, _ in losses_of(tmp_path)] == list(range(1, 7))
-    again = launch(tmp_path, 10, "--write-late", settings)
+    again = ended(command)
     assert "continuing after step 3" in again.stdout + again.stderr
     train(Toy(late_from=3), toy_batches, out=tmp_path / "one", train=config(steps=10), optim=optim())
     torch.testing.assert_close(losses_of(tmp_path), losses_of(tmp_path / "one"), rtol=1e-5, atol=0)

@@ -8,13 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
-from kornia.color import rgb_to_grayscale
-from kornia.enhance import (
-    adjust_brightness_accumulative,
-    adjust_contrast_with_mean_subtraction,
-    adjust_saturation_with_gray_subtraction,
-)
-from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from diptych.rng import StepRNG
@@ -129,6 +122,12 @@ def _window(share_B: Tensor, place_B: Tensor, pixels: int, size: int) -> Float[T
 
 
 def _jitter(view: Tensor, drawn_B4: Tensor, config: ViewConfig) -> Tensor:
+    from kornia.enhance import (
+        adjust_brightness_accumulative,
+        adjust_contrast_with_mean_subtraction,
+        adjust_saturation_with_gray_subtraction,
+    )
+
     strengths = (config.brightness, config.contrast, config.saturation)
     brightness, contrast, saturation = (_between(drawn_B4[:, i], 1 - s, 1 + s) for i, s in enumerate(strengths))
     view = adjust_brightness_accumulative(view, brightness)
@@ -152,10 +151,14 @@ def _turn_hue(view_B3SS: Tensor, turn_B: Tensor) -> Tensor:
 
 
 def _grey(view: Tensor, drawn: Tensor, config: ViewConfig) -> Tensor:
+    from kornia.color import rgb_to_grayscale
+
     return rgb_to_grayscale(view).expand_as(view)
 
 
 def _blur(view_B3SS: Tensor, drawn_B: Tensor, config: ViewConfig) -> Tensor:
+    from kornia.filters import gaussian_blur2d
+
     shrink = view_B3SS.shape[-1] / 224
     sigma_B2 = (_between(drawn_B, *config.blur_sigma) * shrink)[:, None].clamp(min=0.05).expand(-1, 2)
     reach = max(1, math.ceil(2.5 * config.blur_sigma[1] * shrink))

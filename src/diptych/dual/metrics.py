@@ -12,12 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from diptych.data.class_texts import from_templates
@@ -243,6 +241,9 @@ def modality_map(spaces: dict[str, tuple[Tensor, Tensor]], *, seed: int = 0) -> 
     Only distances within a panel can be compared; positions and axes carry no meaning. Raises UserError where the extra
     ``umap`` is not installed.
     """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     umap = import_umap()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # UMAP warns that a seed means one thread, numba of its own deprecations

@@ -143,7 +143,9 @@ class TowersEncoder(DualEncoder, _Projected):
         digest = weights_digest(self.clip.vision_model), weights_digest(self.clip.text_model)
         self._kept_in = folder / f"validation-{'-'.join(digest)}.safetensors"
         self._known = load_file(self._kept_in) if self._kept_in.is_file() else {}
-        self._known = {key: value.to(self.mean_311.device) for key, value in self._known.items()}
+        # Copied: the file's tensors begin at any 8th byte, and on some CPUs a product rounds differently for a matrix
+        # that torch has not aligned itself.
+        self._known = {key: value.to(self.mean_311.device, copy=True) for key, value in self._known.items()}
 
     def save_cache(self) -> None:
         """Write the kept features, for this run when it is resumed and for others."""

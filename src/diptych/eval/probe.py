@@ -143,6 +143,11 @@ def fit_linear(
     normal_ND = (features_ND - mean_D) / std_D
     weight_DC = start.weight_DC.clone() if start else features_ND.new_zeros(features_ND.shape[1], classes)
     bias_C = start.bias_C.clone() if start else features_ND.new_zeros(classes)
+    # The weights of the minimum lie in the span of the rows. Where these are few, they are searched for there.
+    basis_DN = None
+    if 4 * len(normal_ND) <= len(weight_DC):
+        basis_DN = torch.linalg.qr(normal_ND.T.cpu())[0].to(normal_ND.device)  # MPS has none
+        normal_ND, weight_DC = normal_ND @ basis_DN, basis_DN.T @ weight_DC
     parameters = [weight_DC.requires_grad_(), bias_C.requires_grad_()]
     optimizer = torch.optim.LBFGS(
         parameters,
@@ -161,7 +166,8 @@ def fit_linear(
 
     with torch.enable_grad():
         optimizer.step(closure)
-    return Linear(mean_D=mean_D, std_D=std_D, weight_DC=weight_DC.detach(), bias_C=bias_C.detach())
+    weight_DC = weight_DC.detach() if basis_DN is None else basis_DN @ weight_DC.detach()
+    return Linear(mean_D=mean_D, std_D=std_D, weight_DC=weight_DC, bias_C=bias_C.detach())
 
 
 # How well captions fit their images

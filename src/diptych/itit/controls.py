@@ -23,7 +23,7 @@ from diptych.data.scenes import COLOURS, PLACES, SHAPES, Scene, ScenesSource, Th
 from diptych.data.splits import Subset
 from diptych.data.store import Store
 from diptych.errors import Interrupted, UserError
-from diptych.eval.probe import fit_linear
+from diptych.eval.probe import fit_linear, select_linear
 from diptych.eval.scenes import SceneScore, caption_accuracy
 from diptych.itit.data import TrainingInputs, open_data
 from diptych.itit.evaluation import EvaluateConfig, evaluate
@@ -236,6 +236,6 @@ def _labels(scenes: Sequence[Scene], place: str, kind: str, names: Sequence[str]
 def _log_probabilities(train_BP: Tensor, labels_B: Tensor, test_BP: Tensor, classes: int) -> Float[Tensor, "B C"]:
     """Log-probabilities of the classes of the test images by multinomial logistic regression."""
     fifth = len(train_BP) // 5
-    fits = {l2: fit_linear(train_BP[fifth:], labels_B[fifth:], classes=classes, l2=l2) for l2 in _L2}
-    best = max(_L2, key=lambda l2: fits[l2].accuracy(train_BP[:fifth], labels_B[:fifth]))
-    return fit_linear(train_BP, labels_B, classes=classes, l2=best)(test_BP).log_softmax(1)
+    held = train_BP[:fifth], labels_B[:fifth]
+    best = select_linear(train_BP[fifth:], labels_B[fifth:], validation=held, classes=classes, grid=_L2)
+    return fit_linear(train_BP, labels_B, classes=classes, l2=best.l2, start=best.linear)(test_BP).log_softmax(1)
