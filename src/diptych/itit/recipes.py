@@ -32,7 +32,7 @@ def itit_tiny() -> ItitRun:
 
     Command: diptych fit itit-tiny --data.pairs "scenes:?level=3&captions=2&count=36080" --data.max-pairs 80
              --out runs/tiny
-    Cost: five minutes on two CPU cores.
+    Cost: four to seven minutes on two CPU cores.
     Its image tokenizer is a table of 256 squares of 8 pixels. It suits drawings; for photographs take itit-small.
     """
     return ItitRun(
