@@ -32,7 +32,8 @@ def ito_tiny() -> ItoRun:
 def ito_small() -> ItoRun:
     """ITO of 6M parameters for images of 96 pixels, on two CPU cores or one small GPU.
 
-    With few minutes take ito-tiny, whose steps cost a fifth, and with few pairs ito-frozen.
+    A short --minutes trains towers as small as those of ito-tiny, whose steps cost a fifth. With few pairs, take
+    ito-frozen.
 
     Departure from the paper: a step has two captions of each image, as in ito-tiny.
 

@@ -181,7 +181,7 @@ def costs_left(run: ItitRun, out: Path) -> list[StageCost]:
     """The cost of each part of the demo in ``out``, in their order; nothing for what an earlier call has finished.
 
     Counted in steps of ITIT, its controls end after another 80 and an eighth of all, and the report after a further 10
-    and a twentieth: so it was in demos of 800 and of 30 steps on two cores with AVX2.
+    and a twentieth. That is rough, from one demo of 800 steps and one of 30 on two cores with AVX2.
     """
     tokenizer, text_encoder, encoding, network = run.costs()
     step = network.between(network.slow_from, network.slow_from + 1)

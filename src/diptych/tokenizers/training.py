@@ -102,7 +102,7 @@ class TokenizerStage:
             return objective, _sampler({"images": stream}, objective, stage.train)
 
         plan = plan or RunPlan([StageCost(name=TOKENIZER, steps=self.train.steps)])
-        # Codes without a network are found by the k-means that begins the training: more steps change nothing.
+        # Codes without a network begin as a k-means: steps beyond those of the recipe change nothing.
         most = MOST_GROWTH if self.model.widths else 1.0
         stage, pace = plan.fit_stage(TOKENIZER, self, out, make, most=most)
         objective, batches = make(stage)
