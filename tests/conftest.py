@@ -2,6 +2,7 @@
 
 import gc
 import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_other_machine(monkeypatch) -> None:
+    """A test that asks for another machine's address fails: it would wait for it, and depend on its answer."""
+    addresses = socket.getaddrinfo
+
+    def of_this_machine(host, *args, **kwargs):
+        if host not in (None, "", "localhost") and not str(host)[0].isdigit():
+            pytest.fail(f"the test asks for another machine, {host}")
+        return addresses(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", of_this_machine)
 
 
 _drawn: dict[str, bytes] = {}

@@ -34,6 +34,15 @@ def test_coco(tmp_path):
 
 
 @pytest.fixture
+def datasets(monkeypatch):
+    """The library, which does not tell the hub what is loaded."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+    return datasets
+
+
+@pytest.fixture
 def photos(tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8), (len(name), 9, 200)).save(tmp_path / name)
@@ -76,9 +85,7 @@ def test_label_studio(photos):
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.parquet"])
-def test_datasets_reads_the_folder(photos, tmp_path_factory, name):
-    import datasets
-
+def test_datasets_reads_the_folder(datasets, photos, tmp_path_factory, name):
     write(photos / name)
     cache = str(tmp_path_factory.mktemp("cache"))
     found = datasets.load_dataset("imagefolder", data_dir=str(photos), split="train", cache_dir=cache)
@@ -141,9 +148,7 @@ def check_own_source(out):
     assert source.image(1, 8)[..., 0].mean() > 150
 
 
-def test_datasets_reads_parquet_with_images(two_kinds, tmp_path_factory):
-    import datasets
-
+def test_datasets_reads_parquet_with_images(datasets, two_kinds, tmp_path_factory):
     out = two_kinds / "c.images.parquet"
     write_with_images(out, candidates=["a dog", "a cat"])
     cache = str(tmp_path_factory.mktemp("cache"))
@@ -165,9 +170,7 @@ def test_a_tar_is_laid_out_as_img2dataset_does(two_kinds):
     check_own_source(out)
 
 
-def test_datasets_reads_a_tar_of_images_of_one_format(two_kinds, tmp_path_factory):
-    import datasets
-
+def test_datasets_reads_a_tar_of_images_of_one_format(datasets, two_kinds, tmp_path_factory):
     out = two_kinds / "00000.tar"
     Image.open(two_kinds / "a.png").save(two_kinds / "a.jpg")
     write_with_images(out, names=("a.jpg", "b.jpg"))

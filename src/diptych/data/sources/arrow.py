@@ -59,7 +59,8 @@ def open_parquet(
     files = [glob.escape(str(path)) for path in paths]  # `datasets` takes every name for a pattern
     try:
         with _quietly():
-            data = datasets.load_dataset("parquet", data_files=files, split="train", columns=shared if others else None)
+            # Unlike `load_dataset`, it does not report the opening of a file to the hub.
+            data = datasets.Dataset.from_parquet(files, columns=shared if others else None)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise UserError(f"{name}: is not readable as parquet ({_reason(error)})") from None
     tables = Tables(tuple(paths), tuple(accumulate(counts)))
