@@ -146,12 +146,13 @@ def permuted(classes: int, *, seed: int) -> np.ndarray:
 
 
 def _read_json(path: Path) -> dict[str, list[str]]:
+    wanted = '{"class": ["sentence", ...]}, or a folder with a file CLASS.txt for each class'
     try:
         found = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: is not JSON ({error})") from None
+        raise UserError(f"{path}: is not JSON ({error}): give a file with {wanted}") from None
     if not isinstance(found, dict):
-        raise UserError(f'{path}: is not a JSON object {{"class": ["sentence", ...]}}')
+        raise UserError(f"{path}: is not a JSON object: give {wanted}")
     texts = {}
     for name, sentences in found.items():
         sentences = [sentences] if isinstance(sentences, str) else sentences
