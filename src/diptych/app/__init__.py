@@ -1,1 +1,1 @@
-"""The local page of `diptych app`. Only `page.py` and the start in `serve.py` need gradio, the extra `app`."""
+"""The local page of `diptych app`. Only `page.py` needs gradio, the extra `app`."""

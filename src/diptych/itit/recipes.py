@@ -171,7 +171,7 @@ def itit_medium_256() -> ItitRun:
 
 
 def itit_base() -> ItitRun:
-    """ITIT-B of the paper: 221M parameters, 256 pixels, batch 2048, 1.5M steps.
+    """ITIT-B of the paper (221M parameters there, 220M here): 256 pixels, batch 2048, 1.5M steps.
 
     Command: torchrun --nproc-per-node 8 -m diptych fit itit-base --data.pairs 'cc3m-{000..331}.tar'
              --data.images 'images-{0000..0999}.tar' --data.texts texts.txt.gz
@@ -192,12 +192,12 @@ def itit_base() -> ItitRun:
 
 
 def itit_large() -> ItitRun:
-    """ITIT-L of the paper: 487M parameters. Otherwise as itit-base. Expected: FID 12.0, CIDEr 35.1."""
+    """ITIT-L of the paper (487M parameters there, 485M here). Else as itit-base. Expected: FID 12.0, CIDEr 35.1."""
     return replace(itit_base(), model=SIZES["large"])
 
 
 def itit_huge() -> ItitRun:
-    """ITIT-H of the paper: 868M parameters. Otherwise as itit-base. Expected: FID 10.4, CIDEr 38.2."""
+    """ITIT-H of the paper (868M parameters there, 874M here). Else as itit-base. Expected: FID 10.4, CIDEr 38.2."""
     return replace(itit_base(), model=SIZES["huge"])
 
 

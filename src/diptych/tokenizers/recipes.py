@@ -58,7 +58,7 @@ def vqgan_paper() -> TokenizerRun:
 def text_encoder_tiny() -> TextEncoderRun:
     """Text encoder for a language of a hundred words.
 
-    Command: diptych fit text-encoder-tiny --texts scenes:?count=20000 --out runs/text
+    Command: diptych fit text-encoder-tiny --texts 'scenes:?count=20000' --out runs/text
     Cost: twenty seconds on two CPU cores.
     """
     return TextEncoderRun(texts=tyro.MISSING, stage=encoder_tiny())
@@ -110,8 +110,8 @@ def tokenizer_patches() -> TokenizerStage:
 def tokenizer_patches_small() -> TokenizerStage:
     """8 x 8 tokens out of 256 for natural images of 64 pixels, without a network: each token is a square of 8 pixels.
 
-    The codes are a k-means of squares, found in seconds. On Flickr8k images of them have 19.6 dB, and a Frechet
-    distance of 12 from the originals where those of `vqgan-small` have 20.7 dB and 36 (docs/log.md).
+    The codes are a k-means of squares, found in seconds. On Flickr8k, images that were encoded and decoded have 19.6 dB
+    and a Frechet distance of 12 from the originals; with `vqgan-small` it is 20.7 dB and 36 (docs/log.md).
     """
     stage = tokenizer_patches()
     stage.model.image_size = 64
