@@ -108,7 +108,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # an earlier test may have left one with its own address
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # with the address of another test
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     yield fake
     server.shutdown()

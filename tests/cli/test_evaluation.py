@@ -25,6 +25,17 @@ def test_evaluate(call, run, tmp_path):
     assert json.loads((tmp_path / "three/metrics.json").read_text())["images"] == 3
 
 
+def test_evaluate_captions_only(call, run, mistaken, monkeypatch):
+    monkeypatch.setattr("diptych.itit.pipeline.Diptych.imagine_pixels", None)  # no image is generated
+    status, _, _ = call("evaluate", run, "--data", TEST, "--beams", 1, "--captions-only")
+    assert status == 0
+    metrics = json.loads((run / "evaluation/metrics.json").read_text())
+    assert "cider" in metrics
+    assert not any(name.startswith(("image_", "frechet")) for name in metrics)
+    assert (run / "evaluation/sheet.png").is_file()
+    mistaken(call("evaluate", run, "--data", TEST, "--captions-only", "--steps", 4), "--captions-only", "images")
+
+
 @pytest.mark.filterwarnings("ignore:Covariance")
 def test_a_second_evaluation_leaves_the_first_as_it_was(call, mistaken, run, tmp_path):
     few = ["evaluate", run, "--data", TEST, "--beams", 1, "--limit"]

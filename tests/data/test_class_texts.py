@@ -61,7 +61,7 @@ def test_mistakes_in_a_json_are_told(content, message, tmp_path):
 
 def test_broken_and_empty_places_are_told(tmp_path):
     (tmp_path / "texts.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON .*a folder with a file CLASS.txt"):
+    with pytest.raises(UserError, match=r"is not JSON .*a folder with a file CLASS\.txt"):
         read_class_texts(tmp_path / "texts.json", CLASSES)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no \.txt files"):
