@@ -85,7 +85,7 @@ def itit_small() -> ItitRun:
         train=TrainConfig(steps=1000, batch_size=32, checkpoint_every=50, eval_every=200, ema=0.99),
         optim=OptimConfig(lr=1e-3, warmup_steps=100),
         generation=GenerationConfig(
-            image=ImageGenerationConfig(steps=16, guidance=2.0, temperature=4.0),
+            image=ImageGenerationConfig(steps=16),
             # At the paper's power of 0.6 a network this small prefers captions of one word.
             text=TextGenerationConfig(length_power=1.0),
         ),
@@ -119,7 +119,7 @@ def itit_frozen() -> ItitRun:
         train=TrainConfig(steps=2000, batch_size=32, checkpoint_every=100, eval_every=200, ema=0.99),
         optim=OptimConfig(lr=1e-3, warmup_steps=100),
         generation=GenerationConfig(
-            image=ImageGenerationConfig(steps=16, guidance=2.0, temperature=4.0),
+            image=ImageGenerationConfig(steps=16),
             # CIDEr-D on dev images of Flickr8k rises by a tenth, with any agreement from 8 to 64, and by another 4 %
             # with any consensus from 60 to 400, half of it by unpaired texts (docs/log.md).
             text=TextGenerationConfig(beams=16, length_power=1.0, agreement=16.0, consensus=100.0),
