@@ -122,7 +122,7 @@ def test_the_command_prints_and_writes_it(tmp_path, capsys):
     file = tmp_path / "plan.json"
     plan_command(["itit-tiny", "--devices", "2", "--device", "a100", "--train.batch-size", "8", "--json", str(file)])
     told = capsys.readouterr().out
-    assert told.startswith("itit-tiny: batch 8, 800 steps, on 2 a100\n")
+    assert told.startswith("itit-tiny: batch 8, 600 steps, on 2 a100\n")
     assert "bottleneck" in told
     assert [each["batch_size"] for each in json.loads(file.read_text())] == [8]
     with pytest.raises(UserError, match="no recipe 'itit-tinny'"):
