@@ -34,6 +34,7 @@ def test_evaluate_captions_only(call, run, mistaken, monkeypatch):
     assert not any(name.startswith(("image_", "frechet")) for name in metrics)
     assert (run / "evaluation/sheet.png").is_file()
     mistaken(call("evaluate", run, "--data", TEST, "--captions-only", "--steps", 4), "--captions-only", "images")
+    mistaken(call("evaluate", run, "--data", TEST, "--captions-only", "--features", "x"), "--captions-only", "images")
 
 
 @pytest.mark.filterwarnings("ignore:Covariance")

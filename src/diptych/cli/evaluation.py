@@ -94,8 +94,9 @@ def evaluate(
         raise UserError("--against: runs are compared by their cycles: give --cycles too")
     if cycles and (protocol or beams):
         raise UserError("--cycles scores the run's own captions: leave --protocol and --beams away")
-    if captions_only and (protocol or cycles or generation):
-        raise UserError("--captions-only scores no images: leave --protocol, --cycles and the settings of images away")
+    if captions_only and (protocol or cycles or generation or features):
+        flags = "--protocol, --cycles, --steps, --guidance, --temperature and --features"
+        raise UserError(f"--captions-only scores no images: leave {flags} away")
     for other in against:
         check_finished(other, "itit")
     out = _free_folder(run, out)
