@@ -9,7 +9,7 @@
 | caption | 20 tokens from image tokens, greedily and with 4 beams | GIT's `generate` from pixels (`transformers`) |
 | int8 | drawing and captions with weights of 8 bits (`--precision int8` of the commands) | the same network as it is |
 | step | gradient of the losses on pairs | the same network, all image tokens in the encoder |
-| cycle | gradient with cycles, T2I2T and I2T2I apart and together | no cycles: 1 / ratio times as fast |
+| cycle | gradient with cycles, T2I2T and I2T2I apart and together | no cycles: takes `ratio` of the time |
 | encode | VQGAN: pixels to tokens | `diffusers.VQModel` with the same weights |
 | attention | `diptych.nn.transformer.attention` in bf16 on a CPU, forward and backward | torch's fused kernel |
 
@@ -155,9 +155,9 @@ class Bench:
         return start.elapsed_time(end) / 1000, torch.cuda.max_memory_allocated() / 2**20
 
     def measure(self, pair: Comparison) -> Finding:
-        counts = [counted(run) for run in (pair.ours, pair.peer)]  # also the first of the runs that warm up
         for _ in range(self.options.warmup - 1):
             self.seconds(pair.ours), self.seconds(pair.peer)
+        counts = [counted(run) for run in (pair.ours, pair.peer)]  # also the last of the runs that warm up
         turns = [(self.seconds(pair.ours), self.seconds(pair.peer)) for _ in range(self.options.repeats)]
         ours, peer = ([turn[side][0] for turn in turns] for side in (0, 1))
         ratios = [theirs / mine for mine, theirs in zip(ours, peer, strict=True)]
@@ -332,18 +332,20 @@ def caption(bench: Bench) -> Iterator[Comparison]:
         for rows in bench.options.batches:
             tokens = bench.tokens(rows)
             pixels = torch.randn(rows, 3, side, side, device=bench.device, dtype=git.dtype)
-            yield Comparison(
-                f"caption, {kind}, batch {rows}",
-                lambda t=tokens, b=beams: captioned(bench, model, t, b),
-                lambda p=pixels, b=beams: peer(p, b),
-            )
+            for visible in bench.options.visible:
+                read = "" if visible == 1 else f"{visible:g} visible, "
+                yield Comparison(
+                    f"caption, {kind}, {read}batch {rows}",
+                    lambda t=tokens, b=beams, v=visible: captioned(bench, model, t, b, v),
+                    lambda p=pixels, b=beams: peer(p, b),
+                )
 
 
-def captioned(bench: Bench, model: ITIT, tokens: Tensor, beams: int) -> Any:
+def captioned(bench: Bench, model: ITIT, tokens: Tensor, beams: int, visible: float = 1.0) -> Any:
     """Captions of `CAPTION_LENGTH` tokens, none of which ends before."""
     banned = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=bench.device)
     banned[EOS] = True
-    images, config = ImageTokenExamples(tokens_BN=tokens), TextGenerationConfig(beams=beams)
+    images, config = ImageTokenExamples(tokens_BN=tokens), TextGenerationConfig(beams=beams, visible=visible)
     with torch.inference_mode(), bench.policy():
         return generate_text(model, images, config, banned_V=banned, length=CAPTION_LENGTH)
 
@@ -435,9 +437,10 @@ def cycle(bench: Bench) -> Iterator[Comparison]:
     model = bench.network(text_encoder).train()
     rows = bench.options.batches[-1]
 
-    def run(texts: Any, images: Any, rounds: int) -> Run:
+    def run(texts: Any, images: Any, rounds: int, share: float = 1.0) -> Run:
         generation = replace(ItitObjectiveConfig().image_generation, steps=rounds)
-        config = ItitObjectiveConfig(texts=texts, images=images, cycle_start_step=0, image_generation=generation)
+        cycles: dict[str, Any] = {"texts": texts, "images": images, "cycle_start_step": 0, "cycle_share": share}
+        config = ItitObjectiveConfig(**cycles, image_generation=generation)
         return gradient(bench, ItitObjective(model, text_encoder, config).to(bench.device), rows)
 
     without = run("off", "off", 1)
@@ -445,6 +448,9 @@ def cycle(bench: Bench) -> Iterator[Comparison]:
         for texts, images in (("half", "off"), ("full", "off"), ("half", "half"), ("full", "full")):
             name = texts if images != "off" else f"{texts} T2I2T alone"
             yield Comparison(f"cycle, {name}, {rounds} rounds", run(texts, images, rounds), without)
+        for share in bench.options.cycle_shares:
+            name = f"cycle, full, {rounds} rounds, {share:g} of the rows"
+            yield Comparison(name, run("full", "full", rounds, share), without)
     for images in ("half", "full"):
         yield Comparison(f"cycle, {images} I2T2I alone", run("off", images, 1), without)
 
@@ -514,6 +520,10 @@ def main() -> int:
         "--rounds", type=int, default=4, help="rounds of parallel decoding in `generate`; the paper has 24"
     )
     parser.add_argument("--synthesis", nargs="+", type=int, default=[8], help="rounds inside T2I2T")
+    parser.add_argument("--cycle-shares", nargs="*", type=float, default=[], help="shares of the rows in full cycles")
+    parser.add_argument(
+        "--visible", nargs="+", type=float, default=[1.0, 0.5], help="shares that captions are read from"
+    )
     parser.add_argument("--git-pixels", type=int, default=224, help="side of GIT's images; 256 has as many positions")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

@@ -57,11 +57,19 @@ def test_operations_of_pairs_are_those_counted_by_hand():
 def test_operations_of_generated_images_are_those_counted_by_hand():
     generation = ImageGenerationConfig(steps=3, guidance=1.0)
     found = count(tiny(texts="half", image_generation=generation), text_features="cached").operations["texts"]
-    # In three rounds 0, 3 and 8 of 16 tokens are known: half of the positions enter the encoder in all of them.
-    with_text = PROJECTION + DEPTH * block(TOKENS // 2 + LENGTH) + image_decoder(LENGTH)
-    without = DEPTH * block(TOKENS // 2 + 1) + image_decoder(1)
+    # In three rounds 0, 3 and 8 of 16 tokens are known, and only they enter the encoder.
+    read = sum(block(known + text) for known in (0, 3, 8) for text in (LENGTH, 1))
+    generated = 3 * (PROJECTION + image_decoder(LENGTH) + image_decoder(1)) + DEPTH * read
     trained = DEPTH * block(TOKENS + 1) + text_decoder(TOKENS)
-    assert found == 3 * (with_text + without) + 3 * trained
+    assert found == generated + 3 * trained
+
+
+def test_rows_that_take_no_part_in_the_cycles_do_not_count():
+    whole, half = (count(tiny(texts="half", images="half", cycle_share=share)) for share in (1.0, 0.5))
+    for stream in ("texts", "images"):
+        assert half.operations[stream] == whole.operations[stream] // 2
+    assert half.operations["pairs"] == whole.operations["pairs"]
+    assert count(tiny()).kept < half.kept < whole.kept
 
 
 def test_operations_of_generated_texts_are_those_counted_by_hand():

@@ -344,15 +344,15 @@ def count(run: ItitRun, *, text_features: Literal["computed", "cached"] = "compu
     if run.train.checkpoint_activations:
         checkpoint_activations(objective.model)
     config, text_encoder = objective.model.config, objective.text_encoder
-    kept: dict[int, torch.UntypedStorage] = {}
-    operations: dict[str, int] = {}
-    for name, make in _losses(objective, encoder_counts=text_features == "computed"):
-        with _counted(operations, name), _kept(kept, objective):
+    kept: dict[float, dict[int, torch.UntypedStorage]] = {1.0: {}, run.objective.cycle_share: {}}
+    operations: dict[str, float] = {}
+    for name, share, make in _losses(objective, encoder_counts=text_features == "computed"):
+        with _counted(operations, name, share), _kept(kept[share], objective):
             loss = make()
-        with _counted(operations, name):
+        with _counted(operations, name, share):
             if loss is not None:
                 loss.backward()
-    encoding: dict[str, int] = {}
+    encoding: dict[str, float] = {}
     with _counted(encoding, "image"), torch.no_grad():
         size = tokenizer.image_size
         tokenizer.latents(torch.zeros(_ROWS, 3, size, size, device="meta"))
@@ -367,22 +367,26 @@ def count(run: ItitRun, *, text_features: Literal["computed", "cached"] = "compu
     further = 2 * _ENCODER_WIDTH * ((run.image_encoder is not None) + (run.teacher is not None))
     uses_encoder = text_features == "computed" or run.objective.images != "off"
     return Work(
-        operations={name: value // _ROWS for name, value in operations.items()},
-        kept=sum(storage.nbytes() for storage in kept.values()) // _ROWS,
+        operations={name: round(value / _ROWS) for name, value in operations.items()},
+        kept=round(sum(share * each.nbytes() for share, found in kept.items() for each in found.values()) / _ROWS),
         parameters=parameters,
         in_no_block=parameters - sum(inside),
         largest_block=max(inside),
         moments=sum(_moments(p, run.optim.name) for p in trained),
         frozen=sum(p.numel() for p in text_encoder.parameters()) if uses_encoder else 0,
-        encoding=encoding["image"] // _ROWS,
+        encoding=round(encoding["image"] / _ROWS),
         bytes_read=images * (4 * config.image_tokens + further) + texts * (4 * config.max_text_len + features),
         rows_read=sum(streams.values()),
         images=images,
     )
 
 
-def _losses(objective: ItitObjective, *, encoder_counts: bool) -> Iterator[tuple[str, Callable[[], Tensor | None]]]:
-    """The losses of a step with its cycles, each with the stream that it is counted for; None: there is no gradient."""
+_Loss = Callable[[], Tensor | None]
+"""Computes a loss; None: there is no gradient."""
+
+
+def _losses(objective: ItitObjective, *, encoder_counts: bool) -> Iterator[tuple[str, float, _Loss]]:
+    """The losses of a step with its cycles, each with the stream that it is counted for, and the share of its rows."""
     config, c = objective.config, objective.model.config
     rng, text_encoder = StepRNG(0, 0), objective.text_encoder
 
@@ -404,30 +408,30 @@ def _losses(objective: ItitObjective, *, encoder_counts: bool) -> Iterator[tuple
     def encode_texts() -> None:
         text_encoder.features(ids_BL, valid_BL)
 
-    weights = config.weights
+    weights, share = config.weights, config.cycle_share
     if weights.t2i:
-        yield "pairs", lambda: objective.t2i_loss(pairs, rng)
+        yield "pairs", 1.0, lambda: objective.t2i_loss(pairs, rng)
         if encoder_counts:
-            yield "text encoder", encode_texts
-    yield "pairs", lambda: torch.stack([*objective.i2t_and_i2i_losses(pairs, rng).values()]).sum()
+            yield "text encoder", 1.0, encode_texts
+    yield "pairs", 1.0, lambda: torch.stack([*objective.i2t_and_i2i_losses(pairs, rng).values()]).sum()
     if objective.teacher_head is not None:
-        yield "pairs", lambda: objective.teacher_loss(pairs, rng, "pairs")
+        yield "pairs", 1.0, lambda: objective.teacher_loss(pairs, rng, "pairs")
         if "images" in objective.streams:
-            yield "images", lambda: objective.teacher_loss(images, rng, "images")
+            yield "images", 1.0, lambda: objective.teacher_loss(images, rng, "images")
     if config.texts != "off" and encoder_counts:
-        yield "text encoder", encode_texts
+        yield "text encoder", share, encode_texts
     if weights.t2t:
-        yield "texts", lambda: objective.t2t_loss(texts)
+        yield "texts", 1.0, lambda: objective.t2t_loss(texts)
     if config.texts != "off" and objective.model.image_features is not None:
-        yield "texts", lambda: objective.t2i2t_loss(texts, rng)
+        yield "texts", share, lambda: objective.t2i2t_loss(texts, rng)
     elif config.texts != "off":
-        yield "texts", lambda: _generate_images(objective, texts)
-        yield "texts", lambda: objective.t2i2t_loss_from_images(tokens_BN, texts, features_BLF, rng)
+        yield "texts", share, lambda: _generate_images(objective, texts)
+        yield "texts", share, lambda: objective.t2i2t_loss_from_images(tokens_BN, texts, features_BLF, rng)
     if weights.unpaired_i2i:
-        yield "images", lambda: objective.unpaired_i2i_loss(images, rng)
+        yield "images", 1.0, lambda: objective.unpaired_i2i_loss(images, rng)
     if config.images != "off":
-        yield "images", lambda: _generate_texts(objective, images)
-        yield "images", lambda: objective.i2t2i_loss_from_texts(ids_BL, images, rng)
+        yield "images", share, lambda: _generate_texts(objective, images)
+        yield "images", share, lambda: objective.i2t2i_loss_from_texts(ids_BL, images, rng)
 
 
 @torch.no_grad()
@@ -439,8 +443,7 @@ def _generate_images(objective: ItitObjective, texts: TextExamples) -> None:
     tokens_BN = torch.zeros(rows, positions, dtype=torch.long, device="meta")
     for step in range(config.steps):
         known = positions - math.floor(positions * math.cos(math.pi / 2 * step / config.steps))
-        half = config.drop and known <= positions // 2
-        keep_BK = tokens_BN[:, : positions // 2] if half else None
+        keep_BK = tokens_BN[:, :known] if config.drop else None
         for features in (texts.features_BLF, None) if config.guidance else (texts.features_BLF,):
             valid = None if features is None else texts.valid_BL
             encoded = model.encode(model.embed_image(tokens_BN), Masking(hidden_BN, keep_BK), features, valid)
@@ -456,10 +459,10 @@ def _generate_texts(objective: ItitObjective, images: ImageTokenExamples) -> Non
 
 
 @contextmanager
-def _counted(found: dict[str, int], name: str) -> Iterator[None]:
+def _counted(found: dict[str, float], name: str, share: float = 1.0) -> Iterator[None]:
     with FlopCounterMode(display=False) as counter:
         yield
-    found[name] = found.get(name, 0) + counter.get_total_flops()
+    found[name] = found.get(name, 0) + share * counter.get_total_flops()
 
 
 @contextmanager

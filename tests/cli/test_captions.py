@@ -36,6 +36,8 @@ def test_caption(call, run, photo):
     near = json.loads(call("caption", run, photo, "--json", "--precision", "int8")[1])["score"]
     assert near != exact
     assert near == pytest.approx(exact, rel=0.03)
+    half = json.loads(call("caption", run, photo, "--json", "--precision", "fp32", "--visible", 0.5)[1])["score"]
+    assert half != exact
 
 
 @pytest.mark.slow
@@ -101,6 +103,8 @@ def test_several_captions_of_each_image(call, run, set_of_images, tmp_path, mist
         assert json.loads(out.read_text().splitlines()[0])["candidates"] == texts
     mistaken(call("caption", run, set_of_images, "--candidates", 2), "only --json and --out FILE tell more than one")
     mistaken(call("caption", run, set_of_images, "--best-of", 1), "--best-of 1: must be 2 or more")
+    mistaken(call("caption", run, set_of_images, "--visible", 0), "--visible 0: give a share above 0")
+    mistaken(call("caption", run, set_of_images, "--visible", 2), "--visible 2: give a share above 0")
 
 
 def test_captions_have_a_confidence_where_a_run_is_calibrated(call, run, set_of_images, tmp_path, mistaken):

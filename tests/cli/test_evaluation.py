@@ -33,6 +33,10 @@ def test_evaluate_captions_only(call, run, mistaken, monkeypatch):
     assert "cider" in metrics
     assert not any(name.startswith(("image_", "frechet")) for name in metrics)
     assert (run / "evaluation/sheet.png").is_file()
+    assert "visible" not in metrics
+    call("evaluate", run, "--data", TEST, "--beams", 1, "--captions-only", "--visible", 0.5, "--limit", 2)
+    assert json.loads((run / "evaluation-2/metrics.json").read_text())["visible"] == 0.5
+    mistaken(call("evaluate", run, "--data", TEST, "--visible", -1), "--visible -1")
     mistaken(call("evaluate", run, "--data", TEST, "--captions-only", "--steps", 4), "--captions-only", "images")
     mistaken(call("evaluate", run, "--data", TEST, "--captions-only", "--features", "x"), "--captions-only", "images")
 

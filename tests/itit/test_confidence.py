@@ -124,5 +124,7 @@ def test_what_cannot_be_calibrated(save_itit_run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="one beam gives no score"):
         calibrate(diptych, ScenesSource(count=200), beams=1)
     assert made_by(diptych, beams=None, candidates=4)["beams"] == 4
+    half = Diptych.from_pretrained(tmp_path / "run", device="cpu", visible=0.5)
+    assert made_by(half, beams=None) == made_by(diptych, beams=None) | {"visible": 0.5}
     monkeypatch.setattr(confidence, "FEWEST", 10)
     assert calibrate(diptych, ScenesSource(count=40)).captions == 20

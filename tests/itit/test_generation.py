@@ -18,6 +18,7 @@ from diptych.itit.generation import (
     parallel_decoding,
     sample_tokens,
 )
+from diptych.itit.model import evenly_spread
 from diptych.rng import StepRNG
 from diptych.tokenizers.text_tokenizer import EOS, PAD
 
@@ -330,6 +331,31 @@ def test_guidance_goes_through_a_pass_without_text(model, text, monkeypatch):
     assert not torch.equal(plain, strong)
 
 
+def test_what_is_seen_of_no_text_and_no_token_is_computed_once(model, text, monkeypatch):
+    """The first round without the text is the same for all images, until the weights change."""
+    rows, encode = [], model.encode
+
+    def watched(image_BND, masking, features_BLF, valid_BL):
+        if features_BLF is None:
+            rows.append((len(image_BND), bool(masking.hidden_BN.all())))
+        return encode(image_BND, masking, features_BLF, valid_BL)
+
+    monkeypatch.setattr(model, "encode", watched)
+    first = generated(model, text, guidance=2.0, steps=2)
+    assert rows == [(1, True), (3, False)]
+    assert torch.equal(generated(model, text, guidance=2.0, steps=2), first)
+    assert rows[2:] == [(3, False)]
+    monkeypatch.setattr(model, "of_nothing", lambda make, **_: make().expand(3, -1, -1))
+    assert torch.equal(generated(model, text, guidance=2.0, steps=2), first)
+    monkeypatch.undo()
+    monkeypatch.setattr(model, "encode", watched)
+    rows.clear()
+    with torch.no_grad():
+        model.image_bias += torch.randn(model.image_bias.shape, generator=torch.Generator().manual_seed(0)) * 10
+    assert not torch.equal(generated(model, text, guidance=2.0, steps=2), first)
+    assert rows == [(1, True), (3, False)]
+
+
 def test_known_tokens_stay(model, text, tokens_BN):
     hidden_BN = torch.arange(tokens_BN.shape[1]).expand_as(tokens_BN) >= tokens_BN.shape[1] // 2
     found = generated(model, text, known=(tokens_BN, hidden_BN))
@@ -339,7 +365,7 @@ def test_known_tokens_stay(model, text, tokens_BN):
     assert torch.equal(generated(model, text, known=(tokens_BN, nothing)), tokens_BN)
 
 
-def test_the_encoder_gets_every_visible_token_and_half_at_most(model, text, monkeypatch, tokens_BN):
+def test_the_encoder_gets_the_visible_tokens_and_no_others(model, text, monkeypatch, tokens_BN):
     encode, kept = model.encode, []
 
     def watched(image_BND, masking, *text):
@@ -352,9 +378,9 @@ def test_the_encoder_gets_every_visible_token_and_half_at_most(model, text, monk
 
     monkeypatch.setattr(model, "encode", watched)
     generated(model, text, steps=6)
-    half = tokens_BN.shape[1] // 2
-    assert kept[0] == half
-    assert kept[-1] is None
+    positions = tokens_BN.shape[1]
+    hidden = [math.floor(positions * math.cos(math.pi / 2 * round / 6)) for round in range(6)]
+    assert kept == [positions - min(count, positions - round) for round, count in enumerate(hidden)]
     kept.clear()
     generated(model, text, steps=6, drop=False)
     assert kept == [None] * 6
@@ -366,6 +392,41 @@ def test_one_beam_is_greedy_and_has_no_score(model, tokens_BN, banned_V):
     )
     assert found.ids_BWL.shape == (3, 1, 10)
     assert found.score_BW is None
+
+
+def test_captions_are_read_from_the_visible_share(model, tokens_BN, banned_V):
+    """Tokens that are left out do not matter, those that are read do; the whole image is the default."""
+
+    def prefix(tokens_BN, visible):
+        return model.caption_prefix(tokens_BN, None, visible=visible)
+
+    keep_K = evenly_spread(tokens_BN.shape[1], 0.5)
+    other = (tokens_BN + 1) % model.config.codebook_size
+    elsewhere = torch.ones_like(tokens_BN, dtype=torch.bool).index_fill(1, keep_K, False)
+    with torch.no_grad():
+        assert prefix(tokens_BN, 0.5).shape[1] == len(keep_K) == tokens_BN.shape[1] // 2
+        assert torch.equal(prefix(torch.where(elsewhere, other, tokens_BN), 0.5), prefix(tokens_BN, 0.5))
+        assert not torch.equal(prefix(torch.where(elsewhere, tokens_BN, other), 0.5), prefix(tokens_BN, 0.5))
+        assert torch.equal(prefix(tokens_BN, 1.0), model.encode(model.embed_image(tokens_BN)).image_BKD)
+    for share in (0.0, 1.5):
+        with pytest.raises(UserError, match="visible"):
+            prefix(tokens_BN, share)
+    images = ImageTokenExamples(tokens_BN=tokens_BN)
+    made = [
+        generate_text(model, images, TextGenerationConfig(visible=share), banned_V=banned_V, length=6).score_BW
+        for share in (1.0, 0.5)
+    ]
+    assert not torch.equal(*made)
+
+
+@pytest.mark.parametrize(("side", "share", "reach"), [(4, 0.5, 1), (8, 0.5, 1), (16, 0.5, 1), (16, 0.25, 2)])
+def test_the_visible_share_has_no_holes(side, share, reach):
+    """Every position has a visible one within ``reach`` rows and columns."""
+    keep_K = evenly_spread(side * side, share)
+    assert len(keep_K.unique()) == round(share * side * side)
+    grid = torch.zeros(side, side).flatten().index_fill(0, keep_K, 1.0).view(1, 1, side, side)
+    assert torch.nn.functional.max_pool2d(grid, 2 * reach + 1, stride=1, padding=reach).min() == 1
+    assert len(evenly_spread(side * side, 1e-6)) == 1
 
 
 def test_beams_find_at_least_as_good_a_text(model, tokens_BN, banned_V):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diptych.errors import UserError
 from diptych.itit import objective as module
 from diptych.itit.generation import GeneratedTexts, ImageGenerationConfig
 from diptych.itit.model import ITIT, Masking, MaskingConfig, sample_masking, shift_right
@@ -99,6 +100,20 @@ def test_the_first_encoder_pass_of_a_cycle_gets_no_gradient(model, text_encoder,
     passes.clear()
     objective(model, text_encoder, texts="off")(batch, 0)
     assert passes == [True, True, False, False, True]
+
+
+def test_only_a_share_of_the_rows_takes_part_in_the_cycles(model, text_encoder, batch):
+    whole, half = objective(model, text_encoder), objective(model, text_encoder, cycle_share=0.5)
+    some = {name: batch[name][torch.tensor([0, 2])] for name in ("images", "texts")}
+    expected = whole(replace(batch, streams=batch.streams | some), 0)
+    found = half(batch, 0)
+    assert len(batch["texts"]) == 4
+    assert found.terms.keys() == expected.terms.keys()
+    for name, loss in found.terms.items():
+        assert torch.equal(loss, expected.terms[name]), name
+    for share in (0.0, 1.2):
+        with pytest.raises(UserError, match="cycle-share"):
+            objective(model, text_encoder, cycle_share=share)
 
 
 def test_the_total_is_the_weighted_sum(model, text_encoder, batch):

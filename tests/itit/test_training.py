@@ -471,6 +471,8 @@ def test_captions_are_read_from_a_pretrained_encoder(tmp_path, image_encoder):
     other = replace(encoded, tokens_BN=encoded.tokens_BN.roll(1, 0))
     assert diptych.caption_encoded(other) == diptych.caption_encoded(encoded)
     assert Diptych.from_pretrained(out / "pairs_only").image_encoder is not None
+    with pytest.raises(UserError, match=r"--visible 0\.5: .* reads captions from features"):
+        Diptych.from_pretrained(out, visible=0.5)
     baselines = json.loads((out / "baselines.json").read_text())
     assert any(image_encoder in each["name"] for each in baselines["baselines"])
 

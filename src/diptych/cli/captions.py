@@ -19,6 +19,7 @@ from diptych.cli.inference import (
     at_least_one,
     engine_of,
     open_itit,
+    share_of_image,
 )
 from diptych.errors import UserError
 from diptych.run_folder import check_finished
@@ -75,6 +76,7 @@ def caption(
     beams: int | None = None,
     candidates: int = 1,
     best_of: int | None = None,
+    visible: float | None = None,
     precision: Precision = "auto",
     device: Device = "auto",
     engine: EngineName = "local",
@@ -104,6 +106,8 @@ def caption(
         candidates: Number of different captions of each image in the output of --json and --out, the best first.
         best_of: Number of captions of the beam search that are ranked again, by how probable they make the image.
             Default: no second ranking.
+        visible: Share of the image tokens, evenly spread, that a caption is read from; 0.5 takes half of the time of
+            reading and changes some captions. Default: the setting of the run.
         precision: Precision of the ITIT network: auto is bf16 where the device multiplies it, else fp32; int8 is the
             fastest on a CPU and changes a few results.
         device: Device to compute on; auto takes CUDA, then MPS, then the CPU.
@@ -117,6 +121,7 @@ def caption(
     check_finished(run, "itit")
     at_least_one("--beams", beams)
     at_least_one("--candidates", candidates)
+    share_of_image("--visible", visible)
     sidecars = out == SIDECARS
     if candidates > 1 and not json and (out is None or sidecars):
         raise UserError(f"--candidates {candidates}: only --json and --out FILE tell more than one")
@@ -127,7 +132,7 @@ def caption(
         raise UserError("--all: goes with --out FILE alone: sidecars never replaces a caption")
     if engine != "local" and out is None:
         raise UserError(f"--engine {engine}: goes with --out alone")
-    opened = partial(open_itit, run, device, precision)
+    opened = partial(open_itit, run, device, precision, visible)
     working = engine_of(engine, ray_address, device=device)
     working = replace(working, reopen=partial(_open_to_caption, opened, images))
     part = _shard_of(shard, out)
@@ -230,7 +235,7 @@ def _caption_into(
     if out == SIDECARS:
         file = Sidecars(names)
     else:
-        settings = {"weights": weights_digest(diptych.model), **asdict(search)}
+        settings = {"weights": weights_digest(diptych.model), **asdict(search), **diptych.reading}
         file = CaptionFile(out, made_by=settings, files={each.name: each.file for each in images if each.file})
     given.images = [image for image in images if image.name not in file.made]
     begun = len(images) - len(given.images)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from diptych.cli.inference import Device, Precision, RunArg, SourceArg, at_least_one
+from diptych.cli.inference import Device, Precision, RunArg, SourceArg, at_least_one, share_of_image
 from diptych.errors import UserError
 from diptych.run_folder import check_finished, kind_of
 
@@ -21,6 +21,7 @@ def evaluate(
     against: tuple[Path, ...] = (),
     limit: int | None = None,
     beams: int | None = None,
+    visible: float | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     temperature: float | None = None,
@@ -55,6 +56,7 @@ def evaluate(
         against: ITIT: further runs whose cycles are scored and drawn in the same figure, such as one on the pairs
             alone.
         beams: ITIT: number of beams of the search for captions; 1 is greedy. Default: the setting of the run.
+        visible: ITIT: share of the image tokens that captions are read from. Default: the setting of the run.
         steps: ITIT: number of steps of parallel decoding of an image. Default: the setting of the run.
         guidance: ITIT: strength of guidance towards the text; 0 is none. Default: the setting of the run.
         temperature: ITIT: scale of the noise in the order in which tokens are chosen. Default: the setting of the run.
@@ -85,10 +87,11 @@ def evaluate(
     at_least_one("--beams", beams)
     at_least_one("--steps", steps)
     at_least_one("--cycles", cycles)
+    share_of_image("--visible", visible)
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
     generation = {name: value for name, value in given.items() if value is not None}
-    if kind != "itit" and (protocol or cycles or generation or captions_only or precision != "auto"):
-        flags = "--protocol, --cycles, --steps, --guidance, --temperature, --captions-only and --precision"
+    if kind != "itit" and (protocol or cycles or generation or captions_only or visible or precision != "auto"):
+        flags = "--protocol, --cycles, --visible, --steps, --guidance, --temperature, --captions-only and --precision"
         raise UserError(f"{run}: {flags} are for runs of an itit recipe")
     if against and not cycles:
         raise UserError("--against: runs are compared by their cycles: give --cycles too")
@@ -136,7 +139,7 @@ def evaluate(
         config = EvaluateConfig(
             limit=limit, beams=beams, seed=seed, images=not captions_only, max_skipped_share=max_skipped_share
         )
-        opening: dict[str, Any] = {"device": device, "precision": precision}
+        opening: dict[str, Any] = {"device": device, "precision": precision, "visible": visible}
         if generation:
             from diptych.itit.pipeline import generation_of
 

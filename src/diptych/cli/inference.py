@@ -129,10 +129,16 @@ def cycle(
     print(f"all steps on {save_png(out / 'strip.png', cycle_strip(steps))}")
 
 
-def open_itit(run: Path, device: Device, precision: Precision = "auto") -> "Diptych":
+def open_itit(run: Path, device: Device, precision: Precision = "auto", visible: float | None = None) -> "Diptych":
     from diptych.itit.pipeline import Diptych
 
-    return Diptych.from_pretrained(run, device=device, precision=precision)
+    return Diptych.from_pretrained(run, device=device, precision=precision, visible=visible)
+
+
+def share_of_image(name: str, share: float | None) -> None:
+    """Raises UserError for what is no share above 0 and at most 1."""
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"{name} {share:g}: give a share above 0 and at most 1")
 
 
 def _check_is_there(file: Path) -> None:

@@ -95,7 +95,7 @@ def made_by(diptych: Diptych, *, beams: int | None, candidates: int = 1, best_of
     beams = beams or diptych.text_generation.beams
     if candidates > 1 or best_of:
         beams = max(2, beams, candidates, best_of or 0)
-    return {"weights": weights_digest(diptych.model), "beams": beams, "best_of": best_of}
+    return {"weights": weights_digest(diptych.model), "beams": beams, "best_of": best_of} | diptych.reading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

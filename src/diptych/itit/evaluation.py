@@ -487,6 +487,7 @@ def evaluate_run(
     out: Path,
     device: Device,
     precision: InferencePrecision = "auto",
+    visible: float | None = None,
     encoder: str | None = None,
 ) -> None:
     """Score a run; print a table, and write ``metrics.json``, ``captions.jsonl`` and ``sheet.png`` into ``out``.
@@ -494,13 +495,13 @@ def evaluate_run(
     Beside it are its baselines, with the features of ``encoder`` too, by default the run's own ``baseline_encoder``;
     and the same network on the pairs alone, if it was trained.
     """
-    diptych = Diptych.from_pretrained(run, device=device, precision=precision)
+    diptych = Diptych.from_pretrained(run, device=device, precision=precision, visible=visible)
     _ = diptych.text_encoder  # what is wrong with it is told before the work
     extractor = open_extractor(features)
     found = evaluate(diptych, source, config, extractor=extractor, progress="shown")
     comparison = _compare_run(run, source, found, encoder=encoder, device=device)
     if (run / PAIRS_ONLY / "model").is_dir():
-        alone = Diptych.from_pretrained(run / PAIRS_ONLY, device=device, precision=precision)
+        alone = Diptych.from_pretrained(run / PAIRS_ONLY, device=device, precision=precision, visible=visible)
         scores = evaluate(alone, source, config, extractor=extractor, progress="shown").metrics
         comparison.baselines.append(Baseline(name=ALONE, scores=scores, kind="without unpaired data"))
     out.mkdir(parents=True, exist_ok=True)
@@ -512,6 +513,7 @@ def evaluate_run(
         "skipped": len(found.skipped),
         "source": source.name,
         "precision": precision,
+        **diptych.reading,
         "notes": notes + comparison.notes,
     }
     write_json(out / "metrics.json", {**found.metrics, **told, **comparison.record()})

@@ -180,6 +180,7 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         )
 
         self._packed: Derived[tuple[nn.Module, nn.Module]] = Derived()
+        self._of_nothing: Derived[Tensor] = Derived()
         self._int8_words: Int8Linear | None = None
         self._init_weights()
 
@@ -272,15 +273,34 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         x = self.image_decoder(x, attend=attend, wanted=slice(positions))
         return self.image_head(x) @ self.token_embedding.weight.T + self.image_bias
 
+    def of_nothing(self, make: Callable[[], Tensor], *, drop: bool) -> Tensor:
+        """Logits of an image without a text and without a known token, kept until the weights change."""
+        kind = self.image_bias.device.type
+        rounding = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return self._of_nothing.of(self.parameters(), make, key=(drop, rounding))
+
     def caption_prefix(
-        self, tokens_BN: Int[Tensor, "B N"], image_features_BG: Float[Tensor, "B G"] | None
+        self, tokens_BN: Int[Tensor, "B N"], image_features_BG: Float[Tensor, "B G"] | None, *, visible: float = 1.0
     ) -> Float[Tensor, "B P D"]:
-        """The prefix from which the text decoder captions a whole image: the image's features if the network was built
-        for them (P = 1), else the encoder's output for all its tokens and the empty text (P = N)."""
-        if self.image_features is None:
-            return self.encode(self.embed_image(tokens_BN)).image_BKD
-        assert image_features_BG is not None
-        return self.image_features(image_features_BG)
+        """The prefix from which the text decoder captions an image: the image's features if the network was built for
+        them (P = 1), else the encoder's output for its tokens and the empty text (P = N).
+
+        ``visible`` is the share of the tokens that is read, evenly spread over the image; the others are dropped, as in
+        training. Raises UserError unless it is above 0 and at most 1.
+        """
+        if self.image_features is not None:
+            assert image_features_BG is not None
+            return self.image_features(image_features_BG)
+        if not 0 < visible <= 1:
+            raise UserError(f"visible {visible}: give a share of the image tokens above 0 and at most 1")
+        rows, positions = tokens_BN.shape
+        masking = None
+        if visible < 1:
+            keep_K = evenly_spread(positions, visible, device=tokens_BN.device)
+            hidden_N = torch.ones(positions, dtype=torch.bool, device=tokens_BN.device)
+            hidden_N[keep_K] = False
+            masking = Masking(hidden_N.expand(rows, -1), keep_K.expand(rows, -1))
+        return self.encode(self.embed_image(tokens_BN), masking).image_BKD
 
     def text_logits(
         self, prefix_BPD: Float[Tensor, "B P D"] | None, inputs_BL: Int[Tensor, "B L"]
@@ -460,6 +480,17 @@ def sample_masking(
     hidden_BN = torch.zeros(rows, positions, dtype=torch.bool, device=device)
     hidden_BN.scatter_(1, order_BN, place_BN >= (positions - hidden_count_B)[:, None])
     return Masking(hidden_BN, order_BN[:, : positions - dropped])
+
+
+def evenly_spread(positions: int, share: float, *, device: torch.device | None = None) -> Int[Tensor, "K"]:
+    """A share of the positions of a square grid, at least one, with no holes: those where a lattice is lowest.
+
+    The lattice is that of the R2 sequence (Roberts, 2018), whose steps are powers of the plastic number's inverse.
+    """
+    side = math.isqrt(positions)
+    place_N = torch.arange(positions, device=device)
+    height_N = (place_N % side * 0.7548776662466927 + place_N // side * 0.5698402909980532) % 1
+    return height_N.argsort()[: max(1, round(share * positions))].sort().values
 
 
 def _truncated_normal(chance_B: Tensor, config: MaskingConfig) -> Tensor:

@@ -13,7 +13,7 @@ tokens, T width of a teacher's features, X images.
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from diptych.data.batch import Batch, Examples, ImageTokenExamples, PairExamples, TextExamples
+from diptych.errors import UserError
 from diptych.itit.generation import (
     ImageGenerationConfig,
     TextGenerationConfig,
@@ -87,6 +88,8 @@ class ItitObjectiveConfig:
     )
     """Generation of images for unpaired texts in T2I2T. It takes fewer steps than the paper's and no guidance; see
     docs/results.md for the effect."""
+    cycle_share: float = 1.0
+    """Share of the unpaired images and texts of a step that go through the cycles. All do in the paper."""
     cycle_network: Literal["self", "ema"] = "self"
     """Network that generates inside the cycles: the one in training (the paper) or its moving average (DoraCycle)."""
     cycle_network_decay: float = 0.999
@@ -98,6 +101,7 @@ class ItitObjectiveConfig:
     """Weights of the losses in their sum."""
 
 
+SomeExamples = TypeVar("SomeExamples", bound=Examples)
 _ONE_BEAM = TextGenerationConfig(beams=1)
 """Settings of the greedy generation of texts in I2T2I."""
 
@@ -147,6 +151,8 @@ class ItitObjective(Objective):
         self.teacher_head = teacher_head
         self.text_encoder = text_encoder
         self.config = config
+        if not 0 < config.cycle_share <= 1:
+            raise UserError(f"--objective.cycle-share {config.cycle_share:g}: give a share above 0 and at most 1")
         self.streams = {"pairs": 2}  # one for T2I and another one for I2T and I2I, as in the paper
         if config.images != "off" or config.weights.unpaired_i2i:
             self.streams["images"] = 1
@@ -172,12 +178,19 @@ class ItitObjective(Objective):
             losses["teacher"] = torch.stack(aligned).mean()
         if step >= config.cycle_start_step:
             if config.texts != "off":
-                losses["t2i2t"] = self.t2i2t_loss(batch["texts"], rng)
+                losses["t2i2t"] = self.t2i2t_loss(self._cycled(batch["texts"]), rng)
             if config.images != "off":
-                losses["i2t2i"], measures["i2t2i/distinct_captions"] = self.i2t2i_loss(batch["images"], rng)
+                images = self._cycled(batch["images"])
+                losses["i2t2i"], measures["i2t2i/distinct_captions"] = self.i2t2i_loss(images, rng)
         weighted = [getattr(config.weights, name) * loss for name, loss in losses.items()]
         total = torch.stack(weighted).sum()
         return Losses(total, losses, measures)
+
+    def _cycled(self, unpaired: SomeExamples) -> SomeExamples:
+        """The rows that go through a cycle, evenly spread, so that those of micro-batches are those of the whole."""
+        rows = len(unpaired)
+        count = max(1, round(self.config.cycle_share * rows))
+        return unpaired if count == rows else unpaired[torch.arange(count) * rows // count]
 
     # Captioned images
 

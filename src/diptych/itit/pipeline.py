@@ -150,7 +150,12 @@ class Diptych(OnHub):
 
     @classmethod
     def from_pretrained(
-        cls, run: str | Path, *, device: Device = "auto", precision: InferencePrecision = "auto"
+        cls,
+        run: str | Path,
+        *,
+        device: Device = "auto",
+        precision: InferencePrecision = "auto",
+        visible: float | None = None,
     ) -> "Diptych":
         """Load a run folder, which needs nothing outside it, or what :meth:`push_to_hub` uploaded.
 
@@ -161,13 +166,18 @@ class Diptych(OnHub):
             precision: precision of the ITIT network. ``auto`` is bf16 where the device has instructions for it, else
                 fp32, as in training; int8 is the fastest on most CPUs, and changes a few captions and images. The
                 tokenizer and the text encoder always compute in fp32.
+            visible: share of the image tokens that captions are read from, see :class:`TextGenerationConfig`. None
+                takes the run's own.
 
         Raises:
-            UserError: the folder is no finished run, or a file in it is damaged.
+            UserError: the folder is no finished run, or a file in it is damaged; or its captions are not read from
+                image tokens, and ``visible`` was given.
         """
         run = local_folder(run)
         check_finished(run, "itit")
         image_generation, text_generation = generation_of(run)
+        if visible is not None:
+            text_generation = replace(text_generation, visible=visible)
         loaded = cls(
             ImageTokenizer.from_pretrained(run / "tokenizer"),
             lambda: TextEncoder.from_pretrained(run / "text_encoder"),
@@ -181,6 +191,8 @@ class Diptych(OnHub):
             precision=precision,
         )
         loaded.run_folder = run
+        if visible is not None and loaded.image_encoder is not None:
+            raise UserError(f"--visible {visible:g}: {run} reads captions from features of its image encoder")
         return loaded
 
     @property
@@ -192,6 +204,12 @@ class Diptych(OnHub):
         return self._text_encoder.to(self.device)
 
     # Captions
+
+    @property
+    def reading(self) -> dict[str, float]:
+        """For records of how captions were made: the share of the image that they are read from, unless it is all."""
+        visible = self.text_generation.visible
+        return {} if visible == 1 else {"visible": visible}
 
     def caption(self, images: ImageLike | Sequence[ImageLike], *, beams: int | None = None) -> list[str]:
         """One caption for each image; a list of one for a single image. ``beams`` None takes the run's own number."""

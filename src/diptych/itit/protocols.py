@@ -104,6 +104,8 @@ def coco_karpathy(
     if beams != KARPATHY_BEAMS:
         departures.append(f"beams {beams}: the paper has {KARPATHY_BEAMS}")
     text = diptych.text_generation
+    if text.visible < 1:
+        departures.append(f"captions are read from {text.visible:g} of the image tokens: the paper reads all")
     did = {
         "images": f"{len(keys):,} of {source.name}, their centre square at {diptych.image_size} pixels",
         "references": f"{sum(counts):,}, {min(counts)} to {max(counts)} of an image, all of them used",
@@ -234,12 +236,13 @@ def evaluate_protocol(
     out: Path,
     device: Device,
     precision: InferencePrecision = "auto",
+    visible: float | None = None,
 ) -> None:
     """Score a run by ``protocol``; print scores and what was done, and write both into ``out/metrics.json``.
 
     ``spec`` names ``source``: a split that is not the protocol's is reported.
     """
-    diptych = Diptych.from_pretrained(run, device=device, precision=precision)
+    diptych = Diptych.from_pretrained(run, device=device, precision=precision, visible=visible)
     _ = diptych.text_encoder  # what is wrong with it is told before the work
     source = first_scenes(source)
     split = split_named_in(spec)
@@ -362,6 +365,7 @@ def evaluate_cycles(
     out: Path,
     device: Device,
     precision: InferencePrecision = "auto",
+    visible: float | None = None,
 ) -> None:
     """Score cycles of one or several runs; print a table of each, and write ``cycles.svg`` and ``metrics.json``.
 
@@ -371,7 +375,7 @@ def evaluate_cycles(
     found: dict[str, list[dict[str, float]]] = {}
     counts: dict[str, int] = {}
     for run in runs:
-        diptych = Diptych.from_pretrained(run, device=device, precision=precision)
+        diptych = Diptych.from_pretrained(run, device=device, precision=precision, visible=visible)
         if config.image_generation is not None:
             diptych.image_generation = config.image_generation
         images = ScoredImages.read(diptych, source, config)

@@ -112,6 +112,7 @@ class Derived(Generic[T]):
 
 def _version(value: Tensor) -> tuple[int, int]:
     """Differs after every change of ``value`` in place, and after its replacement."""
+    value = local_part(value)
     return value.data_ptr(), -1 if value.is_inference() else value._version
 
 
