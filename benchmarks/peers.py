@@ -11,16 +11,19 @@
 | step | gradient of the losses on pairs | the same network, all image tokens in the encoder |
 | cycle | gradient with cycles, T2I2T and I2T2I apart and together | no cycles: takes `ratio` of the time |
 | encode | VQGAN: pixels to tokens | `diffusers.VQModel` with the same weights |
+| clip | gradient of CLIP's loss, ViT-B/16 | `open_clip`'s own, where it is installed |
+| streams | making a batch, from a store or from `--data` | computing its gradient: above 5 the loop never waits |
+| start | `--help`, the imports for captions, a caption by a command of its own | `transformers`: the same with GIT |
 | attention | `diptych.nn.transformer.attention` in bf16 on a CPU, forward and backward | torch's fused kernel |
 
 Weights are random, inputs too; both sides run in one process and take turns. A number is the median over the turns of
 the ratio of the two times in one turn: above 1 ours is faster. Beside it stand the operations of either side, counted
 by torch (a product and a sum are two; attention whole, with what a mask hides), and the share of the peak that it
 reaches. The peak is that of the products of matrices that make up nine tenths of its operations, each timed alone at
-its own shape. `--scale base` is ITIT-B (218M) and GIT-base, `small`
-is ITIT of 5M. Everything is computed in `--precision`; under bf16 ours keeps fp32 weights, as the product does, and the
-peers have bf16 weights. With one CPU thread (OMP_NUM_THREADS=1) times are those that the process itself computed,
-whatever else runs; on CUDA they are those of events, and the peak of the memory is shown.
+its own shape. `--scale base` is ITIT-B (218M) and GIT-base, `small` is ITIT of 5M. Everything is computed in
+`--precision`; under bf16 ours keeps fp32 weights, as the product does, and the peers have bf16 weights. With one CPU
+thread (OMP_NUM_THREADS=1) times are those that the process and its children computed, whatever else runs; on CUDA they
+are those of events, and the peak of the memory is shown.
 
 At scale base the last line says which bars are met (`BARS`), and the exit status is 1 if one is missed.
 """
@@ -28,21 +31,35 @@ At scale base the last line says which bars are met (`BARS`), and the exit statu
 import argparse
 import json
 import math
+import os
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from ito_cost import build
+from PIL import Image
+from stream_scale import make as make_store
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from diptych.data.batch import Batch, ImageTokenExamples, PairExamples, TextExamples
+from diptych.data.batch import Batch, CaptionedImageExamples, ImageTokenExamples, PairExamples, TextExamples
+from diptych.data.pixels import SkippedItems
 from diptych.data.scenes import ScenesSource
+from diptych.data.sources import open_source
+from diptych.data.store import Store
+from diptych.data.streams import BatchSampler
+from diptych.dual.data import CaptionIds, pair_stream
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig, generate_image_tokens, generate_text
 from diptych.itit.model import ITIT, SIZES, Masking
 from diptych.itit.objective import ItitObjective, ItitObjectiveConfig
@@ -54,7 +71,14 @@ from diptych.tokenizers.span_corruption import SpanCorruption, TextEncoderConfig
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.text_tokenizer import EOS, train_tokenizer
 
-BARS = {"generate": 1.6, "caption, 4 beams": 4.0, "caption, greedy": 1.5, "step": 1.6, "cycle, full": 1 / 2.3}
+BARS = {
+    "generate": 1.6,
+    "caption, 4 beams": 4.0,
+    "caption, greedy": 1.5,
+    "step": 1.6,
+    "cycle, full": 1 / 2.3,
+    "streams": 5.0,
+}
 """Smallest ratios that are asked for; a key is the beginning of a name."""
 CAPTION_LENGTH, TEXT_LENGTH = 20, 16
 Run = Callable[[], Any]
@@ -142,7 +166,7 @@ class Bench:
     def seconds(self, run: Run) -> tuple[float, float | None]:
         """Time, and on CUDA the peak of the memory in MB."""
         if self.device.type != "cuda":
-            clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+            clock = processor_time if torch.get_num_threads() == 1 else time.perf_counter
             began = clock()
             run()
             return clock() - began, None
@@ -178,7 +202,7 @@ class Bench:
                 self.rates[product] = self.rate(product)
             chosen += operations
             spent += operations / self.rates[product]
-        return chosen / spent
+        return chosen / spent if spent else math.inf
 
     def rate(self, product: Product) -> float:
         """Operations a second of a product of matrices alone: the median of seven, a twentieth of a second each."""
@@ -192,6 +216,12 @@ class Bench:
             uses = max(1, int(0.05 / max(once, 1e-6)))
             times = [self.seconds(lambda: [left @ right for _ in range(uses)])[0] for _ in range(7)]
         return product.operations * uses / statistics.median(times)
+
+
+def processor_time() -> float:
+    """Seconds that this process and its children have computed."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def counted(run: Run) -> dict[Product, float]:
@@ -221,6 +251,14 @@ def counted(run: Run) -> dict[Product, float]:
     def convolution(x: Any, weight: Any, *_: Any, out_shape: Any = None, **named: Any) -> int:
         return note(1, out_shape[0] * math.prod(out_shape[2:]), math.prod(weight[1:]), weight[0])
 
+    def convolution_backward(
+        gradient: Any, _: Any, weight: Any, *more: Any, out_shape: Any = None, **named: Any
+    ) -> int:
+        of_input, of_weight, _ = more[-1]
+        places, inner = gradient[0] * math.prod(gradient[2:]), math.prod(weight[1:])
+        found = note(1, places, weight[0], inner) if of_input else 0
+        return found + (note(1, weight[0], places, inner) if of_weight else 0)
+
     def attend(query: Any, key: Any, *_: Any, out_shape: Any = None, **named: Any) -> int:
         return note(math.prod(query[:-2]), query[-2], query[-1], key[-2], 2.0)
 
@@ -231,6 +269,7 @@ def counted(run: Run) -> dict[Product, float]:
     formulas: dict[Any, Any] = {
         aten.mm: mm, aten.addmm: addmm, aten.bmm: bmm, aten.baddbmm: baddbmm, aten.convolution: convolution,
         aten._convolution: convolution,
+        aten.convolution_backward: convolution_backward,
         aten._scaled_dot_product_flash_attention: attend,
         aten._scaled_dot_product_efficient_attention: attend,
         aten._scaled_dot_product_cudnn_attention: attend,
@@ -425,10 +464,15 @@ def gradient(bench: Bench, objective: ItitObjective, rows: int) -> Run:
 def step(bench: Bench) -> Iterator[Comparison]:
     text_encoder = encoder_of_texts(bench)
     model = bench.network(text_encoder).train()
-    config = ItitObjectiveConfig(texts="off", images="off")
-    ours, peer = (kind(model, text_encoder, config).to(bench.device) for kind in (ItitObjective, Undropped))
+    whole = ItitObjectiveConfig(texts="off", images="off")
+    peer = Undropped(model, text_encoder, whole).to(bench.device)
     for rows in bench.options.batches:
-        yield Comparison(f"step, batch {rows}", gradient(bench, ours, rows), gradient(bench, peer, rows))
+        for share in bench.options.decode:
+            image, text = (replace(each, decode=share) for each in (whole.image_masking, whole.text_masking))
+            config = replace(whole, image_masking=image, text_masking=text)
+            ours = ItitObjective(model, text_encoder, config).to(bench.device)
+            some = "" if share == 1 else f"{share:g} of the dropped decoded, "
+            yield Comparison(f"step, {some}batch {rows}", gradient(bench, ours, rows), gradient(bench, peer, rows))
 
 
 def cycle(bench: Bench) -> Iterator[Comparison]:
@@ -489,6 +533,132 @@ def attention_bf16(bench: Bench) -> Iterator[Comparison]:
         yield Comparison(name, lambda r=run: r(attention), lambda r=run: r(F.scaled_dot_product_attention))
 
 
+def clip(bench: Bench) -> Iterator[Comparison]:
+    """Equal towers and texts of 77 tokens; ours begins with bytes of pixels, the peer with their floats."""
+    try:
+        # Where the compiled part of torchvision does not fit torch, its import looks for these two and fails.
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor boxes) -> Tensor")
+    except RuntimeError:
+        pass
+    try:
+        import open_clip
+        from open_clip.loss import ClipLoss
+    except (ImportError, RuntimeError) as error:
+        print(f"clip: left out, open_clip cannot be imported ({error})")
+        return
+    size, theirs = ("vit_b_16", "ViT-B-16") if bench.base else ("vit_s_16", "ViT-S-16")
+    objective = build("clip", size, bench.options.device)
+    network = bench.peer(open_clip.create_model(theirs)).train()
+    counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (objective, network)]
+    print(f"clip: {counts[0]:.1f}M parameters, open_clip {counts[1]:.1f}M")
+    side, loss = objective.model.image_size, ClipLoss()
+    for rows in bench.options.batches[-1:]:
+        pixels = torch.randint(256, (rows, 3, side, side), dtype=torch.uint8, device=bench.device)
+        ids = torch.randint(1, 500, (rows, 77), device=bench.device)
+        ids[:, -1] = 49_407  # CLIP reads a text at its highest id
+        pairs = CaptionedImageExamples(pixels_B3HW=pixels, ids_BL=ids, valid_BL=ids > 0)
+        batch = Batch(rng=StepRNG(0, 0), streams={"pairs": pairs})
+
+        def ours(batch: Batch = batch) -> None:
+            with bench.policy():
+                total = objective(batch, 0).total
+            total.backward()
+            objective.zero_grad()
+
+        def peer(pixels: Tensor = pixels, ids: Tensor = ids) -> None:
+            images = (pixels / 255).sub_(0.45).div_(0.27).to(network.logit_scale.dtype)
+            loss(*network(images, ids)).backward()
+            network.zero_grad()
+
+        yield Comparison(f"clip, batch {rows}", ours, peer)
+
+
+def streams(bench: Bench) -> Iterator[Comparison]:
+    """A batch of ITIT from a store of 100,000 items, and one of CLIP from each of `--data`, beside their gradients."""
+    rows = bench.options.batches[-1]
+    text_encoder = encoder_of_texts(bench)
+    config = ItitObjectiveConfig(texts="off", images="off")
+    objective = ItitObjective(bench.network(text_encoder).train(), text_encoder, config).to(bench.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        make_store(Path(scratch) / "store", 100_000)
+        store = Store.open(Path(scratch) / "store")
+        every = range(len(store))
+        parts = {"pairs": store.pairs(every, seed=0), "images": store.images(every), "texts": store.texts(every)}
+        sampler = BatchSampler(parts, multiples={"pairs": 2, "images": 1, "texts": 1}, batch_size=rows, seed=0)
+        steps = count()
+        yield Comparison(
+            f"streams, store, batch {rows}", lambda: sampler(next(steps)), gradient(bench, objective, rows)
+        )
+    dual = build("clip", "vit_b_16" if bench.base else "small", bench.options.device)
+    for spec in bench.options.data:
+        source = open_source(spec)
+        captions = CaptionIds.read(source, np.arange(min(len(source), 2000)), dual.model.ids)
+        size = dual.model.image_size
+        options: dict[str, Any] = {"per_image": 1, "pad": 0, "cache_mb": 0, "seed": 0}
+        pairs = pair_stream(source, captions, size=size, skipped=SkippedItems(max_skipped_share=0.01), **options)
+        reader = BatchSampler({"pairs": pairs}, multiples={"pairs": 1}, batch_size=rows, seed=0)
+
+        first = reader(0).to(bench.device)
+
+        def learn(batch: Batch = first) -> None:
+            with bench.policy():
+                total = dual(batch, 0).total
+            total.backward()
+            dual.zero_grad()
+
+        steps = count()
+        name = f"streams, {Path(spec.partition('?')[0]).name}, batch {rows}"
+        yield Comparison(name, lambda read=reader, steps=steps: read(next(steps)), learn)
+
+
+def start(bench: Bench) -> Iterator[Comparison]:
+    """Commands of their own, from the start of Python to its end. The networks are small ones with random weights."""
+    from transformers import GitConfig, GitForCausalLM
+
+    def command(*words: object) -> Run:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        return lambda: subprocess.run([str(word) for word in words], check=True, capture_output=True, env=environment)
+
+    def python(code: str) -> Run:
+        return command(sys.executable, "-c", code)
+
+    theirs = Path(sys.executable).with_name("transformers")
+    yield Comparison("start, --help", command(sys.executable, "-m", "diptych", "--help"), command(theirs, "--help"))
+    yield Comparison(
+        "start, imports for captions",
+        python("from diptych.itit.pipeline import Diptych"),
+        python("from transformers import AutoTokenizer, GitForCausalLM"),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, photo = Path(scratch), Path(scratch) / "photo.png"
+        Image.new("RGB", (256, 256), (90, 160, 60)).save(photo)
+        tokenizer = ImageTokenizer.from_config(ImageTokenizerConfig(image_size=64, widths=(64, 128, 128)), seed=0)
+        text_encoder = encoder_of_texts(Bench(argparse.Namespace(**vars(bench.options) | {"scale": "small"})))
+        network = SIZES["small"].build(tokenizer, text_encoder)
+        for name, part in (("tokenizer", tokenizer), ("text_encoder", text_encoder), ("model", network)):
+            part.save_pretrained(folder / "run" / name)
+        small = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
+        layers = {"vision_config": small | {"num_hidden_layers": 4}, "num_hidden_layers": 2}
+        GitForCausalLM(GitConfig(**small, **layers)).save_pretrained(folder / "git")
+        yield Comparison(
+            "start, a caption",
+            command(sys.executable, "-m", "diptych", "caption", folder / "run", photo, "--device", "cpu"),
+            python(_CAPTION.format(folder=folder)),
+        )
+
+
+_CAPTION = """
+import numpy, torch
+from PIL import Image
+from transformers import GitForCausalLM
+git = GitForCausalLM.from_pretrained("{folder}/git").eval()
+image = numpy.array(Image.open("{folder}/photo.png").resize((224, 224)), dtype="float32")
+pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
+with torch.inference_mode():
+    git.generate(pixel_values=pixels, num_beams=4, max_new_tokens=20)
+"""
+
 PARTS = {
     "generate": generate,
     "caption": caption,
@@ -497,6 +667,9 @@ PARTS = {
     "cycle": cycle,
     "encode": encode,
     "attention": attention_bf16,
+    "clip": clip,
+    "streams": streams,
+    "start": start,
 }
 
 
@@ -520,10 +693,16 @@ def main() -> int:
         "--rounds", type=int, default=4, help="rounds of parallel decoding in `generate`; the paper has 24"
     )
     parser.add_argument("--synthesis", nargs="+", type=int, default=[8], help="rounds inside T2I2T")
-    parser.add_argument("--cycle-shares", nargs="*", type=float, default=[], help="shares of the rows in full cycles")
+    parser.add_argument(
+        "--decode", nargs="+", type=float, default=[1.0, 0.25], help="shares of the dropped tokens that are predicted"
+    )
+    parser.add_argument(
+        "--cycle-shares", nargs="*", type=float, default=[], help="shares of the rows that take part in full cycles"
+    )
     parser.add_argument(
         "--visible", nargs="+", type=float, default=[1.0, 0.5], help="shares that captions are read from"
     )
+    parser.add_argument("--data", nargs="*", default=[], help="sources of captioned images for `streams`")
     parser.add_argument("--git-pixels", type=int, default=224, help="side of GIT's images; 256 has as many positions")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

@@ -287,7 +287,42 @@ def test_two_processes_hide_what_one_hides():
     assert torch.equal(torch.cat([part.keep_BK for part in parts]), one.keep_BK)
 
 
+def test_a_share_of_the_dropped_tokens_enters_the_decoder():
+    found = hidden(MaskingConfig(decode=0.25), rows=50, positions=16)
+    whole = hidden(MaskingConfig(), rows=50, positions=16)
+    assert whole.decode_BM is None
+    assert torch.equal(found.hidden_BN, whole.hidden_BN)
+    assert torch.equal(found.keep_BK, whole.keep_BK)
+    assert torch.equal(found.decode_BM[:, :8], found.keep_BK)
+    assert found.decode_BM.shape == (50, 10)
+    assert all(len(row.unique()) == 10 for row in found.decode_BM)
+
+
+def test_the_decoder_knows_nothing_of_what_does_not_enter_it(model, tokens):
+    """All positions in another order give the same logits in that order; with fewer, the others do not matter."""
+    found = sample_masking(MaskingConfig(decode=0.5), 3, 16, rng=StepRNG(0, 0), name="x", device=tokens.device)
+    model.eval()
+
+    def logits(decode_BM):
+        encoded = model.encode(model.embed_image(tokens), Masking(found.hidden_BN, found.keep_BK))
+        return model.image_logits(encoded, found.hidden_BN, decode_BM)
+
+    order_BN = torch.rand(3, 16).argsort(1)
+    whole = logits(None).gather(1, order_BN[..., None].expand(-1, -1, model.config.codebook_size))
+    torch.testing.assert_close(logits(order_BN), whole)
+    some = logits(found.decode_BM)
+    assert some.shape[1] == found.decode_BM.shape[1] == 12
+    left_out = [position for position in range(16) if position not in found.decode_BM[0].tolist()]
+    before = model.decoder_position.weight[left_out].clone()
+    with torch.no_grad():
+        model.decoder_position.weight[left_out] += 1.0
+        assert torch.equal(logits(found.decode_BM)[0], some[0])
+        model.decoder_position.weight[left_out] = before
+
+
 def test_impossible_shares():
+    with pytest.raises(UserError, match=r"decode 1\.5"):
+        hidden(MaskingConfig(decode=1.5))
     with pytest.raises(UserError, match="low <= high"):
         hidden(MaskingConfig(low=0.8, high=0.5))
 

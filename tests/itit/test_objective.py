@@ -102,6 +102,26 @@ def test_the_first_encoder_pass_of_a_cycle_gets_no_gradient(model, text_encoder,
     assert passes == [True, True, False, False, True]
 
 
+def test_a_loss_of_fewer_predicted_tokens_is_the_dense_one_on_them(model, text_encoder, batch):
+    """T2I with `decode` is the loss over the hidden tokens among those that enter the decoder."""
+    masking_config = MaskingConfig(decode=0.5)
+    ours = objective(model, text_encoder, image_masking=masking_config)
+    pairs, rng = batch["pairs"][0::2], StepRNG(0, 0)
+    found = ours.t2i_loss(pairs, rng)
+    positions = model.config.image_tokens
+    masked = sample_masking(masking_config, len(pairs), positions, rng=rng, name="t2i", device=torch.device("cpu"))
+    features = text_encoder.features(pairs.ids_BL, pairs.valid_BL)
+    encoded = model.encode(model.embed_image(pairs.tokens_BN), masked, features, pairs.valid_BL)
+    logits = model.image_logits(encoded, masked.hidden_BN, masked.decode_BM)
+    log_p = logits.log_softmax(-1)
+    target = pairs.tokens_BN.gather(1, masked.decode_BM)
+    smoothed = 0.9 * log_p.gather(-1, target[..., None])[..., 0] + 0.1 * log_p.mean(-1)
+    counts = masked.hidden_BN.gather(1, masked.decode_BM).float()
+    dense = -((smoothed * counts).sum(1) / counts.sum(1)).mean()
+    torch.testing.assert_close(found, dense)
+    assert counts.sum() < masked.hidden_BN.sum()
+
+
 def test_only_a_share_of_the_rows_takes_part_in_the_cycles(model, text_encoder, batch):
     whole, half = objective(model, text_encoder), objective(model, text_encoder, cycle_share=0.5)
     some = {name: batch[name][torch.tensor([0, 2])] for name in ("images", "texts")}

@@ -118,6 +118,8 @@ class Masking:
     keep_BK: Int[Tensor, "B K"] | None = None
     """Positions that enter the encoder, all visible ones among them; the rest is dropped to save computation. None: all
     positions enter."""
+    decode_BM: Int[Tensor, "B M"] | None = None
+    """Positions that enter the image decoder in a loss, those of ``keep_BK`` among them. None: all positions enter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,16 +260,24 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
             features_BLF = windows_BLFX.flatten(2)
         return self.text_projection(features_BLF) + self.text_position.weight[: features_BLF.shape[1]]
 
-    def image_logits(self, encoded: Encoded, hidden_BN: Bool[Tensor, "B N"]) -> Float[Tensor, "B N C"]:
-        """Logits of every image token, in parallel. Hidden positions, dropped or kept, enter as a learned vector."""
+    def image_logits(
+        self, encoded: Encoded, hidden_BN: Bool[Tensor, "B N"], decode_BM: Int[Tensor, "B M"] | None = None
+    ) -> Float[Tensor, "B M C"]:
+        """Logits of image tokens, in parallel. Hidden positions, dropped or kept, enter as a learned vector.
+
+        With ``decode_BM`` only these positions enter the decoder, and their logits are returned; None: all (M = N).
+        """
         positions = hidden_BN.shape[1]
         features = encoded.image_BKD
         image = features.new_zeros(len(features), positions, features.shape[-1])
         image = image.scatter(1, encoded.keep_BK[..., None].expand_as(features), features)
         image = torch.where(hidden_BN[..., None], self.decoder_hidden.to(features.dtype), image)
-        x = torch.cat([image, encoded.text_BLD], dim=1) + self.decoder_position.weight[
-            : positions + encoded.text_BLD.shape[1]
-        ].to(features.dtype)
+        position = self.decoder_position.weight.to(features.dtype)
+        image = image + position[:positions]
+        text = encoded.text_BLD + position[positions : positions + encoded.text_BLD.shape[1]]
+        if decode_BM is not None:
+            image = image.gather(1, decode_BM[..., None].expand(-1, -1, image.shape[-1]))
+        x, positions = torch.cat([image, text], dim=1), image.shape[1]
         is_null = encoded.text_BLD.shape[1] == 1
         attend = None if is_null else _attend_to_valid(encoded.valid_BL, positions)
         x = self.image_decoder(x, attend=attend, wanted=slice(positions))
@@ -457,6 +467,9 @@ class MaskingConfig:
     """Mode of the normal distribution, as a share."""
     std: float = 0.25
     """Standard deviation of the normal distribution before the cut, as a share."""
+    decode: float = 1.0
+    """Share of the tokens left out of the encoder that enter the image decoder and are predicted. 1 in the paper; with
+    less a step is faster, and predicts fewer tokens (after CrossMAE, Fu et al., 2024)."""
 
 
 def sample_masking(
@@ -465,11 +478,13 @@ def sample_masking(
     """Sample a share for every row, and hide that share of its tokens at random.
 
     Each row has one random order of its tokens: the first ones are visible, and the last floor(low N) do not enter the
-    encoder. So dropped tokens are always hidden, and batches stay rectangular whatever the shares. Raises UserError
-    unless 0 <= low <= high <= 1.
+    encoder. So dropped tokens are always hidden, and batches stay rectangular whatever the shares. The first of the
+    dropped ones enter the image decoder. Raises UserError unless 0 <= low <= high <= 1 and 0 <= decode <= 1.
     """
     if not 0 <= config.low <= config.high <= 1:
         raise UserError(f"hidden share from {config.low} to {config.high}: give 0 <= low <= high <= 1")
+    if not 0 <= config.decode <= 1:
+        raise UserError(f"decode {config.decode}: give a share of the tokens left out, from 0 to 1")
     order_BN = rng.uniform(f"{name}/order", rows, positions, device=device).argsort(1)
     chance_B = rng.uniform(f"{name}/share", rows, device=device)
     share_B = _truncated_normal(chance_B, config)
@@ -479,7 +494,9 @@ def sample_masking(
     place_BN = torch.arange(positions, device=device).expand(rows, -1)
     hidden_BN = torch.zeros(rows, positions, dtype=torch.bool, device=device)
     hidden_BN.scatter_(1, order_BN, place_BN >= (positions - hidden_count_B)[:, None])
-    return Masking(hidden_BN, order_BN[:, : positions - dropped])
+    kept = positions - dropped
+    decoded = kept + math.ceil(config.decode * dropped)
+    return Masking(hidden_BN, order_BN[:, :kept], None if decoded == positions else order_BN[:, :decoded])
 
 
 def evenly_spread(positions: int, share: float, *, device: torch.device | None = None) -> Int[Tensor, "K"]:

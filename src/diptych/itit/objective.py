@@ -365,9 +365,15 @@ class ItitObjective(Objective):
     # What the losses share
 
     def _image_loss(self, encoded: Encoded, tokens_BN: Int[Tensor, "B N"], masking: Masking) -> Float[Tensor, ""]:
-        """- sum over hidden k of log p(i_k | encoded): the common part of equations (2) and (4)."""
-        logits_BNC = self.model.image_logits(encoded, masking.hidden_BN)
-        return token_loss(logits_BNC, tokens_BN, masking.hidden_BN, label_smoothing=self.config.label_smoothing)
+        """- sum over hidden k of log p(i_k | encoded): the common part of equations (2) and (4).
+
+        With ``masking.decode_BM`` over those among its positions.
+        """
+        hidden_BM, decode_BM = masking.hidden_BN, masking.decode_BM
+        logits_BMC = self.model.image_logits(encoded, hidden_BM, decode_BM)
+        if decode_BM is not None:
+            tokens_BN, hidden_BM = tokens_BN.gather(1, decode_BM), hidden_BM.gather(1, decode_BM)
+        return token_loss(logits_BMC, tokens_BN, hidden_BM, label_smoothing=self.config.label_smoothing)
 
     def _text_loss(
         self, prefix_BPD: Float[Tensor, "B P D"] | None, ids_BL: Int[Tensor, "B L"], valid_BL: Bool[Tensor, "B L"]
