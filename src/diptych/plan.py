@@ -447,7 +447,7 @@ def _generate_images(objective: ItitObjective, texts: TextExamples) -> None:
         for features in (texts.features_BLF, None) if config.guidance else (texts.features_BLF,):
             valid = None if features is None else texts.valid_BL
             encoded = model.encode(model.embed_image(tokens_BN), Masking(hidden_BN, keep_BK), features, valid)
-            model.image_logits(encoded, hidden_BN)
+            model.image_logits(encoded, hidden_BN, wanted_BM=tokens_BN[:, known:])
 
 
 @torch.no_grad()

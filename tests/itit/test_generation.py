@@ -19,6 +19,7 @@ from diptych.itit.generation import (
     sample_tokens,
 )
 from diptych.itit.model import evenly_spread
+from diptych.nn.transformer import positions_of
 from diptych.rng import StepRNG
 from diptych.tokenizers.text_tokenizer import EOS, PAD
 
@@ -28,7 +29,7 @@ B, N, C = 4, 12, 5
 
 
 def fixed_logits(canvas):
-    return torch.zeros(*canvas.tokens_BN.shape, C)
+    return torch.zeros(*canvas.open_BM.shape, C)
 
 
 def decode(logits=fixed_logits, tokens=None, hidden=None, steps=6, temperature=4.0, seed=0, **options):
@@ -63,6 +64,7 @@ def test_all_tokens_are_known_after_the_steps(steps):
     assert len(seen) == min(steps, N)
     for canvas in seen:
         assert (~canvas.hidden_BN).sum(1).max() <= canvas.most_known
+        assert torch.equal(canvas.open_BM, canvas.hidden_BN.nonzero()[:, 1].view(B, -1))
 
 
 def test_rows_with_unequal_numbers_of_hidden_tokens_each_keep_their_schedule():
@@ -73,6 +75,8 @@ def test_rows_with_unequal_numbers_of_hidden_tokens_each_keep_their_schedule():
 
     def logits(canvas):
         counts.append(canvas.hidden_BN.sum(1).tolist())
+        assert canvas.open_BM.shape[1] == max(counts[-1])
+        assert torch.equal(canvas.hidden_BN.gather(1, canvas.open_BM).sum(1), canvas.hidden_BN.sum(1))
         return fixed_logits(canvas)
 
     decode(logits, tokens=torch.full((2, N), 7), hidden=hidden, steps=5)
@@ -86,8 +90,8 @@ def test_the_surest_tokens_come_first_without_noise():
 
     def logits(canvas):
         order.append(canvas.hidden_BN[0].clone())
-        sure = torch.zeros(*canvas.tokens_BN.shape, C)
-        sure[..., 0] = torch.arange(N) * 2.0
+        sure = torch.zeros(*canvas.open_BM.shape, C)
+        sure[..., 0] = canvas.open_BM * 2.0
         return sure
 
     decode(logits, temperature=0.0, token_temperature=0.0, steps=6)
@@ -113,7 +117,9 @@ def test_two_processes_generate_what_one_generates():
 
 
 def test_guidance_is_the_papers():
-    canvas = Canvas(torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool), 0.25, 0)
+    canvas = Canvas(
+        torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool), 0.25, torch.arange(2)[None], 0
+    )
     conditional, unconditional = torch.randn(1, 2, 3), torch.randn(1, 2, 3)
     found = guided(lambda _: conditional, lambda _: unconditional, guidance=2.0)(canvas)
     torch.testing.assert_close(found, 3 * conditional - 2 * unconditional)
@@ -354,6 +360,15 @@ def test_what_is_seen_of_no_text_and_no_token_is_computed_once(model, text, monk
         model.image_bias += torch.randn(model.image_bias.shape, generator=torch.Generator().manual_seed(0)) * 10
     assert not torch.equal(generated(model, text, guidance=2.0, steps=2), first)
     assert rows == [(1, True), (3, False)]
+
+
+def test_logits_of_hidden_tokens_alone_give_the_same_image(model, text, monkeypatch):
+    found = generated(model, text, guidance=2.0)
+    plain = model.image_logits
+    monkeypatch.setattr(model, "image_logits", lambda *given, wanted_BM: positions_of(plain(*given), wanted_BM))
+    with torch.no_grad():
+        model.image_bias += 0.0  # forgets what it knows of no text
+    assert torch.equal(generated(model, text, guidance=2.0), found)
 
 
 def test_known_tokens_stay(model, text, tokens_BN):

@@ -310,6 +310,9 @@ def test_the_decoder_knows_nothing_of_what_does_not_enter_it(model, tokens):
     order_BN = torch.rand(3, 16).argsort(1)
     whole = logits(None).gather(1, order_BN[..., None].expand(-1, -1, model.config.codebook_size))
     torch.testing.assert_close(logits(order_BN), whole)
+    encoded = model.encode(model.embed_image(tokens), Masking(found.hidden_BN, found.keep_BK))
+    wanted_BM = order_BN[:, :5]
+    torch.testing.assert_close(model.image_logits(encoded, found.hidden_BN, wanted_BM=wanted_BM), whole[:, :5])
     some = logits(found.decode_BM)
     assert some.shape[1] == found.decode_BM.shape[1] == 12
     left_out = [position for position in range(16) if position not in found.decode_BM[0].tolist()]

@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from diptych.nn.transformer import Blocks, LayerCache, attention, init_weights, prefix_causal, rounded, softmax
+from diptych.nn.transformer import (
+    Blocks,
+    LayerCache,
+    attention,
+    init_weights,
+    positions_of,
+    prefix_causal,
+    rounded,
+    softmax,
+)
 
 
 @pytest.fixture
@@ -47,11 +56,20 @@ def test_a_prefix_that_is_only_read_leaves_the_same_keys_and_values(blocks):
     torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("wanted", [slice(3), slice(3, None)])
-@pytest.mark.parametrize("attend", [None, prefix_causal(3, 4), torch.ones(2, 1, 1, 7, dtype=torch.bool).tril(3)])
+OF_EACH_ROW = torch.tensor([[5, 0, 3], [1, 2, 6]])
+VALID = torch.ones(2, 1, 1, 7, dtype=torch.bool).tril(3)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "attend"),
+    [
+        *[(part, attend) for part in (slice(3), slice(3, None)) for attend in (None, prefix_causal(3, 4), VALID)],
+        *[(OF_EACH_ROW, attend) for attend in (None, VALID)],
+    ],
+)
 def test_wanted_positions_are_those_of_the_whole(blocks, wanted, attend):
     x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    whole, part = blocks(x, attend=attend)[:, wanted], blocks(x, attend=attend, wanted=wanted)
+    whole, part = positions_of(blocks(x, attend=attend), wanted), blocks(x, attend=attend, wanted=wanted)
     torch.testing.assert_close(part, whole)
     inputs = (x, *blocks.parameters())
     for ours, theirs in zip(

@@ -118,13 +118,15 @@ def image_canvases(
         keep = _visible_first(canvas) if config.drop else None
         image = model.embed_image(canvas.tokens_BN)
         encoded = model.encode(image, Masking(canvas.hidden_BN, keep), features, valid)
-        return model.image_logits(encoded, canvas.hidden_BN)
+        return model.image_logits(encoded, canvas.hidden_BN, wanted_BM=canvas.open_BM)
 
     def unconditional(canvas: Canvas) -> Tensor:
         if canvas.most_known:
             return logits(canvas, None, None)
         # Without a text and without a known token all images are the same, the next ones too.
-        first = replace(canvas, tokens_BN=canvas.tokens_BN[:1], hidden_BN=canvas.hidden_BN[:1])
+        first = replace(
+            canvas, tokens_BN=canvas.tokens_BN[:1], hidden_BN=canvas.hidden_BN[:1], open_BM=canvas.open_BM[:1]
+        )
         return model.of_nothing(lambda: logits(first, None, None), drop=config.drop)
 
     yield from parallel_decoding(
@@ -195,12 +197,14 @@ class Canvas:
     hidden_BN: Bool[Tensor, "B N"]
     progress: float
     """Share of the rounds that are over, s / S: 0 in the first round, below 1 in the last, 1 after it."""
+    open_BM: Int[Tensor, "B M"]
+    """Positions whose logits are asked for: the hidden ones, and others in rows that have fewer of them."""
     most_known: int
     """Upper bound on the known tokens of a row. It follows from the schedule, without a wait for the device."""
 
 
 Logits = Callable[[Canvas], Tensor]
-"""Returns logits [B N C] of every position of a canvas."""
+"""Returns logits [B M C] of the open positions of a canvas."""
 
 
 def guided(conditional: Logits, unconditional: Logits, *, guidance: float, ramp: bool = False) -> Logits:
@@ -257,20 +261,26 @@ def parallel_decoding(
     device = tokens_BN.device
     first_B = hidden_BN.sum(1)
     least, most = (int(count) for count in torch.stack([first_B.min(), first_B.max()]).tolist())
+
+    def open_positions(step: int) -> Tensor:
+        number = int(_still_hidden(torch.tensor(most), step, steps))
+        return hidden_BN.long().argsort(dim=1, descending=True, stable=True)[:, :number]
+
     for step in range(min(steps, most)):
         known = positions - int(_still_hidden(torch.tensor(least), step, steps))
-        canvas = Canvas(tokens_BN, hidden_BN, step / steps, known)
+        canvas = Canvas(tokens_BN, hidden_BN, step / steps, open_positions(step), known)
         yield canvas
-        logits_BNC = logits(canvas).float()
+        logits_BMC, open_BM = logits(canvas).float(), canvas.open_BM
         chance_BN = rng.uniform(f"token/{step}", rows, positions, device=device)
-        sampled_BN, log_p_BN = sample_tokens(logits_BNC, chance_BN, temperature=token_temperature)
-        tokens_BN = torch.where(hidden_BN, sampled_BN, tokens_BN)
+        sampled_BM, log_p_BM = sample_tokens(logits_BMC, chance_BN.gather(1, open_BM), temperature=token_temperature)
+        tokens_BN = torch.where(hidden_BN, tokens_BN.scatter(1, open_BM, sampled_BM), tokens_BN)
         noise_BN = rng.gumbel(f"confidence/{step}", rows, positions, device=device)
-        confidence_BN = log_p_BN + temperature * (1 - step / steps) * noise_BN
+        confidence_BN = temperature * (1 - step / steps) * noise_BN
+        confidence_BN = confidence_BN.scatter_add(1, open_BM, log_p_BM)
         rank_BN = confidence_BN.masked_fill(~hidden_BN, math.inf).argsort(1).argsort(1)
         # Infinite confidence may tie with nothing that is hidden, so no known token can be among the lowest ranks.
         hidden_BN = rank_BN < _still_hidden(first_B, step + 1, steps)[:, None]
-    yield Canvas(tokens_BN, hidden_BN, 1.0, positions)
+    yield Canvas(tokens_BN, hidden_BN, 1.0, open_positions(steps), positions)
 
 
 def _still_hidden(first: Tensor, rounds: int, steps: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from diptych.encoders.image import ImageEncoder
 from diptych.errors import UserError
 from diptych.nn.inference import Derived, Int8Linear, PackedLinear, pack_linears, replace_linears_by_int8
-from diptych.nn.transformer import Blocks, LayerCache, init_fan_in, init_weights, prefix_causal
+from diptych.nn.transformer import Blocks, LayerCache, init_fan_in, init_weights, positions_of, prefix_causal
 from diptych.rng import StepRNG
 from diptych.tokenizers.image_tokenizer import ImageTokenizer
 from diptych.tokenizers.text_encoder import FeatureKind, TextEncoder
@@ -236,7 +236,7 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         if keep_BK is None:
             keep_BK = torch.arange(positions, device=image.device).expand(rows, -1)
         else:
-            image = image.gather(1, keep_BK[..., None].expand(-1, -1, image.shape[-1]))
+            image = positions_of(image, keep_BK)
         if features_BLF is None:
             text = self.text_null.expand(rows, 1, -1)
             valid_BL = torch.ones(rows, 1, dtype=torch.bool, device=image.device)
@@ -261,11 +261,17 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         return self.text_projection(features_BLF) + self.text_position.weight[: features_BLF.shape[1]]
 
     def image_logits(
-        self, encoded: Encoded, hidden_BN: Bool[Tensor, "B N"], decode_BM: Int[Tensor, "B M"] | None = None
+        self,
+        encoded: Encoded,
+        hidden_BN: Bool[Tensor, "B N"],
+        decode_BM: Int[Tensor, "B M"] | None = None,
+        *,
+        wanted_BM: Int[Tensor, "B M"] | None = None,
     ) -> Float[Tensor, "B M C"]:
         """Logits of image tokens, in parallel. Hidden positions, dropped or kept, enter as a learned vector.
 
-        With ``decode_BM`` only these positions enter the decoder, and their logits are returned; None: all (M = N).
+        With ``decode_BM`` only these positions enter the decoder, and their logits are returned; with ``wanted_BM`` all
+        enter, and the logits of these are returned. Without them all enter and are returned (M = N).
         """
         positions = hidden_BN.shape[1]
         features = encoded.image_BKD
@@ -276,11 +282,11 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         image = image + position[:positions]
         text = encoded.text_BLD + position[positions : positions + encoded.text_BLD.shape[1]]
         if decode_BM is not None:
-            image = image.gather(1, decode_BM[..., None].expand(-1, -1, image.shape[-1]))
+            image = positions_of(image, decode_BM)
         x, positions = torch.cat([image, text], dim=1), image.shape[1]
         is_null = encoded.text_BLD.shape[1] == 1
         attend = None if is_null else _attend_to_valid(encoded.valid_BL, positions)
-        x = self.image_decoder(x, attend=attend, wanted=slice(positions))
+        x = self.image_decoder(x, attend=attend, wanted=slice(positions) if wanted_BM is None else wanted_BM)
         return self.image_head(x) @ self.token_embedding.weight.T + self.image_bias
 
     def of_nothing(self, make: Callable[[], Tensor], *, drop: bool) -> Tensor:

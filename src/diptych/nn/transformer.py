@@ -86,6 +86,17 @@ def rounded(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+Wanted = slice | Int[Tensor, "B W"]
+"""Some of the positions: the same ones of all rows, or those of each row by their numbers."""
+
+
+def positions_of(x_BSD: Float[Tensor, "B S D"], wanted: Wanted) -> Float[Tensor, "B W D"]:
+    """What ``x_BSD`` has at the positions that are wanted."""
+    if isinstance(wanted, slice):
+        return x_BSD[:, wanted]
+    return x_BSD.gather(1, wanted[..., None].expand(-1, -1, x_BSD.shape[-1]))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al., 2017)."""
 
@@ -104,14 +115,15 @@ class Attention(nn.Module):
         *,
         attend: Tensor | None = None,
         cache: LayerCache | None = None,
-        wanted: slice | None = None,
+        wanted: Wanted | None = None,
     ) -> Tensor:
         if wanted is None:
             q, k, v = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         else:
-            q = self._part_of_qkv(x_BSD[:, wanted], slice(None, x_BSD.shape[-1]))
+            q = self._part_of_qkv(positions_of(x_BSD, wanted), slice(None, x_BSD.shape[-1]))
             q, (k, v) = q.unflatten(-1, (self.heads, -1)).transpose(1, 2), self._keys_values(x_BSD)
             if attend is not None and attend.shape[-2] > 1:
+                assert isinstance(wanted, slice), "other positions of each row need a mask that is the same for all"
                 attend = attend[..., wanted, :]
         if cache is not None:
             k, v = cache.append(k, v)
@@ -151,13 +163,13 @@ class Block(nn.Module):
         *,
         attend: Bool[Tensor, "*#broadcast S T"] | Bool[Tensor, "*#broadcast 1 T"] | None = None,
         cache: LayerCache | None = None,
-        wanted: slice | None = None,
+        wanted: Wanted | None = None,
     ) -> Float[Tensor, "B W D"]:
         """``attend`` is True where a position may look; None lets it look everywhere. ``wanted`` are the positions
         that are computed and returned, while all are looked at; None: all."""
         mixed = self.attention(self.norm_attention(x_BSD), attend=attend, cache=cache, wanted=wanted)
         if wanted is not None:
-            x_BSD = x_BSD[:, wanted]
+            x_BSD = positions_of(x_BSD, wanted)
         x_BSD = x_BSD + self.dropout(mixed)
         return x_BSD + self.dropout(self.mlp(self.norm_mlp(x_BSD)))
 
@@ -179,7 +191,7 @@ class Blocks(nn.Module):
         *,
         attend: Tensor | None = None,
         cache: list[LayerCache] | None = None,
-        wanted: slice | None = None,
+        wanted: Wanted | None = None,
     ) -> Tensor:
         """``wanted`` are the positions that are returned; the last block computes no others. None: all."""
         last = len(self.layers) - 1
