@@ -275,10 +275,11 @@ def test_compiling_takes_the_blocks_but_not_their_cached_form(model, text_encode
 # The cycles against the paper's definition
 
 
-def masking(model, rows, seen):
+def masking(model, rows, seen, keep=None):
     hidden = torch.ones(rows, model.config.image_tokens, dtype=torch.bool)
     hidden[:, seen] = False
-    return Masking(hidden, torch.arange(model.config.image_tokens).expand(rows, -1))
+    keep = torch.arange(model.config.image_tokens) if keep is None else torch.tensor(keep)
+    return Masking(hidden, keep.expand(rows, -1))
 
 
 def dense_one_hot(logits):
@@ -332,6 +333,24 @@ def test_t2i2t_equals_the_dense_definition(model, text_encoder, batch, cycles):
     logits = model.text_logits(prefix, shift_right(texts.ids_BL))
     dense = token_loss(logits, texts.ids_BL, texts.valid_BL, label_smoothing=0.1)
     assert_same(model, ours, dense)
+
+
+def test_t2i2t_predicts_the_image_only_where_it_is_read(model, text_encoder, batch, cycles, monkeypatch):
+    texts, pseudo = batch["texts"], batch["images"].tokens_BN
+    first, second = masking(model, 4, [0, 3, 5]), masking(model, 4, [1, 2, 3, 4], keep=[4, 3, 9, 1, 2, 0])
+    maskings = {"t2i2t/first": first, "t2i2t/second": second}
+    monkeypatch.setattr(module, "sample_masking", lambda *_, name, **options: maskings[name])
+    cycles.config.gumbel = 0.0
+    ours = cycles.t2i2t_loss(texts, StepRNG(0, 0))
+
+    features = text_encoder.features(texts.ids_BL, texts.valid_BL)
+    with torch.no_grad():
+        encoded = model.encode(model.embed_image(pseudo), first, features_BLF=features, valid_BL=texts.valid_BL)
+    predicted = dense_one_hot(model.image_logits(encoded, first.hidden_BN)) @ model.token_embedding.weight
+    image = torch.where(first.hidden_BN[..., None], predicted, model.embed_image(pseudo))
+    prefix = model.encode(image, second).image_BKD
+    logits = model.text_logits(0.1 * prefix + (0.9 * prefix).detach(), shift_right(texts.ids_BL))
+    assert_same(model, ours, token_loss(logits, texts.ids_BL, texts.valid_BL, label_smoothing=0.1))
 
 
 def test_i2t2i_equals_the_dense_definition(model, text_encoder, batch, cycles):

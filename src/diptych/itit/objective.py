@@ -30,7 +30,7 @@ from diptych.itit.generation import (
 )
 from diptych.itit.model import ITIT, Encoded, Masking, MaskingConfig, sample_masking, shift_right
 from diptych.nn.inference import eval_mode, gathered, local_part
-from diptych.nn.transformer import Block
+from diptych.nn.transformer import Block, positions_of
 from diptych.rng import StepRNG
 from diptych.tokenizers.text_encoder import TextEncoder
 from diptych.tokenizers.text_tokenizer import PAD
@@ -250,35 +250,39 @@ class ItitObjective(Objective):
     ) -> Float[Tensor, ""]:
         """L_T2I2T, equation (3), from the generated images I' on; separate so that `plan.py` can count it without
         generating."""
-        if self.config.texts == "full":
-            first = self._sample_masking(self.config.image_masking, texts, rng, "t2i2t/first")
-            image_BND = self._predict_image(pseudo_BN, first, features_BLF, texts.valid_BL, rng)
-        else:
-            image_BND = self.model.embed_image(pseudo_BN)
+        image_BND = self.model.embed_image(pseudo_BN)
         second = self._sample_masking(self.config.text_masking, texts, rng, "t2i2t/second")
+        if self.config.texts == "full":
+            assert second.keep_BK is not None
+            first = self._sample_masking(self.config.image_masking, texts, rng, "t2i2t/first")
+            predicted_BKD = self._predict_image(image_BND, first, second.keep_BK, features_BLF, texts.valid_BL, rng)
+            image_BND = image_BND.scatter(1, second.keep_BK[..., None].expand_as(predicted_BKD), predicted_BKD)
         prefix_BKD = self._text_decoder_input(self.model.encode(image_BND, second))
         return self._text_loss(prefix_BKD, texts.ids_BL, texts.valid_BL)
 
     def _predict_image(
         self,
-        pseudo_BN: Int[Tensor, "B N"],
+        image_BND: Float[Tensor, "B N D"],
         masking: Masking,
+        keep_BK: Int[Tensor, "B K"],
         features_BLF: Float[Tensor, "B L F"],
         valid_BL: Bool[Tensor, "B L"],
         rng: StepRNG,
-    ) -> Float[Tensor, "B N D"]:
-        """Embeddings of ~I: where I' is hidden, ~i_k = argmax p(i_k | I'_M, T), straight through a Gumbel-softmax.
+    ) -> Float[Tensor, "B K D"]:
+        """Embeddings of ~I at the positions ``keep_BK``, the only ones that are read after this; ``image_BND`` is I'.
 
-        The gradient stops after the encoder: with two encoder passes that have gradients, training became unstable.
+        Where I' is hidden, ~i_k = argmax p(i_k | I'_M, T), straight through a Gumbel-softmax. The gradient stops after
+        the encoder: with two encoder passes that have gradients, training became unstable.
         """
         with torch.no_grad():
-            encoded = self.model.encode(self.model.embed_image(pseudo_BN), masking, features_BLF, valid_BL)
-        logits_BNC = self.model.image_logits(encoded.detach(), masking.hidden_BN).float()
+            encoded = self.model.encode(image_BND, masking, features_BLF, valid_BL)
+        logits_BKC = self.model.image_logits(encoded.detach(), masking.hidden_BN, wanted_BM=keep_BK).float()
         if self.config.gumbel:
-            noise_BNC = rng.gumbel("gumbel", *logits_BNC.shape, device=logits_BNC.device)
-            logits_BNC = logits_BNC + self.config.gumbel * noise_BNC
-        predicted_BND = straight_through_embedding(logits_BNC, self.model.token_embedding.weight)
-        return torch.where(masking.hidden_BN[..., None], predicted_BND, self.model.embed_image(pseudo_BN))
+            noise_BKC = rng.gumbel("gumbel", *logits_BKC.shape, device=logits_BKC.device)
+            logits_BKC = logits_BKC + self.config.gumbel * noise_BKC
+        predicted_BKD = straight_through_embedding(logits_BKC, self.model.token_embedding.weight)
+        hidden_BK = masking.hidden_BN.gather(1, keep_BK)
+        return torch.where(hidden_BK[..., None], predicted_BKD, positions_of(image_BND, keep_BK))
 
     def t2t_loss(self, texts: TextExamples) -> Float[Tensor, ""]:
         """- E sum over l of log p(t_l | t_0 .. t_{l-1}): a language model without images (Table 2, rows 5 and 7)."""
