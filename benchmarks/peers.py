@@ -179,9 +179,9 @@ class Bench:
         return start.elapsed_time(end) / 1000, torch.cuda.max_memory_allocated() / 2**20
 
     def measure(self, pair: Comparison) -> Finding:
-        for _ in range(self.options.warmup - 1):
+        for _ in range(self.options.warmup):
             self.seconds(pair.ours), self.seconds(pair.peer)
-        counts = [counted(run) for run in (pair.ours, pair.peer)]  # also the last of the runs that warm up
+        counts = [counted(run) for run in (pair.ours, pair.peer)]  # warm, as ours keeps what a model always computes
         turns = [(self.seconds(pair.ours), self.seconds(pair.peer)) for _ in range(self.options.repeats)]
         ours, peer = ([turn[side][0] for turn in turns] for side in (0, 1))
         ratios = [theirs / mine for mine, theirs in zip(ours, peer, strict=True)]
