@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.data.batch import ImageTokenExamples, PairExamples, TextExamples
 from diptych.errors import UserError
+from diptych.itit.generation import entering
 from diptych.itit.model import ITIT, Masking
 from diptych.itit.objective import AlignmentHead, ItitObjective
 from diptych.itit.training import ItitRun
@@ -443,7 +444,7 @@ def _generate_images(objective: ItitObjective, texts: TextExamples) -> None:
     tokens_BN = torch.zeros(rows, positions, dtype=torch.long, device="meta")
     for step in range(config.steps):
         known = positions - math.floor(positions * math.cos(math.pi / 2 * step / config.steps))
-        keep_BK = tokens_BN[:, :known] if config.drop else None
+        keep_BK = tokens_BN[:, : entering(known, positions, config.drop)]
         for features in (texts.features_BLF, None) if config.guidance else (texts.features_BLF,):
             valid = None if features is None else texts.valid_BL
             encoded = model.encode(model.embed_image(tokens_BN), Masking(hidden_BN, keep_BK), features, valid)

@@ -395,9 +395,16 @@ def test_the_encoder_gets_the_visible_tokens_and_no_others(model, text, monkeypa
     generated(model, text, steps=6)
     positions = tokens_BN.shape[1]
     hidden = [math.floor(positions * math.cos(math.pi / 2 * round / 6)) for round in range(6)]
-    assert kept == [positions - min(count, positions - round) for round, count in enumerate(hidden)]
+    known = [positions - min(count, positions - round) for round, count in enumerate(hidden)]
+    assert kept == known
     kept.clear()
-    generated(model, text, steps=6, drop=False)
+    generated(model, text, steps=6, drop="half")
+    half = positions // 2
+    assert kept == [half if count <= half else None for count in known]
+    assert half in kept
+    assert None in kept
+    kept.clear()
+    generated(model, text, steps=6, drop="none")
     assert kept == [None] * 6
 
 

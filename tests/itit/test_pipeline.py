@@ -253,6 +253,9 @@ def test_a_run_folder_is_the_same_diptych(made, run, pixels, scene_texts):
     (run / "config.json").write_text(json.dumps(config["run"]))  # as older runs have it
     older = Diptych.from_pretrained(run, device="cpu")
     assert (older.image_generation, older.text_generation) == (IMAGES, TEXTS)
+    for then, now in ((True, "half"), (False, "none"), ("all", "all")):
+        (run / "config.json").write_text(json.dumps({"generation": {"image": {"drop": then}, "text": {}}}))
+        assert Diptych.from_pretrained(run, device="cpu").image_generation.drop == now
     moved = run.rename(run.with_name("elsewhere"))
     (moved / "config.json").unlink()
     assert Diptych.from_pretrained(str(moved)).image_generation == ImageGenerationConfig()

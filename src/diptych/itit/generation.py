@@ -10,7 +10,7 @@ W beams of an image, X images whose texts have not ended, H hypotheses to choose
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,8 +37,9 @@ class ImageGenerationConfig:
     """Factor t on the Gumbel noise of the confidence, which decides the order in which tokens are revealed."""
     token_temperature: float = 1.0
     """Temperature of the distribution that tokens are sampled from; 0 takes the likeliest token."""
-    drop: bool = True
-    """Leave hidden tokens out of the encoder, as training does with half of them or more; False is slower."""
+    drop: Literal["all", "half", "none"] = "all"
+    """Hidden tokens that are left out of the encoder: all of them; as many as make half of the positions, as in
+    training, and none once more than half are known; or none. All is the fastest."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,7 +116,8 @@ def image_canvases(
         tokens_BN, hidden_BN = known
 
     def logits(canvas: Canvas, features: Tensor | None, valid: Tensor | None) -> Tensor:
-        keep = _visible_first(canvas) if config.drop else None
+        kept = entering(canvas.most_known, positions, config.drop)
+        keep = None if kept == positions else canvas.hidden_BN.long().argsort(dim=1, stable=True)[:, :kept]
         image = model.embed_image(canvas.tokens_BN)
         encoded = model.encode(image, Masking(canvas.hidden_BN, keep), features, valid)
         return model.image_logits(encoded, canvas.hidden_BN, wanted_BM=canvas.open_BM)
@@ -308,9 +310,11 @@ def sample_tokens(
     return sampled_BN, log_p_BNC.gather(-1, sampled_BN[..., None]).squeeze(-1)
 
 
-def _visible_first(canvas: Canvas) -> Int[Tensor, "B K"]:
-    """As many positions as the row with the most known tokens has, in each row all of its known ones among them."""
-    return canvas.hidden_BN.long().argsort(dim=1, stable=True)[:, : canvas.most_known]
+def entering(most_known: int, positions: int, drop: Literal["all", "half", "none"]) -> int:
+    """How many positions enter the encoder, the known ones first, where a row has at most ``most_known`` of them."""
+    if drop == "all":
+        return most_known
+    return positions // 2 if drop == "half" and most_known <= positions // 2 else positions
 
 
 # Greedy decoding and beam search

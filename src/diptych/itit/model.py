@@ -289,8 +289,9 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         x = self.image_decoder(x, attend=attend, wanted=slice(positions) if wanted_BM is None else wanted_BM)
         return self.image_head(x) @ self.token_embedding.weight.T + self.image_bias
 
-    def of_nothing(self, make: Callable[[], Tensor], *, drop: bool) -> Tensor:
-        """Logits of an image without a text and without a known token, kept until the weights change."""
+    def of_nothing(self, make: Callable[[], Tensor], *, drop: str) -> Tensor:
+        """Logits of an image without a text and without a known token, kept until the weights change; ``drop`` is that
+        of ``ImageGenerationConfig``."""
         kind = self.image_bias.device.type
         rounding = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return self._of_nothing.of(self.parameters(), make, key=(drop, rounding))

@@ -556,8 +556,11 @@ def generation_of(run: Path) -> tuple[ImageGenerationConfig, TextGenerationConfi
     try:
         # Older runs have them at the top.
         found = config["run"]["generation"] if "generation" in config.get("run", ()) else config["generation"]
-        return ImageGenerationConfig(**found["image"]), TextGenerationConfig(**found["text"])
-    except (KeyError, TypeError) as error:
+        image = found["image"]
+        if isinstance(drop := image.get("drop"), bool):  # older runs too
+            image = image | {"drop": "half" if drop else "none"}
+        return ImageGenerationConfig(**image), TextGenerationConfig(**found["text"])
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{run}/config.json: cannot be used ({error}): copy it again") from error
 
 
