@@ -268,7 +268,7 @@ def test_the_copy_is_made_anew_when_weights_change_and_is_never_saved():
         wanted = network(pixels).last_hidden_state
         torch.testing.assert_close(kept.of(network)(pixels).last_hidden_state, wanted, rtol=1e-4, atol=1e-3)
     assert kept.of(network) is not first
-    assert copy.deepcopy(kept)._copy._value is None
+    assert copy.deepcopy(kept)._copy._kept is None
 
 
 def test_a_network_without_batch_norms_is_used_as_it_is():

@@ -3,8 +3,9 @@
 The cycles of the objective, the evaluation and the commands all generate through ``generate_image_tokens`` and
 ``generate_text``.
 
-Shapes: B rows, N image tokens, C codebook entries, L text tokens, F width of the frozen text features, V vocabulary,
-W beams of an image, X images whose texts have not ended, H hypotheses to choose from.
+Shapes: B rows, N image tokens, M of them whose logits are computed, C codebook entries, L text tokens, F width of the
+frozen text features, V vocabulary, W beams of an image, X images whose texts have not ended, H hypotheses to choose
+from.
 """
 
 import math

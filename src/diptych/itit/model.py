@@ -3,9 +3,10 @@
 Li et al., "Leveraging Unpaired Data for Vision-Language Generative Models via Cycle Consistency", section 3.1 and
 appendix B.
 
-Shapes: B rows, N image tokens, K image tokens kept for the encoder, C codebook entries, L text tokens, P positions of
-the text decoder's image prefix, F width of the frozen text features, G width of a pretrained encoder's image features,
-V vocabulary, D encoder width, W text decoder width, R residuals, X pairs of a text and an image.
+Shapes: B rows, N image tokens, K image tokens kept for the encoder, M image tokens whose logits are computed, C
+codebook entries, L text tokens, P positions of the text decoder's image prefix, F width of the frozen text features, G
+width of a pretrained encoder's image features, V vocabulary, D encoder width, W text decoder width, R residuals, X
+pairs of a text and an image.
 """
 
 import copy

@@ -5,10 +5,10 @@ In the equations I is an image of tokens i_k, T a text of tokens t_l, I_M what i
 predicted: `p(i_k | I_M, ~T)` reads "the probability of image token k, given the visible part of the image and the
 predicted text". Every loss is a mean over a row's tokens, then over rows.
 
-Shapes: B rows, N image tokens, K image tokens that enter the encoder, L text tokens, P positions of the text decoder's
-image prefix, F width of the frozen text features, D encoder width, E width of the text encoder's embeddings,
-V vocabulary, C codebook entries (in the functions at the end: entries of any table), S positions of image or text
-tokens, T width of a teacher's features, X images.
+Shapes: B rows, N image tokens, K image tokens that enter the encoder, M image tokens whose logits are computed,
+L text tokens, P positions of the text decoder's image prefix, F width of the frozen text features, D encoder width, E
+width of the text encoder's embeddings, V vocabulary, C codebook entries (in the functions at the end: entries of any
+table), S positions of image or text tokens, T width of a teacher's features, X images.
 """
 
 import copy

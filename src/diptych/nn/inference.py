@@ -96,8 +96,7 @@ class Derived(Generic[T]):
     """What is computed from weights, kept until one of them changes. It is no module, so it is never saved."""
 
     def __init__(self) -> None:
-        self._value: T | None = None
-        self._made_of: tuple[Any, ...] = ()
+        self._kept: tuple[tuple[Any, ...], T] | None = None  # one tuple, as threads share a network
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Derived[T]":
         return Derived()
@@ -105,9 +104,10 @@ class Derived(Generic[T]):
     def of(self, weights: Iterable[Tensor], make: Callable[[], T], *, key: Any = None) -> T:
         """What ``make`` returned for these weights and this ``key`` if it was called last for them, else its result."""
         made_of = (key, *(_version(each) for each in weights))
-        if self._value is None or made_of != self._made_of:
-            self._value, self._made_of = make(), made_of
-        return self._value
+        kept = self._kept
+        if kept is None or kept[0] != made_of:
+            kept = self._kept = (made_of, make())
+        return kept[1]
 
 
 def _version(value: Tensor) -> tuple[int, int]:
