@@ -327,7 +327,7 @@ def drawn(bench: Bench, model: ITIT, features: Tensor, valid: Tensor) -> Tensor:
     """Tokens of images for these text features, guided."""
     config = ImageGenerationConfig(steps=bench.options.rounds, guidance=2.0)
     with torch.inference_mode(), bench.policy():
-        return generate_image_tokens(model, features, valid, config, rng=StepRNG(0, 0))
+        return generate_image_tokens(model.rounded(), features, valid, config, rng=StepRNG(0, 0))
 
 
 def uvit(width: int, *, parameters: int) -> Any:
@@ -386,7 +386,7 @@ def captioned(bench: Bench, model: ITIT, tokens: Tensor, beams: int, visible: fl
     banned[EOS] = True
     images, config = ImageTokenExamples(tokens_BN=tokens), TextGenerationConfig(beams=beams, visible=visible)
     with torch.inference_mode(), bench.policy():
-        return generate_text(model, images, config, banned_V=banned, length=CAPTION_LENGTH)
+        return generate_text(model.rounded(), images, config, banned_V=banned, length=CAPTION_LENGTH)
 
 
 def int8(bench: Bench) -> Iterator[Comparison]:

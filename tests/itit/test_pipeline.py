@@ -13,6 +13,7 @@ from diptych.data.store import DataTokenizers
 from diptych.errors import UserError
 from diptych.itit.data import data_tokenizers
 from diptych.itit.generation import ImageGenerationConfig, TextGenerationConfig
+from diptych.itit.model import ITIT
 from diptych.itit.pipeline import Diptych
 
 IMAGES = ImageGenerationConfig(steps=3, guidance=1.0, temperature=4.0)
@@ -259,6 +260,30 @@ def test_a_run_folder_is_the_same_diptych(made, run, pixels, scene_texts):
     moved = run.rename(run.with_name("elsewhere"))
     (moved / "config.json").unlink()
     assert Diptych.from_pretrained(str(moved)).image_generation == ImageGenerationConfig()
+
+
+def test_weights_that_are_rounded_once_give_the_same(tokenizer, text_encoder, model, pixels, scene_texts, monkeypatch):
+    """In bf16; and a change of the weights is seen."""
+
+    def made():
+        options = {"image_generation": IMAGES, "text_generation": TEXTS, "precision": "bf16"}
+        found = Diptych(tokenizer, text_encoder, model, **options)
+        return found.captions(list(pixels)), found.imagine_pixels(scene_texts[:2])
+
+    captions, images = made()
+    monkeypatch.setattr(ITIT, "rounded", lambda self: self)
+    plain_captions, plain_images = made()
+    assert captions == plain_captions
+    np.testing.assert_array_equal(images, plain_images)
+    monkeypatch.undo()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.rounded()
+        assert rounded is model.rounded()
+        assert not any(isinstance(part, torch.nn.Linear) for part in rounded.modules())
+        with torch.no_grad():
+            model.encoder.layers[0].mlp[0].weight += 1.0
+        assert model.rounded() is not rounded
+    assert model.rounded() is model
 
 
 def test_data_tokenizers_and_their_fingerprint(made, pixels, scene_texts, tokenizer):

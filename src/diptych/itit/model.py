@@ -184,6 +184,7 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
 
         self._packed: Derived[tuple[nn.Module, nn.Module]] = Derived()
         self._of_nothing: Derived[Tensor] = Derived()
+        self._rounded: Derived[ITIT] = Derived()
         self._int8_words: Int8Linear | None = None
         self._init_weights()
 
@@ -345,6 +346,17 @@ class ITIT(nn.Module, PyTorchModelHubMixin, library_name="diptych", tags=["itit"
         ``pack`` keeps packed weights, which is faster where many texts are decoded with the same weights.
         """
         return TextDecoding(self, prefix_BPD, length=length, beams=beams, pack=pack)
+
+    def rounded(self) -> "ITIT":
+        """This network for generation: under autocast its linear layers are rounded once, and not in each pass.
+
+        The result is the same. Without autocast it is the network itself, as it is with weights of 8 bits.
+        """
+        kind = self.image_bias.device.type
+        if not torch.is_autocast_enabled(kind) or self._int8_words is not None:
+            return self
+        dtype = torch.get_autocast_dtype(kind)
+        return self._rounded.of(self.parameters(), lambda: pack_linears(self, rows=0, uses=0), key=dtype)
 
     def in_int8(self) -> Self:
         """A copy whose linear layers and head over words have weights of 8 bits, for inference on a CPU.

@@ -238,7 +238,7 @@ class Diptych(OnHub):
         for start in range(0, len(images), _ROWS):
             piece = images[start : start + _ROWS].to(self.device)
             with autocast(self.device, self.precision):
-                made = generate_text(self.model, piece, config, banned_V=self._banned_V, length=length)
+                made = generate_text(self.model.rounded(), piece, config, banned_V=self._banned_V, length=length)
             scores = [None] * len(piece) if made.score_BW is None else made.score_BW[:, 0].tolist()
             texts = self.text_tokenizer.detokenize(made.ids_BWL[:, 0])
             found += [Caption(text=text, score=score) for text, score in zip(texts, scores, strict=True)]
@@ -289,7 +289,7 @@ class Diptych(OnHub):
             piece = images[start : start + step].to(self.device)
             with autocast(self.device, self.precision):
                 made = generate_text(
-                    self.model, piece, config, banned_V=self._banned_V, length=length, count=config.beams
+                    self.model.rounded(), piece, config, banned_V=self._banned_V, length=length, count=config.beams
                 )
             assert made.score_BW is not None
             texts_BW = [self.text_tokenizer.detokenize(ids_WL) for ids_WL in made.ids_BWL]
@@ -421,9 +421,8 @@ class Diptych(OnHub):
             features_BLF, valid_BL, row_seeds = self._read_texts(texts[start : start + _ROWS], times)
             rng = RowRNG(seed, 0, row_seeds=row_seeds)
             with autocast(self.device, self.precision):
-                found.append(
-                    generate_image_tokens(self.model, features_BLF, valid_BL, config or self.image_generation, rng=rng)
-                )
+                network, config = self.model.rounded(), config or self.image_generation
+                found.append(generate_image_tokens(network, features_BLF, valid_BL, config, rng=rng))
             if advance:
                 advance(start + len(found[-1]), len(texts))
         return torch.cat(found)
@@ -461,8 +460,10 @@ class Diptych(OnHub):
         tokens_BN, hidden_BN = (
             torch.stack([grid.flatten().to(self.device) for grid in grids]) for grids in zip(*known, strict=True)
         )
+        with autocast(self.device, self.precision):
+            network = self.model.rounded()
         rounds = image_canvases(
-            self.model,
+            network,
             features_BLF,
             valid_BL,
             config or self.image_generation,

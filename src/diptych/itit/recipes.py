@@ -85,7 +85,7 @@ def itit_small() -> ItitRun:
         train=TrainConfig(steps=1000, batch_size=32, checkpoint_every=50, eval_every=200, ema=0.99),
         optim=OptimConfig(lr=1e-3, warmup_steps=100),
         generation=GenerationConfig(
-            image=ImageGenerationConfig(steps=16, temperature=4.0),
+            image=ImageGenerationConfig(steps=16, temperature=16.0),
             # At the paper's power of 0.6 a network this small prefers captions of one word.
             text=TextGenerationConfig(length_power=1.0),
         ),

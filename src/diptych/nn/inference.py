@@ -142,6 +142,12 @@ class PackedLinear(nn.Module):
             return torch.ops.mkl._mkl_linear(x, self.packed, self.weight_OI, self.bias_O, self.rows)
         return F.linear(x.to(self.dtype), self.weight_OI, self.bias_O)
 
+    def part(self, x: Float[Tensor, "*rows I"], outputs: slice) -> Float[Tensor, "*rows P"]:
+        """Some of the outputs."""
+        if self.packed is not None or self.bias_O is None:
+            return self(x)[..., outputs]
+        return F.linear(x.to(self.dtype), self.weight_OI[outputs], self.bias_O[outputs])
+
 
 def pack_linears(module: nn.Module, *, rows: int, uses: int) -> Any:
     """A copy of ``module`` on the same weights, whose linear layers are packed (see :class:`PackedLinear`)."""

@@ -143,7 +143,8 @@ class Attention(nn.Module):
         """Some of the outputs of the layer of queries, keys and values."""
         if isinstance(self.qkv, nn.Linear):
             return F.linear(x_BSD, self.qkv.weight[outputs], self.qkv.bias[outputs])
-        return self.qkv(x_BSD)[..., outputs]  # packed weights have no parts
+        part = getattr(self.qkv, "part", None)
+        return self.qkv(x_BSD)[..., outputs] if part is None else part(x_BSD, outputs)
 
 
 class Block(nn.Module):
