@@ -21,9 +21,9 @@ the ratio of the two times in one turn: above 1 ours is faster. Beside it stand 
 by torch (a product and a sum are two; attention whole, with what a mask hides), and the share of the peak that it
 reaches. The peak is that of the products of matrices that make up nine tenths of its operations, each timed alone at
 its own shape. `--scale base` is ITIT-B (218M) and GIT-base, `small` is ITIT of 5M. Everything is computed in
-`--precision`; under bf16 ours keeps fp32 weights, as the product does, and the peers have bf16 weights. With one CPU
-thread (OMP_NUM_THREADS=1) times are those that the process and its children computed, whatever else runs; on CUDA they
-are those of events, and the peak of the memory is shown.
+`--precision`; under bf16 the peers have bf16 weights, and ours as the product: fp32 in training, rounded once in
+generation. With one CPU thread (OMP_NUM_THREADS=1) times are those that the process and its children computed, whatever
+else runs; on CUDA they are those of events, and the peak of the memory is shown.
 
 At scale base the last line says which bars are met (`BARS`), and the exit status is 1 if one is missed.
 """

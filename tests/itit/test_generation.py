@@ -117,9 +117,8 @@ def test_two_processes_generate_what_one_generates():
 
 
 def test_guidance_is_the_papers():
-    canvas = Canvas(
-        torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool), 0.25, torch.arange(2)[None], 0
-    )
+    tokens, hidden = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool)
+    canvas = Canvas(tokens, hidden, 0.25, torch.arange(2)[None], most_known=0, most_hidden=2)
     conditional, unconditional = torch.randn(1, 2, 3), torch.randn(1, 2, 3)
     found = guided(lambda _: conditional, lambda _: unconditional, guidance=2.0)(canvas)
     torch.testing.assert_close(found, 3 * conditional - 2 * unconditional)

@@ -20,6 +20,7 @@ from torch import Tensor
 from diptych.data.batch import ImageTokenExamples
 from diptych.errors import UserError
 from diptych.itit.model import ITIT, Masking
+from diptych.nn.transformer import positions_of
 from diptych.rng import StepRNG
 from diptych.tokenizers.text_tokenizer import EOS, PAD
 
@@ -118,7 +119,7 @@ def image_canvases(
 
     def logits(canvas: Canvas, features: Tensor | None, valid: Tensor | None) -> Tensor:
         kept = entering(canvas.most_known, positions, config.drop)
-        keep = None if kept == positions else canvas.hidden_BN.long().argsort(dim=1, stable=True)[:, :kept]
+        keep = None if kept == positions else canvas.known_first_BN[:, :kept]
         image = model.embed_image(canvas.tokens_BN)
         encoded = model.encode(image, Masking(canvas.hidden_BN, keep), features, valid)
         return model.image_logits(encoded, canvas.hidden_BN, wanted_BM=canvas.open_BM)
@@ -127,9 +128,8 @@ def image_canvases(
         if canvas.most_known:
             return logits(canvas, None, None)
         # Without a text and without a known token all images are the same, the next ones too.
-        first = replace(
-            canvas, tokens_BN=canvas.tokens_BN[:1], hidden_BN=canvas.hidden_BN[:1], open_BM=canvas.open_BM[:1]
-        )
+        one = {name: getattr(canvas, name)[:1] for name in ("tokens_BN", "hidden_BN", "known_first_BN")}
+        first = replace(canvas, **one)
         return model.of_nothing(lambda: logits(first, None, None), drop=config.drop)
 
     yield from parallel_decoding(
@@ -200,10 +200,17 @@ class Canvas:
     hidden_BN: Bool[Tensor, "B N"]
     progress: float
     """Share of the rounds that are over, s / S: 0 in the first round, below 1 in the last, 1 after it."""
-    open_BM: Int[Tensor, "B M"]
-    """Positions whose logits are asked for: the hidden ones, and others in rows that have fewer of them."""
+    known_first_BN: Int[Tensor, "B N"]
+    """The positions of each row, the known ones before the hidden ones."""
     most_known: int
     """Upper bound on the known tokens of a row. It follows from the schedule, without a wait for the device."""
+    most_hidden: int
+    """Upper bound on the hidden tokens of a row, likewise."""
+
+    @property
+    def open_BM(self) -> Int[Tensor, "B M"]:
+        """Positions whose logits are asked for: the hidden ones, and others in rows that have fewer of them."""
+        return self.known_first_BN[:, self.known_first_BN.shape[1] - self.most_hidden :]
 
 
 Logits = Callable[[Canvas], Tensor]
@@ -265,13 +272,13 @@ def parallel_decoding(
     first_B = hidden_BN.sum(1)
     least, most = (int(count) for count in torch.stack([first_B.min(), first_B.max()]).tolist())
 
-    def open_positions(step: int) -> Tensor:
-        number = int(_still_hidden(torch.tensor(most), step, steps))
-        return hidden_BN.long().argsort(dim=1, descending=True, stable=True)[:, :number]
+    def canvas_at(step: int) -> Canvas:
+        fewest, most_hidden = (int(_still_hidden(torch.tensor(first), step, steps)) for first in (least, most))
+        known_first_BN = hidden_BN.long().argsort(dim=1, stable=True)
+        return Canvas(tokens_BN, hidden_BN, step / steps, known_first_BN, positions - fewest, most_hidden)
 
     for step in range(min(steps, most)):
-        known = positions - int(_still_hidden(torch.tensor(least), step, steps))
-        canvas = Canvas(tokens_BN, hidden_BN, step / steps, open_positions(step), known)
+        canvas = canvas_at(step)
         yield canvas
         logits_BMC, open_BM = logits(canvas).float(), canvas.open_BM
         chance_BN = rng.uniform(f"token/{step}", rows, positions, device=device)
@@ -283,7 +290,7 @@ def parallel_decoding(
         rank_BN = confidence_BN.masked_fill(~hidden_BN, math.inf).argsort(1).argsort(1)
         # Infinite confidence may tie with nothing that is hidden, so no known token can be among the lowest ranks.
         hidden_BN = rank_BN < _still_hidden(first_B, step + 1, steps)[:, None]
-    yield Canvas(tokens_BN, hidden_BN, 1.0, open_positions(steps), positions)
+    yield canvas_at(steps)
 
 
 def _still_hidden(first: Tensor, rounds: int, steps: int) -> Tensor:
@@ -411,7 +418,7 @@ def beam_search(
         ended_XWL[..., position] = EOS
         pool_XH = torch.cat([best_XW, total_XWV[..., EOS] / penalty], dim=1)
         best_XW, chosen_XW = pool_XH.topk(beams, dim=1)
-        best_ids_XWL = _pick(torch.cat([best_ids_XWL, ended_XWL], dim=1), chosen_XW)
+        best_ids_XWL = positions_of(torch.cat([best_ids_XWL, ended_XWL], dim=1), chosen_XW)
         result_BWL[open_X], score_BW[open_X] = best_ids_XWL, best_XW
         if position + 1 == length:
             break
@@ -419,7 +426,7 @@ def beam_search(
         total_XWV[..., EOS] = -torch.inf
         alive_XW, flat_XW = total_XWV.flatten(1).topk(beams, dim=1)
         parent_XW, token_XW = flat_XW // vocab_size, flat_XW % vocab_size
-        ids_XWL = _pick(ids_XWL, parent_XW)
+        ids_XWL = positions_of(ids_XWL, parent_XW)
         ids_XWL[..., position] = token_XW
         first_row_X1 = torch.arange(len(open_X), device=device)[:, None] * beams
         decoding.reorder((first_row_X1 + parent_XW).flatten())
@@ -434,7 +441,3 @@ def beam_search(
             best_ids_XWL, best_XW = best_ids_XWL[kept], best_XW[kept]
         newest = token_XW.flatten()
     return GeneratedTexts(result_BWL[:, :count], score_BW[:, :count])
-
-
-def _pick(values_BXL: Tensor, index_BW: Tensor) -> Tensor:
-    return values_BXL.gather(1, index_BW[..., None].expand(-1, -1, values_BXL.shape[-1]))

@@ -176,14 +176,17 @@ class Diptych(OnHub):
         run = local_folder(run)
         check_finished(run, "itit")
         image_generation, text_generation = generation_of(run)
+        image_encoder = image_encoder_of(run)
         if visible is not None:
+            if image_encoder is not None:
+                raise UserError(f"--visible {visible:g}: {run} reads captions from features of its image encoder")
             text_generation = replace(text_generation, visible=visible)
         loaded = cls(
             ImageTokenizer.from_pretrained(run / "tokenizer"),
             lambda: TextEncoder.from_pretrained(run / "text_encoder"),
             load_network(ITIT, run / "model"),
             text_tokenizer=TextTokenizer.from_pretrained(run / "text_encoder"),
-            image_encoder=image_encoder_of(run),
+            image_encoder=image_encoder,
             near_captions=NearCaptions.from_pretrained(run / NEAR_CAPTIONS) if text_generation.consensus else None,
             image_generation=image_generation,
             text_generation=text_generation,
@@ -191,8 +194,6 @@ class Diptych(OnHub):
             precision=precision,
         )
         loaded.run_folder = run
-        if visible is not None and loaded.image_encoder is not None:
-            raise UserError(f"--visible {visible:g}: {run} reads captions from features of its image encoder")
         return loaded
 
     @property

@@ -143,7 +143,7 @@ class PackedLinear(nn.Module):
         return F.linear(x.to(self.dtype), self.weight_OI, self.bias_O)
 
     def part(self, x: Float[Tensor, "*rows I"], outputs: slice) -> Float[Tensor, "*rows P"]:
-        """Some of the outputs."""
+        """Some of the outputs; all are computed where the weights are packed."""
         if self.packed is not None or self.bias_O is None:
             return self(x)[..., outputs]
         return F.linear(x.to(self.dtype), self.weight_OI[outputs], self.bias_O[outputs])
@@ -183,6 +183,10 @@ class Int8Linear(nn.Module):
             whole, 1.0, _HALF, self.packed, self.scale_O, self.zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return torch.addcmul(self.bias_O, product, scale)
+
+    def part(self, x: Float[Tensor, "*rows I"], outputs: slice) -> Float[Tensor, "*rows P"]:
+        """Some of the outputs; all are computed, as packed weights have no parts."""
+        return self(x)[..., outputs]
 
 
 _HALF = 64

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 _MANY = 96  # number of positions from which softmax in bf16 is faster than in fp32
@@ -90,8 +90,8 @@ Wanted = slice | Int[Tensor, "B W"]
 """Some of the positions: the same ones of all rows, or those of each row by their numbers."""
 
 
-def positions_of(x_BSD: Float[Tensor, "B S D"], wanted: Wanted) -> Float[Tensor, "B W D"]:
-    """What ``x_BSD`` has at the positions that are wanted."""
+def positions_of(x_BSD: Shaped[Tensor, "B S D"], wanted: Wanted) -> Shaped[Tensor, "B W D"]:
+    """What ``x_BSD`` has at the positions, or other entries of its second axis, that are wanted."""
     if isinstance(wanted, slice):
         return x_BSD[:, wanted]
     return x_BSD.gather(1, wanted[..., None].expand(-1, -1, x_BSD.shape[-1]))
@@ -143,8 +143,7 @@ class Attention(nn.Module):
         """Some of the outputs of the layer of queries, keys and values."""
         if isinstance(self.qkv, nn.Linear):
             return F.linear(x_BSD, self.qkv.weight[outputs], self.qkv.bias[outputs])
-        part = getattr(self.qkv, "part", None)
-        return self.qkv(x_BSD)[..., outputs] if part is None else part(x_BSD, outputs)
+        return self.qkv.part(x_BSD, outputs)  # rounded, packed or of 8 bits
 
 
 class Block(nn.Module):
